@@ -1,4 +1,4 @@
-# make demo | test | exhaustive | bench | fast | doctest | lint | docs | web | wheel | clean. The first run sets up .venv; later ones need no network.
+# make demo | test | exhaustive | bench | fast | doctest | lint | docs | picture | web | wheel | clean. The first run sets up .venv; later ones need no network.
 # Tools run as `python -m …`: a console script's first line breaks in a checkout path that has spaces or is long.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fast exhaustive bench doctest lint docs web wheel setup install clean
+.PHONY: demo test fast exhaustive bench doctest lint docs picture web wheel setup install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
@@ -67,6 +67,11 @@ lint: $(STAMP)
 
 docs: $(STAMP)  ## the documents as a site, in build/site; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+RUN ?= build/picture
+picture: $(STAMP)  ## docs/images/report.png from the demo, or from the run in RUN
+	@test -e $(RUN)/report.html || $(PY) -m edgeadapt demo --out $(RUN) $(if $(wildcard $(RUN)/scenario.json),--resume)
+	@$(PY) -m tests.browser.picture report $(RUN)/report.html docs/images/report.png
 
 web: $(WEB)  ## the libraries of the page that runs a bundle in a browser; without them its tests are skipped
 

@@ -10,11 +10,11 @@ import click
 from aggregation.errors import DataError, EdgeAdaptError
 from aggregation.steps import Step
 from client.cli import options
-from edgeadapt import program
+from edgeadapt import commandline, program
 from edgeadapt.commandline import FiniteRange, status
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=commandline.HelpfulGroup, context_settings=commandline.HELP_OPTIONS)
 def bench() -> None:
     """Compare this implementation with a named peer in one run."""
 
@@ -32,7 +32,7 @@ def bench() -> None:
 def faults(names: tuple[str, ...], steps: tuple[str, ...], as_json: bool) -> None:
     """Kill, hang and disturb the processes of a fleet on this machine, and print what each fault has cost.
 
-    'coordinator up' and four 'device agent' run on loopback, with a tiny base and noise; for takeovers there are two
+    'coordinator up' and four 'device run' run on loopback, with a tiny base and noise; for takeovers there are two
     'coordinator up' with their registry in a PostgreSQL server that is started here, and for some faults Flower's
     SuperLinks and a SuperNode in place of an agent. After the faults of a kind, the coordinator is stopped, and
     records, versions, privacy ledgers and the audit are compared: what was lost or counted twice is in the table, and
@@ -132,12 +132,12 @@ def ondevice(
 
 
 @bench.command()
-@options.bundle
+@commandline.bundle()
 @options.trust
 @click.option("--adapter", metavar="NAME", help="Use this adapter of the bundle.  [default: the bare base]")
 @click.option("--tokens", type=click.IntRange(1, 4096), default=64, show_default=True, help="Tokens to write.")
 @click.option("--threads", type=click.IntRange(1, 256), default=2, show_default=True, help="Threads of the graph.")
-@options.as_json
+@commandline.as_json
 def profile(bundle: Path, trust: Path | None, adapter: str | None, tokens: int, threads: int, as_json: bool) -> None:
     """Where the start, the memory and the tokens of a language model go.
 
@@ -165,7 +165,7 @@ def secagg(as_json: bool, out: Path | None, quick: bool, repeats: int | None, no
     """Secure aggregation against the SecAgg+ functions of the installed Flower.
 
     Both sides have 100 devices, a million elements and 20 neighbors; sweeps of this project alone follow. It takes some
-    minutes on two cores. What each row covers: docs/explanation/secagg-benchmark.md.
+    minutes on two cores. Figures: docs/explanation/results.md.
 
     \b
     Examples:
@@ -215,7 +215,7 @@ def simulation(as_json: bool, quick: bool, repeats: int | None) -> None:
 
 
 @bench.command()
-@options.bundle
+@commandline.bundle()
 @options.trust
 @click.option("--base", required=True, metavar="NAME|DIR", help="The base that the bundle was made of, for torch.")
 @click.option("--texts", type=click.IntRange(1, 4096), help="Texts to train on.  [default: 24]")
@@ -224,7 +224,7 @@ def simulation(as_json: bool, quick: bool, repeats: int | None) -> None:
 @click.option("--rank", type=click.IntRange(1, 64), help="Rank of the adapter.  [default: 8]")
 @click.option("--repeats", type=click.IntRange(1), help="Runs of each engine.  [default: 3]")
 @click.option("--quick", is_flag=True, help="A tiny size: shows that it runs, measures nothing useful.")
-@options.as_json
+@commandline.as_json
 def training(bundle: Path, trust: Path | None, base: str, quick: bool, as_json: bool, **sizes: int | None) -> None:
     """Train an adapter with a bundle's training graph and with torch, in turn.
 

@@ -97,7 +97,7 @@ class _Run:
             spec = session.session.spec
             _require_budget(self.account, session, self.leader)
             dealt = self.last.dealt if self.last else session.devices if spec.grouping else ()
-            with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
+            with registry.reserved(adapter.blob, dict(state)):
                 ended = current.aggregate(session, self.last)
             self.last = current.last_sum(ended, dealt) or self.last
             self.account = self.account.after(spec, _named(ended))
@@ -285,7 +285,7 @@ class _Round:
             privacy=PrivacyBound(epsilon, spec.privacy.delta) if spec.privacy and epsilon is not None else None,
         )
         records = (GroupRecord(each.survivors, distance) for each, distance in zip(result.sums, far, strict=bool(far)))
-        return NextAdapter(manifest, blob, optimizer.to_tensors(state), tuple(records))
+        return NextAdapter(manifest, blob, dict(state), tuple(records))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from aggregation.errors import ConfigError
 from coordinator.statedir import CoordinatorStateDir
-from edgeadapt.bases.base import find_base
+from edgeadapt.bases.base import OwnModel, find_base
 from edgeadapt.formats import files
 from edgeadapt.formats.graphinputs import input_name, layer_of
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.manifest import VersionManifest
-from edgeadapt.formats.peftconfig import PeftConfig, require_trainable
+from edgeadapt.formats.peftconfig import OWN, PeftConfig, require_trainable
 from edgeadapt.formats.storage import read_lines
 from edgeadapt.methods.parts import HEAD
 from edgeadapt.methods.peft.folder import LABELS, read_peft
@@ -23,12 +24,13 @@ PARAMETERS = {"weight", "bias"}
 
 
 def publish_first(
-    state_dir: CoordinatorStateDir, folder: Path, base: str, labels: Sequence[str] | None
+    state_dir: CoordinatorStateDir, folder: Path | None, base: str, labels: Sequence[str] | None
 ) -> VersionManifest:
     """Sign the adapter that peft saved in ``folder``, and publish it as version 0.
 
-    ``labels``: of its head, in order; None: those in ``LABELS`` in the folder, which a language model does not have.
-    Raises ConfigError: there is a version already, or as ``seed_version``; DataError as ``read_peft``.
+    An ``OwnModel`` has no folder: its own parameters are published. ``labels``: of the head, in order; None: those in
+    ``LABELS`` in the folder, which a language model does not have. Raises ConfigError: there is a version already, or
+    as ``seed_version``; DataError as ``read_peft``.
     """
     with state_dir.locked():
         if (latest := state_dir.registry.latest()) is not None:
@@ -38,15 +40,28 @@ def publish_first(
                 about="version",
                 value=latest.manifest.version,
             )
-        source, listed = read_peft(folder), folder / LABELS
-        if labels is None:
-            heads = any(is_saved(input_name(name)) for name in source.tensors)
-            labels = read_lines(listed, "label") if heads or listed.exists() else ()
-        tensors = to_peft_tensors(source.tensors, source.peft_config)
-        manifest, blob = seed_version(tensors, source.peft_config, labels, find_base(base).digest)
+        frozen = find_base(base)
+        if isinstance(frozen, OwnModel) != (folder is None):
+            reason = "name --peft FOLDER, except for a model with its own training loop, which has none"
+            raise ConfigError(reason, about="--peft")
+        if isinstance(frozen, OwnModel):
+            if not labels:
+                raise ConfigError(f"model {frozen.folder} needs --labels FILE, one label a line", about="--labels")
+            tensors, config = frozen.first(len(labels)), PeftConfig(OWN, 0, 0, ())
+        else:
+            tensors, config, labels = _read(cast(Path, folder), labels)
+        manifest, blob = seed_version(tensors, config, labels, frozen.digest)
         state_dir.settings.task(manifest)  # its method may not train such an adapter
         state_dir.registry.publish(manifest, blob, state_dir.key)
     return manifest
+
+
+def _read(folder: Path, labels: Sequence[str] | None) -> tuple[Tensors, PeftConfig, Sequence[str]]:
+    source, listed = read_peft(folder), folder / LABELS
+    if labels is None:
+        heads = any(is_saved(input_name(name)) for name in source.tensors)
+        labels = read_lines(listed, "label") if heads or listed.exists() else ()
+    return to_peft_tensors(source.tensors, source.peft_config), source.peft_config, labels
 
 
 def seed_version(
@@ -56,7 +71,7 @@ def seed_version(
 
     Args:
         tensors: Of an adapter of ``edgeadapt.methods.classifier.PhraseClassifier``, or of a language model, under
-            peft's names.
+            peft's names; or all parameters of an ``OwnModel``.
         labels: Of the head's rows, in order; none for a language model.
 
     Raises:
@@ -64,16 +79,8 @@ def seed_version(
         DataError: The tensors are not those of the configuration.
     """
     require_trainable(peft_config)
-    inputs = AdapterInputs.of_tensors(*as_lora(peft_config, from_peft_tensors(tensors, peft_config, {})))
-    heads = {slot.path: {spec.name: spec.shape for spec in slot.parameters} for slot in inputs.saved}
-    if labels:
-        _require_classifier(inputs, heads, labels)
-    elif heads:
-        raise ConfigError(
-            f"the adapter trains {', '.join(sorted(heads))} in full, and has no labels: name them, or train "
-            "nothing else on a language model",
-            about="labels",
-        )
+    if peft_config.peft_type != OWN:
+        _require_fitting(tensors, peft_config, labels)
     blob = files.encode(tensors)
     manifest = VersionManifest(
         version=0,
@@ -95,6 +102,19 @@ def seed_version(
     return manifest, blob
 
 
+def _require_fitting(tensors: Tensors, peft_config: PeftConfig, labels: Sequence[str]) -> None:
+    inputs = AdapterInputs.of_tensors(*as_lora(peft_config, from_peft_tensors(tensors, peft_config, {})))
+    heads = {slot.path: {spec.name: spec.shape for spec in slot.parameters} for slot in inputs.saved}
+    if labels:
+        _require_classifier(inputs, heads, labels)
+    elif heads:
+        raise ConfigError(
+            f"the adapter trains {', '.join(sorted(heads))} in full, and has no labels: name them, or train "
+            "nothing else on a language model",
+            about="labels",
+        )
+
+
 def _require_classifier(
     inputs: AdapterInputs, heads: Mapping[str, Mapping[str, tuple[int, ...]]], labels: Sequence[str]
 ) -> None:
@@ -111,7 +131,7 @@ def _require_classifier(
     ):
         raise ConfigError(
             "devices train the layers of an encoder and a linear head over the mean of its tokens, and the adapter has "
-            "others: make it with 'edgeadapt export seed'",
+            "others: make it with 'edgeadapt base start'",
             about=HEAD,
             value=sorted(heads),
         )

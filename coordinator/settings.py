@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from itertools import combinations
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from aggregation import graph
 from aggregation.errors import ConfigError
@@ -27,8 +27,7 @@ from edgeadapt.rounds.analytic import Analytic
 from edgeadapt.rounds.combination import Combination, Median, TrimmedMean
 from edgeadapt.rounds.evaluation import EvaluationRounds
 from edgeadapt.rounds.federatedmethods import METHODS
-from edgeadapt.rounds.optimizer import FedAdam, FedAvg, FedAvgM, FedYogi
-from edgeadapt.rounds.optimizer import Settings as ServerOptimizer
+from edgeadapt.rounds.optimizer import OPTIMIZERS, ServerOptimizer, made, numbers_of
 from edgeadapt.rounds.roundtask import KindSettings, RoundOf, RoundTask
 from edgeadapt.rounds.sums import LEAST_RING_BITS, Bounds
 from edgeadapt.rounds.task import Task, Training
@@ -267,8 +266,10 @@ class Aggregation(Settings):
 class Server(Settings):
     """The server's step, on the mean of the devices' updates."""
 
-    optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = Field(
-        default="fedavg", description="rule of the server's step: fedavg, fedavgm, fedadam or fedyogi"
+    optimizer: Annotated[str, AfterValidator(OPTIMIZERS.require)] = Field(
+        default="fedavg",
+        description="rule of the server's step: fedavg, fedavgm, fedadam, fedyogi, or one that an installed package "
+        "adds (docs/how-to/extend.md)",
     )
     learning_rate: float = Field(default=1.0, gt=0, description="learning rate of the server's step")
     beta1: float = Field(
@@ -278,17 +279,15 @@ class Server(Settings):
     tau: float = Field(
         default=1e-3, gt=0, description="fedadam, fedyogi: added to the root of the second moment, in weight units"
     )
+    numbers: dict[str, float] = Field(
+        default_factory=dict, description="numbers of a rule that a package adds, by name, before those above"
+    )
 
     def rule(self) -> ServerOptimizer:
-        match self.optimizer:
-            case "fedavg":
-                return FedAvg(self.learning_rate)
-            case "fedavgm":
-                return FedAvgM(self.learning_rate, self.beta1)
-            case "fedadam":
-                return FedAdam(self.learning_rate, self.beta1, self.beta2, self.tau)
-            case "fedyogi":
-                return FedYogi(self.learning_rate, self.beta1, self.beta2, self.tau)
+        """Make the optimizer. Raises ConfigError: it cannot be imported, or does not have such numbers."""
+        named = {"momentum": self.beta1, **self.model_dump(include={"learning_rate", "beta1", "beta2", "tau"})}
+        wanted = numbers_of(OPTIMIZERS.find(self.optimizer))
+        return made(self.optimizer, {name: named[name] for name in wanted if name in named} | self.numbers)
 
 
 class CohortSettings(Settings):

@@ -110,12 +110,12 @@ def _code(text: str) -> str:
 
 
 def keys() -> str:
-    """Every key of a scenario, as ``edgeadapt simulate --keys`` prints it."""
-    simulate = next(command for path, command in walk() if path == "edgeadapt simulate")
-    printed = CliRunner().invoke(simulate, ["--keys"]).output.strip()
+    """Every key of a scenario, as ``edgeadapt simulate run --keys`` prints it."""
+    run = next(command for path, command in walk() if path == "edgeadapt simulate run")
+    printed = CliRunner().invoke(run, ["--keys"]).output.strip()
     rows = re.findall(r"^(\S+) = (.*?)  # (.*)$", printed, re.MULTILINE)
     if len(rows) != printed.count("\n") + 1:
-        raise ValueError("a line of `edgeadapt simulate --keys` is not KEY = DEFAULT  # MEANING")
+        raise ValueError("a line of `edgeadapt simulate run --keys` is not KEY = DEFAULT  # MEANING")
     return _table(rows)
 
 

@@ -1,30 +1,94 @@
 """What the command line and the commands of every package share."""
 
 import importlib
+import json
 import math
+import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
 from threading import Event, Thread
 from typing import IO, Any
 
 import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 PERIOD = 10.0  # seconds between two lines of progress
+QUIET = "edgeadapt.quiet"
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+FOLDER = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
+Decorator = Callable[[Any], Any]
 Row = tuple[str, str, str, str]  # module, attribute, one line for --help, extra that it needs
 
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
-class LazyGroup(click.Group):
+
+def _keep_quiet(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    context.meta[QUIET] = wanted
+
+
+quiet = click.option(
+    "-q", "--quiet", is_flag=True, expose_value=False, callback=_keep_quiet, help="Show no progress, only the result."
+)
+
+
+def is_quiet() -> bool:
+    """Report whether the command that runs was called with the option ``quiet``."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(QUIET))
+
+
+def print_result(row: Mapping[str, Any], line: str, as_json: bool) -> None:
+    """Print what a command did: one JSON object, or a text for a person."""
+    click.echo(json.dumps(row, ensure_ascii=False) if as_json else line)
+
+
+def program() -> str:
+    """Name the program as it must be typed here: ``edgeadapt`` if the shell finds it, else Python with ``-m``."""
+    if shutil.which("edgeadapt"):
+        return "edgeadapt"
+    python = Path(sys.executable)
+    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return f"{shlex.quote(str(shown))} -m edgeadapt"
+
+
+class HelpfulGroup(click.Group):
+    """Takes a call without a command for ``--help``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])
+
+
+class LazyGroup(HelpfulGroup):
     """Groups commands and imports one only when it is called or its help is requested.
 
     So a command starts without the libraries of the others, and a command whose extra is not installed names the
     extra: ``click.command(cls=LazyGroup, table={command: row})``.
+
+    Args:
+        table: The commands, in the order of ``--help``.
+        sections: Headings of ``--help``, with the commands below each.
+        renamed: Calls of former versions, such as ``simulate FILE``, and the words that replace them.
+            They go on to work, in no list.
     """
 
-    def __init__(self, *args: Any, table: Mapping[str, Row], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._table = table
+    def __init__(
+        self,
+        *args: Any,
+        table: Mapping[str, Row],
+        sections: Mapping[str, Sequence[str]] | None = None,
+        renamed: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **{"context_settings": HELP_OPTIONS, **kwargs})
+        self._table, self._renamed = table, renamed or {}
+        self._sections = {"Commands": tuple(table)} if sections is None else sections
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._table)
@@ -37,30 +101,112 @@ class LazyGroup(click.Group):
         try:
             command: click.Command = getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as error:
-            self._explain(cmd_name, error)
+            self._explain(ctx, cmd_name, error)
             raise
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command of a call. Raises click.UsageError, with the names that are close, if there is none."""
+        args = self._with_new_name(ctx, args)
+        if args[0] not in self._table and not ctx.resilient_parsing:
+            close = " or ".join(map(repr, get_close_matches(args[0], self._table)))
+            ctx.fail(f"No such command {args[0]!r}{close and f'; did you mean {close}?'}")
+        return super().resolve_command(ctx, args)
+
+    def _with_new_name(self, ctx: click.Context, args: list[str]) -> list[str]:
+        calls = [" ".join(args[:2]), args[0]]
+        if args[0] in self._table and self._names_file(self.get_command(ctx, args[0]), args[1:]):
+            calls = [f"{args[0]} FILE"]
+        old = next((call for call in calls if call in self._renamed), None)
+        if old is None:
+            return args
+        new = self._renamed[old]
+        words = old.removesuffix(" FILE")
+        if not ctx.resilient_parsing:
+            click.echo(f"{ctx.command_path}: {words!r} is called {new!r} now", err=True)
+        return [*new.split(), *args[len(words.split()) :]]
+
+    @staticmethod
+    def _names_file(command: click.Command | None, args: list[str]) -> bool:
+        """Report whether a call names a file where ``command`` takes the name of one of its commands."""
+        if not isinstance(command, LazyGroup) or not args or args[0] in command._table:
+            return False
+        words = [word for word in args if not word.startswith("-")] if args[0].startswith("-") else args[:1]
+        return any("." in word or Path(word).exists() for word in words)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, which may import more packages. Raises as ``get_command``."""
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            self._explain(ctx.invoked_subcommand or "", error)
+            self._explain(ctx, ctx.invoked_subcommand or "", error)
             raise
 
-    def _explain(self, name: str, error: ModuleNotFoundError) -> None:
+    def _explain(self, ctx: click.Context, name: str, error: ModuleNotFoundError) -> None:
         module, _, _, extra = self._table.get(name, ("", "", "", ""))
         package = (error.name or "").partition(".")[0]
         if extra and package != module.partition(".")[0]:
+            called = " ".join([*ctx.command_path.split()[1:], name])
             raise click.ClickException(
-                f"'{name}' needs {package}, which is not installed: pip install 'edgeadapt[{extra}]'"
+                f"{called!r} needs {package}, which is not installed: pip install 'edgeadapt[{extra}]'"
             ) from error
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete from the table, and options as every command does: no command is imported."""
+        names = [name for name in self._table if name.startswith(incomplete)]
+        return [
+            *(CompletionItem(name, help=self._table[name][2]) for name in names),
+            *click.Command.shell_complete(self, ctx, incomplete),
+        ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the lines of the table, so that ``--help`` imports no command."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, row[2]) for name, row in self._table.items()])
+        width = max(map(len, self._table))
+        for heading, names in self._sections.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name.ljust(width), self._table[name][2]) for name in names])
+
+
+class RenamedOption(click.Option):
+    """Accepts the name of a former version too, which no help shows."""
+
+    def __init__(self, *args: Any, former: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.former = former
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        shown = self.opts
+        self.opts = [*shown, self.former]
+        super().add_to_parser(parser, ctx)
+        self.opts = shown
+
+
+def option(*names: str, former: str = "", **settings: Any) -> Decorator:
+    """Add an option as ``click.option`` does, with the name of a former version."""
+    renamed: dict[str, Any] = {"cls": RenamedOption, "former": former} if former else {}
+    return click.option(*names, **renamed, **settings)
+
+
+def adapter(name: str, meaning: str, **settings: Any) -> Decorator:
+    """Add ``--adapter NAME``, which the command gets as ``name``."""
+    return option("--adapter", name, metavar="NAME", help=meaning, **settings)
+
+
+def bundle(meaning: str = "The bundle's folder.", *, new: bool = False, **settings: Any) -> Decorator:
+    """Add ``--bundle DIR``, by default ``$EDGEADAPT_BUNDLE`` or else ``./bundle``, which must exist unless ``new``."""
+
+    def check(context: click.Context, _: click.Parameter, folder: Path) -> Path:
+        defaulted = context.get_parameter_source("bundle") is ParameterSource.DEFAULT
+        if defaulted and not new and not folder.exists():
+            text = f"there is no ./{folder}: name the bundle's folder with --bundle DIR or EDGEADAPT_BUNDLE, or make it"
+            context.fail(f"{text} ('edgeadapt bundle make')")
+        return folder
+
+    default = "  [default: $EDGEADAPT_BUNDLE, else ./bundle]"
+    settings |= {"envvar": "EDGEADAPT_BUNDLE", "default": "bundle", "help": meaning + default, "callback": check}
+    return option("--bundle", type=FOLDER, metavar="DIR", **settings)
 
 
 class FiniteRange(click.FloatRange):
@@ -74,20 +220,28 @@ class FiniteRange(click.FloatRange):
 
 
 @contextmanager
-def plain_progress(now: Callable[[], str], file: IO[str], *, shown: bool = True) -> Iterator[None]:
-    """Print what is being done, every ``PERIOD`` seconds of the block, where no terminal shows it. Another thread calls
-    ``now``, which says it in a few words."""
+def plain_progress(now: Callable[[], str], file: IO[str], *, shown: bool = True) -> Iterator[Callable[[str], None]]:
+    """Yield what prints a line, where no terminal shows progress. After ``PERIOD`` silent seconds, another thread calls
+    ``now``, which says what is being done in a few words, and prints that."""
     began, ended = time.monotonic(), Event()
+    spoke = began
+
+    def say(line: str) -> None:
+        nonlocal spoke
+        if shown:
+            spoke = time.monotonic()
+            print(line, file=file, flush=True)
 
     def speak() -> None:
-        while not ended.wait(PERIOD):
-            print(f"{now()} ({time.monotonic() - began:.0f} s)", file=file, flush=True)
+        while not ended.wait(spoke + PERIOD - time.monotonic()):
+            if time.monotonic() >= spoke + PERIOD:
+                say(f"{now()} ({time.monotonic() - began:.0f} s)")
 
     speaker = Thread(target=speak, daemon=True)
     if shown:
         speaker.start()
     try:
-        yield
+        yield say
     finally:
         ended.set()
         if shown:
@@ -102,7 +256,8 @@ def status(label: str) -> Iterator[Callable[[str], None]]:
 
     # FORCE_COLOR makes rich take a pipe for a terminal. The file is fixed now: torch's is redirected while it traces.
     console, texts = Console(file=sys.stderr, force_terminal=sys.stderr.isatty()), [label]
-    plain = plain_progress(lambda: texts[0], console.file, shown=not console.is_terminal)
+    console.quiet = is_quiet()
+    plain = plain_progress(lambda: texts[0], console.file, shown=not console.is_terminal and not is_quiet())
     with console.status(label) as display, plain:
 
         def update(text: str) -> None:

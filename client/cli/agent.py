@@ -1,4 +1,4 @@
-"""``edgeadapt device agent``: take part in a federation through the coordinator's gateway."""
+"""``edgeadapt device run``: take part in a federation through the coordinator's gateway."""
 
 import logging
 import signal
@@ -23,8 +23,8 @@ def agent(state_dir: Path, gateway: str | None) -> None:
 
     \b
     Examples:
-      edgeadapt device agent --state kitchen --gateway fleet.example:9443
-      edgeadapt device agent --state kitchen --gateway a.fleet.example:9443,b.fleet.example:9443
+      edgeadapt device run --state kitchen --gateway fleet.example:9443
+      edgeadapt device run --state kitchen --gateway a.fleet.example:9443,b.fleet.example:9443
     """
     from client.gateway.agent import Agent
 

@@ -18,6 +18,7 @@ from client.inference.guide import Guide, GuideKind
 from client.inference.text import Answer, SamplingParams
 from client.learning import Correction, Learner
 from client.training.trainer import MAX_STEPS
+from edgeadapt import commandline
 from edgeadapt.formats.storage import read
 
 HELP = """\
@@ -36,10 +37,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 def sampling(command: F) -> F:
     """Add an option for each field of ``client.inference.SamplingParams``; ``params_of`` reads them."""
     for option in (
-        click.option("--grammar", type=options.FILE, metavar="FILE", help="Answer by this Lark grammar."),
+        click.option("--grammar", type=commandline.FILE, metavar="FILE", help="Answer by this Lark grammar."),
         click.option("--regex", metavar="PATTERN", help="Answer with a text that matches PATTERN as a whole."),
         click.option(
-            "--json-schema", type=options.FILE, metavar="FILE", help="Answer with JSON that matches this schema."
+            "--json-schema", type=commandline.FILE, metavar="FILE", help="Answer with JSON that matches this schema."
         ),
         click.option(
             "--beams",
@@ -93,15 +94,15 @@ def _text(path: Path) -> str:
 
 
 @click.command()
-@options.bundle
-@click.option("--adapter", metavar="NAME", help="One, or NAME:WEIGHT+NAME for several. Default: personal, else global.")
+@commandline.bundle()
+@commandline.adapter("adapter", "One, or NAME:WEIGHT+NAME for several as one. Default: personal, else global.")
 @click.option("--base-only", is_flag=True, help="Use no adapter.")
 @options.trust
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @sampling
 @click.option("--prompt", metavar="TEXT", help="Answer TEXT and quit.")
 @click.option("--teach", metavar="ANSWER", help="ANSWER is right to --prompt: learn that on this device.")
-@options.as_json
+@commandline.as_json
 def chat(
     bundle: Path,
     adapter: str | None,

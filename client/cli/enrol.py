@@ -6,6 +6,7 @@ import click
 
 from aggregation.errors import ConfigError
 from client.cli import options
+from edgeadapt import commandline
 from edgeadapt.formats import storage
 from edgeadapt.formats.settings import overridden
 
@@ -26,12 +27,13 @@ LONGEST = 2**16  # bytes of a certificate or key
 )
 @click.option("--name", metavar="DEVICE", help="Without --token-file: the device's name in its certificate.")
 @click.option(
-    "--authority", type=options.FILE, metavar="FILE", help="Without --token-file: the authority's certificate."
+    "--authority", type=commandline.FILE, metavar="FILE", help="Without --token-file: the authority's certificate."
 )
 @click.option(
-    "--coordinator", type=options.FILE, metavar="FILE", help="Without --token-file: the coordinator's public key."
+    "--coordinator", type=commandline.FILE, metavar="FILE", help="Without --token-file: the coordinator's public key."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of device.toml; may be repeated.")
+@commandline.as_json
 def enrol(
     state_dir: Path,
     base: str,
@@ -41,6 +43,7 @@ def enrol(
     authority: Path | None,
     coordinator: Path | None,
     overrides: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Create the state directory of this device: its keys, its trust anchors, and its settings.
 
@@ -64,43 +67,63 @@ def enrol(
             text = "the token has the name and both trust anchors: leave the others out"
             raise ConfigError(text, about="--token-file")
         token = options.secret_line(token_file, LONGEST)
-        _with_token(state_dir, table | ({"gateway": gateway} if gateway else {}), token)
+        _with_token(state_dir, table | ({"gateway": gateway} if gateway else {}), token, as_json)
         return
     if gateway:
         raise ConfigError("--gateway goes with --token-file", about="--gateway")
     if not (name and authority and coordinator):
         text = "give --token-file, or all of --name, --authority and --coordinator"
         raise ConfigError(text, about="--token-file")
-    _with_request(state_dir, table, name, storage.read(authority, LONGEST), storage.read(coordinator, LONGEST))
+    anchors = storage.read(authority, LONGEST), storage.read(coordinator, LONGEST)
+    _with_request(state_dir, table, name, anchors, as_json)
 
 
-def _with_request(state_dir: Path, table: dict[str, object], name: str, authority: bytes, coordinator: bytes) -> None:
+def _with_request(
+    state_dir: Path, table: dict[str, object], name: str, pinned: tuple[bytes, bytes], as_json: bool
+) -> None:
     from aggregation.entropy import SystemEntropy
     from client.node.enrolment import REQUEST, TrustAnchors
     from client.node.enrolment import enrol as create
     from client.node.statedir import DeviceSettings
 
-    settings, anchors = DeviceSettings.parse(table, "--set"), TrustAnchors(authority, coordinator)
+    settings, anchors = DeviceSettings.parse(table, "--set"), TrustAnchors(*pinned)
     key = create(state_dir, name, settings, anchors, SystemEntropy())
-    _show(anchors.authority, anchors.coordinator)
-    click.echo(f"{name} has the key {key.key_id}: send {state_dir / REQUEST} to the authority")
+    shown, request = _fingerprints(*pinned), state_dir / REQUEST
+    commandline.print_result(
+        {"device": name, "key": key.key_id, "state": str(state_dir), "request": str(request), **shown},
+        f"{_lines(shown)}\n{name} has the key {key.key_id}: send {request} to the authority",
+        as_json,
+    )
 
 
-def _with_token(state_dir: Path, table: dict[str, object], token: str) -> None:
+def _with_token(state_dir: Path, table: dict[str, object], token: str, as_json: bool) -> None:
     from aggregation.entropy import SystemEntropy
     from client.gateway.enrolment import enrol_with
     from client.node.statedir import DeviceSettings, DeviceStateDir
     from edgeadapt.formats.gateway.invitation import read_invitation
 
     invitation = read_invitation(token)
-    _show(*invitation.to_pem())
+    shown = _fingerprints(*invitation.to_pem())
+    if not as_json:
+        click.echo(_lines(shown))
     name, end = enrol_with(invitation, state_dir, DeviceSettings.parse(table, "--set"), SystemEntropy())
-    click.echo(f"{name} has the key {DeviceStateDir.open(state_dir).identity.public.key_id}")
-    click.echo(f"{name} is enrolled until {end:%Y-%m-%d}: start 'edgeadapt device agent --state {state_dir}'")
+    key = DeviceStateDir.open(state_dir).identity.public.key_id
+    commandline.print_result(
+        {"device": name, "key": key, "state": str(state_dir), "until": end.isoformat(), **shown},
+        f"{name} has the key {key}\n"
+        f"{name} is enrolled until {end:%Y-%m-%d}: start 'edgeadapt device run --state {state_dir}'",
+        as_json,
+    )
 
 
-def _show(authority: bytes, coordinator: bytes) -> None:
+def _fingerprints(authority: bytes, coordinator: bytes) -> dict[str, str]:
     from aggregation.pki import PublicKey, Root
 
-    click.echo(f"authority    {Root.from_pem(authority).fingerprint}")
-    click.echo(f"coordinator  {PublicKey.from_pem(coordinator).key_id}")
+    return {
+        "authority": Root.from_pem(authority).fingerprint,
+        "coordinator": PublicKey.from_pem(coordinator).key_id,
+    }
+
+
+def _lines(fingerprints: dict[str, str]) -> str:
+    return "\n".join(f"{party:<12} {value}" for party, value in fingerprints.items())

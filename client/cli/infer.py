@@ -14,28 +14,26 @@ from client.inference.generate import Generator
 from client.inference.library import Library
 from client.inference.session import ClassificationSession
 from client.inference.text import SamplingParams
+from edgeadapt import commandline
 
 
 @click.command()
-@options.bundle
-@click.option(
-    "--adapter",
+@commandline.bundle()
+@commandline.adapter(
     "names",
+    "One, or NAME:WEIGHT+NAME for several as one; may be repeated. Default: the personal adapter, else the global one.",
     multiple=True,
-    metavar="NAME",
-    help="May be repeated. Default: the personal adapter, else the global one.",
+    former="--compose",
 )
-@click.option("--compose", metavar="PARTS", help="Several adapters as one: NAME:WEIGHT+NAME:WEIGHT.")
 @options.trust
 @click.option("--top", default=1, type=click.IntRange(1, 1000), metavar="N", help="Show the N most likely intents.")
 @click.option("--max-tokens", default=64, metavar="N", help="Limit of a continuation.", show_default=True)
 @click.option("--teach", "label", metavar="LABEL", help="LABEL is right: learn that on this device.")
-@options.as_json
+@commandline.as_json
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
 def infer(
     bundle: Path,
     names: tuple[str, ...],
-    compose: str | None,
     trust: Path | None,
     top: int,
     max_tokens: int,
@@ -62,20 +60,19 @@ def infer(
       edgeadapt device infer --bundle runs/demo/bundle "turn on the kitchen lights"
       edgeadapt device infer --bundle runs/demo/bundle --top 3 "is the door locked" "make it warmer"
       edgeadapt device infer --bundle runs/demo/devices/en-01/bundle --adapter global --adapter personal "movie night"
-      edgeadapt device infer --bundle runs/demo/devices/en-01/bundle --compose global:0.5+personal "movie night"
+      edgeadapt device infer --bundle runs/demo/devices/en-01/bundle --adapter global:0.5+personal "movie night"
       edgeadapt device infer --bundle runs/demo/bundle --json - < phrases.txt
       edgeadapt device infer --bundle phone/bundle --teach HassTurnOn "make it bright in here"
     """
     phrases = _phrases(texts)
     if label is not None:
-        _teach(bundle, names, compose, trust, phrases, label, as_json)
+        _teach(bundle, names, trust, phrases, label, as_json)
         return
     library = Library.open(bundle, trust)
-    adapters = (*names, *(() if compose is None else (compose,)))
     if library.manifest.task == "text-generation":
-        answers, lines = _continue(library, adapters, phrases, max_tokens), _continuations
+        answers, lines = _continue(library, names, phrases, max_tokens), _continuations
     else:
-        answers, lines = _classify(library, adapters, phrases, top), _table
+        answers, lines = _classify(library, names, phrases, top), _table
         if not as_json:
             unread = {answer["text"]: answer["unread"] for result in answers for answer in result["answers"]}
             for text, count in unread.items():
@@ -86,7 +83,6 @@ def infer(
 def _teach(
     bundle: Path,
     names: tuple[str, ...],
-    compose: str | None,
     trust: Path | None,
     phrases: list[str],
     label: str,
@@ -95,8 +91,8 @@ def _teach(
     from client.cli.learn import teach  # a phrase is answered sooner without what learns
     from client.learning import Correction
 
-    if compose is not None or len(names) > 1:
-        raise ConfigError("one adapter learns at a time: name it with --adapter, without --compose", about="--teach")
+    if len(names) > 1 or "+" in "".join(names):
+        raise ConfigError("one adapter learns at a time: name it with --adapter", about="--teach")
     corrections = [Correction(text, label) for text in phrases]
     teach(bundle, trust, names[0] if names else None, corrections, as_json, task="text-classification")
 

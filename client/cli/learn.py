@@ -16,20 +16,23 @@ from client.learning import Answers, Correction, Learned, Learner, Personalized,
 from client.learning.learner import Learnt, bits
 from client.training.control import TrainingControl
 from client.training.examples import read_examples
-from client.training.personal import PersonalMethod, PersonalStep
+from client.training.personal import FINE_TUNE, PersonalStep
+from edgeadapt import commandline
 from edgeadapt.commandline import FiniteRange
 from edgeadapt.formats.manifest import Task
 from edgeadapt.formats.phrases import read_phrases
 
 
 @click.command()
-@options.bundle
-@click.option("--adapter", "name", metavar="NAME", help="The adapter that learns. Default: the one in use.")
+@commandline.bundle()
+@commandline.adapter("name", "The adapter that learns. Default: the one in use.")
 @options.trust
 @click.option("--undo", is_flag=True, help="Go back to the adapter before the last lesson.")
-@click.option("--compare", type=options.FILE, metavar="EXAMPLES", help="Of a language model: show these texts' bits.")
-@options.as_json
-@click.argument("file", required=False, type=options.FILE, metavar="[FILE]")
+@click.option(
+    "--compare", type=commandline.FILE, metavar="EXAMPLES", help="Of a language model: show these texts' bits."
+)
+@commandline.as_json
+@click.argument("file", required=False, type=commandline.FILE, metavar="[FILE]")
 def learn(
     bundle: Path,
     name: str | None,
@@ -43,7 +46,7 @@ def learn(
     on this device, and is in use at once. For a language model, lines of an answer, a tab and the prompt.
 
     A bundle without a private adapter gets one, made from the adapter in use. What is learned stays on this device, in
-    the folder 'learned' next to the bundle. The base must have a training graph (`edgeadapt export base --training`).
+    the folder 'learned' next to the bundle. The base must have a training graph (`edgeadapt bundle make --training`).
 
     Printed are the corrections, and which of the other known phrases are answered otherwise than before. Of a language
     model: bits per byte before and after, of the answers, of earlier ones, and of the texts in EXAMPLES, such as
@@ -150,15 +153,16 @@ def _one_line(text: str) -> str:
 
 
 @click.command()
-@options.bundle
-@click.option("--adapter", "name", metavar="NAME", help="The global adapter to start from, if there are several.")
+@commandline.bundle()
+@commandline.adapter("name", "The global adapter to start from, if there are several.")
 @options.trust
 @click.option(
     "--method",
-    type=click.Choice([method.value for method in PersonalMethod]),
-    default=PersonalMethod.FINE_TUNE.value,
+    metavar="NAME",
+    default=FINE_TUNE,
     show_default=True,
-    help="Train all parts; fit a classifier's head by a regression alone; both; or go halfway.",
+    help="fine-tune: train all parts; of a classifier ridge: fit its head by a regression alone; ensemble: both; "
+    "interpolate: go halfway; or one that an installed package adds.",
 )
 @click.option("--epochs", type=click.IntRange(1, 100), default=3, show_default=True, help="Passes over the examples.")
 @click.option(
@@ -191,8 +195,8 @@ def _one_line(text: str) -> str:
     metavar="SHARE",
     help="Compute for this share of the time, and pause after each step, to save a battery.",
 )
-@options.as_json
-@click.argument("file", type=options.FILE, metavar="EXAMPLES")
+@commandline.as_json
+@click.argument("file", type=commandline.FILE, metavar="EXAMPLES")
 def personalize(
     bundle: Path,
     name: str | None,
@@ -222,7 +226,7 @@ def personalize(
       edgeadapt device personalize --bundle phone/bundle --method ridge examples.jsonl
       edgeadapt device personalize --bundle phone/bundle --epochs 20 --patience 2 --duty-cycle 0.3 examples.jsonl
     """
-    how = PersonalStep(epochs, scale, PersonalMethod(method), patience=patience)
+    how = PersonalStep(epochs, scale, method, patience=patience)
     with Learner.open(bundle, trust, name) as learner:
         control = TrainingControl(seconds or math.inf, duty_cycle)
         outcome = learner.personalize(file, how, learning_rate, control)

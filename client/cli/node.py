@@ -10,6 +10,7 @@ import click
 
 from aggregation.errors import ConfigError, of_file
 from client.cli import options
+from edgeadapt import commandline
 from edgeadapt.formats import storage
 
 WIDTH = 18
@@ -21,9 +22,12 @@ FORGETTING = (
 
 @click.command()
 @options.state_dir
-@click.option("--certificate", type=options.FILE, metavar="FILE", help="From 'edgeadapt authority issue'.")
-@click.option("--revoked", type=options.FILE, metavar="FILE", help="Revocation list; each offer brings one as well.")
-def install(state_dir: Path, certificate: Path | None, revoked: Path | None) -> None:
+@click.option("--certificate", type=commandline.FILE, metavar="FILE", help="From 'edgeadapt authority issue'.")
+@click.option(
+    "--revoked", type=commandline.FILE, metavar="FILE", help="Revocation list; each offer brings one as well."
+)
+@commandline.as_json
+def install(state_dir: Path, certificate: Path | None, revoked: Path | None, as_json: bool) -> None:
     """Install the certificate of this device, or the authority's revocation list.
 
     \b
@@ -35,20 +39,23 @@ def install(state_dir: Path, certificate: Path | None, revoked: Path | None) -> 
 
     if certificate is None and revoked is None:
         raise ConfigError("nothing to install: give --certificate or --revoked", about="--certificate")
-    opened = DeviceStateDir.open(state_dir)
+    opened, row, lines = DeviceStateDir.open(state_dir), {}, []
     if revoked is not None:
         with of_file(revoked):
             opened.revoke(storage.read(revoked, LONGEST))
-        click.echo("revocation list installed")
+        row["revoked"] = str(revoked)
+        lines.append("revocation list installed")
     if certificate is not None:
         with of_file(certificate):
             name, end = install_certificate(opened, storage.read(certificate, LONGEST), datetime.now(UTC))
-        click.echo(f"{name} is enrolled until {end:%Y-%m-%d}")
+        row |= {"device": name, "until": end.isoformat()}
+        lines.append(f"{name} is enrolled until {end:%Y-%m-%d}")
+    commandline.print_result(row, "\n".join(lines), as_json)
 
 
 @click.command()
 @options.state_dir
-@options.as_json
+@commandline.as_json
 def policy(state_dir: Path, as_json: bool) -> None:
     """Print the policy in force, from [policy] in device.toml; * marks a limit that differs from its default.
 
@@ -98,7 +105,8 @@ def policy(state_dir: Path, as_json: bool) -> None:
 @click.command()
 @options.state_dir
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def forget(state_dir: Path, yes: bool) -> None:
+@commandline.as_json
+def forget(state_dir: Path, yes: bool, as_json: bool) -> None:
     """Leave the session, and delete what this device remembers of the coordinator: its log, the last adapter, and the
     parts of adapters that it trained without sharing them.
 
@@ -117,7 +125,8 @@ def forget(state_dir: Path, yes: bool) -> None:
         raise ConfigError("nothing was deleted: the answer was no", about="--yes")
     with opened.locked():
         opened.forget()
-    click.echo("deleted; this device accepts the coordinator's next offer as its first")
+    line = "deleted; this device accepts the coordinator's next offer as its first"
+    commandline.print_result({"forgotten": str(state_dir)}, line, as_json)
 
 
 def _confirmed() -> bool:

@@ -9,19 +9,16 @@ from typing import cast
 import click
 
 from aggregation.errors import DataError
+from edgeadapt.commandline import FOLDER
 
-FOLDER = click.Path(path_type=Path)
-FILE = click.Path(path_type=Path, dir_okay=False)
 FILE_OR_INPUT = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
 state_dir = click.option(
     "--state", "state_dir", type=FOLDER, required=True, metavar="DIR", help="The device's state directory."
 )
-bundle = click.option("--bundle", type=FOLDER, required=True, metavar="DIR", help="The bundle's folder.")
 trust = click.option(
     "--trust", type=FOLDER, metavar="FILE", help="Pinned public keys. Default: trust.pem next to the bundle."
 )
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 def words(label: str) -> str:

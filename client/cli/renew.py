@@ -8,13 +8,14 @@ import click
 
 from aggregation.errors import ConfigError
 from client.cli import options
+from edgeadapt import commandline
 from edgeadapt.formats import storage
 
 
 @click.command()
 @options.state_dir
 @click.option("--renewal", metavar="HOST:PORT", help="Of the authority's service. Default: 'renewal' in device.toml.")
-@options.as_json
+@commandline.as_json
 def renew(state_dir: Path, renewal: str | None, as_json: bool) -> None:
     """Have the certificate of this device renewed, if it is in the last third of its validity.
 

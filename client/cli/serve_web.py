@@ -1,4 +1,4 @@
-"""``edgeadapt device serve-web``: serves the page that runs a bundle in a browser."""
+"""``edgeadapt device web``: serves the page that runs a bundle in a browser."""
 
 from pathlib import Path
 
@@ -6,10 +6,11 @@ import click
 
 from client.browser.server import Site, http_server
 from client.cli import options
+from edgeadapt import commandline
 
 
 @click.command("serve-web")
-@options.bundle
+@commandline.bundle()
 @options.trust
 @click.option(
     "--gateway", default="", metavar="URL", help="Let the page connect there too: wss://HOST:PORT of a coordinator."
@@ -23,10 +24,18 @@ from client.cli import options
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option(
-    "--export", "out", type=options.FOLDER, metavar="DIR", help="Write the page and bundle to DIR; do not serve."
+    "--export", "out", type=commandline.FOLDER, metavar="DIR", help="Write the page and bundle to DIR; do not serve."
 )
+@commandline.as_json
 def serve_web(
-    bundle: Path, trust: Path | None, gateway: str, enrolment: str, host: str, port: int, out: Path | None
+    bundle: Path,
+    trust: Path | None,
+    gateway: str,
+    enrolment: str,
+    host: str,
+    port: int,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Serve a page that verifies the bundle and runs it in the browser, or export the page to a folder.
 
@@ -35,14 +44,15 @@ def serve_web(
 
     \b
     Examples:
-      edgeadapt device serve-web --bundle runs/demo/bundle
-      edgeadapt device serve-web --bundle runs/demo/bundle --export site
+      edgeadapt device web --bundle runs/demo/bundle
+      edgeadapt device web --bundle runs/demo/bundle --export site
     """
     site = Site.of(bundle, trust, gateway, enrolment)
     if out is not None:
         site.export(out)
-        click.echo(f"wrote {out}")
+        commandline.print_result({"folder": str(out)}, f"wrote {out}", as_json)
         return
     with http_server(site, host, port) as serving:
-        click.echo(f"serving at http://{host}:{serving.server_port}/ until Ctrl-C")
+        url = f"http://{host}:{serving.server_port}/"
+        commandline.print_result({"url": url}, f"serving at {url} until Ctrl-C", as_json)
         serving.serve_forever()

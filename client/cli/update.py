@@ -9,16 +9,17 @@ from aggregation.entropy import SystemEntropy
 from client.cli import options
 from client.updates import ChannelSource, follow
 from client.updates import update as bring
+from edgeadapt import commandline
 
 
 @click.command()
-@options.bundle
+@commandline.bundle()
 @options.trust
 @click.option("--repository", metavar="URL|DIR", help="The repository's public folder. Needed once, with the next two.")
 @click.option("--channel", metavar="NAME", help="The channel to follow, such as stable.")
-@click.option("--root", type=options.FILE, metavar="FILE", help="root.json of the repository, to pin.")
+@click.option("--root", type=commandline.FILE, metavar="FILE", help="root.json of the repository, to pin.")
 @click.option("--language", metavar="CODE", help="The device's language, such as de, for rollouts; needed once.")
-@options.as_json
+@commandline.as_json
 def update(
     bundle: Path,
     trust: Path | None,

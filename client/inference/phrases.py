@@ -67,10 +67,17 @@ class PhraseReader:
         """
         return self._share(self._tokenizer.encode(checked(text)))
 
-    def _share(self, encoding: Encoding) -> float:
+    def known(self, text: str) -> tuple[int, int]:
+        """Count the tokens of a text that the tokenizer knows, and all of them, as ``unknown_share`` counts."""
+        counted = self._counted(self._tokenizer.encode(checked(text)))
+        return sum(token != self._unknown for token in counted), len(counted)
+
+    def _counted(self, encoding: Encoding) -> list[int]:
         read = zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, strict=True)
-        silent = self._special
-        counted = [token for token, piece, added in read if not (added or token in silent or piece in WHITE_SPACE)]
+        return [token for token, piece, added in read if not (added or token in self._special or piece in WHITE_SPACE)]
+
+    def _share(self, encoding: Encoding) -> float:
+        counted = self._counted(encoding)
         return sum(token == self._unknown for token in counted) / len(counted) if counted else 1.0
 
 

@@ -38,9 +38,9 @@ from client.training import graphengine
 from client.training.control import UNLIMITED, TrainingCheckpoint, TrainingControl
 from client.training.examples import MAX_TEXT, Example, Score, Split, encode_examples, in_split, read_examples
 from client.training.personal import (
+    FINE_TUNE,
     Candidate,
     Choice,
-    PersonalMethod,
     PersonalStep,
     Rehearsal,
     in_own_words,
@@ -533,7 +533,7 @@ class _Texts:
 
     def step(self, how: PersonalStep) -> PersonalStep:
         """Make a personal adapter in any case: ``is_best`` chooses."""
-        if how.method is not PersonalMethod.FINE_TUNE:
+        if how.method != FINE_TUNE:
             raise ConfigError("a language model has no head to fit: leave out --method", about="--method")
         return replace(how, choice=Choice.NEVER)
 

@@ -1,4 +1,5 @@
-"""The engines with which a device trains: torch on the base itself, or a training graph on the base of a bundle.
+"""The engines with which a device trains: torch on the base itself, a training graph on the base of a bundle, or the
+loop of a model that a package adds.
 
 Each is imported when it is needed: torch takes seconds, and a device with a bundle need not have it.
 """
@@ -10,8 +11,9 @@ from typing import cast
 from cachetools import LRUCache, cached
 
 from client.training.trainer import ClassifierTrainer, FrozenBase, LanguageTrainer, Trainer
+from edgeadapt.bases.base import OwnModel
 from edgeadapt.formats.bundle import VerifiedBase
-from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.peftconfig import OWN, PeftConfig
 
 TrainerOf = Callable[[FrozenBase, int, PeftConfig], Trainer]  # base, labels, configuration → the trainer
 
@@ -30,6 +32,10 @@ def open_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> Trainer:
             the mean of its tokens, or the method cannot be trained with it.
         TrustError: A file of the bundle changed since it was verified.
     """
+    if config.peft_type == OWN or isinstance(base, OwnModel):
+        from client.training import ownmodel
+
+        return ownmodel.classifier(base, labels, config)
     if isinstance(base, VerifiedBase):
         from client.training import graphengine
 

@@ -69,7 +69,7 @@ class GraphEngine:
         """
         if TRAINING not in base.manifest.files:
             raise ConfigError(
-                f"the base in {base.folder} has no training graph: export it with 'export base --training', or name "
+                f"the base in {base.folder} has no training graph: export it with 'bundle make --training', or name "
                 "the base itself and install the extra train",
                 about=TRAINING,
             )

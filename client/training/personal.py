@@ -14,9 +14,11 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from aggregation.errors import DataError, EdgeAdaptError
 from client.training.control import UNLIMITED, TrainingControl
 from client.training.examples import Example, Score, Split, in_split
 from client.training.trainer import ClassifierTrainer
+from edgeadapt.extensions import Extensions
 from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.rounds.analytic import ClassifierHead, refit
 from edgeadapt.rounds.ridge import EmbeddingMoments, moments_of
@@ -53,13 +55,7 @@ class Personalization:
     scores: Mapping[Candidate, Score]
 
 
-class PersonalMethod(Enum):
-    """How a device makes its personal adapter from the global one."""
-
-    FINE_TUNE = "fine-tune"  # trains all parts
-    RIDGE = "ridge"  # fits the head by one regression (``with_own_head``)
-    ENSEMBLE = "ensemble"  # the fine-tuned adapter with the sum of both heads (``with_both_heads``)
-    INTERPOLATE = "interpolate"  # between the global adapter and the fine-tuned one
+FINE_TUNE = "fine-tune"
 
 
 class Choice(Enum):
@@ -75,18 +71,68 @@ class PersonalStep:
     """The personal step.
 
     Args:
-        share: Of ``INTERPOLATE``: of the fine-tuned adapter, 0 to 1 (Wortsman et al. 2022, "Robust fine-tuning of
+        method: The name of one of ``METHODS``, which makes the personal adapter from the global one.
+        share: Of "interpolate": of the fine-tuned adapter, 0 to 1 (Wortsman et al. 2022, "Robust fine-tuning of
             zero-shot models").
         patience: Epochs without a lower loss on the held-out examples after which training ends, with the best adapter
             until then (Prechelt 1998, "Early stopping - but when?"); 0: never. Not used without held-out examples.
     """
 
-    epochs: int  # passes over the training examples; not used by ``RIDGE``
-    scale: float  # logit of a score of 1, for ``RIDGE`` and ``ENSEMBLE``; equal to the federation's rounds'
-    method: PersonalMethod = PersonalMethod.FINE_TUNE
+    epochs: int  # passes over the training examples; not used by "ridge"
+    scale: float  # logit of a score of 1, for "ridge" and "ensemble"; equal to the federation's rounds'
+    method: str = FINE_TUNE
     share: float = 0.5
     choice: Choice = Choice.BEST
     patience: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PersonalInputs:
+    """What a method makes a personal adapter of."""
+
+    trainer: ClassifierTrainer
+    shared: Tensors  # the global adapter
+    examples: Sequence[Example]  # of the device, all splits
+    how: PersonalStep
+    task: Task  # settings of the training
+    train: Callable[..., Tensors]  # ``Trainer.train`` with order and limits of the device
+
+    @property
+    def own(self) -> tuple[Example, ...]:
+        """Return the training examples; the others choose between the candidates."""
+        return in_split(self.examples, Split.TRAIN)
+
+    def tuned(self) -> Tensors:
+        """Train all parts of the global adapter for the epochs of the step."""
+        if not self.how.epochs:
+            return self.shared
+        return self.train(self.shared, self.own, self.task, epochs=self.how.epochs)
+
+
+Method = Callable[[PersonalInputs], Tensors]  # returns tensors in the layout of the global adapter
+
+
+def _ridge(inputs: PersonalInputs) -> Tensors:
+    """Fit the head by one regression."""
+    return with_own_head(inputs.trainer, inputs.shared, inputs.examples, scale=inputs.how.scale)
+
+
+def _ensemble(inputs: PersonalInputs) -> Tensors:
+    """Sum the heads of the fine-tuned adapter and of the regression."""
+    return with_both_heads(inputs.trainer, inputs.tuned(), inputs.shared, inputs.examples, scale=inputs.how.scale)
+
+
+def _interpolate(inputs: PersonalInputs) -> Tensors:
+    """Go part of the way from the global adapter to the fine-tuned one."""
+    return _between(inputs.shared, inputs.tuned(), inputs.how.share)
+
+
+METHODS = Extensions[Method](
+    "edgeadapt.personal_steps",
+    "personal step",
+    "method",
+    {FINE_TUNE: PersonalInputs.tuned, "ridge": _ridge, "ensemble": _ensemble, "interpolate": _interpolate},
+)
 
 
 def personalize(  # noqa: PLR0913  # three of them by name
@@ -117,15 +163,17 @@ def personalize(  # noqa: PLR0913  # three of them by name
         the most personal one by a sign test (``better_by_chance``) at ``CHANCE``; it, if there are none. Without
         held-out examples the most personal candidate.
 
-    Raises DataError as ``Trainer.train`` and ``with_own_head``.
+    Raises DataError as ``Trainer.train`` and ``with_own_head``, or a method of others failed or returned other tensors
+    than an adapter has; ConfigError: the method is not installed.
     """
+    method = METHODS.find(how.method)
     adapters, held_out = dict(candidates), in_split(examples, Split.VALIDATION)
     if how.patience and held_out:
         control = replace(control, patience=how.patience, held_out=lambda found: trainer.score(found, held_out).loss)
-    if how.epochs or how.method is not PersonalMethod.FINE_TUNE:
+    if how.epochs or how.method != FINE_TUNE:
         train = partial(trainer.train, rng=rng, control=control)
         shared = candidates[Candidate.GLOBAL]
-        own = _personal(trainer, shared, examples, task, how, train)
+        own = _applied(method, PersonalInputs(trainer, shared, examples, how, task, train))
         if (kept := _remembering(trainer, shared, own, plain)) is not None:
             adapters[Candidate.PERSONAL] = kept
     scores = {candidate: trainer.score(adapter, held_out) for candidate, adapter in adapters.items()}
@@ -175,26 +223,19 @@ def in_own_words(trainer: ClassifierTrainer, examples: Sequence[Example], own: S
     return [examples[i] for i in sorted(range(len(examples)), key=lambda i: -shares[i])]
 
 
-def _personal(
-    trainer: ClassifierTrainer,
-    shared: Tensors,
-    examples: Sequence[Example],
-    task: Task,
-    how: PersonalStep,
-    train: Callable[..., Tensors],
-) -> Tensors:
-    if how.method is PersonalMethod.RIDGE:
-        return with_own_head(trainer, shared, examples, scale=how.scale)
-    tuned = shared
-    if how.epochs:
-        tuned = train(shared, in_split(examples, Split.TRAIN), task, epochs=how.epochs)
-    match how.method:
-        case PersonalMethod.FINE_TUNE:
-            return tuned
-        case PersonalMethod.ENSEMBLE:
-            return with_both_heads(trainer, tuned, shared, examples, scale=how.scale)
-        case PersonalMethod.INTERPOLATE:
-            return _between(shared, tuned, how.share)
+def _applied(method: Method, inputs: PersonalInputs) -> Tensors:
+    name = f"the personal step {inputs.how.method!r}"
+    try:
+        own = method(inputs)
+    except EdgeAdaptError:
+        raise
+    except Exception as error:  # of a method of others
+        raise DataError(f"{name} failed: {type(error).__name__}: {error}", about="method") from error
+    try:
+        Layout.of(inputs.shared).check(own)
+    except DataError as error:
+        raise DataError(f"{name} made another adapter than it got: {error}", about="method") from error
+    return own
 
 
 def _between(shared: Tensors, own: Tensors, share: float) -> Tensors:

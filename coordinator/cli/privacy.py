@@ -1,4 +1,4 @@
-"""``edgeadapt privacy``: what differential privacy costs, before a federation is run."""
+"""``edgeadapt simulate privacy``: what differential privacy costs, before a federation is run."""
 
 import json
 import math
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from aggregation.errors import ConfigError
+from edgeadapt.commandline import FILE, as_json
 from edgeadapt.formats.settings import overridden
 
 if TYPE_CHECKING:
     from coordinator.settings import FederationSettings
 
-FILE = click.Path(path_type=Path, dir_okay=False)
 HEAD = "devices  survive  honest  multiplier  epsilon  if all survive  noise/clip norm  bits  bytes up"
 
 
@@ -36,17 +36,7 @@ class CohortPlan:
     price: float  # ``noise`` over that of a round with one sum
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def privacy() -> None:
-    """Plan the differential privacy of a federation.
-
-    \b
-    Example:
-      edgeadapt privacy plan --numbers 50000 --set privacy.mechanism=skellam --set privacy.epsilon=8
-    """
-
-
-@privacy.command(short_help="Print noise and epsilon for sizes of a cohort.")
+@click.command()
 @click.option("--numbers", type=click.IntRange(1, 2**27), required=True, help="Numbers in an update.")
 @click.option(
     "--devices",
@@ -58,8 +48,8 @@ def privacy() -> None:
 )
 @click.option("--settings", type=FILE, metavar="FILE", help="A federation.toml; the defaults without it.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of the settings; may be repeated.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def plan(
+@as_json
+def privacy(
     numbers: int, devices: tuple[int, ...], settings: Path | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Print, for each size of a cohort, the noise and the epsilon of all rounds, and how large the noise is.
@@ -69,8 +59,8 @@ def plan(
 
     \b
     Examples:
-      edgeadapt privacy plan --numbers 50000 --set privacy.mechanism=skellam --set privacy.epsilon=8 --set rounds=5
-      edgeadapt privacy plan --numbers 50000 --settings fleet/federation.toml --devices 40 --devices 400
+      edgeadapt simulate privacy --numbers 50000 --set privacy.mechanism=skellam --set privacy.epsilon=8 --set rounds=5
+      edgeadapt simulate privacy --numbers 50000 --settings fleet/federation.toml --devices 40 --devices 400
     """
     from coordinator.settings import FederationSettings
 

@@ -123,7 +123,7 @@ class Registry:
     ) -> Version:
         """Keep a round's record, the version that it produced and the optimizer's state, all of them or none.
 
-        ``blob``: the new version's safetensors bytes; ``optimizer_state``: from ``optimizer.to_tensors``. Raises
+        ``blob``: the new version's safetensors bytes; ``optimizer_state``: ``optimizer.State``. Raises
         DataError: record, manifest and blob contradict each other or what is stored. Raises ConfigError: the registry
         does not trust ``key``. Raises EdgeAdaptError: the store failed; nothing was changed.
         """

@@ -26,7 +26,6 @@ from edgeadapt.formats.layout import Layout
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.registryfiles import RegistryFiles
 from edgeadapt.rounds import combination, optimizer, taskkinds
-from edgeadapt.rounds.optimizer import Stateless
 from edgeadapt.rounds.roundtask import RoundTask, ServerStep, SummedRound, distance
 from edgeadapt.rounds.taskkinds import KINDS
 
@@ -49,7 +48,7 @@ class Recomputation:
 
     registry: RegistryFiles
     state: tuple[int, optimizer.State] | None = field(default=None, repr=False)
-    rules: set[optimizer.Settings] = field(default_factory=set)
+    rules: set[optimizer.ServerOptimizer] = field(default_factory=set)
     still: dict[int, str] = field(default_factory=dict)
 
     def check(self, report: Report) -> Finding:
@@ -144,14 +143,16 @@ class Recomputation:
         if moved < least:
             self.still[produced.place.round] = f"by {moved:.2g}, less than {least:.2g}"
 
-    def _state_before(self, rule: optimizer.Settings, produced: ProducedAdapter, size: int) -> optimizer.State | None:
+    def _state_before(
+        self, rule: optimizer.ServerOptimizer, produced: ProducedAdapter, size: int
+    ) -> optimizer.State | None:
         """Return the optimizer's state before a step, if it is known."""
         start, last = optimizer.start(rule, size), self.state
-        if isinstance(start, Stateless) or produced.before[0] == 0:
+        if not start or produced.before[0] == 0:
             return start
         if last is None or last[0] != produced.before[0]:
             return None
-        return start if isinstance(last[1], Stateless) else last[1]  # after FedAvg, FedAdam starts again
+        return last[1] or start  # after FedAvg, FedAdam starts from its first state
 
 
 def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> None:
@@ -194,7 +195,7 @@ def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None, paren
     return manifest
 
 
-def _rule(manifest: VersionManifest, place: Place) -> optimizer.Settings:
+def _rule(manifest: VersionManifest, place: Place) -> optimizer.ServerOptimizer:
     """Return the server optimizer that made an adapter, according to its manifest."""
     try:
         if manifest.rule is not None:

@@ -7,13 +7,19 @@ import hashlib
 import importlib
 import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
 
 from aggregation.errors import ConfigError
+from edgeadapt.extensions import Extensions
 from edgeadapt.formats.cache import cached
+from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.formats.storage import file_sha256, read
 
 WEIGHTS = "model.safetensors"
@@ -80,8 +86,48 @@ class Base:
         return dict(rows)
 
 
+class Model(Protocol):
+    """A classifier of others, with its training loop. Its parameters are float32 arrays by name."""
+
+    def parameters(self) -> Tensors: ...  # from which a federation starts, the same ones in each process
+
+    def train(self, parameters: Tensors, examples: Sequence[Any], task: Any, rng: np.random.Generator) -> Tensors:
+        """Return the parameters after one pass over the examples (``text``, ``label``). ``task`` has ``learning_rate``,
+        ``batch_size`` and others; ``rng`` orders the examples."""
+        ...
+
+    def logits(self, parameters: Tensors, texts: Sequence[str]) -> Floats: ...  # shape (len(texts), labels)
+
+
+MODELS = Extensions[Callable[[int], Model]]("edgeadapt.models", "model", "base", {})
+
+
+@dataclass(frozen=True, slots=True)
+class OwnModel(Base):
+    """Is a model of ``MODELS``. ``folder`` is its name, ``digest`` hashes name and ``version``: a device that has
+    another version takes no part."""
+
+    make: Callable[[int], Model]  # number of labels → the model
+
+    @classmethod
+    def of(cls, name: str) -> Self:
+        make = MODELS.find(name)
+        named = json.dumps([name, str(getattr(make, "version", ""))])
+        return cls(Path(name), hashlib.sha256(named.encode()).hexdigest(), make)
+
+    @property
+    def weight_bytes(self) -> int:
+        return 0  # no frozen ones
+
+    def first(self, labels: int) -> Tensors:
+        """Return the parameters from which a federation starts. Raises DataError: one is not finite or not float32."""
+        parameters = self.make(labels).parameters()
+        Layout.of(parameters).check(parameters)
+        return parameters
+
+
 def find_base(where: str) -> Base:
-    """Find the base in the folder or file ``where``, or in the installed Python package ``where``.
+    """Find the base in the folder or file ``where``, in the installed Python package ``where``, or in ``MODELS``.
 
     A file is GGUF or ``E5S1``. A package holds its base in a folder ``model`` or in one such file. A file is converted
     when it is first seen, which takes some seconds. Raises ConfigError: there is no such folder, file or package, it
@@ -90,6 +136,8 @@ def find_base(where: str) -> Base:
     """
     folder = Path(where)
     if not folder.exists():
+        if where in MODELS.names():
+            return OwnModel.of(where)
         folder = in_package(where)
     if folder.is_file():
         folder = _converted(folder)
@@ -111,9 +159,8 @@ def in_package(package: str) -> Path:
     except ValueError:  # a module that was not imported from anywhere, such as __main__
         spec = None
     if spec is None or spec.origin is None:
-        raise ConfigError(
-            f"base model {package!r} is neither a folder nor an installed package", about="base", value=package
-        )
+        reason = f"base model {package!r} is neither a folder nor an installed package, nor a model that one adds"
+        raise ConfigError(reason, about="base", value=package)
     home = Path(spec.origin).parent
     for candidate in PACKAGES:
         if candidate.name == package:

@@ -1,4 +1,4 @@
-"""``edgeadapt adapters``: versions and their releases. A command is imported when it is called."""
+"""``edgeadapt release`` and ``edgeadapt audit``. A command is imported when it is called."""
 
 import click
 
@@ -6,32 +6,60 @@ from edgeadapt.commandline import LazyGroup
 
 HERE = "edgeadapt.cli"
 # command → (module, attribute, one line for --help, extra that it needs)
-COMMANDS = {
-    "diff": (f"{HERE}.versions", "diff", "Compare two versions, tensor by tensor.", ""),
+RELEASE = {
+    "init": (f"{HERE}.channel", "init", "Make a repository, with a key for each role.", ""),
+    "add": (f"{HERE}.channel", "add", "Add a channel.", ""),
+    "publish": (f"{HERE}.channel", "publish", "Make a bundle the next release of a channel.", ""),
+    "show": (f"{HERE}.channel", "show", "Show channels, releases, roles and keys.", ""),
+    "renew": (f"{HERE}.channel", "renew", "Sign again what expires soon.", ""),
+    "rotate": (f"{HERE}.channel", "rotate", "Replace the key of a role or channel.", ""),
+    "protect": (f"{HERE}.channel", "protect", "Let only promotions make a channel's releases.", ""),
     "gates": (f"{HERE}.promotion", "gates", "Write gates.toml: what a promotion demands.", ""),
-    "list": (f"{HERE}.versions", "list_", "List versions, with their rounds, metrics and channels.", ""),
     "promote": (f"{HERE}.promotion", "promote", "Give a channel another one's release, if it passes.", ""),
-    "rollback": (f"{HERE}.promotion", "rollback", "Publish an earlier release again.", ""),
     "rollout": (f"{HERE}.promotion", "rollout", "Say which devices get the newest release.", ""),
-    "sbom": (f"{HERE}.sbom", "sbom", "Print a version's software bill of materials.", "governance"),
-    "show": (f"{HERE}.versions", "show", "Show what made a version, and where it is.", ""),
-    "verdict": (f"{HERE}.promotion", "verdict", "Say whether a release that is rolled out is worse.", ""),
+    "rollback": (f"{HERE}.promotion", "rollback", "Publish an earlier release again.", ""),
     "watch": (f"{HERE}.promotion", "watch", "Roll a channel back when an evaluation demands it.", ""),
+    "verdict": (f"{HERE}.promotion", "verdict", "Say whether a release that is rolled out is worse.", ""),
+    "versions": (f"{HERE}.versions", "list_", "List versions, with their rounds, metrics and channels.", ""),
+    "version": (f"{HERE}.versions", "show", "Show what made a version, and where it is.", ""),
+    "diff": (f"{HERE}.versions", "diff", "Compare two versions, tensor by tensor.", ""),
+    "sbom": (f"{HERE}.sbom", "sbom", "Print a version's software bill of materials.", "governance"),
+}
+AUDIT = {
+    "verify": (f"{HERE}.audit", "verify", "Check every session, or a repository of channels.", ""),
+    "show": (f"{HERE}.audit", "show", "List the rounds, their survivors and dropouts.", ""),
 }
 
+__all__ = ["audit_group", "release_group"]
 
-@click.command("adapters", cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
-def adapters() -> None:
-    """Govern the versions of an adapter: DIR is a coordinator's state directory, REPO a repository of channels.
 
-    See docs/how-to/govern-adapters.md.
+@click.command("release", cls=LazyGroup, table=RELEASE)
+def release_group() -> None:
+    """Release bundles to devices by channel: static files that any web server or folder carries.
+
+    REPO is a repository of channels. REPO/public is what is served. REPO/keys are the keys of the roles: move those of
+    root and targets away while they are not used. DIR is a coordinator's state directory, with the versions of an
+    adapter. See docs/how-to/channels.md and docs/how-to/govern-adapters.md.
 
     \b
     Example, start to end:
-      edgeadapt adapters list fleet --releases releases
-      edgeadapt adapters gates releases
-      edgeadapt adapters promote releases canary stable --share 10 --key vendor.key
-      edgeadapt adapters watch fleet stable --releases releases
-      edgeadapt adapters rollout releases stable --share 100
-      edgeadapt adapters rollback releases stable --to 1 --key vendor.key
+      edgeadapt release init releases
+      edgeadapt release publish releases canary --bundle runs/demo/bundle
+      edgeadapt release gates releases
+      edgeadapt release promote releases canary stable --share 10 --key vendor.key
+      edgeadapt release watch fleet stable --releases releases
+      edgeadapt release rollout releases stable --share 100
+      edgeadapt release rollback releases stable --to 1 --key vendor.key
+      edgeadapt release versions fleet --releases releases
+    """
+
+
+@click.command("audit", cls=LazyGroup, table=AUDIT)
+def audit_group() -> None:
+    """Check from its transcripts that a coordinator followed the protocol, and what was done with its releases.
+
+    \b
+    Examples:
+      edgeadapt audit verify runs/demo
+      edgeadapt audit show runs/demo
     """

@@ -1,7 +1,7 @@
 """``edgeadapt audit``: the commands of an auditor."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -14,13 +14,13 @@ from aggregation.errors import TrustError
 from aggregation.transcript import read
 from edgeadapt.auditing import AuditInput, AuditOptions, Finding, Report, Status
 from edgeadapt.auditing.findings import count
+from edgeadapt.commandline import FOLDER, as_json
 from edgeadapt.formats import storage
 from edgeadapt.interface.audits import audited
 from edgeadapt.releases.actions import ActionRecord
 from edgeadapt.releases.history import RepositoryAudit
 
 MARK, INDENT, WIDTH = 13, 30, 90  # columns: of a finding's status, before its text, of its text
-FOLDER = click.Path(path_type=Path)
 Renderer = Callable[[AuditInput, Mapping[str, Report], TrustError | None], Iterator[str]]
 
 
@@ -37,7 +37,7 @@ class _Moment(click.DateTime):
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        as_json,
         click.option("--unfinished", is_flag=True, help="Accept that the last session is still under way."),
         click.option(
             "--root",
@@ -82,12 +82,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group("audit", context_settings={"help_option_names": ["-h", "--help"]})
-def audit_command() -> None:
-    """Check from its transcripts that a coordinator followed the protocol, and what was done with its releases."""
-
-
-@audit_command.command()
+@click.command()
 @_options
 def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
     """Check every session at PATH, and exit with 4 if a check fails.
@@ -108,11 +103,11 @@ def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
     _audit(path, unfinished, as_json, options, _render_findings, listed=False)
 
 
-@audit_command.command(short_help="List the rounds at PATH, their survivors and dropouts.")
+@click.command()
 @_options
 @click.option("--entries", is_flag=True, help="List every message too.")
 def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: Any) -> None:
-    """List the rounds at PATH: the size of the plan, survivors, dropouts with their step, and the outcome.
+    """List the rounds at PATH: the outcome, the devices in the sum, and those that left, with the step.
 
     Of a repository of channels, list what was done, with the figures of each promotion's gates.
 
@@ -229,14 +224,14 @@ def _render_rounds(
     for path, (name, report) in zip(checked.paths, reports.items(), strict=True):
         yield name
         if report.dropouts_by_step:
-            yield f"  before the first round: {_dropouts(report.dropouts_by_step)}"
+            yield f"  before the first round: {'; '.join(_dropouts(report.dropouts_by_step, ()))}"
         for summary in report.rounds:
-            survived = f"{len(summary.survivors)} of {len(summary.planned)} survived"
-            notes = [_dropouts(summary.dropouts_by_step)] if summary.dropouts_by_step else []
+            summed = f"in the sum: {len(summary.survivors)} of {len(summary.planned)}"
+            notes = _dropouts(summary.dropouts_by_step, summary.survivors)
             notes += [f"wrong shares of {', '.join(summary.blamed)}"] if summary.blamed else []
             unmasked = f"its sum over {count(len(summary.unmasked), 'device')} could be unmasked"
             notes += [unmasked] if summary.unmasked and not summary.result else []
-            yield "  ".join([f"  round {summary.round:>3}", survived, summary.ending, *notes])
+            yield f"  round {summary.round:>3}  {'; '.join([summary.ending, summed, *notes])}"
         often = [f"{device} {number}" for device, number in report.participation.items()]
         yield f"  results that contain a device: {', '.join(often)}"
         for entry in read(storage.read(path)).entries if entries else ():
@@ -245,8 +240,14 @@ def _render_rounds(
         yield f"{Status.FAIL.value}: {failure}"
 
 
-def _dropouts(by_step: Mapping[str, tuple[str, ...]]) -> str:
-    return f"dropped out: {'; '.join(', '.join(devices) + f' at {step}' for step, devices in by_step.items())}"
+def _dropouts(by_step: Mapping[str, tuple[str, ...]], summed: Container[str]) -> list[str]:
+    """Name the devices that dropped out, apart those that did so after their update was in the sum."""
+    notes = []
+    for words, later in (("dropped out", False), ("left later", True)):
+        left = {step: [d for d in devices if (d in summed) is later] for step, devices in by_step.items()}
+        if text := ", ".join(f"{', '.join(devices)} at {step}" for step, devices in left.items() if devices):
+            notes.append(f"{words}: {text}")
+    return notes
 
 
 def _report(checked: AuditInput, reports: Mapping[str, Report]) -> dict[str, Any]:

@@ -14,17 +14,14 @@ from aggregation.pki.revocation import Reason
 from aggregation.pki.tls import read_tls_request
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.authority.store import CERTIFICATE, KEY, REVOKED, SHORTEST_PASSPHRASE
-from edgeadapt.commandline import FiniteRange
+from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.gateway.invitation import Invitation, new_secret
 
-FOLDER = click.Path(path_type=Path)
-FILE = click.Path(path_type=Path, dir_okay=False)
 LONGEST = 2**16  # bytes of a request or a key, and that are read of a passphrase
 LONGEST_PASSPHRASE = 1023  # bytes, for OpenSSL
 
 folder = click.argument("folder", type=FOLDER, metavar="DIR")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 passphrase_file = click.option(
     "--passphrase-file", type=FILE, metavar="FILE", help="File whose first line is the passphrase. Default: ask for it."
 )
@@ -54,7 +51,16 @@ list_days = click.option(
     is_flag=True,
     help="Write the key without a passphrase. Anyone who reads the file can enrol devices.",
 )
-def init(folder: Path, name: str, days: int, list_days: int, passphrase_file: Path | None, unencrypted: bool) -> None:
+@as_json
+def init(
+    folder: Path,
+    name: str,
+    days: int,
+    list_days: int,
+    passphrase_file: Path | None,
+    unencrypted: bool,
+    as_json: bool,
+) -> None:
     """Create an authority in DIR.
 
     \b
@@ -65,8 +71,12 @@ def init(folder: Path, name: str, days: int, list_days: int, passphrase_file: Pa
         raise ConfigError("--unencrypted and --passphrase-file exclude each other: give one", about="--unencrypted")
     passphrase = None if unencrypted else _passphrase(passphrase_file, new=True)
     store = AuthorityStore.create(folder, name, days, list_days, passphrase)
-    click.echo(f"authority {store.root.fingerprint}")
-    click.echo(f"pin {folder / CERTIFICATE} on the devices and the coordinator; keep {folder / KEY} here")
+    print_result(
+        {"authority": store.root.fingerprint, "certificate": str(folder / CERTIFICATE), "key": str(folder / KEY)},
+        f"authority {store.root.fingerprint}\n"
+        f"pin {folder / CERTIFICATE} on the devices and the coordinator; keep {folder / KEY} here",
+        as_json,
+    )
 
 
 @click.command()
@@ -79,6 +89,7 @@ def init(folder: Path, name: str, days: int, list_days: int, passphrase_file: Pa
 )
 @click.option("--out", type=FILE, metavar="FILE", help="Write the certificate here. Default: print it.")
 @passphrase_file
+@as_json
 def issue(
     folder: Path,
     name: str | None,
@@ -87,6 +98,7 @@ def issue(
     days: int,
     out: Path | None,
     passphrase_file: Path | None,
+    as_json: bool,
 ) -> None:
     """Certify a device's key.
 
@@ -102,10 +114,15 @@ def issue(
         raise ConfigError(f"{out} cannot be written: choose another --out", about="--out", value=str(out))
     store = AuthorityStore(folder)
     der = store.issue(unlock(store, passphrase_file), device, key, days)
+    pem = certificates.to_pem(der)
+    if out is not None:
+        out.write_bytes(pem)
+    if as_json:
+        row = {"device": device, "key": key.key_id, "days": days, "file": out and str(out)}
+        click.echo(json.dumps(row | {"certificate": pem.decode()}))
+        return
     if out is None:
-        click.echo(certificates.to_pem(der).decode(), nl=False)
-    else:
-        out.write_bytes(certificates.to_pem(der))
+        click.echo(pem.decode(), nl=False)
     click.echo(f"certified {device} with the key {key.key_id} for {days} days", err=True)
 
 
@@ -118,7 +135,10 @@ def issue(
 @click.option(
     "--hours", type=FiniteRange(0.01, 24 * 90), default=24.0, show_default=True, help="For which it is valid."
 )
-def invite(folder: Path, name: str, coordinator: Path, enrolment: str, gateway: str, hours: float) -> None:
+@as_json
+def invite(
+    folder: Path, name: str, coordinator: Path, enrolment: str, gateway: str, hours: float, as_json: bool
+) -> None:
     """Print an invitation: a token with which one device can enrol over a network, once.
 
     Give it to the device's owner only: whoever has it can enrol in the device's place. It needs no passphrase, because
@@ -135,8 +155,9 @@ def invite(folder: Path, name: str, coordinator: Path, enrolment: str, gateway: 
     invitation = Invitation(secret, name, enrolment, gateway, store.root.der, key.raw)
     token = invitation.to_text()
     expires = store.invite(name, invitation.key.public, hours)
-    click.echo(f"for {name}, once, until {expires:%Y-%m-%d %H:%M} UTC:", err=True)
-    click.echo(token)
+    if not as_json:
+        click.echo(f"for {name}, once, until {expires:%Y-%m-%d %H:%M} UTC:", err=True)
+    print_result({"device": name, "token": token, "until": expires.isoformat()}, token, as_json)
 
 
 @click.command()
@@ -146,8 +167,15 @@ def invite(folder: Path, name: str, coordinator: Path, enrolment: str, gateway: 
 @click.option("--days", type=click.IntRange(1, 3650), default=90, show_default=True, help="For which it is valid.")
 @click.option("--out", type=FILE, required=True, metavar="FILE", help="Write the certificate here.")
 @passphrase_file
+@as_json
 def issue_tls(
-    folder: Path, request: Path, hosts: tuple[str, ...], days: int, out: Path, passphrase_file: Path | None
+    folder: Path,
+    request: Path,
+    hosts: tuple[str, ...],
+    days: int,
+    out: Path,
+    passphrase_file: Path | None,
+    as_json: bool,
 ) -> None:
     """Certify the TLS key of a gateway, for the names and addresses at which devices reach it.
 
@@ -162,6 +190,10 @@ def issue_tls(
     store = AuthorityStore(folder)
     der = store.issue_tls(unlock(store, passphrase_file), name, key, hosts, days)
     storage.replace(out, certificates.to_pem(der), storage.PUBLIC)
+    if as_json:
+        row = {"name": name, "key": key.key_id, "hosts": hosts, "days": days, "file": str(out)}
+        click.echo(json.dumps(row))
+        return
     click.echo(f"certified {name} with the TLS key {key.key_id} for {', '.join(hosts)}, {days} days", err=True)
 
 
@@ -177,7 +209,8 @@ def issue_tls(
 )
 @list_days
 @passphrase_file
-def revoke(folder: Path, which: str, reason: str, list_days: int, passphrase_file: Path | None) -> None:
+@as_json
+def revoke(folder: Path, which: str, reason: str, list_days: int, passphrase_file: Path | None, as_json: bool) -> None:
     """Revoke a device's certificates, or one by its serial, and sign a new revocation list.
 
     Copy revoked.crl from DIR to the coordinator's state directory; it sends the list to devices with its next offer.
@@ -188,16 +221,18 @@ def revoke(folder: Path, which: str, reason: str, list_days: int, passphrase_fil
     """
     store = AuthorityStore(folder)
     new = store.revoke(unlock(store, passphrase_file), which, Reason(reason), list_days)
-    for certificate in new:
-        click.echo(f"revoked {certificate.name}, serial {certificate.serial}")
-    click.echo(f"{'' if new else 'already revoked; '}copy {folder / REVOKED} to the coordinator")
+    lines = [f"revoked {certificate.name}, serial {certificate.serial}" for certificate in new]
+    lines.append(f"{'' if new else 'already revoked; '}copy {folder / REVOKED} to the coordinator")
+    revoked = [{"device": certificate.name, "serial": certificate.serial} for certificate in new]
+    print_result({"revoked": revoked, "list": str(folder / REVOKED)}, "\n".join(lines), as_json)
 
 
 @click.command()
 @folder
 @list_days
 @passphrase_file
-def crl(folder: Path, list_days: int, passphrase_file: Path | None) -> None:
+@as_json
+def crl(folder: Path, list_days: int, passphrase_file: Path | None, as_json: bool) -> None:
     """Sign a new revocation list before the last one expires.
 
     \b
@@ -206,7 +241,8 @@ def crl(folder: Path, list_days: int, passphrase_file: Path | None) -> None:
     """
     store = AuthorityStore(folder)
     number = store.sign_list(unlock(store, passphrase_file), list_days)
-    click.echo(f"revocation list {number}: copy {folder / REVOKED} to the coordinator")
+    line = f"revocation list {number}: copy {folder / REVOKED} to the coordinator"
+    print_result({"number": number, "list": str(folder / REVOKED)}, line, as_json)
 
 
 @click.command("list")

@@ -1,4 +1,4 @@
-"""``edgeadapt channel``: releases for devices, by channel, in a repository of static files."""
+"""``edgeadapt release``: releases for devices, by channel, in a repository of static files."""
 
 import json
 from dataclasses import asdict
@@ -8,158 +8,139 @@ from pathlib import Path
 import click
 
 from aggregation.entropy import SystemEntropy
+from edgeadapt import commandline
+from edgeadapt.commandline import FILE, FOLDER, as_json, print_result
 from edgeadapt.formats import storage
 from edgeadapt.releases.actions import login_name
 from edgeadapt.releases.repository import ChannelRepository, Published, pinned_keys
 
-FOLDER = click.Path(path_type=Path)
-FILE = click.Path(path_type=Path, dir_okay=False)
 ROOT = "root.json"  # in the repository's folder: what devices pin
 
 repository = click.argument("folder", type=FOLDER, metavar="DIR")
 name = click.argument("channel", metavar="CHANNEL")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def channel() -> None:
-    """Publish bundles to devices by channel: static files that any web server or folder carries.
-
-    DIR/public is what is served. DIR/keys are the keys of the roles: move those of root and targets away while they
-    are not used. See docs/how-to/channels.md.
-
-    \b
-    Example, start to end:
-      edgeadapt channel init releases
-      edgeadapt channel publish releases canary --bundle runs/demo/bundle
-      edgeadapt channel show releases
-
-    'edgeadapt adapters promote' and 'rollback' decide which release a channel has.
-    """
-
-
-@channel.command(short_help="Make a repository, with a key for each role.")
+@click.command()
 @repository
 @click.option("--channel", "names", multiple=True, metavar="NAME", help="Default: canary and stable. May be repeated.")
-def init(folder: Path, names: tuple[str, ...]) -> None:
+@as_json
+def init(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
     """Make a repository in the new folder DIR. Devices pin DIR/root.json.
 
     \b
     Examples:
-      edgeadapt channel init releases
-      edgeadapt channel init releases --channel stable --channel stable-de
+      edgeadapt release init releases
+      edgeadapt release init releases --channel stable --channel stable-de
     """
     chosen = {"channels": names} if names else {}
     made = ChannelRepository.create(folder, SystemEntropy(), _now(), **chosen, by=login_name())
     _write_root(folder, made)
-    click.echo(f"channels {', '.join(made.channels)}; serve {folder / 'public'}; devices pin {folder / ROOT}")
+    public, root = str(folder / "public"), str(folder / ROOT)
+    line = f"channels {', '.join(made.channels)}; serve {public}; devices pin {root}"
+    print_result({"channels": list(made.channels), "public": public, "root": root}, line, as_json)
 
 
-@channel.command(short_help="Make a bundle the next release of a channel.")
+@click.command()
 @repository
 @name
-@click.option("--bundle", type=FOLDER, required=True, metavar="DIR", help="The bundle's folder.")
+@commandline.bundle()
 @click.option("--trust", type=FILE, metavar="FILE", help="Keys that sign bundles. Default: trust.pem next to it.")
 @as_json
 def publish(folder: Path, channel: str, bundle: Path, trust: Path | None, as_json: bool) -> None:
     """Verify a bundle, and make it the next release of CHANNEL. Private adapters in it are left out.
 
     A release that devices would refuse, with an adapter older than that of the current one, is refused here, and any
-    release of a protected channel, such as stable: for these there is 'edgeadapt adapters promote'.
+    release of a protected channel, such as stable: for these there is 'edgeadapt release promote'.
 
     \b
     Examples:
-      edgeadapt channel publish releases canary --bundle runs/demo/bundle
-      edgeadapt channel publish releases canary --bundle bundle --trust vendor.pub.pem
+      edgeadapt release publish releases canary --bundle runs/demo/bundle
+      edgeadapt release publish releases canary --bundle bundle --trust vendor.pub.pem
     """
     _print(_open(folder).publish(channel, bundle, pinned_keys(bundle, trust)), as_json)
 
 
-@channel.command(short_help="Add a channel.")
+@click.command()
 @repository
 @name
-def add(folder: Path, channel: str) -> None:
+@as_json
+def add(folder: Path, channel: str, as_json: bool) -> None:
     """Add a channel with a key of its own. A channel stable is protected from the start.
 
     \b
     Example:
-      edgeadapt channel add releases stable-de
+      edgeadapt release add releases stable-de
     """
     _open(folder).add_channel(channel, SystemEntropy())
-    click.echo(f"channel {channel}")
+    print_result({"channel": channel}, f"channel {channel}", as_json)
 
 
-@channel.command(short_help="Let only promotions make a channel's releases.")
+@click.command()
 @repository
 @name
-def protect(folder: Path, channel: str) -> None:
+@click.option("--off", is_flag=True, help="Let publications make its releases again; the log notes it.")
+@as_json
+def protect(folder: Path, channel: str, off: bool, as_json: bool) -> None:
     """Let only promotions, which pass gates, make releases of CHANNEL from now on. Needs the key of targets.
 
-    'edgeadapt channel publish' then refuses, and an audit fails where somebody did it all the same.
+    'edgeadapt release publish' then refuses, and an audit fails where somebody did it all the same.
 
     \b
-    Example:
-      edgeadapt channel protect releases stable-de
+    Examples:
+      edgeadapt release protect releases stable-de
+      edgeadapt release protect releases stable --off
     """
-    _open(folder).protect(channel)
-    click.echo(f"channel {channel} is protected")
+    _open(folder).protect(channel, on=not off)
+    line = f"channel {channel} is {'not ' if off else ''}protected"
+    print_result({"channel": channel, "protected": not off}, line, as_json)
 
 
-@channel.command(short_help="Let publications make a channel's releases too.")
-@repository
-@name
-def unprotect(folder: Path, channel: str) -> None:
-    """Let 'edgeadapt channel publish' make releases of CHANNEL again. Needs the key of targets; the log notes it.
-
-    \b
-    Example:
-      edgeadapt channel unprotect releases stable
-    """
-    _open(folder).protect(channel, on=False)
-    click.echo(f"channel {channel} is not protected")
-
-
-@channel.command(short_help="Sign again what expires soon.")
+@click.command()
 @repository
 @click.option("--all", "everything", is_flag=True, help="Also root, targets and channels, with their keys.")
-def renew(folder: Path, everything: bool) -> None:
+@as_json
+def renew(folder: Path, everything: bool, as_json: bool) -> None:
     """Sign snapshot and timestamp again: to be called once a day, by a timer. Needs no key but theirs.
 
     Devices refuse a repository whose timestamp is older than a week, so that nobody can hold back a release for longer.
 
     \b
     Examples:
-      edgeadapt channel renew releases
-      edgeadapt channel renew releases --all
+      edgeadapt release renew releases
+      edgeadapt release renew releases --all
     """
     opened = _open(folder)
     opened.renew(everything=everything)
     _write_root(folder, opened)
+    until = {role: expires for role, _, expires, _ in opened.metadata.roles()}
+    line = "\n".join(f"{role:<12} until {expires:%Y-%m-%d}" for role, expires in until.items())
+    print_result({"until": {role: expires.isoformat() for role, expires in until.items()}}, line, as_json)
 
 
-@channel.command(short_help="Replace the key of a role or channel.")
+@click.command()
 @repository
 @click.argument("role", metavar="ROLE|CHANNEL")
-def rotate(folder: Path, role: str) -> None:
+@as_json
+def rotate(folder: Path, role: str, as_json: bool) -> None:
     """Replace the key of root, targets, snapshot (with timestamp) or a channel. Devices follow by themselves.
 
     The new key of a channel does not sign a rollback that is prepared: prepare it again.
 
     \b
     Example:
-      edgeadapt channel rotate releases stable
+      edgeadapt release rotate releases stable
     """
     opened = _open(folder)
     discarded = opened.rotate(role, SystemEntropy())
     _write_root(folder, opened)
+    remedy = f"prepare one again with 'edgeadapt release rollout {folder} {role} … --key'"
+    line = f"{role} has a new key"
     if discarded:
-        remedy = f"prepare one again with 'edgeadapt adapters rollout {folder} {role} … --key'"
-        click.echo(
-            f"the rollback of channel {role} that was prepared is discarded, since the old key signed it: {remedy}"
-        )
+        line += f"\nthe prepared rollback of channel {role} is discarded, since the old key signed it: {remedy}"
+    print_result({"role": role, "discarded": discarded}, line, as_json)
 
 
-@channel.command(short_help="Show channels, releases, roles and keys.")
+@click.command()
 @repository
 @as_json
 def show(folder: Path, as_json: bool) -> None:
@@ -169,7 +150,7 @@ def show(folder: Path, as_json: bool) -> None:
 
     \b
     Example:
-      edgeadapt channel show releases
+      edgeadapt release show releases
     """
     opened = _open(folder)
     releases = {each: opened.release(each) for each in opened.channels}

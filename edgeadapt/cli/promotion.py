@@ -1,4 +1,4 @@
-"""``edgeadapt adapters`` for releases: which one a channel has, whether it is worse, and what follows."""
+"""``edgeadapt release``: which one a channel has, whether it is worse, and what follows."""
 
 import json
 import tempfile
@@ -12,8 +12,8 @@ import click
 
 from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
-from edgeadapt import traces
-from edgeadapt.commandline import FiniteRange
+from edgeadapt import commandline, traces
+from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.keyfiles import read_key
@@ -34,9 +34,6 @@ from edgeadapt.releases.prepared import RollbackCondition
 from edgeadapt.releases.repository import ChannelRepository, Published
 from edgeadapt.releases.rollback import prepare, require_signer, roll_back
 
-FOLDER = click.Path(path_type=Path)
-FILE = click.Path(path_type=Path, dir_okay=False)
-
 repository = click.argument("folder", type=FOLDER, metavar="REPO")
 language = click.option(
     "--language",
@@ -50,33 +47,33 @@ vendor_key = click.option(
     "key_file",
     type=FILE,
     metavar="FILE",
-    help="The vendor's key: sign the rollback now, for 'adapters watch' to publish if the release is worse.",
+    help="The vendor's key: sign the rollback now, for 'release watch' to publish if the release is worse.",
 )
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 releases = click.option("--releases", type=FOLDER, required=True, metavar="REPO", help="The repository of channels.")
 trusted = click.option(
     "--trust", type=FOLDER, metavar="FILE", help="The coordinator's public key, PEM. Default: the one of DIR."
 )
-adapter_name = click.option("--adapter", default="global", show_default=True, metavar="NAME", help="Of both releases.")
+adapter_name = commandline.adapter("adapter", "Which adapter of both releases.", default="global", show_default=True)
 
 
 @click.command()
 @repository
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of the file; may be repeated.")
-def gates(folder: Path, overrides: tuple[str, ...]) -> None:
+@as_json
+def gates(folder: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Write REPO/gates.toml, in which each key is explained: what a release must pass before it is promoted.
 
     \b
     Examples:
-      edgeadapt adapters gates releases
-      edgeadapt adapters gates releases --set accuracy.held_out=held-out.tsv --set accuracy.margin=0.02
+      edgeadapt release gates releases
+      edgeadapt release gates releases --set accuracy.held_out=held-out.tsv --set accuracy.margin=0.02
     """
     _open(folder)
     path, settings = folder / GATES, GateSettings.parse(overridden({}, overrides), "--set")
     if path.exists():
         raise ConfigError(f"{path} is there already: edit it", about=GATES)
     storage.replace(path, HEADER + settings.to_toml().encode(), storage.PUBLIC)
-    click.echo(f"{path}: edit it before a promotion")
+    print_result({"file": str(path)}, f"{path}: edit it before a promotion", as_json)
 
 
 @click.command()
@@ -111,17 +108,17 @@ def promote(
     Both releases are put together and run as on a device. Each gate's figure is printed and signed into the log, also
     of a promotion that is refused, which ends with exit code 6.
 
-    With --share or --language it is rolled out in stages: go on with 'edgeadapt adapters rollout'. With --key, the
-    rollback is signed at the same time and kept in REPO/prepared, where 'edgeadapt adapters watch' finds it.
+    With --share or --language it is rolled out in stages: go on with 'edgeadapt release rollout'. With --key, the
+    rollback is signed at the same time and kept in REPO/prepared, where 'edgeadapt release watch' finds it.
 
     \b
     Examples:
-      edgeadapt adapters promote releases canary stable
-      edgeadapt adapters promote releases canary stable --share 10 --key vendor.key
+      edgeadapt release promote releases canary stable
+      edgeadapt release promote releases canary stable --share 10 --key vendor.key
     """
     opened = _open(folder)
     if not (folder / GATES).is_file():
-        raise ConfigError(f"{folder} has no {GATES}: write one with 'edgeadapt adapters gates {folder}'", about=GATES)
+        raise ConfigError(f"{folder} has no {GATES}: write one with 'edgeadapt release gates {folder}'", about=GATES)
     settings = GateSettings.read(folder / GATES)
     release, current = opened.release(source), opened.release(channel)
     if source == channel:
@@ -172,14 +169,14 @@ def rollout(
     """Change which devices get the release that CHANNEL rolls out. With all devices, the rollout is complete.
 
     Each device decides for itself, by a random number that never leaves it: one that is in at 10 % is in at 50 %. A
-    device that has the release never goes back when the share shrinks; 'edgeadapt adapters rollback' takes it back.
+    device that has the release never goes back when the share shrinks; 'edgeadapt release rollback' takes it back.
     A rollback that is prepared is signed again by the channel's key; with --key, another one is prepared.
 
     \b
     Examples:
-      edgeadapt adapters rollout releases stable --share 50
-      edgeadapt adapters rollout releases stable --share 20 --language de --language fr
-      edgeadapt adapters rollout releases stable --share 100
+      edgeadapt release rollout releases stable --share 50
+      edgeadapt release rollout releases stable --share 20 --language de --language fr
+      edgeadapt release rollout releases stable --share 100
     """
     opened, key, margin = _open(folder), None if key_file is None else read_key(key_file), 0.0
     release = opened.release(channel)
@@ -203,7 +200,7 @@ def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) 
 
     \b
     Example:
-      edgeadapt adapters rollback releases stable --to 3 --key vendor.key
+      edgeadapt release rollback releases stable --to 3 --key vendor.key
     """
     opened, vendor = _open(folder), read_key(key)
     with traces.exporting(traces.GOVERNANCE), traces.span("rollback", channel=channel, again=number):
@@ -217,18 +214,18 @@ def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) 
 @releases
 @trusted
 @adapter_name
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@as_json
 def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, adapter: str, as_json: bool) -> None:
     """Say whether the release that CHANNEL rolls out is worse than the one before, by the last evaluation of DIR.
 
     The evaluation is a round that 'edgeadapt coordinator evaluate' adds. The release is worse if its accuracy is below
     by more than accuracy.margin of REPO/gates.toml with 95 % confidence; then the exit code is 6, and
-    'edgeadapt adapters rollback' takes the release back. An evaluation for which a release was taken back already gives
+    'edgeadapt release rollback' takes the release back. An evaluation for which a release was taken back already gives
     no verdict on another one.
 
     \b
     Example:
-      edgeadapt adapters verdict fleet stable --releases releases
+      edgeadapt release verdict fleet stable --releases releases
     """
     repository = _open(releases)
     repository.compared(channel, adapter)
@@ -241,7 +238,7 @@ def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, a
         click.echo(str(evaluation))
     if evaluation.worse:
         reason = f"the newest release of {channel} is worse than the one before: take it back with "
-        raise GateError(f"{reason}'edgeadapt adapters rollback'", about="evaluation", value=evaluation.round)
+        raise GateError(f"{reason}'edgeadapt release rollback'", about="evaluation", value=evaluation.round)
 
 
 @click.command()
@@ -272,14 +269,14 @@ def watch(
 ) -> None:
     """Roll CHANNEL back when the last evaluation of DIR finds the release that it rolls out worse than the one before.
 
-    The rollback was signed when the rollout began, by 'edgeadapt adapters promote --key', so this machine needs no key
+    The rollback was signed when the rollout began, by 'edgeadapt release promote --key', so this machine needs no key
     but that of snapshot and timestamp in REPO/keys. Each verdict is signed into the log, from which
     'edgeadapt audit verify' computes it again. Without --once it goes on, and prints a line when something changes.
 
     \b
     Examples:
-      edgeadapt adapters watch fleet stable --releases releases
-      edgeadapt adapters watch fleet stable --releases releases --once --json
+      edgeadapt release watch fleet stable --releases releases
+      edgeadapt release watch fleet stable --releases releases --once --json
     """
     with traces.exporting(traces.GOVERNANCE):
         last = ""

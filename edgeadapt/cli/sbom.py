@@ -1,4 +1,4 @@
-"""``edgeadapt adapters sbom``: the bill of materials of a version."""
+"""``edgeadapt release sbom``: the bill of materials of a version."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from edgeadapt.cli.versions import NUMBER, open_lineage, where
+from edgeadapt.commandline import as_json, print_result
 from edgeadapt.formats import storage
 
 
@@ -15,16 +16,19 @@ from edgeadapt.formats import storage
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Default: standard output."
 )
-def sbom(state_dir: Path, releases: Path | None, trust: Path | None, version: int, out: Path | None) -> None:
-    """Print the software bill of materials of a version of DIR as CycloneDX 1.6 in JSON.
+@as_json
+def sbom(
+    state_dir: Path, releases: Path | None, trust: Path | None, version: int, out: Path | None, as_json: bool
+) -> None:
+    """Print the software bill of materials of a version of DIR: always JSON, CycloneDX 1.6.
 
     It has the adapter, the versions that it was made from and its base, with digests; with --releases the exported
     files; and the packages of the bare install on this machine.
 
     \b
     Examples:
-      edgeadapt adapters sbom fleet 3
-      edgeadapt adapters sbom fleet 3 --releases releases --out adapter-3.cdx.json
+      edgeadapt release sbom fleet 3
+      edgeadapt release sbom fleet 3 --releases releases --out adapter-3.cdx.json
     """
     from edgeadapt.releases.sbom import bill_of_materials
 
@@ -35,4 +39,4 @@ def sbom(state_dir: Path, releases: Path | None, trust: Path | None, version: in
         click.echo(text)
     else:
         storage.replace(out, text.encode(), storage.PUBLIC)
-        click.echo(f"{out}: CycloneDX 1.6")
+        print_result({"file": str(out)}, f"{out}: CycloneDX 1.6", as_json)

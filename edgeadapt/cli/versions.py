@@ -1,4 +1,4 @@
-"""``edgeadapt adapters list``, ``show`` and ``diff``: where versions are from, where they are, and what changed.
+"""``edgeadapt release versions``, ``version`` and ``diff``: where versions are from, where they are, and what changed.
 
 Every manifest and the chain of round records are verified first; nothing is written.
 """
@@ -12,15 +12,13 @@ from typing import Any
 
 import click
 
+from edgeadapt.commandline import FOLDER, as_json
 from edgeadapt.formats.manifest import PrivacyBound, ServerRule
 from edgeadapt.releases.difference import TensorChange, VersionDifference, difference
 from edgeadapt.releases.lineage import GovernedVersion, Lineage, ReleasedAdapter
 from edgeadapt.releases.repository import ChannelRepository
 
-FOLDER = click.Path(path_type=Path)
 NUMBER = click.IntRange(0, 2**63 - 1)
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 def where(command: Callable[..., None]) -> Callable[..., None]:
@@ -44,8 +42,8 @@ def list_(state_dir: Path, releases: Path | None, trust: Path | None, as_json: b
 
     \b
     Examples:
-      edgeadapt adapters list fleet
-      edgeadapt adapters list runs/demo/coordinator --releases releases --json
+      edgeadapt release versions fleet
+      edgeadapt release versions runs/demo/coordinator --releases releases --json
     """
     lineage = open_lineage(state_dir, releases, trust)
     if as_json:
@@ -75,8 +73,8 @@ def show(state_dir: Path, releases: Path | None, trust: Path | None, version: in
 
     \b
     Examples:
-      edgeadapt adapters show fleet 3
-      edgeadapt adapters show fleet 3 --releases releases --json
+      edgeadapt release version fleet 3
+      edgeadapt release version fleet 3 --releases releases --json
     """
     governed = open_lineage(state_dir, releases, trust).version(version)
     click.echo(json.dumps(_row(governed)) if as_json else "\n".join(_lines(governed)))
@@ -95,8 +93,8 @@ def diff(state_dir: Path, releases: Path | None, trust: Path | None, before: int
 
     \b
     Examples:
-      edgeadapt adapters diff fleet 2 3
-      edgeadapt adapters diff fleet 0 3 --json
+      edgeadapt release diff fleet 2 3
+      edgeadapt release diff fleet 0 3 --json
     """
     lineage = open_lineage(state_dir, releases, trust)
     old, new = lineage.version(before).manifest, lineage.version(after).manifest

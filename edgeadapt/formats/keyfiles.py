@@ -42,7 +42,7 @@ def make_key(path: Path, entropy: Entropy) -> tuple[IdentityKey, Path]:
 
 def read_key(path: Path) -> IdentityKey:
     """Read the signing key in ``path``. Raises ConfigError if it is missing, TrustError for other content."""
-    raw = _read(path, "make one with 'edgeadapt export key'")
+    raw = _read(path, "make one with 'edgeadapt bundle key'")
     with of_file(path):
         return IdentityKey.from_pem(raw)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Final, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
@@ -29,8 +29,9 @@ V = TypeVar("V")
 
 # As peft names them.
 Method = Literal[
-    "LORA", "ADALORA", "LOHA", "VERA", "IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"
+    "LORA", "ADALORA", "LOHA", "VERA", "IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "OWN"
 ]
+OWN: Final = "OWN"  # none of PEFT's: all parameters of a model with its own training loop
 # As scenarios and commands name what can be trained from the start: LoRA with each of its scalings is a method there.
 MethodName = Literal[
     "lora", "rslora", "dora", "adalora", "loha", "vera", "ia3", "ln_tuning", "beft", "prompt_tuning", "prefix_tuning"
@@ -103,6 +104,7 @@ TRAINABLE: Mapping[Method, frozenset[str]] = {  # method → the settings with w
     "PROMPT_TUNING": VIRTUAL,
     "P_TUNING": VIRTUAL,
     "PREFIX_TUNING": VIRTUAL,
+    "OWN": frozenset(),
 }
 
 
@@ -120,7 +122,7 @@ def require_trainable(config: PeftConfig) -> None:
     if "target_modules" in TRAINABLE[method]:
         if not config.target_modules:
             raise _untrainable("target_modules", (), f"{method} of at least one target module")
-    elif not 1 <= config.num_virtual_tokens <= MAX_VIRTUAL_TOKENS:
+    elif TRAINABLE[method] and not 1 <= config.num_virtual_tokens <= MAX_VIRTUAL_TOKENS:
         wanted = f"{method} of 1 to {MAX_VIRTUAL_TOKENS} virtual tokens"
         raise _untrainable("num_virtual_tokens", config.num_virtual_tokens, wanted)
     largest = MAX_LOHA_RANK if method == "LOHA" else MAX_RANK

@@ -101,9 +101,11 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInf
 def toml_value(value: object) -> str:
     """Write a value in TOML, in one line.
 
-    >>> toml_value(["active", 0.5])
-    '["active", 0.5]'
+    >>> toml_value(["active", 0.5]), toml_value({"momentum": 0.5})
+    ('["active", 0.5]', '{"momentum" = 0.5}')
     """
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{toml_value(str(key))} = {toml_value(each)}' for key, each in value.items())}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(toml_value, value))}]"
     return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip()

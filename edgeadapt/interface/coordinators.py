@@ -42,8 +42,8 @@ class Coordinator:
             CoordinatorStateDir.create(Path(path), read(Path(authority), MAX_PEM), keys, SystemEntropy())
         return cls(path)
 
-    def publish(self, adapter: File, *, base: File, labels: Sequence[str] | None = None) -> VersionManifest:
-        """Publish the first adapter, a folder that peft saved, as version 0.
+    def publish(self, adapter: File | None, *, base: File, labels: Sequence[str] | None = None) -> VersionManifest:
+        """Publish the first adapter, a folder that peft saved, as version 0; None for a model of your own.
 
         ``labels``: of its head, in order; by default those in ``labels.txt`` there. Raises ConfigError, DataError: as
         ``publish_first``.
@@ -51,7 +51,7 @@ class Coordinator:
         if isinstance(labels, str):
             raise ConfigError(f"labels is one string: give a list, as in [{labels!r}]", about="labels", value=labels)
         with in_python():
-            return publish_first(self._open(), Path(adapter), str(base), labels)
+            return publish_first(self._open(), None if adapter is None else Path(adapter), str(base), labels)
 
     def run(self, gateway: str, report: Callable[[RoundRecord], object] = lambda _: None) -> tuple[RoundRecord, ...]:
         """Serve devices at ``gateway``, ``HOST:PORT``, until all rounds are done, and return those that ran.

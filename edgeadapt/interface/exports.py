@@ -16,7 +16,7 @@ from edgeadapt.interface.models import Classifier, LanguageModel, load
 from edgeadapt.interface.names import in_python
 from edgeadapt.methods.peft.folder import CONFIG
 from export.bundle.sources import Origin, from_peft, from_registry
-from export.cli.adapter import add_to
+from export.cli.add import add_to
 
 
 def export(

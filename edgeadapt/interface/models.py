@@ -12,7 +12,7 @@ from client.inference.library import Composition, Library
 from client.inference.session import ClassificationSession
 from client.inference.text import SamplingParams
 from client.learning import Correction, Learned, Learner, Personalized, Undone
-from client.training.personal import PersonalMethod, PersonalStep
+from client.training.personal import FINE_TUNE, PersonalStep
 from client.updates import ChannelSource, Updated, follow, update
 from edgeadapt.formats.storage import File
 from edgeadapt.interface.names import in_python
@@ -69,7 +69,7 @@ class _Model:
         self,
         examples: File,
         *,
-        method: PersonalMethod | str = PersonalMethod.FINE_TUNE,
+        method: str = FINE_TUNE,
         epochs: int = 3,
         learning_rate: float | None = None,
         patience: int = 0,
@@ -77,7 +77,7 @@ class _Model:
         """Make a private adapter from the global one and a device's examples file, and use it if it is not worse.
 
         Args:
-            method: "fine-tune", or of a classifier "ridge", "ensemble" or "interpolate" (``PersonalMethod``).
+            method: "fine-tune", or of a classifier "ridge", "ensemble", "interpolate" or the name of an installed one.
             epochs: Passes over the examples.
             learning_rate: Of AdamW; by default that of ``edgeadapt device personalize``.
             patience: Epochs without a lower loss on held-out examples after which training ends; 0: never.
@@ -85,7 +85,7 @@ class _Model:
         Raises:
             TrustError, DataError, ConfigError, OSError: As ``Learner.open`` and ``Learner.personalize``.
         """
-        step = PersonalStep(epochs, 16.0, PersonalMethod(method), patience=patience)
+        step = PersonalStep(epochs, 16.0, method, patience=patience)
         with self._learner() as learner:
             personalized = learner.personalize(examples, step, learning_rate)
         self._answer_with(personalized.adapter)

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aggregation.errors import ConfigError, DataError
+from client.training.personal import METHODS
+from edgeadapt.bases.base import MODELS
 from edgeadapt.formats.storage import File, replace
 from edgeadapt.interface.models import Classifier, LanguageModel, load
 from edgeadapt.interface.names import in_python, overrides
+from edgeadapt.rounds.optimizer import OPTIMIZERS, name_of, to_rule
 from simulations.cli.simulate import read_scenario
 from simulations.engine.progress import RunProgress
 from simulations.result import ARMS, ClientResult, RunResult
@@ -112,13 +115,16 @@ def simulate(
         workers: Processes that the devices of the rounds share.
         engine: Where the rounds run: in this process and its workers, or on Flower's simulation engine.
         quiet: Show no progress.
-        settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``.
+        settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``. A model,
+            a server rule and a personal step may be your own, in place of a name (docs/how-to/extend.md).
 
     Raises:
         ConfigError: A setting is not valid, or ``out`` has another run.
         DataError: A text or a row is not valid.
     """
-    keys = settings | ({} if client is None else {"data__client": client})
+    keys = {name.replace("__", "."): value for name, value in settings.items()}
+    keys |= {} if client is None else {"data.client": client}
+    _name_own(keys)
     if isinstance(source, (str, PathLike)):
         path = Path(source)
     else:
@@ -166,6 +172,18 @@ def suite(
         wanted = read_suite(Path(file), seeds=seeds, changes=overrides(settings), arms=arms)
         folder = suite_folder(wanted, None if out is None else Path(out))
         return run_suite(wanted, folder, jobs=jobs, resume=resume, quiet=quiet)
+
+
+def _name_own(keys: dict[str, Any]) -> None:
+    """Let the process know what is given in place of a name, under the name that the scenario then has."""
+    rule, step = keys.get("federation.server.optimizer", ""), keys.get("personal.method", "")
+    if not isinstance(model := keys.get("base.model", ""), str):
+        keys["base.model"] = MODELS.add(model.__name__.lower(), model)
+    if not isinstance(rule, str):
+        keys["federation.server.optimizer"] = OPTIMIZERS.add(name_of(rule), type(rule))
+        keys["federation.server.numbers"] = to_rule(rule).numbers
+    if not isinstance(step, str):
+        keys["personal.method"] = METHODS.add(step.__name__, step)
 
 
 def _written(rows: Any, path: Path) -> Path:

@@ -119,7 +119,7 @@ class PreparedRollbacks:
         """Read the metadata and their condition; None if no rollback is prepared. Raises TrustError if they are
         damaged, of another channel, or not signed by the channel's key."""
         path = self.path(channel)
-        remedy = "delete it, and prepare the rollback again with 'edgeadapt adapters rollout … --key'"
+        remedy = "delete it, and prepare the rollback again with 'edgeadapt release rollout … --key'"
         try:
             raw = storage.read(path, MAX_METADATA)
         except FileNotFoundError:
@@ -160,7 +160,7 @@ class PreparedRollbacks:
     def accept(self, channel: str, current: Release) -> PreparedRollback:
         """Verify the prepared rollback of a channel with the release ``current``. Raises as ``read``, and ConfigError
         if none is prepared or it is out of date."""
-        remedy = "prepare it with 'edgeadapt adapters rollout … --key'"
+        remedy = "prepare it with 'edgeadapt release rollout … --key'"
         read = self.read(channel)
         if read is None:
             raise ConfigError(f"no rollback of channel {channel} is prepared: {remedy}", about=PREPARED, value=channel)

@@ -107,7 +107,7 @@ class ChannelRepository:
     def open(cls, folder: Path, now: datetime, *, by: str = "") -> "ChannelRepository":
         opened = cls(folder, now, by)
         if not (opened.metadata.place / "timestamp.json").is_file():
-            raise ConfigError(f"{folder} has no repository of channels: make one with 'edgeadapt channel init'")
+            raise ConfigError(f"{folder} has no repository of channels: make one with 'edgeadapt release init'")
         return opened
 
     @property
@@ -169,7 +169,7 @@ class ChannelRepository:
         with self.locked():
             current = self.release(channel)
             if channel in self.protected:
-                remedy = f"publish to another channel, then 'edgeadapt adapters promote {self.folder} FROM {channel}'"
+                remedy = f"publish to another channel, then 'edgeadapt release promote {self.folder} FROM {channel}'"
                 raise ConfigError(f"channel {channel} is protected: {remedy}", about="channel", value=channel)
             checked = Bundle(bundle, tuple(trusted))
             base = checked.base().manifest
@@ -235,7 +235,7 @@ class ChannelRepository:
         one. Raises ConfigError: it rolls nothing out, or the adapter is not in both or is the same in both."""
         current, rollout = self.release(channel), self.rollout(channel)
         if current is None or rollout is None:
-            reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"
+            reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt release promote … --share'"
             raise ConfigError(reason, about="rollout", value=channel)
         both = [self.release(channel, number) for number in (rollout.release, rollout.previous)]
         contents = [self.manifest(channel, each, name).content for each in both if each and name in each.adapters]
@@ -261,7 +261,7 @@ class ChannelRepository:
             release = self.release(channel)
             before = self.rollout(channel)
             if release is None or before is None:
-                reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"
+                reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt release promote … --share'"
                 raise ConfigError(reason, about="rollout", value=channel)
             ready = None if again else self.prepared.read(channel)
             rollout = Rollout.of(before.release, before.previous, share, languages)
@@ -370,7 +370,7 @@ class ChannelRepository:
             raise ConfigError(reason, about="rollout", value=channel)
         if rollout is not None and self.rollout(channel) is not None:
             reason = f"channel {channel} still rolls out release {number}"
-            remedy = "complete that with 'edgeadapt adapters rollout … --share 100', or roll back"
+            remedy = "complete that with 'edgeadapt release rollout … --share 100', or roll back"
             raise ConfigError(f"{reason}: {remedy}", about="rollout", value=channel)
         return rollout
 

@@ -53,7 +53,7 @@ def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margi
         current, rollout = repository.release(channel), repository.rollout(channel)
         old = None if rollout is None else repository.release(channel, rollout.previous)
         if current is None or old is None:
-            reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt adapters promote … --share'"
+            reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt release promote … --share'"
             raise ConfigError(reason, about="rollout", value=channel)
         require_signer(repository, channel, current, key.public)
         prepared, served = repository.prepared, repository.targets

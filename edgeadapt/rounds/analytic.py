@@ -79,7 +79,7 @@ class AnalyticTask(RoundTask):
     """Configures a round of the analytic head. ``dimensions``: coordinates of an embedding whose moments are summed
     with noise; 0: no noise, and all of them."""
 
-    RULE: ClassVar[optimizer.Settings | None] = optimizer.AnalyticHead()
+    RULE: ClassVar[optimizer.ServerOptimizer | None] = optimizer.AnalyticHead()
     SEGMENT: ClassVar[str] = MOMENTS
     EXACT_SEGMENT: ClassVar[str | None] = XX
     EXACT: ClassVar[str | None] = "moments"

@@ -43,7 +43,7 @@ Most = Annotated[int, Field(ge=1, le=2**16)]
 
 @dataclass(frozen=True, slots=True)
 class EvaluationTask(RoundTask):
-    RULE: ClassVar[optimizer.Settings | None] = optimizer.Evaluation()
+    RULE: ClassVar[optimizer.ServerOptimizer | None] = optimizer.Evaluation()
     SEGMENT: ClassVar[str] = COUNTS
     EXACT_SEGMENT: ClassVar[str | None] = None
     EXACT: ClassVar[str | None] = None

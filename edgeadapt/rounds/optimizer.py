@@ -14,17 +14,37 @@ array([3., 0.], dtype=float32)
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from aggregation.errors import ConfigError, DataError
+from edgeadapt.extensions import Extensions
 from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.formats.manifest import ServerRule
 
 # Weight units; half of what devices train by default (``client.node.policy``). A device that lies within the clip
 # norm for a hundred rounds could otherwise lead a coordinate to where every device refuses the adapter, for ever.
 LARGEST = 512.0
+
+State = Mapping[str, Floats]  # of a server optimizer, by name: float32 of shape (n,)
+
+
+@runtime_checkable
+class ServerOptimizer(Protocol):
+    """A server optimizer is a frozen dataclass whose fields are numbers, which a manifest has with its name.
+
+    Guarantee of each: equal arguments give equal bits on every machine, and no argument is changed.
+    """
+
+    def start(self, size: int) -> State:
+        """Return the state before the first round, for an adapter of ``size`` elements; empty if there is none."""
+        ...
+
+    def step(self, state: State, adapter: Floats, mean: Floats) -> tuple[State, Floats]:
+        """Return the next state and adapter. ``adapter``, ``mean``: as for the function ``step``, which checks both."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +59,12 @@ class FedAvg:
 
     def __post_init__(self) -> None:
         _positive("learning_rate", self.learning_rate)
+
+    def start(self, size: int) -> State:
+        return {}
+
+    def step(self, state: State, adapter: Floats, mean: Floats) -> tuple[State, Floats]:
+        return state, adapter + np.float32(self.learning_rate) * mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +99,21 @@ class FedAdam:
         _decay("beta1", self.beta1)
         _decay("beta2", self.beta2)
 
+    def start(self, size: int) -> State:
+        return {"first": np.zeros(size, np.float32), "second": np.full(size, np.float32(self.tau) ** 2, np.float32)}
+
+    def step(self, state: State, adapter: Floats, mean: Floats) -> tuple[State, Floats]:
+        rate, beta1, tau = map(np.float32, (self.learning_rate, self.beta1, self.tau))
+        first = beta1 * state["first"] + (np.float32(1) - beta1) * mean
+        second = self._second(state["second"], mean * mean)
+        scale: Floats = np.sqrt(second) + tau
+        return {"first": first, "second": second}, adapter + rate * first / scale
+
+    def _second(self, second: Floats, square: Floats) -> Floats:
+        beta2 = np.float32(self.beta2)
+        after: Floats = beta2 * second + (np.float32(1) - beta2) * square
+        return after
+
 
 @dataclass(frozen=True, slots=True)
 class FedYogi(FedAdam):
@@ -82,6 +123,10 @@ class FedYogi(FedAdam):
 
     It grows as fast as FedAdam's where deltas become larger, and shrinks more slowly where they become smaller.
     """
+
+    def _second(self, second: Floats, square: Floats) -> Floats:
+        after: Floats = second - (np.float32(1) - np.float32(self.beta2)) * square * np.sign(second - square)
+        return after
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,80 +149,114 @@ class FedAvgM:
         _positive("learning_rate", self.learning_rate)
         _decay("momentum", self.momentum)
 
+    def start(self, size: int) -> State:
+        return {"velocity": np.zeros(size, np.float32)}
+
+    def step(self, state: State, adapter: Floats, mean: Floats) -> tuple[State, Floats]:
+        velocity = np.float32(self.momentum) * state["velocity"] + mean
+        return {"velocity": velocity}, adapter + np.float32(self.learning_rate) * velocity
+
+
+class _NoStep:
+    """Names what made a version without an optimizer's step. An optimizer's state does not outlive it."""
+
+    __slots__ = ()
+
+    def start(self, size: int) -> State:
+        return {}
+
+    def step(self, state: State, adapter: Floats, mean: Floats) -> tuple[State, Floats]:
+        raise ConfigError(f"{type(self).__name__} is not a server optimizer", about="rule")
+
 
 @dataclass(frozen=True, slots=True)
-class AnalyticHead:
-    """Names the rule of a version whose head the moments gave (``edgeadapt.rounds.analytic``): not an optimizer. Its
-    numbers are in the task of the round's plan. An optimizer's state does not outlive it."""
+class AnalyticHead(_NoStep):
+    """Names the rule of a version whose head the moments gave (``edgeadapt.rounds.analytic``). Its numbers are in the
+    task of the round's plan."""
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Names the rule of a round that only counts (``edgeadapt.rounds.evaluation``): not an optimizer. An optimizer's
-    state does not outlive it."""
+class Evaluation(_NoStep):
+    """Names the rule of a round that only counts (``edgeadapt.rounds.evaluation``)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stateless:
-    """Is the state of FedAvg, an analytic head and an evaluation."""
+def _require_optimizer(name: str, kind: type[ServerOptimizer]) -> None:
+    """Check that a class can be a server optimizer: a manifest must have all that it depends on."""
+    frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen
+    if not (isinstance(kind, type) and frozen and issubclass(kind, ServerOptimizer)):
+        reason = f"{name!r} must be a frozen dataclass with start(size) and step(state, adapter, mean)"
+    elif kind.__name__.lower() != name:
+        reason = f"{name!r} must have the name of its class {kind.__name__}, in lower case"
+    else:
+        return
+    raise ConfigError(f"the server optimizer {reason}", about="rule", value=name)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Velocity:
-    velocity: Floats
+_OURS = (FedAvg, FedAvgM, FedAdam, FedYogi)
+OPTIMIZERS = Extensions[type[ServerOptimizer]](
+    "edgeadapt.server_rules",
+    "server optimizer",
+    "rule",
+    {kind.__name__.lower(): kind for kind in _OURS},
+    _require_optimizer,
+)
+_NO_STEPS: dict[str, type[ServerOptimizer]] = {kind.__name__: kind for kind in (AnalyticHead, Evaluation)}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Moments:
-    """Holds FedAdam's ``m`` and ``v``: running means of the delta and of its square, float32 of shape ``(n,)``."""
-
-    first: Floats
-    second: Floats
+def name_of(rule: ServerOptimizer) -> str:
+    """Return the name in settings: that of the class, in lower case."""
+    return type(rule).__name__.lower()
 
 
-Settings = FedAvg | FedAvgM | FedAdam | FedYogi | AnalyticHead | Evaluation
-State = Stateless | Velocity | Moments
-_KINDS = (FedAvg, FedAvgM, FedAdam, FedYogi, AnalyticHead, Evaluation)
-KINDS: dict[str, type[Settings]] = {kind.__name__: kind for kind in _KINDS}
+def made(name: str, numbers: Mapping[str, float]) -> ServerOptimizer:
+    """Make the optimizer of a name in settings. Raises ConfigError: it is not known, or does not have such numbers."""
+    kind = OPTIMIZERS.find(name)
+    try:
+        return kind(**numbers)
+    except TypeError as error:
+        reason = f"server optimizer {name!r} has the numbers {', '.join(numbers_of(kind))}: {error}"
+        raise ConfigError(reason, about="rule", value=name) from error
 
 
-def to_rule(settings: Settings) -> ServerRule:
+def numbers_of(kind: type[ServerOptimizer]) -> list[str]:
+    """List the numbers of an optimizer by name, in order."""
+    table: Any = kind
+    return [field.name for field in fields(table)]
+
+
+def to_rule(settings: ServerOptimizer) -> ServerRule:
     """Name the rule for a version's manifest. Law: ``of_rule(to_rule(settings)) == settings``."""
-    return ServerRule(type(settings).__name__, asdict(settings))
+    table: Any = settings
+    return ServerRule(type(settings).__name__, asdict(table))
 
 
-def of_rule(rule: ServerRule) -> Settings:
+def of_rule(rule: ServerRule) -> ServerOptimizer:
     """Return the optimizer that a manifest names.
 
     >>> of_rule(ServerRule("FedAvg", {"learning_rate": 0.5}))
     FedAvg(learning_rate=0.5)
 
-    Raises ConfigError: there is no such optimizer, or its numbers are not those of that name or out of their range.
+    Raises ConfigError: it is not installed, or its numbers are not those of that name or out of their range.
     """
-    kind = KINDS.get(rule.name)
-    if kind is None or {field.name for field in fields(kind)} != set(rule.numbers):
-        raise ConfigError(
-            f"there is no server optimizer {rule.name!r} with such numbers", about="rule", value=rule.name
-        )
+    kind = _NO_STEPS.get(rule.name) or OPTIMIZERS.find(rule.name.lower())
+    if kind.__name__ != rule.name or {*numbers_of(kind)} != {*rule.numbers}:
+        text = f"there is no server optimizer {rule.name!r} with such numbers"
+        raise ConfigError(text, about="rule", value=rule.name)
     return kind(**rule.numbers)
 
 
-def start(settings: Settings, size: int) -> State:
+def start(settings: ServerOptimizer, size: int) -> State:
     """Return the state before the first round, for an adapter of ``size`` elements.
 
     >>> start(FedAdam(tau=0.5), 2)
-    Moments(first=array([0., 0.], dtype=float32), second=array([0.25, 0.25], dtype=float32))
+    {'first': array([0., 0.], dtype=float32), 'second': array([0.25, 0.25], dtype=float32)}
+
+    Raises DataError: it is not a finite float32 vector of that size for each name.
     """
-    match settings:
-        case FedAvg() | AnalyticHead() | Evaluation():
-            return Stateless()
-        case FedAvgM():
-            return Velocity(np.zeros(size, np.float32))
-        case FedAdam(tau=tau):
-            return Moments(np.zeros(size, np.float32), np.full(size, np.float32(tau) ** 2, np.float32))
+    return _checked(settings.start(size), size)
 
 
-def step(settings: Settings, state: State, adapter: Floats, mean_delta: Floats) -> tuple[State, Floats]:
+def step(settings: ServerOptimizer, state: State, adapter: Floats, mean_delta: Floats) -> tuple[State, Floats]:
     """Compute the update of one round.
 
     Args:
@@ -193,93 +272,61 @@ def step(settings: Settings, state: State, adapter: Floats, mean_delta: Floats) 
     Raises ConfigError: the state belongs to another optimizer; DataError: shapes or types differ, or the update is not
     finite.
     """
-    _check(adapter, mean_delta)
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below, in one line
-        match settings, state:
-            case FedAvg(learning_rate=rate), Stateless():
-                return state, _within(adapter + np.float32(rate) * mean_delta)
-            case FedAvgM(learning_rate=rate, momentum=momentum), Velocity(velocity=velocity):
-                _check(adapter, velocity)
-                faster = _finite(np.float32(momentum) * velocity + mean_delta)
-                return Velocity(faster), _within(adapter + np.float32(rate) * faster)
-            case FedAdam(), Moments():
-                _check(adapter, state.first)
-                return _adam(settings, state, adapter, mean_delta)
-    raise ConfigError(
-        f"{type(settings).__name__} cannot continue from {type(state).__name__}, the state of another optimizer",
-        about="state",
-    )
+    size = adapter.size
+    for vector in (adapter, mean_delta, *state.values()):
+        _require_flat(vector, size)
+    if state.keys() != settings.start(size).keys():
+        text = f"{type(settings).__name__} cannot continue from {sorted(state)}, the state of another optimizer"
+        raise ConfigError(text, about="state")
+    with np.errstate(all="ignore"):  # what is not finite is refused below, in one line
+        after, moved = settings.step(state, adapter, mean_delta)
+    if after.keys() != state.keys():
+        raise ConfigError(f"{type(settings).__name__} changed the names of its state", about="state")
+    return _checked(after, size), np.clip(_finite(moved, size), -np.float32(LARGEST), np.float32(LARGEST))
 
 
-def _adam(settings: FedAdam, state: Moments, adapter: Floats, delta: Floats) -> tuple[State, Floats]:
-    rate, beta1, beta2, tau = map(np.float32, (settings.learning_rate, settings.beta1, settings.beta2, settings.tau))
-    one = np.float32(1)
-    first = beta1 * state.first + (one - beta1) * delta
-    square = delta * delta
-    if isinstance(settings, FedYogi):
-        second = state.second - (one - beta2) * square * np.sign(state.second - square)
-    else:
-        second = beta2 * state.second + (one - beta2) * square
-    scale: Floats = np.sqrt(second) + tau
-    return Moments(_finite(first), _finite(second)), _within(adapter + rate * first / scale)
-
-
-def advance(settings: Settings, state: State, tensors: Tensors, shared: Layout, mean: Floats) -> tuple[State, Tensors]:
+def advance(
+    settings: ServerOptimizer, state: State, tensors: Tensors, shared: Layout, mean: Floats
+) -> tuple[State, Tensors]:
     """Apply ``step`` to the summed tensors (``shared``); keep the others. ``mean``: float32, ``(shared.size,)``."""
     state, vector = step(settings, state, shared.flatten(shared.select(tensors)), mean)
     return state, tensors | shared.unflatten(vector)
 
 
-def to_tensors(state: State) -> Tensors:
-    """Return the tensors to store; empty for FedAvg. Guarantee: ``restore(settings, to_tensors(state), n)`` equals
-    ``state``, bit for bit."""
-    match state:
-        case Stateless():
-            return {}
-        case Velocity(velocity=velocity):
-            return {"velocity": velocity}
-        case Moments(first=first, second=second):
-            return {"first": first, "second": second}
-
-
-def restore(settings: Settings, stored: Mapping[str, Floats], size: int) -> State:
-    """Return the state in ``stored`` (``to_tensors``), or that before the first round where nothing is stored. Raises
-    ConfigError: the stored state belongs to another optimizer, or to an adapter of another size."""
-    if not stored or isinstance(settings, AnalyticHead | Evaluation):
-        return start(settings, size)
-    kind: type[Velocity | Moments] | None = None
-    if not isinstance(settings, FedAvg):
-        kind = Velocity if isinstance(settings, FedAvgM) else Moments
-    fits = kind is not None and stored.keys() == {field.name for field in fields(kind)}
-    if kind is None or not fits or any(v.shape != (size,) or v.dtype != np.float32 for v in stored.values()):
+def restore(settings: ServerOptimizer, stored: State, size: int) -> State:
+    """Return the stored state, or that before the first round where nothing is stored. Raises ConfigError: the stored
+    state belongs to another optimizer, or to an adapter of another size."""
+    begun = start(settings, size)
+    if not stored or isinstance(settings, _NoStep):
+        return begun
+    if stored.keys() != begun.keys() or any(v.shape != (size,) or v.dtype != np.float32 for v in stored.values()):
         raise ConfigError(
             f"the stored optimizer state is not that of {type(settings).__name__} over {size} elements:"
             " keep the optimizer that wrote it, or start a new registry",
             about="optimizer",
         )
-    return kind(**stored)
+    return stored
 
 
-def _check(adapter: Floats, other: Floats) -> None:
-    if adapter.ndim != 1 or adapter.shape != other.shape or adapter.dtype != np.float32 or other.dtype != np.float32:
-        raise DataError(
-            f"the server optimizer adds flat float32 vectors of one size, got"
-            f" {adapter.dtype} {list(adapter.shape)} and {other.dtype} {list(other.shape)}",
-            about="shape",
-        )
+def _require_flat(vector: Floats, size: int) -> None:
+    if not isinstance(vector, np.ndarray) or vector.shape != (size,) or vector.dtype != np.float32:
+        other = np.asarray(vector)
+        text = f"a server optimizer has flat float32 vectors of one size, {size}, got {other.dtype} {list(other.shape)}"
+        raise DataError(text, about="shape")
 
 
-def _finite(vector: Floats) -> Floats:
+def _checked(state: State, size: int) -> State:
+    return {name: _finite(vector, size) for name, vector in state.items()}
+
+
+def _finite(vector: Floats, size: int) -> Floats:
+    _require_flat(vector, size)
     if not np.isfinite(vector).all():
         raise DataError(
             "the server's update is not finite: a delta holds NaN or infinity, or the learning rate is too high",
             about="update",
         )
     return vector
-
-
-def _within(adapter: Floats) -> Floats:
-    return np.clip(_finite(adapter), -np.float32(LARGEST), np.float32(LARGEST))
 
 
 def _decay(name: str, value: float) -> None:

@@ -90,7 +90,7 @@ class SummedRound:
 class ServerStep:
     """Says how the coordinator steps an adapter; a kind with a rule of its own does not use ``rule``."""
 
-    rule: optimizer.Settings
+    rule: optimizer.ServerOptimizer
     state: optimizer.State
     combination: Combination | None = None
 
@@ -101,7 +101,9 @@ class RoundTask(ABC):
 
     __slots__ = ()
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-    RULE: ClassVar[optimizer.Settings | None] = None  # that makes the next adapter; None: the federation's optimizer
+    RULE: ClassVar[optimizer.ServerOptimizer | None] = (
+        None  # that makes the next adapter; None: the federation's optimizer
+    )
     SEGMENT: ClassVar[str]  # of the sum with noise
     EXACT_SEGMENT: ClassVar[str | None]  # the first of the sum without noise; None: it has none
     EXACT: ClassVar[str | None]  # the kind of its sums without noise (``client.node.sumhistory``); None: it has none

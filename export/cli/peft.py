@@ -1,11 +1,14 @@
-"""``edgeadapt export peft``: write an adapter as a PEFT folder."""
+"""``edgeadapt bundle peft``: write an adapter as a PEFT folder."""
 
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from aggregation.errors import ConfigError
+from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
+from edgeadapt.commandline import FOLDER, as_json, print_result
 from edgeadapt.formats.bundle import TRUST, Bundle
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.layout import Tensors
@@ -15,24 +18,24 @@ from edgeadapt.formats.storage import real
 from edgeadapt.methods.peft.dora import scaled_layers
 from edgeadapt.methods.peft.folder import to_peft
 from export.bundle.adapter import unfolded
-from export.cli.options import FOLDER, from_registry, origin_of, out_json, pinned, print_result, which
+from export.cli.options import from_registry, origin_of, pinned, which
 
 
 @click.command()
 @from_registry
 @which
-@click.option("--bundle", type=FOLDER, metavar="BUNDLE", help="Instead of a registry: an exported adapter.")
-@click.option("--name", default="global", metavar="NAME", help="Of the bundle's adapter. Default: global.")
+@commandline.bundle("Without --registry: the bundle that has the adapter.", new=True)
+@commandline.adapter("name", "Which adapter of the bundle.", default="global", show_default=True, former="--name")
 @pinned
 @click.option(
     "--base", "base_name", metavar="NAME|DIR", help="The base of a bundle's DoRA adapter, which needs its weights."
 )
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="A new folder.")
-@out_json
+@as_json
 def peft(
     registry: Path | None,
     version: int | None,
-    bundle: Path | None,
+    bundle: Path,
     name: str,
     trust: Path | None,
     base_name: str | None,
@@ -43,12 +46,14 @@ def peft(
 
     \b
     Examples:
-      edgeadapt export peft --registry runs/demo/coordinator --out my-lora
-      edgeadapt export peft --bundle bundle --name global --out my-lora
+      edgeadapt bundle peft --registry runs/demo/coordinator --out my-lora
+      edgeadapt bundle peft --bundle bundle --adapter global --out my-lora
     """
-    if (registry is None) == (bundle is None):
-        raise ConfigError("name one source: --registry DIR or --bundle BUNDLE", about="--registry")
-    if bundle is not None:
+    source = click.get_current_context().get_parameter_source("bundle")
+    nowhere = source is ParameterSource.DEFAULT and not bundle.exists()
+    if nowhere if registry is None else source is ParameterSource.COMMANDLINE:
+        raise ConfigError("name one source: --registry DIR or --bundle DIR", about="--registry")
+    if registry is None:
         if version is not None:
             raise ConfigError(
                 "--version is for a registry; a bundle holds one version of each adapter", about="--version"

@@ -288,8 +288,8 @@ def gate(parity: Parity, limits: Limits, *, privacy: PrivacyBound | None = None)
         if privacy is not None:
             remedy += (
                 f". The adapter has the noise of differential privacy ({privacy}): where it outweighs the "
-                "update (edgeadapt privacy plan), answers are near ties, which rounding turns; take profile fp32, more "
-                "devices, fewer rounds or a larger epsilon"
+                "update (edgeadapt simulate privacy), answers are near ties, which rounding turns; take profile fp32, "
+                "more devices, fewer rounds or a larger epsilon"
             )
         raise ParityError(
             f"the exported files are too far from torch on {parity.count} answers ({'; '.join(broken.values())}); "

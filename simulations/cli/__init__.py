@@ -1,4 +1,30 @@
-"""The commands ``edgeadapt demo``, ``simulate``, ``suite`` and ``data``, which ``edgeadapt.program`` mounts.
+"""``edgeadapt simulate``, and ``demo``, which ``edgeadapt.program`` mounts. A command is imported when it is called."""
 
-This package imports nothing, so that a command starts without the libraries of the others.
-"""
+import click
+
+from edgeadapt.commandline import LazyGroup
+
+# command → (module, attribute, one line for --help, extra that it needs)
+COMMANDS = {
+    "run": ("simulations.cli.simulate", "simulate", "Run a scenario, from population to report.", "simulations"),
+    "look": ("simulations.cli.simulate", "look", "Show clients, sizes, labels, broken rows.", "simulations"),
+    "scenarios": ("simulations.cli.scenarios", "scenarios", "List the scenarios and suites that are shipped.", ""),
+    "suite": ("simulations.cli.suite", "suite", "Compare arms of a scenario on several seeds.", "simulations"),
+    "report": ("simulations.cli.suite", "report", "Write and print the report of a suite.", "simulations"),
+    "privacy": ("coordinator.cli.privacy", "privacy", "Print noise and epsilon for sizes of a cohort.", "coordinator"),
+}
+
+__all__ = ["simulate_group"]
+
+
+@click.command("simulate", cls=LazyGroup, table=COMMANDS)
+def simulate_group() -> None:
+    """Run federations on this machine: what does each client get alone, and what together?
+
+    \b
+    Examples:
+      edgeadapt simulate run texts.csv --set data.client=user
+      edgeadapt simulate scenarios
+      edgeadapt simulate suite households.toml --seeds 3
+      edgeadapt simulate privacy --numbers 50000 --set privacy.mechanism=skellam --set privacy.epsilon=8
+    """

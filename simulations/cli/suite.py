@@ -1,4 +1,4 @@
-"""``edgeadapt suite``: arms against each other on several seeds, and their differences with intervals."""
+"""``edgeadapt simulate suite``: arms against each other on several seeds, and their differences with intervals."""
 
 import json
 from pathlib import Path
@@ -6,18 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeadapt import commandline
 from simulations.cli.simulate import resumable
 
 if TYPE_CHECKING:  # imports torch
     from simulations.suite.execute import SuiteReport
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def suite() -> None:
-    """Compare arms of a scenario on several seeds."""
-
-
-@suite.command(short_help="Run the arms of a suite on its seeds.")
+@click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--seeds", type=click.IntRange(1, 1000), help="So many seeds, from 0 on.  [default: the file's]")
 @click.option(
@@ -27,8 +23,9 @@ def suite() -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
 @click.option("--resume", is_flag=True, help="Continue the suite in --out; what is finished is kept.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite.  [default: runs/suite-NAME]")
+@commandline.quiet
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
-def run(
+def suite(
     file: Path,
     seeds: int | None,
     jobs: int | None,
@@ -45,10 +42,10 @@ def run(
 
     \b
     Examples:
-      edgeadapt suite run households.toml --out runs/households
-      edgeadapt suite run newsgroups.toml --set data.concentration=0.1 --out runs/newsgroups
-      edgeadapt suite run my.toml --seeds 5 --jobs 2
-      edgeadapt suite run my.toml --seeds 5 --jobs 2 --resume
+      edgeadapt simulate suite households.toml --out runs/households
+      edgeadapt simulate suite newsgroups.toml --set data.concentration=0.1 --out runs/newsgroups
+      edgeadapt simulate suite my.toml --seeds 5 --jobs 2
+      edgeadapt simulate suite my.toml --seeds 5 --jobs 2 --resume
     """
     # Imported here, so that --help does not wait for the libraries.
     from simulations.suite.execute import run_suite
@@ -57,11 +54,11 @@ def run(
     wanted = read_suite(file, seeds=seeds, changes=overrides, arms=arms)
     out = suite_folder(wanted, out)
     with resumable(out):
-        outcome = run_suite(wanted, out, jobs=jobs, resume=resume, quiet=as_json)
+        outcome = run_suite(wanted, out, jobs=jobs, resume=resume, quiet=commandline.is_quiet())
     _print(outcome, as_json)
 
 
-@suite.command(short_help="Write and print the report of a suite.")
+@click.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--track", type=click.Choice(["mlflow", "tensorboard"]), help="Also send the runs to this tracker.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
@@ -70,9 +67,9 @@ def report(folder: Path, track: str | None, as_json: bool) -> None:
 
     \b
     Examples:
-      edgeadapt suite report runs/households
-      edgeadapt suite report runs/households --json > suite.json
-      edgeadapt suite report runs/households --track tensorboard
+      edgeadapt simulate report runs/households
+      edgeadapt simulate report runs/households --json > suite.json
+      edgeadapt simulate report runs/households --track tensorboard
     """
     from simulations.suite.execute import SuiteReport
 

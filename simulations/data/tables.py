@@ -8,15 +8,19 @@ sides of a split: a group is for tests or not, for all clients. Only a column ``
 
 import csv
 import hashlib
+import heapq
 import importlib
 import json
 import math
 import re
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -38,9 +42,12 @@ MAX_NAME = 256  # characters of a label, a client or a group
 SPLITS = ("train", "validation", "test")
 Fields = Mapping[str, Any]
 Placed = tuple[str, Fields | str]  # where it stands, and the fields of a row or what is wrong with it
+PUBLIC_SHARE = 0.2  # of a label's texts that are taken from clients
 SHINGLE = 3  # characters
 PERMUTATIONS = 64
-_NUMBERS, _REST = re.compile(r"\d+"), re.compile(r"[\W_]+")
+_NUMBERS, _SPACES = re.compile(r"\d+"), re.compile(r"\s+")
+WRITTEN = frozenset("#%&*@/\\")  # punctuation by its category, part of a name by its use: C#
+NOTHING_SAID = frozenset({"na", "n/a", "nan", "null", "none", "-", "?"})  # labels that programs write for a missing one
 FEWEST_TRAINED = 3  # clients that take part: what a secure sum needs
 TEST, TRAIN, VALIDATION = "test", "train", "validation"
 
@@ -79,8 +86,14 @@ class DataSettings(Settings):
     broken: Literal["refuse", "skip"] = Field(
         default="refuse", description="what a broken row does: refuse (the run ends) or skip (it is counted)"
     )
+    long: Literal["broken", "cut"] = Field(
+        default="broken", description=f"what a text above {MAX_TEXT} characters is: broken, or cut there (and counted)"
+    )
     sample: int = Field(
-        default=0, ge=0, description="largest number of rows that are used, which the seed chooses; 0: all rows"
+        default=0,
+        ge=0,
+        description="largest number of rows that are used, which the seed chooses: whole clients where there is a "
+        "column of clients, else rows; 0: all rows",
     )
     partition: Literal["iid", "dirichlet", "shard", "linear", "exponential"] = Field(
         default="dirichlet",
@@ -117,7 +130,8 @@ class DataSettings(Settings):
         default=6,
         ge=1,
         le=1000,
-        description="without files of public texts: texts of each label that are taken from clients and made public",
+        description="without files of public texts: texts of each label that are taken from clients and made public, "
+        f"at most {PUBLIC_SHARE:.0%} of a label's",
     )
 
     @model_validator(mode="after")
@@ -163,7 +177,6 @@ class DataSettings(Settings):
 class Row:
     """Holds one text with what its columns say. Columns that the settings do not name are empty."""
 
-    where: str  # file and line
     text: str
     label: str
     client: str
@@ -178,38 +191,84 @@ class Row:
 class Rows:
     """Holds what was read. ``broken`` has a line for each broken row: where it stands, and what is wrong."""
 
-    good: tuple[Row, ...]
+    good: Sequence[Row]
     broken: tuple[str, ...]
+    cut: int = 0  # texts that were too long
 
 
-def read_rows(settings: DataSettings) -> Rows:
-    """Read all rows that ``settings`` name, of files and functions."""
-    if settings.function:
-        return _rows(_called(settings.function), settings)
-    return _rows(_chained(settings.files), settings)
+def read_rows(settings: DataSettings, seed: int) -> Rows:
+    """Read the rows that ``settings`` name, of files and functions; of more than ``sample`` those the seed chooses."""
+    placed = _called(settings.function) if settings.function else _chained(settings.files)
+    return _rows(placed, settings, _Sample(settings.sample, bool(settings.client), seed))
 
 
 def read_public(settings: DataSettings) -> Rows:
     """Read the files of public texts; their clients and splits do not matter. Raises as ``read_rows``."""
     only = settings.model_copy(update={"client": "", "split": "", "time": "", "group": ""})
-    return _rows(_chained(settings.public), only)
+    return _rows(_chained(settings.public), only, _Sample(0, False, 0))
 
 
-def _rows(placed: Iterable[Placed], settings: DataSettings) -> Rows:
-    good: list[Row] = []
+class _Sample:
+    """Keeps the rows of some clients, at most ``size`` rows: of those whose names' hashes are smallest, at least one.
+
+    It has to keep no others in memory. Without clients it draws rows, of all of them. Size 0: all rows.
+    """
+
+    def __init__(self, size: int, by_client: bool, seed: int) -> None:
+        self._size, self._by_client, self._seed = size, by_client, seed
+        self._rows: dict[str, list[tuple[int, Row]]] = defaultdict(list)  # client → its rows, with their numbers
+        self._largest: list[tuple[int, str]] = []  # a heap of the clients, the largest hash first
+        self._bound = math.inf  # clients with this hash or a larger one are out
+        self._count = 0  # rows that are kept
+        self._number = 0
+
+    def add(self, row: Row) -> None:
+        self._number += 1
+        client = row.client if self._size and self._by_client else ""
+        if client not in self._rows:
+            order = _hashed(self._seed, "sample", client)
+            if order >= self._bound:
+                return
+            heapq.heappush(self._largest, (-order, client))
+        self._rows[client].append((self._number, row))
+        self._count += 1
+        while self._size and self._by_client and self._count > self._size and len(self._rows) > 1:
+            order, out = heapq.heappop(self._largest)
+            self._bound = -order
+            self._count -= len(self._rows.pop(out))
+
+    def rows(self) -> list[Row]:
+        """The sample, in the order of the files."""
+        if self._by_client:
+            return [row for _, row in sorted(chain(*self._rows.values()), key=itemgetter(0))]
+        rows = [row for _, row in self._rows[""]]
+        if not 0 < self._size < len(rows):
+            return rows
+        drawn = np.random.default_rng(self._seed).choice(len(rows), self._size, replace=False)
+        return [rows[at] for at in sorted(drawn)]
+
+
+def _hashed(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def _rows(placed: Iterable[Placed], settings: DataSettings, sample: _Sample) -> Rows:
     broken: list[str] = []
+    cut = 0
     for count, (where, fields) in enumerate(placed):
         if count >= MAX_ROWS:
             raise DataError(f"{where}: there are more than {MAX_ROWS} rows", about="data.files", value=where)
-        row = fields if isinstance(fields, str) else _row(where, fields, settings)
+        row = fields if isinstance(fields, str) else _row(fields, settings)
         if isinstance(row, str):
             broken.append(f"{where}: {row}")
-        else:
-            good.append(row)
-    return Rows(tuple(good), tuple(broken))
+            continue
+        if settings.long == "cut" and len(row.text) > MAX_TEXT:
+            row, cut = replace(row, text=row.text[:MAX_TEXT]), cut + 1
+        sample.add(row)
+    return Rows(sample.rows(), tuple(broken), cut)
 
 
-def _row(where: str, fields: Fields, settings: DataSettings) -> Row | str:
+def _row(fields: Fields, settings: DataSettings) -> Row | str:
     """Return the row, or what is wrong with it."""
     for key in ("text", "label", "prompt", "client", "split", "time", "group"):
         name = getattr(settings, key)
@@ -219,19 +278,19 @@ def _row(where: str, fields: Fields, settings: DataSettings) -> Row | str:
         if name and fields[name] is None:
             return f"{name} is missing"
     for column in filter(None, (settings.text, settings.prompt)):
-        text = fields[column]
-        if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
-            return f"{column} is not a text of Unicode"
-        if not text.strip() or len(text) > MAX_TEXT:
-            return f"{column} is empty or longer than {MAX_TEXT} characters"
+        if wrong := _wrong_text(fields[column], cut=settings.long == "cut" and column == settings.text):
+            return f"{column} {wrong}"
     names = {}
     for key in ("label", "client", "split", "group", "language"):
         column = getattr(settings, key)
-        value = fields.get(column) if column else ""
-        names[key] = "" if value is None else str(value).strip()
-        if len(names[key]) > MAX_NAME or not names[key].isprintable():
+        value = _name(fields.get(column)) if column else ""
+        if value is None:
+            kind = type(fields[column]).__name__
+            return f"{column} is a {kind}, and neither a text nor a whole number"
+        names[key] = value
+        if len(value) > MAX_NAME or not value.isprintable():
             return f"{column} is longer than {MAX_NAME} characters, or not printable"
-        if column and key in ("label", "client") and not names[key]:
+        if column and key in ("label", "client") and not value:
             return f"{column} is empty"
     if names["split"] not in ("", *SPLITS):
         return f"{settings.split} is {names['split'][:40]!r}, not {', '.join(SPLITS[:-1])} or {SPLITS[-1]}"
@@ -239,7 +298,25 @@ def _row(where: str, fields: Fields, settings: DataSettings) -> Row | str:
     if not math.isfinite(time):
         return f"{settings.time} is neither a number nor a time in ISO 8601"
     prompt = fields[settings.prompt] if settings.prompt else ""
-    return Row(where, fields[settings.text], time=time, prompt=prompt, **names)
+    return Row(fields[settings.text], time=time, prompt=prompt, **names)
+
+
+def _wrong_text(text: object, *, cut: bool) -> str:
+    """Say what is wrong with a text; nothing if it can be used."""
+    if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
+        return "is not a text of Unicode"
+    if "\0" in text:
+        return f"has a NUL as its character {text.index(chr(0)) + 1}"
+    if not text.strip() or (cut and not text[:MAX_TEXT].strip()):
+        return "is empty"
+    return "" if cut or len(text) <= MAX_TEXT else f"is longer than {MAX_TEXT} characters"
+
+
+def _name(value: object) -> str | None:
+    """The name that a label, a client or a group is; None if it is something else, such as a list or a fraction."""
+    if value is None:
+        return ""
+    return str(value).strip() if isinstance(value, str | int) else None
 
 
 def _time(value: object) -> float:
@@ -280,7 +357,9 @@ def _csv(path: Path) -> Iterator[Placed]:
     csv.field_size_limit(MAX_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(file.readline())
+            file.seek(0)
+            lines = csv.reader(file, delimiter=delimiter, strict=True)
             header = next(lines, [])
             if not header or len(set(header)) != len(header):
                 raise DataError(f"{path} has no header, or one that names a column twice", about=path.name)
@@ -297,6 +376,11 @@ def _csv(path: Path) -> Iterator[Placed]:
         raise DataError(f"{path} is not UTF-8; convert it", about=path.name) from None
     except csv.Error as error:
         raise DataError(f"{path}:{lines.line_num}: not CSV: {error}", about=path.name) from error
+
+
+def _delimiter(header: str) -> str:
+    """The comma, or what spreadsheets of other languages write in its place if the header has no comma."""
+    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def _jsonl(path: Path) -> Iterator[Placed]:
@@ -434,10 +518,33 @@ def _partitioner(settings: DataSettings, seed: int) -> "Partitioner":
 def normalized(text: str) -> str:
     """Return what near-duplicates share: no case, punctuation or white space, and every number as 0.
 
+    Combining marks and symbols stay: they tell words apart in Hindi, and C++ from C#.
+
     >>> normalized("Turn it to 21 °C,  please!")
-    'turn it to 0 c please'
+    'turn it to 0 °c please'
     """
-    return _REST.sub(" ", _NUMBERS.sub("0", text.casefold())).strip()
+    composed = unicodedata.normalize("NFC", text).casefold()
+    return _SPACES.sub(" ", _NUMBERS.sub("0", composed.translate(_KEPT))).strip()
+
+
+class _Kept(dict[int, str | None]):
+    """What ``normalized`` makes of a character: itself, a space, or nothing."""
+
+    def __missing__(self, code: int) -> str | None:
+        char = chr(code)
+        match unicodedata.category(char)[0]:
+            case "P" if char not in WRITTEN:
+                kept: str | None = " "
+            case "Z" | "C":
+                # A joiner stands within a word or an emoji.
+                kept = None if unicodedata.category(char) == "Cf" else " "
+            case _:
+                kept = char
+        self[code] = kept
+        return kept
+
+
+_KEPT = _Kept()
 
 
 def group_texts(texts: Sequence[str], keys: Sequence[str], threshold: float) -> list[int]:
@@ -497,6 +604,12 @@ class DataFacts:
     small: int  # clients that were left out: too few texts, or nothing to train or test on
     overlapping: int  # test texts that were left out, because a near-duplicate is in somebody's training part
     leaked: int  # test texts of the data's own split of which a near-duplicate is in somebody's training part
+    cut: int  # texts that were too long
+    taken: int  # texts that were taken from clients: public ones and their near-duplicates
+    rare: tuple[str, ...]  # labels of which no text was taken: they have too few
+    conflicting: tuple[str, ...]  # texts that stand there with several labels, as ``normalized`` makes them
+    variants: tuple[str, ...]  # labels that differ in case, punctuation or space only, as "A = a"
+    unsaid: tuple[str, ...]  # labels that say that there is none, such as NA
 
 
 @dataclass(frozen=True, slots=True)
@@ -509,7 +622,7 @@ class Loaded:
 
 def load_population(settings: DataSettings, seed: int) -> Loaded:
     """Read the texts and make a population of them; the same texts, settings and seed give the same ``digest``."""
-    rows, public = read_rows(settings), read_public(settings)
+    rows, public = read_rows(settings, seed), read_public(settings)
     broken = rows.broken + public.broken
     if not rows.good:
         why = f"none of the {len(broken)} rows can be used; {broken[0]}" if broken else "there are no rows of texts"
@@ -526,7 +639,7 @@ class _Maker:
 
     def __init__(self, settings: DataSettings, seed: int, rows: Rows, public: Rows) -> None:
         self.settings, self.seed = settings, seed
-        self.rows, others = self._sampled(rows.good), public.good
+        self.rows, others, self.cut = rows.good, public.good, rows.cut + public.cut
         labels = {row.label for row in (*self.rows, *others)}
         self.labels = tuple(sorted(labels)) if settings.label else ()
         if settings.label and len(self.labels) < 2:
@@ -539,15 +652,8 @@ class _Maker:
         self.public_groups = set(self.groups[len(self.rows) :])
         self.public = [self._labelled(row, self.groups[len(self.rows) + at]) for at, row in enumerate(others)]
 
-    def _sampled(self, rows: Sequence[Row]) -> list[Row]:
-        """Keep at most ``settings.sample`` of the rows, in their order."""
-        if not 0 < self.settings.sample < len(rows):
-            return list(rows)
-        drawn = np.random.default_rng(self.seed).choice(len(rows), self.settings.sample, replace=False)
-        return [rows[at] for at in sorted(drawn)]
-
     def make(self, broken: tuple[str, ...]) -> Loaded:
-        taken = set() if self.public else self._take_public()
+        taken, rare = (set[int](), ()) if self.public else self._take_public()
         left = [at for at in range(len(self.rows)) if at not in taken]
         owned, small = self._owned(left)
         side = self._sides(owned)
@@ -563,36 +669,59 @@ class _Maker:
         made = [self._client(name, members, side) for name, members in owned.items()]
         clients = [client for client in made if client is not None]
         small += len(made) - len(clients)
-        facts = DataFacts(len(self.rows), broken, len(set(self.groups)), small, overlapping, leaked)
+        facts = DataFacts(
+            len(self.rows),
+            broken,
+            len(set(self.groups)),
+            small,
+            overlapping,
+            leaked,
+            self.cut,
+            len(taken),
+            rare,
+            self._conflicting(),
+            _variants(self.labels),
+            tuple(label for label in self.labels if label.casefold() in NOTHING_SAID),
+        )
         return Loaded(Population(self.labels, tuple(self.public), self._named(clients)), facts)
 
-    def _hash(self, *parts: object) -> int:
-        return int.from_bytes(hashlib.sha256("\x1f".join(map(str, (self.seed, *parts))).encode()).digest()[:8], "big")
+    def _conflicting(self) -> tuple[str, ...]:
+        labels: dict[str, set[str]] = defaultdict(set)
+        for row in self.rows:
+            labels[normalized(row.text)].add(row.label)
+        return tuple(text for text, several in labels.items() if len(several) > 1)
 
     def _order(self, group: int) -> int:
         """Return a group's place in the order that decides its use, by its first text, on any machine."""
         first = self.rows[group].text if group < len(self.rows) else self.public[group - len(self.rows)].text
-        return self._hash("group", first)
+        return _hashed(self.seed, "group", first)
 
     def _labelled(self, row: Row, group: int) -> LabelledText:
         return LabelledText(row.text, self.number[row.label], f"g{group}", row.prompt)
 
-    def _take_public(self) -> set[int]:
-        """Make some texts of each label public, and return all texts of their groups, which no client keeps."""
+    def _take_public(self) -> tuple[set[int], tuple[str, ...]]:
+        """Make some texts of each label public, at most ``PUBLIC_SHARE`` of a label's texts with all of their groups.
+
+        Returns the rows of their groups, which no client keeps, and the labels that have too few texts for one.
+        """
         members: dict[int, list[int]] = defaultdict(list)
         for at in range(len(self.rows)):
             if self.rows[at].split in ("", TRAIN):
                 members[self.groups[at]].append(at)
         order = sorted(members, key=lambda group: (len(members[group]), self._order(group)))
+        left = {label: PUBLIC_SHARE * size for label, size in Counter(row.label for row in self.rows).items()}
         count: Counter[str] = Counter()
         for group in order:
-            first = self.rows[members[group][0]]
-            if count[first.label] < self.settings.public_texts:
+            first, sizes = self.rows[members[group][0]], Counter(self.rows[at].label for at in members[group])
+            if count[first.label] < self.settings.public_texts and all(left[name] >= sizes[name] for name in sizes):
                 count[first.label] += 1
+                for name, size in sizes.items():
+                    left[name] -= size
                 self.public_groups.add(group)
                 self.public.append(self._labelled(first, group))
         self.public.sort(key=lambda text: text.label)
-        return {at for at in range(len(self.rows)) if self.groups[at] in self.public_groups}
+        taken = {at for at in range(len(self.rows)) if self.groups[at] in self.public_groups}
+        return taken, tuple(label for label in self.labels if not count[label])
 
     def _owned(self, left: Sequence[int]) -> tuple[dict[str, list[int]], int]:
         """Map each client to its rows, and count the clients that had too few."""
@@ -676,7 +805,7 @@ class _Maker:
                 about="data.client",
                 value=len(clients),
             )
-        order = sorted(clients, key=lambda client: self._hash("unseen", client.name))
+        order = sorted(clients, key=lambda client: _hashed(self.seed, "unseen", client.name))
         out = {client.name for client in order[:unseen]}
         usable = all(is_device_id(client.name) for client in clients)
         usable = usable and len({client.name.casefold() for client in clients}) == len(clients)
@@ -685,3 +814,10 @@ class _Maker:
             replace(client, name=client.name if usable else f"client-{number:04d}", unseen=client.name in out)
             for number, client in enumerate(sorted_clients, 1)
         )
+
+
+def _variants(labels: Iterable[str]) -> tuple[str, ...]:
+    alike: dict[str, list[str]] = defaultdict(list)
+    for label in labels:
+        alike[normalized(label) or label].append(label)
+    return tuple(" = ".join(names) for names in alike.values() if len(names) > 1)

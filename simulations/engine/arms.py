@@ -24,7 +24,7 @@ from client.node.statedir import DeviceStateDir
 from client.training.control import TrainingControl
 from client.training.engine import open_trainer, trainer_of
 from client.training.examples import Example, Split, in_split
-from client.training.personal import Candidate, Choice, PersonalMethod, PersonalStep, personalize, rehearsal
+from client.training.personal import Candidate, Choice, PersonalStep, personalize, rehearsal
 from client.training.private import subject_of, with_private
 from client.training.trainer import ClassifierTrainer, FrozenBase, Trainer
 from edgeadapt.formats.layout import Floats, Tensors
@@ -132,7 +132,7 @@ class ClassifierArms(Arms):
     def _personal(self, client: Client, start: Tensors, task: Task, arm: str) -> Kept:
         own, examples = self.inputs.scenario.personal, provision.examples_of(client)
         scale = self.inputs.scenario.federation.analytic.scale
-        how = PersonalStep(own.epochs, scale, PersonalMethod(own.method), own.share, Choice(own.choice), own.patience)
+        how = PersonalStep(own.epochs, scale, own.method, own.share, Choice(own.choice), own.patience)
         public = rehearsal(self.mine, examples, self.inputs.released, own.public)
         kept = personalize(
             self.mine,

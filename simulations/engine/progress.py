@@ -1,26 +1,29 @@
-"""What a run shows while it works: one live line on a terminal, now and then a plain one elsewhere.
+"""What a run shows while it works: one live line on a terminal, a plain one for each stage and round elsewhere.
 
-The display listens to the log records of the coordinator and the devices; neither of them knows about it.
+The display listens to the log records of the coordinator and the devices; neither of them knows about it. It logs the
+stages of the run itself, so that the run's log goes on before and after the rounds.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count as count_from
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from edgeadapt.commandline import plain_progress
 from edgeadapt.formats.roundrecord import RoundRecord
 from simulations.report.formatting import count, duration, printable, share, size
 
-LEVELS = {"edgeadapt.coordinator": logging.DEBUG, "edgeadapt.device": logging.INFO}
+LEVELS = {"edgeadapt.coordinator": logging.DEBUG, "edgeadapt.device": logging.INFO, "edgeadapt.run": logging.INFO}
 BAR = 12  # columns
 Clock = Callable[[], float]  # seconds, monotonic
+log = logging.getLogger("edgeadapt.run")
 WHOLE_RUN = 1e9  # seconds; the estimate uses every part that is done, however long a part takes
 
 
@@ -41,10 +44,11 @@ class _Shown:
             redirect_stdout=False,  # it may be a pipe that waits for JSON
         )
         self._plain = plain_progress(self._now, console.file, shown=not quiet and not shown)
+        self._say: Callable[[str], None] = lambda line: None
 
     def __enter__(self) -> Self:
         self._display.start()
-        self._plain.__enter__()
+        self._say = self._plain.__enter__()
         return self
 
     def __exit__(
@@ -130,11 +134,18 @@ class RunProgress(_Shown):
 
         ``total``: the number of its parts, if it has any; call the yielded function after each.
         """
-        began = self._clock()
+        began, done = self._clock(), count_from(1)
+
+        def advance() -> None:
+            log.info("%s: %d of %s done", name, next(done), total)
+            self._advance()
+
         with self._shown(name, 0, total):
-            yield self._advance
+            yield advance
         parts = f"{total} in " if total else ""
-        self._print(Text(f"{name}  {parts}{duration(self._clock() - began)}"))
+        line = f"{name}  {parts}{duration(self._clock() - began)}"
+        log.info("%s", line)
+        self._print(Text(line))
 
     @contextmanager
     def rounds(self, done: int, total: int) -> Iterator[None]:
@@ -146,6 +157,8 @@ class RunProgress(_Shown):
     def _shown(self, name: str, done: int, total: int | None) -> Iterator[None]:
         where = _where(name, done, total)
         self._notify(where)
+        if total is None or done < total:
+            log.info("%s begins", where)
         task = self._display.add_task(name, total=total, completed=done, where=where, note="")
         self._display.advance(task, 0)  # the estimate counts from here
         try:
@@ -160,7 +173,7 @@ class RunProgress(_Shown):
             self._display.update(task.id, advance=1, where=where, note="")
 
     def _now(self) -> str:
-        words = [word for task in self._display.tasks for word in task.fields.values() if word]
+        words = [word for task in self._display.tasks for word in (*task.fields.values(), _left(task)) if word]
         return ", ".join(words) or "running"
 
     def _take(self, extra: Mapping[str, Any]) -> None:
@@ -182,6 +195,8 @@ class RunProgress(_Shown):
     def _print(self, line: Text) -> None:
         if not self._display.disable:
             self._display.console.print(line, highlight=False)
+            return
+        self._say("  ".join(word for word in (str(line), *map(_left, self._display.tasks)) if word))
 
 
 class _Listener(logging.Handler):
@@ -200,6 +215,11 @@ class _Listener(logging.Handler):
 
 def _where(name: str, done: int, total: float | None) -> str:
     return f"{name} {min(done + 1, int(total))} of {int(total)}" if total else name
+
+
+def _left(task: Task) -> str:
+    """Say how long a task will take, at the pace of its parts that are done; empty before the first one."""
+    return f"about {duration(task.time_remaining)} left" if task.time_remaining else ""
 
 
 def _round_line(record: RoundRecord) -> Text:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from aggregation import graph
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import DataError
+from aggregation.errors import ConfigError, DataError
 from aggregation.pki import Authority, new_serial
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
@@ -37,12 +37,12 @@ from client.training.trainer import FrozenBase
 from coordinator.registry import Registry
 from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
-from edgeadapt.bases.base import Base, find_base
+from edgeadapt.bases.base import Base, OwnModel, find_base
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.cache import cached
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import VersionManifest
-from edgeadapt.formats.peftconfig import PeftConfig, require_gradients
+from edgeadapt.formats.peftconfig import OWN, PeftConfig, require_gradients
 from edgeadapt.formats.registryfiles import RegistrySettings
 from edgeadapt.formats.storage import PRIVATE_FOLDER, PUBLIC, replace, staged
 from edgeadapt.methods.classifier import seed_adapter
@@ -201,7 +201,26 @@ def training_base(out: Path, scenario: Scenario, population: Population) -> Base
 def unrounded_base(scenario: Scenario) -> Base:
     """Return the base before it is centered and rounded, which change no size. Raises as ``training_base``."""
     base = find_base(scenario.base.model)
+    if isinstance(base, OwnModel):
+        _require_plain(scenario)
     return _pruned(base, scenario.base.languages) if scenario.base.languages else base
+
+
+def _require_plain(scenario: Scenario) -> None:
+    """Check that a scenario asks a model with its own training loop for nothing that it does not have."""
+    odd = {
+        "base.languages=[]": bool(scenario.base.languages),
+        "base.center=false": scenario.base.center,
+        "base.engine=torch": scenario.base.engine != "torch",
+        "export.train_on_dequantized=false": scenario.export.train_on_dequantized,
+        "federation.analytic.rounds=0": scenario.federation.analytic.rounds > 0,
+        "personal.method=fine-tune": scenario.personal.method in ("ridge", "ensemble"),
+    }
+    if keys := [key for key, is_odd in odd.items() if is_odd]:
+        reason = (
+            f"model {scenario.base.model} has its own training loop, no embeddings and no file: set {', '.join(keys)}"
+        )
+        raise ConfigError(reason, about=keys[0].partition("=")[0])
 
 
 def device_base(out: Path, scenario: Scenario, base: Base, population: Population) -> FrozenBase:
@@ -246,6 +265,8 @@ def _pruned(base: Base, languages: tuple[str, ...]) -> Base:
 
 def peft_config(scenario: Scenario, base: Base) -> PeftConfig:
     """Configure the scenario's adapter on its base. Raises ConfigError as ``trainable.configuration``."""
+    if isinstance(base, OwnModel):
+        return PeftConfig(OWN, 0, 0, ())
     return configuration(base, **scenario.adapter.model_dump(exclude={"head"}))
 
 
@@ -349,7 +370,9 @@ def first_adapter(scenario: Scenario, population: Population, base: Base) -> tup
     Raises ConfigError as ``peft_config``, or if the federation's method trains no such adapter.
     """
     config, generator = peft_config(scenario, base), torch.Generator().manual_seed(scenario.seed)
-    if population.labels:
+    if isinstance(base, OwnModel):
+        tensors = base.first(len(population.labels))
+    elif population.labels:
         mine = classifier_trainer(base, len(population.labels), config)
         public = [(phrase.text, phrase.label) for phrase in population.public]
         tensors = seed_adapter(model_of(mine), mine.tokenizer, public, len(population.labels), generator)

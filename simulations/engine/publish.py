@@ -36,13 +36,14 @@ from export.parity.compare import FEWEST, Limits, OnnxRunner, Parity, limits_of
 from simulations.data.households import plain_phrases
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
-from simulations.result import ExportResult, Reliability
+from simulations.result import ExportResult, Lesson, Reliability
 from simulations.scenario import Scenario
 
 BUNDLE = "bundle"
 GLOBAL = "global"
 PERSONAL = "personal"
 Answers: TypeAlias = tuple[Floats, Labels, Floats]  # arguments of ``reliability``
+MISSED = 1.0  # logits between the answer and the right one, in a phrase to teach
 NINETY = (0.85, 0.95)  # what a device calls 90 %
 
 
@@ -54,6 +55,7 @@ class _Exported:
     parity: Parity  # on the test phrases of all clients
     answers: dict[str, Answers]  # of the global and the personal adapters, to the test phrases of all clients
     plain: dict[str, dict[str, int]]  # client → right and count; without those whose language has no plain phrases
+    lesson: Lesson | None
 
 
 def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, base: Base, report: str) -> ExportResult:
@@ -77,6 +79,7 @@ def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, ba
         bundle=str(first.bundle),
         phrase="a text of your own" if scenario.data.given else "turn on the kitchen lights",
         report=report,
+        lesson=None if scenario.data.given else next(filter(None, (each.lesson for each in exported)), None),
         parity={
             "agreement": mean("agreement"),
             "max_abs_diff": max(parity.max_abs_diff for parity in parities),
@@ -105,10 +108,10 @@ def _publish(out: Path, scenario: Scenario, population: Population, base: Base) 
     key = IdentityKey.from_pem((out / provision.COORDINATOR / coordinator_files.KEY).read_bytes())
     write_bundle(out / BUNDLE, exported, [source_of(GLOBAL, origin)], key=key)
     storage.replace(out / device_files.TRUST, key.public.to_pem(), storage.PUBLIC)
-    own = {client.name: _personal(out, client, source, base) for client in population.clients}
-    personal = [
-        _write_device_bundle(out, client, exported, origin, own[client.name], runner) for client in population.clients
-    ]
+    clients = population.clients
+    own = {client.name: _personal(out, client, source, base) for client in clients}
+    personal = [_write_device_bundle(out, one, exported, origin, own[one.name], runner) for one in clients]
+    lessons = (_lesson(out, one, rows, origin.labels) for one, (rows, _) in zip(clients, personal, strict=True))
     return _Exported(
         provision.device_folder(out, population.clients[0].name) / BUNDLE,
         parity,
@@ -125,6 +128,7 @@ def _publish(out: Path, scenario: Scenario, population: Population, base: Base) 
             for client in population.clients
             if (answers := _plain_answers(client, own[client.name], exported, runner))
         },
+        next(filter(None, lessons), None),
     )
 
 
@@ -189,6 +193,17 @@ def _plain_answers(client: Client, own: Origin, exported: ExportedBase, runner: 
     best = runner.classify([*phrases.values()], device_inputs(own, exported.manifest, "int8")).argmax(axis=1)
     right = sum(own.labels[answer] == intent for answer, intent in zip(best, phrases, strict=True))
     return {"right": right, "count": len(phrases)}
+
+
+def _lesson(out: Path, client: Client, logits: Floats, labels: Sequence[str]) -> Lesson | None:
+    """Return a test phrase that the client's bundle gets wrong, neither barely nor hopelessly; None without one."""
+    rows = zip(client.test, logits, strict=True)
+    missed = [(abs(row.max() - row[one.label] - MISSED), one) for one, row in rows if row.argmax() != one.label]
+    if not missed:
+        return None
+    _, chosen = min(missed, key=lambda pair: pair[0])
+    bundle = provision.device_folder(out, client.name) / BUNDLE
+    return Lesson(str(bundle), chosen.text, labels[chosen.label])
 
 
 def _write_device_bundle(

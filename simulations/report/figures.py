@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 POINTS = 72  # an inch; one point is one unit of the SVG
 SHARPNESS = 3  # pixels a unit of a PNG
-WIDTH = 440.0  # units: the width of a phone, so that text of 11 units is readable there
+WIDTH = 380.0  # units: about the width of a phone, so that text of 11 units is readable there
 LONGEST = 16  # characters of a name next to a plot
-CHARACTER = 6.3  # units, about
+CHARACTER = 6.6  # units, about
 
 # Each color stands for a variable of the style sheet, which has a light and a dark value. The arms differ in shape as
 # well; the hues are of Okabe and Ito's palette for color-blind readers, darkened until they are readable as text.
@@ -47,13 +47,13 @@ STYLE: dict[Any, object] = {
     "axes.edgecolor": LINE,
     "axes.facecolor": "none",
     "axes.labelcolor": MUTED,
-    "axes.labelsize": 10.5,
+    "axes.labelsize": 11,
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.facecolor": "none",
     "font.family": ["DejaVu Sans"],  # only to measure; the page has its own
-    "font.size": 10.5,
+    "font.size": 11,
     "grid.color": LINE,
     "grid.linewidth": 0.7,
     "svg.fonttype": "none",
@@ -65,8 +65,9 @@ STYLE: dict[Any, object] = {
     "ytick.labelcolor": MUTED,
     "ytick.major.size": 0,
 }
-ROW = 17.0  # units a client
-MARKS = {"base": ("o", 26), "local": ("D", 26), "global": ("s", 20), "personal": ("o", 44)}  # shape, square points
+ROW = 21.0  # units a client
+MARKS = {"base": ("o", 26), "local": ("D", 26), "global": ("s", 26), "personal": ("o", 44)}  # shape, square points
+LANES = {"base": 0.0, "local": -0.28, "global": 0.28, "personal": 0.0}  # rows below a client's line
 LEFT = 48.0  # units next to a plot of rounds
 PANEL = 112.0  # units high
 CURVES = {"accuracy": "accuracy, a share", "loss": "loss, nats a phrase"}
@@ -149,7 +150,7 @@ def _inline(document: str, key: str, title: str, description: str) -> str:
 
 
 def clients(result: RunResult) -> str:
-    """Draw accuracy by client: a line from base to personal, with marks for local and global; unseen clients below."""
+    """Draw accuracy by client: a line from base to personal, local above and global below it; unseen clients last."""
 
     def rank(client: ClientResult) -> tuple[bool, float, str]:
         accuracy = client.arms["personal"]
@@ -179,7 +180,7 @@ def _dumbbells(figure: "Figure", rows: Sequence[ClientResult], places: Sequence[
     ax.set_ylim(max(places) + 0.8, -0.8)
     ax.hlines(places, values["base"], values["personal"], color=LINE, linewidth=3, zorder=1)
     for arm in ARMS:
-        _marks(ax, arm, values[arm], places)
+        _marks(ax, arm, values[arm], [place + LANES[arm] for place in places])
     ax.set_yticks(places, labels)
     ax.xaxis.set_major_formatter(lambda value, _: share(value, 1))
     ax.grid(axis="x")
@@ -207,7 +208,7 @@ def _label(client: ClientResult) -> str:
 def _marks(ax: "Axes", arm: str, x: Iterable[float], y: Iterable[float]) -> None:
     marker, area = MARKS[arm]
     face = {"base": PAPER, "local": "none"}.get(arm, ARM_COLORS[arm])
-    order = {"base": 2, "personal": 3, "global": 4, "local": 5}[arm]
+    order = {"personal": 2, "base": 3}.get(arm, 4)
     ax.scatter(
         list(x), list(y), s=area, marker=marker, facecolor=face, edgecolor=ARM_COLORS[arm], linewidth=1.4,
         zorder=order, clip_on=False,
@@ -223,7 +224,7 @@ def _key(figure: "Figure", height: float) -> "Axes":
 
 def _client_key(figure: "Figure") -> None:
     ax = _key(figure, 24)
-    for place, arm in zip((14, 100, 190, 290), ARMS, strict=True):
+    for place, arm in zip((14, 90, 170, 260), ARMS, strict=True):
         _marks(ax, arm, [place], [0])
         ax.text(place + 10, 0, arm, va="center", color=ARM_COLORS[arm])
 
@@ -288,8 +289,8 @@ def traffic(result: RunResult) -> str:
     """Draw the bytes of one device in one round, up and down, compared with the full model."""
     mean = TrafficMeans.of(result)
     rows = [
-        ("up from a device, a round", [r.bytes_up for r in result.rounds], mean.up, ARM_COLORS["personal"]),
-        ("down to a device, a round", [r.bytes_down for r in result.rounds], mean.down, ARM_COLORS["global"]),
+        ("up, a round", [r.bytes_up for r in result.rounds], mean.up, ARM_COLORS["personal"]),
+        ("down, a round", [r.bytes_down for r in result.rounds], mean.down, ARM_COLORS["global"]),
         ("the full model, once", [], mean.model, MUTED),
     ]
     text = "; ".join(f"{name}: {_bytes(value, mean.model)}" for name, _, value, _ in rows) + "."
@@ -328,11 +329,11 @@ def _bytes(value: float, model: float) -> str:
 
 
 def dropouts_by_device(result: RunResult) -> str:
-    """Draw a grid of devices by rounds: which survived the round, and which dropped out at which step."""
+    """Draw a grid of devices by rounds: which finished the round, dropped out at which step, or did not take part."""
     devices, hidden = _devices(result)
     letters = {step: step[:1].upper() for step in dropouts_by_step(result.rounds)}
     note = f"; {count(hidden, 'device')} without a dropout not drawn" if hidden else ""
-    height = 74 + TILE_HEIGHT * max(len(devices), 1)
+    height = 90 + TILE_HEIGHT * max(len(devices), 1)
     return svg("dropouts", "Dropouts by device and round", dropouts(result.rounds) + ".", height,
                lambda figure: _grid(figure, result.rounds, devices, letters, height, note))  # fmt: skip
 
@@ -357,12 +358,15 @@ def _grid(
     names = [short(device) for device in devices]
     left = 12 + CHARACTER * max(map(len, names), default=0)
     width = min(WIDTH - left - 12, WIDEST_TILE * len(rounds))
-    ax = axes(figure, left=left, top=34, width=width, height=height - 74)
+    ax = axes(figure, left=left, top=50, width=width, height=height - 90)
     row = {device: i for i, device in enumerate(devices)}
-    survived = [(r.round, row[d]) for r in rounds for d in r.survivors if d in row]
     dropped = [(r.round, row[d], step) for r in rounds for d, step in r.dropped.items()]
-    ax.add_patch(_tiles(survived, TILE))
+    finished = {(r.round, row[d]) for r in rounds for d in r.survivors if d in row} - {(x, y) for x, y, _ in dropped}
+    absent = {(r.round, y) for r in rounds if not r.aborted for y in row.values()}
+    absent -= finished | {(x, y) for x, y, _ in dropped}
+    ax.add_patch(_tiles(sorted(finished), TILE))
     ax.add_patch(_tiles([(x, y) for x, y, _ in dropped], DROPPED))
+    ax.add_patch(_tiles(sorted(absent), "none"))
     if width / len(rounds) >= LETTER_WIDTH:
         for x, y, step in dropped:
             ax.text(x, y, letters[step], ha="center", va="center_baseline", fontsize=9, color=PAPER, weight="bold")
@@ -374,17 +378,20 @@ def _grid(
         if r.aborted:
             at = ("data", "axes fraction")
             ax.annotate("×", (r.round, 1), (0, 3), at, "offset points", ha="center", color=DROPPED)
-    _dropout_key(figure, letters)
+    _dropout_key(figure, letters, absent=bool(absent))
 
 
-def _dropout_key(figure: "Figure", letters: dict[str, str]) -> None:
-    ax = _key(figure, 16)
-    ax.scatter([12], [0], s=70, marker="s", color=TILE)
-    ax.text(22, 0, "survived", va="center_baseline", color=MUTED)
+def _dropout_key(figure: "Figure", letters: dict[str, str], *, absent: bool) -> None:
+    ax = _key(figure, 36)
+    ax.scatter([12], [0.5], s=70, marker="s", color=TILE)
+    ax.text(22, 0.5, "finished the round", va="center_baseline", color=MUTED)
+    if absent:
+        ax.scatter([160], [0.5], s=60, marker="s", facecolor="none", edgecolor=LINE)
+        ax.text(170, 0.5, "did not take part", va="center_baseline", color=MUTED)
     if letters:
-        ax.scatter([90], [0], s=70, marker="s", color=DROPPED)
+        ax.scatter([12], [-0.5], s=70, marker="s", color=DROPPED)
         steps = ", ".join(f"{step} ({letter})" for step, letter in letters.items())
-        ax.text(100, 0, f"dropped out at {steps}", va="center_baseline", color=DROPPED)
+        ax.text(22, -0.5, f"dropped out at {steps}", va="center_baseline", color=DROPPED)
 
 
 def _tiles(places: Iterable[tuple[float, float]], color: str) -> "PathPatch":
@@ -395,7 +402,7 @@ def _tiles(places: Iterable[tuple[float, float]], color: str) -> "PathPatch":
     unit = [(-0.45, -0.44), (0.45, -0.44), (0.45, 0.44), (-0.45, 0.44)]
     squares = [Path([*((x + dx, y + dy) for dx, dy in unit), (x, y)], closed=True) for x, y in places]
     path = Path.make_compound_path(*squares)
-    return PathPatch(path, facecolor=color, linewidth=0)
+    return PathPatch(path, facecolor=color, edgecolor=LINE, linewidth=0.7 if color == "none" else 0)
 
 
 # Accuracies of arms and differences of pairs, of a suite.

@@ -2,14 +2,11 @@
 
 import math
 import shlex
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from simulations.result import (
-    ARMS,
     CanaryBounds,
     ExportResult,
     Reliability,
@@ -73,20 +70,25 @@ def printable(text: str) -> str:
 
 
 def headline(result: RunResult) -> str:
-    """Put the run in one sentence, and in another one how many clients were evaluated, if not all were."""
-    unseen = sum(h.unseen for h in result.clients)
-    languages = len({h.language for h in result.clients})
-    mean = {arm: result.summary(arm) for arm in ARMS}
-    text = (
-        f"{count(len(result.clients) - unseen, 'client')}, {count(languages, 'language')}: "
-        f"personal {share(mean['personal']['mean'], 2)} on average, local {share(mean['local']['mean'], 2)}"
-    )
-    if unseen:
-        text += (
-            f"; {count(unseen, 'client')} that took no part in training: "
-            f"global {share(mean['global']['unseen'], 2)}, base {share(mean['base']['unseen'], 2)}"
-        )
-    return f"{attack(result)}{text}. {evaluated(len(result.clients), result.population)}".rstrip()
+    """Compare in one sentence what clients reach together and alone, and those that took no part in training."""
+    alone, together = (result.summary(arm) for arm in ("local", "personal"))
+    text = f"{percent(together['mean'], 1)} right together, {percent(alone['mean'], 1)} alone"
+    if any(client.unseen for client in result.clients):
+        unseen = f"{percent(together['unseen'], 1)}, alone {percent(alone['unseen'], 1)}"
+        text += f"; clients that took no part in training: {unseen}"
+    return f"{attack(result)}{text}."
+
+
+def context(result: RunResult, program: str) -> str:
+    """Say what the headline is about, and how far one seed can be trusted."""
+    unseen = sum(client.unseen for client in result.clients)
+    languages = count(len({client.language for client in result.clients}), "language")
+    parts = [
+        f"{count(len(result.clients) - unseen, 'client')} trained, {unseen} took no part; {languages}.",
+        evaluated(len(result.clients), result.population),
+        f"One seed: some points may be chance. Intervals: {program} simulate suite",
+    ]
+    return " ".join(part for part in parts if part)
 
 
 def attack(result: RunResult) -> str:
@@ -106,7 +108,22 @@ def evaluated(clients: int, population: int) -> str:
 
 def command(exported: ExportResult, program: str) -> str:
     """Return the command that asks the exported bundle a phrase, quoted for a shell."""
-    return f'{program} device infer --bundle {shlex.quote(exported.bundle)} "{exported.phrase}"'
+    return f"{program} device infer --bundle {shlex.quote(exported.bundle)} {_quoted(exported.phrase)}"
+
+
+def _quoted(phrase: str) -> str:
+    return shlex.quote(phrase) if set(phrase) & set('"$`\\!') else f'"{phrase}"'
+
+
+def next_commands(exported: ExportResult, program: str) -> list[tuple[str, str]]:
+    """Return what to try next, in a few words each, with their commands: teach or ask a device, audit, own texts."""
+    first = ("ask a device", command(exported, program))
+    if lesson := exported.lesson:
+        words = shlex.join(("--bundle", lesson.bundle, "--teach", lesson.label, lesson.phrase))
+        first = ("teach a device a phrase that it gets wrong", f"{program} device infer {words}")
+    federation = shlex.quote(str(Path(exported.report).parent))
+    own = [("simulate texts of your own", f"{program} new mine")] if exported.plain else []  # these were households
+    return [first, ("check what the coordinator did", f"{program} audit verify {federation}"), *own]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +216,3 @@ def plain(answers: Mapping[str, Mapping[str, int]]) -> str:
     worst = min(answers, key=lambda name: answers[name]["right"] / answers[name]["count"])
     fewest = f"{printable(worst)}, {answers[worst]['right']} of {answers[worst]['count']}"
     return f"{right} of {count(total, 'plain phrase')} right; fewest: {fewest}"
-
-
-def program() -> str:
-    """Name the program as it must be typed here: ``edgeadapt`` if the shell finds it, else Python with ``-m``."""
-    if shutil.which("edgeadapt"):
-        return "edgeadapt"
-    python = Path(sys.executable)
-    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
-    return f"{shlex.quote(str(shown))} -m edgeadapt"

@@ -43,6 +43,7 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
         run=result,
         exported=exported,
         headline=formatting.headline(result),
+        context=formatting.context(result, program),
         accuracy={arm: result.summary(arm) for arm in ARMS},
         traffic=formatting.TrafficMeans.of(result),
         reliability=formatting.reliability(exported.reliability),
@@ -57,6 +58,7 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
             "dropouts": figures.dropouts_by_device(result),
         },
         command=formatting.command(exported, program),
+        steps=formatting.next_commands(exported, program),
         accuracies=formatting.accuracies(exported.parity),
         plain=formatting.plain(exported.plain) if exported.plain else "",
     )

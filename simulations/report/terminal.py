@@ -1,6 +1,7 @@
 """What a run prints in a terminal, in eighty columns: what it is about to do, and the closing table."""
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,19 +11,21 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.settings import FederationSettings
+from edgeadapt.bases.base import MODELS
 from edgeadapt.formats.peftconfig import MethodName
 from simulations.data.summary import DataSummary, lines
 from simulations.report.formatting import (
     TrafficMeans,
     accuracies,
     canaries,
-    command,
+    context,
     count,
     dropouts,
     duration,
     evaluated,
     formatted_groups,
     headline,
+    next_commands,
     percent,
     plain,
     printable,
@@ -54,21 +57,43 @@ METHODS: Mapping[MethodName, str] = {
     "prefix_tuning": "prefix tuning",
 }
 LABEL = 11  # columns
+SHORT = (
+    "base",
+    "rounds",
+    "sums",
+    "privacy",
+    "ATTACK",
+    "clients",
+    "texts",
+    "look at",
+    "broken",
+)  # lines without --verbose
 
 
 def print_scenario(
-    scenario: Scenario, out: Path, console: Console, *, clients: int, devices: int, groups: str = ""
+    scenario: Scenario,
+    log: Path,
+    console: Console,
+    *,
+    data: DataSummary,
+    devices: int,
+    groups: str = "",
+    verbose: bool = False,
 ) -> None:
-    """Print what the base, the languages and the arms are, before the run starts.
+    """Print what a run is about, before it starts: in some lines, or with ``verbose`` in all.
 
     ``devices`` take part in training, in the smallest federation; ``groups`` have an adapter of their own.
     """
+    about = [*_plan(scenario, data, devices, groups), *lines(data)]
+    if not verbose:
+        about = [line for line in about if line[0] in SHORT or (line[0] == "unknown" and data.warns)]
     console.print(Text(f"Scenario {scenario.name}, seed {scenario.seed}", style="bold"))
-    _print_lines(_plan(scenario, out, clients, devices, groups), console)
+    _print_lines([*about, ("log", f"tail -f {shlex.quote(str(log))}")], console)
+    console.print()
 
 
 def print_data(summary: DataSummary, console: Console) -> None:
-    """Print what the population is, before the run starts."""
+    """Print what a population is."""
     _print_lines(lines(summary), console)
     console.print()
 
@@ -103,30 +128,32 @@ def _described(adapter: AdapterSettings) -> str:
     return f"{name}{size}{place}" + {"none": "", "all": ", all biases", "lora_only": ", their biases"}[adapter.bias]
 
 
-def _plan(scenario: Scenario, out: Path, clients: int, devices: int, groups: str) -> list[tuple[str, str]]:
+def _plan(scenario: Scenario, data: DataSummary, devices: int, groups: str) -> list[tuple[str, str]]:
     adapter, federation = scenario.adapter, scenario.federation
     training, fitted = federation.training, federation.analytic.rounds
     adversary = federation.aggregation.adversary
-    epochs = count(training.epochs, "epoch")
-    rounds = f"{federation.training_rounds} of {epochs} at learning rate {training.learning_rate:g}"
+    each = f"each with {count(training.epochs, 'epoch')} at learning rate {training.learning_rate:g}"
+    rounds = [f"{federation.training_rounds} that train, {each}"] if federation.training_rounds else []
+    rounds += [f"{fitted} that {'fit' if fitted > 1 else 'fits'} the head"] if fitted else []
     writes = scenario.data.for_language_model
-    most = scenario.evaluation.clients
+    clients, most = len(data.clients), scenario.evaluation.clients
     kind, head = ("language model", "") if writes else ("text encoder", " and the vendor's head")
+    own = scenario.base.model in MODELS.names()
     layers = _described(adapter)
     attack = f"{100 * scenario.attack.share:g} % of the devices lie in their updates: {scenario.attack.kind}"
     return [
-        ("base", f"{scenario.base.model}, a pretrained {kind}, frozen on every device"),
-        ("adapter", layers if writes else f"{layers}, and a classification head"),
-        ("rounds", f"{rounds}; {adversary} secure aggregation"),
-        *([("", f"then {fitted} of the analytic head, without training")] if fitted else []),
+        ("model", f"{scenario.base.model}, with its own training loop: all of its parameters are trained")
+        if own
+        else ("base", f"{scenario.base.model}, a pretrained {kind}, frozen on every device"),
+        *([] if own else [("adapter", layers if writes else f"{layers}, and a classification head")]),
+        ("rounds", f"{', then '.join(rounds)}; {adversary} secure aggregation"),
         *([("sums", _price(federation, devices))] if federation.aggregation.groups > 1 else []),
         ("privacy", _noise(federation)),
         *([("ATTACK", attack)] if scenario.attack.kind != "none" else []),
-        ("arms", f"base      the frozen model{head}, no training"),
+        ("arms", "base      its first parameters" if own else f"base      the frozen model{head}, no training"),
         *(("", line) for line in _personal(scenario)),
         *([("evaluated", f"{most} of {clients} clients, chosen by the seed")] if clients > most else []),
         *([("groups", groups)] if groups else []),
-        ("folder", str(out)),
     ]
 
 
@@ -188,6 +215,7 @@ def print_result(result: RunResult, console: Console, program: str = "edgeadapt"
         return
     console.print()
     console.print(Text(headline(result), style="bold"))
+    console.print(Text(context(result, program), style="dim"))
     console.print()
     console.print(_accuracy(result))
     console.print()
@@ -255,12 +283,15 @@ def _exported(exported: ExportResult, program: str) -> list[tuple[str, str | Tex
     return [
         ("parity", _parity(exported.parity)),
         ("exported", accuracies(exported.parity)),
-        ("says 90 %", says),
+        ("confidence", f"when it says 90 %, {says}"),
         ("", errors),
         *([("phrases", plain(exported.plain))] if exported.plain else []),
         ("bundle", Text(exported.bundle)),
         ("report", Text(exported.report)),
-        ("try", Text(command(exported, program))),
+        *(
+            ("" if place else "try", Text(f"{words}:\n{'':{LABEL}}{typed}"))
+            for place, (words, typed) in enumerate(next_commands(exported, program))
+        ),
     ]
 
 

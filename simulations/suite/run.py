@@ -24,7 +24,8 @@ from client.training.examples import encode_examples, parse_examples
 from coordinator.app import STATE
 from coordinator.app import app as server_app
 from coordinator.transport import RUN_ID, SERVER_NODE
-from edgeadapt.bases.base import Base
+from edgeadapt.bases.base import Base, OwnModel
+from edgeadapt.commandline import program
 from edgeadapt.formats import files, jsontext
 from edgeadapt.formats.cores import cores
 from edgeadapt.formats.layout import Tensors
@@ -51,7 +52,6 @@ from simulations.engine.provision import Enrolment, Group, device_base, fleet_fo
 from simulations.engine.publish import export_all
 from simulations.engine.workers import Fleet, WorkerGrid, Workers
 from simulations.plan import default_trials
-from simulations.report.formatting import program
 from simulations.report.pages import write_report
 from simulations.result import (
     ACCURACY,
@@ -75,6 +75,7 @@ RESULT = "result.json"
 REPORT = "report.html"
 LOG = "run.log"
 MOST_THREADS = 4  # one phrase does not keep more busy
+MANY, RARE = 50, 0.1  # devices more than a run has, and rounds that abort, where advice is looked for
 MOST_AT_ONCE = 4  # clients; each holds a base in memory
 
 
@@ -130,6 +131,11 @@ class RunFolder:
             yield
         finally:
             self.add(stage, time.perf_counter() - begin)
+
+    @property
+    def log(self) -> Path:
+        """Return the file to which everything that happens is appended."""
+        return self.path / LOG
 
     def add(self, stage: str, seconds: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
@@ -207,7 +213,7 @@ def simulate(folder: RunFolder, population: Population, progress: RunProgress, e
     scenario, groups = folder.scenario, grouped(population, folder.scenario.groups)
     torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
     exported: ExportResult | None = None
-    with _logged(folder.path), folder.timed("total"):
+    with _logged(folder.log), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
             base = training_base(folder.path, scenario, population)
             prepare(folder, groups, base)
@@ -215,7 +221,7 @@ def simulate(folder: RunFolder, population: Population, progress: RunProgress, e
         with folder.timed("personal"):
             evaluated = [(folder.of(group).path, chosen) for group, chosen in _evaluated(folder, population, base)]
             arms = _arms(folder, population, base, progress)
-        if population.labels:
+        if population.labels and not isinstance(base, OwnModel):
             with folder.timed("export"), progress.stage("export"):
                 exported = export_all(evaluated, scenario, base, str(folder.path / REPORT))
         with progress.stage("canaries"):
@@ -235,9 +241,9 @@ class _RunLog(logging.FileHandler):
 
 
 @contextmanager
-def _logged(out: Path) -> Iterator[None]:
-    """Append to a run's log what coordinator and devices log while the block runs, such as dropouts."""
-    handler = _RunLog(out / LOG, encoding="utf-8")
+def _logged(log: Path) -> Iterator[None]:
+    """Append to a run's log what it, the coordinator and the devices log while the block runs, such as dropouts."""
+    handler = _RunLog(log, encoding="utf-8")
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logger = logging.getLogger("edgeadapt")
@@ -332,17 +338,26 @@ def _in_rounds(grid: InProcessGrid, context: Context, devices: MemoryDevices | W
 
 def abort_warning(scenario: Scenario, devices: int) -> str:
     """Warn that most rounds of a run must abort, in a federation of ``devices``; empty if they need not."""
-    settings, faults = scenario.federation.aggregation, _faults(scenario, {})
-    cohort = min(devices, scenario.federation.cohort.size or devices)
-    needed = settings.survivors(cohort, settings.masking_graph(cohort))
-    aborted = float(faults.dropout_probabilities(cohort)[cohort - needed + 1 :].sum())
+    aborted, needed, cohort = _aborted(scenario, devices)
     if aborted < 0.5:
         return ""
-    key = "forced_dropouts" if faults.forced_dropouts else "message_loss"
+    network, most = scenario.network, scenario.federation.cohort.size or devices + MANY
+    key = "forced_dropouts" if network.forced_dropouts else "message_loss"
+    unseen = scenario.data.unseen if scenario.data.given else scenario.population.unseen
+    clients = "texts of {} clients" if scenario.data.given else "population.households = {}"
+    enough = (n for n in range(devices + 1, most + 1) if _aborted(scenario, n)[0] < RARE)
+    more = next((count for n in enough for count in range(n, 3 * n) if count - max(1, round(unseen * count)) >= n), 0)
     return (
         f"about {aborted:.0%} of the rounds will abort: {needed} of {cohort} devices must finish each, and "
-        f"network.{key} is {getattr(faults, key)}: lower it, or take more devices"
+        f"network.{key} is {getattr(network, key)}: lower it{', or take ' + clients.format(more) if more else ''}"
     )
+
+
+def _aborted(scenario: Scenario, devices: int) -> tuple[float, int, int]:
+    """Return the probability that a round of ``devices`` aborts, and how many of its cohort must finish it."""
+    settings, cohort = scenario.federation.aggregation, min(devices, scenario.federation.cohort.size or devices)
+    needed = settings.survivors(cohort, settings.masking_graph(cohort))
+    return float(_faults(scenario, {}).dropout_probabilities(cohort)[cohort - needed + 1 :].sum()), needed, cohort
 
 
 def _faults(scenario: Scenario, trace: Mapping[int, Steps]) -> FaultModel:

@@ -22,14 +22,13 @@ from edgeadapt.formats.storage import PUBLIC, file_sha256, read, replace
 from simulations.plan import SearchOutcome, Suite, SuiteSettings, Trial, digest_of, search
 from simulations.result import ClientScore, Outcome, TrialResult
 from simulations.scenario import Scenario
+from simulations.shipped import SCENARIOS, SUITES, find
 
 RUNS = Path("runs")  # the folder of runs and suites, by default
 SUITE = "suite.json"
 LARGEST_SUITE, LARGEST = 2**20, 2**26  # bytes; an outcome has a character for each answer
 RESULTS, PARTS, FEDERATIONS, BASES = "results", "parts", "federations", "bases"  # folders
 FINISHED = "finished.json"  # in the folder of a federation: what its rounds cost
-SHIPPED_SUITES = Path(__file__).parents[1] / "suites"
-SHIPPED_SCENARIOS = Path(__file__).parents[1] / "scenarios"
 T = TypeVar("T")
 _OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
 _PART: TypeAdapter[tuple[ClientScore, float]] = TypeAdapter(tuple[ClientScore, float])
@@ -115,10 +114,10 @@ def read_suite(path: Path, *, seeds: int | None = None, changes: Sequence[str] =
     ``seeds``: their number, from 0 on, instead of the file's; ``changes``: ``KEY=VALUE`` for every arm, after those of
     the suite; ``arms``: only these of its arms.
     """
-    path = _or_shipped(path, SHIPPED_SUITES)
+    path = find(path, SUITES)
     settings = SuiteSettings.read(path).with_overrides(changes)
     settings = settings.with_arms(arms) if arms else settings
-    named = _or_shipped(path.parent / settings.scenario, SHIPPED_SCENARIOS)
+    named = find(path.parent / settings.scenario, SCENARIOS)
     scenario = Scenario.read(named).located(named.parent).model_dump(mode="json")
     suite = Suite(settings if seeds is None else settings.with_seeds(seeds), scenario, named.parent)
     suite.check()
@@ -133,7 +132,7 @@ def open_suite(out: Path) -> Suite:
         settings, scenario = stored["settings"], Scenario.parse(stored["scenario"], str(file))
         return Suite(SuiteSettings.parse(settings, str(file)), scenario.model_dump(mode="json"), Path(stored["folder"]))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"{out} contains no suite: run one with 'edgeadapt suite run'", about="DIR") from error
+        raise ConfigError(f"{out} contains no suite: run one with 'edgeadapt simulate suite'", about="DIR") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file} is damaged: run the suite again with --resume", about=SUITE) from error
 
@@ -206,7 +205,3 @@ def _digest(place: Path) -> str:
         return file_sha256(place)
     files = sorted(file for file in place.rglob("*") if file.is_file())
     return digest_of({file.relative_to(place).as_posix(): file_sha256(file) for file in files})
-
-
-def _or_shipped(path: Path, shipped: Path) -> Path:
-    return path if path.exists() or not (shipped / path.name).exists() else shipped / path.name

@@ -16,6 +16,7 @@ import click
 import pytest
 
 from edgeadapt import program
+from edgeadapt.commandline import RenamedOption
 
 Outcome = tuple[int, str, str]
 Path = tuple[str, ...]  # the words of a command, without the program's own
@@ -65,9 +66,9 @@ def test_a_group_without_a_command_lists_its_commands_each_in_a_whole_line(
     path: Path, run: Callable[..., Outcome]
 ) -> None:
     code, out, err = run(*path)
-    assert (code, out) == (2, "")
-    listed = err.partition("Commands:\n")[2].splitlines()
-    assert [line.split()[0] for line in listed] == sorted(each[-1] for each in ALL if each[:-1] == path)
+    assert (code, err) == (0, "")
+    listed = re.findall(r"^  [a-z].*", re.split(r"^(?:Commands|Start):$", out, flags=re.MULTILINE)[1], re.MULTILINE)
+    assert [line.split()[0] for line in listed] == [each[-1] for each in ALL if each[:-1] == path]
     assert [line for line in listed if line.endswith("...")] == []
 
 
@@ -89,6 +90,87 @@ def test_a_wrong_call_ends_in_one_line_that_names_the_help(words: Path, run: Cal
     assert err.endswith(f"see '{command} --help'\n")
 
 
+@pytest.mark.parametrize("old", program.RENAMED)
+def test_a_call_of_a_former_version_is_the_new_one_and_says_so(old: str, run: Callable[..., Outcome]) -> None:
+    new = program.RENAMED[old]
+    named = [word for word in new.split() if not word.startswith("-")]
+    assert tuple(named) in ALL
+    code, out, err = run(*old.replace("FILE", "my.toml").split(), "--help")
+    assert (code, err) == (0, f"edgeadapt: {old.removesuffix(' FILE')!r} is called {new!r} now\n")
+    assert "--keys" in old or out.startswith(f"Usage: edgeadapt {' '.join(named)} ")
+
+
+def test_an_option_of_a_former_version_is_the_new_one_and_in_no_help(
+    run: Callable[..., Outcome], tmp_path: pathlib.Path
+) -> None:
+    for path, command in ALL.items():
+        for option in command.params:
+            if isinstance(option, RenamedOption):
+                assert option.former not in run(*path, "--help")[1].split()
+                context = click.Context(command, resilient_parsing=True)
+                command.parse_args(context, [option.former, "x"])
+                assert str(context.params[option.name or ""]) in ("x", "('x',)")
+
+
+def test_a_mistyped_command_is_told_the_one_that_was_meant(run: Callable[..., Outcome]) -> None:
+    line = "edgeadapt: No such command 'devise'; did you mean 'device'? see 'edgeadapt --help'\n"
+    assert run("devise") == (2, "", line)
+    line = "edgeadapt: No such command 'lsit'; did you mean 'list'? see 'edgeadapt bundle --help'\n"
+    assert run("bundle", "lsit") == (2, "", line)
+
+
+def test_the_bundle_is_the_named_one_or_that_of_the_environment_or_the_one_here(
+    run: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EDGEADAPT_BUNDLE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("bundle", "list")
+    assert code == 2
+    assert "there is no ./bundle: name the bundle's folder with --bundle DIR or EDGEADAPT_BUNDLE" in err
+    (tmp_path / "bundle").mkdir()
+    assert "trust.pem" in run("bundle", "list")[2]
+    monkeypatch.setenv("EDGEADAPT_BUNDLE", "elsewhere")
+    assert "elsewhere" in run("bundle", "list")[2]
+    assert "named" in run("bundle", "list", "--bundle", "named")[2]
+
+
+SERVICES = {("authority", "serve"), ("coordinator", "dashboard"), ("device", "run")}  # they print lines of a log
+
+
+def test_what_a_script_of_a_fleet_calls_prints_one_object(
+    run: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {path for path in LEAVES if any("--json" in each.opts for each in ALL[path].params)}
+    assert set(LEAVES) - named == SERVICES
+    monkeypatch.chdir(tmp_path)
+    trust = ("--authority", "a/authority.pem")
+    pinned = (*trust, "--coordinator", "c/coordinator.pem")
+    addresses = ("--enrolment", "a.example:1", "--gateway", "b.example:2")
+    for words, keys in (
+        (("authority", "init", "a", "--unencrypted"), "authority certificate key"),
+        (("coordinator", "init", "c", *trust), "authority key public_key state"),
+        (("coordinator", "stop", "c"), "stopped"),
+        (("coordinator", "tls-request", "c"), "request"),
+        (("authority", "issue-tls", "a", "--request", "c/tls.csr", "--host", "b.example", "--out", "tls.pem"), "days"),
+        (("authority", "invite", "a", "--name", "d", "--coordinator", "c/coordinator.pem", *addresses), "token until"),
+        (("device", "enrol", "--state", "d", "--name", "d", "--base", "b", *pinned), "authority coordinator request"),
+        (("authority", "issue", "a", "--request", "d/request.csr", "--out", "d.pem"), "certificate device file key"),
+        (("device", "install", "--state", "d", "--certificate", "d.pem"), "device until"),
+        (("device", "forget", "--state", "d", "--yes"), "forgotten"),
+        (("authority", "revoke", "a", "d"), "list revoked"),
+        (("authority", "crl", "a"), "list number"),
+        (("release", "init", "r"), "channels public root"),
+        (("release", "add", "r", "beta"), "channel"),
+        (("release", "protect", "r", "beta"), "channel protected"),
+        (("release", "rotate", "r", "beta"), "discarded role"),
+        (("release", "renew", "r"), "until"),
+        (("release", "gates", "r"), "file"),
+    ):
+        code, out, err = run(*words, "--json")
+        assert (code, err, out.count("\n")) == (0, "", 1), words
+        assert set(keys.split()) <= set(json.loads(out)), words
+
+
 def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Outcome]) -> None:
     code, out, err = run("audit", "verify", "--json")
     assert code == 2
@@ -99,8 +181,8 @@ def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Out
     ("words", "extra"),
     [
         (("demo",), "simulations"),
-        (("export", "adapter", "--peft", "p", "--bundle", "b", "--key", "key.pem"), "export"),
-        (("export", "base", "--base", "p", "--out", "b", "--key", "key.pem"), "export"),
+        (("bundle", "add", "--peft", "p", "--bundle", "b", "--key", "key.pem"), "export"),
+        (("bundle", "make", "--base", "p", "--bundle", "b", "--key", "key.pem"), "export"),
     ],
 )
 def test_on_the_bare_install_a_command_names_the_extra_that_it_needs(
@@ -109,13 +191,23 @@ def test_on_the_bare_install_a_command_names_the_extra_that_it_needs(
     without = f"import sys; sys.modules.update(dict.fromkeys({sorted(EXTRAS)}))"
     script = f"{without}; from edgeadapt import program; program.main()"
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    key = subprocess.run([sys.executable, "-m", "edgeadapt", "export", "key", "key.pem"], cwd=tmp_path, env=environment)
+    key = subprocess.run([sys.executable, "-c", script, "bundle", "key", "key.pem"], cwd=tmp_path, env=environment)
     assert key.returncode == 0
     done = subprocess.run(
         [sys.executable, "-c", script, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(rf"edgeadapt: '\w+' needs \w+, which .*: pip install 'edgeadapt\[{extra}\]'\n", done.stderr)
+    assert re.fullmatch(rf"edgeadapt: '[\w ]+' needs \w+, which .*: pip install 'edgeadapt\[{extra}\]'\n", done.stderr)
+
+
+def test_a_shell_completes_commands_without_importing_them(root: pathlib.Path) -> None:
+    script = "import sys; from edgeadapt import program\ntry: program.main()\nfinally: print(*sys.modules)"
+    asked = {"_EDGEADAPT_COMPLETE": "bash_complete", "COMP_WORDS": "edgeadapt bundle ", "COMP_CWORD": "2"}
+    environment = {**os.environ, **asked, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    *lines, modules = done.stdout.splitlines()
+    assert lines == [f"plain,{path[1]}" for path in LEAVES if path[0] == "bundle"]
+    assert not EXTRAS & set(modules.split())
 
 
 def test_a_folder_that_hides_a_package_is_named(tmp_path: pathlib.Path, root: pathlib.Path) -> None:
@@ -142,7 +234,7 @@ def test_a_folder_whose_name_is_no_text_is_printed_with_its_bytes_escaped(
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no full disk to write to")
 @pytest.mark.parametrize(
-    "words", [["base", "list"], ["device", "adapters", "--bundle", "nowhere"]], ids=["result", "error"]
+    "words", [["base", "list"], ["bundle", "list", "--bundle", "nowhere"]], ids=["result", "error"]
 )
 def test_an_output_that_cannot_be_written_is_one_line(words: list[str]) -> None:
     with pathlib.Path("/dev/full").open("w") as full:
@@ -175,6 +267,7 @@ def test_who_terminates_a_command_reads_so_also_while_a_library_is_kept_quiet(
 CALLBACK = """
 import os, time
 from edgeadapt import program
+from edgeadapt.commandline import RenamedOption
 
 once = program._send_again
 
@@ -220,6 +313,7 @@ print("imported", flush=True)
 IMPORTING = """
 import time
 from edgeadapt import program
+from edgeadapt.commandline import RenamedOption
 
 def command(**options):
     import slow

@@ -29,7 +29,7 @@ from client.node import adapterstate
 from client.node import app as device_app
 from client.node.statedir import ADAPTERS
 from coordinator.settings import Aggregation
-from edgeadapt.cli.audit import audit_command
+from edgeadapt.cli import audit_group
 from tests.client.node.conftest import refusals
 from tests.support.subtracting import Subtracting, any_set, fleet_without_proofs
 
@@ -127,7 +127,7 @@ def test_otherwise_a_combination_leaves_few_devices_and_the_audit_names_the_sums
     attack, fleet = attacked(app_fleet_of, monkeypatch, family)
     attack.assert_succeeded()
 
-    printed = CliRunner().invoke(audit_command, ["verify", str(fleet.out), "--json"])
+    printed = CliRunner().invoke(audit_group, ["verify", str(fleet.out), "--json"])
     assert printed.exit_code == 0, printed.output
     sessions = json.loads(printed.stdout)["sessions"]
     checks = [check for each in sessions for check in each["checks"] if check["check"] == "repeats"]

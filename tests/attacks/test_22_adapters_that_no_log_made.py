@@ -156,13 +156,13 @@ def test_an_adapter_that_was_published_by_hand_is_not_exported(
     """A device that opens a bundle does not see the logs."""
     backdoor = forge(fleet)
     registry, out = fleet.out / "coordinator", tmp_path / "out"
-    for command in ("peft", "--out", out), ("adapter", "--key", registry / SIGNING_KEY, "--bundle", out):
+    for command in ("peft", "--out", out), ("add", "--key", registry / SIGNING_KEY, "--bundle", out):
         for version in (), ("--version", backdoor):
             with refused(TrustError, "record", value=backdoor):
-                call("export", *command, "--registry", registry, *version)
+                call("bundle", *command, "--registry", registry, *version)
     assert not out.exists()
     monkeypatch.setattr(RegistryFiles, "rounds", records_of_anything)
-    call("export", "peft", "--out", out, "--registry", registry)
+    call("bundle", "peft", "--out", out, "--registry", registry)
     assert (out / "adapter_model.safetensors").exists()
 
 

@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "device install --state kitchen --revoked authority/revoked.crl": ("authority/revoked.crl",),
     "device enrol --state new --name new --base base --authority authority/authority.pem "
     "--coordinator coordinator/coordinator.pem": ("authority/authority.pem", "coordinator/coordinator.pem"),
-    "device adapters --bundle bundle": (
+    "bundle list --bundle bundle": (
         "trust.pem",
         "bundle/base/manifest.json",
         "bundle/adapters/global.json",
@@ -75,17 +75,17 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "coordinator/registry.db",
         "authority/revoked.crl",
     ),
-    "export adapter --registry coordinator --bundle bundle --key vendor.pem": (
+    "bundle add --registry coordinator --bundle bundle --key vendor.pem": (
         "vendor.pem",
         "coordinator/signing.pem",
         "coordinator/registry.db",
         "bundle/base/manifest.json",
     ),
-    "export adapter --peft seed --labels seed/labels.txt --bundle bundle --key vendor.pem": (
+    "bundle add --peft seed --labels seed/labels.txt --bundle bundle --key vendor.pem": (
         "seed/adapter_config.json",
         "seed/adapter_model.safetensors",
     ),
-    "export base --base base --out new --key vendor.pem": (
+    "bundle make --base base --bundle new --key vendor.pem": (
         "base/config.json",
         "base/tokenizer.json",
         "base/model.safetensors",
@@ -156,10 +156,10 @@ def template(tmp_path_factory: pytest.TempPathFactory, tiny_base: Any) -> Path:
         make_trial_fleet(Path(), str(made / "base"), PHRASES, dict.fromkeys(DEVICES, EXAMPLES), "rounds=1", rank=2)
         call("coordinator", "init", "empty", "--authority", "authority/authority.pem")
         federate(made)
-        call("export", "key", "vendor.pem")
+        call("bundle", "key", "vendor.pem")
         shutil.copy("vendor.pub.pem", "trust.pem")
-        call("export", "base", "--base", "base", "--out", "bundle", "--key", "vendor.pem")
-        call("export", "adapter", "--registry", "coordinator", "--bundle", "bundle", "--key", "vendor.pem")
+        call("bundle", "make", "--base", "base", "--bundle", "bundle", "--key", "vendor.pem")
+        call("bundle", "add", "--registry", "coordinator", "--bundle", "bundle", "--key", "vendor.pem")
         call("device", "install", "--state", "kitchen", "--revoked", "authority/revoked.crl")
         shutil.copy("coordinator/coordinator.pem", "attic.pub")
         Path("scenario.toml").write_text("unknown = 1\n")

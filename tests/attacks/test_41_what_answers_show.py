@@ -5,6 +5,7 @@ the work depends on examples is one for which a device reads a file that depends
 plan, whose answers leave at a multiple of a fixed time (``test_14_answers_that_depend_on_data``).
 """
 
+import gc
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ OTHERS = frozenset(DEVICES[::2])
 FEW = (Example("turn on the light", 0), Example("kitchen light off", 0, Split.VALIDATION))
 MANY = tuple(Example("turn off the lamp " * (number % 5 + 1), number % 3) for number in range(100))
 ROUNDS = 3
+AN_EXAMPLE = 100  # calls; it takes about 165 to read one
 OF_EXAMPLES = frozenset({EXAMPLES, SNAPSHOT, PRIVATE})
 _opened: list[set[str]] = []  # by whom the hook is asked, the innermost last
 
@@ -62,9 +64,11 @@ class Observer:
             nonlocal count
             count += 1
 
+        gc.disable()  # it would call what ends an object, whenever it likes
         sys.setprofile(called)
         reply = app(message, context)
         sys.setprofile(None)
+        gc.enable()
         _opened.pop()
         self.calls[step][name].append(count)
         content: Any = reply.content.config_records[RECORD][BODY]
@@ -92,10 +96,10 @@ def observed(fleet_of: FleetOf, kind: str, method: str = "fedit") -> Observer:
     return observer
 
 
-def works(observer: Observer, step: Step) -> list[set[int]]:
-    """The counts of calls in each round but for the highest: the device asked first fills caches of the process."""
+def spreads(observer: Observer, step: Step) -> list[int]:
+    """How many calls the devices differ by, in each round; the one asked first fills caches of the process."""
     rounds = zip(*observer.calls[step].values(), strict=True)
-    return [set(sorted(counts)[:-1]) for counts in rounds]
+    return [sorted(counts)[-2] - min(counts) for counts in rounds]
 
 
 def reading(observer: Observer) -> set[Step]:
@@ -113,7 +117,7 @@ def test_no_answer_shows_in_its_length_or_its_work_what_examples_a_device_has(
         assert len({tuple(sizes) for sizes in by_device.values()}) == 1, step
     assert reading(observer) == set(READS_EXAMPLES)
     for step in set(Step) - set(READS_EXAMPLES):
-        assert [len(counts) for counts in works(observer, step)] == [1] * len(observer.calls[step][DEVICES[0]]), step
+        assert max(spreads(observer, step)) < AN_EXAMPLE, step
 
 
 def test_a_step_that_counted_the_examples_would_be_seen(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,4 +130,4 @@ def test_a_step_that_counted_the_examples_would_be_seen(app_fleet_of: FleetOf, m
     monkeypatch.setattr(node_step, "_after_sum", counting)
     observer = observed(app_fleet_of, "many")
     assert reading(observer) == {*READS_EXAMPLES, Step.SURVIVORS, Step.UNMASK}
-    assert all(len(counts) > 1 for counts in works(observer, Step.SURVIVORS))
+    assert min(spreads(observer, Step.SURVIVORS)) > len(MANY) / 2 * AN_EXAMPLE

@@ -3,7 +3,7 @@
     python -m tests.browser.measure runs/demo/bundle
     python -m tests.browser.measure --json chat
 
-Needs trust.pem next to the bundle, as ``edgeadapt device serve-web`` does. The native session answers the same phrase
+Needs trust.pem next to the bundle, as ``edgeadapt device web`` does. The native session answers the same phrase
 or prompt in the same run. Prints medians of ``--repeat`` answers by the wall clock, and the CPU time of all processes
 of the browser, on which other work on the machine has less influence.
 """

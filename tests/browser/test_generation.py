@@ -153,7 +153,7 @@ def test_a_base_of_four_bits_begins_to_write_as_natively(
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
     begin(tab, tmp_path / "four")
     found = tab.evaluate(f"written('other', {json.dumps({'maxTokens': 10, 'prompt': PROMPT})})")
-    # A browser rounds activations in another way (docs/explanation/browser.md), so a longer text may part.
+    # A browser rounds activations in another way (docs/how-to/browser.md), so a longer text may part.
     expected = [greedy(tmp_path / "four", name, ids_of(tmp_path / "four", PROMPT), 10) for name in ("other", "global")]
     assert found["ids"] == expected[0] != expected[1]
 

@@ -116,9 +116,9 @@ def test_two_tabs_train_a_language_model_with_native_devices_and_use_what_is_pub
         call("audit", "verify", folder, "--authority", fleet.out / "authority" / "authority.pem", "--json")
         assert json.loads(capsys.readouterr().out)["ok"]
         key = tmp_path / "publisher.pem"
-        call("export", "key", key)
+        call("bundle", "key", key)
         where = ("--registry", folder, "--bundle", bundle)
-        call("export", "adapter", *where, "--format", "fp32", "--key", key)
+        call("bundle", "add", *where, "--format", "fp32", "--key", key)
         with (tmp_path / "trust.pem").open("ab") as pins:
             pins.write((tmp_path / "publisher.pub.pem").read_bytes())
         page = devices[0].page

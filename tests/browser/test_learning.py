@@ -394,7 +394,7 @@ def test_a_bundle_or_an_adapter_that_cannot_be_trained_is_refused_with_the_remed
 ) -> None:
     write_bundle(bundle, exported, [first], key=vendor)
     tab.open(bundle)
-    assert "export base --training" in refused(tab)
+    assert "bundle make --training" in refused(tab)
     write_bundle(bundle, trainable, [replace(first, peft_config=None)], key=vendor)
     tab.open(bundle)
     assert "does not state its PEFT config" in refused(tab)

@@ -27,7 +27,7 @@ def test_the_page_takes_adapters_of_every_method(
 ) -> None:
     bundle, common = every_slot / "bundle", ["--labels", every_slot / "labels", "--key", every_slot / "key.pem"]
     for name in methods.METHODS:
-        made = ["export", "adapter", "--peft", every_method(name)[1], "--bundle", bundle, "--name", name, *common]
+        made = ["bundle", "add", "--peft", every_method(name)[1], "--bundle", bundle, "--adapter", name, *common]
         made += ["--base", every_method_base.folder]
         assert CliRunner().invoke(CLI, list(map(str, made)), catch_exceptions=False).exit_code == 0
     tab.open(bundle)

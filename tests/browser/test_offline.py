@@ -40,14 +40,14 @@ PUT = """(async (path, content) => {
 
 
 class Server:
-    """``edgeadapt device serve-web`` as a process, each time at the same address."""
+    """``edgeadapt device web`` as a process, each time at the same address."""
 
     def __init__(self, bundle: Path) -> None:
         self.bundle, self.port = bundle, 0
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "edgeadapt", "device", "serve-web", "--bundle", self.bundle]
+        command = [sys.executable, "-m", "edgeadapt", "device", "web", "--bundle", self.bundle]
         self.process = subprocess.Popen([*command, "--port", str(self.port)], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().split()[2]

@@ -1,4 +1,4 @@
-"""The recipe of docs/how-to/peft.md with transformers and peft: from a CSV file to what a browser learns."""
+"""The recipe of docs/how-to/export-a-bundle.md with transformers and peft: from a CSV file to what a browser learns."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ from tests.support.recipes import SIZES, bare
 
 pytestmark = pytest.mark.slow
 
-RECIPE = ROOT / "docs" / "how-to" / "peft.md"
+RECIPE = ROOT / "docs" / "how-to" / "export-a-bundle.md"
 CORRECTED, LABEL = "turn on the door", "Lock"  # as the page has it
 
 

@@ -192,7 +192,7 @@ def test_an_empty_address_is_not_every_address(bundle: Path) -> None:
 def test_the_exported_site_is_what_would_be_served(bundle: Path, tmp_path: Path) -> None:
     (bundle / "base" / ".hidden").write_bytes(b"secret")
     out = tmp_path / "site"
-    done = CliRunner().invoke(device, ["serve-web", "--bundle", str(bundle), "--export", str(out)])
+    done = CliRunner().invoke(device, ["web", "--bundle", str(bundle), "--export", str(out)])
     assert done.exit_code == 0, done.output
     site = Site.of(bundle)
     written = {file.relative_to(out).as_posix(): file.read_bytes() for file in out.rglob("*") if file.is_file()}

@@ -85,6 +85,6 @@ def test_a_build_without_the_libraries_says_so_and_has_no_page(bundle: Path, tmp
     lines = built(copied(tmp_path / "source"), wheel).splitlines()
     assert sum("this build has no browser page" in line for line in lines) == 1
     assert not (wheel / "client/browser/page").exists()
-    done = python(wheel, "-m", "edgeadapt", "device", "serve-web", "--bundle", bundle)
+    done = python(wheel, "-m", "edgeadapt", "device", "web", "--bundle", bundle)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "make wheel" in done.stderr

@@ -16,7 +16,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.backup import RegistrySnapshot
-from coordinator.cli.coordinator import coordinator
+from coordinator.cli import coordinator_group as coordinator
 from coordinator.registry import Registry
 from coordinator.statedir import KEY, PUBLIC_KEY, CoordinatorStateDir
 from coordinator.transcripts import Recorder

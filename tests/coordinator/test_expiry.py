@@ -13,7 +13,7 @@ from aggregation.errors import TrustError
 from aggregation.pki import Authority
 from aggregation.pki.tls import TlsKey
 from coordinator import expiry
-from coordinator.cli.coordinator import coordinator
+from coordinator.cli import coordinator_group as coordinator
 from coordinator.dashboard.view import Viewer, exposition
 from coordinator.expiry import expiries
 from coordinator.gateway.grid import serving

@@ -16,7 +16,8 @@ from sqlalchemy import text
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.app import run
-from coordinator.cli.coordinator import _serve, coordinator
+from coordinator.cli import coordinator_group as coordinator
+from coordinator.cli.coordinator import _serve
 from coordinator.registry import Lease, lease
 from coordinator.services.deployment import _serves_or_waits
 from coordinator.settings import FederationSettings

@@ -18,7 +18,7 @@ from aggregation.errors import ConfigError, TrustError
 from aggregation.pki import Authority
 from aggregation.pki.certificates import serial, to_der
 from coordinator import servertls
-from coordinator.cli.coordinator import coordinator
+from coordinator.cli import coordinator_group as coordinator
 from coordinator.dashboard.server import DashboardServer, serve
 from coordinator.gateway.carriers import BrowserSettings, Conversations, SocketCalls
 from coordinator.gateway.grid import serving

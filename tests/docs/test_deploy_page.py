@@ -46,7 +46,7 @@ def page(reader: Any, blocks: Callable[[str], list[Any]], tiny_base: Any) -> Pat
     """The folder in which the blocks of the page were run."""
     seed = ("--phrases", reader.folder / "phrases.tsv", "--rank", 2, "--out", reader.folder / "seed")
     (reader.folder / "phrases.tsv").write_text("light_on\tturn on the light\nlight_off\tturn off the lamp\n")
-    call("export", "seed", "--base", tiny_base.folder, *seed)
+    call("base", "start", "--base", tiny_base.folder, *seed)
     commands = "\n".join(block.commands for block in blocks("how-to/deploy.md"))
     for port in ("9443", "9444"):
         commands = commands.replace(port, str(free_port()))

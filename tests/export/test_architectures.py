@@ -1,4 +1,4 @@
-"""docs/reference/architectures.md states what happens to each architecture: this file exports each, and compares.
+"""docs/reference/methods.md states what happens to each architecture: this file exports each, and compares.
 
 Every base is tiny and random, has slots of every kind at every place, and windows that are shorter than the texts.
 "exact" means that torch and ONNX Runtime give equal logits up to ``CLOSE``, without an adapter and with one of each
@@ -40,7 +40,7 @@ from tests.support.exhaustive import few
 from tests.support.processor import saturates
 from tests.support.slotkinds import KINDS, TOKENS, by_torch, drawn
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "architectures.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "methods.md"
 CLOSE = 2e-5  # of the largest logit
 # In place of CLOSE: with the random adapter, float32 is off by 4e-5 from double precision here, and by 1.4e-5 in torch.
 LOOSE = {"gpt_oss": 1e-4}
@@ -119,8 +119,8 @@ CLASSIFICATION: dict[str, dict[str, Any]] = dict.fromkeys(OF_USUAL_SIZES.split()
 
 
 def rows(heading: str) -> dict[str, list[str]]:
-    """The table under ``heading``: architecture → how it is exported, with what, or why it is refused."""
-    section = PAGE.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    """The table for ``heading``: architecture → how it is exported, with what, or why it is refused."""
+    section = PAGE.read_text(encoding="utf-8").partition(f"\n## Architectures of {heading}\n")[2].partition("\n## ")[0]
     found: dict[str, list[str]] = {}
     for outcome, what, names in re.findall(r"^\| (\w+) \| (.*?) \| (`.*`) \|$", section, re.M):
         compared = ["exact", what.replace("`", ""), *["within"] * len(LIMITS)]
@@ -277,7 +277,7 @@ def generated(base: Base, runner: Any) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", few(GENERATION, "llama", "gpt2"))  # builder and traced path
 def test_a_language_model_is_exported_as_the_page_says(make_lm: Callable[..., Base], runner: Any, kind: str) -> None:
-    assert generated(make_lm(kind, **GENERATION[kind]), runner) == rows("Language models")[kind]
+    assert generated(make_lm(kind, **GENERATION[kind]), runner) == rows("language models")[kind]
 
 
 @pytest.mark.slow
@@ -293,7 +293,7 @@ def test_a_classifier_is_exported_as_the_page_says(tmp_path: Path, tiny_base: Ba
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((tiny_base.folder / "tokenizer.json").read_bytes())
-    assert classified(find_base(str(tmp_path)), runner) == rows("Classifiers")[kind]
+    assert classified(find_base(str(tmp_path)), runner) == rows("classifiers")[kind]
 
 
 def classified(base: Base, runner: Any) -> list[str]:
@@ -333,5 +333,5 @@ def classified(base: Base, runner: Any) -> list[str]:
 
 
 def test_the_page_lists_what_is_compared() -> None:
-    assert sorted(rows("Language models")) == sorted(GENERATION)
-    assert sorted(rows("Classifiers")) == sorted(CLASSIFICATION)
+    assert sorted(rows("language models")) == sorted(GENERATION)
+    assert sorted(rows("classifiers")) == sorted(CLASSIFICATION)

@@ -267,7 +267,7 @@ def test_a_merged_classifier_comes_with_an_adapter_that_brings_the_head(
         assert found == pytest.approx(expected, abs=2e-5)
     (tmp_path / "texts").write_text("\n".join(TEXTS))
     words = ["--bundle", bundle, "--base", done.base.folder, "--peft", done.head, "--texts", tmp_path / "texts"]
-    assert CliRunner().invoke(CLI, ["export", "parity", *map(str, words)], catch_exceptions=False).exit_code == 0
+    assert CliRunner().invoke(CLI, ["bundle", "check", *map(str, words)], catch_exceptions=False).exit_code == 0
 
 
 def test_a_classifier_without_a_head_is_refused(tiny_base: Base, tmp_path: Path) -> None:

@@ -49,14 +49,14 @@ class Channel(StagedFleet):
         return self.fleet.federate(self.fleet.grid())[-1]
 
     def verdict(self, *options: str) -> str:
-        return run("adapters", "verdict", self.fleet.out / "coordinator", "stable", "--releases", self.folder, *options)
+        return run("release", "verdict", self.fleet.out / "coordinator", "stable", "--releases", self.folder, *options)
 
     def watch(self) -> Any:
         """What a look leads to, on a machine with the key of snapshot and timestamp alone."""
         elsewhere = self.keep_only_the_snapshots_key()
         options = ("stable", "--releases", self.folder, "--once", "--json")
         try:
-            return json.loads(run("adapters", "watch", self.fleet.out / "coordinator", *options))
+            return json.loads(run("release", "watch", self.fleet.out / "coordinator", *options))
         finally:
             self.give_back(elsewhere)
 

@@ -79,8 +79,8 @@ def outcome(deployment: Any, tmp_path_factory: pytest.TempPathFactory, tiny_base
 def exported_bundle(folder: Path, base: str) -> Path:
     """A bundle of the base with a training graph, and the key that signed it."""
     key, bundle = folder / "vendor.pem", folder / "bundle"
-    call("export", "key", key)
-    call("export", "base", "--base", base, "--head", "mean", "--training", "--key", key, "--out", bundle)
+    call("bundle", "key", key)
+    call("bundle", "make", "--base", base, "--head", "mean", "--training", "--key", key, "--bundle", bundle)
     shutil.copy(folder / "vendor.pub.pem", folder / "trust.pem")
     return bundle
 

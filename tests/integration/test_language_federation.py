@@ -89,10 +89,10 @@ def test_its_last_version_is_exported_and_writes_as_its_authors_do(fleet: TinyFl
     """Through the commands: from the registry to a bundle, and from that to an answer."""
     fleet.federate(fleet.grid())
     key, bundle, base = str(tmp_path / "vendor.pem"), str(tmp_path / "bundle"), str(fleet.base.folder)
-    command("export", "key", key)
-    command("export", "base", "--base", base, "--profile", "fp32", "--out", bundle, "--key", key)
+    command("bundle", "key", key)
+    command("bundle", "make", "--base", base, "--profile", "fp32", "--bundle", bundle, "--key", key)
     registry = str(fleet.out / "coordinator")
-    command("export", "adapter", "--registry", registry, "--format", "fp32", "--bundle", bundle, "--key", key)
+    command("bundle", "add", "--registry", registry, "--format", "fp32", "--bundle", bundle, "--key", key)
     trainer = language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base))
     causal.load(trainer.engine.model, fleet.registry().tensors(3))
     asked = torch.tensor([trainer.encoder.tokenizer.encode("abab").ids])

@@ -128,10 +128,10 @@ def test_a_bad_canary_is_off_every_device_at_its_next_check_without_a_person_and
     assert len(fleet.having(1)) == len(fleet.having(2)) == DEVICES // 2
     keys = fleet.keep_only_the_snapshots_key()
 
-    watch = ("-m", "edgeadapt", "adapters", "watch", folder, "stable", "--releases", fleet.folder)
+    watch = ("-m", "edgeadapt", "release", "watch", folder, "stable", "--releases", fleet.folder)
     with ExitStack() as stack:
         for state_dir in made.nodes.values():
-            words = ("device", "agent", "--state", state_dir, "--gateway", f"{HOST}:{port}")
+            words = ("device", "run", "--state", state_dir, "--gateway", f"{HOST}:{port}")
             stack.enter_context(running("-m", "edgeadapt", *words))
         timers = {
             name: stack.enter_context(running("-c", TIMER, fleet.bundle(name), INTERVAL)) for name in fleet.devices

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from edgeadapt.bases.base import Base, find_base
-from simulations.result import ClientResult, ExportResult, Reliability, ReportedRound, RunResult
+from simulations.result import ClientResult, ExportResult, Lesson, Reliability, ReportedRound, RunResult
 
 STEPS = ("plan", "survivors", "unmask")
 
@@ -86,6 +86,7 @@ def make_result() -> Callable[..., RunResult]:
             exported=ExportResult(
                 bundle="runs/households/bundle",
                 phrase="turn on the kitchen lights",
+                lesson=Lesson("runs/households/devices/en-01/bundle", "it is too dark in here", "HassTurnOn"),
                 report="runs/households/report.html",
                 parity={
                     "agreement": 0.9983,

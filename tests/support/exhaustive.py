@@ -39,7 +39,7 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/export/onnx/test_families.py": EXPORTER,
     "tests/export/onnx/test_rows.py": EXPORTER,
     "tests/export/onnx/test_training.py": EXPORTER,
-    "tests/export/test_architectures.py": (*EXPORTER, "docs/reference/architectures.md"),
+    "tests/export/test_architectures.py": (*EXPORTER, "docs/reference/methods.md"),
     "tests/integration/test_faults.py": (
         *("aggregation", "benchmarks/faults", "client/gateway", "client/node", "coordinator", "edgeadapt/formats"),
     ),

@@ -94,10 +94,10 @@ def every_slot(every_method_base: Base, tmp_path_factory: pytest.TempPathFactory
     """A bundle of a base with slots of every kind at every layer, without an adapter."""
     folder = tmp_path_factory.mktemp("whole")
     words = [
-        *("export", "key", str(folder / "key.pem")),
+        *("bundle", "key", str(folder / "key.pem")),
         *(
-            "export",
-            "base",
+            "bundle",
+            "make",
             "--base",
             str(every_method_base.folder),
             "--head",
@@ -107,7 +107,7 @@ def every_slot(every_method_base: Base, tmp_path_factory: pytest.TempPathFactory
             "--targets",
             "all-linear",
         ),
-        *("--slots", "low-rank,scale,input-scale,offset,norms,biases,prompt", "--out", str(folder / "bundle")),
+        *("--slots", "low-rank,scale,input-scale,offset,norms,biases,prompt", "--bundle", str(folder / "bundle")),
         *("--key", str(folder / "key.pem")),
     ]
     for command in (words[:3], words[3:]):

@@ -55,7 +55,7 @@ def make_trial_fleet(
     call("coordinator", "init", coordinator, "--authority", authority / "authority.pem", *changes)
     (folder / "phrases.tsv").write_text("".join(f"{label}\t{phrase}\n" for label, phrase in phrases))
     made = ("--phrases", folder / "phrases.tsv", "--rank", rank, "--out", folder / SEED)
-    call("export", "seed", "--base", base, *made)
+    call("base", "start", "--base", base, *made)
     call("coordinator", "publish", coordinator, "--peft", folder / SEED, "--base", base)
     for device, rows in examples.items():
         state_dir, certificate = folder / device, folder / f"{device}.pem"

@@ -27,7 +27,7 @@ export function parse(text) {
   return parts.sort((left, right) => (left.name < right.name ? -1 : 1));
 }
 
-/** The parts in writing, which `parse` and `edgeadapt device infer --compose` read. */
+/** The parts in writing, which `parse` and `edgeadapt device infer --adapter` read. */
 export const format = (parts) =>
   parts.map(({ name, weight }) => (weight === 1 ? name : `${name}:${pythonic(weight)}`)).join("+");
 

@@ -16,6 +16,7 @@ from aggregation.pki.identity import IdentityKey
 from client.cli import device
 from edgeadapt.formats.bundle import BASE, TOKENIZER
 from export.bundle.write import AdapterSource, write_bundle
+from export.cli import bundle_group
 from export.onnx.exported import ExportedBase
 from tests.support.bundles import resign
 
@@ -23,7 +24,8 @@ Done = subprocess.CompletedProcess[str]
 
 
 def run(*arguments: str | Path, stdin: str | bytes = "") -> Result:
-    return CliRunner().invoke(device, list(map(str, arguments)), input=stdin)
+    group = bundle_group if arguments[0] == "list" else device
+    return CliRunner().invoke(group, list(map(str, arguments)), input=stdin)
 
 
 def lines(*arguments: str | Path) -> list[list[str]]:
@@ -110,32 +112,32 @@ def test_a_person_sees_labels_as_words_and_a_program_as_they_are(
 
 
 def test_several_adapters_answer_as_one(with_anna: Path) -> None:
-    (result,) = adapters("infer", "--bundle", with_anna, "--json", "--compose", "global:0.5+anna:1", "unlock")
+    (result,) = adapters("infer", "--bundle", with_anna, "--json", "--adapter", "global:0.5+anna:1", "unlock")
     assert result["adapter"] == "anna+global:0.5"
 
 
 def test_adapters_are_listed_with_what_was_verified(with_anna: Path) -> None:
-    found = lines("adapters", "--bundle", with_anna)
+    found = lines("list", "--bundle", with_anna)
     assert [line[:4] for line in found] == [["anna", "personal", "version", "3"], ["global", "global", "version", "3"]]
-    kinds = [adapter["kind"] for adapter in adapters("adapters", "--bundle", with_anna, "--json")]
+    kinds = [adapter["kind"] for adapter in adapters("list", "--bundle", with_anna, "--json")]
     assert kinds == ["personal", "global"]
 
 
 def test_the_listing_has_epsilon_and_delta_of_a_global_adapter_or_says_that_nothing_bounds_it(
     with_anna: Path, vendor: IdentityKey
 ) -> None:
-    personal, shared = run("adapters", "--bundle", with_anna).output.splitlines()
+    personal, shared = run("list", "--bundle", with_anna).output.splitlines()
     assert "privacy none" in shared
     assert "privacy" not in personal
     bound = {"epsilon": 6.071, "delta": 1e-6}
     resign(with_anna, vendor, privacy=bound)
-    assert "epsilon 6.07 for delta 1e-06 " in run("adapters", "--bundle", with_anna).output
-    assert [each["privacy"] for each in adapters("adapters", "--bundle", with_anna, "--json")] == [None, bound]
+    assert "epsilon 6.07 for delta 1e-06 " in run("list", "--bundle", with_anna).output
+    assert [each["privacy"] for each in adapters("list", "--bundle", with_anna, "--json")] == [None, bound]
 
 
 def test_a_listing_names_the_adapters_that_fail_verification_and_fails(with_anna: Path) -> None:
     (with_anna / "adapters" / "anna.onnx_adapter").write_bytes(b"\0")
-    result = run("adapters", "--bundle", with_anna)
+    result = run("list", "--bundle", with_anna)
     assert about(result) == "bundle.adapters"
     assert str(result.exception) == "1 of 2 adapters failed verification: anna; copy them again"
     assert "anna  refused:" in result.output

@@ -19,7 +19,7 @@ from aggregation.pki.identity import IdentityKey
 from client.inference.library import Library
 from client.learning import Correction, Learner
 from client.learning.learner import bits
-from client.training.personal import PersonalMethod, PersonalStep
+from client.training.personal import PersonalStep
 from edgeadapt.formats.bundle import BASE_MANIFEST, TRAINING, adapter_names
 from edgeadapt.formats.manifest import BaseManifest
 from edgeadapt.formats.peftconfig import PeftConfig
@@ -211,7 +211,7 @@ def test_what_cannot_be_trained_is_refused_and_changes_nothing(talker: Path) -> 
     before, path = contents(talker), texts(talker.parent)
     with Learner.open(talker, task=None) as learner:
         with refused(ConfigError, "--method"):
-            learner.personalize(path, PersonalStep(1, 16.0, PersonalMethod.RIDGE), 0.01)
+            learner.personalize(path, PersonalStep(1, 16.0, "ridge"), 0.01)
         with refused(DataError, "training.loss"):
             learner.personalize(path, FINE_TUNE, 1e30)
         path.write_text("")

@@ -234,7 +234,7 @@ def test_the_commands_teach_list_and_undo(phone: Path, tmp_path: Path) -> None:
         (["infer", "--teach", "Light", "light " * 400], "text"),
         (["infer", "--teach", "Light", TAUGHT, TAUGHT], "corrections"),
         (["infer", "--teach", "Light", *map(str, range(65))], "corrections"),
-        (["infer", "--teach", "Light", "--compose", "global:0.5", TAUGHT], "--teach"),
+        (["infer", "--teach", "Light", "--adapter", "global:0.5+personal", TAUGHT], "--teach"),
         (["infer", "--teach", "Light", "--adapter", "nobody", TAUGHT], "nobody.json"),
     ],
 )
@@ -258,7 +258,7 @@ def test_a_bundle_without_a_training_graph_says_how_to_export_one(
     write_bundle(bundle, exported, [drawn], key=vendor)
     with refused(ConfigError, TRAINING) as caught:
         teach(bundle, "Light")
-    assert "export base --training" in str(caught.value)
+    assert "bundle make --training" in str(caught.value)
 
 
 def test_an_adapter_without_a_peft_config_is_refused(

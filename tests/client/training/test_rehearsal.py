@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from client.training.examples import Example, Score, Split
-from client.training.personal import Candidate, Choice, PersonalMethod, PersonalStep, personalize, rehearsal
+from client.training.personal import Candidate, Choice, PersonalStep, personalize, rehearsal
 from client.training.trainer import ClassifierTrainer
 from edgeadapt.formats.layout import Tensors
 from tests.client.training.test_trainer import EXAMPLES, MINE, STEP, TASK, distance, rng, start, trainer
@@ -65,9 +65,9 @@ def test_rehearsal_keeps_what_a_device_never_says(trainer: ClassifierTrainer, st
     assert trainer.score(kept, lost).loss < 0.5 * trainer.score(forgot, lost).loss
 
 
-@pytest.mark.parametrize("method", [PersonalMethod.FINE_TUNE, PersonalMethod.RIDGE])
+@pytest.mark.parametrize("method", ["fine-tune", "ridge"])
 def test_a_personal_adapter_that_forgets_public_examples_is_moved_back_or_not_kept(
-    trainer: ClassifierTrainer, start: Tensors, method: PersonalMethod
+    trainer: ClassifierTrainer, start: Tensors, method: str
 ) -> None:
     """The device's examples give the public ones other labels, so that a personal adapter cannot do both."""
     shared = trainer.train(start, EXAMPLES, TASK, epochs=40, rng=rng())

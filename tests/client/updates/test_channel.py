@@ -331,14 +331,14 @@ def test_the_commands_from_a_repository_to_a_device(
         return found.output
 
     mine = tmp_path / "mine"
-    run("channel", "init", mine)
-    run("channel", "publish", mine, "canary", "--bundle", place.made, "--trust", public)
+    run("release", "init", mine)
+    run("release", "publish", mine, "canary", "--bundle", place.made, "--trust", public)
     passed = GateResult("size of global", True, 1.0, 2.0, "1 byte")
     ChannelRepository.open(mine, NOW).promote("canary", 1, "stable", [passed])
-    run("channel", "rotate", mine, "stable")
-    run("channel", "renew", mine, "--all")
-    assert json.loads(run("channel", "show", mine, "--json"))["channels"]["stable"]["number"] == 1
-    assert "release 1" in run("channel", "show", mine)
+    run("release", "rotate", mine, "stable")
+    run("release", "renew", mine, "--all")
+    assert json.loads(run("release", "show", mine, "--json"))["channels"]["stable"]["number"] == 1
+    assert "release 1" in run("release", "show", mine)
     (place.device / "trust.pem").write_bytes(public.read_bytes())
     words = ("device", "update", "--bundle", place.bundle)
     shown = run(*words, "--repository", mine / "public", "--channel", "stable", "--root", mine / "root.json")

@@ -105,7 +105,7 @@ def test_the_dashboard_and_show_say_whether_a_rollback_is_prepared_and_what_an_e
         return row
 
     def listed() -> dict[str, Any]:
-        row = json.loads(run("channel", "show", folder, "--json"))["prepared"]["stable"]
+        row = json.loads(run("release", "show", folder, "--json"))["prepared"]["stable"]
         assert isinstance(row, dict)
         return row
 
@@ -113,14 +113,14 @@ def test_the_dashboard_and_show_say_whether_a_rollback_is_prepared_and_what_an_e
     assert shown()["prepared"] == {"again": 1, "margin": MARGIN}
     assert shown()["evaluation"] is None
     assert listed()["condition"]["again"] == 1
-    assert "rollback to release 1: prepared" in run("channel", "show", folder)
+    assert "rollback to release 1: prepared" in run("release", "show", folder)
 
     path = staged.repository.prepared.path("stable")
     kept = path.read_bytes()
     path.unlink()
     assert (shown()["prepared"], listed()["condition"]) == (None, None)
-    assert "adapters rollout" in shown()["unprepared"]
-    assert "adapters rollout" in run("channel", "show", folder)
+    assert "release rollout" in shown()["unprepared"]
+    assert "release rollout" in run("release", "show", folder)
     path.write_bytes(kept.replace(b'"margin', b'"Margin', 1))
     assert shown()["unprepared"].startswith(str(path))
     path.write_bytes(bytes(MAX_METADATA + 1))
@@ -198,13 +198,13 @@ def test_a_new_key_of_the_channel_signs_no_rollback_that_a_thief_of_the_old_one_
     signed, condition = ready[0].signed, ready[1]
     replace(condition, margin=0.0).put(signed)
     repository.prepared.write("stable", signed)  # with the old key
-    said = run("channel", "rotate", repository.folder, "stable")
+    said = run("release", "rotate", repository.folder, "stable")
     assert "rollback of channel stable" in said
-    assert "adapters rollout" in said
+    assert "release rollout" in said
     assert repository.prepared.read("stable") is None
     with refused(ConfigError, "prepared"):
         publish_prepared(repository, "stable", evaluation(staged, margin=0.0))
-    assert "rollback" not in run("channel", "rotate", repository.folder, "stable")
+    assert "rollback" not in run("release", "rotate", repository.folder, "stable")
     prepare(repository, "stable", staged.vendor, MARGIN)
     assert publish_prepared(repository, "stable", evaluation(staged)).release.number == 3
 
@@ -457,14 +457,12 @@ def test_rollout_prepares_it_and_says_so(staged: Place) -> None:
     other.chmod(0o600)
     (folder / "gates.toml").write_text(GateSettings.parse({"accuracy": {"margin": 0.05}}, "test").to_toml())
     staged.repository.prepared.discard("stable")
-    assert "rollback: not prepared" in run("adapters", "rollout", folder, "stable", "--share", 30)
+    assert "rollback: not prepared" in run("release", "rollout", folder, "stable", "--share", 30)
     with refused(TrustError, "--key"):
-        run("adapters", "rollout", folder, "stable", "--share", 40, "--key", other)
+        run("release", "rollout", folder, "stable", "--share", 40, "--key", other)
     assert staged.repository.rollout("stable").share == 30  # type: ignore[union-attr]
-    assert "rollback to release 1: prepared" in run(
-        "adapters", "rollout", folder, "stable", "--share", 40, "--key", key
-    )
-    row = json.loads(run("adapters", "rollout", folder, "stable", "--share", 50, "--json"))
+    assert "rollback to release 1: prepared" in run("release", "rollout", folder, "stable", "--share", 40, "--key", key)
+    row = json.loads(run("release", "rollout", folder, "stable", "--share", 50, "--json"))
     assert (row["prepared"]["again"], row["prepared"]["margin"]) == (1, 0.05)
     publish_prepared(staged.repository, "stable", evaluation(staged, margin=0.05))
     shown = run("audit", "show", folder)

@@ -133,9 +133,9 @@ def test_the_share_grows_until_all_devices_have_it(staged: Place) -> None:
     other = Device.of(staged, "other", OUT)
     assert other.update().release.number == 1
     needed = next(share for share in count(51) if Targeting(OUT).release(Rollout(2, 1, share)) == 2)
-    run("adapters", "rollout", staged.repository.folder, "stable", "--share", needed)
+    run("release", "rollout", staged.repository.folder, "stable", "--share", needed)
     assert other.update().release.number == 2
-    run("adapters", "rollout", staged.repository.folder, "stable", "--share", 100)
+    run("release", "rollout", staged.repository.folder, "stable", "--share", 100)
     found = other.update()
     assert (found.changed, found.offer.rollout, found.offer.why) == (False, None, "for all devices")
     targets = staged.repository.metadata.load(Targets, "stable").targets
@@ -147,7 +147,7 @@ def test_a_device_never_goes_back_when_the_share_shrinks(staged: Place) -> None:
     one = Device.of(staged, "one", IN)
     one.update()
     newest = one.content
-    run("adapters", "rollout", staged.repository.folder, "stable", "--share", 0)
+    run("release", "rollout", staged.repository.folder, "stable", "--share", 0)
     found = one.update()
     assert (found.release.number, found.changed, one.content) == (2, False, newest)
     assert "does not go back" in found.offer.why
@@ -160,7 +160,7 @@ def test_a_rollout_by_language(canary: Place) -> None:
     assert one.update("de").release.number == 2
     assert one.update().release.number == 2  # it is noted
     assert other.update("en").release.number == 1
-    assert "100 % of devices with language de" in run("channel", "show", canary.repository.folder)
+    assert "100 % of devices with language de" in run("release", "show", canary.repository.folder)
     key = json.loads(one.targeting.read_bytes())["key"]
     with refused(ConfigError, "language"):
         one.update("Deutsch")
@@ -178,7 +178,7 @@ def test_a_bad_canary_is_off_every_device_at_its_next_check(staged: Place) -> No
     for time in range(4):
         by_time.append([(device.update().changed, device.content == bad) for device in devices])
         if time == 2:
-            run("adapters", "rollback", folder, "stable", "--to", 1, "--key", key)
+            run("release", "rollback", folder, "stable", "--to", 1, "--key", key)
     assert sum(has for _, has in by_time[0]) >= 1
     assert not all(has for _, has in by_time[0])
     assert [has for _, has in by_time[2]] == [has for _, has in by_time[0]]
@@ -226,8 +226,8 @@ def test_a_device_makes_no_key_before_a_rollout(canary: Place) -> None:
 
 def test_the_log_has_each_stage_and_the_audit_accounts_for_it(staged: Place) -> None:
     folder = staged.repository.folder
-    run("adapters", "rollout", folder, "stable", "--share", 70, "--language", "fr", "--language", "de")
-    run("adapters", "rollout", folder, "stable", "--share", 100)
+    run("release", "rollout", folder, "stable", "--share", 70, "--language", "fr", "--language", "de")
+    run("release", "rollout", folder, "stable", "--share", 100)
     records = audit_repository(folder, None).records[-3:]
     assert [record.action.kind for record in records] == ["promote", "rollout", "rollout"]
     assert [record.action.release for record in records] == [2, 2, 2]
@@ -317,7 +317,7 @@ def test_what_cannot_be_rolled_out_is_refused_and_changes_nothing(
 ) -> None:
     repository = canary.repository
     with refused(ConfigError, "rollout"):
-        run("adapters", "rollout", repository.folder, "stable", "--share", 50)
+        run("release", "rollout", repository.folder, "stable", "--share", 50)
     with refused(ConfigError, "share"):
         stage(canary, 101)
     with refused(ConfigError, "language"):

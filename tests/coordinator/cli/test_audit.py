@@ -390,9 +390,9 @@ def test_a_file_of_any_size_ends_in_one_line(run: Run, folder: Path, name: str) 
 def test_show_lists_rounds_survivors_and_dropouts(run: Run, folder: Path) -> None:
     code, out, _ = run("show", folder)
     assert code == 0
-    assert "round   1  3 of 4 survived  produced adapter 1 (abababababab)  dropped out: device-001 at plan\n" in out
-    assert "round   2  4 of 4 survived  produced adapter 2 (abababababab)  dropped out: device-002 at unmask\n" in out
-    assert "round   3  0 of 4 survived  aborted (too-few)  dropped out: device-000, device-001 at plan\n" in out
+    assert "round   1  produced adapter 1 (abababababab); in the sum: 3 of 4; dropped out: device-001 at plan\n" in out
+    assert "round   2  produced adapter 2 (abababababab); in the sum: 4 of 4; left later: device-002 at unmask\n" in out
+    assert "round   3  aborted (too-few); in the sum: 0 of 4; dropped out: device-000, device-001 at plan\n" in out
     rounds = json.loads(run("show", folder, "--json")[1])["sessions"][0]["rounds"]
     assert [each["dropouts_by_step"] for each in rounds] == [
         {"plan": ["device-001"]},

@@ -19,7 +19,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator import launch
-from coordinator.cli.coordinator import coordinator
+from coordinator.cli import coordinator_group as coordinator
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 
@@ -184,7 +184,7 @@ def test_ctrl_c_ends_the_display_and_not_the_run(
 
 def test_init_and_status_load_neither_torch_nor_flower(tmp_path: Path, authority: Path) -> None:
     script = (
-        "import sys; from coordinator.cli.coordinator import coordinator\n"
+        "import sys; from coordinator.cli import coordinator_group as coordinator\n"
         "try: coordinator(sys.argv[1:], standalone_mode=True)\n"
         "except SystemExit: pass\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"

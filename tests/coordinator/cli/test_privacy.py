@@ -1,4 +1,4 @@
-"""``edgeadapt privacy plan`` states what sessions of these settings account for."""
+"""``edgeadapt simulate privacy`` states what sessions of these settings account for."""
 
 import json
 import math
@@ -17,7 +17,7 @@ NOISY = ("--set", "privacy.mechanism=skellam", "--set", "privacy.epsilon=4.0", "
 
 
 def invoke(*arguments: str) -> str:
-    done = CliRunner().invoke(privacy, ["plan", "--numbers", "2000", *arguments])
+    done = CliRunner().invoke(privacy, ["--numbers", "2000", *arguments])
     if done.exception:
         raise done.exception
     return done.output

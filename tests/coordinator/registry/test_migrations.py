@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL, make_url
 import edgeadapt.formats.registryreader
 from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.backup import RegistrySnapshot
-from coordinator.cli.coordinator import coordinator
+from coordinator.cli import coordinator_group as coordinator
 from coordinator.registry import Registry, TranscriptTable, database, migrations
 from edgeadapt.formats.registryfiles import DATABASE, SCHEMA, SCHEMAS
 from edgeadapt.formats.registrystores import postgresql_url

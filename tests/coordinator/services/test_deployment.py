@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.tls import TlsKey
-from coordinator.cli.coordinator import coordinator
+from coordinator.cli import coordinator_group as coordinator
 from coordinator.services import deployment
 from coordinator.services.deployment import LOCK, RUNNING, running, services_of, stop, up
 from coordinator.settings import SERVICES, SETTINGS, ServiceSettings

@@ -22,7 +22,7 @@ from edgeadapt.auditing import AuditInput, AuditOptions, Check, Finding, Produce
 from edgeadapt.auditing.transcripts import VECTORS, log_name, vector_path
 from edgeadapt.formats.manifest import PeftConfig, ServerRule, VersionManifest
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, SIGNING_KEY, RegistryFiles
-from edgeadapt.rounds.optimizer import FedAdam, FedAvg, Settings, to_rule
+from edgeadapt.rounds.optimizer import FedAdam, FedAvg, ServerOptimizer, to_rule
 from edgeadapt.rounds.task import Task
 from tests.support import refused
 
@@ -89,7 +89,7 @@ def resign(state_dir: Path, version: int, **changes: Any) -> None:
 
 @pytest.mark.parametrize("settings", [FedAdam(), FedAvg(1.0000001)], ids=["rule", "rate"])
 def test_another_optimizer_than_the_coordinator_used_is_found(
-    state_dir_of: Callable[[str], Path], settings: Settings
+    state_dir_of: Callable[[str], Path], settings: ServerOptimizer
 ) -> None:
     state_dir = state_dir_of("fedavg")
     resign(state_dir, 1, rule=to_rule(settings))

@@ -42,7 +42,7 @@ def test_a_full_disk_leaves_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_missing_key_is_named_with_the_remedy(tmp_path: Path) -> None:
     with refused(ConfigError, "vendor.pem") as caught:
         read_key(tmp_path / "vendor.pem")
-    assert "edgeadapt export key" in str(caught.value)
+    assert "edgeadapt bundle key" in str(caught.value)
     with refused(ConfigError, "trust.pem") as caught:
         read_public_keys(tmp_path / "trust.pem")
     assert "--trust" in str(caught.value)

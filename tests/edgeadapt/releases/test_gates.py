@@ -84,7 +84,7 @@ class Place:
 
 
 def called(*words: object) -> str:
-    done = CliRunner().invoke(cli, ["adapters", *map(str, words)])
+    done = CliRunner().invoke(cli, ["release", *map(str, words)])
     if isinstance(done.exception, EdgeAdaptError):
         raise done.exception
     assert done.exit_code == 0, done.output
@@ -153,7 +153,7 @@ def test_a_promotion_to_a_share_of_devices_passes_the_same_gates(place: Place) -
     assert found["rollout"] == {"release": 2, "previous": 1, "share": 20, "languages": []}
     stages = [record.action.rollout for record in audit_repository(place.folder, None).records[-3:]]
     assert stages == [None, Rollout(2, 1, 10, ("de",)), Rollout(2, 1, 20)]
-    done = CliRunner().invoke(cli, ["adapters", "rollout", str(place.folder), "stable", "--share", "101"])
+    done = CliRunner().invoke(cli, ["release", "rollout", str(place.folder), "stable", "--share", "101"])
     assert (done.exit_code, "--share" in done.output) == (2, True)
 
 
@@ -274,10 +274,10 @@ def test_a_release_that_changed_while_it_was_measured_is_not_promoted(place: Pla
 def test_a_publication_to_stable_is_refused_and_names_the_promotion(place: Place) -> None:
     place.promote()
     vendor = place.vendor
-    words = ("channel", "publish", place.folder, "stable", "--bundle", vendor.bundle, "--trust")
+    words = ("release", "publish", place.folder, "stable", "--bundle", vendor.bundle, "--trust")
     done = CliRunner().invoke(cli, [*map(str, words), str(place.folder / "trust.pem")])
     assert isinstance(done.exception, ConfigError)
-    assert f"edgeadapt adapters promote {place.folder} FROM stable" in str(done.exception)
+    assert f"edgeadapt release promote {place.folder} FROM stable" in str(done.exception)
     assert "\n" not in str(done.exception)
     assert [len(vendor.repository.releases(name)) for name in ("canary", "stable")] == [1, 1]
 

@@ -97,8 +97,8 @@ def test_the_log_goes_on_after_each_rotation(folder: Path, role: str) -> None:
 
 def test_stable_is_protected_and_what_changes_that_needs_the_key_of_targets(folder: Path) -> None:
     assert repository(folder).protected == {"stable"}
-    for word, protected in (("protect", {"stable", "stable-de"}), ("unprotect", {"stable"})):
-        done = CliRunner().invoke(cli, ["channel", word, str(folder), "stable-de"])
+    for off, protected in ((), {"stable", "stable-de"}), (("--off",), {"stable"}):
+        done = CliRunner().invoke(cli, ["release", "protect", *off, str(folder), "stable-de"])
         assert done.exit_code == 0, done.output
         assert repository(folder).protected == protected
     repository(folder).rotate("stable", SystemEntropy())

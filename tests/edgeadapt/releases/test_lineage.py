@@ -1,4 +1,4 @@
-"""What `edgeadapt adapters` says of versions, and what it refuses to say of altered ones."""
+"""What `edgeadapt release` says of versions, and what it refuses to say of altered ones."""
 
 import json
 import sqlite3
@@ -28,7 +28,7 @@ from tests.support import refused
 
 
 def called(*words: object) -> str:
-    done = CliRunner().invoke(cli, ["adapters", *map(str, words)])
+    done = CliRunner().invoke(cli, ["release", *map(str, words)])
     if isinstance(done.exception, EdgeAdaptError):
         raise done.exception
     assert done.exit_code == 0, done.output
@@ -45,14 +45,14 @@ def test_the_list_has_each_version_with_its_round_and_its_channel(vendor_place: 
     vendor_place.repository.promote("canary", 1, "stable", ())
     vendor_place.publish(2)
     state_dir, releases = vendor_place.state_dir, vendor_place.repository.folder
-    found = as_json("list", state_dir, "--releases", releases)["versions"]
+    found = as_json("versions", state_dir, "--releases", releases)["versions"]
     assert [each["version"] for each in found] == [0, 1, 2]
     assert [each["parent"] for each in found] == [None, found[0]["sha256"], found[1]["sha256"]]
     places = [[(p["channel"], p["release"], p["current"]) for p in each["releases"]] for each in found]
     assert places == [[], [("canary", 1, False), ("stable", 1, True)], [("canary", 2, True)]]
-    lines = called("list", state_dir, "--releases", releases).splitlines()
+    lines = called("versions", state_dir, "--releases", releases).splitlines()
     assert " ".join(lines[2].split()) == "1 1 2 0.600 1.000 epsilon 2.00 for delta 1e-06 stable 1"
-    assert as_json("list", state_dir)["versions"][1]["releases"] is None
+    assert as_json("versions", state_dir)["versions"][1]["releases"] is None
 
 
 def test_a_version_is_found_in_a_release_that_a_rollback_signed_again(vendor_place: Vendor) -> None:
@@ -60,7 +60,7 @@ def test_a_version_is_found_in_a_release_that_a_rollback_signed_again(vendor_pla
     vendor_place.publish(1, "stable")
     vendor_place.publish(2, "stable")
     roll_back(vendor_place.repository, "stable", 1, vendor_place.key)
-    found = as_json("show", vendor_place.state_dir, 1, "--releases", vendor_place.repository.folder)
+    found = as_json("version", vendor_place.state_dir, 1, "--releases", vendor_place.repository.folder)
     places = [(each["release"], each["version"], each["current"]) for each in found["releases"]]
     assert places == [(1, 2, False), (3, 4, True)]
 
@@ -70,14 +70,14 @@ def test_both_releases_of_a_rollout_are_on_offer(vendor_place: Vendor) -> None:
     vendor_place.publish(1, "stable")
     vendor_place.publish(2)
     vendor_place.repository.promote("canary", 1, "stable", (), share=10)
-    found = as_json("list", vendor_place.state_dir, "--releases", vendor_place.repository.folder)["versions"]
+    found = as_json("versions", vendor_place.state_dir, "--releases", vendor_place.repository.folder)["versions"]
     places = [[(p["channel"], p["release"], p["current"]) for p in each["releases"]] for each in found]
     assert places == [[], [("stable", 1, True)], [("canary", 1, True), ("stable", 2, True)]]
 
 
 def test_the_commands_say_the_same_of_a_registry_in_postgresql(vendor_place: Vendor, postgresql: str) -> None:
     folder = vendor_place.state_dir
-    words = [("list", folder), ("show", folder, 2), ("diff", folder, 0, 2)]
+    words = [("versions", folder), ("version", folder, 2), ("diff", folder, 0, 2)]
     before = [as_json(*each) for each in words]
     components = json.loads(called("sbom", folder, 2))["components"]
     local, remote = create_engine(f"sqlite:///{folder / DATABASE}"), database.connect(postgresql_url(postgresql))
@@ -91,43 +91,43 @@ def test_the_commands_say_the_same_of_a_registry_in_postgresql(vendor_place: Ven
     with remote.begin() as target:
         target.execute(text("DELETE FROM edgeadapt_rounds WHERE round = 1"))
     with refused(TrustError, "record"):
-        called("list", folder)
+        called("versions", folder)
 
 
 def test_show_names_the_signer_and_what_made_a_version(vendor_place: Vendor) -> None:
-    found = as_json("show", vendor_place.state_dir, 2)
+    found = as_json("version", vendor_place.state_dir, 2)
     assert found["signed_by"] == vendor_place.coordinator.public.key_id
     assert found["rule"] == {"name": "FedAvg", "numbers": {"learning_rate": 1.0}}
     assert (found["survivors"], found["dropped"], found["privacy"]["epsilon"]) == (["anna", "ben"], {"cora": "plan"}, 4)
-    text = called("show", vendor_place.state_dir, 2)
+    text = called("version", vendor_place.state_dir, 2)
     assert f"parent       {found['parent']}" in text
     assert "rule         FedAvg (learning_rate 1)" in text
-    assert "none: it is the first" in called("show", vendor_place.state_dir, 0)
+    assert "none: it is the first" in called("version", vendor_place.state_dir, 0)
 
 
 def test_a_reviewer_may_name_the_coordinators_key(vendor_place: Vendor, tmp_path: Path) -> None:
     (vendor_place.state_dir / "coordinator.pem").unlink()
     with refused(ConfigError, "coordinator.pem"):
-        called("list", vendor_place.state_dir)
+        called("versions", vendor_place.state_dir)
     pinned, own = tmp_path / "coordinator.pem", vendor_place.coordinator.public.to_pem()
     pinned.write_bytes(own)
-    assert len(as_json("list", vendor_place.state_dir, "--trust", pinned)["versions"]) == 3
+    assert len(as_json("versions", vendor_place.state_dir, "--trust", pinned)["versions"]) == 3
     pinned.write_bytes(own + vendor_place.key.public.to_pem())
     with refused(DataError, "--trust"):  # a coordinator has one key
-        called("list", vendor_place.state_dir, "--trust", pinned)
+        called("versions", vendor_place.state_dir, "--trust", pinned)
     pinned.write_bytes(IdentityKey.generate(SystemEntropy()).public.to_pem())
     with refused(TrustError, "manifest"):
-        called("list", vendor_place.state_dir, "--trust", pinned)
+        called("versions", vendor_place.state_dir, "--trust", pinned)
 
 
 def test_what_does_not_exist_is_named(vendor_place: Vendor, tmp_path: Path) -> None:
-    for words in (("show", vendor_place.state_dir, 7), ("diff", vendor_place.state_dir, 0, 7)):
+    for words in (("version", vendor_place.state_dir, 7), ("diff", vendor_place.state_dir, 0, 7)):
         with refused(ConfigError, "version"):
             called(*words)
     with refused(ConfigError, "registry.db"):
-        called("list", tmp_path / "nowhere")
+        called("versions", tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="no repository of channels"):
-        called("list", vendor_place.state_dir, "--releases", tmp_path)
+        called("versions", vendor_place.state_dir, "--releases", tmp_path)
 
 
 def _execute(state_dir: Path, statement: str) -> None:
@@ -144,7 +144,7 @@ def test_a_registry_that_lacks_versions_is_named(
 ) -> None:
     _execute(vendor_place.state_dir, f"DELETE FROM edgeadapt_versions WHERE NOT {kept}")  # noqa: S608
     with refused(error, about):
-        called("list", vendor_place.state_dir)
+        called("versions", vendor_place.state_dir)
 
 
 def test_a_version_that_the_coordinators_key_signed_outside_of_a_round(
@@ -158,13 +158,13 @@ def test_a_version_that_the_coordinators_key_signed_outside_of_a_round(
         database.execute("UPDATE edgeadapt_versions SET sha256 = ?, manifest = ? WHERE version = 2", values)
         database.commit()
     with refused(TrustError, "record"):
-        called("list", vendor_place.state_dir)
+        called("versions", vendor_place.state_dir)
 
 
 def test_a_record_of_a_round_that_was_removed(vendor_place: Vendor) -> None:
     _execute(vendor_place.state_dir, "DELETE FROM edgeadapt_rounds WHERE round = 2")
     with refused(TrustError, "record"):
-        called("show", vendor_place.state_dir, 0)
+        called("version", vendor_place.state_dir, 0)
 
 
 def test_diff_compares_tensors_labels_metrics_and_privacy(vendor_place: Vendor) -> None:

@@ -43,7 +43,7 @@ def summed(spec: SessionSpec, tensors: Tensors, sums: Sums) -> SummedRound:
 
 
 @pytest.mark.parametrize("rule", [FedAvg(0.5), FedAvgM(1.0, 0.9), FedAdam(0.1)])
-def test_the_mean_of_squares_moves_b_by_its_product_with_the_frozen_factor(rule: optimizer.Settings) -> None:
+def test_the_mean_of_squares_moves_b_by_its_product_with_the_frozen_factor(rule: optimizer.ServerOptimizer) -> None:
     before = adapter()
     layout = shared_layout(Layout.of(before), TASK)
     assert [spec.name for spec in layout.tensors] == [HEAD, R]

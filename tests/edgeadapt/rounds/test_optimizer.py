@@ -8,7 +8,7 @@ import torch
 
 from aggregation.errors import ConfigError, DataError
 from edgeadapt.formats import files
-from edgeadapt.formats.layout import Floats, Layout, Tensors, TensorSpec
+from edgeadapt.formats.layout import Floats, Layout, TensorSpec
 from edgeadapt.formats.manifest import ServerRule
 from edgeadapt.rounds.optimizer import (
     LARGEST,
@@ -16,8 +16,7 @@ from edgeadapt.rounds.optimizer import (
     FedAvg,
     FedAvgM,
     FedYogi,
-    Moments,
-    Settings,
+    ServerOptimizer,
     State,
     advance,
     of_rule,
@@ -25,7 +24,6 @@ from edgeadapt.rounds.optimizer import (
     start,
     step,
     to_rule,
-    to_tensors,
 )
 from tests.support import refused
 
@@ -39,7 +37,9 @@ def deltas(rounds: int) -> Floats:
     return (np.random.default_rng(7).normal(size=(rounds, SIZE)) * scale).astype(np.float32)
 
 
-def run(settings: Settings, state: State, adapter: Floats, means: Sequence[Floats] | Floats) -> tuple[State, Floats]:
+def run(
+    settings: ServerOptimizer, state: State, adapter: Floats, means: Sequence[Floats] | Floats
+) -> tuple[State, Floats]:
     for mean in means:
         state, adapter = step(settings, state, adapter, mean)
     return state, adapter
@@ -52,7 +52,7 @@ def test_fedavg_scales_the_mean_by_its_rate() -> None:
 
 
 @pytest.mark.parametrize("settings", [FedAvg(1000.0), FedAdam(1000.0)], ids=["fedavg", "fedadam"])
-def test_no_coordinate_of_an_adapter_exceeds_the_largest(settings: Settings) -> None:
+def test_no_coordinate_of_an_adapter_exceeds_the_largest(settings: ServerOptimizer) -> None:
     adapter, mean = np.array([500, -500, 3], np.float32), np.array([4, -4, 0], np.float32)
     _, updated = step(settings, start(settings, 3), adapter, mean)
     assert updated.tolist() == [LARGEST, -LARGEST, 3]
@@ -62,9 +62,8 @@ def test_one_step_of_fedadam_by_hand() -> None:
     # m = .1 * 2; v = .75 * 1 + .25 * 4 = 1.75; x = 10 + .5 * .2 / (sqrt(1.75) + 1)
     settings = FedAdam(learning_rate=0.5, beta1=0.9, beta2=0.75, tau=1.0)
     state, updated = step(settings, start(settings, 1), np.array([10], np.float32), np.array([2], np.float32))
-    assert isinstance(state, Moments)
-    assert state.first[0] == pytest.approx(0.2)
-    assert state.second[0] == pytest.approx(1.75)
+    assert state["first"][0] == pytest.approx(0.2)
+    assert state["second"][0] == pytest.approx(1.75)
     assert updated[0] == pytest.approx(10.043050)
 
 
@@ -126,13 +125,12 @@ def test_advance_moves_the_shared_tensors_and_leaves_the_others() -> None:
 
 
 @pytest.mark.parametrize("settings", EVERY, ids=lambda settings: type(settings).__name__)
-def test_a_run_resumed_from_stored_state_is_the_same_bit_for_bit(settings: Settings) -> None:
+def test_a_run_resumed_from_stored_state_is_the_same_bit_for_bit(settings: ServerOptimizer) -> None:
     means, origin = deltas(9), np.linspace(-1, 1, SIZE, dtype=np.float32)
     _, straight = run(settings, start(settings, SIZE), origin, means)
 
     state, halfway = run(settings, start(settings, SIZE), origin, means[:4])
-    tensors = to_tensors(state)
-    stored = files.decode(files.encode(tensors)) if tensors else {}
+    stored = files.decode(files.encode(dict(state))) if state else {}
     _, resumed = run(settings, restore(settings, stored, SIZE), halfway, means[4:])
 
     assert resumed.tobytes() == straight.tobytes()
@@ -147,9 +145,9 @@ def test_fedadam_that_loses_its_state_makes_other_adapters() -> None:
 
 
 @pytest.mark.parametrize("settings", EVERY, ids=lambda settings: type(settings).__name__)
-def test_a_step_changes_nothing_in_place(settings: Settings) -> None:
+def test_a_step_changes_nothing_in_place(settings: ServerOptimizer) -> None:
     state, adapter, mean = start(settings, SIZE), np.ones(SIZE, np.float32), deltas(1)[0]
-    for vector in (adapter, mean, *to_tensors(state).values()):
+    for vector in (adapter, mean, *state.values()):
         vector.flags.writeable = False
     first, second = step(settings, state, adapter, mean), step(settings, state, adapter, mean)
     assert first[1].dtype == np.float32
@@ -158,7 +156,7 @@ def test_a_step_changes_nothing_in_place(settings: Settings) -> None:
 
 @pytest.mark.parametrize("settings", EVERY, ids=lambda settings: type(settings).__name__)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_mean_that_is_not_finite_is_refused(settings: Settings, value: float) -> None:
+def test_a_mean_that_is_not_finite_is_refused(settings: ServerOptimizer, value: float) -> None:
     mean = np.array([0, value], np.float32)
     with refused(DataError, "update"):
         step(settings, start(settings, 2), np.zeros(2, np.float32), mean)
@@ -171,13 +169,13 @@ def test_a_mean_that_does_not_fit_the_adapter_is_refused(mean: Floats) -> None:
 
 
 def test_state_of_another_optimizer_or_size_is_refused() -> None:
-    moments = to_tensors(start(FedAdam(), 4))
+    moments = start(FedAdam(), 4)
     vector = np.zeros(4, np.float32)
     with refused(ConfigError, "state"):
         step(FedAdam(), start(FedAvg(), 4), vector, vector)
     with refused(DataError, "shape"):
         step(FedAdam(), start(FedAdam(), 1), vector, vector)
-    cases: list[tuple[Settings, int, Tensors]] = [
+    cases: list[tuple[ServerOptimizer, int, State]] = [
         (FedAvg(), 4, moments),
         (FedAdam(), 5, moments),
         (FedAdam(), 4, {"first": moments["first"]}),
@@ -211,7 +209,7 @@ def test_a_tau_whose_square_vanishes_in_float32_is_refused() -> None:
 
 
 @pytest.mark.parametrize("settings", [FedAvg(0.5), FedAdam(0.02, beta1=0.5)])
-def test_a_rule_names_the_optimizer_with_its_numbers(settings: Settings) -> None:
+def test_a_rule_names_the_optimizer_with_its_numbers(settings: ServerOptimizer) -> None:
     assert of_rule(to_rule(settings)) == settings
 
 

@@ -128,7 +128,7 @@ def test_two_processes_in_two_folders_write_the_same_bundle_and_the_builder_chan
 ) -> None:
     """Each has a hash seed and a copy of the base of its own."""
     make_key(tmp_path / "key.pem", SystemEntropy())
-    made = ("export", "base", "--base", "base", "--profile", "web-int8", "--out", "bundle", "--key", "../key.pem")
+    made = ("bundle", "make", "--base", "base", "--profile", "web-int8", "--bundle", "bundle", "--key", "../key.pem")
     for name in ("here", "there"):
         shutil.copytree(llama.folder, tmp_path / name / "base")
     monkeypatch.chdir(tmp_path / "here")

@@ -1,4 +1,4 @@
-"""``edgeadapt export`` in this process, and the error with which a command ended."""
+"""``edgeadapt bundle`` in this process, and the error with which a command ended."""
 
 import json
 import sys
@@ -45,7 +45,7 @@ def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
                 errors.append(error)
                 raise
 
-        monkeypatch.setattr(sys, "argv", ["edgeadapt", "export", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["edgeadapt", "bundle", *map(str, arguments)])
         monkeypatch.setattr(program, "cli", recorded)
         with pytest.raises(SystemExit) as caught:
             program.main()

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from edgeadapt.bases.base import PACKAGES, find_base
 from export.center import centered
-from export.cli.bases import base
+from export.cli import base_group as base
 from tests.support import refused
 
 

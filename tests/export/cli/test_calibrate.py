@@ -1,4 +1,4 @@
-"""``export adapter --calibrate`` finds the temperature of what devices run, and refuses phrases that give none."""
+"""``bundle add --calibrate`` finds the temperature of what devices run, and refuses phrases that give none."""
 
 import random
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def shop(tmp_path: Path, exported_int8: ExportedBase, model: PeftModel) -> Path:
 
 
 def add(shop: Path, *more: str | Path) -> list[str | Path]:
-    source = ["adapter", "--peft", shop / "lora", "--labels", shop / "labels"]
+    source = ["add", "--peft", shop / "lora", "--labels", shop / "labels"]
     return [*source, "--bundle", shop / "bundle", "--key", shop / "key.pem", *more]
 
 

@@ -19,9 +19,9 @@ def test_the_next_export_deletes_what_a_killed_one_left(
     export: Callable[..., Any], key: Path, tiny_base: Base, tmp_path: Path
 ) -> None:
     out = tmp_path / "bundle"
-    command = ("base", "--base", str(tiny_base.folder), "--out", str(out), "--key", str(key))
+    command = ("make", "--base", str(tiny_base.folder), "--bundle", str(out), "--key", str(key))
     with subprocess.Popen(
-        [sys.executable, "-m", "edgeadapt", "export", *command], stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "edgeadapt", "bundle", *command], stderr=subprocess.DEVNULL
     ) as process:
         while not (left := sorted(tmp_path.glob(f"{HIDDEN}*/content/*"))):
             assert process.poll() is None, "it ended before it could be killed"

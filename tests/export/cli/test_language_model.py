@@ -18,7 +18,7 @@ TEXTS = ("turn on the kitchen lights", "lock the door", "play some music in here
 @pytest.fixture
 def shop(export: Callable[..., Any], key: Path, tmp_path: Path, llama: Base) -> Path:
     """A key, pinned, and a bundle with the base; a folder of peft, and texts."""
-    made = ("base", "--base", llama.folder, "--profile", "fp32", "--max-rank", "6")  # its configuration states the task
+    made = ("make", "--base", llama.folder, "--profile", "fp32", "--max-rank", "6")  # its configuration states the task
     done = export(*made, "--targets", "q_proj,v_proj", "--out", tmp_path / "bundle", "--key", key)
     assert done.code == 0, done.err
     patterns = {"rank_pattern": {r"layers\.0.*v_proj": 2}, "alpha_pattern": {r"layers\.1.*": 24}}
@@ -38,7 +38,7 @@ def _save(base: Base, folder: Path, **settings: Any) -> None:
 
 
 def _add(shop: Path, folder: str, *more: str | Path) -> tuple[str | Path, ...]:
-    return ("adapter", "--peft", shop / folder, "--bundle", shop / "bundle", "--key", shop / "key.pem", *more)
+    return ("add", "--peft", shop / folder, "--bundle", shop / "bundle", "--key", shop / "key.pem", *more)
 
 
 def test_a_language_model_has_no_probabilities_to_calibrate(export: Callable[..., Any], shop: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_language_model_has_no_probabilities_to_calibrate(export: Callable[...
 
 def test_parity_prints_the_losses_of_a_base_and_an_adapter(export: Callable[..., Any], shop: Path, llama: Base) -> None:
     assert export(*_add(shop, "lora", "--format", "fp32")).code == 0
-    gate = ("parity", "--bundle", shop / "bundle", "--base", llama.folder, "--texts", shop / "texts", "--json")
+    gate = ("check", "--bundle", shop / "bundle", "--base", llama.folder, "--texts", shop / "texts", "--json")
     done = export(*gate, "--peft", shop / "lora")
     assert done.code == 0, done.err
     found = done.json()
@@ -58,7 +58,7 @@ def test_parity_prints_the_losses_of_a_base_and_an_adapter(export: Callable[...,
     assert found["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
     assert export(*_add(shop, "lora", "--format", "int4")).code == 0
     few = export(*gate, "--peft", shop / "lora")
-    assert (few.code, few.json()["passed"], "no verdict" in few.err) == (0, None, True)
+    assert (few.code, few.json()["passed"], "too few to judge" in few.err) == (0, None, True)
     (shop / "texts").write_text("\n".join(TEXTS * (100 // found["count"] + 1)))
     assert export(*gate, "--peft", shop / "lora").code == 6
 
@@ -87,6 +87,6 @@ def test_an_adapter_of_fewer_layers_is_accepted_and_one_of_other_layers_refused(
     before = (shop / "bundle" / "adapters" / "global.json").read_bytes()
     export(*_add(shop, "other")).refused(5, "model.layers.0.self_attn.k_proj.lora_A.weight")
     _save(llama, shop / "high", r=7, target_modules=["q_proj"])
-    export(*_add(shop, "high", "--name", "high")).refused(5, "rank")
+    export(*_add(shop, "high", "--adapter", "high")).refused(5, "rank")
     assert (shop / "bundle" / "adapters" / "global.json").read_bytes() == before
     assert not (shop / "bundle" / "adapters" / "high.json").exists()

@@ -2,11 +2,13 @@
 
 import io
 import sys
+import threading
 from queue import Queue
 
+import click
 import pytest
 
-from edgeadapt.commandline import status
+from edgeadapt.commandline import quiet, status
 from export.cli.options import progress
 from export.onnx.exported import counted
 
@@ -61,6 +63,21 @@ def test_a_terminal_shows_the_status_and_is_left_at_the_start_of_a_line(monkeypa
     assert "exporting" in terminal.getvalue()
     assert terminal.getvalue().endswith("\x1b[2K")  # the line is cleared
     assert "\x1b[?25h" in terminal.getvalue()  # the cursor is visible again
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_with_quiet_nothing_is_shown(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]) -> None:
+    monkeypatch.setattr(sys, "stderr", shown := stream())
+
+    @click.command()
+    @quiet
+    def command() -> None:
+        with status("merging"), progress("exporting") as report:
+            counted(report, "quantizing", 400)(100)
+            assert not [thread.name for thread in threading.enumerate() if "speak" in thread.name]
+
+    command.main(["-q"], standalone_mode=False)
+    assert shown.getvalue() == ""
 
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])

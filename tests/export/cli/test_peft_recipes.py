@@ -43,14 +43,14 @@ def test_an_adapter_on_a_bare_encoder_brings_its_head(
     inner = AutoModelForSequenceClassification.from_pretrained(base.folder, num_labels=len(LABELS))
     model = trained(inner, tmp_path / "lora", task_type="SEQ_CLS", **settings)
     (tmp_path / "labels").write_text("\n".join(LABELS))
-    made = ("adapter", "--peft", tmp_path / "lora", "--base", base.folder, "--labels", tmp_path / "labels")
+    made = ("add", "--peft", tmp_path / "lora", "--base", base.folder, "--labels", tmp_path / "labels")
     bundle = tmp_path / "bundle"
     done = export(*made, "--profile", "fp32", "--format", "fp32", "--bundle", bundle, "--key", key)
     assert done.code == 0, done.err
     for found, expected in zip(infer(bundle, *TEXTS), by_torch(model, base, TEXTS), strict=True):
         assert found == pytest.approx(expected, abs=2e-5)
     (tmp_path / "texts").write_text("\n".join(TEXTS))
-    gate = ("parity", "--bundle", bundle, "--base", base.folder, "--peft", tmp_path / "lora")
+    gate = ("check", "--bundle", bundle, "--base", base.folder, "--peft", tmp_path / "lora")
     assert export(*gate, "--texts", tmp_path / "texts").code == 0
     with Learner.open(bundle) as learner:
         taught = learner.teach([Correction(TEXTS[0], LABELS[-1])]).taught
@@ -66,12 +66,12 @@ def test_a_bare_encoder_that_lacks_more_than_the_adapter_brings_is_refused(
     (folder / "tokenizer.json").write_bytes((tiny_base.folder / "tokenizer.json").read_bytes())
     inner = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(LABELS))
     trained(inner, tmp_path / "lora", task_type="SEQ_CLS", target_modules=["query"])
-    made = ("base", "--peft", tmp_path / "lora", "--base", folder, "--out", tmp_path / "bundle", "--key", key)
+    made = ("make", "--peft", tmp_path / "lora", "--base", folder, "--bundle", tmp_path / "bundle", "--key", key)
     done = export(*made)
     done.refused(2, "model.safetensors")
     assert "bert.pooler.dense.bias" in done.err
     trained(inner, tmp_path / "both", task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["pooler"])
-    done = export("base", "--peft", tmp_path / "both", *made[3:])
+    done = export("make", "--peft", tmp_path / "both", *made[3:])
     assert done.code == 0, done.err
 
 
@@ -89,7 +89,7 @@ def test_a_base_gets_the_layers_and_the_rank_of_a_peft_folder(
     inner = AutoModelForCausalLM.from_pretrained(llama.folder)
     model = trained(inner, tmp_path / "lora", task_type="CAUSAL_LM", **settings)
     bundle = tmp_path / "bundle"
-    made = ("adapter", "--peft", tmp_path / "lora", "--base", llama.folder, "--bundle", bundle, "--key", key)
+    made = ("add", "--peft", tmp_path / "lora", "--base", llama.folder, "--bundle", bundle, "--key", key)
     done = export(*made, "--profile", "fp32", "--format", "fp32")
     assert done.code == 0, done.err
     adapted = {
@@ -99,7 +99,7 @@ def test_a_base_gets_the_layers_and_the_rank_of_a_peft_folder(
     assert {name.removesuffix(LORA_A) for name in manifest.slots if name.endswith(LORA_A)} == adapted
     assert manifest.max_rank == (70 if "rank_pattern" in settings else 64)
     (tmp_path / "texts").write_text("\n".join(TEXTS))
-    gate = ("parity", "--bundle", bundle, "--base", llama.folder, "--peft", tmp_path / "lora", "--json")
+    gate = ("check", "--bundle", bundle, "--base", llama.folder, "--peft", tmp_path / "lora", "--json")
     found = export(*gate, "--texts", tmp_path / "texts").json()
     assert found["agreement"] == 1.0
     assert found["loss"] == pytest.approx(found["torch_loss"], abs=1e-5)
@@ -113,11 +113,11 @@ def test_an_adapter_on_the_output_layer_leaves_the_embedding_as_it_is(
     inner = AutoModelForCausalLM.from_pretrained(base.folder)
     model = trained(inner, lora, task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"])
     model.save_pretrained(lora, save_embedding_layers=False)
-    made = ("adapter", "--peft", lora, "--base", base.folder, "--bundle", bundle, "--key", key)
+    made = ("add", "--peft", lora, "--base", base.folder, "--bundle", bundle, "--key", key)
     done = export(*made, "--profile", "fp32", "--format", "fp32")
     assert done.code == 0, done.err
     (tmp_path / "texts").write_text("\n".join(TEXTS))
-    gate = ("parity", "--bundle", bundle, "--base", base.folder, "--peft", lora, "--texts", tmp_path / "texts")
+    gate = ("check", "--bundle", bundle, "--base", base.folder, "--peft", lora, "--texts", tmp_path / "texts")
     found = export(*gate, "--json").json()
     assert found["agreement"] == 1.0
     assert found["loss"] == pytest.approx(found["torch_loss"], abs=1e-5)
@@ -125,14 +125,14 @@ def test_an_adapter_on_the_output_layer_leaves_the_embedding_as_it_is(
 
 def test_a_refusal_names_every_layer_that_has_no_slot(export: Run, key: Path, tmp_path: Path, llama: Base) -> None:
     bundle = tmp_path / "bundle"
-    done = export("base", "--base", llama.folder, "--targets", "q_proj", "--out", bundle, "--key", key)
+    done = export("make", "--base", llama.folder, "--targets", "q_proj", "--bundle", bundle, "--key", key)
     assert done.code == 0, done.err
     inner = AutoModelForCausalLM.from_pretrained(llama.folder)
     trained(inner, tmp_path / "lora", task_type="CAUSAL_LM", target_modules="all-linear")
-    done = export("adapter", "--peft", tmp_path / "lora", "--bundle", bundle, "--key", key)
+    done = export("add", "--peft", tmp_path / "lora", "--bundle", bundle, "--key", key)
     done.refused(5, "model.layers.0.mlp.down_proj.lora_A.weight")
     assert "down_proj, gate_proj, k_proj, o_proj, up_proj, v_proj (12 layers" in done.err
-    done = export("base", "--base", llama.folder, "--targets", "q_proj,wq,wv", "--out", tmp_path / "b", "--key", key)
+    done = export("make", "--base", llama.folder, "--targets", "q_proj,wq,wv", "--bundle", tmp_path / "b", "--key", key)
     done.refused(2, "--targets")
     assert "wq, wv" in done.err
 
@@ -151,10 +151,10 @@ def test_options_that_contradict_the_adapter_or_the_bundle_are_refused(
     inner = AutoModelForCausalLM.from_pretrained(llama.folder)
     trained(inner, tmp_path / "lora", task_type="CAUSAL_LM", target_modules=["q_proj"])
     new, lora = tmp_path / "new", ("--peft", tmp_path / "lora")
-    base = ("base", "--base", llama.folder, *lora, "--out", new, "--key", key)
+    base = ("make", "--base", llama.folder, *lora, "--bundle", new, "--key", key)
     export(*base, "--task", "text-classification").refused(2, "--task")
     export(*base, "--max-rank", "3").refused(2, "--max-rank")
-    adapter = ("adapter", *lora, "--bundle", new, "--key", key)
+    adapter = ("add", *lora, "--bundle", new, "--key", key)
     export(*adapter, "--profile", "fp32").refused(2, "--profile")
     assert not new.exists()
     assert export(*adapter, "--base", llama.folder).code == 0

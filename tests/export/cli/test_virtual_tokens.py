@@ -23,12 +23,12 @@ def test_a_language_model_passes_parity_and_gives_its_tensors_back(
 ) -> None:
     model, _, folder = virtual_models[name]
     bundle, out, texts = tmp_path / "bundle", tmp_path / "out", tmp_path / "texts"
-    made = ("adapter", "--peft", folder, "--base", llama.folder, "--profile", "fp32", "--bundle", bundle, "--key", key)
+    made = ("add", "--peft", folder, "--base", llama.folder, "--profile", "fp32", "--bundle", bundle, "--key", key)
     assert export(*made).code == 0
-    manifest = json.loads(export("adapter", *made[1:3], "--bundle", bundle, "--key", key, "--json").out)
+    manifest = json.loads(export("add", *made[1:3], "--bundle", bundle, "--key", key, "--json").out)
     assert manifest["peft_config"]["peft_type"] == model.active_peft_config.peft_type
     texts.write_text("turn on\nthe door is open\n")
-    done = export("parity", "--bundle", bundle, "--base", llama.folder, "--peft", folder, "--texts", texts, "--json")
+    done = export("check", "--bundle", bundle, "--base", llama.folder, "--peft", folder, "--texts", texts, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["max_abs_diff"] < 1e-4
     assert export("peft", "--bundle", bundle, "--out", out).code == 0
@@ -65,7 +65,7 @@ def test_virtual_tokens_that_cannot_be_are_refused(
     stated = json.loads((virtual_models["prompt"][2] / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(stated | settings))
     save_file({"prompt_embeddings": tensor.astype(np.float32)}, folder / WEIGHTS)
-    done = export("adapter", "--peft", folder, "--name", "odd", "--bundle", virtual_bundle, "--key", key)
+    done = export("add", "--peft", folder, "--adapter", "odd", "--bundle", virtual_bundle, "--key", key)
     assert done.error is not None
     assert about in done.error.about
     assert done.code == (2 if about == "num_transformer_submodules" else 5), done.err
@@ -75,6 +75,6 @@ def test_virtual_tokens_that_cannot_be_are_refused(
 def test_a_prefix_for_a_classifier_and_a_prompt_without_its_own_head_are_refused(
     export: Run, key: Path, tmp_path: Path, every_method_base: Base
 ) -> None:
-    made = ("base", "--base", every_method_base.folder, "--out", tmp_path / "bundle", "--key", key)
+    made = ("make", "--base", every_method_base.folder, "--bundle", tmp_path / "bundle", "--key", key)
     export(*made, "--head", "own", "--slots", "prefix").refused(2, "PREFIX_TUNING")
     export(*made, "--head", "mean", "--slots", "prompt").refused(2, "--head")

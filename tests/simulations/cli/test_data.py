@@ -1,4 +1,4 @@
-"""`edgeadapt data show`, and mistakes in a table of one's own."""
+"""`edgeadapt simulate look`, and mistakes in a table of one's own."""
 
 import json
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import simulations
 from tests.simulations.data.test_tables import rows, write_csv
 
 Outcome = tuple[int, str, str]
@@ -17,7 +18,9 @@ def table(tmp_path: Path) -> Path:
 
 
 def test_the_clients_of_a_table_are_shown(run: Callable[..., Outcome], table: Path) -> None:
-    code, out, err = run("data", "show", table, "--set", "data.client=user", "--set", "data.language=lang", "--clients")
+    code, out, err = run(
+        "simulate", "look", table, "--set", "data.client=user", "--set", "data.language=lang", "--clients"
+    )
     assert (code, err) == (0, "")
     assert "8, 2 of them unseen" in out
     assert "de 4, en 4" in out
@@ -30,20 +33,38 @@ def test_with_json_the_same_is_one_object_and_broken_rows_are_listed(
     made = rows()
     made[5]["text"] = ""
     path = write_csv(tmp_path / "texts.csv", made)
-    code, out, _ = run("data", "show", path, "--set", "data.client=user", "--json")
+    code, out, _ = run("simulate", "look", path, "--set", "data.client=user", "--json")
     found = json.loads(out)
     assert code == 0
-    assert found["facts"]["broken"] == [f"{path}:7: text is empty or longer than 2000 characters"]
+    assert found["facts"]["broken"] == [f"{path}:7: text is empty"]
     assert len(found["clients"]) == 8
     assert set(found["labels"]) == {"greet", "part", "ask"}
     assert found["unknown"] == 0
 
 
-def test_a_language_that_the_base_cannot_read_is_said(run: Callable[..., Outcome], tmp_path: Path) -> None:
-    made = [dict(row, text=" ".join(chr(0x1200 + 7 * i + n) for i in range(8))) for n, row in enumerate(rows(each=20))]
-    code, out, _ = run("data", "show", write_csv(tmp_path / "texts.csv", made), "--set", "data.client=user")
+GERMAN = "schalte bitte das Licht im Wohnzimmer aus und mach die Heizung im Schlafzimmer etwas wärmer"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "said"),
+    [
+        (" ".join(chr(0x1200 + 7 * number) * 3 for number in range(15)), "of the tokens, at most 100.0 %"),
+        (GERMAN, "the words of 8 of 8 clients are spelled out"),
+        ("", ""),
+    ],
+    ids=["unknown letters", "unknown words", "English"],
+)
+def test_a_language_that_the_base_cannot_read_is_said(
+    run: Callable[..., Outcome], tmp_path: Path, sentence: str, said: str
+) -> None:
+    made, words = rows(each=20), sentence.split()
+    for number, row in enumerate(made if words else ()):
+        row["text"] = " ".join(words[(number * step) % len(words)] for step in (1, 2, 4, 7, 11))
+    path = write_csv(tmp_path / "texts.csv", made)
+    code, out, _ = run("simulate", "look", path, "--set", "data.client=user", "--set", "data.near_duplicates=1")
     assert code == 0
-    assert "this base cannot read them" in out
+    assert said in out
+    assert ("this base hardly reads them" in out) is bool(words)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +81,7 @@ def test_a_mistake_is_one_line(run: Callable[..., Outcome], table: Path, words: 
     empty, short = table.with_name("empty.csv"), table.with_name("short.csv")
     empty.write_text("text,label,user\n")
     short.write_text("text,label,user\nhello")
-    code, _, err = run("simulate", *(word.format(table=table, empty=empty, short=short) for word in words))
+    code, _, err = run("simulate", "run", *(word.format(table=table, empty=empty, short=short) for word in words))
     assert code != 0
     assert err.count("\n") == 1
     assert reason in err
@@ -72,6 +93,19 @@ def test_relative_paths_of_a_scenario_are_taken_from_its_folder(
     write_csv(tmp_path / "texts.csv", rows())
     (tmp_path / "mine.toml").write_text('[data]\nfiles = ["texts.csv"]\nclient = "user"\n')
     monkeypatch.chdir("/")
-    code, out, _ = run("data", "show", tmp_path / "mine.toml")
+    code, out, _ = run("simulate", "look", tmp_path / "mine.toml")
     assert code == 0
     assert "8, 2 of them unseen" in out
+
+
+def test_what_is_shipped_is_listed_and_named_where_a_name_is_mistyped(run: Callable[..., Outcome]) -> None:
+    code, out, err = run("simulate", "scenarios", "--json")
+    assert (code, err) == (0, "")
+    for kind, command in (("scenarios", "run"), ("suites", "suite")):
+        shipped = json.loads(out)[kind]
+        assert sorted(shipped) == sorted(path.name for path in (Path(simulations.__file__).parent / kind).iterdir())
+        assert min(map(len, shipped.values())) > 20
+        code, _, err = run("simulate", command, "household.toml")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "household.toml" in err
+        assert ", ".join(shipped) in err

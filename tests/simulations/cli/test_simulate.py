@@ -4,7 +4,6 @@ The module shares one finished run; each test that damages something works on it
 """
 
 import json
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -63,8 +62,8 @@ def _traced_once() -> Iterator[None]:
 def finished(scenario: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A run that went through, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "with a space"
-    done = CliRunner().invoke(program.cli, ["simulate", str(scenario), "--out", str(out), "--json"])
-    assert (done.exit_code, done.stderr) == (0, "")
+    done = CliRunner().invoke(program.cli, ["simulate", "run", str(scenario), "--out", str(out), "--json"])
+    assert done.exit_code == 0, done.stderr
     return out, json.loads(done.stdout)
 
 
@@ -79,8 +78,15 @@ def test_only_so_many_clients_are_evaluated_and_no_other_one_gets_a_bundle(
 ) -> None:
     keys = ("evaluation.clients=3", "population.households=12", "federation.cohort.size=5", "federation.rounds=1")
     options = [word for key in keys for word in ("--set", key)]
-    code, out, err = run("simulate", scenario, "--out", tmp_path / "run", "--json", *options)
-    assert (code, err) == (0, "")
+    code, out, err = run("simulate", "run", scenario, "--out", tmp_path / "run", "--json", *options)
+    assert code == 0, err
+    shown = dict.fromkeys(line.split()[0] for line in err.splitlines() if line)  # in a pipe, also with --json
+    assert [word for word in shown if word != "unknown"] == [
+        *("Scenario", "base", "rounds", "privacy", "clients", "texts", "log"),
+        *("prepare", "round", "local", "global", "personal", "export", "canaries"),
+    ]
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert log.index("personal arm: 3 of 3 done") < log.index("export begins")
     result = json.loads(out)
     names = [client["name"] for client in result["clients"]]
     assert (len(names), sum(client["unseen"] for client in result["clients"]), result["population"]) == (3, 1, 12)
@@ -105,7 +111,7 @@ def test_each_language_has_a_federation_and_an_adapter_of_its_own_and_one_report
         "evaluation.clients=6",
     )
     options = [word for key in keys for word in ("--set", key)]
-    code, out, err = run("simulate", scenario, "--out", tmp_path / "run", "--json", *options)
+    code, out, err = run("simulate", "run", scenario, "--out", tmp_path / "run", "--json", "--quiet", *options)
     assert (code, err) == (0, "")
     result = json.loads(out)
     groups = {group["name"]: group for group in result["groups"]}
@@ -128,23 +134,28 @@ def test_a_trace_is_read_next_to_the_scenario_and_a_wrong_one_ends_the_run_befor
     copy = Path(shutil.copy(scenario, tmp_path / "copy.toml"))
     trace = copy.with_name("trace.csv")
     trace.write_text("client,round,available\nxx-01,1,0\n")
-    code, _, err = run("simulate", copy, "--out", tmp_path / "run", "--set", "network.trace=trace.csv")
+    code, _, err = run("simulate", "run", copy, "--out", tmp_path / "run", "--set", "network.trace=trace.csv")
     assert code != 0
     assert f"{trace}, line 2" in _one_line(err)
 
 
 @pytest.mark.parametrize(
-    ("keys", "share"), [((), 0.5), (("network.forced_dropouts=2",), 0.75), (("network.forced_dropouts=0",), None)]
+    ("keys", "share", "enough"),
+    [((), 0.5, 5), (("network.forced_dropouts=2",), 0.75, 9), (("network.forced_dropouts=0",), None, 0)],
 )
 def test_a_run_of_which_most_rounds_would_abort_says_so_before_it_starts(
-    scenario: Path, tmp_path: Path, run: Command, keys: tuple[str, ...], share: float | None
+    scenario: Path, tmp_path: Path, run: Command, keys: tuple[str, ...], share: float | None, enough: int
 ) -> None:
     (tmp_path / "run").write_text("a file, at which the run ends")
     chosen = ("population.households=4", *keys)  # one of them is unseen
     _, _, err = run(
-        "simulate", scenario, "--out", tmp_path / "run", *(word for key in chosen for word in ("--set", key))
+        "simulate", "run", scenario, "--out", tmp_path / "run", *(word for key in chosen for word in ("--set", key))
     )
-    assert (f"about {share:.0%} of the rounds will abort: 3 of 3" in err) if share else "abort" not in err
+    if share is None:
+        assert "abort" not in err
+        return
+    assert f"about {share:.0%} of the rounds will abort: 3 of 3" in err
+    assert f"or take population.households = {enough}\n" in err
 
 
 def _undo(run_folder: Path, *stages: str) -> None:
@@ -155,9 +166,9 @@ def _undo(run_folder: Path, *stages: str) -> None:
 
 
 def _one_line(err: str) -> str:
-    """The only line, but for those that a slow machine prints of its progress."""
-    (line,) = (line for line in err.splitlines() if not re.search(r"\(\d+ s\)$", line))
-    assert line.startswith("edgeadapt: ")
+    """The only line that is no progress."""
+    (line,) = (line for line in err.splitlines() if line.startswith("edgeadapt: "))
+    assert err.rstrip("\n").endswith(line)
     return line
 
 
@@ -189,6 +200,13 @@ def test_the_result_has_every_promised_key(finished: tuple[Path, Result]) -> Non
     assert json.loads((out / "result.json").read_text()) == result
 
 
+def test_the_phrase_to_teach_is_one_that_its_bundle_gets_wrong(finished: tuple[Path, Result], run: Command) -> None:
+    lesson = finished[1]["lesson"]
+    code, out, err = run("device", "infer", "--bundle", lesson["bundle"], lesson["phrase"], "--json")
+    assert (code, err) == (0, "")
+    assert lesson["label"] not in out
+
+
 def test_only_adapters_leave_the_devices(finished: tuple[Path, Result], minilm: Path) -> None:
     _, result = finished
     elements = result["adapter"]["elements"]
@@ -199,7 +217,7 @@ def test_only_adapters_leave_the_devices(finished: tuple[Path, Result], minilm: 
 
 def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], scenario: Path, run: Command) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
-    code, _, err = run("simulate", scenario, "--out", finished[0])
+    code, _, err = run("simulate", "run", scenario, "--out", finished[0])
     assert code == 2
     assert "--resume" in _one_line(err)
     assert {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")} == before
@@ -209,11 +227,11 @@ def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], s
 def test_resuming_a_finished_run_trains_nothing_and_gives_the_same_result_and_another_scenario_is_refused(
     copy: Path, finished: tuple[Path, Result], scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, _, err = run("simulate", scenario, "--out", copy, "--resume", "--set", "federation.rounds=4")
+    code, _, err = run("simulate", "run", scenario, "--out", copy, "--resume", "--set", "federation.rounds=4")
     assert code == 2
     assert "other settings" in _one_line(err)
     monkeypatch.setattr(ClassifierTrainer, "train", None)
-    code, out, err = run("simulate", scenario, "--out", copy, "--resume", "--json")
+    code, out, err = run("simulate", "run", scenario, "--out", copy, "--resume", "--json")
     assert code == 0, err
     again = json.loads(out)
     for key in ("accuracy", "rounds", "adapter", "parity"):
@@ -227,7 +245,7 @@ def test_a_run_with_noise_has_the_bound_of_its_canaries_which_a_resumed_one_keep
     noise = ("privacy.mechanism=skellam", "privacy.noise_multiplier=0.8", "aggregation.clip_norm=0.1", "rounds=1")
     keys = (*(f"federation.{key}" for key in noise), "evaluation.clients=2", "evaluation.canaries=50")
     changes = [word for change in keys for word in ("--set", change)]
-    code, out, err = run("simulate", scenario, "--out", tmp_path / "run", "--json", *changes)
+    code, out, err = run("simulate", "run", scenario, "--out", tmp_path / "run", "--json", *changes)
     assert code == 0, err
     found = json.loads(out)
     assert found["canaries"]["account"] == found["rounds"][-1]["epsilon"]
@@ -236,7 +254,7 @@ def test_a_run_with_noise_has_the_bound_of_its_canaries_which_a_resumed_one_keep
     assert stated(tmp_path / "run" / "bundle").privacy == bound
     own = next((tmp_path / "run").glob("devices/*/bundle"))
     assert (stated(own).privacy, stated(own, "personal").privacy) == (bound, None)
-    code, out, _ = run("simulate", scenario, "--out", tmp_path / "run", "--resume", "--json", *changes)
+    code, out, _ = run("simulate", "run", scenario, "--out", tmp_path / "run", "--resume", "--json", *changes)
     assert json.loads(out)["canaries"] == found["canaries"]
     report = (tmp_path / "run" / "report.html").read_text()
     assert f"the account of {found['canaries']['account']:.2f}" in report
@@ -257,12 +275,12 @@ def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_cu
 
     with monkeypatch.context() as patch:
         patch.setattr(ClassifierTrainer, "train", interrupted)
-        code, printed, err = run("simulate", scenario, "--out", out, *changes)
+        code, printed, err = run("simulate", "run", scenario, "--out", out, *changes)
     assert code == program.INTERRUPTED
-    assert "arms       base" in printed
+    assert "rounds     2 that train" in printed
     assert "--resume" in err
     assert len(CoordinatorStateDir.open(out / "coordinator").registry.rounds()) == 1
-    code, printed, err = run("simulate", scenario, "--out", out, "--resume", "--json", *changes)
+    code, printed, err = run("simulate", "run", scenario, "--out", out, "--resume", "--json", *changes)
     assert code == 0, err
     rounds = json.loads(printed)["rounds"]
     assert [(entry["round"], entry["aborted"]) for entry in rounds] == [(1, None), (2, None)]
@@ -280,7 +298,7 @@ def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_cu
 def test_a_wrong_setting_is_named_in_one_line(
     change: str, named: str, tmp_path: Path, scenario: Path, run: Command
 ) -> None:
-    code, _, err = run("simulate", scenario, "--out", tmp_path / "run", "--set", change)
+    code, _, err = run("simulate", "run", scenario, "--out", tmp_path / "run", "--set", change)
     assert code == 2
     assert named in _one_line(err)
 
@@ -292,7 +310,7 @@ def test_a_damaged_adapter_in_the_registry_is_refused(copy: Path, scenario: Path
     assert newest is not None
     blob = next((copy / "coordinator" / "blobs").rglob(f"*{newest.manifest.sha256}*"))
     flip(blob, 0.5)
-    code, _, err = run("simulate", scenario, "--out", copy, "--resume")
+    code, _, err = run("simulate", "run", scenario, "--out", copy, "--resume")
     assert code in (4, 5)
     _one_line(err)
 
@@ -315,7 +333,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_reported_in_one_line(small_disk: Path, scenario: Path, run: Command) -> None:
-    code, _, err = run("simulate", scenario, "--out", small_disk / "run")
+    code, _, err = run("simulate", "run", scenario, "--out", small_disk / "run")
     assert code == 1
     assert "space" in _one_line(err).lower()
 
@@ -324,7 +342,7 @@ def test_a_table_becomes_a_report_in_one_command(run: Command, minilm: Path, tmp
     out, table = tmp_path / "run", write_csv(tmp_path / "My Texts.csv", rows())
     words = ("--set", "data.client=user", "--set", f"base.model={minilm}", "--set", "federation.rounds=2")
     more = ("--set", "network.forced_dropouts=0", "--set", "export.minimum_agreement=0.5", "--out", out)
-    code, printed, err = run("simulate", table, *words, *more)
+    code, printed, err = run("simulate", "run", table, *words, *more)
     assert code == 0, err
     result = json.loads((out / "result.json").read_text())
     assert (result["scenario"], len(result["clients"])) == ("my-texts", 8)
@@ -340,7 +358,7 @@ def test_a_pair_below_the_parity_gate_is_not_published(
 ) -> None:
     _undo(copy)
     monkeypatch.setattr(publish.compare, "compare", lambda *_, **__: Parity(0.4, 0.9, 36))
-    code, _, err = run("simulate", scenario, "--out", copy, "--resume")
+    code, _, err = run("simulate", "run", scenario, "--out", copy, "--resume")
     assert code == 6
     assert "40" in _one_line(err)
     assert not (copy / "bundle").exists()

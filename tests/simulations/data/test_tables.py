@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import MAX_TEXT
 from simulations.data.population import Population
-from simulations.data.tables import DataSettings, group_texts, load_population, normalized
+from simulations.data.tables import DataSettings, group_texts, load_population, normalized, read_rows
 from tests.support import refused
 
 LABELS = ("greet", "part", "ask")
@@ -199,21 +199,70 @@ def test_a_split_of_the_data_is_kept_and_its_near_duplicates_are_counted(tmp_pat
     assert loaded.facts.leaked == 1
 
 
-def test_a_sample_has_as_many_rows_as_it_says_and_the_seed_chooses_them(tmp_path: Path) -> None:
-    settings = DataSettings(
-        files=(str(write_csv(tmp_path / "t.csv", rows())),), client="user", sample=80, minimum_texts=3, public_texts=2
+def test_a_sample_has_whole_clients_which_the_seed_chooses_in_any_order_of_the_rows(tmp_path: Path) -> None:
+    settings = DataSettings(client="user", sample=80, minimum_texts=3, public_texts=2)
+    forward = settings.model_copy(update={"files": (str(write_csv(tmp_path / "t.csv", rows())),)})
+    backward = settings.model_copy(update={"files": (str(write_csv(tmp_path / "b.csv", rows()[::-1])),)})
+
+    def sizes(settings: DataSettings, seed: int) -> Counter[str]:
+        return Counter(row.client for row in read_rows(settings, seed).good)
+
+    drawn = [sizes(forward, seed) for seed in range(6)]
+    assert all(set(found.values()) == {14} and len(found) == 5 for found in drawn)
+    assert len({frozenset(found) for found in drawn}) > 1
+    assert [sizes(backward, seed) for seed in range(6)] == drawn
+    assert sizes(forward.model_copy(update={"sample": 1000}), 1).total() == len(rows())
+    by_row = read_rows(forward.model_copy(update={"client": ""}), 1).good
+    assert len(by_row) == 80
+    assert [row.text for row in by_row] == [
+        row["text"] for row in rows() if row["text"] in {row.text for row in by_row}
+    ]
+
+
+def test_public_texts_leave_every_label_most_of_its_texts(tmp_path: Path) -> None:
+    made = [dict(row, label=f"label-{number % 29}") for number, row in enumerate(rows(each=20))]
+    made.append(dict(made[0], text="quite another text", label="rare"))
+    loaded = load_population(
+        DataSettings(files=(str(write_csv(tmp_path / "t.csv", made)),), client="user", near_duplicates=1), 0
     )
+    assert loaded.facts
+    assert loaded.facts.rare == ("rare",)
+    assert loaded.facts.taken == len(loaded.population.public) == 29
+    left = Counter(
+        text.label for client in loaded.population.clients for text in client.train + client.validation + client.test
+    )
+    assert all(left[label] >= 4 for label in range(29))
 
-    def texts(seed: int) -> set[str]:
-        loaded = load_population(settings, seed)
-        assert loaded.facts is not None
-        assert loaded.facts.rows == 80
-        return {text.text for text in loaded.population.clients[0].train}
 
-    assert texts(1) == texts(1) != texts(2)
-    whole = load_population(settings.model_copy(update={"sample": 1000}), 1)
-    assert whole.facts is not None
-    assert whole.facts.rows == len(rows())
+def test_what_is_doubtful_is_named(tmp_path: Path) -> None:
+    made = rows(each=30)
+    made[0]["label"], made[1]["label"] = "Greet", "NA"
+    made[2] |= {"text": made[3]["text"].upper(), "label": "part"}
+    made[3]["label"] = "ask"
+    settings = DataSettings(files=(str(write_csv(tmp_path / "t.csv", made)),), client="user")
+    facts = load_population(settings, 0).facts
+    assert facts
+    assert facts.conflicting == (normalized(made[3]["text"]),)
+    assert (facts.variants, facts.unsaid) == (("Greet = greet",), ("NA",))
+
+
+def test_semicolons_separate_where_the_header_has_no_comma(tmp_path: Path) -> None:
+    expected = load(write_csv(tmp_path / "expected.csv", rows()))
+    assert load(write_csv(tmp_path / "texts.csv", rows(), ";")).digest == expected.digest
+
+
+def test_a_text_that_is_too_long_can_be_cut(tmp_path: Path) -> None:
+    made = rows()
+    made[30]["text"] += "x" * MAX_TEXT
+    loaded = load_population(
+        DataSettings(files=(str(write_csv(tmp_path / "t.csv", made)),), client="user", long="cut"), 0
+    )
+    texts = {
+        text.text for client in loaded.population.clients for text in client.train + client.validation + client.test
+    }
+    assert made[30]["text"][:MAX_TEXT] in texts | {text.text for text in loaded.population.public}
+    assert loaded.facts
+    assert loaded.facts.cut == 1
 
 
 @pytest.mark.parametrize("rule", ["iid", "dirichlet", "shard", "linear", "exponential"])
@@ -243,6 +292,7 @@ BROKEN = [
     ({"text": "x" * (MAX_TEXT + 1)}, "longer than"),
     ({"label": "a\x1b[2J"}, "not printable"),
     ({"user": ""}, "user is empty"),
+    ({"text": "a\0b"}, "a NUL as its character 2"),
     ({"when": "inf"}, "ISO 8601"),
 ]
 
@@ -275,6 +325,9 @@ def test_a_broken_row_is_named_by_file_and_line_and_can_be_skipped(
         ("a.jsonl", b"[" * 100_000 + b"\n", "data.files"),
         ("a.jsonl", b'{"text": "\\ud800", "label": "a"}\n', "data.files"),
         ("a.jsonl", b'{"text": 5, "label": "a"}\n', "data.files"),
+        ("a.jsonl", b'{"text": "a", "label": ["a"]}\n', "data.files"),
+        ("a.jsonl", b'{"text": "a", "label": {"a": 1}}\n', "data.files"),
+        ("a.jsonl", b'{"text": "a", "label": 0.5}\n', "data.files"),
         ("a.parquet", b"PAR1 not really", "a.parquet"),
         ("a.pkl", b"", "data.files"),
         ("a.jsonl", b'{"text": "a", "label": "b"}\n', "data.label"),
@@ -330,6 +383,8 @@ def test_near_duplicates_by_the_definition() -> None:
     texts = ["Turn on the light!", "turn on the  LIGHT", "set it to 21 degrees", "set it to 9 degrees", "good night"]
     assert group_texts(texts, [""] * 5, 1.0) == [0, 0, 2, 2, 4]
     assert group_texts(texts, ["a", "", "", "", "a"], 1.0) == [0, 0, 2, 2, 0]
+    others = ["C", "C++", "C#", "\u0915\u093f", "\u0915\u0940", "\U0001f642", "\U0001f641", "e\u0301", "\u00e9?"]
+    assert group_texts(others, [""] * 9, 1.0) == [0, 1, 2, 3, 4, 5, 6, 7, 7]
 
 
 @given(st.lists(st.text(max_size=30), max_size=12), st.floats(0.3, 1.0))

@@ -17,7 +17,7 @@ from simulations.engine import progress as module
 from simulations.engine.progress import RunProgress
 from simulations.result import ReportedRound, RunResult
 
-COORDINATOR, DEVICE = logging.getLogger("edgeadapt.coordinator"), logging.getLogger("edgeadapt.device")
+COORDINATOR, DEVICE, RUN = (logging.getLogger(f"edgeadapt.{name}") for name in ("coordinator", "device", "run"))
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
 
@@ -47,9 +47,9 @@ def plain(text: str) -> str:
 
 @contextmanager
 def levels_as_they_were() -> Iterator[None]:
-    before = [(log.level, list(log.handlers)) for log in (COORDINATOR, DEVICE)]
+    before = [(log.level, list(log.handlers)) for log in (COORDINATOR, DEVICE, RUN)]
     yield
-    assert [(log.level, list(log.handlers)) for log in (COORDINATOR, DEVICE)] == before
+    assert [(log.level, list(log.handlers)) for log in (COORDINATOR, DEVICE, RUN)] == before
 
 
 class Screen:
@@ -114,14 +114,37 @@ def test_a_terminal_is_shown_rounds_and_stages(result: RunResult) -> None:
     assert "personal step  15 in 0.0 s" in text
 
 
-@pytest.mark.parametrize("quiet", [True, False])
-def test_quiet_or_in_a_short_run_without_a_terminal_nothing_is_printed(result: RunResult, quiet: bool) -> None:
-    out = Terminal() if quiet else StringIO()
-    progress = RunProgress(quiet=quiet, console=console(out))
+def test_a_pipe_gets_a_plain_line_for_each_stage_and_round_with_the_time_left(result: RunResult) -> None:
+    out, clock = StringIO(), Clock()
+    progress = RunProgress(console=console(out), clock=clock)
+    with levels_as_they_were(), progress, progress.rounds(0, 10):
+        clock.now = 6.0
+        finish(result.rounds[0])
+    assert out.getvalue() == (
+        "round  1  accuracy .530  loss 1.790  11 devices  692 kB  dropped: de-03 at survivors  about 54 s left\n"
+    )
+    with levels_as_they_were():
+        run(result, RunProgress(console=console(out), clock=clock))
+    assert len(out.getvalue().splitlines()) == 1 + 1 + len(result.rounds) + 1
+    assert out.getvalue().endswith("personal step  15 in 0.0 s\n")
+
+
+@pytest.mark.parametrize("out", [Terminal(), StringIO()], ids=["terminal", "pipe"])
+def test_quiet_nothing_is_printed_and_the_training_is_summed(result: RunResult, out: StringIO) -> None:
+    progress = RunProgress(quiet=True, console=console(out))
     with levels_as_they_were():
         run(result, progress)
     assert out.getvalue() == ""
     assert progress.training_seconds == pytest.approx(15.0)
+
+
+def test_stages_and_their_parts_are_logged(result: RunResult, caplog: pytest.LogCaptureFixture) -> None:
+    with levels_as_they_were():
+        run(result, RunProgress(quiet=True))
+    said = [record.getMessage() for record in caplog.records if record.name == "edgeadapt.run"]
+    assert said[:2] == ["prepare begins", "prepare  0.0 s"]
+    assert said[2:5] == ["round 1 of 10 begins", "personal step 1 of 15 begins", "personal step: 1 of 15 done"]
+    assert said[-1] == "personal step  15 in 0.0 s"
 
 
 def test_a_pipe_is_shown_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +167,7 @@ def test_a_pipe_is_shown_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPat
             until("round 1 of 10, plan: 7 answered")
         with progress.stage("personal step", total=15) as advance:
             advance()
-            until("personal step 2 of 15")
+            until(r"personal step 2 of 15(, about .* left)?")
 
 
 def test_ctrl_c_is_raised_and_cursor_and_loggers_are_restored() -> None:

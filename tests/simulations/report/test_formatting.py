@@ -1,11 +1,10 @@
 """Numbers as text."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from simulations.report.formatting import duration, percent, printable, program, share, size
+from simulations.report.formatting import context, duration, headline, percent, printable, share, size
 from simulations.result import RunResult, dropouts_by_step
 
 
@@ -45,15 +44,13 @@ def test_dropouts_are_counted_in_the_order_of_the_protocol_unknown_steps_last(re
     assert list(counts.items()) == [("offer", 1), ("plan", 1), ("unmask", 2), ("x", 1)]
 
 
+def test_the_headline_compares_the_same_clients_together_and_alone(result: RunResult) -> None:
+    assert headline(result) == (
+        "86 % right together, 81 % alone; clients that took no part in training: 89 %, alone 86 %."
+    )
+    assert headline(replace(result, clients=result.clients[:12])) == "86 % right together, 81 % alone."
+    assert context(result, "edgeadapt").startswith("12 clients trained, 3 took no part; 3 languages. One seed")
+
+
 def test_control_characters_are_not_printed() -> None:
     assert printable("en-01\x1b[2J\n") == "en-01?[2J?"
-
-
-def test_the_program_is_what_the_shell_can_find(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sys.executable", str(tmp_path / "a b" / "python"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert program() == "'a b/python' -m edgeadapt"
-    (tmp_path / "edgeadapt").write_text("#!/bin/sh\n")
-    (tmp_path / "edgeadapt").chmod(0o755)
-    assert program() == "edgeadapt"

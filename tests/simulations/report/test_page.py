@@ -61,6 +61,19 @@ def test_each_figure_has_a_title_a_description_and_text_as_text(html: str) -> No
     assert "en-03" in figures[0]
 
 
+def test_a_device_that_did_not_take_part_is_in_the_legend(result: RunResult, html: str) -> None:
+    first = result.rounds[0]
+    late = replace(first, survivors=first.survivors[1:])
+    assert "did not take part" not in html
+    assert "did not take part" in page(replace(result, rounds=(late, *result.rounds[1:])))
+
+
+def test_the_page_ends_with_commands_for_this_run(html: str) -> None:
+    text = "".join(outline(html).text)
+    assert "edgeadapt device infer --bundle runs/households/devices/en-01/bundle --teach HassTurnOn" in text
+    assert "edgeadapt audit verify runs/households\n" in text
+
+
 def hostile(result: RunResult) -> RunResult:
     assert result.exported
     first = replace(result.clients[0], name=HOSTILE, language=HOSTILE, choice=HOSTILE)
@@ -109,4 +122,5 @@ def test_aborted_rounds_are_marked_and_the_rest_is_drawn(result: RunResult, roun
     outline(html)
     assert html.count("aborted: 4 devices are left, 8 are needed") == rounds
     assert ("nothing was published" in html) == (rounds == 10)
+    assert "did not take part" not in html
     assert "nan" not in html.lower()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from simulations.data.summary import ClientSummary, DataSummary
 from simulations.report.terminal import print_result, print_scenario
-from simulations.result import RunResult
+from simulations.result import Lesson, RunResult
 from simulations.scenario import Scenario
 
 
@@ -26,13 +27,22 @@ def test_the_table_has_every_arm_with_its_four_numbers(result: RunResult) -> Non
     assert {"local", "global"} <= set(rows)
 
 
-def test_the_price_of_groups_is_that_of_the_devices_that_take_part(tmp_path: Path) -> None:
+def test_the_header_has_the_price_of_groups_and_the_log_and_with_verbose_also_the_arms(tmp_path: Path) -> None:
     out = StringIO()
     privacy = {"mechanism": "skellam", "epsilon": 8.0}
     scenario = Scenario.parse({"federation": {"aggregation": {"groups": 3}, "privacy": privacy}}, "mine")
-    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=25, devices=20)
+    data = DataSummary((ClientSummary("ann", "", False, 9, 3, 3, 2, 0.0),) * 25, {"on": 1}, 4, None)
+    log = tmp_path / "a run" / "run.log"
+    print_scenario(scenario, log, Console(file=out, width=80), data=data, devices=20)
     text = "of 20 devices, one hides in a sum of 6 instead of 20, never of fewer than 6, and the mean has about 1.7 ×"
     assert text in out.getvalue()
+    assert f"log        tail -f '{log}'\n" in out.getvalue()
+    short = out.getvalue()
+    print_scenario(scenario, log, Console(file=out, width=80), data=data, devices=20, verbose=True)
+    assert {"arms", "adapter", "labels"} <= {
+        line.split(" ")[0] for line in out.getvalue().removeprefix(short).splitlines()
+    }
+    assert "arms" not in short
 
 
 def test_a_pipe_gets_no_escape_sequence_and_a_terminal_does(result: RunResult) -> None:
@@ -40,12 +50,19 @@ def test_a_pipe_gets_no_escape_sequence_and_a_terminal_does(result: RunResult) -
     assert "\x1b[" in printed(result, terminal=True)
 
 
-def test_a_long_command_stays_on_one_line_quoted_for_the_shell(result: RunResult) -> None:
-    bundle = "/home/some one/" + "far/" * 30 + "[bold]bundle"
+def test_the_end_names_three_commands_each_on_one_line_quoted_for_the_shell(result: RunResult) -> None:
+    bundle = "/home/some one/" + "far/" * 30 + "devices/en-01/[bold]bundle"
     assert result.exported
-    exported = replace(result.exported, bundle=bundle)
-    last = printed(replace(result, exported=exported), program=".venv/bin/edgeadapt").splitlines()[-1]
-    assert last == f"try        .venv/bin/edgeadapt device infer --bundle '{bundle}' \"turn on the kitchen lights\""
+    lesson = Lesson(bundle, "it's dark", "HassTurnOn")
+    exported = replace(result.exported, bundle=bundle, lesson=lesson, report="a run/report.html")
+    last = printed(replace(result, exported=exported), program=".venv/bin/edgeadapt").splitlines()[-6:]
+    assert [line.strip() for line in last[1::2]] == [
+        f".venv/bin/edgeadapt device infer --bundle '{bundle}' --teach HassTurnOn 'it'\"'\"'s dark'",
+        ".venv/bin/edgeadapt audit verify 'a run'",
+        ".venv/bin/edgeadapt new mine",
+    ]
+    own = replace(exported, lesson=None, plain={}, phrase="a text of your own")
+    assert "device infer" in printed(replace(result, exported=own)).splitlines()[-3]
 
 
 def test_a_run_whose_rounds_were_all_aborted_has_no_traffic(result: RunResult) -> None:

@@ -10,8 +10,9 @@ import pytest
 from aggregation.errors import ConfigError, DataError
 from simulations.plan import Suite, SuiteSettings, Trial, search
 from simulations.result import TrialResult
+from simulations.shipped import SUITES
 from simulations.suite.execute import pending
-from simulations.suite.store import FINISHED, SHIPPED_SUITES, Store, read_suite, results, taken
+from simulations.suite.store import FINISHED, Store, read_suite, results, taken
 from tests.support import refused
 
 SuiteOf = Callable[..., Suite]
@@ -28,7 +29,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED_SUITES.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SUITES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_suite_is_valid_and_named_like_its_file(path: Path) -> None:
     texts = ['data.files=["texts.jsonl"]'] if path.stem == "authors" else []
     suite = read_suite(path, changes=texts)

@@ -1,4 +1,4 @@
-"""`edgeadapt suite` from a file to a report, also after a kill or Ctrl-C, and the mistakes of its users."""
+"""`edgeadapt simulate suite` from a file to a report, also after a kill or Ctrl-C, and the mistakes of its users."""
 
 import json
 import os
@@ -43,14 +43,14 @@ def suite(scenario_file: Path) -> Path:
 
 
 def words(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "edgeadapt", "suite", *map(str, arguments)]
+    return [sys.executable, "-m", "edgeadapt", "simulate", *map(str, arguments)]
 
 
 @pytest.fixture(scope="module")
 def finished(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A suite that was killed once, went on, and what it printed then."""
     out = tmp_path_factory.mktemp("suites") / "with a space"
-    process = subprocess.Popen(words("run", suite, "--out", out, "--jobs", 2, "--json"), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(words("suite", suite, "--out", out, "--jobs", 2, "--json"), stdout=subprocess.DEVNULL)
     results = out / "results"
     deadline = time.monotonic() + 300
     while not (results.exists() and any(results.iterdir())):
@@ -60,7 +60,7 @@ def finished(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     process.kill()
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in results.iterdir()}
-    arguments = words("run", suite, "--out", out, "--jobs", 2, "--json", "--resume")
+    arguments = words("suite", suite, "--out", out, "--jobs", 2, "--json", "--resume")
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # nothing that was finished is computed again
@@ -99,9 +99,9 @@ def test_a_killed_suite_goes_on_and_its_report_has_every_arm_and_pair(
     assert summary["clients"] == 5
     assert summary["arms"]["local"]["candidates"] == 2
     assert summary["arms"]["local"]["constants"]["local.learning_rate"] in (0.01, 0.03)
-    code, printed, _ = run("suite", "report", out, "--json")
+    code, printed, _ = run("simulate", "report", out, "--json")
     assert (code, json.loads(printed)) == (0, summary)
-    code, printed, _ = run("suite", "report", out)
+    code, printed, _ = run("simulate", "report", out)
     assert code == 0
     assert all(f"| {arm} |" in printed for arm in summary["arms"])
 
@@ -110,7 +110,7 @@ def test_a_killed_suite_goes_on_and_its_report_has_every_arm_and_pair(
 def test_a_folder_with_a_suite_is_continued_only_with_resume(
     finished: tuple[Path, dict[str, Any]], suite: Path, run: Callable[..., Outcome]
 ) -> None:
-    code, _, err = run("suite", "run", suite, "--out", finished[0])
+    code, _, err = run("simulate", "suite", suite, "--out", finished[0])
     assert code == 2
     assert "--resume" in err
     assert err.count("\n") == 1
@@ -124,7 +124,7 @@ def test_a_finished_suite_computes_nothing_again_and_a_changed_one_only_what_is_
     changed = suite.with_name("changed.toml")
     changed.write_text(ARMS.replace("ridge-head", "logistic-head"))
     before = {path.name for path in (out / "results").iterdir()}
-    code, _, err = run("suite", "run", changed, "--out", out, "--resume", "--json", "--jobs", 1)
+    code, _, err = run("simulate", "suite", changed, "--out", out, "--resume", "--json", "--jobs", 1)
     assert code == 0, err
     assert len({path.name for path in (out / "results").iterdir()} - before) == 1
 
@@ -133,7 +133,7 @@ def test_a_finished_suite_computes_nothing_again_and_a_changed_one_only_what_is_
 def test_ctrl_c_ends_the_processes_and_says_how_to_go_on(suite: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(
-        words("run", suite, "--out", out, "--jobs", 2), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        words("suite", suite, "--out", out, "--jobs", 2), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     workers = _workers(out, 2)
     process.send_signal(signal.SIGINT)
@@ -152,7 +152,7 @@ def test_a_process_that_is_killed_ends_the_suite_in_one_line(
     out = tmp_path / "run"
     killer = Thread(target=lambda: os.kill(*_workers(out, 1), signal.SIGKILL))
     killer.start()
-    code, _, err = run("suite", "run", suite, "--out", out, "--jobs", 1, "--json")
+    code, _, err = run("simulate", "suite", suite, "--out", out, "--jobs", 1, "--json", "--quiet")
     killer.join()
     assert code == 5
     assert "worker-1.log" in err
@@ -176,20 +176,20 @@ def test_mistakes_are_named_in_one_line(suite: Path, tmp_path: Path, run: Callab
     broken = suite.with_name("broken.toml")
     broken.write_text(ARMS + 'arms.other = {kind = "local", set = {"federation.round" = 3}}\n')
     for arguments, named in (
-        (("run", tmp_path / "absent.toml"), "absent.toml"),
-        (("run", suite, "--out", tmp_path), "not empty"),
-        (("run", suite, "--out", tmp_path / "x", "--seeds", 8), "seed 7"),
-        (("run", broken, "--out", tmp_path / "x"), "federation.rounds"),
-        (("run", suite, "--out", tmp_path / "x", "--set", "seed=3"), "seeds"),
-        (("run", suite, "--out", tmp_path / "x", "--arm", "nobody"), "nobody"),
+        (("suite", tmp_path / "absent.toml"), "absent.toml"),
+        (("suite", suite, "--out", tmp_path), "not empty"),
+        (("suite", suite, "--out", tmp_path / "x", "--seeds", 8), "seed 7"),
+        (("suite", broken, "--out", tmp_path / "x"), "federation.rounds"),
+        (("suite", suite, "--out", tmp_path / "x", "--set", "seed=3"), "seeds"),
+        (("suite", suite, "--out", tmp_path / "x", "--arm", "nobody"), "nobody"),
         (("report", tmp_path), "no suite"),
     ):
-        code, out, err = run("suite", *arguments)
+        code, out, err = run("simulate", *arguments)
         assert (code, out) == (2, "")
         assert named in err
         assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    code, _, err = run("suite", "run", suite, "--out", tmp_path / "thesis.tex" / "x")
+    code, _, err = run("simulate", "suite", suite, "--out", tmp_path / "thesis.tex" / "x")
     assert code == 1
     assert err.count("\n") == 1
 
@@ -199,13 +199,13 @@ def test_an_unfinished_or_damaged_suite_has_no_report(suite: Path, tmp_path: Pat
 
     out = tmp_path / "run"
     with taken(out, read_suite(suite), resume=False):
-        code, _, err = run("suite", "run", suite, "--out", out, "--resume")
+        code, _, err = run("simulate", "suite", suite, "--out", out, "--resume")
         assert code == 2
         assert "another process" in err
-    code, _, err = run("suite", "report", out)
+    code, _, err = run("simulate", "report", out)
     assert code == 5
     assert "not finished" in err
     (out / SUITE).write_text("{}")
-    code, _, err = run("suite", "report", out)
+    code, _, err = run("simulate", "report", out)
     assert code == 2
     assert "damaged" in err

@@ -64,7 +64,7 @@ export class SlotGraph {
   /** The factors and the shapes of an adapter. Throws as `open`. */
   static checked(base, { manifest, inputs }) {
     if (!Object.hasOwn(base.files, TRAINING)) {
-      throw new ConfigError("the base has no training graph: export it with 'export base --training'", TRAINING);
+      throw new ConfigError("the base has no training graph: export it with 'bundle make --training'", TRAINING);
     }
     const scaling = scalings(base, manifest);
     return { scaling, shapes: checkedShapes(inputs, scaling, this.head(base), manifest) };

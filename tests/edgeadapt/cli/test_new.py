@@ -1,0 +1,81 @@
+"""`edgeadapt new`: the scenario is one that `simulate` reads, and the fleet is one that runs."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from client.node.app import app as client_app
+from coordinator.app import STATE
+from coordinator.app import app as server_app
+from coordinator.statedir import CoordinatorStateDir
+from coordinator.transport import RUN_ID, SERVER_NODE
+from edgeadapt.commandline import program
+from simulations.cli.simulate import read_scenario
+from simulations.data import populate
+from simulations.engine.grid import FaultModel, InProcessGrid
+from simulations.suite.run import abort_warning
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_the_scenario_is_of_six_clients_whose_rounds_need_not_abort(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("new", tmp_path / "mine")
+    assert (code, err) == (0, "")
+    assert f" simulate {tmp_path / 'mine' / 'scenario.toml'}\n" in out
+    scenario = read_scenario(tmp_path / "mine" / "scenario.toml", ())
+    loaded = populate(scenario.data, scenario.population, scenario.seed)
+    clients = loaded.population.clients
+    assert (len(clients), sum(client.unseen for client in clients)) == (6, 1)
+    assert loaded.facts is not None
+    assert loaded.facts.broken == ()
+    assert abort_warning(scenario, 5) == ""
+
+
+def test_the_program_is_what_the_shell_can_find(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.executable", str(tmp_path / "a b" / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == "'a b/python' -m edgeadapt"
+    (tmp_path / "edgeadapt").write_text("#!/bin/sh\n")
+    (tmp_path / "edgeadapt").chmod(0o755)
+    assert program() == "edgeadapt"
+
+
+def test_a_folder_with_a_file_is_left_as_it_is(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    code, out, err = run("new", tmp_path / "mine", "--fleet")
+    assert (code, out) == (2, "")
+    assert err == f"edgeadapt: {tmp_path / 'mine'} exists and is not an empty folder: choose another name\n"
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes"]
+
+
+def test_a_fleet_that_cannot_be_made_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("new", tmp_path / "fleet", "--fleet", "--base", "nowhere", "--quiet")
+    assert code != 0
+    assert "nowhere" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_devices_of_a_fleet_finish_its_rounds(run: Run, tmp_path: Path, tiny_base: Any, one_thread: None) -> None:
+    code, out, err = run("new", tmp_path / "fleet", "--fleet", "--base", tiny_base.folder, "--port", 9555)
+    assert code == 0, err
+    assert "edgeadapt coordinator publish coordinator " in err  # the commands that made it
+    assert out.endswith(f"next: {tmp_path / 'fleet' / 'start.sh'}\n")
+    names = ("ann", "ben", "cleo")
+    nodes = {number: str(tmp_path / "fleet" / "devices" / name) for number, name in enumerate(names, SERVER_NODE + 1)}
+    state = tmp_path / "fleet" / "coordinator"
+    grid = InProcessGrid(client_app, nodes, FaultModel(0, 0.0, 1.0))
+    server_app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(state)}))
+    assert [(record.aborted, record.survivors) for record in CoordinatorStateDir.open(state).registry.rounds()] == [
+        (None, names)
+    ] * 2
+    script = tmp_path / "fleet" / "start.sh"
+    assert os.access(script, os.X_OK)
+    assert "127.0.0.1:9555 " in script.read_text()
+    assert subprocess.run(["sh", "-n", script]).returncode == 0
