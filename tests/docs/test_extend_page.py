@@ -18,8 +18,8 @@ from client.training.engine import classifier_trainer, open_trainer
 from client.training.examples import Example, read_examples
 from client.training.ownmodel import OwnTrainer
 from client.training.personal import METHODS, Candidate, Choice, PersonalStep, personalize
-from edgeadapt.audit.findings import Check, Status
-from edgeadapt.audit.transcripts import AuditInput, AuditOptions
+from edgeadapt.auditing.findings import Check, Status
+from edgeadapt.auditing.transcripts import AuditInput, AuditOptions
 from edgeadapt.bases.base import MODELS, OwnModel, find_base
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.manifest import ServerRule
