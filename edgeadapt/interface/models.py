@@ -199,7 +199,10 @@ class Classifier(_Model):
 
     def teach_all(self, corrections: Iterable[tuple[str, str]]) -> Learned:
         """Learn pairs of a text and its label. Raises as ``Learner.open`` and ``Learner.teach``."""
-        return self._taught([Correction(*pair) for pair in corrections])
+        pairs = list(corrections)
+        if wrong := [pair for pair in pairs if isinstance(pair, str) or len(pair) != 2]:
+            raise DataError(f"{wrong[0]!r} is not a text and its label: give pairs", about="corrections")
+        return self._taught([Correction(*pair) for pair in pairs])
 
 
 class LanguageModel(_Model):

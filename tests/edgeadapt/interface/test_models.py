@@ -128,6 +128,8 @@ def test_what_is_no_text_or_unknown_is_said(phone: Path) -> None:
         model(" ")
     with refused(edgeadapt.DataError, "text"):
         model([7])  # type: ignore[list-item]
+    with refused(edgeadapt.DataError, "corrections"):
+        model.teach_all("lights")  # type: ignore[arg-type]
     with refused(edgeadapt.DataError, "nothing.json"):
         edgeadapt.load(phone, adapter="nothing")
     with refused(edgeadapt.ConfigError, "repository"):
