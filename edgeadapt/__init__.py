@@ -9,6 +9,7 @@
 
     run = edgeadapt.simulate("tickets.csv", client="customer")   # each alone, and all together
     print(run)
+    assert edgeadapt.audit(run.path)                        # did the server add up what the devices sent?
 
 Each name is loaded when it is used: the bare install has neither torch nor Flower.
 
@@ -46,6 +47,7 @@ _EXTRAS = {  # what the bare install lacks for them
     "edgeadapt.interface.devices": "gateway",
     "edgeadapt.interface.exports": "export",
     "edgeadapt.interface.runs": "simulations",
+    "simulations.suite.execute": "simulations",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

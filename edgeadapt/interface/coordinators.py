@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError
 from coordinator.seed import publish_first
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
@@ -15,7 +14,7 @@ from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.formats.settings import overridden
 from edgeadapt.formats.storage import File, read
-from edgeadapt.interface.names import in_python, overrides
+from edgeadapt.interface.names import check_texts, in_python, overrides
 
 
 class Coordinator:
@@ -48,8 +47,7 @@ class Coordinator:
         ``labels``: of its head, in order; by default those in ``labels.txt`` there. Raises ConfigError, DataError: as
         ``publish_first``.
         """
-        if isinstance(labels, str):
-            raise ConfigError(f"labels is one string: give a list, as in [{labels!r}]", about="labels", value=labels)
+        check_texts("labels", labels or ())
         with in_python():
             return publish_first(self._open(), None if adapter is None else Path(adapter), str(base), labels)
 

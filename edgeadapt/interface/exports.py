@@ -5,7 +5,7 @@ from contextlib import ExitStack, suppress
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 from aggregation.errors import ConfigError
 from edgeadapt.formats.bundle import TRUST
@@ -13,7 +13,7 @@ from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.manifest import Format
 from edgeadapt.formats.storage import PUBLIC, File, create, real
 from edgeadapt.interface.models import Classifier, LanguageModel, load
-from edgeadapt.interface.names import in_python
+from edgeadapt.interface.names import check_choice, check_texts, in_python
 from edgeadapt.methods.peft.folder import CONFIG
 from export.bundle.sources import Origin, from_peft, from_registry
 from export.cli.add import add_to
@@ -54,8 +54,8 @@ def export(
         DataError: The adapter does not fit its base or its labels, or is older than the bundle's.
         TrustError: The registry is not what its key signed, or the pinned keys do not have ``key``.
     """
-    if isinstance(labels, str):
-        raise ConfigError(f"labels is one string: give a list, as in labels=[{labels!r}]", about="labels", value=labels)
+    check_texts("labels", labels)
+    check_choice("format", format, get_args(Format))
     out, calibration = Path(bundle), None if calibrate is None else Path(calibrate)
     with in_python(), ExitStack() as stack:
         signer = read_key(Path(key))

@@ -15,6 +15,7 @@ from client.learning import Correction, Learned, Learner, Personalized, Undone
 from client.training.personal import FINE_TUNE, PersonalStep
 from client.updates import ChannelSource, Updated, follow, update
 from edgeadapt.formats.storage import File
+from edgeadapt.interface.names import in_python
 
 
 class Answer(NamedTuple):
@@ -55,6 +56,7 @@ class _Model:
     def bundle(self) -> Path:
         return self._library.bundle
 
+    @in_python()
     def undo(self) -> Undone:
         """Take the last lesson or personal step back. Raises as ``Learner.open`` and ``Learner.undo``."""
         with self._learner() as learner:
@@ -62,6 +64,7 @@ class _Model:
         self._answer_with(undone.adapter)
         return undone
 
+    @in_python()
     def personalize(
         self,
         examples: File,
@@ -88,6 +91,7 @@ class _Model:
         self._answer_with(personalized.adapter)
         return personalized
 
+    @in_python()
     def update(
         self, repository: str | None = None, channel: str | None = None, root: File | None = None, *, language: str = ""
     ) -> Updated:
@@ -111,6 +115,7 @@ class _Model:
         """Load the base of a verified bundle."""
         self._library = library
 
+    @in_python()
     def _taught(self, corrections: Sequence[Correction]) -> Learned:
         with self._learner() as learner:
             learned = learner.teach(corrections)
@@ -194,7 +199,10 @@ class Classifier(_Model):
 
     def teach_all(self, corrections: Iterable[tuple[str, str]]) -> Learned:
         """Learn pairs of a text and its label. Raises as ``Learner.open`` and ``Learner.teach``."""
-        return self._taught([Correction(*pair) for pair in corrections])
+        pairs = list(corrections)
+        if wrong := [pair for pair in pairs if isinstance(pair, str) or len(pair) != 2]:
+            raise DataError(f"{wrong[0]!r} is not a text and its label: give pairs", about="corrections")
+        return self._taught([Correction(*pair) for pair in pairs])
 
 
 class LanguageModel(_Model):
@@ -233,6 +241,7 @@ class LanguageModel(_Model):
         return self._named or (self._library.default() if self._library.names() else None)
 
 
+@in_python()
 def load(
     bundle: File, *, adapter: str | None = None, trust: File | None = None, threads: int = 1
 ) -> Classifier | LanguageModel:

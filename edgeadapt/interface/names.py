@@ -1,11 +1,11 @@
 """Names of Python for what the parts below know as options of the command line."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from aggregation.errors import EdgeAdaptError
+from aggregation.errors import ConfigError, EdgeAdaptError
 from edgeadapt.formats.settings import toml_value
 
 # A command in quotes is left as it is.
@@ -55,3 +55,16 @@ def overrides(settings: Mapping[str, Any]) -> list[str]:
     ['federation.rounds=20']
     """
     return [f"{name.replace('__', '.')}={toml_value(value)}" for name, value in settings.items()]
+
+
+def check_texts(argument: str, texts: Sequence[str]) -> None:
+    """Check that an argument is not one string, whose letters would be texts. Raises ConfigError."""
+    if isinstance(texts, str):
+        raise ConfigError(f"{argument} is one string: give a list, as in [{texts!r}]", about=argument, value=texts)
+
+
+def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
+    """Check that an argument is one of some values. Raises ConfigError."""
+    if value not in choices:
+        reason = f"{argument} is {value!r}: choose one of {', '.join(choices)}"
+        raise ConfigError(reason, about=argument, value=value)

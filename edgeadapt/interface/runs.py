@@ -15,7 +15,7 @@ from client.training.personal import METHODS
 from edgeadapt.bases.base import MODELS
 from edgeadapt.formats.storage import File, replace
 from edgeadapt.interface.models import Classifier, LanguageModel, load
-from edgeadapt.interface.names import in_python, overrides
+from edgeadapt.interface.names import check_choice, check_texts, in_python, overrides
 from edgeadapt.rounds.optimizer import OPTIMIZERS, name_of, to_rule
 from simulations.cli.simulate import read_scenario
 from simulations.engine.progress import RunProgress
@@ -122,6 +122,7 @@ def simulate(
         ConfigError: A setting is not valid, or ``out`` has another run.
         DataError: A text or a row is not valid.
     """
+    check_choice("engine", engine, ("local", "ray"))
     keys = {name.replace("__", "."): value for name, value in settings.items()}
     keys |= {} if client is None else {"data.client": client}
     _name_own(keys)
@@ -166,8 +167,7 @@ def suite(
         ConfigError: A setting is not valid, or ``out`` has another suite.
         DataError: A text is not valid, or an arm failed.
     """
-    if isinstance(arms, str):
-        raise ConfigError(f"arms is one string: give a list, as in arms=[{arms!r}]", about="arms", value=arms)
+    check_texts("arms", arms)
     with in_python():
         wanted = read_suite(Path(file), seeds=seeds, changes=overrides(settings), arms=arms)
         folder = suite_folder(wanted, None if out is None else Path(out))

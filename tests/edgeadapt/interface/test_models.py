@@ -128,12 +128,17 @@ def test_what_is_no_text_or_unknown_is_said(phone: Path) -> None:
         model(" ")
     with refused(edgeadapt.DataError, "text"):
         model([7])  # type: ignore[list-item]
+    with refused(edgeadapt.DataError, "corrections"):
+        model.teach_all("lights")  # type: ignore[arg-type]
     with refused(edgeadapt.DataError, "nothing.json"):
         edgeadapt.load(phone, adapter="nothing")
     with refused(edgeadapt.ConfigError, "repository"):
         model.update("https://updates.example")
     with refused(edgeadapt.DataError, "bundle"):
         edgeadapt.load(phone / "missing")
+    with refused(edgeadapt.TrustError, "trust.pem") as caught:
+        edgeadapt.load(phone, trust=phone.parent / "keys.pem")
+    assert "or name it with trust=" in str(caught.value)
 
 
 def test_one_string_where_texts_are_expected_is_refused(bundle: Path) -> None:

@@ -92,6 +92,8 @@ def test_a_peft_folder_answers(
     assert "(labels=)" in str(caught.value)
     with refused(edgeadapt.ConfigError, "labels"):
         edgeadapt.export("my-lora", labels="HassTurnOn", bundle="shop/bundle", key="vendor.pem")
+    with refused(edgeadapt.ConfigError, "format"):
+        edgeadapt.export("my-lora", bundle="shop/bundle", key="vendor.pem", format="int7")  # type: ignore[arg-type]
     with refused(edgeadapt.ConfigError, "source"):
         edgeadapt.export(7, bundle="shop/bundle", key="vendor.pem")
 
