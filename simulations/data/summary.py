@@ -107,7 +107,9 @@ def lines(summary: DataSummary) -> Iterator[tuple[str, str]]:
 
 def _unknown(summary: DataSummary) -> str:
     worst = max(summary.clients, key=lambda client: client.unknown)
-    text = f"{100 * summary.unknown:.1f} % of the tokens, at most {100 * worst.unknown:.1f} % ({worst.name})"
+    text = f"{100 * summary.unknown:.1f} % of the tokens"
+    if worst.unknown:
+        text += f", at most {100 * worst.unknown:.1f} % ({worst.name})"
     spelled = [client for client in summary.clients if client.spelled]
     if spelled:
         least = min(spelled, key=lambda client: client.letters)
