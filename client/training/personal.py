@@ -227,7 +227,7 @@ def _applied(method: Method, inputs: PersonalInputs) -> Tensors:
     name = f"the personal step {inputs.how.method!r}"
     try:
         own = method(inputs)
-    except EdgeAdaptError:
+    except (EdgeAdaptError, OSError):  # a full disk
         raise
     except Exception as error:  # of a method of others
         raise DataError(f"{name} failed: {type(error).__name__}: {error}", about="method") from error

@@ -23,6 +23,7 @@ from coordinator.gateway import carriers, places
 from coordinator.gateway.carriers import Carrier
 from coordinator.gateway.enrolment import THREADS, EnrolmentServer, EnrolmentService, _Certifying, too_many
 from coordinator.gateway.hub import Credentials
+from coordinator.gateway.pace import TokenBucket
 from coordinator.gateway.places import PLACES, REFUSALS, HeldPlace, Places, Turns, network_of
 from coordinator.gateway.server import Service
 from edgeadapt.authority.record import AuthorityRecord
@@ -213,6 +214,8 @@ def test_enrolments_without_an_invitation_do_not_refuse_that_of_the_owner(
     if not first:
         monkeypatch.setattr(EnrolmentService, "attempt", counted)
     monkeypatch.setattr(places, "REFUSED", 0.0)
+    wait = TokenBucket.wait  # nothing is regained, however slow the machine
+    monkeypatch.setattr(TokenBucket, "wait", lambda self, now: wait(self, self.at or now))
     kitchen = invite()
     nobody = replace(kitchen, invitation=kitchen.invitation._replace(secret=bytes(16)))
     kinds = [nobody.kind(nobody.enrolment()) for _ in range(REFUSALS + 16)]

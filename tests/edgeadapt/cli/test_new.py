@@ -26,7 +26,7 @@ Run = Callable[..., tuple[int, str, str]]
 def test_the_scenario_is_of_six_clients_whose_rounds_need_not_abort(run: Run, tmp_path: Path) -> None:
     code, out, err = run("new", tmp_path / "mine")
     assert (code, err) == (0, "")
-    assert f" simulate {tmp_path / 'mine' / 'scenario.toml'}\n" in out
+    assert f" simulate run {tmp_path / 'mine' / 'scenario.toml'}\n" in out
     scenario = read_scenario(tmp_path / "mine" / "scenario.toml", ())
     loaded = populate(scenario.data, scenario.population, scenario.seed)
     clients = loaded.population.clients

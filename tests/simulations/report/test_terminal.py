@@ -31,7 +31,7 @@ def test_the_header_has_the_price_of_groups_and_the_log_and_with_verbose_also_th
     out = StringIO()
     privacy = {"mechanism": "skellam", "epsilon": 8.0}
     scenario = Scenario.parse({"federation": {"aggregation": {"groups": 3}, "privacy": privacy}}, "mine")
-    data = DataSummary((ClientSummary("ann", "", False, 9, 3, 3, 2, 0.0),) * 25, {"on": 1}, 4, None)
+    data = DataSummary((ClientSummary("ann", "", False, 9, 3, 3, 2, 0.0, 4.0, False),) * 25, {"on": 1}, 4, None)
     log = tmp_path / "a run" / "run.log"
     print_scenario(scenario, log, Console(file=out, width=80), data=data, devices=20)
     text = "of 20 devices, one hides in a sum of 6 instead of 20, never of fewer than 6, and the mean has about 1.7 ×"

@@ -60,7 +60,7 @@ def finished(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     process.kill()
     process.wait()
     kept = {path: path.stat().st_mtime_ns for path in results.iterdir()}
-    arguments = words("suite", suite, "--out", out, "--jobs", 2, "--json", "--resume")
+    arguments = words("suite", suite, "--out", out, "--jobs", 2, "--json", "--quiet", "--resume")
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept  # nothing that was finished is computed again
