@@ -1,4 +1,4 @@
-# make demo | test | exhaustive | bench | fast | doctest | lint | docs | picture | web | wheel | clean. The first run sets up .venv; later ones need no network.
+# make demo | test | exhaustive | mutants | bench | fast | doctest | lint | docs | picture | web | wheel | clean. The first run sets up .venv; later ones need no network.
 # Tools run as `python -m …`: a console script's first line breaks in a checkout path that has spaces or is long.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fast exhaustive bench doctest lint docs picture web wheel setup install clean
+.PHONY: demo test fast exhaustive mutants bench doctest lint docs picture web wheel setup install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
@@ -44,6 +44,11 @@ EXHAUSTIVE := $(PY) -m tests.support.exhaustive
 exhaustive: $(STAMP)  ## all cases of the matrices of which `test` runs a few, in the files of FILES or in all
 	$(PYTEST) --dist worksteal --exhaustive -m exhaustive $(or $(FILES),$(shell $(EXHAUSTIVE) all))
 	$(EXHAUSTIVE) passed $(FILES)
+
+SEED ?= 0
+mutants: $(STAMP)  ## 300 random changes of the cores of trust, of which the tests must notice 270; SEED draws others
+	@$(PY) -c "import mutmut" 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8'
+	OMP_NUM_THREADS=1 $(PY) -m tests.support.mutants --seed $(SEED)
 
 bench: $(STAMP)  ## a benchmark against a named peer, as in: make bench ARGS="secagg --quick"
 	@$(PY) -m benchmarks $(ARGS)
