@@ -135,15 +135,15 @@ def _rows(facts: DataFacts) -> str:
 def _warnings(facts: DataFacts) -> Iterator[str]:
     """Say what is probably a mistake in the data."""
     doubts = (
-        (facts.conflicting, "texts have several labels", "which no model can learn"),
-        (facts.variants, "labels differ in case, punctuation or space only", "write them alike"),
-        (facts.unsaid, "labels say that there is no label", "leave such rows out"),
-        (facts.rare, "labels have too few texts to make one public", "the vendor's head knows nothing of them"),
+        (facts.conflicting, "texts with several labels", "which no model can learn"),
+        (facts.variants, "labels in spellings that differ in case, punctuation or space", "write them alike"),
+        (facts.unsaid, "labels that say that there is none", "leave such rows out"),
+        (facts.rare, "labels with too few texts to make one public", "the vendor's head knows nothing of them"),
     )
     for named, what, so in doubts:
         if named:
             more = ", …" if len(named) > SHOWN_DOUBTS else ""
-            yield f"{len(named)} {what}: {', '.join(repr(name[:60]) for name in named[:SHOWN_DOUBTS])}{more} ({so})"
+            yield f"{what}, {len(named)}: {', '.join(repr(name[:60]) for name in named[:SHOWN_DOUBTS])}{more} ({so})"
 
 
 def _texts(client: Client) -> Iterator[LabelledText]:

@@ -131,7 +131,7 @@ class DataSettings(Settings):
         ge=1,
         le=1000,
         description="without files of public texts: texts of each label that are taken from clients and made public, "
-        f"at most {PUBLIC_SHARE:.0%} of a label's",
+        f"at most {PUBLIC_SHARE:.0%} of a label's, or one",
     )
 
     @model_validator(mode="after")
@@ -700,16 +700,19 @@ class _Maker:
         return LabelledText(row.text, self.number[row.label], f"g{group}", row.prompt)
 
     def _take_public(self) -> tuple[set[int], tuple[str, ...]]:
-        """Make some texts of each label public, at most ``PUBLIC_SHARE`` of a label's texts with all of their groups.
+        """Make some texts of each label public, with all of their groups: at most ``PUBLIC_SHARE`` of a label's texts,
+        or one.
 
-        Returns the rows of their groups, which no client keeps, and the labels that have too few texts for one.
+        Returns the rows of their groups, which no client keeps, and the labels that have too few texts for one. Raises
+        ConfigError: these are all labels.
         """
         members: dict[int, list[int]] = defaultdict(list)
         for at in range(len(self.rows)):
             if self.rows[at].split in ("", TRAIN):
                 members[self.groups[at]].append(at)
         order = sorted(members, key=lambda group: (len(members[group]), self._order(group)))
-        left = {label: PUBLIC_SHARE * size for label, size in Counter(row.label for row in self.rows).items()}
+        sizes_of = Counter(row.label for row in self.rows)
+        left = {label: max(float(size > 1), PUBLIC_SHARE * size) for label, size in sizes_of.items()}
         count: Counter[str] = Counter()
         for group in order:
             first, sizes = self.rows[members[group][0]], Counter(self.rows[at].label for at in members[group])
@@ -720,6 +723,9 @@ class _Maker:
                 self.public_groups.add(group)
                 self.public.append(self._labelled(first, group))
         self.public.sort(key=lambda text: text.label)
+        if not self.public:
+            reason = "no label has a text to make public and another one, which is no near-duplicate, for the clients"
+            raise ConfigError(f"{reason}: name files of public texts with data.public", about="data.public")
         taken = {at for at in range(len(self.rows)) if self.groups[at] in self.public_groups}
         return taken, tuple(label for label in self.labels if not count[label])
 
@@ -819,5 +825,5 @@ class _Maker:
 def _variants(labels: Iterable[str]) -> tuple[str, ...]:
     alike: dict[str, list[str]] = defaultdict(list)
     for label in labels:
-        alike[normalized(label) or label].append(label)
+        alike[" ".join(re.split(r"[\W_]+", label.casefold())).strip() or label].append(label)
     return tuple(" = ".join(names) for names in alike.values() if len(names) > 1)

@@ -234,9 +234,18 @@ def test_public_texts_leave_every_label_most_of_its_texts(tmp_path: Path) -> Non
     assert all(left[label] >= 4 for label in range(29))
 
 
+def test_labels_of_few_texts_have_one_public_text_and_texts_without_any_are_refused(tmp_path: Path) -> None:
+    made = [dict(row, label=f"label-{number // 3}") for number, row in enumerate(rows(each=12))]
+    found = load(write_csv(tmp_path / "few.csv", made), minimum_texts=4)
+    assert Counter(text.label for text in found.public) == dict.fromkeys(range(32), 1)
+    single = [dict(row, label=f"label-{number}") for number, row in enumerate(made)]
+    with refused(ConfigError, "data.public"):
+        load(write_csv(tmp_path / "single.csv", single), minimum_texts=4)
+
+
 def test_what_is_doubtful_is_named(tmp_path: Path) -> None:
     made = rows(each=30)
-    made[0]["label"], made[1]["label"] = "Greet", "NA"
+    made[0]["label"], made[1]["label"], made[4]["label"], made[5]["label"] = "Greet", "NA", "tier 1", "tier 2"
     made[2] |= {"text": made[3]["text"].upper(), "label": "part"}
     made[3]["label"] = "ask"
     settings = DataSettings(files=(str(write_csv(tmp_path / "t.csv", made)),), client="user")
