@@ -22,7 +22,8 @@ MUTANTS = Path("mutants")  # mutmut's copy of the tree, in which a variable of t
 PYTEST = ("-m", "pytest", "-x", "-q", "--rootdir=.", "-p", "no:cacheprovider", "-p", "no:xdist")
 LEAST = 0.9  # share of the mutants that must be killed
 BUDGET = 60.0  # seconds of tests that a mutant gets, as they took without one
-SLOWER = 5.0  # times as slow, and half a minute more: a mutant that loops is noticed
+SLOWER = 5.0  # times as much of the processor, and half a minute more: a mutant that loops is noticed
+IDLE = 10  # times as long by the clock: a mutant that waits for ever is noticed
 PASSED = 0  # pytest's exit status
 
 
@@ -49,15 +50,19 @@ class Reach:
         return float(self._seconds.get(name, 0.0))
 
 
-def run(tests: list[str], mutant: str, *arguments: str, timeout: float | None = None) -> int:
-    """Run tests with a change, or with none, and return pytest's exit status. Raises subprocess.TimeoutExpired."""
+def run(tests: list[str], mutant: str, *arguments: str, seconds: float = 600.0) -> int:
+    """Run tests with a change, or with none, for so many seconds of the processor, and return pytest's exit status.
+
+    A busy machine ends no run that a quiet one would finish. Raises subprocess.TimeoutExpired.
+    """
     with NamedTemporaryFile("w", dir=MUTANTS, suffix=".tests") as listed:
         listed.write("\n".join(tests))
         listed.flush()
         command = [sys.executable, *PYTEST, *arguments, f"@{listed.name}"]
         environment = {**os.environ, "MUTANT_UNDER_TEST": mutant, "PYTHONPATH": str(MUTANTS.resolve())}
+        limited = ["prlimit", f"--cpu={round(seconds)}", *command]
         return subprocess.run(
-            command, cwd=MUTANTS, env=environment, capture_output=True, timeout=timeout, check=False
+            limited, cwd=MUTANTS, env=environment, capture_output=True, timeout=IDLE * seconds, check=False
         ).returncode
 
 
@@ -66,7 +71,7 @@ def is_killed(mutant: str, reach: Reach) -> bool:
     if not (tests := reach.tests_of(mutant)):
         return False
     try:
-        return run(tests, mutant, timeout=30 + SLOWER * sum(map(reach.seconds, tests))) != PASSED
+        return run(tests, mutant, seconds=30 + SLOWER * sum(map(reach.seconds, tests))) != PASSED
     except subprocess.TimeoutExpired:
         return True
 
@@ -85,8 +90,11 @@ def main(seed: int, count: int) -> None:
     reached = sorted({name for mutant in chosen for name in reach.tests_of(mutant)})
     if (status := run(reached, "", "--collect-only")) != PASSED:  # pytest would end so with every change
         raise click.ClickException(f"pytest does not find the tests: it ends with {status}")
+    killed = list[bool]()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        killed = list(pool.map(partial(is_killed, reach=reach), chosen))
+        for mutant, noticed in zip(chosen, pool.map(partial(is_killed, reach=reach), chosen), strict=True):
+            killed.append(noticed)
+            click.echo(f"{len(killed)} of {count}  {'killed' if noticed else 'alive '}  {mutant}", err=True)
     for name in (name for name, noticed in zip(chosen, killed, strict=True) if not noticed):
         click.echo(f"\nalive, reached by {len(reach.tests_of(name))} tests:\n{mutmut('show', name)}")
     click.echo(f"{sum(killed)} of {count} killed")
