@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from client.training.personal import FINE_TUNE, METHODS
 from coordinator.settings import FederationSettings
+from edgeadapt.bases.base import MOST_LEXICAL
 from edgeadapt.formats.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from edgeadapt.formats.settings import Settings
 from simulations.data.households import PopulationSettings
@@ -34,6 +35,14 @@ class BaseSettings(Settings):
     )
     center: bool = Field(
         default=False, description="subtract the mean embedding of the public phrases, as edgeadapt base center does"
+    )
+    lexical: int = Field(
+        default=0,
+        ge=0,
+        le=MOST_LEXICAL,
+        multiple_of=8,
+        description="numbers of an embedding that say which tokens the text has, as edgeadapt base lexical adds them; "
+        "0: none",
     )
 
 
@@ -282,7 +291,8 @@ class Scenario(Settings):
     @property
     def base_is_made(self) -> bool:
         """Check whether the run makes its base from the one that it names."""
-        return bool(self.base.languages) or self.base.center or self.export.train_on_dequantized
+        base = self.base
+        return bool(base.languages or base.lexical) or base.center or self.export.train_on_dequantized
 
     @property
     def round_epochs(self) -> int:

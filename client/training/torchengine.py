@@ -62,7 +62,7 @@ class TorchEngine:
     def embed(self, adapter: Tensors | None, tokens: Sequence[Sequence[int]]) -> Floats:
         base = self.model.get_base_model()
         if not tokens:
-            return np.zeros((0, base.encoder.config.hidden_size), np.float32)
+            return np.zeros((0, base.width), np.float32)
         return self._rows(base.embed, adapter, tokens)
 
     def scores(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> list[tuple[Floats, NDArray[np.bool_]]]:

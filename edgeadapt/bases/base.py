@@ -25,6 +25,7 @@ from edgeadapt.formats.storage import file_sha256, read
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights in several files
 MERGED_ADAPTERS = "merged_adapters"  # the key of ``config.json`` that states them
+LEXICAL, MOST_LEXICAL = "lexical_features", 2048  # its key that states them; the most numbers they have of a text
 IDENTITY_FILES = ("config.json", WEIGHTS, "tokenizer.json")
 LONGEST = {"config.json": 2**20, "tokenizer.json": 2**28, INDEX: 2**26}  # bytes; libraries read these files whole
 PART = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # a name in the base's own folder

@@ -4,7 +4,9 @@ One function builds it, so that the vendor's seed, every device and the exporter
 tensor names. Training loops live on the device (``client/training``), the ONNX graph in ``export/``.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from transformers import AutoModel
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
-from edgeadapt.bases.base import Base
+from edgeadapt.bases.base import LEXICAL, MOST_LEXICAL, Base
 from edgeadapt.bases.classifiergraph import MAX_TOKENS
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
@@ -26,20 +28,67 @@ from edgeadapt.methods.trainable import tensors as tensors
 
 BATCH = 16  # texts that are embedded or scored at once
 HEAD_SCALE = 16.0  # logit of a phrase that lies exactly on its intent's prototype; a softmax temperature of 1/16
+BUCKETS = 4096  # tokens whose numbers are equal modulo this share a row
+
+
+class LexicalFeatures(nn.Module):
+    """Says which tokens a text has, in whatever order: the sum of a row of random signs for each, at unit length.
+
+    A text of n different tokens is nearly at right angles to one that shares none of them (random indexing: Kanerva et
+    al. 2000; Achlioptas 2003). The rows are the same in every base: bits of SHAKE-256.
+    """
+
+    def __init__(self, size: int, skipped: Sequence[int]) -> None:
+        super().__init__()
+        self.size = size
+        stream = hashlib.shake_256(b"edgeadapt lexical features 1").digest(BUCKETS * size // 8)
+        signs = 2 * np.unpackbits(np.frombuffer(stream, np.uint8)).reshape(BUCKETS, size).astype(np.int8) - 1
+        signs[[number % BUCKETS for number in skipped]] = 0
+        self.register_buffer("signs", torch.from_numpy(signs), persistent=False)
+
+    @classmethod
+    def of(cls, config: Any) -> Self | None:
+        """Make those that a base's configuration states, if it does. Raises ConfigError: it is damaged."""
+        if (stated := getattr(config, LEXICAL, None)) is None:
+            return None
+        try:
+            size, skipped = stated["size"], [*stated["skipped"]]
+            sound = type(size) is int and size % 8 == 0 and 0 < size <= MOST_LEXICAL
+            sound = sound and all(type(number) is int and number >= 0 for number in skipped)
+        except (KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise ConfigError(
+                f"{LEXICAL} in config.json is damaged: make the base again with 'edgeadapt base lexical'", about=LEXICAL
+            )
+        return cls(size, skipped)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        rows = self.signs[input_ids % BUCKETS].to(torch.float32)
+        return nn.functional.normalize((rows * attention_mask.unsqueeze(-1)).sum(1), dim=-1)
 
 
 class PhraseClassifier(nn.Module):
-    """Maps ``encoder`` → mean over the tokens that are not padding → unit length → linear ``classifier``."""
+    """Maps ``encoder`` → mean over the tokens that are not padding → unit length → linear ``classifier``.
 
-    def __init__(self, encoder: nn.Module, hidden: int, labels: int) -> None:
+    A base with lexical features has these beside the mean, as long as it; both together have unit length.
+    """
+
+    def __init__(self, encoder: nn.Module, labels: int) -> None:
+        """Raises ConfigError as ``LexicalFeatures.of``."""
         super().__init__()
         self.encoder = encoder
-        self.classifier = nn.Linear(hidden, labels)
+        self.lexical = LexicalFeatures.of(encoder.config)
+        self.width = encoder.config.hidden_size + (self.lexical.size if self.lexical else 0)
+        self.classifier = nn.Linear(self.width, labels)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return unit embeddings, shape ``(batch, hidden)``, of token ids of shape ``(batch, sequence)``."""
+        """Return unit embeddings, shape ``(batch, width)``, of token ids of shape ``(batch, sequence)``."""
         states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        return nn.functional.normalize(pooled(states, attention_mask), dim=-1)
+        meaning = nn.functional.normalize(pooled(states, attention_mask), dim=-1)
+        if self.lexical is None:
+            return meaning
+        return nn.functional.normalize(torch.cat([meaning, self.lexical(input_ids, attention_mask)], -1), dim=-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits, shape ``(batch, labels)``."""
@@ -68,7 +117,7 @@ def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
             about="num_virtual_tokens",
         )
     encoder = pretrained.load(base, AutoModel)
-    return adapted(PhraseClassifier(encoder, encoder.config.hidden_size, labels), config, heads=["classifier"])
+    return adapted(PhraseClassifier(encoder, labels), config, heads=["classifier"])
 
 
 def tokenizer(base: Base, model: PeftModel) -> Tokenizer:
@@ -94,7 +143,7 @@ def in_batches(forward: Callable[[Tensor, Tensor], Tensor], tokens: Sequence[Ten
 
 
 def embed(model: PeftModel, tokens: Tokenizer, texts: Sequence[str]) -> Floats:
-    """Embed texts with the frozen base without adapter: shape ``(len(texts), hidden)``, each of L2 norm 1."""
+    """Embed texts with the frozen base without adapter: shape ``(len(texts), width)``, each of L2 norm 1."""
     ids = [torch.tensor(encoding.ids) for encoding in tokens.encode_batch(list(texts))]
     with torch.inference_mode(), model.disable_adapter():
         return in_batches(model.get_base_model().embed, ids).numpy()
@@ -120,7 +169,7 @@ def seed_adapter(
 def seeded(model: PeftModel, prototypes: Floats, generator: torch.Generator) -> Tensors:
     """Make the adapter on day one: one that changes nothing (``trainable.initial``), and a prototype head.
 
-    ``prototypes``: shape ``(labels, hidden)``, a mean embedding for each label; zero rows for labels without phrases.
+    ``prototypes``: shape ``(labels, width)``, a mean embedding for each label; zero rows for labels without phrases.
     ``generator``: draws LoRA's A; the same generator state gives the same adapter.
     """
     start = initial(model, generator)

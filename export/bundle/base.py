@@ -213,4 +213,4 @@ def model_of(base: Base, task: Task, *, mean: bool, saved: Sequence[str], labels
     if not mean:
         return pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels, saved=saved)
     encoder = pretrained.load(base, AutoModel)
-    return PhraseClassifier(encoder, encoder.config.hidden_size, labels or 2)
+    return PhraseClassifier(encoder, labels or 2)

@@ -11,6 +11,7 @@ BASE = {
     "show": (BASES, "show", "Show a base: size, task, and the layers for adapters.", "export"),
     "prune": (BASES, "prune", "Write a base that keeps only the tokens of some languages.", "export"),
     "center": (BASES, "center", "Write a base whose embeddings are centered.", "export"),
+    "lexical": (BASES, "lexical", "Write a base that also tells texts apart by their words.", "export"),
     "merge": (BASES, "merge", "Write a base with an adapter merged into it.", "export"),
     "start": ("export.cli.start", "start", "Make the first adapter of a federation from phrases.", "export"),
 }

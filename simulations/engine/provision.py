@@ -50,7 +50,7 @@ from edgeadapt.methods.parts import HEAD
 from edgeadapt.methods.trainable import configuration, initial
 from export.bundle.write import write_bundle
 from export.causal import export_causal
-from export.center import centered
+from export.features import centered, with_lexical_features
 from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
@@ -76,6 +76,7 @@ KINDS = {  # method → what its adapters bring
 }
 DORA = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
 CENTERED = "centered"  # folders in that of the run
+LEXICAL = "lexical"
 DEQUANTIZED = "base"
 AUTHORITY = "authority"
 AUTHORITY_KEY = "authority.pem"
@@ -192,6 +193,9 @@ def training_base(out: Path, scenario: Scenario, population: Population) -> Base
     if scenario.base.center:
         copy = out / CENTERED
         base = find_base(str(copy)) if copy.exists() else centered(base, [u.text for u in population.public], copy)
+    if size := scenario.base.lexical:
+        copy = out / LEXICAL
+        base = find_base(str(copy)) if copy.exists() else with_lexical_features(base, size, copy)
     if export.train_on_dequantized:
         copy = out / DEQUANTIZED
         base = find_base(str(copy)) if copy.exists() else dequantized(base, Profile(export.profile), copy)
@@ -211,6 +215,7 @@ def _require_plain(scenario: Scenario) -> None:
     odd = {
         "base.languages=[]": bool(scenario.base.languages),
         "base.center=false": scenario.base.center,
+        "base.lexical=0": scenario.base.lexical > 0,
         "base.engine=torch": scenario.base.engine != "torch",
         "export.train_on_dequantized=false": scenario.export.train_on_dequantized,
         "federation.analytic.rounds=0": scenario.federation.analytic.rounds > 0,

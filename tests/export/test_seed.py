@@ -49,7 +49,7 @@ def test_plain_peft_opens_the_folder_and_answers_by_the_nearest_phrases(seed: Pa
     from transformers import AutoModel
 
     encoder = load(tiny_base, AutoModel)
-    model = PeftModel.from_pretrained(PhraseClassifier(encoder, encoder.config.hidden_size, 3), str(seed)).eval()
+    model = PeftModel.from_pretrained(PhraseClassifier(encoder, 3), str(seed)).eval()
     tokens = classifier.tokenizer(tiny_base, model)
     texts = [phrase for _, phrase in PHRASES]
     weight = read_peft(seed).tensors["base_model.model.classifier.weight"]

@@ -73,7 +73,7 @@ def test_a_method_is_federated_audited_opened_by_peft_and_exported(
     origin = from_registry(fleet.out / "coordinator", None, None)
     to_peft(origin.tensors, origin.peft_config, tmp_path / "peft")
     encoder = pretrained.load(fleet.base, AutoModel)
-    plain = PhraseClassifier(encoder, encoder.config.hidden_size, len(fleet.population.labels))
+    plain = PhraseClassifier(encoder, len(fleet.population.labels))
     opened = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
     ids = [torch.tensor(trainer.tokenizer.encode(text).ids) for text in TEXTS]
     with torch.no_grad():

@@ -86,7 +86,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 def theirs(base: Base, folder: Path, **changes: Any) -> PeftModel:
     """A folder that peft saved, of a model with random values."""
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
-    inner = PhraseClassifier(AutoModel.from_pretrained(base.folder), 32, 4).eval()
+    inner = PhraseClassifier(AutoModel.from_pretrained(base.folder), 4).eval()
     model = get_peft_model(inner, LoraConfig(**(settings | {"modules_to_save": ["classifier"]} | changes)))
     generator = np.random.default_rng(4)
     load(model, {n: generator.standard_normal(v.shape).astype(np.float32) for n, v in tensors(model).items()})
@@ -147,7 +147,7 @@ def test_the_newest_version_of_a_registry_runs_on_a_device_and_opens_in_peft_aga
     assert export("peft", "--registry", shop / "fleet", "--out", shop / "from-registry").code == 0
     ids = torch.tensor([[2, 5, 9, 3]])
     for folder, tolerance in (("from-registry", 1e-6), ("from-bundle", 0.5)):
-        inner = PhraseClassifier(AutoModel.from_pretrained(tiny_base.folder), 32, 4)
+        inner = PhraseClassifier(AutoModel.from_pretrained(tiny_base.folder), 4)
         reopened = PeftModel.from_pretrained(inner, shop / folder).eval()
         assert reopened.peft_config["default"].lora_alpha == 8
         with torch.no_grad():

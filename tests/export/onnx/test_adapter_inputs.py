@@ -17,7 +17,7 @@ QUERY = "encoder.encoder.layer.{}.attention.self.query"
 
 
 def classifier(base: Base) -> PhraseClassifier:
-    return PhraseClassifier(AutoModel.from_pretrained(base.folder), 32, 4)
+    return PhraseClassifier(AutoModel.from_pretrained(base.folder), 4)
 
 
 def with_lora(base: Base, **settings: Any) -> PeftModel:

@@ -97,7 +97,7 @@ def test_rank_0_gives_the_base_without_an_adapter(model: PeftModel, session: ort
 
 def test_any_module_in_modules_to_save_is_an_input(make_base: Callable[..., Base], tmp_path: Path) -> None:
     base = make_base(tmp_path, tokenizer=models.wordpiece(), layers=1)
-    inner = PhraseClassifier(AutoModel.from_pretrained(base.folder), 32, 4)
+    inner = PhraseClassifier(AutoModel.from_pretrained(base.folder), 4)
     config = LoraConfig(r=2, target_modules=["key", "dense"], modules_to_save=["classifier", "LayerNorm"])
     model = get_peft_model(inner, config).eval()
     rng = np.random.default_rng(3)

@@ -134,7 +134,7 @@ def test_a_llama_read_from_peft_and_written_back_gives_the_same_logits(tmp_path:
 
 
 def classifier(base: Base) -> PhraseClassifier:
-    return PhraseClassifier(AutoModel.from_pretrained(base.folder), 32, 4).eval()
+    return PhraseClassifier(AutoModel.from_pretrained(base.folder), 4).eval()
 
 
 @pytest.mark.parametrize(("form", "tolerance"), [("fp32", 1e-6), ("int8", 0.05)])
