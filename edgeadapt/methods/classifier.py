@@ -38,6 +38,8 @@ class LexicalFeatures(nn.Module):
     al. 2000; Achlioptas 2003). The rows are the same in every base: bits of SHAKE-256.
     """
 
+    signs: Tensor  # shape (BUCKETS, size), of -1, 1, and 0 for what does not count
+
     def __init__(self, size: int, skipped: Sequence[int]) -> None:
         super().__init__()
         self.size = size
@@ -74,7 +76,7 @@ class PhraseClassifier(nn.Module):
     A base with lexical features has these beside the mean, as long as it; both together have unit length.
     """
 
-    def __init__(self, encoder: nn.Module, labels: int) -> None:
+    def __init__(self, encoder: Any, labels: int) -> None:
         """Raises ConfigError as ``LexicalFeatures.of``."""
         super().__init__()
         self.encoder = encoder
