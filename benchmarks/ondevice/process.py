@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -226,6 +226,31 @@ def _answer(engine: ContenderEngine, command: Mapping[str, Any]) -> dict[str, An
         marks.append(time.perf_counter())
     seconds = [later - earlier for earlier, later in pairwise(marks)]
     return {"prefill": seconds[0], "steps": seconds[1:], "tokens": tokens}
+
+
+def in_process(module: str, given: Mapping[str, Any], environment: Mapping[str, str] = QUIET) -> dict[str, Any]:
+    """Call ``answer_once`` in a new process of ``module`` with these arguments and ``begun``, when it was started.
+
+    Raises DataError: it fails, or has ended.
+    """
+    command = [sys.executable, "-m", module, json.dumps({**given, "begun": time.monotonic()})]
+    own = os.environ | environment
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=own, check=False)  # noqa: S603
+    if not done.stdout:
+        raise DataError("the process that was measured has ended; its own message is above", about=module)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise DataError(found["error"], about=found["about"])
+    return found
+
+
+def answer_once(measure: Callable[..., Mapping[str, Any]]) -> None:
+    """Call ``measure`` with the arguments that ``in_process`` gives, and print what it returns as a JSON object."""
+    try:
+        found = measure(**json.loads(sys.argv[1]))
+    except EdgeAdaptError as error:
+        found = {"error": str(error), "about": error.about}
+    print(json.dumps(found))
 
 
 def resident(what: str) -> int:
