@@ -113,9 +113,7 @@ class Aggregation(Settings):
         privacy: PrivacySettings | None = None,
     ) -> SessionSpec:
         """Set the parameters of a session with a cohort of ``devices``; ``clip_norm`` is by default that of an update.
-
-        Raises ConfigError: no ring can hold the sum of all devices, or as ``masking_graph`` and ``survivors``.
-        """
+        Raises ConfigError: no ring can hold the sum of all devices, or as ``masking_graph`` and ``survivors``."""
         chosen = self.masking_graph(devices)
         survivors, grouping = self.survivors(devices, chosen), self.grouping(devices)
         noise = privacy if privacy is not None and privacy.noisy else None
@@ -181,10 +179,8 @@ class Aggregation(Settings):
         return next((n for n in counts if self.groups == 1 or self._group_minimum(n) <= n // self.groups), MAX_COHORT)
 
     def survivors(self, devices: int, chosen: GraphParameters) -> int:
-        """Fewest survivors of a round in a cohort of ``devices`` with the masking graph ``chosen``.
-
-        Raises ConfigError: sums over all devices on this graph could be combined to a few devices.
-        """
+        """Fewest survivors of a round in a cohort of ``devices`` with the masking graph ``chosen``. Raises ConfigError:
+        sums over all devices on this graph could be combined to a few devices."""
         # In an active session enough that no two groups of survivors can sign different survivor sets.
         signed = graph.quorum(devices, self.corrupt_fraction) if self.adversary == Adversary.ACTIVE.value else 0
         corrupt = graph.count_of(devices, self.corrupt_fraction)
@@ -385,10 +381,8 @@ class FederationSettings(Settings):
         return self._table(kind).task(self._round(manifest.peft_config, manifest.labels, manifest.version))
 
     def task(self, manifest: VersionManifest) -> Task:
-        """Build the task of a round that trains the adapter that ``manifest`` describes.
-
-        Raises ConfigError: the method tells LoRA's matrices apart, and the adapter is of another kind.
-        """
+        """Build the task of a round that trains the adapter that ``manifest`` describes. Raises ConfigError: the method
+        tells LoRA's matrices apart, and the adapter is of another kind."""
         return self.training.task(self._round(manifest.peft_config, manifest.labels, manifest.version))
 
     def _round(self, config: PeftConfig, labels: tuple[str, ...], version: int) -> RoundOf:
@@ -451,10 +445,8 @@ class FederationSettings(Settings):
                 yield (task if isinstance(task, table.KIND) else table.task(of)), count
 
     def with_evaluation(self, done: int, newest: str, previous: str) -> Self:
-        """Add a round after those that are still to do, which compares two releases by ``AdapterManifest.content``.
-
-        A comparison that is still to do is replaced. Raises ConfigError: the federation has groups.
-        """
+        """Add a round after those that are still to do, which compares two releases by ``AdapterManifest.content``. A
+        comparison that is still to do is replaced. Raises ConfigError: the federation has groups."""
         table = self.model_dump(mode="json")
         waits = self.evaluation.rounds and done < self.rounds
         table["rounds"] = self.rounds if waits else max(self.rounds, done) + 1

@@ -228,10 +228,8 @@ def _limit_files(processes: Iterable[int], size: int) -> None:
 
 
 def _with(environment: Callable[[FaultFleet], Mapping[str, str]], *, ends: bool = False) -> Callable[..., float]:
-    """Run the victim's agent in another environment for a round, and then again as it was.
-
-    ``ends``: the agent is refused, and ends by itself.
-    """
+    """Run the victim's agent in another environment for a round, and then again as it was. ``ends``: the agent is
+    refused, and ends by itself."""
 
     def inject(fleet: FaultFleet) -> float:
         name, rounds = victim(fleet), len(fleet.records())

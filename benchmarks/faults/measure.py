@@ -38,10 +38,8 @@ TOLERANCE = 1e-9  # relative
 
 
 def losses(fleet: FaultFleet, before: tuple[RoundRecord, ...]) -> list[str]:
-    """What was lost or counted twice since ``before``, one line each; empty: nothing.
-
-    ``coordinator up`` must not run. A log that a kill left open is closed, as the next start does.
-    """
+    """What was lost or counted twice since ``before``, one line each; empty: nothing. ``coordinator up`` must not run.
+    A log that a kill left open is closed, as the next start does."""
     found = [*_rounds(fleet.records(), before)]
     for machine in fleet.machines:
         state_dir = CoordinatorStateDir.open(machine.folder)

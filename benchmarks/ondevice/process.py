@@ -45,10 +45,8 @@ class ContenderEngine(Protocol):
 
 
 def loss(engine: ContenderEngine, rows: Sequence[Sequence[int]]) -> tuple[float, int]:
-    """Sum the cross-entropy of ``rows`` under a model, in nats, over every token but the first of each row.
-
-    Each row starts from an empty context. Returns the sum, in float64, and the number of those tokens.
-    """
+    """Sum the cross-entropy of ``rows`` under a model, in nats, over every token but the first of each row. Each row
+    starts from an empty context. Returns the sum, in float64, and the number of those tokens."""
     total = 0.0
     for row in rows:
         scores = engine.logits(row)[:-1].astype(np.float64)
@@ -86,10 +84,8 @@ class Contender:
     """A running process that has loaded its model."""
 
     def __init__(self, spec: ContenderSpec, prompt: Sequence[int]) -> None:
-        """Start the process, wait until it has loaded, and let it read ``prompt`` once.
-
-        Raises DataError: it could not load; the message is its own.
-        """
+        """Start the process, wait until it has loaded, and let it read ``prompt`` once. Raises DataError: it could not
+        load; the message is its own."""
         self.spec = spec
         begun = time.perf_counter()
         # In a session of its own: Ctrl-C reaches this process only, which then ends that one.
@@ -230,9 +226,7 @@ def _answer(engine: ContenderEngine, command: Mapping[str, Any]) -> dict[str, An
 
 def in_process(module: str, given: Mapping[str, Any], environment: Mapping[str, str] = QUIET) -> dict[str, Any]:
     """Call ``answer_once`` in a new process of ``module`` with these arguments and ``begun``, when it was started.
-
-    Raises DataError: it fails, or has ended.
-    """
+    Raises DataError: it fails, or has ended."""
     command = [sys.executable, "-m", module, json.dumps({**given, "begun": time.monotonic()})]
     own = os.environ | environment
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=own, check=False)  # noqa: S603
@@ -254,10 +248,8 @@ def answer_once(measure: Callable[..., Mapping[str, Any]]) -> None:
 
 
 def resident(what: str) -> int:
-    """Bytes of this process in memory by a field of Linux's ``status`` (proc(5)): ``VmRSS`` now, ``VmHWM`` at most.
-
-    0 outside Linux.
-    """
+    """Bytes of this process in memory by a field of Linux's ``status`` (proc(5)): ``VmRSS`` now, ``VmHWM`` at most. 0
+    outside Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     # Not ``ru_maxrss``: a process begins with what its parent had when it was forked.

@@ -49,10 +49,8 @@ def judged(found: Figures) -> dict[str, Any]:
 
 
 def chosen(found: Figures) -> str:
-    """The profile that is measured against the goals: the fastest of those comparable to the peer.
-
-    If none is comparable or the peer does not take part, the fastest of all: bytes and perplexity are goals as well.
-    """
+    """The profile that is measured against the goals: the fastest of those comparable to the peer. If none is
+    comparable or the peer does not take part, the fastest of all: bytes and perplexity are goals as well."""
     ours: list[str] = [name for name in found["decode"] if name not in (PEER, TORCH)]
     fair = [name for name in ours if PEER in found["decode"] and comparable(found, name)]
     return max(fair or ours, key=lambda name: float(found["decode"][name]["adapter"]))

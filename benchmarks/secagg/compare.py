@@ -243,10 +243,8 @@ def large(work: SecAggWorkload, note: Note) -> dict[str, Any]:
 
 
 def memory(work: SecAggWorkload, note: Note) -> dict[str, float]:
-    """Measure the peak of allocated memory, in vectors: of a device, and of a device and the server together.
-
-    The trained values are not counted. The server's peak is taken while ``MEMORY_DEVICES`` uploads arrive.
-    """
+    """Measure the peak of allocated memory, in vectors: of a device, and of a device and the server together. The
+    trained values are not counted. The server's peak is taken while ``MEMORY_DEVICES`` uploads arrive."""
     note("memory")
     fleet, values, rng = _fleet(MEMORY_DEVICES, work.elements)
     plan, vector = fleet.begin().plan, ring.zeros(work.elements, ours.BITS).nbytes

@@ -64,10 +64,8 @@ QUICK = SimulationWorkload({"no training": Work(4, 2, minilm=False, trains=False
 
 
 def compare(work: SimulationWorkload, note: Note) -> dict[str, Any]:
-    """Measure both engines and return the figures as JSON has them.
-
-    Raises ConfigError: Ray is not installed, or the system is not Linux.
-    """
+    """Measure both engines and return the figures as JSON has them. Raises ConfigError: Ray is not installed, or the
+    system is not Linux."""
     require_ray()
     found = dict[str, dict[str, Any]]()
     with TemporaryDirectory() as folder:

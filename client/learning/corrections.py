@@ -49,10 +49,8 @@ class Before:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """One run of learning.
-
-    ``before``: the adapter that was in use before; None if it was not private, so that undoing deletes the private one.
-    """
+    """One run of learning. ``before``: the adapter that was in use before; None if it was not private, so that undoing
+    deletes the private one."""
 
     corrections: Annotated[tuple[Correction, ...], _CORRECTIONS]
     made: Annotated[str, wire.text("[0-9a-f]{64}")]  # SHA-256 of the file of the adapter that it made
@@ -79,11 +77,8 @@ class LessonHistory:
         return tuple({one.text: one for one in every}.values())
 
     def current(self, used: str) -> Self:
-        """Restrict the history to the adapter in use: a last lesson that made none is left out.
-
-        If none of the lessons made the adapter, as after another one was installed, none can be undone. ``used``:
-        SHA-256 of its file.
-        """
+        """Restrict the history to the adapter in use: a last lesson that made none is left out. If none of the lessons
+        made the adapter, as after another one was installed, none can be undone. ``used``: SHA-256 of its file."""
         if not self.lessons or self.lessons[-1].made == used:
             return self
         if self.lessons[-1].used == used:

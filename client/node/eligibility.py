@@ -94,10 +94,8 @@ def machine_conditions(settings: EligibilitySettings, readings: Readings, now: d
 def conditions(
     state: EligibleState, readings: Readings, now: datetime, *, count_examples: bool = True
 ) -> list[Condition]:
-    """List the conditions that are demanded of a device that joins a session.
-
-    ``count_examples``: whether ``minimum_examples`` is one of them. Counting takes time that depends on the examples.
-    """
+    """List the conditions that are demanded of a device that joins a session. ``count_examples``: whether
+    ``minimum_examples`` is one of them. Counting takes time that depends on the examples."""
     settings = state.eligibility
     demanded = machine_conditions(settings, readings, now)
     if settings.minimum_examples and count_examples:

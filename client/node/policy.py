@@ -82,10 +82,8 @@ class PolicySettings(_Limits):
         return self
 
     def policy(self, base_digest: str) -> Policy:
-        """Make the policy of a device that has the base of this digest.
-
-        Raises ConfigError: a limit is out of range, or contradicts another.
-        """
+        """Make the policy of a device that has the base of this digest. Raises ConfigError: a limit is out of range, or
+        contradicts another."""
         limits = {field.name: getattr(self, field.name) for field in fields(Policy)}
         bases = {base_digest} & set(self.known_bases) if self.known_bases else {base_digest}
         adversaries = frozenset(Adversary(name) for name in self.adversaries)

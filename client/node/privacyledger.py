@@ -26,10 +26,8 @@ _SPENT: Codec[Spent] = wire.record(Spent, {"curve": wire.sequence(wire.real, len
 
 @dataclass(frozen=True, slots=True)
 class PrivacyLedger:
-    """The account of one device. Law: ``open(seal(l, k), k) == l``.
-
-    ``settled`` counts sums whose survivors it knows, and rounds that it did not see the end of.
-    """
+    """The account of one device. Law: ``open(seal(l, k), k) == l``. ``settled`` counts sums whose survivors it knows,
+    and rounds that it did not see the end of."""
 
     settled: Annotated[Spent, _SPENT] = NOTHING
     pending: Annotated[Spent, _SPENT] = NOTHING  # the contribution that left last, if neither is known of it yet
@@ -55,10 +53,8 @@ _CODEC: Codec[PrivacyLedger] = wire.record(PrivacyLedger)
 
 
 def on_plan(known: PrivacyLedger, spec: SessionSpec, cohort: int, policy: Policy) -> PrivacyLedger:
-    """Make the ledger to save before the contribution to a round leaves.
-
-    Raises ProtocolError: it would exceed the policy's ``maximum_epsilon``.
-    """
+    """Make the ledger to save before the contribution to a round leaves. Raises ProtocolError: it would exceed the
+    policy's ``maximum_epsilon``."""
     settled = known.spent
     if spec.privacy is None:
         return replace(known, settled=settled, pending=NOTHING, bare=known.bare + 1)

@@ -30,10 +30,8 @@ _EVER = wire.sequence(wire.text(f"[0-9a-f]{{64}}/({'|'.join(Part)})"), MAX_EVER)
 
 @dataclass(frozen=True, slots=True)
 class PrivateParts:
-    """The private parts before and after the last plan for which the device trained some, and which ever were.
-
-    Law: ``open(seal(p, k), k) == p``. ``before`` and ``after`` are safetensors files.
-    """
+    """The private parts before and after the last plan for which the device trained some, and which ever were. Law:
+    ``open(seal(p, k), k) == p``. ``before`` and ``after`` are safetensors files."""
 
     subject: Digest  # what they belong to (``client.training.private.subject_of``)
     plan: Digest
@@ -46,10 +44,8 @@ class PrivateParts:
         return sealed.seal_record(_CODEC, self, key, _MAGIC)
 
     def start(self, subject: bytes, plan: bytes = b"") -> bytes | None:
-        """Choose the file from which a training starts; None if the parts are of another subject.
-
-        ``plan``: digest of the plan; that of the last one gives what that one started from.
-        """
+        """Choose the file from which a training starts; None if the parts are of another subject. ``plan``: digest of
+        the plan; that of the last one gives what that one started from."""
         if self.subject != subject:
             return None
         return self.before if self.plan == plan else self.after
@@ -70,9 +66,7 @@ def ever_private(known: PrivateParts | None, base: str, parts: Iterable[Part]) -
 
 def check_unshared(known: PrivateParts | None, base: str, task: RoundTask) -> None:
     """Check that a task shares no part that this device ever trained and kept to itself on the base with this digest.
-
-    Whether the task trains what it shares makes no difference. Raises ProtocolError: it shares one.
-    """
+    Whether the task trains what it shares makes no difference. Raises ProtocolError: it shares one."""
     if refused := sorted(task.changes & private_on(known, base)):
         text = f"task.shared: this device keeps the part {refused[0]} to itself, because it trained it without sharing "
         text += "it: take a method that does not share it, or ask the owner to run 'edgeadapt device forget'"

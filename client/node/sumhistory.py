@@ -64,10 +64,8 @@ _POINTS = wire.sequence(_POINT, EARLIER)
 
 @dataclass(frozen=True, slots=True)
 class SameDevices:
-    """The last sums of a kind, all over the same devices.
-
-    ``survivors``: device → serial of the certificate that it had in the last of them.
-    """
+    """The last sums of a kind, all over the same devices. ``survivors``: device → serial of the certificate that it had
+    in the last of them."""
 
     kind: Annotated[SumKind, wire.choice(SumKind)]
     survivors: Annotated[Mapping[str, int], SERIALS]
@@ -76,10 +74,8 @@ class SameDevices:
 
 @dataclass(frozen=True, slots=True)
 class PlannedSum:
-    """The round without noise that the device trained for last.
-
-    ``bound``: the kinds of earlier sums over whose devices this one has to be.
-    """
+    """The round without noise that the device trained for last. ``bound``: the kinds of earlier sums over whose devices
+    this one has to be."""
 
     point: Annotated[Point, _POINT]
     bound: Annotated[tuple[SumKind, ...], wire.sequence(wire.choice(SumKind), len(SumKind))]
@@ -89,11 +85,8 @@ class PlannedSum:
 
 @dataclass(frozen=True, slots=True)
 class SumHistory:
-    """The sums without noise to which a device helped. Law: ``open(seal(h, k), k) == h``.
-
-    ``earlier``: the last ``EARLIER`` sums that were over other devices than these, the oldest first; ``round``: the one
-    under way.
-    """
+    """The sums without noise to which a device helped. Law: ``open(seal(h, k), k) == h``. ``earlier``: the last
+    ``EARLIER`` sums that were over other devices than these, the oldest first; ``round``: the one under way."""
 
     key: Annotated[bytes, wire.fixed(32)] = field(repr=False)
     last: Annotated[tuple[SameDevices, ...], wire.sequence(wire.record(SameDevices), len(SumKind))] = ()

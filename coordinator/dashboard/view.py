@@ -40,10 +40,8 @@ class ChannelsView:
     _found: dict[str, Any] | None = None
 
     def look(self) -> dict[str, Any]:
-        """Read ``channels``, name → row or None without a release, and the ``problem`` why not to believe them.
-
-        Raises ConfigError: the folder does not have a repository.
-        """
+        """Read ``channels``, name → row or None without a release, and the ``problem`` why not to believe them. Raises
+        ConfigError: the folder does not have a repository."""
         opened = ChannelRepository.open(self.folder, datetime.now(UTC))
         timestamp = opened.metadata.place / "timestamp.json"  # each action signs a new one
         ready = [opened.prepared.path(name) for name in opened.channels]  # and preparing a rollback does not
@@ -132,9 +130,7 @@ LISTED = 200  # rounds at most, the last ones
 @dataclass(slots=True)
 class Viewer:
     """Reads a coordinator's state directory again and again. It writes nothing, and takes no lock for long.
-
-    ``channels``: a repository of channels; None if none is to be shown.
-    """
+    ``channels``: a repository of channels; None if none is to be shown."""
 
     state_dir: CoordinatorStateDir
     channels: ChannelsView | None = None

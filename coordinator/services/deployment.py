@@ -80,10 +80,8 @@ def up(folder: Path, report: Report) -> None:
 
 
 def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tuple[ServiceProgram, ...]:
-    """List the services that the settings name, in the order of their start.
-
-    Raises ConfigError: they name none, or as ``CoordinatorStateDir.read_tls``, or the certificate is for other hosts.
-    """
+    """List the services that the settings name, in the order of their start. Raises ConfigError: they name none, or as
+    ``CoordinatorStateDir.read_tls``, or the certificate is for other hosts."""
     folder = state_dir.folder.resolve()
     if not settings.gateway and not settings.superlink:
         text = f"{state_dir.folder / SERVICES} names nothing to run: set gateway or superlink to HOST:PORT"
