@@ -50,13 +50,13 @@ class Snapshot:
     def seal(self, key: bytes, share_key: bytes) -> bytes:
         """Encrypt the snapshot with the device's sealing key. ``share_key``: the public share encryption key with which
         the device joined; it is fresh for each join."""
-        return sealed.seal_record(_CODEC, self, key, _MAGIC, share_key)
+        return _MAGIC + sealed.encrypt(_CODEC.encode(self), key, _MAGIC + share_key)
 
     @classmethod
     def open(cls, raw: bytes, key: bytes, share_key: bytes) -> "Snapshot":
         """Decrypt a snapshot. ``key``, ``share_key``: as for ``seal``. Raises TrustError: it was altered, or taken when
         the device joined with another key."""
-        return sealed.open_record(_CODEC, raw, key, _MAGIC, share_key)
+        return _CODEC.decode(sealed.decrypt(raw.removeprefix(_MAGIC), key, _MAGIC + share_key))
 
     def since(self, round_: int) -> "Snapshot":
         """Keep the snapshot for a round and later ones; the secrets of earlier rounds do not follow from it. Raises
