@@ -206,8 +206,9 @@ def _round(record: RoundRecord) -> dict[str, Any]:
 PREFIX = "edgeadapt_"
 
 
-class _View:
+class _View(CollectorRegistry):
     def __init__(self, view: dict[str, Any]) -> None:
+        super().__init__()
         self._view = view
 
     def collect(self) -> Iterator[Metric]:
@@ -216,9 +217,7 @@ class _View:
 
 def exposition(view: dict[str, Any]) -> bytes:
     """Format a view (``Viewer.look``)."""
-    registry = CollectorRegistry()
-    registry.register(_View(view))
-    return generate_latest(registry)
+    return generate_latest(_View(view))
 
 
 def families(view: dict[str, Any]) -> Iterator[Metric]:
