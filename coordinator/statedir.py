@@ -10,7 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -178,11 +178,7 @@ class CoordinatorStateDir:
     @property
     def in_use(self) -> bool:
         """Whether a run holds the directory."""
-        try:
-            with storage.locked(self.folder / LOCK, timeout=0) if (self.folder / LOCK).exists() else nullcontext():
-                return False
-        except TimeoutError:
-            return True
+        return storage.is_locked(self.folder / LOCK)
 
     @property
     def name(self) -> str:
@@ -282,11 +278,8 @@ def _warn_of_older(path: Path, number: int, newer: int) -> None:
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Lock a directory as ``CoordinatorStateDir.locked`` does, also one that cannot be opened."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(storage.locked(folder / LOCK, timeout=PATIENCE))
-        except TimeoutError:
-            raise EdgeAdaptError(f"another run is using {folder}: wait until it ends, or end it", about=LOCK) from None
+    refusal = EdgeAdaptError(f"another run is using {folder}: wait until it ends, or end it", about=LOCK)
+    with storage.locked_or(refusal, folder / LOCK, timeout=PATIENCE):
         yield
 
 

@@ -197,21 +197,16 @@ class Learner:
         bundle = library.bundle
         folder = storage.real(bundle).parent / LEARNED
         folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
-        try:
-            with storage.locked(folder / LOCK, timeout=0):
-                adapter = library.trust.adapter(name or library.default(), library.base)
-                target = adapter.manifest.name if adapter.manifest.parent else PERSONAL
-                if target != adapter.manifest.name and target in adapter_names(bundle):
-                    reason = (
-                        f"{bundle} has a private adapter already: choose {target} instead of {adapter.manifest.name}"
-                    )
-                    raise ConfigError(reason, about="--adapter", value=name)
-                keys = _keys(folder, entropy or SystemEntropy())
-                history = LessonHistory.read(folder / HISTORY, keys[1]).current(adapter.manifest.sha256)
-                yield cls(library, adapter, target, keys, folder, history)
-        except TimeoutError as error:
-            reason = f"another program is learning with {bundle}: try again when it has ended"
-            raise ConfigError(reason, about=LOCK) from error
+        refusal = ConfigError(f"another program is learning with {bundle}: try again when it has ended", about=LOCK)
+        with storage.locked_or(refusal, folder / LOCK):
+            adapter = library.trust.adapter(name or library.default(), library.base)
+            target = adapter.manifest.name if adapter.manifest.parent else PERSONAL
+            if target != adapter.manifest.name and target in adapter_names(bundle):
+                reason = f"{bundle} has a private adapter already: choose {target} instead of {adapter.manifest.name}"
+                raise ConfigError(reason, about="--adapter", value=name)
+            keys = _keys(folder, entropy or SystemEntropy())
+            history = LessonHistory.read(folder / HISTORY, keys[1]).current(adapter.manifest.sha256)
+            yield cls(library, adapter, target, keys, folder, history)
 
     def teach(
         self,

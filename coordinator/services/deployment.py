@@ -12,8 +12,7 @@ import socket
 import ssl
 import sysconfig
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,9 @@ def up(folder: Path, report: Report) -> None:
         saved = True
         return True
 
-    with _alone(folder):
+    text = f"the services of {folder} run already: see 'edgeadapt coordinator status {folder}'"
+    # A while, because a check whether the lock is held has it for a moment.
+    with storage.locked_or(EdgeAdaptError(text, about=LOCK), folder / LOCK, timeout=PROBE):
         (folder / RUNNING).unlink(missing_ok=True)  # left by a killed one: on a full disk it would stay
         try:
             changed([])
@@ -115,17 +116,13 @@ def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tu
 
 def running(folder: Path) -> dict[str, Any] | None:
     """Read what ``up`` has written about the services that it runs now; None if it does not run."""
-    if not (folder / LOCK).exists():
+    if not storage.is_locked(folder / LOCK):
         return None
     try:
-        with storage.locked(folder / LOCK, timeout=0):
-            return None
-    except TimeoutError:
-        try:
-            row: dict[str, Any] = jsontext.decode(storage.read(folder / RUNNING, MAX_RUNNING))
-        except FileNotFoundError:  # it has just begun, or is about to end
-            return {"pid": None, "since": None, "stop": 0.0, "services": []}
-        return row
+        row: dict[str, Any] = jsontext.decode(storage.read(folder / RUNNING, MAX_RUNNING))
+    except FileNotFoundError:  # it has just begun, or is about to end
+        return {"pid": None, "since": None, "stop": 0.0, "services": []}
+    return row
 
 
 def stop(folder: Path) -> bool:
@@ -147,17 +144,6 @@ def stop(folder: Path) -> bool:
             raise EdgeAdaptError(text, about=LOCK, value=asked)
         time.sleep(PROBE / 10)
     return asked is not None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:  # a while, because a check whether the lock is held has it for a moment
-            stack.enter_context(storage.locked(folder / LOCK, timeout=PROBE))
-        except TimeoutError:
-            text = f"the services of {folder} run already: see 'edgeadapt coordinator status {folder}'"
-            raise EdgeAdaptError(text, about=LOCK) from None
-        yield
 
 
 def _await_rounds(state_dir: CoordinatorStateDir, seconds: float) -> None:
