@@ -8,7 +8,8 @@ out of that one. A device that seals the new state before it sends the answer ne
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, TypeAlias, TypeVar
+from functools import cache
+from typing import Any, ClassVar, Self, TypeAlias, cast
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -27,7 +28,6 @@ from aggregation.spec import MAX_ROUNDS
 from aggregation.wire import Codec
 
 ClientState: TypeAlias = Advertised | Ready | Planned | Masked | Confirmed
-Value = TypeVar("Value")
 _MAGIC = b"edgeadapt/state/1\x00"
 _KEY, _NONCE = 32, 12  # bytes
 _U32, _U64, _32 = wire.uint(32), wire.uint(64), wire.fixed(32)
@@ -158,17 +158,29 @@ def decrypt(blob: bytes, key: bytes, bound: bytes) -> bytes:
         raise TrustError(text, about="sealed.ciphertext") from None
 
 
-def seal_record(codec: Codec[Value], value: Value, key: bytes, magic: bytes, bound: bytes = b"") -> bytes:
-    """Encrypt a record of its own kind: ``magic``, and what ``encrypt`` makes. ``bound``: what else it belongs to."""
-    return magic + encrypt(codec.encode(value), key, magic + bound)
-
-
-def open_record(codec: Codec[Value], raw: bytes, key: bytes, magic: bytes, bound: bytes = b"") -> Value:
-    """What ``seal_record`` encrypted. Raises TrustError, ConfigError as ``decrypt``."""
-    return codec.decode(decrypt(raw.removeprefix(magic), key, magic + bound))
-
-
 def _cipher(key: bytes) -> AESGCM:
     if len(key) != _KEY:
         raise ConfigError(f"a sealing key has {_KEY} bytes, not {len(key)}", about="sealed.key", value=len(key))
     return AESGCM(key)
+
+
+class SealedRecord:
+    """A record that a device keeps encrypted: a frozen dataclass. Law: ``open(seal(r, k), k) == r``."""
+
+    __slots__ = ()
+    MAGIC: ClassVar[bytes]  # begins the bytes of this kind of record
+
+    def seal(self, key: bytes) -> bytes:
+        """Encrypt it. ``key``: 32 bytes that never leave the device."""
+        return self.MAGIC + encrypt(_codec(cast(Any, type(self))).encode(self), key, self.MAGIC)
+
+    @classmethod
+    def open(cls, raw: bytes, key: bytes) -> Self:
+        """Decrypt what ``seal`` made. Raises TrustError, ConfigError as ``decrypt``."""
+        record: Self = _codec(cast(Any, cls)).decode(decrypt(raw.removeprefix(cls.MAGIC), key, cls.MAGIC))
+        return record
+
+
+@cache
+def _codec(kind: type[SealedRecord]) -> Codec[Any]:
+    return wire.record(kind)

@@ -49,6 +49,19 @@ def spread_text(values: Mapping[str, float], unit: float = 1.0) -> str:
     return f"{median} ({low}–{high})"
 
 
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Align the cells of a table: the first ``left`` columns to the left, the others to the right.
+
+    >>> print(aligned([("", "ms"), ("client", "7"), ("server", "12")]))
+            ms
+    client   7
+    server  12
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    forms = [f"{{:{'<' if number < left else '>'}{width}}}" for number, width in enumerate(widths)]
+    return "\n".join("  ".join(forms).format(*row).rstrip() for row in rows)
+
+
 @dataclass(slots=True)
 class Stopwatch:
     """Sums the time of calls: wall-clock seconds, and CPU seconds of all threads of this process."""

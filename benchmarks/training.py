@@ -5,10 +5,6 @@ training graph of a bundle. The texts are drawn from a few words, since the work
 engines get the same batches in the same order.
 """
 
-import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,9 +14,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError
-from benchmarks.ondevice.process import QUIET, resident
-from benchmarks.timing import Note, in_turn, spread_text
+from aggregation.errors import ConfigError, DataError
+from benchmarks.ondevice.process import QUIET, answer_once, in_process, resident
+from benchmarks.timing import Note, aligned, in_turn, spread_text
 from client.inference.trust import Trust
 from client.training.control import TrainingControl
 from client.training.engine import trainer_of
@@ -72,7 +68,7 @@ def compare(bundle: Path, trust: Path | None, base: str, work: TrainingWorkload,
 
 
 def table(found: Mapping[str, Any]) -> str:
-    rows = (
+    figures = (
         ("tokens a second", "tokens_per_second", 1.0),
         ("tokens a second of CPU time", "tokens_per_cpu_second", 1.0),
         ("start to the end of the first step, s", "first_step", 1.0),
@@ -80,15 +76,13 @@ def table(found: Mapping[str, Any]) -> str:
         ("peak memory, MiB", "memory", 2.0**20),
         ("loss of the trained adapter", "loss", 1.0),
     )
-    work = found["work"]
-    lines = [f"{'':40}{'onnx':>28}{'torch':>28}{'onnx / torch':>14}"]
-    for title, name, unit in rows:
-        cells = "".join(f"{spread_text(found[engine][name], unit):>28}" for engine in ENGINES)
-        ratio = found["ratios"].get(name)
-        lines.append(f"{title:40}{cells}{'' if ratio is None else f'{ratio:.3f}':>14}")
+    work, rows = found["work"], [["", *ENGINES, " / ".join(ENGINES)]]
+    for title, name, unit in figures:
+        cells = (spread_text(found[engine][name], unit) for engine in ENGINES)
+        rows.append([title, *cells, f"{found['ratios'][name]:.3f}" if name in found["ratios"] else ""])
     runs = f"Median (smallest–largest) of {work['repeats']} runs of each engine in turn, one thread"
     texts = f"{work['texts']} texts of {work['words']} words in batches of {work['batch']}, LoRA of rank {work['rank']}"
-    return "\n".join([*lines, "", f"{runs}; {texts}; {found['task']}, {found['profile']}."])
+    return f"{aligned(rows)}\n\n{runs}; {texts}; {found['task']}, {found['profile']}."
 
 
 def _bundle(folder: Path, trust: Path | None) -> Bundle:
@@ -96,15 +90,10 @@ def _bundle(folder: Path, trust: Path | None) -> Bundle:
 
 
 def _run(given: Mapping[str, Any]) -> dict[str, float]:
-    command = [sys.executable, "-m", __name__, json.dumps({**given, "begun": time.monotonic()})]
-    environment = os.environ | QUIET | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)  # noqa: S603
-    if not done.stdout:
-        raise DataError("the process that trains has ended; its own message is above", about=given["engine"])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    if "error" in found:
-        raise DataError(f"{given['engine']}: {found['error']}", about=found["about"])
-    return found
+    try:
+        return in_process(__name__, given, QUIET | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    except DataError as error:
+        raise DataError(f"{given['engine']}: {error}", about=error.about) from None
 
 
 def _examples(work: TrainingWorkload, labels: int) -> list[Example]:
@@ -146,14 +135,5 @@ def _measured(engine: str, bundle: str, trust: str | None, base: str, begun: flo
     }
 
 
-def main() -> None:
-    """Measure, and print one JSON object."""
-    try:
-        found: dict[str, Any] = _measured(**json.loads(sys.argv[1]))
-    except EdgeAdaptError as error:
-        found = {"error": str(error), "about": error.about}
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main()
+    answer_once(_measured)

@@ -87,10 +87,8 @@ def over_gateway(state_dir: CoordinatorStateDir, address: str) -> Iterator[Round
 
 
 def run(state_dir: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
-    """Run the rounds that are still to do, and yield the record of each one once it is committed.
-
-    Raises EdgeAdaptError: another run uses the state directory, or as ``federate``.
-    """
+    """Run the rounds that are still to do, and yield the record of each one once it is committed. Raises
+    EdgeAdaptError: another run uses the state directory, or as ``federate``."""
     with state_dir.leading() as leader:
         yield from lead(leader, grid)
 

@@ -84,10 +84,8 @@ Report = Callable[[int, int], object]  # bytes done since the last call, of how 
 
 @dataclass(frozen=True, slots=True)
 class BackupManifest(Manifest):
-    """What a backup holds. ``version`` and ``round`` are the newest.
-
-    ``registry``: ``RegistrySnapshot.digest``; None for a standby, whose registry stays where ``registry.toml`` says.
-    """
+    """What a backup holds. ``version`` and ``round`` are the newest. ``registry``: ``RegistrySnapshot.digest``; None
+    for a standby, whose registry stays where ``registry.toml`` says."""
 
     NAME: ClassVar[str] = "coordinator-backup"
 
@@ -121,8 +119,7 @@ def write_archive(
         manifest: Digest of SHA256SUMS → the manifest.
         report: Called for each file when it was hashed, and when it was written.
 
-    Raises:
-        EdgeAdaptError: A file changed meanwhile.
+    Raises EdgeAdaptError: a file changed meanwhile.
     """
     digests, total = list[str](), 2 * sum(entry.size for entry in files)
     for entry in files:
@@ -152,9 +149,8 @@ def extract(
         trusted: The coordinator's key; None: the one in the archive, which then proves only that nothing is damaged.
         modes: Regular expression of a name → permissions. A file with another name is refused.
 
-    Raises:
-        DataError: It is not an archive of a coordinator, or it is truncated.
-        TrustError: It is of another coordinator, or was altered.
+    Raises DataError: it is not an archive of a coordinator, or it is truncated; TrustError: it is of another
+    coordinator, or was altered.
     """
     with storage.opened(archive, 2**63) as (file, total):
         reader = _ArchiveReader(archive, file)
@@ -261,9 +257,7 @@ class RegistrySnapshot:
 
     def insert(self, engine: Engine, transcript: Path | None = None) -> None:
         """Put all rows, all or none, into a registry without any; the logs in ``transcript`` too, if it takes logs.
-
-        Raises ConfigError: it has some.
-        """
+        Raises ConfigError: it has some."""
         with database.explained(engine), engine.begin() as connection:
             for table in _tables():
                 if connection.execute(table.select().limit(1)).first() is not None:

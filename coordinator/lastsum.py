@@ -43,10 +43,8 @@ NAMED = 6  # devices that a text lists by name
 
 @dataclass(frozen=True, slots=True)
 class LastSum:
-    """The last sum from an adapter that devices were asked to unmask.
-
-    ``terms``: name of a setting → its value then, from ``terms``; empty for a sum of this run, whose settings stay.
-    """
+    """The last sum from an adapter that devices were asked to unmask. ``terms``: name of a setting → its value then,
+    from ``terms``; empty for a sum of this run, whose settings stay."""
 
     adapter: str  # SHA-256 of the adapter's file, hex
     survivors: Mapping[str, int]  # device whose update is in it → serial of the certificate it had then
@@ -57,10 +55,8 @@ class LastSum:
     terms: Mapping[str, float | str] = field(default_factory=dict)
 
     def unmet(self, devices: Collection[str], revoked: RevocationList | None) -> str:
-        """Explain what another sum over the same devices lacks, and what ends that; empty if nothing.
-
-        Devices in ``revoked``, the list that their session applies, are not in another sum.
-        """
+        """Explain what another sum over the same devices lacks, and what ends that; empty if nothing. Devices in
+        ``revoked``, the list that their session applies, are not in another sum."""
         listed = revoked.revoked if revoked else {}
         due = sorted(device for device, number in self.survivors.items() if number not in listed)
         if spoilers := [device for device in due if device in self.blamed]:
@@ -90,9 +86,7 @@ def serials(certificates: Iterable[bytes]) -> dict[str, int]:
 
 def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[RoundRecord]) -> LastSum | None:
     """Find the last sum from ``adapter`` in the logs that a coordinator left; None if none could be unmasked.
-
-    ``adapter``: SHA-256 of the newest adapter's file, hex. Raises TrustError: a log was altered.
-    """
+    ``adapter``: SHA-256 of the newest adapter's file, hex. Raises TrustError: a log was altered."""
     unrecoverable = {record.plan: record for record in records if record.reason == AbortReason.UNRECOVERABLE.value}
     for path in reversed(logs(folder)):
         log = StoredLog.read(path, coordinator)
@@ -165,10 +159,8 @@ log = logging.getLogger("edgeadapt.coordinator")
 def binding(
     last: LastSum, registry: Registry, adapter: StoredAdapter, task: RoundTask, settings: FederationSettings
 ) -> LastSum | None:
-    """Keep the last sum if devices demand that the next one is over its devices; None if they do not.
-
-    Raises TrustError: the registry was altered.
-    """
+    """Keep the last sum if devices demand that the next one is over its devices; None if they do not. Raises
+    TrustError: the registry was altered."""
     kinds = {last.kind, type(task)}
     if settings.privacy.noisy or settings.aggregation.groups > 1 or any(kind.EXACT is None for kind in kinds):
         return None

@@ -96,9 +96,7 @@ class Connection:
 @contextmanager
 def connected(address: str, root_certificates: Path | None, *, insecure: bool) -> Iterator[Connection]:
     """Configure Flower's command line for the SuperLink's Control API at ``address`` (``HOST:PORT``), for the block.
-
-    ``root_certificates``: PEM file of the authority that certified the SuperLink; None: those of the system.
-    """
+    ``root_certificates``: PEM file of the authority that certified the SuperLink; None: those of the system."""
     table: dict[str, Any] = {"address": address}
     table |= {"insecure": True} if insecure else {}
     table |= {"root-certificates": str(root_certificates.resolve())} if root_certificates else {}

@@ -67,11 +67,8 @@ def federate(leader: CoordinatorStateDir, transport: Transport) -> Iterator[Roun
 
 @dataclass(slots=True)
 class _Run:
-    """State between the rounds of a run.
-
-    ``cohort`` and ``session`` are those of the last round: None before the first, ``session`` also where the next round
-    needs another.
-    """
+    """State between the rounds of a run. ``cohort`` and ``session`` are those of the last round: None before the first,
+    ``session`` also where the next round needs another."""
 
     leader: CoordinatorStateDir
     transport: Transport
@@ -199,10 +196,8 @@ class _Round:
     task: RoundTask
 
     def aggregate(self, session: Established, last: LastSum | None) -> Summed | RoundAborted:
-        """Do steps 5–8 of the protocol: from the plan to the sum of the survivors, and the session after it.
-
-        ``last``: plan for the survivors of this sum, and name no others as survivors: devices would refuse.
-        """
+        """Do steps 5–8 of the protocol: from the plan to the sum of the survivors, and the session after it. ``last``:
+        plan for the survivors of this sum, and name no others as survivors: devices would refuse."""
         manifest, group = self.adapter.manifest, str(self.number)
         planned = session.plan(
             adapter_version=manifest.version,
@@ -370,10 +365,8 @@ def _found(leader: CoordinatorStateDir) -> LastSum | None:
 
 
 def _require_same_terms(last: LastSum, task: RoundTask, adapter: StoredAdapter, leader: CoordinatorStateDir) -> None:
-    """Check that devices would have the task of the last sum: they help to no other sum from its adapter.
-
-    Raises ConfigError: a setting has changed.
-    """
+    """Check that devices would have the task of the last sum: they help to no other sum from its adapter. Raises
+    ConfigError: a setting has changed."""
     settings = leader.settings
     bounds = settings.aggregation
     now = lastsum.terms(task, settings.clip_norm(task), settings.weight_cap(task), bounds.groups)
@@ -455,10 +448,8 @@ def _named(ended: Summed | RoundAborted) -> tuple[str, ...]:
 
 
 def _require_budget(account: Account, session: Established, leader: CoordinatorStateDir) -> None:
-    """Check that the smallest sum of a session may still be revealed. Repeats and aborted rounds count too.
-
-    Raises ConfigError: it would take the account beyond the epsilon of the settings.
-    """
+    """Check that the smallest sum of a session may still be revealed. Repeats and aborted rounds count too. Raises
+    ConfigError: it would take the account beyond the epsilon of the settings."""
     limit, spec = leader.settings.privacy.epsilon, session.session.spec
     if not limit:
         return

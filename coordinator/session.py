@@ -155,10 +155,8 @@ class Exchange(Generic[S]):
 
 @dataclass(slots=True)
 class Cohort:
-    """Devices of a session, and how to reach them. What is asked and answered goes into the session's log.
-
-    ``dropped``: device → the step at which it dropped out of the round under way, or of the making of the session.
-    """
+    """Devices of a session, and how to reach them. What is asked and answered goes into the session's log. ``dropped``:
+    device → the step at which it dropped out of the round under way, or of the making of the session."""
 
     leader: CoordinatorStateDir
     transport: Transport
@@ -248,11 +246,8 @@ def attachments(proofs: Mapping[str, bytes], shared: Mapping[str, bytes]) -> Att
 
 @dataclass(frozen=True, slots=True)
 class SessionRequest:
-    """A session to be made.
-
-    ``last``: the last sum from the adapter, if there is one. If the next round is bound to its survivors, the session
-    has all of them.
-    """
+    """A session to be made. ``last``: the last sum from the adapter, if there is one. If the next round is bound to its
+    survivors, the session has all of them."""
 
     adapter: StoredAdapter  # its layout and base are those of the session
     task: RoundTask
@@ -364,10 +359,8 @@ def _offer(
     last: LastSum | None,
     group: str,
 ) -> tuple[Cohort, Established | RoundAborted]:
-    """Begin the session's log, and offer the session to the devices that are ``present``.
-
-    Survivors of the last sum that are present are needed: without them the session is of no use.
-    """
+    """Begin the session's log, and offer the session to the devices that are ``present``. Survivors of the last sum
+    that are present are needed: without them the session is of no use."""
     answers, nodes, transcripts = present.answers, present.nodes, leader.transcripts
     certificates = {device: answer.certificate for device, answer in answers.items()}
     offering, offer = server.open_session(leader.key, root, spec, certificates, SystemEntropy(), present.at)

@@ -40,25 +40,17 @@ UPDATES = Training().task(RoundOf(PeftConfig.lora(), (), 0, METHODS["fedit"], Fa
 class PrivacySettings(Settings):
     """Differential privacy: noise that each device adds, and what all sums together may say about one device."""
 
-    mechanism: Literal["none", "skellam", "discrete-gaussian"] = Field(
-        default="none",
-        description="noise that each device adds to its update: skellam, discrete-gaussian or none; with noise, every "
-        "device has the same weight, and sums have no metrics",
-    )
-    epsilon: float = Field(
-        default=0.0,
-        ge=0,
-        description="epsilon of all rounds together, for one device: the noise is calibrated to it, and the run ends "
-        "before it is exceeded; 0: noise_multiplier is given instead",
-    )
-    delta: float = Field(default=1e-6, gt=0, lt=1, description="delta for which epsilon is stated")
-    noise_multiplier: float = Field(
-        default=0.0,
-        ge=0,
-        le=1000,
-        description="standard deviation of the noise of the honest devices in the smallest sum of a round, in clip "
-        "norms; 0: calibrated to epsilon",
-    )
+    mechanism: Literal["none", "skellam", "discrete-gaussian"] = "none"
+    """noise that each device adds to its update: skellam, discrete-gaussian or none; with noise, every device has the
+    same weight, and sums have no metrics"""
+    epsilon: float = Field(default=0.0, ge=0)
+    """epsilon of all rounds together, for one device: the noise is calibrated to it, and the run ends before it is
+    exceeded; 0: noise_multiplier is given instead"""
+    delta: float = Field(default=1e-6, gt=0, lt=1)
+    """delta for which epsilon is stated"""
+    noise_multiplier: float = Field(default=0.0, ge=0, le=1000)
+    """standard deviation of the noise of the honest devices in the smallest sum of a round, in clip norms; 0:
+    calibrated to epsilon"""
 
     @model_validator(mode="after")
     def _names_the_noise(self) -> Self:
@@ -77,68 +69,37 @@ class PrivacySettings(Settings):
 class Aggregation(Settings):
     """Secure aggregation: what a session is secure against, and the bounds of an update."""
 
-    adversary: Literal["active", "honest-but-curious"] = Field(
-        default="active",
-        description="what a corrupt coordinator may do: active (anything) or honest-but-curious; a device's policy may "
-        "refuse the latter",
-    )
-    session_rounds: int = Field(default=4, ge=1, le=64, description="rounds in a session, which has one set of keys")
-    minimum_devices: int = Field(default=3, ge=3, description="fewest devices of a session")
-    minimum_survivors: float = Field(
-        default=0.5,
-        gt=0,
-        le=1,
-        description="share of the cohort that must survive a round, 0 to 1; never below the threshold, nor so few that "
-        "sums of one adapter could be combined to fewer devices than the default policy of a device demands",
-    )
-    corrupt_fraction: float = Field(
-        default=CORRUPT_FRACTION,
-        ge=0,
-        lt=1,
-        description="share of the cohort that may collude with the coordinator, 0 to 1; a device's policy has its own",
-    )
-    dropout_fraction: float = Field(
-        default=0.1,
-        ge=0,
-        lt=1,
-        description="share of the cohort that may drop out while a session is made, and again in a round, 0 to 1; for "
-        "sparse graphs",
-    )
-    groups: int = Field(
-        default=1,
-        ge=1,
-        le=1000,
-        description="sums of a round: each over a group of the devices, dealt anew for each adapter, and their means "
-        "are combined, so that one device spoils one of them; 1: one sum of all",
-    )
-    combine: Literal["median", "trimmed-mean"] = Field(
-        default="median", description="how the means of the groups are combined: median or trimmed-mean"
-    )
-    trim: float = Field(
-        default=0.2,
-        gt=0,
-        lt=0.5,
-        description="trimmed-mean: share of the groups that is cut off at each end of a coordinate, at least one group",
-    )
-    clip_norm: float = Field(default=12.0, gt=0, description="largest L2 norm of a device's update, in weight units")
-    weight_cap: int = Field(
-        default=128,
-        ge=1,
-        le=65536,
-        description="largest weight of one device in the mean, in examples; 1 in a federation with noise",
-    )
-    ring_bits: int = Field(
-        default=LEAST_RING_BITS,
-        ge=LEAST_RING_BITS,
-        le=62,
-        description="fewest bits of an element of the masked vector; a session takes more where its sums need them, as "
-        "those of an analytic head and those with noise do",
-    )
-    keep_masked_inputs: bool = Field(
-        default=False,
-        description="keep every masked update in the transcript, so that whoever reads it can recompute the sums, with "
-        "the exact number of examples; takes devices × rounds × upload of disk space",
-    )
+    adversary: Literal["active", "honest-but-curious"] = "active"
+    """what a corrupt coordinator may do: active (anything) or honest-but-curious; a device's policy may refuse the
+    latter"""
+    session_rounds: int = Field(default=4, ge=1, le=64)
+    """rounds in a session, which has one set of keys"""
+    minimum_devices: int = Field(default=3, ge=3)
+    """fewest devices of a session"""
+    minimum_survivors: float = Field(default=0.5, gt=0, le=1)
+    """share of the cohort that must survive a round, 0 to 1; never below the threshold, nor so few that sums of one
+    adapter could be combined to fewer devices than the default policy of a device demands"""
+    corrupt_fraction: float = Field(default=CORRUPT_FRACTION, ge=0, lt=1)
+    """share of the cohort that may collude with the coordinator, 0 to 1; a device's policy has its own"""
+    dropout_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """share of the cohort that may drop out while a session is made, and again in a round, 0 to 1; for sparse graphs"""
+    groups: int = Field(default=1, ge=1, le=1000)
+    """sums of a round: each over a group of the devices, dealt anew for each adapter, and their means are combined, so
+    that one device spoils one of them; 1: one sum of all"""
+    combine: Literal["median", "trimmed-mean"] = "median"
+    """how the means of the groups are combined: median or trimmed-mean"""
+    trim: float = Field(default=0.2, gt=0, lt=0.5)
+    """trimmed-mean: share of the groups that is cut off at each end of a coordinate, at least one group"""
+    clip_norm: float = Field(default=12.0, gt=0)
+    """largest L2 norm of a device's update, in weight units"""
+    weight_cap: int = Field(default=128, ge=1, le=65536)
+    """largest weight of one device in the mean, in examples; 1 in a federation with noise"""
+    ring_bits: int = Field(default=LEAST_RING_BITS, ge=LEAST_RING_BITS, le=62)
+    """fewest bits of an element of the masked vector; a session takes more where its sums need them, as those of an
+    analytic head and those with noise do"""
+    keep_masked_inputs: bool = False
+    """keep every masked update in the transcript, so that whoever reads it can recompute the sums, with the exact
+    number of examples; takes devices × rounds × upload of disk space"""
 
     def spec(
         self,
@@ -152,9 +113,7 @@ class Aggregation(Settings):
         privacy: PrivacySettings | None = None,
     ) -> SessionSpec:
         """Set the parameters of a session with a cohort of ``devices``; ``clip_norm`` is by default that of an update.
-
-        Raises ConfigError: no ring can hold the sum of all devices, or as ``masking_graph`` and ``survivors``.
-        """
+        Raises ConfigError: no ring can hold the sum of all devices, or as ``masking_graph`` and ``survivors``."""
         chosen = self.masking_graph(devices)
         survivors, grouping = self.survivors(devices, chosen), self.grouping(devices)
         noise = privacy if privacy is not None and privacy.noisy else None
@@ -220,10 +179,8 @@ class Aggregation(Settings):
         return next((n for n in counts if self.groups == 1 or self._group_minimum(n) <= n // self.groups), MAX_COHORT)
 
     def survivors(self, devices: int, chosen: GraphParameters) -> int:
-        """Fewest survivors of a round in a cohort of ``devices`` with the masking graph ``chosen``.
-
-        Raises ConfigError: sums over all devices on this graph could be combined to a few devices.
-        """
+        """Fewest survivors of a round in a cohort of ``devices`` with the masking graph ``chosen``. Raises ConfigError:
+        sums over all devices on this graph could be combined to a few devices."""
         # In an active session enough that no two groups of survivors can sign different survivor sets.
         signed = graph.quorum(devices, self.corrupt_fraction) if self.adversary == Adversary.ACTIVE.value else 0
         corrupt = graph.count_of(devices, self.corrupt_fraction)
@@ -266,22 +223,19 @@ class Aggregation(Settings):
 class Server(Settings):
     """The server's step, on the mean of the devices' updates."""
 
-    optimizer: Annotated[str, AfterValidator(OPTIMIZERS.require)] = Field(
-        default="fedavg",
-        description="rule of the server's step: fedavg, fedavgm, fedadam, fedyogi, or one that an installed package "
-        "adds (docs/how-to/extend.md)",
-    )
-    learning_rate: float = Field(default=1.0, gt=0, description="learning rate of the server's step")
-    beta1: float = Field(
-        default=0.9, ge=0, lt=1, description="fedavgm: the momentum; fedadam, fedyogi: decay of the first moment"
-    )
-    beta2: float = Field(default=0.99, ge=0, lt=1, description="fedadam, fedyogi: decay of the second moment")
-    tau: float = Field(
-        default=1e-3, gt=0, description="fedadam, fedyogi: added to the root of the second moment, in weight units"
-    )
-    numbers: dict[str, float] = Field(
-        default_factory=dict, description="numbers of a rule that a package adds, by name, before those above"
-    )
+    optimizer: Annotated[str, AfterValidator(OPTIMIZERS.require)] = "fedavg"
+    """rule of the server's step: fedavg, fedavgm, fedadam, fedyogi, or one that an installed package adds
+    (docs/how-to/extend.md)"""
+    learning_rate: float = Field(default=1.0, gt=0)
+    """learning rate of the server's step"""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """fedavgm: the momentum; fedadam, fedyogi: decay of the first moment"""
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    """fedadam, fedyogi: decay of the second moment"""
+    tau: float = Field(default=1e-3, gt=0)
+    """fedadam, fedyogi: added to the root of the second moment, in weight units"""
+    numbers: dict[str, float] = Field(default_factory=dict)
+    """numbers of a rule that a package adds, by name, before those above"""
 
     @model_validator(mode="after")
     def _has_the_numbers(self) -> Self:
@@ -302,30 +256,18 @@ class Server(Settings):
 class CohortSettings(Settings):
     """Which devices a session has, and how long the others wait for the slowest of them."""
 
-    size: int = Field(
-        default=0, ge=0, le=MAX_COHORT, description="devices of a session, chosen at random; 0: all that are there"
-    )
-    over_selection: float = Field(
-        default=1.3,
-        ge=1,
-        le=100,
-        description="nodes that are asked to check in, as a multiple of the size; the first devices that do are taken",
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | Literal["random"] = Field(
-        default="random",
-        description="chooses the nodes, the same ones in each run; random: the operating system's entropy does; in a "
-        "simulation, the scenario's seed",
-    )
-    quorum: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="share of the devices asked at a step after whose answers the others have the grace time left; "
-        "never fewer than the protocol needs",
-    )
-    grace: float = Field(
-        default=0.0, ge=0, description="time for further answers after those of the quorum, in seconds"
-    )
+    size: int = Field(default=0, ge=0, le=MAX_COHORT)
+    """devices of a session, chosen at random; 0: all that are there"""
+    over_selection: float = Field(default=1.3, ge=1, le=100)
+    """nodes that are asked to check in, as a multiple of the size; the first devices that do are taken"""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | Literal["random"] = "random"
+    """chooses the nodes, the same ones in each run; random: the operating system's entropy does; in a simulation, the
+    scenario's seed"""
+    quorum: float = Field(default=1.0, gt=0, le=1)
+    """share of the devices asked at a step after whose answers the others have the grace time left; never fewer than
+    the protocol needs"""
+    grace: float = Field(default=0.0, ge=0)
+    """time for further answers after those of the quorum, in seconds"""
 
     def fewest(self, asked: int, needed: int) -> int:
         """Answers after which only the grace time is left. ``needed``: answers that the step needs.
@@ -339,51 +281,34 @@ class CohortSettings(Settings):
 class GatewaySettings(Settings):
     """The gateway for light devices (docs/reference/gateway.md)."""
 
-    check_ins_per_minute: float = Field(
-        default=10_000.0, gt=0, le=1e6, description="check-ins of light devices that the gateway lets come in a minute"
-    )
-    accepted_seconds: float = Field(
-        default=1.0, gt=0, le=86_400, description="time until a light device that took part comes back, at least"
-    )
-    rejected_seconds: float = Field(
-        default=10.0, gt=0, le=86_400, description="time until a light device that was not admitted returns, at least"
-    )
-    client_version: str = Field(
-        default="",
-        pattern=r"^([0-9]{1,6}(\.[0-9]{1,6}){0,3})?$",
-        description="least version of edgeadapt on a light device; empty: any",
-    )
-    websocket: str = Field(
-        default="",
-        pattern=rf"^({ADDRESS})?$",
-        description="HOST:PORT at which the gateway serves browsers as well, with TLS unless HOST is loopback; empty: "
-        "none are served",
-    )
-    origins: tuple[str, ...] = Field(
-        default=(),
-        max_length=64,
-        description="origins of pages from which browsers may take part, as https://fleet.example; those of loopback "
-        "always may",
-    )
+    check_ins_per_minute: float = Field(default=10_000.0, gt=0, le=1e6)
+    """check-ins of light devices that the gateway lets come in a minute"""
+    accepted_seconds: float = Field(default=1.0, gt=0, le=86_400)
+    """time until a light device that took part comes back, at least"""
+    rejected_seconds: float = Field(default=10.0, gt=0, le=86_400)
+    """time until a light device that was not admitted returns, at least"""
+    client_version: str = Field(default="", pattern=r"^([0-9]{1,6}(\.[0-9]{1,6}){0,3})?$")
+    """least version of edgeadapt on a light device; empty: any"""
+    websocket: str = Field(default="", pattern=rf"^({ADDRESS})?$")
+    """HOST:PORT at which the gateway serves browsers as well, with TLS unless HOST is loopback; empty: none are
+    served"""
+    origins: tuple[str, ...] = Field(default=(), max_length=64)
+    """origins of pages from which browsers may take part, as https://fleet.example; those of loopback always may"""
 
 
 class FederationSettings(Settings):
     """``federation.toml`` in the coordinator's state directory."""
 
-    rounds: int = Field(default=10, ge=1, le=100_000, description="rounds of training in all")
-    deadline: float = Field(default=600.0, gt=0, description="time that a device has for one answer, in seconds")
-    attempts: int = Field(
-        default=20,
-        ge=1,
-        le=1000,
-        description="attempts at making a session before the run ends, and at a step of a round that too few devices "
-        "answer; the pauses between them grow from 15 s to the deadline",
-    )
-    method: Literal["fedit", "ffa", "rolora", "fedsb", "fedsa", "fedper", "head"] = Field(
-        default="fedit",
-        description="which parts of the adapter devices train and share (docs/reference/federated-methods.md): fedit, "
-        "ffa, rolora, fedsb, fedsa, fedper or head",
-    )
+    rounds: int = Field(default=10, ge=1, le=100_000)
+    """rounds of training in all"""
+    deadline: float = Field(default=600.0, gt=0)
+    """time that a device has for one answer, in seconds"""
+    attempts: int = Field(default=20, ge=1, le=1000)
+    """attempts at making a session before the run ends, and at a step of a round that too few devices answer; the
+    pauses between them grow from 15 s to the deadline"""
+    method: Literal["fedit", "ffa", "rolora", "fedsb", "fedsa", "fedper", "head"] = "fedit"
+    """which parts of the adapter devices train and share (docs/reference/federated-methods.md): fedit, ffa, rolora,
+    fedsb, fedsa, fedper or head"""
     cohort: CohortSettings = CohortSettings()
     training: Training = Training()
     analytic: Analytic = Analytic()
@@ -456,10 +381,8 @@ class FederationSettings(Settings):
         return self._table(kind).task(self._round(manifest.peft_config, manifest.labels, manifest.version))
 
     def task(self, manifest: VersionManifest) -> Task:
-        """Build the task of a round that trains the adapter that ``manifest`` describes.
-
-        Raises ConfigError: the method tells LoRA's matrices apart, and the adapter is of another kind.
-        """
+        """Build the task of a round that trains the adapter that ``manifest`` describes. Raises ConfigError: the method
+        tells LoRA's matrices apart, and the adapter is of another kind."""
         return self.training.task(self._round(manifest.peft_config, manifest.labels, manifest.version))
 
     def _round(self, config: PeftConfig, labels: tuple[str, ...], version: int) -> RoundOf:
@@ -522,10 +445,8 @@ class FederationSettings(Settings):
                 yield (task if isinstance(task, table.KIND) else table.task(of)), count
 
     def with_evaluation(self, done: int, newest: str, previous: str) -> Self:
-        """Add a round after those that are still to do, which compares two releases by ``AdapterManifest.content``.
-
-        A comparison that is still to do is replaced. Raises ConfigError: the federation has groups.
-        """
+        """Add a round after those that are still to do, which compares two releases by ``AdapterManifest.content``. A
+        comparison that is still to do is replaced. Raises ConfigError: the federation has groups."""
         table = self.model_dump(mode="json")
         waits = self.evaluation.rounds and done < self.rounds
         table["rounds"] = self.rounds if waits else max(self.rounds, done) + 1
@@ -558,46 +479,24 @@ def is_loopback(address: str) -> bool:
 class ServiceSettings(Settings):
     """``services.toml`` in the coordinator's state directory."""
 
-    gateway: str = Field(
-        default="", description="HOST:PORT at which light devices are served; a device must reach it; empty: none are"
-    )
-    superlink: str = Field(
-        default="", description="HOST:PORT at which Flower's SuperLink listens for SuperNodes; empty: it is not run"
-    )
-    dashboard: str = Field(
-        default="",
-        description="HOST:PORT of the page for the operator, with TLS unless it is 127.0.0.1; empty: no page",
-    )
-    channels: str = Field(
-        default="", description="folder of a repository of channels, which the dashboard shows; empty: none"
-    )
-    ready: float = Field(
-        default=120.0,
-        gt=0,
-        le=3600,
-        description="time in which a service must be ready, in seconds; then it is restarted",
-    )
-    stop: float = Field(
-        default=30.0, gt=0, le=3600, description="time that a service has to stop, in seconds; then it is killed"
-    )
-    pause: float = Field(
-        default=60.0,
-        ge=1,
-        le=3600,
-        description="longest pause before a service that ended is started again, in seconds; pauses double from 1 s",
-    )
-    look: float = Field(
-        default=10.0,
-        gt=0,
-        le=3600,
-        description="time between two looks whether a service that was ready still answers, in seconds",
-    )
-    failures: int = Field(
-        default=3,
-        ge=1,
-        le=1000,
-        description="looks in a row that a service leaves without an answer before it is killed and started again",
-    )
+    gateway: str = ""
+    """HOST:PORT at which light devices are served; a device must reach it; empty: none are"""
+    superlink: str = ""
+    """HOST:PORT at which Flower's SuperLink listens for SuperNodes; empty: it is not run"""
+    dashboard: str = ""
+    """HOST:PORT of the page for the operator, with TLS unless it is 127.0.0.1; empty: no page"""
+    channels: str = ""
+    """folder of a repository of channels, which the dashboard shows; empty: none"""
+    ready: float = Field(default=120.0, gt=0, le=3600)
+    """time in which a service must be ready, in seconds; then it is restarted"""
+    stop: float = Field(default=30.0, gt=0, le=3600)
+    """time that a service has to stop, in seconds; then it is killed"""
+    pause: float = Field(default=60.0, ge=1, le=3600)
+    """longest pause before a service that ended is started again, in seconds; pauses double from 1 s"""
+    look: float = Field(default=10.0, gt=0, le=3600)
+    """time between two looks whether a service that was ready still answers, in seconds"""
+    failures: int = Field(default=3, ge=1, le=1000)
+    """looks in a row that a service leaves without an answer before it is killed and started again"""
 
     @model_validator(mode="after")
     def _has_places_to_listen(self) -> Self:

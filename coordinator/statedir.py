@@ -10,7 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -114,11 +114,8 @@ class CoordinatorStateDir:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the directory.
-
-        Raises ConfigError: a file is missing or a setting is ill-formed. Raises TrustError: the key, or the authority's
-        certificate, is damaged.
-        """
+        """Read the directory. Raises ConfigError: a file is missing or a setting is ill-formed. Raises TrustError: the
+        key, or the authority's certificate, is damaged."""
         stores = RegistrySettings.of(folder)
         require(folder, SETTINGS, KEY, AUTHORITY, *(() if stores.database else (DATABASE,)))
         settings = FederationSettings.read(folder / SETTINGS)
@@ -135,10 +132,8 @@ class CoordinatorStateDir:
         return cls(folder, key, root, settings, registry, transcripts)
 
     def read_root(self, at: datetime) -> Root:
-        """Read the authority, with the newest of the revocation lists in this directory and in its transcripts.
-
-        Raises TrustError: a list is not the authority's, there are two with one number, or the newest has expired.
-        """
+        """Read the authority, with the newest of the revocation lists in this directory and in its transcripts. Raises
+        TrustError: a list is not the authority's, there are two with one number, or the newest has expired."""
         newest = None
         for path in (self.folder / TRANSCRIPT / REVOKED, self.folder / REVOKED):
             if path.exists():
@@ -183,11 +178,7 @@ class CoordinatorStateDir:
     @property
     def in_use(self) -> bool:
         """Whether a run holds the directory."""
-        try:
-            with storage.locked(self.folder / LOCK, timeout=0) if (self.folder / LOCK).exists() else nullcontext():
-                return False
-        except TimeoutError:
-            return True
+        return storage.is_locked(self.folder / LOCK)
 
     @property
     def name(self) -> str:
@@ -204,10 +195,8 @@ class CoordinatorStateDir:
         return leadership(self.registry.engine) if self.registry.is_shared else None
 
     def waits(self) -> bool:
-        """Whether a run of this directory waits for the lease, and does not hang.
-
-        The database cannot say it: a run that hangs does not wait, and two containers may have one host name.
-        """
+        """Whether a run of this directory waits for the lease, and does not hang. The database cannot say it: a run
+        that hangs does not wait, and two containers may have one host name."""
         try:
             return abs(time.time() - (self.folder / WAITING).stat().st_mtime) < HUNG
         except FileNotFoundError:
@@ -272,10 +261,8 @@ class CoordinatorStateDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for a run: two runs would write the same logs and registry.
-
-        Raises EdgeAdaptError: another run holds it.
-        """
+        """Hold the directory for a run: two runs would write the same logs and registry. Raises EdgeAdaptError: another
+        run holds it."""
         with run_lock(self.folder):
             yield
 
@@ -291,19 +278,14 @@ def _warn_of_older(path: Path, number: int, newer: int) -> None:
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Lock a directory as ``CoordinatorStateDir.locked`` does, also one that cannot be opened."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(storage.locked(folder / LOCK, timeout=PATIENCE))
-        except TimeoutError:
-            raise EdgeAdaptError(f"another run is using {folder}: wait until it ends, or end it", about=LOCK) from None
+    refusal = EdgeAdaptError(f"another run is using {folder}: wait until it ends, or end it", about=LOCK)
+    with storage.locked_or(refusal, folder / LOCK, timeout=PATIENCE):
         yield
 
 
 def update_transcript(folder: Path) -> None:
-    """Bring the files of the transcript up to date, where the database of a directory's registry has the logs.
-
-    Raises TrustError: they have what the database does not have.
-    """
+    """Bring the files of the transcript up to date, where the database of a directory's registry has the logs. Raises
+    TrustError: they have what the database does not have."""
     if RegistrySettings.of(folder).database:
         with transcript_table(folder) as table:
             _update_transcript(folder, table)

@@ -112,11 +112,8 @@ COLUMNS = {  # name in the table of rounds → heading, which is as wide as the 
 
 
 def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
-    """Collect the object that ``edgeadapt coordinator status --json`` prints.
-
-    Raises EdgeAdaptError: as ``Registry.versions`` and ``Registry.rounds``; or the last log is too large, or not a
-    file.
-    """
+    """Collect the object that ``edgeadapt coordinator status --json`` prints. Raises EdgeAdaptError: as
+    ``Registry.versions`` and ``Registry.rounds``; or the last log is too large, or not a file."""
     rounds = state_dir.registry.rounds()
     steps = Counter(step for record in rounds for step in record.dropped.values())
     return {
@@ -188,11 +185,8 @@ def heading(width: int = 0) -> str:
 
 
 def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
-    """Format a round, as ``round_row`` gives it, under ``heading``.
-
-    For a terminal of ``width`` columns, those that do not fit are left out, and notes that do not fit follow on lines
-    of their own; 0: all is on one line.
-    """
+    """Format a round, as ``round_row`` gives it, under ``heading``. For a terminal of ``width`` columns, those that do
+    not fit are left out, and notes that do not fit follow on lines of their own; 0: all is on one line."""
     accuracy, loss = (row["metrics"].get(name) for name in ("accuracy", "loss"))
     cells = {
         "round": str(row["round"]),

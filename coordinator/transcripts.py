@@ -130,10 +130,8 @@ class Recorder:
         self.write(self.log.checkpoint(self.key, stage), sync=True)
 
     def write(self, records: bytes, *, sync: bool = False) -> None:
-        """Append. After the return the records survive a kill of the process, and with ``sync`` also a power cut.
-
-        For a table, a kill is as a power cut: what need not be synced is sent with what follows, in one transaction.
-        """
+        """Append. After the return the records survive a kill of the process, and with ``sync`` also a power cut. For a
+        table, a kill is as a power cut: what need not be synced is sent with what follows, in one transaction."""
         if self.table is not None:
             now = time.monotonic()
             self._since = self._since if self._pending else now
@@ -165,10 +163,8 @@ class StoredLog:
 
     @classmethod
     def read(cls, path: Path, coordinator: PublicKey) -> Self:
-        """Read and verify a log.
-
-        Raises DataError: it is too large, or not a file. Raises TrustError: it was altered after it was written.
-        """
+        """Read and verify a log. Raises DataError: it is too large, or not a file. Raises TrustError: it was altered
+        after it was written."""
         raw = storage.read(path)
         reading = _intact(transcript.read(raw), coordinator)
         rest = raw[reading.end :]
@@ -215,11 +211,8 @@ class StoredLog:
         return tuple(entry for entry in self.entries if entry.kind in (Result.TAG, Abort.TAG))
 
     def resumed(self, newest: AdapterId, previous: bytes) -> Transcript:
-        """Restore the transcript that wrote it.
-
-        For a log without a checkpoint, ``newest`` is the adapter that the session started from, and ``previous`` the
-        digest of the last checkpoint of the previous session.
-        """
+        """Restore the transcript that wrote it. For a log without a checkpoint, ``newest`` is the adapter that the
+        session started from, and ``previous`` the digest of the last checkpoint of the previous session."""
         if self.checkpoints:
             newest, previous = self.checkpoints[0].newest, self.checkpoints[0].previous
         return transcript.resume(self.entries, newest, previous)
@@ -253,11 +246,9 @@ def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -
     """Compare the logs with the registry, before anything is signed.
 
     Returns whether the last log lacks the ending of the last recorded round and nothing else, as after a kill. Raises
-    TrustError: the logs lack something else that the registry knows, or the registry what they know.
-
-    Args:
-        logs: Of the session of the last recorded round and of all sessions since, in order, without empty ones; all
-            logs, where no round is recorded.
+    TrustError: the logs lack something else that the registry knows, or the registry what they know. ``logs``: of the
+    session of the last recorded round and of all sessions since, in order, without empty ones; all logs, where no round
+    is recorded.
     """
     for log, following in itertools.pairwise(logs):
         start = following.checkpoints[0].previous if following.checkpoints else None
@@ -327,11 +318,8 @@ class Transcripts:
     ends: dict[Path, tuple[bytes, bytes]] = field(default_factory=dict, repr=False)
 
     def begin(self, offer: bytes, revoked: RevocationList | None = None) -> Recorder:
-        """Start the log of a session, and close the previous one.
-
-        ``offer``: digest of the session's offer; ``revoked``: the revocation list that the session applies. Raises
-        TrustError as ``finish``.
-        """
+        """Start the log of a session, and close the previous one. ``offer``: digest of the session's offer;
+        ``revoked``: the revocation list that the session applies. Raises TrustError as ``finish``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         storage.replace(self.folder / AUTHORITY, self.root.to_pem(), PUBLIC)
         if revoked is not None:
@@ -365,12 +353,9 @@ class Transcripts:
     def session_chain_proofs(self, recorder: Recorder, last_offers: Mapping[str, bytes]) -> dict[str, bytes]:
         """Prove to each device that the new session continues the log of the session that the device joined last.
 
-        The proof travels in the same message as the offer.
-
-        Args:
-            last_offers: Device → digest of the offer that it joined last, as it says; empty where it joined none. One
-                that was more than ``MAX_SESSIONS`` sessions ago counts as unknown: no message can name them all. So
-                does one before a log that cannot be read.
+        The proof travels in the same message as the offer. ``last_offers``: device → digest of the offer that it joined
+        last, as it says; empty where it joined none. One that was more than ``MAX_SESSIONS`` sessions ago counts as
+        unknown: no message can name them all. So does one before a log that cannot be read.
         """
         wanted, closed, by_offer = set(last_offers.values()) - {b""}, list[bytes](), dict[str, bytes]()
         for path in reversed([path for path in logs(self.folder) if path != recorder.path]):
@@ -438,9 +423,7 @@ class Transcripts:
 
 def _ends(path: Path) -> tuple[bytes, bytes]:
     """Read the digest of the offer, and the last checkpoint as signed, of a closed log: its first and last entry.
-
-    Raises DataError: it is too large, or not a file. Raises TrustError: it was altered.
-    """
+    Raises DataError: it is too large, or not a file. Raises TrustError: it was altered."""
     with storage.opened(path) as (file, size):
         first = last = (len(MAGIC) + LENGTH, 0)
         end = len(MAGIC)

@@ -35,10 +35,8 @@ log = logging.getLogger("edgeadapt.coordinator")
 
 
 class Clock(Protocol):
-    """Time in seconds: the system's, or a simulation's, which does not wait.
-
-    ``wait`` is a pause between two polls of the grid. A grid that knows when an answer arrives ends it then.
-    """
+    """Time in seconds: the system's, or a simulation's, which does not wait. ``wait`` is a pause between two polls of
+    the grid. A grid that knows when an answer arrives ends it then."""
 
     def now(self) -> float: ...
     def sleep(self, seconds: float) -> None: ...
@@ -88,10 +86,8 @@ class OwnGrid(Grid):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One node's answer: ``body``, or the reason for its absence.
-
-    ``silent``: the reason does not come from the device, which may not have seen the request.
-    """
+    """One node's answer: ``body``, or the reason for its absence. ``silent``: the reason does not come from the device,
+    which may not have seen the request."""
 
     node: int
     body: bytes | None

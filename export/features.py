@@ -35,9 +35,7 @@ CLOSE = 1e-3  # share of the mean's length: float32 over a few hundred additions
 
 def centered(base: Base, texts: Sequence[str], out: Path) -> Base:
     """Write the encoder whose mean over each text's tokens is zero on average over ``texts`` to a new or empty folder.
-
-    Raises ConfigError: the encoder does not end in a layer norm with a bias, as BERT's does.
-    """
+    Raises ConfigError: the encoder does not end in a layer norm with a bias, as BERT's does."""
     if not texts:
         raise ConfigError("name texts to center on", about="texts")
     with new_folder(out) as stage, torch.inference_mode():

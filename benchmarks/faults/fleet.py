@@ -326,10 +326,8 @@ class FaultFleet:
         self.agents[name].end()
 
     def keep_supernodes(self) -> None:
-        """Start SuperNodes that have ended again, each second, as systemd does, until the fleet is closed.
-
-        One ends when a SuperLink does not let it in: as it is not known there, or was a minute ago under the same key.
-        """
+        """Start SuperNodes that have ended again, each second, as systemd does, until the fleet is closed. One ends
+        when a SuperLink does not let it in: as it is not known there, or was a minute ago under the same key."""
         while not self.closing.wait(1.0):
             for name in self.supernodes:
                 if name in self.agents and self.agents[name].process.poll() is not None:
@@ -399,10 +397,8 @@ def _in_force(registry: Registry) -> bool:
 
 @contextmanager
 def running_fleet(out: Path, devices: int, shape: FleetShape = LIGHT) -> Iterator[FaultFleet]:
-    """Make a fleet of 3 devices or more in the new folder ``out``; at the end of the block, end its processes.
-
-    Several coordinators need a PostgreSQL server (``postgresql.missing``).
-    """
+    """Make a fleet of 3 devices or more in the new folder ``out``; at the end of the block, end its processes. Several
+    coordinators need a PostgreSQL server (``postgresql.missing``)."""
     with ExitStack() as stack:
         server = stack.enter_context(_server()) if shape.coordinators > 1 else None
         stores = (

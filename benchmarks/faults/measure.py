@@ -20,7 +20,7 @@ from aggregation.steps import Step
 from benchmarks.faults.faults import FAULTS, Fault, victim
 from benchmarks.faults.fleet import FaultFleet, running_fleet
 from benchmarks.faults.processes import Late, wait_until
-from benchmarks.timing import Note
+from benchmarks.timing import Note, aligned
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceStateDir
 from coordinator.statedir import CoordinatorStateDir
@@ -38,10 +38,8 @@ TOLERANCE = 1e-9  # relative
 
 
 def losses(fleet: FaultFleet, before: tuple[RoundRecord, ...]) -> list[str]:
-    """What was lost or counted twice since ``before``, one line each; empty: nothing.
-
-    ``coordinator up`` must not run. A log that a kill left open is closed, as the next start does.
-    """
+    """What was lost or counted twice since ``before``, one line each; empty: nothing. ``coordinator up`` must not run.
+    A log that a kill left open is closed, as the next start does."""
     found = [*_rounds(fleet.records(), before)]
     for machine in fleet.machines:
         state_dir = CoordinatorStateDir.open(machine.folder)
@@ -209,13 +207,9 @@ def as_json(rows: Sequence[FaultOutcome]) -> str:
 
 
 def table(rows: Sequence[FaultOutcome]) -> str:
-    cells = [("fault", "at", "lost", "seconds", "what happened"), *map(_cells, rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(4)]
-    lines = [
-        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[4]]) for row in cells
-    ]
+    cells = aligned([("fault", "at", "lost", "seconds", "what happened"), *map(_cells, rows)], left=5)
     load = f"seconds from the end of the fault to the next version; load average {os.getloadavg()[0]:.1f}"
-    return "\n".join([*lines, "", load])
+    return f"{cells}\n\n{load}"
 
 
 def _cells(row: FaultOutcome) -> tuple[str, ...]:

@@ -84,10 +84,8 @@ class PostgresServer:
 
     @property
     def _as_owner(self) -> list[str]:
-        """What a command begins with that runs as the owner.
-
-        With ``user`` and ``group``, ``subprocess`` would fork, and a fork runs handlers of gRPC, which can end it.
-        """
+        """What a command begins with that runs as the owner. With ``user`` and ``group``, ``subprocess`` would fork,
+        and a fork runs handlers of gRPC, which can end it."""
         who = [f"--reuid={self.owner}", f"--regid={self.owner}", "--init-groups"]
         return ["setpriv", *who] if os.getuid() == 0 else []
 

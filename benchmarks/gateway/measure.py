@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import IO, Any
 
 from aggregation.entropy import SystemEntropy
@@ -23,7 +22,8 @@ from aggregation.pki import Authority, certificates
 from aggregation.pki.tls import TlsKey, read_tls_request
 from aggregation.steps import ADAPTER, Step
 from benchmarks.gateway.clients import WORK, allow_connections
-from benchmarks.timing import Note
+from benchmarks.ondevice.process import resident
+from benchmarks.timing import Note, aligned
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.servertls import ServerTls
@@ -149,9 +149,9 @@ def _gateway(count: int) -> Iterator[tuple[Transport, float]]:
     """A gateway to which so many devices are connected, and the bytes of memory that they take here."""
     allow_connections(count)
     with _serving() as (grid, authority):
-        before = _resident()
+        before = resident("VmRSS")
         with _clients(authority, grid.port, count):
-            yield Transport(grid, grid.clock, DEADLINE), _resident() - before
+            yield Transport(grid, grid.clock, DEADLINE), resident("VmRSS") - before
 
 
 def measure_arrivals(arrivals: Arrivals, note: Note) -> dict[str, Any]:
@@ -211,35 +211,34 @@ def arrivals_table(found: Mapping[str, Any]) -> str:
     )
 
 
-def _resident() -> float:
-    """Bytes of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return float(pages * os.sysconf("SC_PAGE_SIZE"))
-
-
 def _spread(values: list[float]) -> dict[str, float]:
     return {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
 
 
 def table(found: Mapping[str, Any]) -> str:
     load, (before, after) = found["load"], found["load_average"]
-    connected = f"{found['connected']} of {load['devices']} devices connected in {found['connect_seconds']:.1f} s"
-    asked = {"check_in": "check-ins", "pull": f"adapters of {ADAPTER_BYTES / 1e3:.0f} kB"}
+    rounds = [
+        ["step", "median", "least", "most"],
+        *(_row(step, each.values()) for step, each in found["round"].items()),
+    ]
+    at_once = [["at once", "p50 ms", "p99 ms", "last", "errors"]]
+    for name, what in (("check_in", "check-ins"), ("pull", f"adapters of {ADAPTER_BYTES / 1e3:.0f} kB")):
+        *figures, count = found[name].values()
+        at_once.append(_row(f"{count} {what}", figures))
     return "\n".join(
         [
             f"A round of {load['cohort']} devices that work {1e3 * load['work']:.0f} ms a step: ms beyond that work",
-            f"  {'step':<12}{'median':>8}{'least':>8}{'most':>8}",
-            *(_row(name, 12, each.values()) for name, each in found["round"].items()),
+            aligned(rounds),
             "",
-            f"{connected}, their keys and certificates included",
+            f"{found['connected']} of {load['devices']} devices connected in {found['connect_seconds']:.1f} s, "
+            "their keys and certificates included",
             f"{found['bytes_a_connection'] / 1024:.0f} KiB of memory a connection",
-            f"  {'at once':<26}{'p50 ms':>8}{'p99 ms':>8}{'last':>8}{'errors':>8}",
-            *(_row(f"{found[name]['asked']} {what}", 26, [*found[name].values()][:-1]) for name, what in asked.items()),
+            aligned(at_once),
             "",
             f"load average {before:.1f} before, {after:.1f} after; gateway and devices share this machine",
         ]
     )
 
 
-def _row(name: str, width: int, figures: Iterable[float]) -> str:
-    return f"  {name:<{width}}" + "".join(f"{figure:>8.0f}" for figure in figures)
+def _row(name: str, figures: Iterable[float]) -> list[str]:
+    return [name, *(f"{figure:.0f}" for figure in figures)]

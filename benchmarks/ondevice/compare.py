@@ -133,10 +133,8 @@ def on_base(
 def _started(
     built: ContenderFiles, names: Sequence[str], work: OnDeviceWorkload, prompt: Sequence[int], note: Note
 ) -> Iterator[tuple[list[Contender], dict[str, list[float]]]]:
-    """Start all contenders ``work.starts`` times, one after the other, and end them whatever happens.
-
-    Yields the processes of the last time, and the seconds of every cold start by name.
-    """
+    """Start all contenders ``work.starts`` times, one after the other, and end them whatever happens. Yields the
+    processes of the last time, and the seconds of every cold start by name."""
     context = max(work.prompt + work.tokens, inputs.WINDOW)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as running:
@@ -211,10 +209,8 @@ def ratios(ours: Sequence[float], peers: Sequence[float]) -> list[float]:
 def race(
     contenders: Sequence[Contender], prompt: Sequence[int], rounds: int, note: Note
 ) -> Mapping[str, ContenderResult]:
-    """Let each contender complete ``prompt``, without and with the adapter, ``rounds`` times.
-
-    Each round begins with another contender, and with the other arm. One more round before them warms up.
-    """
+    """Let each contender complete ``prompt``, without and with the adapter, ``rounds`` times. Each round begins with
+    another contender, and with the other arm. One more round before them warms up."""
     found = {contender.spec.name: ContenderResult() for contender in contenders}
     for number in range(rounds + 1):
         start = number % len(contenders)
@@ -262,11 +258,8 @@ def _by_arm(summary: Callable[[list[float]], Any], pairs: Mapping[str, dict[str,
 
 
 def phrase_ms(repeats: int) -> dict[str, float | int]:
-    """Time MiniLM on one phrase as a device runs it: ``native-int8``, one thread, an adapter in use.
-
-    The adapters are untrained, which does not change the time. ``swap_ms`` is the median of a switch between two of
-    them.
-    """
+    """Time MiniLM on one phrase as a device runs it: ``native-int8``, one thread, an adapter in use. The adapters are
+    untrained, which does not change the time. ``swap_ms`` is the median of a switch between two of them."""
     base = find_base(MINILM)
     model = build(base, len(LABELS), PeftConfig.lora())
     values = tensors(model)

@@ -28,10 +28,8 @@ MODULES = {
 
 
 def write_gguf(path: Path, tensors: Mapping[str, Floats], *, alpha: float, heads: int, kv_heads: int) -> None:
-    """Write an adapter of a Llama-like model, with peft's names and shapes, to ``path``.
-
-    Raises DataError: a tensor belongs to a layer for which llama.cpp has no name.
-    """
+    """Write an adapter of a Llama-like model, with peft's names and shapes, to ``path``. Raises DataError: a tensor
+    belongs to a layer for which llama.cpp has no name."""
     rotary = {"attn_q": heads, "attn_k": kv_heads}
     writer = GGUFWriter(path, ARCHITECTURE)
     writer.add_type("adapter")

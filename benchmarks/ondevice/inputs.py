@@ -62,10 +62,8 @@ class TokenWindows:
 
 
 def household_text(tokenizer: Tokenizer, seed: int) -> TokenWindows:
-    """Sample the phrases and cut them into windows; the same seed and tokenizer give the same tokens on any machine.
-
-    No training phrase has a template of a test phrase.
-    """
+    """Sample the phrases and cut them into windows; the same seed and tokenizer give the same tokens on any machine. No
+    training phrase has a template of a test phrase."""
     clients = sample_population(HOUSEHOLDS, seed).clients
     train = _windows(tokenizer, (phrase for client in clients for phrase in client.train))
     test = _windows(tokenizer, (phrase for client in clients for phrase in client.test))

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -45,10 +45,8 @@ class ContenderEngine(Protocol):
 
 
 def loss(engine: ContenderEngine, rows: Sequence[Sequence[int]]) -> tuple[float, int]:
-    """Sum the cross-entropy of ``rows`` under a model, in nats, over every token but the first of each row.
-
-    Each row starts from an empty context. Returns the sum, in float64, and the number of those tokens.
-    """
+    """Sum the cross-entropy of ``rows`` under a model, in nats, over every token but the first of each row. Each row
+    starts from an empty context. Returns the sum, in float64, and the number of those tokens."""
     total = 0.0
     for row in rows:
         scores = engine.logits(row)[:-1].astype(np.float64)
@@ -86,10 +84,8 @@ class Contender:
     """A running process that has loaded its model."""
 
     def __init__(self, spec: ContenderSpec, prompt: Sequence[int]) -> None:
-        """Start the process, wait until it has loaded, and let it read ``prompt`` once.
-
-        Raises DataError: it could not load; the message is its own.
-        """
+        """Start the process, wait until it has loaded, and let it read ``prompt`` once. Raises DataError: it could not
+        load; the message is its own."""
         self.spec = spec
         begun = time.perf_counter()
         # In a session of its own: Ctrl-C reaches this process only, which then ends that one.
@@ -228,11 +224,32 @@ def _answer(engine: ContenderEngine, command: Mapping[str, Any]) -> dict[str, An
     return {"prefill": seconds[0], "steps": seconds[1:], "tokens": tokens}
 
 
-def resident(what: str) -> int:
-    """Bytes of this process in memory by a field of Linux's ``status`` (proc(5)): ``VmRSS`` now, ``VmHWM`` at most.
+def in_process(module: str, given: Mapping[str, Any], environment: Mapping[str, str] = QUIET) -> dict[str, Any]:
+    """Call ``answer_once`` in a new process of ``module`` with these arguments and ``begun``, when it was started.
+    Raises DataError: it fails, or has ended."""
+    command = [sys.executable, "-m", module, json.dumps({**given, "begun": time.monotonic()})]
+    own = os.environ | environment
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=own, check=False)  # noqa: S603
+    if not done.stdout:
+        raise DataError("the process that was measured has ended; its own message is above", about=module)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise DataError(found["error"], about=found["about"])
+    return found
 
-    0 outside Linux.
-    """
+
+def answer_once(measure: Callable[..., Mapping[str, Any]]) -> None:
+    """Call ``measure`` with the arguments that ``in_process`` gives, and print what it returns as a JSON object."""
+    try:
+        found = measure(**json.loads(sys.argv[1]))
+    except EdgeAdaptError as error:
+        found = {"error": str(error), "about": error.about}
+    print(json.dumps(found))
+
+
+def resident(what: str) -> int:
+    """Bytes of this process in memory by a field of Linux's ``status`` (proc(5)): ``VmRSS`` now, ``VmHWM`` at most. 0
+    outside Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     # Not ``ru_maxrss``: a process begins with what its parent had when it was forked.

@@ -9,9 +9,7 @@ Another process does the same with onnxruntime-genai alone, without signatures a
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -21,12 +19,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from aggregation.errors import DataError, EdgeAdaptError
-from benchmarks.ondevice.process import QUIET, resident
+from benchmarks.ondevice.process import answer_once, in_process, resident
+from benchmarks.timing import aligned
 
 TEXT = "Turn on the lights in the kitchen, and tell me when the washing machine is done. " * 8
 PROMPT = 32  # tokens
 ADAPTER, LOGITS = "of the adapter", "of the logits"
+LORA = (".lora_A", ".lora_B", ".add")  # end the names of the nodes that ``export.onnx.matmuls.insert_lora`` adds
 Event = Mapping[str, Any]
 
 
@@ -60,20 +59,8 @@ def profile(bundle: Path, trust: Path | None, adapter: str | None, tokens: int, 
     from edgeadapt.formats.bundle import BASE  # here, so that the processes that are measured do not import it first
 
     given = {"bundle": str(bundle), "trust": trust and str(trust), "adapter": adapter, "tokens": tokens}
-    found = _in_process(given | {"threads": threads})
-    return found | {"library": _in_process({"library": str(bundle / BASE), "threads": threads})}
-
-
-def _in_process(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``main`` prints in a new process. Raises as ``profile``."""
-    command = [sys.executable, "-m", __name__, json.dumps({**given, "begun": time.monotonic()})]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=QUIET | os.environ, check=False)  # noqa: S603
-    if not done.stdout:
-        raise DataError("the process that was measured has ended; its own message is above", about="bundle")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    if "error" in found:
-        raise DataError(found["error"], about=found["about"])
-    return found
+    found = in_process(__name__, given | {"threads": threads})
+    return found | {"library": in_process(__name__, {"library": str(bundle / BASE), "threads": threads})}
 
 
 def operators(events: Iterable[Event], runs: int) -> list[OperatorTime]:
@@ -92,36 +79,26 @@ def operators(events: Iterable[Event], runs: int) -> list[OperatorTime]:
     grouped: dict[str, list[float]] = defaultdict(list)
     for node, seconds in medians.items():
         name, kind = node
-        place = f", {LOGITS}" if node == logits else f", {ADAPTER}" if _is_adapters(name) else ""
+        place = f", {LOGITS}" if node == logits else f", {ADAPTER}" if name.endswith(LORA) else ""
         grouped[kind + place].append(max(0.0, seconds - cheapest))
     found = [OperatorTime(kind, len(seconds), sum(seconds)) for kind, seconds in grouped.items()]
     return sorted(found, key=lambda one: -one.seconds)
 
 
-def _is_adapters(name: str) -> bool:
-    """Whether a node is one that ``export.onnx.matmuls.insert_lora`` adds to a layer."""
-    return name.endswith((".lora_A", ".lora_B", ".add"))
-
-
 def table(found: Mapping[str, Any]) -> str:
-    lines = [f"{'start':44}{'wall ms':>9}{'CPU ms':>9}{'resident MB':>13}"]
-    for stage in found["stages"]:
-        times = f"{1e3 * stage['seconds']:9.0f}{1e3 * stage['cpu']:9.0f}{stage['resident'] / 1e6:13.0f}"
-        lines.append(f"{stage['name']:44}{times}")
-    library = found["library"]
-    times = f"{1e3 * library['seconds']:9.0f}{1e3 * library['cpu']:9.0f}{library['resident'] / 1e6:13.0f}"
-    lines.append(f"{library['name']:44}{times}")
-    lines += ["", f"{'one token':44}{'nodes':>9}{'ms':>9}{'share':>13}"]
-    whole, rest = found["token_s"], found["token_s"]
-    for one in [*found["operators"], {"name": "outside of the graph", "nodes": "", "seconds": found["outside_s"]}]:
-        rest -= one["seconds"]
-        lines.append(f"{one['name']:44}{one['nodes']:>9}{1e3 * one['seconds']:9.3f}{one['seconds'] / whole:13.1%}")
-    lines.append(f"{'not attributed':44}{'':9}{1e3 * rest:9.3f}{rest / whole:13.1%}")
-    lines.append(f"{'in all':44}{'':9}{1e3 * whole:9.3f}{1:13.1%}")
+    rows = [("start", "wall ms", "CPU ms", "resident MB")]
+    for stage in [*found["stages"], found["library"]]:
+        times = f"{1e3 * stage['seconds']:.0f}", f"{1e3 * stage['cpu']:.0f}"
+        rows.append((stage["name"], *times, f"{stage['resident'] / 1e6:.0f}"))
+    rows += [("", "", "", ""), ("one token", "nodes", "ms", "share")]
+    whole, parts = found["token_s"], [(one["name"], one["nodes"], one["seconds"]) for one in found["operators"]]
+    parts.append(("outside of the graph", "", found["outside_s"]))
+    parts += [("not attributed", "", whole - sum(part[2] for part in parts)), ("in all", "", whole)]
+    rows += [(name, str(nodes), f"{1e3 * seconds:.3f}", f"{seconds / whole:.1%}") for name, nodes, seconds in parts]
     per_token = f"A token takes {1e3 * found['token_cpu_s']:.1f} ms of CPU time, and {1e3 * found['profiled_s']:.1f} ms"
     load = f"The graph is loaded in {1e3 * found['session_s']:.0f} ms, which include rearranging the weights"
-    lines += ["", f"{per_token} in the profiler.", f"{load}, and then holds {found['weights_bytes'] / 1e6:.0f} MB."]
-    return "\n".join(lines)
+    weights = f"{load}, and then holds {found['weights_bytes'] / 1e6:.0f} MB."
+    return f"{aligned(rows)}\n\n{per_token} in the profiler.\n{weights}"
 
 
 @dataclass(slots=True)
@@ -198,14 +175,14 @@ def _measured(
     }
 
 
-def _library(folder: str, threads: int, begun: float) -> dict[str, Any]:
+def _library(library: str, threads: int, begun: float) -> dict[str, Any]:
     """onnxruntime-genai alone, from the start of its process to a token after ``PROMPT``."""
     clock = _Clock(begun)
     import numpy as np
     import onnxruntime_genai as og
 
     og.disable_telemetry_events()
-    config = og.Config(folder)
+    config = og.Config(library)
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     model = og.Model(config)
     prompt = og.Tokenizer(model).encode(TEXT)[:PROMPT]
@@ -218,18 +195,5 @@ def _library(folder: str, threads: int, begun: float) -> dict[str, Any]:
     return asdict(clock.stages[0])
 
 
-def main() -> None:
-    """Measure, and print one JSON object."""
-    given = json.loads(sys.argv[1])
-    if "library" in given:
-        print(json.dumps(_library(given["library"], given["threads"], given["begun"])))
-        return
-    try:
-        found = _measured(**given)
-    except EdgeAdaptError as error:
-        found = {"error": str(error), "about": error.about}
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main()
+    answer_once(_library if "library" in json.loads(sys.argv[1]) else _measured)

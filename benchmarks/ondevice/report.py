@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from aggregation.errors import DataError
 from benchmarks.ondevice.inputs import FORMATS
 from benchmarks.ondevice.process import PEER, TORCH
+from benchmarks.timing import aligned
 
 # A profile is comparable to the peer up to these ratios of bytes and of perplexity.
 SIZE, PERPLEXITY = 1.15, 1.02
@@ -48,10 +49,8 @@ def judged(found: Figures) -> dict[str, Any]:
 
 
 def chosen(found: Figures) -> str:
-    """The profile that is measured against the goals: the fastest of those comparable to the peer.
-
-    If none is comparable or the peer does not take part, the fastest of all: bytes and perplexity are goals as well.
-    """
+    """The profile that is measured against the goals: the fastest of those comparable to the peer. If none is
+    comparable or the peer does not take part, the fastest of all: bytes and perplexity are goals as well."""
     ours: list[str] = [name for name in found["decode"] if name not in (PEER, TORCH)]
     fair = [name for name in ours if PEER in found["decode"] and comparable(found, name)]
     return max(fair or ours, key=lambda name: float(found["decode"][name]["adapter"]))
@@ -79,7 +78,7 @@ RESULT, PICTURE = "ondevice.json", "ondevice.png"
 
 def table(found: Figures) -> str:
     """Format speeds with spread and ratio to the peer, perplexities, sizes, latencies, tenants, and the goals."""
-    parts = [_speeds(found), _perplexities(found), _sizes(found), _latencies(found)]
+    parts = [_speeds(found), _by_format(found, "perplexity", ".3f"), _by_format(found, "bytes", ","), _latencies(found)]
     parts += [_tenants(found)] if found["tenants"] else []
     return "\n\n".join([*parts, _goals(found), _notes(found)])
 
@@ -95,7 +94,7 @@ def _speeds(found: Figures) -> str:
         if ratios:
             cells += [_ratio(found, what, name) for what in ("decode", "prefill")]
         rows.append(tuple(cells))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _speed(found: Figures, what: str, name: str, arm: str) -> str:
@@ -108,18 +107,12 @@ def _ratio(found: Figures, what: str, name: str) -> str:
     return f"{found[f'{what}_ratio'][name]['adapter']:.2f} ({first:.2f}–{third:.2f})"
 
 
-def _perplexities(found: Figures) -> str:
-    rows = [("perplexity", "base", *(f"adapter {form}" for form in FORMATS))]
-    for name, values in found["perplexity"].items():
-        rows.append((name, *(f"{values[arm]:.3f}" if arm in values else "" for arm in ("base", *FORMATS))))
-    return _aligned(rows)
-
-
-def _sizes(found: Figures) -> str:
-    rows = [("bytes", "base", *(f"adapter {form}" for form in FORMATS))]
-    for name, values in found["sizes"].items():
-        rows.append((name, *(f"{values[what]:,}" if what in values else "" for what in ("base", *FORMATS))))
-    return _aligned(rows)
+def _by_format(found: Figures, what: str, form: str) -> str:
+    """List a figure of each contender: of the base, and with the adapter in each format that the contender has."""
+    rows = [(what, "base", *(f"adapter {name}" for name in FORMATS))]
+    for name, values in found["sizes" if what == "bytes" else what].items():
+        rows.append((name, *(format(values[arm], form) if arm in values else "" for arm in ("base", *FORMATS))))
+    return aligned(rows)
 
 
 def _latencies(found: Figures) -> str:
@@ -129,7 +122,7 @@ def _latencies(found: Figures) -> str:
         cells = (_seconds(found, name), f"{found['cold_adapter_ms'][name]:.1f}")
         swap = f"{found['swap_ms'][name]:.2f} ({least:.2f}–{most:.2f})"
         rows.append((name, *cells, swap, f"{found['peak_memory_bytes'][name] / 1e6:.0f}"))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _seconds(found: Figures, name: str) -> str:
@@ -143,7 +136,7 @@ def _tenants(found: Figures) -> str:
     for count, pages in measured["tenants"].items():
         rows.append((count, *(f"{pages[what] / 1e6:.1f}" for what in ("rss", "shared", "private"))))
     each, tensors = measured["bytes_per_tenant"] / 1e6, measured["adapter_bytes"] / 1e6
-    return f"{_aligned(rows)}\neach further tenant {each:.2f} MB, its tensors in float32 {tensors:.2f} MB"
+    return f"{aligned(rows)}\neach further tenant {each:.2f} MB, its tensors in float32 {tensors:.2f} MB"
 
 
 def _goals(found: Figures) -> str:
@@ -152,7 +145,7 @@ def _goals(found: Figures) -> str:
         sign = "≥" if row["at_least"] else "≤"
         verdict = "reached" if row["reached"] else "not reached"
         rows.append((row["goal"], f"{row['value']:.4g}", f"{sign} {row['bound']:g}", verdict))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _notes(found: Figures) -> str:
@@ -165,15 +158,6 @@ def _notes(found: Figures) -> str:
         f"Load average {before:.1f} at the start, {after:.1f} at the end: more than {found['threads']} is other work.",
     ]
     return "\n".join(lines)
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def make_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ from aggregation.masks import Mask
 from aggregation.ring import Ring
 from aggregation.vector import Floats
 from benchmarks.secagg import ours, peer
-from benchmarks.timing import Call, Note, Stopwatch, Timing, interleaved, measure
+from benchmarks.timing import Call, Note, Stopwatch, Timing, aligned, interleaved, measure
 from edgeadapt.formats.cores import cores
 
 T = TypeVar("T")
@@ -243,10 +243,8 @@ def large(work: SecAggWorkload, note: Note) -> dict[str, Any]:
 
 
 def memory(work: SecAggWorkload, note: Note) -> dict[str, float]:
-    """Measure the peak of allocated memory, in vectors: of a device, and of a device and the server together.
-
-    The trained values are not counted. The server's peak is taken while ``MEMORY_DEVICES`` uploads arrive.
-    """
+    """Measure the peak of allocated memory, in vectors: of a device, and of a device and the server together. The
+    trained values are not counted. The server's peak is taken while ``MEMORY_DEVICES`` uploads arrive."""
     note("memory")
     fleet, values, rng = _fleet(MEMORY_DEVICES, work.elements)
     plan, vector = fleet.begin().plan, ring.zeros(work.elements, ours.BITS).nbytes
@@ -318,10 +316,7 @@ Figures = Mapping[str, Any]
 
 def table(found: Figures) -> str:
     """Format the comparison: medians of wall-clock time with quartiles, ratios of wall-clock and of CPU time."""
-    rows = [_HEAD, *_rows(found)]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5))]) for row in rows]
-    return "\n".join([*lines, "", *_notes(found)])
+    return "\n".join([aligned([_HEAD, *_rows(found)]), "", *_notes(found)])
 
 
 def _rows(found: Figures) -> Iterator[tuple[str, ...]]:

@@ -22,7 +22,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from benchmarks.ondevice.memory import Pages
 from benchmarks.simulation.contender import ENGINES
 from benchmarks.simulation.fleets import make_fleet
-from benchmarks.timing import Note, in_turn, spread_text
+from benchmarks.timing import Note, aligned, in_turn, spread_text
 from simulations.engine.flowerengine import require_ray
 
 SAMPLE = 0.5  # seconds between two looks at the memory
@@ -64,10 +64,8 @@ QUICK = SimulationWorkload({"no training": Work(4, 2, minilm=False, trains=False
 
 
 def compare(work: SimulationWorkload, note: Note) -> dict[str, Any]:
-    """Measure both engines and return the figures as JSON has them.
-
-    Raises ConfigError: Ray is not installed, or the system is not Linux.
-    """
+    """Measure both engines and return the figures as JSON has them. Raises ConfigError: Ray is not installed, or the
+    system is not Linux."""
     require_ray()
     found = dict[str, dict[str, Any]]()
     with TemporaryDirectory() as folder:
@@ -139,19 +137,12 @@ _HEAD = ("", "clients/s ours", "Flower", "ratio", "goal", "whole run s", "Flower
 def table(found: Mapping[str, Any]) -> str:
     """Format the comparison: medians with the smallest and largest value."""
     rows = [_HEAD, *(_row(name, figures) for name, figures in found["rows"].items())]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
     notes = (
         f"Median (smallest–largest) of {found['repeats']} runs of each engine, in turn; each in a process of its own.",
         "clients/s: of the rounds after the first one. The same apps, with active secure aggregation, on both engines.",
         "MB: peak of all processes of a run; pages that several share are counted once.",
     )
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([aligned(rows), "", *notes])
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:

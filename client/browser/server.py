@@ -75,11 +75,8 @@ class Site:
                 ``ws://`` on loopback; empty: none.
             enrolment: The same of the authority's enrolment service; with ``gateway`` only.
 
-        Raises:
-            ConfigError: ``gateway`` or ``enrolment`` is not such an address, or the page or its libraries are not
-                installed.
-            DataError: There is no bundle.
-            TrustError: There are no pinned keys, or they are in the bundle.
+        Raises ConfigError: ``gateway`` or ``enrolment`` is not such an address, or the page or its libraries are not
+        installed; DataError: there is no bundle; TrustError: there are no pinned keys, or they are in the bundle.
         """
         if not (bundle / BASE_MANIFEST).is_file():
             raise DataError(f"{bundle} is not a bundle: it has no base", about="bundle", value=str(bundle))
@@ -138,10 +135,8 @@ class Site:
         return hashlib.sha256(file or b"").hexdigest()
 
     def export(self, out: Path) -> None:
-        """Write all files to ``out``, a folder that any server can serve.
-
-        Raises ConfigError: ``out`` is not an empty folder, or cannot be written.
-        """
+        """Write all files to ``out``, a folder that any server can serve. Raises ConfigError: ``out`` is not an empty
+        folder, or cannot be written."""
         try:
             with new_folder(out) as stage:
                 for path in self.paths():
@@ -152,10 +147,8 @@ class Site:
 
 
 def http_server(site: Site, host: str, port: int) -> ThreadingHTTPServer:
-    """Listen at the address with a server that answers while ``serve_forever`` runs.
-
-    Raises ConfigError: the address is empty, in use, or not of this machine.
-    """
+    """Listen at the address with a server that answers while ``serve_forever`` runs. Raises ConfigError: the address is
+    empty, in use, or not of this machine."""
     if not host:  # Python would listen on every address of the machine
         raise ConfigError("--host is empty; name an address, or omit --host to serve this machine only", about="--host")
     handler = type("Handler", (_Handler,), {"site": site, "local": host in LOCAL})

@@ -66,12 +66,8 @@ def sampling(command: F) -> F:
 
 
 def params_of(json_schema: Path | None, regex: str | None, grammar: Path | None, **sampling: Any) -> SamplingParams:
-    """Read the options of ``sampling``.
-
-    Raises:
-        ConfigError: A value is out of range, there is more than one guide, or its file is missing.
-        DataError: The file is too large or is not UTF-8.
-    """
+    """Read the options of ``sampling``. Raises ConfigError: a value is out of range, there is more than one guide, or
+    its file is missing; DataError: the file is too large or is not UTF-8."""
     candidates: list[tuple[GuideKind, Path | str | None]] = [
         (GuideKind.JSON_SCHEMA, json_schema),
         (GuideKind.REGEX, regex),
@@ -155,11 +151,8 @@ def chat(
 
 
 def answer(conversation: Conversation, generator: Generator, prompt: str, as_json: bool) -> None:
-    """Answer one prompt.
-
-    Raises DataError: the answer does not have the form of its guide, which JSON states instead. It was shown all the
-    same.
-    """
+    """Answer one prompt. Raises DataError: the answer does not have the form of its guide, which JSON states instead.
+    It was shown all the same."""
     if not as_json:
         _show(conversation.ask(prompt), generator)
         return
@@ -174,10 +167,8 @@ def answer(conversation: Conversation, generator: Generator, prompt: str, as_jso
 
 
 def converse(conversation: Conversation, generator: Generator, trust: Path | None = None) -> None:
-    """Answer standard input line by line. After an error the conversation goes on with the next line.
-
-    ``trust``: the pinned public keys, as ``Generator.open`` takes them.
-    """
+    """Answer standard input line by line. After an error the conversation goes on with the next line. ``trust``: the
+    pinned public keys, as ``Generator.open`` takes them."""
     interactive = options.standard_input().isatty()
     if interactive:
         with suppress(ImportError):  # not on Windows
@@ -275,10 +266,8 @@ def _undo(conversation: Conversation, generator: Generator, trust: Path | None) 
 
 @contextmanager
 def _lesson(conversation: Conversation, generator: Generator, trust: Path | None) -> Iterator[Learner]:
-    """Open the learner of the adapter in use.
-
-    Raises TrustError, DataError, ConfigError: as ``Learner.open`` and ``_single``; or the disk is full, for example.
-    """
+    """Open the learner of the adapter in use. Raises TrustError, DataError, ConfigError: as ``Learner.open`` and
+    ``_single``; or the disk is full, for example."""
     name = _single(conversation)
     try:
         with Learner.open(generator.library.bundle, trust, name, task="text-generation") as learner:

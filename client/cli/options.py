@@ -34,10 +34,8 @@ def warn_of_unread(text: str, unread: int) -> None:
 
 
 def standard_input() -> TextIOWrapper:
-    """Open standard input. Bytes that are not UTF-8 become surrogates, which ``text.checked`` refuses.
-
-    Raises DataError: standard input is closed.
-    """
+    """Open standard input. Bytes that are not UTF-8 become surrogates, which ``text.checked`` refuses. Raises
+    DataError: standard input is closed."""
     if sys.stdin is None:
         raise DataError("standard input is closed; give the text as an argument, or open it", about="stdin")
     stream = cast(TextIOWrapper, sys.stdin)

@@ -41,14 +41,11 @@ def renew(state_dir: Path, renewal: str | None, as_json: bool) -> None:
         raise ConfigError(text, about="--renewal")
     if not re.fullmatch(ADDRESS, address):
         raise ConfigError(f"--renewal is {address!r}, and not HOST:PORT", about="--renewal")
-    try:
-        with storage.locked(state_dir / AGENT_LOCK, timeout=0):
-            due, end = service.validity(opened, datetime.now(UTC))
-            if due:
-                end = service.renew(opened, address)
-    except TimeoutError:
-        text = f"an agent, or another 'device renew', uses {state_dir} and renews the certificate: nothing was changed"
-        raise ConfigError(text, about=AGENT_LOCK) from None
+    text = f"an agent, or another 'device renew', uses {state_dir} and renews the certificate: nothing was changed"
+    with storage.locked_or(ConfigError(text, about=AGENT_LOCK), state_dir / AGENT_LOCK):
+        due, end = service.validity(opened, datetime.now(UTC))
+        if due:
+            end = service.renew(opened, address)
     device = subject(load(opened.certificate))
     if as_json:
         click.echo(json.dumps({"device": device, "renewed": due, "until": end.isoformat()}))

@@ -101,11 +101,9 @@ class Agent:
             EdgeAdaptError: The gateway refuses this device.
         """
         state_dir = DeviceStateDir.open(self.folder)
-        try:
-            with storage.locked(self.folder / AGENT_LOCK, timeout=0):
-                self._run(state_dir)
-        except TimeoutError:
-            raise ConfigError(f"another agent uses {self.folder}: end it first", about=AGENT_LOCK) from None
+        refusal = ConfigError(f"another agent uses {self.folder}: end it first", about=AGENT_LOCK)
+        with storage.locked_or(refusal, self.folder / AGENT_LOCK):
+            self._run(state_dir)
 
     def _run(self, state_dir: DeviceStateDir) -> None:
         authority = storage.read(self.folder / AUTHORITY, LONGEST)

@@ -111,10 +111,8 @@ def host_of(address: str) -> str:
 
 
 def pause(attempt: int, error: grpc.RpcError) -> float:
-    """Choose the seconds before another ``attempt`` (from 1) after an error.
-
-    They are what the service says, or up to ``GROWTH`` times as long each time, at random.
-    """
+    """Choose the seconds before another ``attempt`` (from 1) after an error. They are what the service says, or up to
+    ``GROWTH`` times as long each time, at random."""
     if window := messages.retry_window(error.trailing_metadata()):
         return min(until(window), LONGEST_PAUSE)
     most = min(FIRST_PAUSE * GROWTH ** min(attempt, 16), LONGEST_PAUSE)

@@ -51,10 +51,9 @@ def enrol_with(
         settings: The owner's; an earlier call's stay.
         wait: Pauses between attempts.
 
-    Raises:
-        ConfigError: The folder is in use for something else, or the device is enrolled already.
-        TrustError: The authority refuses the invitation, or answers with something else than a certificate of the key.
-        EdgeAdaptError: The authority cannot be reached.
+    Raises ConfigError: the folder is in use for something else, or the device is enrolled already; TrustError: the
+    authority refuses the invitation, or answers with something else than a certificate of the key; EdgeAdaptError: the
+    authority cannot be reached.
     """
     if not (folder / REQUEST).is_file():
         addresses = {
@@ -100,10 +99,8 @@ def _install(state_dir: DeviceStateDir, certificate: bytes, device: str) -> tupl
 
 
 def validity(state_dir: DeviceStateDir, now: datetime) -> tuple[bool, datetime]:
-    """Tell whether the certificate of a device is to be renewed, and its end.
-
-    Raises TrustError: it has expired, or a file is missing or damaged.
-    """
+    """Tell whether the certificate of a device is to be renewed, and its end. Raises TrustError: it has expired, or a
+    file is missing or damaged."""
     certificate = load(state_dir.certificate)
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > end:
@@ -149,10 +146,8 @@ class Renewal:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def attempt(self) -> bool:
-        """Renew the certificate if that is due. Returns whether there is a new one.
-
-        Raises TrustError: the certificate has expired, or a file is missing or damaged.
-        """
+        """Renew the certificate if that is due. Returns whether there is a new one. Raises TrustError: the certificate
+        has expired, or a file is missing or damaged."""
         with self._lock:
             return self._attempt()
 

@@ -44,9 +44,8 @@ class GenerationEngine:
     def __init__(self, base: VerifiedBase, threads: int, options: Mapping[str, str] | None = None) -> None:
         """Load the model. ``options``: further session options of ONNX Runtime, such as ``enable_profiling``.
 
-        Raises:
-            ConfigError: onnxruntime-genai is not installed.
-            RuntimeError, ValueError, KeyError, TypeError: The base cannot be loaded.
+        Raises ConfigError: onnxruntime-genai is not installed; RuntimeError, ValueError, KeyError, TypeError: the base
+        cannot be loaded.
         """
         self._og = genai()
         config = self._og.Config(str(base.folder))
@@ -72,10 +71,8 @@ class GenerationEngine:
         return TextDecoder(self._detokenizer)
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
-        """Format a conversation by the model's chat template, up to where the answer begins.
-
-        Raises ConfigError: there is no template, or it does not accept these messages.
-        """
+        """Format a conversation by the model's chat template, up to where the answer begins. Raises ConfigError: there
+        is no template, or it does not accept these messages."""
         try:
             text = self._tokenizer.apply_chat_template(messages=json.dumps(messages), add_generation_prompt=True)
         except RuntimeError as error:
@@ -84,12 +81,8 @@ class GenerationEngine:
         return str(text)
 
     def load(self, adapter: Adapter) -> None:
-        """Load an adapter's tensors under its name.
-
-        Raises:
-            DataError: onnxruntime-genai refuses the tensors.
-            EdgeAdaptError: The temporary folder has no room for the file.
-        """
+        """Load an adapter's tensors under its name. Raises DataError: onnxruntime-genai refuses the tensors;
+        EdgeAdaptError: the temporary folder has no room for the file."""
         values = {name: ort.OrtValue.ortvalue_from_numpy(adapter.inputs[name]) for name in sorted(adapter.inputs)}
         container = ort.AdapterFormat()
         container.set_adapter_version(1)
@@ -123,11 +116,8 @@ class GenerationEngine:
     def read(self, prompt: list[int], params: SamplingParams, adapter: str | None) -> int:
         """Read a prompt of at least one token, and fewer than ``context``, with a loaded adapter or the bare base.
 
-        Returns the number of tokens found in the KV cache.
-
-        Raises:
-            ConfigError: As ``check``.
-            RuntimeError: The graph does not run.
+        Returns the number of tokens found in the KV cache. Raises ConfigError: as ``check``; RuntimeError: the graph
+        does not run.
         """
         guided = self._guided(params.guide)
         live, cached = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens)), 0
@@ -145,12 +135,8 @@ class GenerationEngine:
         return cached
 
     def draw(self) -> Iterator[int]:
-        """Sample the tokens that follow the prompt, up to ``max_tokens`` or the end of the context.
-
-        Raises:
-            DataError: A token has no finite probability, or the guide allows none.
-            RuntimeError: The graph does not run.
-        """
+        """Sample the tokens that follow the prompt, up to ``max_tokens`` or the end of the context. Raises DataError: a
+        token has no finite probability, or the guide allows none; RuntimeError: the graph does not run."""
         live = self._live
         assert live is not None  # noqa: S101  # `read` came before
         limit = min(live.params.max_tokens, self.context - len(live.tokens))
@@ -189,10 +175,8 @@ class GenerationEngine:
         return self._follower.begin(guide)
 
     def inner(self, params: SamplingParams, adapter: str | None) -> Any:
-        """Make onnxruntime-genai's generator, for ``params.max_tokens`` in all, to time single tokens.
-
-        The next ``read`` reuses nothing of its KV cache.
-        """
+        """Make onnxruntime-genai's generator, for ``params.max_tokens`` in all, to time single tokens. The next
+        ``read`` reuses nothing of its KV cache."""
         live = self._usable(params, adapter, min(self.context, params.max_tokens))
         self._switch(live, adapter)
         live.tokens = []
@@ -204,10 +188,8 @@ class GenerationEngine:
             live.adapter = adapter
 
     def _usable(self, params: SamplingParams, adapter: str | None, needed: int) -> _Live:
-        """Take the generator of the previous answer, if it can be used again, else a new one.
-
-        A generator can switch to another adapter, but not back to the bare base.
-        """
+        """Take the generator of the previous answer, if it can be used again, else a new one. A generator can switch to
+        another adapter, but not back to the bare base."""
         live = self._live
         same = live is not None and live.params == params and params.reusable and live.capacity >= needed
         if live is not None and same and (adapter is not None or live.adapter is None):

@@ -26,10 +26,8 @@ class ChatMessage:
 
 
 class Generator:
-    """The language model of a bundle. Each call names its adapter; without one, the bare base answers.
-
-    An adapter that a lesson or an update replaced is loaded again.
-    """
+    """The language model of a bundle. Each call names its adapter; without one, the bare base answers. An adapter that
+    a lesson or an update replaced is loaded again."""
 
     def __init__(self, library: Library, engine: GenerationEngine, loaded: int, loaded_bytes: int) -> None:
         self._library, self._engine = library, engine
@@ -53,10 +51,8 @@ class Generator:
         loaded: int = MAX_LOADED,
         loaded_bytes: int = MAX_LOADED_BYTES,
     ) -> Self:
-        """Verify and load the base of ``bundle``. Arguments and errors as ``ClassificationSession.open``.
-
-        Raises ConfigError: also if onnxruntime-genai is not installed.
-        """
+        """Verify and load the base of ``bundle``. Arguments and errors as ``ClassificationSession.open``. Raises
+        ConfigError: also if onnxruntime-genai is not installed."""
         return cls.of(Library.open(bundle, trust, "text-generation"), threads, loaded, loaded_bytes)
 
     @classmethod
@@ -85,10 +81,8 @@ class Generator:
         return self._last
 
     def load(self, adapter: Named) -> Adapter:
-        """Verify an adapter or a composition, and keep it in memory, like ``ClassificationSession.load``.
-
-        Raises ConfigError also while an answer is being written.
-        """
+        """Verify an adapter or a composition, and keep it in memory, like ``ClassificationSession.load``. Raises
+        ConfigError also while an answer is being written."""
         with self._exclusive():
             return self._get(Composition.of(adapter))
 
@@ -120,10 +114,9 @@ class Generator:
     def tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Tokenize the prompt of a conversation, up to where the answer begins.
 
-        Raises:
-            DataError: A message is not valid (``text.checked``), or contains a special token of the model, with which
-                it could pose as another message.
-            ConfigError: The model has no chat template, or the template does not accept these messages.
+        Raises DataError: a message is not valid (``text.checked``), or contains a special token of the model, with
+        which it could pose as another message; ConfigError: the model has no chat template, or the template does not
+        accept these messages.
         """
         for message in messages:
             require_plain(checked(message.content), self._engine.special_tokens, "message")
@@ -217,10 +210,9 @@ class Conversation:
     ) -> None:
         """Start without messages; several conversations may share a generator.
 
-        Raises:
-            TrustError, DataError, ConfigError: As ``use``.
-            ConfigError: An answer of ``max_tokens`` leaves no room for a question, or the guide cannot be followed.
-            DataError: The system prompt is not a valid message (``Generator.tokens``).
+        Raises TrustError, DataError, ConfigError: as ``use``; ConfigError: an answer of ``max_tokens`` leaves no room
+        for a question, or the guide cannot be followed; DataError: the system prompt is not a valid message
+        (``Generator.tokens``).
         """
         self._generator, self._params = generator, params
         self._adapter: Adapter | None = None
@@ -263,11 +255,8 @@ class Conversation:
         self._asked = None
 
     def ask(self, text: str) -> Iterator[str]:
-        """Answer ``text``, piece by piece. If the answer is not read to its end, the part that was read is kept.
-
-        Raises DataError: the text is not a valid message, or is too long even without the previous messages, which
-        stay.
-        """
+        """Answer ``text``, piece by piece. If the answer is not read to its end, the part that was read is kept. Raises
+        DataError: the text is not a valid message, or is too long even without the previous messages, which stay."""
         self._asked = text
         messages = self._fit([*self._messages, ChatMessage("user", text)])
         adapter = None if self._adapter is None else self._adapter.composition

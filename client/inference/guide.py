@@ -30,11 +30,9 @@ class GuideKind(StrEnum):
 class Guide:
     """What an answer must look like.
 
-    ``GuideFollower.begin`` reads ``source`` when an answer begins; ``GenerationEngine.check`` reads it before.
-
-    Raises:
-        ConfigError: ``source`` is empty, above ``MAX_GUIDE`` characters, has a NUL or is not Unicode, a regular
-            expression ends in a single backslash, or a schema is not JSON.
+    ``GuideFollower.begin`` reads ``source`` when an answer begins; ``GenerationEngine.check`` reads it before. Raises
+    ConfigError: ``source`` is empty, above ``MAX_GUIDE`` characters, has a NUL or is not Unicode, a regular expression
+    ends in a single backslash, or a schema is not JSON.
     """
 
     kind: GuideKind
@@ -96,10 +94,8 @@ class GuideFollower:
             raise ConfigError(f"{reason}; ask without a guide", about="guide") from error
 
     def begin(self, guide: Guide) -> "GuidedAnswer":
-        """Begin an answer.
-
-        Raises ConfigError: llguidance cannot read the guide, or it contains a letter that the model cannot write.
-        """
+        """Begin an answer. Raises ConfigError: llguidance cannot read the guide, or it contains a letter that the model
+        cannot write."""
         matcher = self._llguidance.LLMatcher
         try:
             if guide.kind is GuideKind.JSON_SCHEMA:

@@ -108,18 +108,14 @@ class Composition:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``global``, ``global+anna`` or ``global:0.5+anna:1``. Law: ``parse(str(c)) == c``.
-
-        Raises ConfigError: a name or weight is not valid, or a name is repeated.
-        """
+        """Read ``global``, ``global+anna`` or ``global:0.5+anna:1``. Law: ``parse(str(c)) == c``. Raises ConfigError: a
+        name or weight is not valid, or a name is repeated."""
         return cls(tuple(WeightedAdapter.parse(part.strip()) for part in text.split("+")))
 
     @classmethod
     def of(cls, names: Named, weights: Sequence[float] | None = None) -> "Composition":
-        """Make a composition, also in writing, or of several names; each weight is 1 by default.
-
-        Raises ConfigError: as ``parse``, or the numbers of names and weights differ.
-        """
+        """Make a composition, also in writing, or of several names; each weight is 1 by default. Raises ConfigError: as
+        ``parse``, or the numbers of names and weights differ."""
         if isinstance(names, Composition):
             return names
         if isinstance(names, str) and weights is None:
@@ -335,10 +331,8 @@ def _check_runtime(bundle: Path, base: BaseManifest) -> None:
 
 
 class AdapterCache(LRUCache[Composition, V]):
-    """The adapters that were used last and are current, limited in number and in bytes. Threads may share it.
-
-    An adapter of more than ``nbytes`` counts as ``nbytes``: it must run, so it is held, but alone.
-    """
+    """The adapters that were used last and are current, limited in number and in bytes. Threads may share it. An
+    adapter of more than ``nbytes`` counts as ``nbytes``: it must run, so it is held, but alone."""
 
     def __init__(
         self,
@@ -349,9 +343,7 @@ class AdapterCache(LRUCache[Composition, V]):
         evicted: Callable[[V], Any] = lambda _: None,
     ) -> None:
         """Start empty, for at most ``count`` adapters of ``nbytes``. Raises ConfigError: a limit is below 1.
-
-        ``evicted`` is called with each adapter that is not held any more.
-        """
+        ``evicted`` is called with each adapter that is not held any more."""
         for about, limit in (("loaded", count), ("loaded_bytes", nbytes)):
             if limit < 1:
                 raise ConfigError(f"{about} {limit} is below 1: no adapter could be held", about=about, value=limit)

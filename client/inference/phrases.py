@@ -50,10 +50,8 @@ class PhraseReader:
         return ids[: end - surplus] + ids[end:]
 
     def unread(self, text: str, virtual_tokens: int = 0, most: float = math.inf) -> int:
-        """Count the tokens at the end of a text that are beyond the model's limit, or ``most``, as in training.
-
-        Raises DataError if the text is not valid (``text.checked``).
-        """
+        """Count the tokens at the end of a text that are beyond the model's limit, or ``most``, as in training. Raises
+        DataError if the text is not valid (``text.checked``)."""
         encoding = self._tokenizer.encode(checked(text))
         size = len(encoding.ids) + sum(part.special_tokens_mask.count(0) for part in encoding.overflowing)
         limit = (self._tokenizer.truncation or {}).get("max_length", math.inf)

@@ -18,11 +18,8 @@ MAX_PENALTY = 10.0
 
 
 def checked(text: str) -> str:
-    """Check that a model can read ``text``, and return it.
-
-    Raises DataError: the text is empty or white space, longer than ``MAX_TEXT`` characters, not Unicode, or contains
-    NUL.
-    """
+    """Check that a model can read ``text``, and return it. Raises DataError: the text is empty or white space, longer
+    than ``MAX_TEXT`` characters, not Unicode, or contains NUL."""
     if not text.strip():
         raise DataError("the text is empty; give a phrase", about="text", value=text)
     if len(text) > MAX_TEXT:
@@ -45,9 +42,7 @@ def special_tokens(tokenizer: bytes) -> tuple[str, ...]:
 
 def require_plain(text: str, special: Sequence[str], about: str) -> None:
     """Check that a text has no special token: a tokenizer recognizes them in any text, which could pose as another.
-
-    ``special``: as ``special_tokens``; ``about``: what the text is. Raises DataError.
-    """
+    ``special``: as ``special_tokens``; ``about``: what the text is. Raises DataError."""
     if token := next((token for token in special if token in text), None):
         reason = f"the {about} contains {token!r}, a special token of the model; remove it"
         raise DataError(reason, about=about, value=token)
@@ -101,10 +96,8 @@ class SamplingParams:
 
     @property
     def reusable(self) -> bool:
-        """Whether one generator of onnxruntime-genai can write several such answers.
-
-        A seed fixes its random numbers from the start, and beams have a KV cache each.
-        """
+        """Whether one generator of onnxruntime-genai can write several such answers. A seed fixes its random numbers
+        from the start, and beams have a KV cache each."""
         return self.seed is None and self.beams == 1
 
     def search_options(self, vocabulary: int) -> dict[str, Any]:

@@ -57,12 +57,8 @@ class SeenVersions:
         return seen.version if seen else 0
 
     def accept(self, manifest: AdapterManifest) -> None:
-        """Note the version of a verified manifest, if it is the highest so far.
-
-        Raises:
-            TrustError: It is lower than the highest, the highest had another content, or the file is damaged.
-            ConfigError: The file cannot be written.
-        """
+        """Note the version of a verified manifest, if it is the highest so far. Raises TrustError: it is lower than the
+        highest, the highest had another content, or the file is damaged; ConfigError: the file cannot be written."""
         if not _is_new(self._read(), manifest):
             return
         try:
@@ -127,9 +123,7 @@ class Trust:
     @classmethod
     def open(cls, folder: Path, pinned: Path | None = None) -> Self:
         """Take the keys in ``pinned``, by default in ``trust.pem`` in the folder that holds the bundle ``folder``.
-
-        Raises TrustError: there is no such file, it is inside the bundle, or it does not hold public keys only.
-        """
+        Raises TrustError: there is no such file, it is inside the bundle, or it does not hold public keys only."""
         folder = real(folder)
         file = folder.parent / TRUST if pinned is None else pinned.absolute()
         if real(file).is_relative_to(folder):

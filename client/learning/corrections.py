@@ -8,7 +8,7 @@ written before the bundle: after a kill between the two, the last lesson made no
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from aggregation import sealed, wire
 from aggregation.errors import ConfigError, DataError, TrustError
@@ -22,7 +22,6 @@ MAX_AT_ONCE = 64
 MAX_HISTORY = 2**30  # bytes
 MAX_FILE = 2**26  # bytes of an adapter before a lesson
 HISTORY = "history.sealed"
-_MAGIC = b"edgeadapt/learned/1\x00"
 
 
 def _utf8(limit: int) -> Codec[str]:
@@ -49,10 +48,8 @@ class Before:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """One run of learning.
-
-    ``before``: the adapter that was in use before; None if it was not private, so that undoing deletes the private one.
-    """
+    """One run of learning. ``before``: the adapter that was in use before; None if it was not private, so that undoing
+    deletes the private one."""
 
     corrections: Annotated[tuple[Correction, ...], _CORRECTIONS]
     made: Annotated[str, wire.text("[0-9a-f]{64}")]  # SHA-256 of the file of the adapter that it made
@@ -61,13 +58,15 @@ class Lesson:
 
 
 @dataclass(frozen=True, slots=True)
-class LessonHistory:
+class LessonHistory(sealed.SealedRecord):
     """What a device was taught. Law: ``open(seal(h, k), k) == h``.
 
     Attributes:
         kept: Corrections of lessons that cannot be undone any more, oldest first.
         lessons: Those that can be, oldest first.
     """
+
+    MAGIC: ClassVar[bytes] = b"edgeadapt/learned/1\x00"
 
     kept: Annotated[tuple[Correction, ...], _CORRECTIONS] = ()
     lessons: Annotated[tuple[Lesson, ...], wire.sequence(wire.record(Lesson), MAX_LESSONS)] = ()
@@ -79,11 +78,8 @@ class LessonHistory:
         return tuple({one.text: one for one in every}.values())
 
     def current(self, used: str) -> Self:
-        """Restrict the history to the adapter in use: a last lesson that made none is left out.
-
-        If none of the lessons made the adapter, as after another one was installed, none can be undone. ``used``:
-        SHA-256 of its file.
-        """
+        """Restrict the history to the adapter in use: a last lesson that made none is left out. If none of the lessons
+        made the adapter, as after another one was installed, none can be undone. ``used``: SHA-256 of its file."""
         if not self.lessons or self.lessons[-1].made == used:
             return self
         if self.lessons[-1].used == used:
@@ -114,15 +110,6 @@ class LessonHistory:
             reason = f"{path} is damaged or was sealed with another key ({error}): delete {path.parent} to start again"
             raise TrustError(reason, about=HISTORY) from error
 
-    def seal(self, key: bytes) -> bytes:
-        """Encrypt it. ``key``: 32 bytes that never leave the device."""
-        return sealed.seal_record(_CODEC, self, key, _MAGIC)
-
-    @classmethod
-    def open(cls, raw: bytes, key: bytes) -> "LessonHistory":
-        """Decrypt it. Raises TrustError if it was altered, or sealed with another key."""
-        return sealed.open_record(_CODEC, raw, key, _MAGIC)
-
 
 def check_count(corrections: Sequence[Correction]) -> None:
     """Check that there are corrections, not too many, and no two of one phrase. Raises DataError."""
@@ -131,6 +118,3 @@ def check_count(corrections: Sequence[Correction]) -> None:
         raise DataError(reason, about="corrections", value=len(corrections))
     if len({one.text for one in corrections}) < len(corrections):
         raise DataError("a phrase is given twice: teach it with one label or answer", about="corrections")
-
-
-_CODEC: Codec[LessonHistory] = wire.record(LessonHistory)

@@ -103,10 +103,8 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class TextBits:
-    """What a text costs a language model before and after learning, in bits per byte.
-
-    ``known``: whether each of its tokens is the most likely one after learning: without sampling it is the answer.
-    """
+    """What a text costs a language model before and after learning, in bits per byte. ``known``: whether each of its
+    tokens is the most likely one after learning: without sampling it is the answer."""
 
     prompt: str = field(repr=False)
     text: str = field(repr=False)
@@ -120,11 +118,8 @@ Learnt = Answers | TextBits
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What a lesson did.
-
-    ``others``: a classifier's earlier corrections and public phrases that were not rehearsed; a language model's
-    earlier corrections, and the texts that were given to be compared.
-    """
+    """What a lesson did. ``others``: a classifier's earlier corrections and public phrases that were not rehearsed; a
+    language model's earlier corrections, and the texts that were given to be compared."""
 
     adapter: str
     version: int
@@ -202,21 +197,16 @@ class Learner:
         bundle = library.bundle
         folder = storage.real(bundle).parent / LEARNED
         folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
-        try:
-            with storage.locked(folder / LOCK, timeout=0):
-                adapter = library.trust.adapter(name or library.default(), library.base)
-                target = adapter.manifest.name if adapter.manifest.parent else PERSONAL
-                if target != adapter.manifest.name and target in adapter_names(bundle):
-                    reason = (
-                        f"{bundle} has a private adapter already: choose {target} instead of {adapter.manifest.name}"
-                    )
-                    raise ConfigError(reason, about="--adapter", value=name)
-                keys = _keys(folder, entropy or SystemEntropy())
-                history = LessonHistory.read(folder / HISTORY, keys[1]).current(adapter.manifest.sha256)
-                yield cls(library, adapter, target, keys, folder, history)
-        except TimeoutError as error:
-            reason = f"another program is learning with {bundle}: try again when it has ended"
-            raise ConfigError(reason, about=LOCK) from error
+        refusal = ConfigError(f"another program is learning with {bundle}: try again when it has ended", about=LOCK)
+        with storage.locked_or(refusal, folder / LOCK):
+            adapter = library.trust.adapter(name or library.default(), library.base)
+            target = adapter.manifest.name if adapter.manifest.parent else PERSONAL
+            if target != adapter.manifest.name and target in adapter_names(bundle):
+                reason = f"{bundle} has a private adapter already: choose {target} instead of {adapter.manifest.name}"
+                raise ConfigError(reason, about="--adapter", value=name)
+            keys = _keys(folder, entropy or SystemEntropy())
+            history = LessonHistory.read(folder / HISTORY, keys[1]).current(adapter.manifest.sha256)
+            yield cls(library, adapter, target, keys, folder, history)
 
     def teach(
         self,
@@ -350,11 +340,9 @@ class Learner:
     def undo(self) -> Undone:
         """Go back to the adapter before the last lesson.
 
-        Raises:
-            DataError: The adapter in use was not learned here, or no lesson is left.
-            TrustError, DataError, ConfigError: The adapter before it is not in the bundle any more, and there is no
-                other (``Library.default``).
-            OSError: As ``teach``.
+        Raises DataError: the adapter in use was not learned here, or no lesson is left; TrustError, DataError,
+        ConfigError: the adapter before it is not in the bundle any more, and there is no other (``Library.default``);
+        OSError: as ``teach``.
         """
         lesson, history = self.history.undone()
         if lesson.before is None:
@@ -610,11 +598,8 @@ def _step_digest(
 
 
 def _in_lesson_order(phrases: Sequence[tuple[str, str]], lesson: int) -> list[tuple[str, str]]:
-    """Order labels and phrases for a lesson, in another order for each number.
-
-    A generator's order would be NumPy's own; digests give the same one in the browser
-    (``page/learning/classifier.js``).
-    """
+    """Order labels and phrases for a lesson, in another order for each number. A generator's order would be NumPy's
+    own; digests give the same one in the browser (``page/learning/classifier.js``)."""
     return sorted(phrases, key=lambda pair: sha256("\t".join([str(lesson), *pair]).encode()).digest())
 
 

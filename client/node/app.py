@@ -24,11 +24,8 @@ app = ClientApp()
 
 
 def register(app: ClientApp, open_state: OpenState, choose: TrainerOf = trainer_of) -> None:
-    """Let ``app``, a new one, answer the messages of every step.
-
-    ``open_state``: Flower's context of a node → the state of the device there, opened for each message; ``choose``
-    chooses what makes the updates of these devices.
-    """
+    """Let ``app``, a new one, answer the messages of every step. ``open_state``: Flower's context of a node → the state
+    of the device there, opened for each message; ``choose`` chooses what makes the updates of these devices."""
 
     def handler(message: Message, context: Context) -> Message:
         step = Step(message.metadata.message_type.partition(".")[2])

@@ -24,21 +24,20 @@ LOOK = 10.0  # seconds between two readings of the machine
 class EligibilitySettings(Settings):
     """``[eligibility]``. Without a condition, the device takes part at any time."""
 
-    idle: bool = Field(
-        default=False, description="only while other processes use less than a quarter of the processors' time"
-    )
-    charging: bool = Field(default=False, description="only on external power")
-    unmetered: bool = Field(default=False, description="only on a network connection that is not metered")
-    hours: str = Field(
-        default="",
-        pattern=r"^(([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d)?$",
-        description='only between these hours of local time, such as "22:00-06:00"',
-    )
-    minimum_battery: int = Field(default=0, ge=0, le=100, description="only with this charge, in percent")
-    minimum_examples: int = Field(default=0, ge=0, description="only with so many examples, of all splits")
-    minimum_separation_hours: float = Field(
-        default=0.0, ge=0, le=8760, description="only so long after the last round, in hours, into another session"
-    )
+    idle: bool = False
+    """only while other processes use less than a quarter of the processors' time"""
+    charging: bool = False
+    """only on external power"""
+    unmetered: bool = False
+    """only on a network connection that is not metered"""
+    hours: str = Field(default="", pattern=r"^(([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d)?$")
+    """only between these hours of local time, "22:00-06:00" for example"""
+    minimum_battery: int = Field(default=0, ge=0, le=100)
+    """only with this charge, in percent"""
+    minimum_examples: int = Field(default=0, ge=0)
+    """only with so many examples, of all splits"""
+    minimum_separation_hours: float = Field(default=0.0, ge=0, le=8760)
+    """only so long after the last round, in hours, into another session"""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -95,10 +94,8 @@ def machine_conditions(settings: EligibilitySettings, readings: Readings, now: d
 def conditions(
     state: EligibleState, readings: Readings, now: datetime, *, count_examples: bool = True
 ) -> list[Condition]:
-    """List the conditions that are demanded of a device that joins a session.
-
-    ``count_examples``: whether ``minimum_examples`` is one of them. Counting takes time that depends on the examples.
-    """
+    """List the conditions that are demanded of a device that joins a session. ``count_examples``: whether
+    ``minimum_examples`` is one of them. Counting takes time that depends on the examples."""
     settings = state.eligibility
     demanded = machine_conditions(settings, readings, now)
     if settings.minimum_examples and count_examples:

@@ -20,10 +20,8 @@ REQUEST = "request.csr"
 
 @dataclass(frozen=True, slots=True)
 class TrustAnchors:
-    """The authority's certificate and the coordinator's public key, both PEM, that a device pins.
-
-    Raises TrustError: one of them is not valid.
-    """
+    """The authority's certificate and the coordinator's public key, both PEM, that a device pins. Raises TrustError:
+    one of them is not valid."""
 
     authority: bytes
     coordinator: bytes
@@ -58,10 +56,8 @@ def enrol(folder: Path, name: str, settings: DeviceSettings, anchors: TrustAncho
 
 
 def install_certificate(state_dir: DeviceStateDir, certificate: bytes, at: datetime) -> tuple[str, datetime]:
-    """Install the certificate, PEM or DER, that the authority issued. Returns the device's name and its end.
-
-    Raises TrustError: the pinned authority did not issue it, it is for another key or revoked, or not valid at ``at``.
-    """
+    """Install the certificate, PEM or DER, that the authority issued. Returns the device's name and its end. Raises
+    TrustError: the pinned authority did not issue it, it is for another key or revoked, or not valid at ``at``."""
     der = certificates.to_der(certificate)
     name, key = state_dir.root().verify(der, at)
     own = state_dir.identity.public

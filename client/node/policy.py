@@ -24,32 +24,19 @@ from edgeadapt.rounds.tasklimits import TaskLimits
 class TrainingLimits(TaskLimits):
     """Limits on the training of this device. They belong to its owner."""
 
-    maximum_tokens: int = Field(
-        default=TOKENS,
-        ge=1,
-        description="most tokens of one pass over the base, with padding; a larger batch is trained in parts, which "
-        "bounds the memory",
-    )
-    maximum_seconds: float = Field(
-        default=0.0, ge=0, description="longest training of a round, in seconds: it ends then with what it has; 0: any"
-    )
-    duty_cycle: float = Field(
-        default=1.0,
-        ge=0.01,
-        le=1,
-        description="share of the time in which training computes: it pauses after each step, which saves a battery "
-        "and keeps the device cool",
-    )
-    moments: bool = Field(
-        default=True, description="contribute the second moments of embeddings to a sum for an analytic head"
-    )
-    answer_quantum_seconds: float = Field(
-        default=60.0,
-        ge=0,
-        le=86_400,
-        description="offers and plans are answered at a multiple of this time after they arrived, in seconds; 0: at "
-        "once. The multiple still shows coarsely how long training took, unless this is above the longest",
-    )
+    maximum_tokens: int = Field(default=TOKENS, ge=1)
+    """most tokens of one pass over the base, with padding; a larger batch is trained in parts, which bounds the
+    memory"""
+    maximum_seconds: float = Field(default=0.0, ge=0)
+    """longest training of a round, in seconds: it ends then with what it has; 0: any"""
+    duty_cycle: float = Field(default=1.0, ge=0.01, le=1)
+    """share of the time in which training computes: it pauses after each step, which saves a battery and keeps the
+    device cool"""
+    moments: bool = True
+    """contribute the second moments of embeddings to a sum for an analytic head"""
+    answer_quantum_seconds: float = Field(default=60.0, ge=0, le=86_400)
+    """offers and plans are answered at a multiple of this time after they arrived, in seconds; 0: at once. The multiple
+    still shows coarsely how long training took, unless this is above the longest"""
 
     def control(self, step: Callable[[], object] = UNLIMITED.step) -> TrainingControl:
         seconds, norm = self.maximum_seconds or math.inf, self.maximum_gradient_norm
@@ -95,10 +82,8 @@ class PolicySettings(_Limits):
         return self
 
     def policy(self, base_digest: str) -> Policy:
-        """Make the policy of a device that has the base of this digest.
-
-        Raises ConfigError: a limit is out of range, or contradicts another.
-        """
+        """Make the policy of a device that has the base of this digest. Raises ConfigError: a limit is out of range, or
+        contradicts another."""
         limits = {field.name: getattr(self, field.name) for field in fields(Policy)}
         bases = {base_digest} & set(self.known_bases) if self.known_bases else {base_digest}
         adversaries = frozenset(Adversary(name) for name in self.adversaries)

@@ -9,7 +9,7 @@ The ledger is kept when the device forgets a coordinator: what was revealed stay
 """
 
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from aggregation import graph, sealed, wire
 from aggregation.errors import ProtocolError
@@ -20,16 +20,15 @@ from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
 from aggregation.wire import Codec
 
-_MAGIC = b"edgeadapt/privacy-ledger/1\x00"
 _SPENT: Codec[Spent] = wire.record(Spent, {"curve": wire.sequence(wire.real, len(ORDERS)), "draws": wire.uint(128)})
 
 
 @dataclass(frozen=True, slots=True)
-class PrivacyLedger:
-    """The account of one device. Law: ``open(seal(l, k), k) == l``.
+class PrivacyLedger(sealed.SealedRecord):
+    """The account of one device. ``settled`` counts sums whose survivors it knows, and rounds that it did not see the
+    end of."""
 
-    ``settled`` counts sums whose survivors it knows, and rounds that it did not see the end of.
-    """
+    MAGIC: ClassVar[bytes] = b"edgeadapt/privacy-ledger/1\x00"
 
     settled: Annotated[Spent, _SPENT] = NOTHING
     pending: Annotated[Spent, _SPENT] = NOTHING  # the contribution that left last, if neither is known of it yet
@@ -41,24 +40,10 @@ class PrivacyLedger:
         """Sum of everything that left the device with noise."""
         return self.settled + self.pending
 
-    def seal(self, key: bytes) -> bytes:
-        """Encrypt it. ``key``: the device's sealing key."""
-        return sealed.seal_record(_CODEC, self, key, _MAGIC)
-
-    @classmethod
-    def open(cls, raw: bytes, key: bytes) -> "PrivacyLedger":
-        """Decrypt it. Raises TrustError: it was altered, or sealed with another key."""
-        return sealed.open_record(_CODEC, raw, key, _MAGIC)
-
-
-_CODEC: Codec[PrivacyLedger] = wire.record(PrivacyLedger)
-
 
 def on_plan(known: PrivacyLedger, spec: SessionSpec, cohort: int, policy: Policy) -> PrivacyLedger:
-    """Make the ledger to save before the contribution to a round leaves.
-
-    Raises ProtocolError: it would exceed the policy's ``maximum_epsilon``.
-    """
+    """Make the ledger to save before the contribution to a round leaves. Raises ProtocolError: it would exceed the
+    policy's ``maximum_epsilon``."""
     settled = known.spent
     if spec.privacy is None:
         return replace(known, settled=settled, pending=NOTHING, bare=known.bare + 1)

@@ -11,29 +11,27 @@ leaves the ones without the others, and only the owner's ``edgeadapt device forg
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from aggregation import sealed, wire
 from aggregation.errors import ProtocolError
 from aggregation.messages import Digest
 from aggregation.session import COORDINATOR
-from aggregation.wire import Codec
 from edgeadapt.methods.parts import Part
 from edgeadapt.rounds.roundtask import RoundTask
 
 MAX_BYTES = 2**28  # bytes of the tensors, as a file
 MAX_EVER = 2**16  # bases times their parts
-_MAGIC = b"edgeadapt/private-parts/2\x00"
 _BLOB = wire.blob(MAX_BYTES)
 _EVER = wire.sequence(wire.text(f"[0-9a-f]{{64}}/({'|'.join(Part)})"), MAX_EVER)
 
 
 @dataclass(frozen=True, slots=True)
-class PrivateParts:
+class PrivateParts(sealed.SealedRecord):
     """The private parts before and after the last plan for which the device trained some, and which ever were.
+    ``before`` and ``after`` are safetensors files."""
 
-    Law: ``open(seal(p, k), k) == p``. ``before`` and ``after`` are safetensors files.
-    """
+    MAGIC: ClassVar[bytes] = b"edgeadapt/private-parts/2\x00"
 
     subject: Digest  # what they belong to (``client.training.private.subject_of``)
     plan: Digest
@@ -41,26 +39,12 @@ class PrivateParts:
     after: Annotated[bytes, _BLOB] = field(repr=False)
     ever: Annotated[tuple[str, ...], _EVER]
 
-    def seal(self, key: bytes) -> bytes:
-        """Encrypt them. ``key``: the device's sealing key."""
-        return sealed.seal_record(_CODEC, self, key, _MAGIC)
-
     def start(self, subject: bytes, plan: bytes = b"") -> bytes | None:
-        """Choose the file from which a training starts; None if the parts are of another subject.
-
-        ``plan``: digest of the plan; that of the last one gives what that one started from.
-        """
+        """Choose the file from which a training starts; None if the parts are of another subject. ``plan``: digest of
+        the plan; that of the last one gives what that one started from."""
         if self.subject != subject:
             return None
         return self.before if self.plan == plan else self.after
-
-    @classmethod
-    def open(cls, raw: bytes, key: bytes) -> "PrivateParts":
-        """Decrypt them. Raises TrustError: they were altered, or sealed with another key."""
-        return sealed.open_record(_CODEC, raw, key, _MAGIC)
-
-
-_CODEC: Codec[PrivateParts] = wire.record(PrivateParts)
 
 
 def ever_private(known: PrivateParts | None, base: str, parts: Iterable[Part]) -> tuple[str, ...]:
@@ -70,9 +54,7 @@ def ever_private(known: PrivateParts | None, base: str, parts: Iterable[Part]) -
 
 def check_unshared(known: PrivateParts | None, base: str, task: RoundTask) -> None:
     """Check that a task shares no part that this device ever trained and kept to itself on the base with this digest.
-
-    Whether the task trains what it shares makes no difference. Raises ProtocolError: it shares one.
-    """
+    Whether the task trains what it shares makes no difference. Raises ProtocolError: it shares one."""
     if refused := sorted(task.changes & private_on(known, base)):
         text = f"task.shared: this device keeps the part {refused[0]} to itself, because it trained it without sharing "
         text += "it: take a method that does not share it, or ask the owner to run 'edgeadapt device forget'"

@@ -48,10 +48,8 @@ class SystemReadings:
     _before: tuple[float, float, float] | None = field(default=None, repr=False)
 
     def used_by_others(self) -> float:
-        """Measure since the last call; the first call takes a second.
-
-        Raises DataError: there is no ``/proc/stat``, or it is not the kernel's.
-        """
+        """Measure since the last call; the first call takes a second. Raises DataError: there is no ``/proc/stat``, or
+        it is not the kernel's."""
         if self._before is None:
             self._before = self._times()
             time.sleep(SAMPLE)
@@ -63,10 +61,8 @@ class SystemReadings:
         return min(1.0, max(0.0, others / (everything - all_before)))
 
     def external_power(self) -> bool:
-        """Whether a supply is online or, where only a battery is listed, it is charged or full.
-
-        Raises DataError: no supply of the machine says so.
-        """
+        """Whether a supply is online or, where only a battery is listed, it is charged or full. Raises DataError: no
+        supply of the machine says so."""
         supplies = self._supplies()
         online = [_text(each / "online") for each in supplies if _text(each / "type") != "Battery"]
         if decimals := [text for text in online if text.isdecimal()]:
@@ -87,10 +83,8 @@ class SystemReadings:
         return sum(percent) / len(percent)
 
     def metered(self) -> bool:
-        """Ask NetworkManager what it knows or guesses of the primary connection.
-
-        Raises DataError: there is no NetworkManager, no ``busctl`` to ask it with, or it does not know.
-        """
+        """Ask NetworkManager what it knows or guesses of the primary connection. Raises DataError: there is no
+        NetworkManager, no ``busctl`` to ask it with, or it does not know."""
         path = f"/{NETWORK_MANAGER.replace('.', '/')}"
         command = ["busctl", "--system", f"--timeout={BUS}", "get-property", NETWORK_MANAGER, path]
         try:

@@ -48,25 +48,19 @@ class Snapshot:
     first: Uint32 = 1
 
     def seal(self, key: bytes, share_key: bytes) -> bytes:
-        """Encrypt the snapshot with the device's sealing key.
-
-        ``share_key``: the public share encryption key with which the device joined; it is fresh for each join.
-        """
-        return sealed.seal_record(_CODEC, self, key, _MAGIC, share_key)
+        """Encrypt the snapshot with the device's sealing key. ``share_key``: the public share encryption key with which
+        the device joined; it is fresh for each join."""
+        return _MAGIC + sealed.encrypt(_CODEC.encode(self), key, _MAGIC + share_key)
 
     @classmethod
     def open(cls, raw: bytes, key: bytes, share_key: bytes) -> "Snapshot":
-        """Decrypt a snapshot. ``key``, ``share_key``: as for ``seal``.
-
-        Raises TrustError: it was altered, or taken when the device joined with another key.
-        """
-        return sealed.open_record(_CODEC, raw, key, _MAGIC, share_key)
+        """Decrypt a snapshot. ``key``, ``share_key``: as for ``seal``. Raises TrustError: it was altered, or taken when
+        the device joined with another key."""
+        return _CODEC.decode(sealed.decrypt(raw.removeprefix(_MAGIC), key, _MAGIC + share_key))
 
     def since(self, round_: int) -> "Snapshot":
-        """Keep the snapshot for a round and later ones; the secrets of earlier rounds do not follow from it.
-
-        Raises TrustError: the round is over.
-        """
+        """Keep the snapshot for a round and later ones; the secrets of earlier rounds do not follow from it. Raises
+        TrustError: the round is over."""
         if round_ < self.first:
             raise TrustError(f"the secret of round {round_} of this session is deleted", about="snapshot.round")
         secret = self.secret
@@ -75,11 +69,8 @@ class Snapshot:
         return replace(self, secret=secret, first=round_)
 
     def key(self, plan: Plan, draw: Draw) -> bytes:
-        """Derive the secret (32 bytes) of one draw in one round. Raises as ``since``.
-
-        Guarantee: it is the same for the same plan, whatever its former members, and unrelated to that of any other
-        plan or session.
-        """
+        """Derive the secret (32 bytes) of one draw in one round. Raises as ``since``. Guarantee: it is the same for the
+        same plan, whatever its former members, and unrelated to that of any other plan or session."""
         # Without the context, which begins with fresh bytes of the coordinator: the secret already belongs to one
         # session, and runs with given secrets can be repeated. Groups make no difference to what a device trains.
         digest = hashlib.sha256(b"plan\x00" + _TRAINED.encode(replace(plan, context=bytes(DIGEST)))).digest()

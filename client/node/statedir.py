@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 import tomli_w
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 
 from aggregation import sealed, transcript
 from aggregation.client import Device
@@ -84,16 +84,14 @@ Read = TypeVar("Read")
 class DeviceSettings(Settings):
     """``device.toml``: the owner's settings. The coordinator cannot change them."""
 
-    base: str = Field(description="frozen base: a folder, a file, an installed package that contains one, or a bundle")
-    examples: str = Field(default=EXAMPLES, description="examples file, relative to the state directory")
-    gateway: str = Field(
-        default="",
-        description="HOST:PORT of the coordinator's gateway, for a light device; several with commas, to try in turn",
-    )
-    renewal: str = Field(
-        default="",
-        description="HOST:PORT of the authority's service, which renews a light device's certificate; empty: it ends",
-    )
+    base: str
+    """frozen base: a folder, a file, an installed package that contains one, or a bundle"""
+    examples: str = EXAMPLES
+    """examples file, relative to the state directory"""
+    gateway: str = ""
+    """HOST:PORT of the coordinator's gateway, for a light device; several with commas, to try in turn"""
+    renewal: str = ""
+    """HOST:PORT of the authority's service, which renews a light device's certificate; empty: it ends"""
     policy: PolicySettings = PolicySettings()
     eligibility: EligibilitySettings = EligibilitySettings()
 

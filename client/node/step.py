@@ -295,9 +295,7 @@ def _after_sum(
     state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors
 ) -> tuple[AdapterState, SumHistory | None]:
     """Verify that the sum over ``survivors`` is over the devices of earlier ones from the same adapter, or a near one.
-
-    Returns what to save before the device helps to it.
-    """
+    Returns what to save before the device helps to it."""
     serials = {name: state.ready.serials[name] for name in survivors.vectors}
     facts = state.plan, state.ready.session.spec, serials, device.root.revoked.revoked if device.root.revoked else ()
     bound = adapterstate.on_survivors(state_dir.load(AdapterState), *facts)

@@ -18,7 +18,7 @@ import hashlib
 from collections.abc import Collection, Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 
@@ -36,7 +36,6 @@ from edgeadapt.formats.layout import Tensors
 from edgeadapt.methods.parts import Part, part_of
 from edgeadapt.rounds.roundtask import RoundTask
 
-_MAGIC = b"edgeadapt/sum-history/1\x00"
 BUCKETS = 32  # numbers of a sketch for each part
 _PLACES = tuple(Part)
 SIZE = len(_PLACES) * BUCKETS * 4  # bytes
@@ -64,10 +63,8 @@ _POINTS = wire.sequence(_POINT, EARLIER)
 
 @dataclass(frozen=True, slots=True)
 class SameDevices:
-    """The last sums of a kind, all over the same devices.
-
-    ``survivors``: device → serial of the certificate that it had in the last of them.
-    """
+    """The last sums of a kind, all over the same devices. ``survivors``: device → serial of the certificate that it had
+    in the last of them."""
 
     kind: Annotated[SumKind, wire.choice(SumKind)]
     survivors: Annotated[Mapping[str, int], SERIALS]
@@ -76,10 +73,8 @@ class SameDevices:
 
 @dataclass(frozen=True, slots=True)
 class PlannedSum:
-    """The round without noise that the device trained for last.
-
-    ``bound``: the kinds of earlier sums over whose devices this one has to be.
-    """
+    """The round without noise that the device trained for last. ``bound``: the kinds of earlier sums over whose devices
+    this one has to be."""
 
     point: Annotated[Point, _POINT]
     bound: Annotated[tuple[SumKind, ...], wire.sequence(wire.choice(SumKind), len(SumKind))]
@@ -88,12 +83,11 @@ class PlannedSum:
 
 
 @dataclass(frozen=True, slots=True)
-class SumHistory:
-    """The sums without noise to which a device helped. Law: ``open(seal(h, k), k) == h``.
+class SumHistory(sealed.SealedRecord):
+    """The sums without noise to which a device helped. ``earlier``: the last ``EARLIER`` sums that were over other
+    devices than these, the oldest first; ``round``: the one under way."""
 
-    ``earlier``: the last ``EARLIER`` sums that were over other devices than these, the oldest first; ``round``: the one
-    under way.
-    """
+    MAGIC: ClassVar[bytes] = b"edgeadapt/sum-history/1\x00"
 
     key: Annotated[bytes, wire.fixed(32)] = field(repr=False)
     last: Annotated[tuple[SameDevices, ...], wire.sequence(wire.record(SameDevices), len(SumKind))] = ()
@@ -104,18 +98,6 @@ class SumHistory:
     def new(cls, entropy: Entropy) -> "SumHistory":
         """Begin the history of a device before its first round. ``entropy`` draws the key."""
         return cls(entropy.bytes(32))
-
-    def seal(self, key: bytes) -> bytes:
-        """Encrypt it. ``key``: the device's sealing key."""
-        return sealed.seal_record(_CODEC, self, key, _MAGIC)
-
-    @classmethod
-    def open(cls, raw: bytes, key: bytes) -> "SumHistory":
-        """Decrypt it. Raises TrustError: it was altered, or sealed with another key."""
-        return sealed.open_record(_CODEC, raw, key, _MAGIC)
-
-
-_CODEC: Codec[SumHistory] = wire.record(SumHistory)
 
 
 def on_plan(

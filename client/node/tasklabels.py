@@ -46,9 +46,8 @@ TASK_LABELS: Codec[TaskLabels] = wire.record(TaskLabels)
 def on_plan(known: TaskLabels | None, base: FrozenBase, labels: tuple[str, ...]) -> TaskLabels:
     """Check the ``labels`` of a round, and return those to remember; ``known`` is None before the first task.
 
-    Raises:
-        DataError, TrustError: An adapter's manifest in the bundle is missing, or no trusted key signed it.
-        ProtocolError: They are other labels than before.
+    Raises DataError, TrustError: an adapter's manifest in the bundle is missing, or no trusted key signed it;
+    ProtocolError: they are other labels than before.
     """
     signed = signed_labels(base)
     if signed and labels not in signed:
@@ -62,9 +61,7 @@ def on_plan(known: TaskLabels | None, base: FrozenBase, labels: tuple[str, ...])
 
 def signed_labels(base: FrozenBase) -> tuple[tuple[str, ...], ...]:
     """List the labels of each adapter in the bundle of a base that was not made on this device; none of a plain folder.
-
-    Raises DataError, TrustError as ``Bundle.adapter_manifest``.
-    """
+    Raises DataError, TrustError as ``Bundle.adapter_manifest``."""
     if not isinstance(base, VerifiedBase):
         return ()
     bundle = Trust.open(base.folder.parent).bundle

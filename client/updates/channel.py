@@ -117,12 +117,8 @@ class Targeting:
 
     @classmethod
     def read(cls, folder: Path, entropy: Entropy) -> Self:
-        """Read the targeting of the device with this folder ``updates``, or make one.
-
-        Raises:
-            DataError: It is damaged.
-            OSError: It cannot be written.
-        """
+        """Read the targeting of the device with this folder ``updates``, or make one. Raises DataError: it is damaged;
+        OSError: it cannot be written."""
         path = folder / TARGETING
         if not path.exists():
             new = cls(entropy.bytes(KEY).hex())
@@ -151,11 +147,8 @@ def follow(bundle: Path, source: ChannelSource, root: Path) -> None:
     """Pin the root of a repository, and note which channel ``bundle`` follows.
 
     Another channel of the same repository may be noted later, but not another repository: what was accepted from one
-    says nothing about another.
-
-    Raises:
-        ConfigError: The place or the channel cannot be one, or another root is pinned already.
-        DataError, TrustError: ``root`` is missing or damaged, or is not a root that its own keys have signed.
+    says nothing about another. Raises ConfigError: the place or the channel cannot be one, or another root is pinned
+    already; DataError, TrustError: ``root`` is missing or damaged, or is not a root that its own keys have signed.
     """
     check_channel(source.channel)
     parts = urlsplit(source.repository)
@@ -194,11 +187,9 @@ def update(
         language: Of the device, from now on; for rollouts by language.
         entropy: For the targeting key.
 
-    Raises:
-        ConfigError: It follows no channel, the repository cannot be reached or has no release of the channel, or the
-            disk cannot be written.
-        DataError: The bundle or a file of the release is damaged.
-        TrustError: The repository or the release breaks a rule. The bundle in use stays.
+    Raises ConfigError: it follows no channel, the repository cannot be reached or has no release of the channel, or the
+    disk cannot be written; DataError: the bundle or a file of the release is damaged; TrustError: the repository or the
+    release breaks a rule. The bundle in use stays.
     """
     folder = storage.real(bundle).parent / UPDATES
     if not (folder / SOURCE).is_file():
@@ -363,10 +354,8 @@ def _file(updater: Updater, source: ChannelSource, name: str, digest: str) -> Ta
 
 
 def _install(bundle: Path, release: Release, files: Path, trust: Trust, aside: Path) -> tuple[Path, ...]:
-    """Make a bundle of ``files`` and the private adapters of the old one; verify it; put it into place.
-
-    Returns the manifests of private adapters that went to ``aside``.
-    """
+    """Make a bundle of ``files`` and the private adapters of the old one; verify it; put it into place. Returns the
+    manifests of private adapters that went to ``aside``."""
     with storage.staged(bundle, replaces=True) as stage:
         for name, digest in release.files.items():
             (stage / name).parent.mkdir(exist_ok=True)

@@ -70,10 +70,8 @@ Look = Callable[[], dict[str, Any]]
 
 
 def read_token(folder: Path, entropy: Entropy) -> str:
-    """Read the token of a state directory, which the first call makes.
-
-    Raises TrustError: the file does not have a token of at least 128 bits.
-    """
+    """Read the token of a state directory, which the first call makes. Raises TrustError: the file does not have a
+    token of at least 128 bits."""
     path = folder / TOKEN
     try:
         token = storage.read(path, MAX_PEM).decode(errors="replace").strip()
@@ -317,9 +315,7 @@ async def _given_token(request: Request) -> str:
 
 def serve(look: Look, token: str, address: str, tls: TlsSource | None) -> None:
     """Serve at ``address`` (``HOST:PORT``) until SIGINT or SIGTERM; ``look`` and ``token`` are as for ``application``.
-
-    Raises ConfigError: there is no TLS and the address is not a loopback one, or nothing can listen there.
-    """
+    Raises ConfigError: there is no TLS and the address is not a loopback one, or nothing can listen there."""
     host, _, port = address.rpartition(":")
     if tls is None and not is_loopback(address):
         text = f"{host} can be reached from other machines, so it needs TLS: make DIR/tls.pem, or listen at 127.0.0.1"

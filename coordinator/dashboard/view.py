@@ -40,10 +40,8 @@ class ChannelsView:
     _found: dict[str, Any] | None = None
 
     def look(self) -> dict[str, Any]:
-        """Read ``channels``, name → row or None without a release, and the ``problem`` why not to believe them.
-
-        Raises ConfigError: the folder does not have a repository.
-        """
+        """Read ``channels``, name → row or None without a release, and the ``problem`` why not to believe them. Raises
+        ConfigError: the folder does not have a repository."""
         opened = ChannelRepository.open(self.folder, datetime.now(UTC))
         timestamp = opened.metadata.place / "timestamp.json"  # each action signs a new one
         ready = [opened.prepared.path(name) for name in opened.channels]  # and preparing a rollback does not
@@ -132,9 +130,7 @@ LISTED = 200  # rounds at most, the last ones
 @dataclass(slots=True)
 class Viewer:
     """Reads a coordinator's state directory again and again. It writes nothing, and takes no lock for long.
-
-    ``channels``: a repository of channels; None if none is to be shown.
-    """
+    ``channels``: a repository of channels; None if none is to be shown."""
 
     state_dir: CoordinatorStateDir
     channels: ChannelsView | None = None
@@ -210,8 +206,9 @@ def _round(record: RoundRecord) -> dict[str, Any]:
 PREFIX = "edgeadapt_"
 
 
-class _View:
+class _View(CollectorRegistry):
     def __init__(self, view: dict[str, Any]) -> None:
+        super().__init__()
         self._view = view
 
     def collect(self) -> Iterator[Metric]:
@@ -220,9 +217,7 @@ class _View:
 
 def exposition(view: dict[str, Any]) -> bytes:
     """Format a view (``Viewer.look``)."""
-    registry = CollectorRegistry()
-    registry.register(_View(view))
-    return generate_latest(registry)
+    return generate_latest(_View(view))
 
 
 def families(view: dict[str, Any]) -> Iterator[Metric]:

@@ -358,8 +358,7 @@ class ConversationServer:
             about: The option that has ``address``.
             largest: Bytes of a message that is received.
 
-        Raises:
-            ConfigError: An address is in use or not valid, or the TLS files do not fit together.
+        Raises ConfigError: an address is in use or not valid, or the TLS files do not fit together.
         """
         self._grpc: aio.Server | None = None
         self._sockets: SocketServer | None = None

@@ -192,11 +192,8 @@ def _reply(message: Message, answer: bytes | NoAnswer) -> Message:
 
 
 class JoinedGrid(Grid):
-    """Join SuperNodes and light devices in one cohort: a grid of Flower, and one over the gateway.
-
-    Its clock is the gateway's: an answer of a light device ends a wait. SuperNodes are polled as often as on a grid of
-    their own.
-    """
+    """Join SuperNodes and light devices in one cohort: a grid of Flower, and one over the gateway. Its clock is the
+    gateway's: an answer of a light device ends a wait. SuperNodes are polled as often as on a grid of their own."""
 
     def __init__(self, flower: Grid, light: GatewayGrid) -> None:
         self._flower, self._light = flower, light

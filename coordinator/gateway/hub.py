@@ -26,10 +26,8 @@ class NoAnswer:
 
 
 class ComeBack(EdgeAdaptError):  # noqa: N818
-    """A stream ends, and its device is to come back: within ``window``, or after a pause of its own.
-
-    ``released``: the gateway needs it no longer, so that nothing went wrong.
-    """
+    """A stream ends, and its device is to come back: within ``window``, or after a pause of its own. ``released``: the
+    gateway needs it no longer, so that nothing went wrong."""
 
     def __init__(self, reason: str, window: RetryWindow | None = None, *, released: bool = False) -> None:
         super().__init__(reason, about="gateway.busy")
@@ -125,10 +123,8 @@ class Hub:
                 self.answered(asked.id, NoAnswer(None, "the device disconnected"))
 
     def ask(self, device: str, step: str, fields: Mapping[str, bytes], seconds: float) -> int | None:
-        """Ask a device; the request is void after ``seconds``.
-
-        Returns the request's id; None if the device is not there or has too much to do.
-        """
+        """Ask a device; the request is void after ``seconds``. Returns the request's id; None if the device is not
+        there or has too much to do."""
         mailbox = self._mailboxes.get(device)
         if mailbox is None or len(mailbox.asked) >= WAITING:
             return None
@@ -144,10 +140,8 @@ class Hub:
             self.answered(number, NoAnswer(None, "did not answer in time"))
 
     async def next(self, stream: Stream) -> Asked:
-        """Wait for the next request for a stream, once the previous one was answered or is void.
-
-        Raises EdgeAdaptError: the gateway ends the stream.
-        """
+        """Wait for the next request for a stream, once the previous one was answered or is void. Raises EdgeAdaptError:
+        the gateway ends the stream."""
         mailbox = self._mailboxes[stream.credentials.device]
         while stream.over is None:
             mailbox.changed.clear()
@@ -159,10 +153,8 @@ class Hub:
         raise stream.over
 
     def answer(self, stream: Stream, number: int, answer: bytes | NoAnswer) -> None:
-        """Take the answer to the request that was sent on a stream, once.
-
-        Raises ProtocolError: no request, or another one, is under way.
-        """
+        """Take the answer to the request that was sent on a stream, once. Raises ProtocolError: no request, or another
+        one, is under way."""
         mailbox = self._mailboxes.get(stream.credentials.device)  # None: it left while its answer was on the way
         asked = None if mailbox is None or number != stream.sent else mailbox.asked.pop(number, None)
         if mailbox is None or asked is None:

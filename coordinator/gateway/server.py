@@ -176,10 +176,8 @@ class Service:
                 self.hub.end(stream, error)
 
     def root(self, at: datetime) -> Root:
-        """Read the authority with its revocation list, once a second at most: a list may be long.
-
-        Raises EdgeAdaptError: the list is damaged or has expired. It is not a ``TrustError``, which refuses the device.
-        """
+        """Read the authority with its revocation list, once a second at most: a list may be long. Raises
+        EdgeAdaptError: the list is damaged or has expired. It is not a ``TrustError``, which refuses the device."""
         if self._root is None or not at - self._root[0] < timedelta(seconds=1):
             try:
                 self._root = at, self.read_root(at)

@@ -80,10 +80,8 @@ class Lease:
 
     @classmethod
     def take(cls, engine: Engine, leader: str) -> "Lease | Leadership":
-        """Lead, unless another lease is in force; ``leader`` is for people.
-
-        Raises EdgeAdaptError: as ``database.explained``, also if another coordinator holds the row for too long.
-        """
+        """Lead, unless another lease is in force; ``leader`` is for people. Raises EdgeAdaptError: as
+        ``database.explained``, also if another coordinator holds the row for too long."""
         current = leadership(engine)
         if current is not None and current.in_force:
             return current

@@ -104,11 +104,8 @@ class Registry:
         return version
 
     def record_round(self, record: RoundRecord, key: IdentityKey) -> None:
-        """Keep the record of a round that produced no version.
-
-        Raises DataError: the record names a version, or does not follow the last one. Raises EdgeAdaptError: the
-        database failed; nothing was changed.
-        """
+        """Keep the record of a round that produced no version. Raises DataError: the record names a version, or does
+        not follow the last one. Raises EdgeAdaptError: the database failed; nothing was changed."""
         if record.version is not None:
             raise DataError(
                 f"round {record.round} names version {record.version}: commit it with its manifest",
@@ -156,11 +153,8 @@ class Registry:
         return None if number is None else self.version(number)
 
     def version(self, number: int) -> Version:
-        """Read one version.
-
-        Raises DataError: there is no such version. Raises TrustError: its manifest is not what a trusted key signed for
-        this number.
-        """
+        """Read one version. Raises DataError: there is no such version. Raises TrustError: its manifest is not what a
+        trusted key signed for this number."""
         query = select(database.versions).where(database.versions.c.version == number)
         with database.explained(self.engine), self.engine.connect() as connection:
             row = connection.execute(query).one_or_none()
@@ -176,19 +170,15 @@ class Registry:
         return tuple(self._verified(row) for row in rows)
 
     def newest_adapter(self) -> StoredAdapter:
-        """Read the newest version with its file: what the next round starts from.
-
-        Raises EdgeAdaptError: the registry is empty, or as ``blob``.
-        """
+        """Read the newest version with its file: what the next round starts from. Raises EdgeAdaptError: the registry
+        is empty, or as ``blob``."""
         manifest = self._newest().manifest
         blob = self.blobs.get(manifest.sha256)
         return StoredAdapter(manifest, blob, files.decode(blob))
 
     def blob(self, number: int) -> bytes:
-        """Read a version's file, byte for byte as published.
-
-        Raises DataError: the version or its blob is missing. Raises TrustError: the manifest or the blob was altered.
-        """
+        """Read a version's file, byte for byte as published. Raises DataError: the version or its blob is missing.
+        Raises TrustError: the manifest or the blob was altered."""
         return self.blobs.get(self.version(number).manifest.sha256)
 
     def tensors(self, number: int, layout: Layout | None = None) -> Tensors:
@@ -196,18 +186,13 @@ class Registry:
         return files.decode(self.blob(number), layout)
 
     def rounds(self, first: int = 1) -> tuple[RoundRecord, ...]:
-        """Read the records of all rounds from ``first`` on, in order.
-
-        Raises TrustError: a record is missing or was altered.
-        """
+        """Read the records of all rounds from ``first`` on, in order. Raises TrustError: a record is missing or was
+        altered."""
         return self._records(first)[0]
 
     def head(self) -> Head:
-        """Read the newest version and the last round, which agree with each other.
-
-        Raises EdgeAdaptError: the registry is empty. Raises TrustError: a manifest or a record was altered, or one of
-        the two is missing.
-        """
+        """Read the newest version and the last round, which agree with each other. Raises EdgeAdaptError: the registry
+        is empty. Raises TrustError: a manifest or a record was altered, or one of the two is missing."""
         newest = self._newest().manifest
         records, digest = self._records(max(newest.round, 1))
         produced = [(record.version, record.adapter) for record in records if record.version is not None]
@@ -221,11 +206,8 @@ class Registry:
         return Head(newest.id, records[-1] if records else None, digest)
 
     def optimizer_state(self) -> Tensors:
-        """Read the optimizer state that the last committed round left; empty if it left none.
-
-        Raises EdgeAdaptError: the registry is empty. Raises TrustError: the stored state is not that of the last
-        round's record.
-        """
+        """Read the optimizer state that the last committed round left; empty if it left none. Raises EdgeAdaptError:
+        the registry is empty. Raises TrustError: the stored state is not that of the last round's record."""
         last = self.head().round
         with database.explained(self.engine), self.engine.connect() as connection:
             raw = connection.scalar(select(database.optimizer.c.tensors)) or b""
@@ -324,10 +306,8 @@ class Registry:
 
 
 def state_digest(optimizer_state: Tensors) -> str | None:
-    """Digest by which a record names the optimizer's state after its round (SHA-256, hex); None without tensors.
-
-    Raises DataError: a number is not finite.
-    """
+    """Digest by which a record names the optimizer's state after its round (SHA-256, hex); None without tensors. Raises
+    DataError: a number is not finite."""
     return files.sha256(_encoded(optimizer_state)) if optimizer_state else None
 
 

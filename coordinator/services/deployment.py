@@ -12,8 +12,7 @@ import socket
 import ssl
 import sysconfig
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,9 @@ def up(folder: Path, report: Report) -> None:
         saved = True
         return True
 
-    with _alone(folder):
+    text = f"the services of {folder} run already: see 'edgeadapt coordinator status {folder}'"
+    # A while, because a check whether the lock is held has it for a moment.
+    with storage.locked_or(EdgeAdaptError(text, about=LOCK), folder / LOCK, timeout=PROBE):
         (folder / RUNNING).unlink(missing_ok=True)  # left by a killed one: on a full disk it would stay
         try:
             changed([])
@@ -80,10 +81,8 @@ def up(folder: Path, report: Report) -> None:
 
 
 def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tuple[ServiceProgram, ...]:
-    """List the services that the settings name, in the order of their start.
-
-    Raises ConfigError: they name none, or as ``CoordinatorStateDir.read_tls``, or the certificate is for other hosts.
-    """
+    """List the services that the settings name, in the order of their start. Raises ConfigError: they name none, or as
+    ``CoordinatorStateDir.read_tls``, or the certificate is for other hosts."""
     folder = state_dir.folder.resolve()
     if not settings.gateway and not settings.superlink:
         text = f"{state_dir.folder / SERVICES} names nothing to run: set gateway or superlink to HOST:PORT"
@@ -117,17 +116,13 @@ def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tu
 
 def running(folder: Path) -> dict[str, Any] | None:
     """Read what ``up`` has written about the services that it runs now; None if it does not run."""
-    if not (folder / LOCK).exists():
+    if not storage.is_locked(folder / LOCK):
         return None
     try:
-        with storage.locked(folder / LOCK, timeout=0):
-            return None
-    except TimeoutError:
-        try:
-            row: dict[str, Any] = jsontext.decode(storage.read(folder / RUNNING, MAX_RUNNING))
-        except FileNotFoundError:  # it has just begun, or is about to end
-            return {"pid": None, "since": None, "stop": 0.0, "services": []}
-        return row
+        row: dict[str, Any] = jsontext.decode(storage.read(folder / RUNNING, MAX_RUNNING))
+    except FileNotFoundError:  # it has just begun, or is about to end
+        return {"pid": None, "since": None, "stop": 0.0, "services": []}
+    return row
 
 
 def stop(folder: Path) -> bool:
@@ -149,17 +144,6 @@ def stop(folder: Path) -> bool:
             raise EdgeAdaptError(text, about=LOCK, value=asked)
         time.sleep(PROBE / 10)
     return asked is not None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:  # a while, because a check whether the lock is held has it for a moment
-            stack.enter_context(storage.locked(folder / LOCK, timeout=PROBE))
-        except TimeoutError:
-            text = f"the services of {folder} run already: see 'edgeadapt coordinator status {folder}'"
-            raise EdgeAdaptError(text, about=LOCK) from None
-        yield
 
 
 def _await_rounds(state_dir: CoordinatorStateDir, seconds: float) -> None:
@@ -223,29 +207,16 @@ def _within(address: str) -> str:
 
 
 def _answers(address: str, seconds: float) -> bool:
-    """Whether a TLS server answers a greeting. The kernel accepts connections to a process that hangs.
-
-    The last message of the handshake is not sent: the gateway would note that a peer came without a certificate.
-    Whether the server's own certificate is valid is the devices' question.
-    """
+    """Whether a TLS server completes a handshake. The kernel accepts connections to a process that hangs. Whether the
+    server's certificate is valid is the devices' question."""
     host, _, port = address.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
-    arrived, leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
-    handshake = context.wrap_bio(arrived, leaving)
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=seconds) as connection:
-            while True:
-                try:
-                    handshake.do_handshake()
-                except ssl.SSLWantReadError:
-                    connection.sendall(leaving.read())
-                    arrived.write(piece := connection.recv(MAX_RUNNING))
-                    if not piece:
-                        return False
-                else:
-                    return True
+        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=seconds)
+        with context.wrap_socket(connection):
+            return True
     except OSError:
         return False
 

@@ -215,8 +215,7 @@ def supervise(
         services: In the order of their start.
         changed: Called with ``Supervised.snapshot`` of each service when one has changed; again until it returns True.
 
-    Raises:
-        EdgeAdaptError: A service ended with an exit code that is ``fatal`` for it.
+    Raises EdgeAdaptError: a service ended with an exit code that is ``fatal`` for it.
     """
     supervised = [Supervised(service, patience, report) for service in services]
     shown: list[dict[str, str | int | None]] = []

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
-from pydantic import Field
 
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import PublicKey
@@ -55,16 +54,11 @@ _LENGTH = 8  # bytes before a safetensors header: its length, little-endian
 class RegistrySettings(Settings):
     """``registry.toml`` in the coordinator's state directory."""
 
-    database: str = Field(
-        default="",
-        description="postgresql://USER@HOST/NAME, without a password; PGPASSWORD, PGPASSFILE or ~/.pgpass has it; "
-        "empty: registry.db here",
-    )
-    blobs: str = Field(
-        default="",
-        description="where adapters are kept: s3://BUCKET/PREFIX, without keys, or another URL that fsspec knows; "
-        "empty: blobs here",
-    )
+    database: str = ""
+    """postgresql://USER@HOST/NAME, without a password; PGPASSWORD, PGPASSFILE or ~/.pgpass has it; empty: registry.db
+    here"""
+    blobs: str = ""
+    """where adapters are kept: s3://BUCKET/PREFIX, without keys, or another URL that fsspec knows; empty: blobs here"""
 
     @classmethod
     def of(cls, state_dir: Path) -> Self:

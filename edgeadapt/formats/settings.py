@@ -24,9 +24,16 @@ LONGEST_LINE = 2**11  # characters: the time to read a dotted key grows with the
 
 
 class Settings(BaseModel):
-    """A table of settings. Unknown keys, infinity and NaN are refused; a field's description is its comment."""
+    """A table of settings. Unknown keys, infinity and NaN are refused; the text below a field is its comment."""
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for info in cls.model_fields.values():
+            info.description = " ".join((info.description or "").split())
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:

@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from tempfile import mkstemp
@@ -18,7 +18,7 @@ from typing import IO, BinaryIO
 
 from filelock import FileLock
 
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from edgeadapt.formats.workfolder import WorkFolder
 
 PUBLIC, PRIVATE = 0o644, 0o600
@@ -150,6 +150,26 @@ def locked(lock: Path, *, timeout: float = -1) -> Iterator[None]:
     _require_own_file(lock)
     with FileLock(lock, timeout=timeout, poll_interval=POLL):  # follows no symbolic link that appears only now, either
         yield
+
+
+@contextmanager
+def locked_or(refusal: EdgeAdaptError, lock: Path, *, timeout: float = 0) -> Iterator[None]:
+    """Hold a lock file as ``locked`` does, or raise ``refusal`` if another holder has it after ``timeout``."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, timeout=timeout))
+        except TimeoutError:
+            raise refusal from None
+        yield
+
+
+def is_locked(lock: Path) -> bool:
+    """Whether somebody holds a lock file, which is not created. The check holds it for a moment."""
+    try:
+        with locked(lock, timeout=0) if lock.exists() else nullcontext():
+            return False
+    except TimeoutError:
+        return True
 
 
 def _require_own_file(lock: Path) -> None:

@@ -157,23 +157,17 @@ class Analytic(KindSettings):
 
     KIND: ClassVar[type[RoundTask]] = AnalyticTask
 
-    rounds: int = Field(
-        default=0,
-        ge=0,
-        description="how many of the rounds, the last ones, fit the head by a ridge regression to a sum over all "
-        "devices' embeddings, without training",
-    )
-    ridge: Ridge = Field(default=2e-4, description="strength of the regularization, for each example of the sum")
-    scale: Scale = Field(default=16.0, description="logit of a score of 1 of the regression")
-    dimensions: int = Field(
-        default=128,
-        ge=1,
-        le=2**16,
-        description="with noise: coordinates of the randomly rotated embeddings that are summed; fewer have less noise",
-    )
-    clip_norm: float = Field(
-        default=0.2, gt=0, description="with noise: largest L2 norm of the mean moments of a device's embeddings"
-    )
+    rounds: int = Field(default=0, ge=0)
+    """how many of the rounds, the last ones, fit the head by a ridge regression to a sum over all devices' embeddings,
+    without training"""
+    ridge: Ridge = 2e-4
+    """strength of the regularization, for each example of the sum"""
+    scale: Scale = 16.0
+    """logit of a score of 1 of the regression"""
+    dimensions: int = Field(default=128, ge=1, le=2**16)
+    """with noise: coordinates of the randomly rotated embeddings that are summed; fewer have less noise"""
+    clip_norm: float = Field(default=0.2, gt=0)
+    """with noise: largest L2 norm of the mean moments of a device's embeddings"""
 
     def task(self, of: RoundOf) -> AnalyticTask:
         dimensions = self.dimensions if of.noisy else 0

@@ -96,23 +96,17 @@ class EvaluationRounds(KindSettings):
 
     KIND: ClassVar[type[RoundTask]] = EvaluationTask
 
-    rounds: int = Field(default=0, ge=0, description="how many of the rounds, the last ones, evaluate and do not train")
-    newest: str = Field(
-        default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the newest release is"
-    )
-    previous: str = Field(
-        default="", pattern="^([0-9a-f]{64})?$", description="SHA-256 of what the adapter of the release before is"
-    )
-    most: Most = Field(
-        default=32, description="most held-out examples of a device that count; the noise is in proportion to it"
-    )
-    noise_multiplier: float = Field(
-        default=1.1,
-        gt=0,
-        le=1000,
-        description="standard deviation of the noise in the counts, as privacy.noise_multiplier, also in a federation "
-        "without noise; in one that has more, that",
-    )
+    rounds: int = Field(default=0, ge=0)
+    """how many of the rounds, the last ones, evaluate and do not train"""
+    newest: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+    """SHA-256 of what the adapter of the newest release is"""
+    previous: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+    """SHA-256 of what the adapter of the release before is"""
+    most: Most = 32
+    """most held-out examples of a device that count; the noise is in proportion to it"""
+    noise_multiplier: float = Field(default=1.1, gt=0, le=1000)
+    """standard deviation of the noise in the counts, as privacy.noise_multiplier, also in a federation without noise;
+    in one that has more, that"""
 
     @model_validator(mode="after")
     def _compares_two_releases(self) -> Self:

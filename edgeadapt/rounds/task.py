@@ -207,29 +207,25 @@ class Training(KindSettings):
 
     KIND: ClassVar[type[RoundTask]] = Task
 
-    epochs: Epochs = Field(default=1, description="passes over the device's examples in a round")
-    batch_size: BatchSize = Field(default=16, description="examples in a step")
-    learning_rate: LearningRate = Field(default=2e-3, description="learning rate of the first step")
-    optimizer: Literal["adamw", "sgd"] = Field(
-        default="adamw", description="what makes a step of a gradient: adamw, or sgd"
-    )
-    momentum: Momentum = Field(default=0.0, description="momentum of sgd, 0 to 1; not used by adamw")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant",
-        description="how the learning rate falls to 0 over the steps of a device in a round: constant (it does not), "
-        "linear or cosine",
-    )
-    weight_decay: WeightDecay = Field(
-        default=0.0, description="weight decay: decoupled with adamw, in the gradient with sgd"
-    )
-    gradient_norm: GradientNorm = Field(
-        default=0.0, description="largest L2 norm of a step's gradient, to which it is clipped; 0: any"
-    )
-    proximal: Proximal = Field(
-        default=0.0,
-        description="weight of FedProx's term in the loss: half of it times the squared distance from the global "
-        "adapter",
-    )
+    epochs: Epochs = 1
+    """passes over the device's examples in a round"""
+    batch_size: BatchSize = 16
+    """examples in a step"""
+    learning_rate: LearningRate = 2e-3
+    """learning rate of the first step"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """what makes a step of a gradient: adamw, or sgd"""
+    momentum: Momentum = 0.0
+    """momentum of sgd, 0 to 1; not used by adamw"""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how the learning rate falls to 0 over the steps of a device in a round: constant (it does not), linear or
+    cosine"""
+    weight_decay: WeightDecay = 0.0
+    """weight decay: decoupled with adamw, in the gradient with sgd"""
+    gradient_norm: GradientNorm = 0.0
+    """largest L2 norm of a step's gradient, to which it is clipped; 0: any"""
+    proximal: Proximal = 0.0
+    """weight of FedProx's term in the loss: half of it times the squared distance from the global adapter"""
 
     @model_validator(mode="after")
     def _is_stable(self) -> Self:

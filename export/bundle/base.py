@@ -47,10 +47,8 @@ class Wanted:
 
 
 def usual_task(base: Base) -> Task:
-    """Read the task that the base states: text generation for a causal language model, else classification.
-
-    Raises ConfigError: the base cannot be opened, or states a task that devices do not run.
-    """
+    """Read the task that the base states: text generation for a causal language model, else classification. Raises
+    ConfigError: the base cannot be opened, or states a task that devices do not run."""
     config = pretrained.configuration(base)
     architecture = str(next(iter(config.architectures or []), ""))
     if architecture.endswith("ForConditionalGeneration"):
@@ -167,10 +165,8 @@ def resolved(origin: Origin, base: Base) -> Origin:
 
 
 def as_trained(tensors: Tensors, config: PeftConfig, base: Base, task: Task, labels: int) -> Tensors:
-    """Invert ``resolved``, for the tensors of an adapter that was exported.
-
-    Raises ConfigError, DataError as ``resolved``.
-    """
+    """Invert ``resolved``, for the tensors of an adapter that was exported. Raises ConfigError, DataError as
+    ``resolved``."""
     weights, _ = _layers(base, task, tensors, labels, scaled_layers(tensors, config))
     return with_magnitudes(tensors, config, partial(weight_norms, config=config, weights=weights))
 
@@ -203,11 +199,8 @@ def bare_model(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
 
 
 def model_of(base: Base, task: Task, *, mean: bool, saved: Sequence[str], labels: int | None) -> Any:
-    """Open the model for a task.
-
-    A classifier has a head over the mean of the tokens, or its own one with ``labels`` rows (None: as the base has it).
-    ``saved``: modules that the adapter brings.
-    """
+    """Open the model for a task. A classifier has a head over the mean of the tokens, or its own one with ``labels``
+    rows (None: as the base has it). ``saved``: modules that the adapter brings."""
     if task == "text-generation":
         return pretrained.load(base, AutoModelForCausalLM)
     if not mean:

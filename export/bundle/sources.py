@@ -37,10 +37,8 @@ class Origin:
 
 
 def as_slots(origin: Origin) -> Origin:
-    """Turn another method of low rank into LoRA, as the slots of a base take it.
-
-    Raises ConfigError, DataError as ``lowrank.as_lora``.
-    """
+    """Turn another method of low rank into LoRA, as the slots of a base take it. Raises ConfigError, DataError as
+    ``lowrank.as_lora``."""
     config, tensors = as_lora(origin.peft_config, origin.tensors)
     if config is origin.peft_config:
         return origin
@@ -87,10 +85,8 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
 
 
 def from_peft(folder: Path, version: int, labels: tuple[str, ...]) -> Origin:
-    """Read the adapter in a PEFT folder, from ``save_pretrained``, as ``version`` on devices.
-
-    ``labels``: of its head's rows, in order; peft does not store them. Raises ConfigError, DataError as ``read_peft``.
-    """
+    """Read the adapter in a PEFT folder, from ``save_pretrained``, as ``version`` on devices. ``labels``: of its head's
+    rows, in order; peft does not store them. Raises ConfigError, DataError as ``read_peft``."""
     read = read_peft(folder)
     if labels and not any(is_saved(name) for name in read.tensors):
         raise ConfigError(

@@ -68,12 +68,10 @@ def write_bundle(
 
     Adapters in ``out`` for the same base stay, unless one of ``sources`` has their name: a household keeps its private
     adapter when the shared one is updated. With ``once``, no other bundle gets this export: its files become the
-    bundle's without being copied.
-
-    Raises ConfigError: ``out`` is something other than a bundle, or keeps adapters that would no longer fit the base;
-    an adapter's name cannot be a file's; or an adapter of a language model lacks its ``adapter_inputs``. DataError: an
-    adapter does not fit the base, or has labels that do not match the rows of its head or that devices refuse. At any
-    error the content of ``out`` is unchanged.
+    bundle's without being copied. Raises ConfigError: ``out`` is something other than a bundle, or keeps adapters that
+    would no longer fit the base; an adapter's name cannot be a file's; or an adapter of a language model lacks its
+    ``adapter_inputs``. DataError: an adapter does not fit the base, or has labels that do not match the rows of its
+    head or that devices refuse. At any error the content of ``out`` is unchanged.
     """
     with locked_folder(out) as whole:
         _write_bundle(whole, exported, sources, key, form, once)
@@ -137,10 +135,8 @@ def add(
 
 
 def next_version(bundle: Path, name: str, origin: Origin, temperature: float = 1.0) -> int:
-    """Choose the version under which devices accept ``origin``, of a source that counts no versions, as ``name``.
-
-    It is the one after the bundle's, the bundle's own if that has this content already, and 1 in a new bundle.
-    """
+    """Choose the version under which devices accept ``origin``, of a source that counts no versions, as ``name``. It is
+    the one after the bundle's, the bundle's own if that has this content already, and 1 in a new bundle."""
     before = stated_adapter(bundle, name)
     if before is None:
         return 1
@@ -184,10 +180,8 @@ def check_base(bundle: Path, base: Base, profile: str | None) -> None:
 
 
 def device_inputs(origin: Origin, base: BaseManifest, form: Format) -> Tensors:
-    """Encode an adapter and read its graph inputs back, as a device does.
-
-    Raises ConfigError, DataError: the adapter is for another base, or does not fit it.
-    """
+    """Encode an adapter and read its graph inputs back, as a device does. Raises ConfigError, DataError: the adapter is
+    for another base, or does not fit it."""
     origin = fitted(origin, base.base_digest, base.slots)
     inputs = AdapterInputs.of_tensors(origin.peft_config, origin.tensors)
     return adapter.decode(adapter.encode(*adapter.completed(origin.tensors, inputs, base.slots), form), form)
@@ -195,9 +189,7 @@ def device_inputs(origin: Origin, base: BaseManifest, form: Format) -> Tensors:
 
 def source_of(name: str, origin: Origin, *, parent: str | None = None, temperature: float = 1.0) -> AdapterSource:
     """Make ``origin`` an adapter ``name`` of a bundle; ``parent`` and ``temperature`` as ``AdapterSource`` has them.
-
-    Raises DataError: the tensors of ``origin`` are not those of its configuration.
-    """
+    Raises DataError: the tensors of ``origin`` are not those of its configuration."""
     return AdapterSource(
         name,
         origin.tensors,
@@ -309,10 +301,8 @@ def _adapter_files(
 
 
 def check_place(out: Path) -> None:
-    """Check that a bundle can be written to ``out``: it is new, empty or a bundle.
-
-    Raises ConfigError: it is something else, or the folder that would hold it cannot be written to.
-    """
+    """Check that a bundle can be written to ``out``: it is new, empty or a bundle. Raises ConfigError: it is something
+    else, or the folder that would hold it cannot be written to."""
     if out.exists() and not (out / BASE_MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not a bundle; name another folder", about=out.name)
     above = folder_above(out)

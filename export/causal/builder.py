@@ -81,10 +81,8 @@ def build(base: Base, config: Any, sample: Sample, store: OnDisk, report: Report
 
 
 def _has_window(config: Any) -> bool:
-    """Whether tokens cannot see beyond a window that is shorter than the longest text.
-
-    The builder leaves out Mistral's window, and writes others' in a form that needs a cache of the runtime's own.
-    """
+    """Whether tokens cannot see beyond a window that is shorter than the longest text. The builder leaves out Mistral's
+    window, and writes others' in a form that needs a cache of the runtime's own."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return isinstance(window, int) and window < getattr(config, "max_position_embeddings", window + 1)
 
@@ -102,11 +100,8 @@ def _create(builder: Any, base: Base, out: Path, cache: Path) -> None:
 
 @contextmanager
 def _builder() -> Iterator[Any]:
-    """Import the builder's module, with its output suppressed.
-
-    Importing it adds a folder of common names (``builders``, ``quantization``) to ``sys.path`` and configures logging
-    for the whole process; both are undone.
-    """
+    """Import the builder's module, with its output suppressed. Importing it adds a folder of common names
+    (``builders``, ``quantization``) to ``sys.path`` and configures logging for the whole process; both are undone."""
     path = sys.path[:]
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -139,10 +134,8 @@ def _fix_head_size(graph: onnx.ModelProto, size: int) -> None:
 
 
 def _standardize_normalization(graph: onnx.ModelProto) -> None:
-    """Write RMSNorm in ONNX's operators, in place: no schema has the builder's SimplifiedLayerNormalization.
-
-    ONNX Runtime recognizes the six nodes and runs its own operator for them, so that speed and numbers stay the same.
-    """
+    """Write RMSNorm in ONNX's operators, in place: no schema has the builder's SimplifiedLayerNormalization. ONNX
+    Runtime recognizes the six nodes and runs its own operator for them, so that speed and numbers stay the same."""
     nodes: list[onnx.NodeProto] = []
     for node in graph.graph.node:
         if node.op_type != "SimplifiedLayerNormalization":

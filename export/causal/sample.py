@@ -37,10 +37,8 @@ class Sample:
 
 
 def sample_logits(model: Any, tokenizer: Tokenizer) -> Sample:
-    """Run a causal language model, in evaluation mode, in torch on the calibration text.
-
-    Raises ConfigError: the model cannot read the tokenizer's tokens.
-    """
+    """Run a causal language model, in evaluation mode, in torch on the calibration text. Raises ConfigError: the model
+    cannot read the tokenizer's tokens."""
     length = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
     ids = torch.tensor([tokenizer.encode(TEXT).ids[:length]], dtype=torch.int64)
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
@@ -55,10 +53,8 @@ def sample_logits(model: Any, tokenizer: Tokenizer) -> Sample:
 
 
 def matches(graph: onnx.ModelProto, sample: Sample, store: TensorStore, report: Report = lambda *_: None) -> bool:
-    """Whether a graph runs and gives torch's logits, reading the text at once and through its KV cache.
-
-    Guarantee: if true, no logit is off by more than ``CLOSE`` times the largest absolute logit of the sample.
-    """
+    """Whether a graph runs and gives torch's logits, reading the text at once and through its KV cache. Guarantee: if
+    true, no logit is off by more than ``CLOSE`` times the largest absolute logit of the sample."""
     try:
         runs = 1 + min(ONE_BY_ONE, sample.ids.shape[1] - 1)
         total = runs * size_of(graph) * (1 if sample.far is None else 2)

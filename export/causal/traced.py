@@ -88,10 +88,8 @@ def build(base: Base, sample: Sample, store: OnDisk, report: Report = lambda *_:
 
 
 def cache_of(model: Any, sizes: tasks.Sizes) -> KeyValueCache:
-    """Find the shape of the KV cache by a run, because no configuration states it for every family.
-
-    Raises ConfigError: it is not equal keys and values in each layer.
-    """
+    """Find the shape of the KV cache by a run, because no configuration states it for every family. Raises ConfigError:
+    it is not equal keys and values in each layer."""
     keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     try:
         with torch.no_grad():

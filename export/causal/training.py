@@ -35,10 +35,8 @@ class LearnedLogits(nn.Module):
     """
 
     def __init__(self, slotted: SlottedModel) -> None:
-        """Share the parameters of a model.
-
-        Raises ConfigError: the model does not have an output layer, or with a slot for a prefix as ``traced.cache_of``.
-        """
+        """Share the parameters of a model. Raises ConfigError: the model does not have an output layer, or with a slot
+        for a prefix as ``traced.cache_of``."""
         super().__init__()
         self.model = with_inputs(slotted)
         inner: Any = self.model.inner
@@ -102,10 +100,8 @@ class _AfterPrefix(nn.Module):
 
 
 def trace(slotted: SlottedModel, store: TensorStore) -> onnx.ModelProto:
-    """Trace token ids, attention mask, positions and slots → ``logits`` of the learned tokens, in float32.
-
-    Raises ConfigError: torch cannot trace the model.
-    """
+    """Trace token ids, attention mask, positions and slots → ``logits`` of the learned tokens, in float32. Raises
+    ConfigError: torch cannot trace the model."""
     example, dynamic = examples(slotted)
     learned = LearnedLogits(slotted)
     if learned.prefix is not None:

@@ -203,10 +203,8 @@ def _residual(low: Floats, scale: Floats) -> Floats:
 
 
 def _stored_residuals(residuals: Floats, steps: Floats) -> tuple[Floats, Floats]:
-    """Quantize the residuals ``(rows, blocks)``, themselves in blocks; the largest of each is met exactly.
-
-    No residual is rounded to more than half of its block's step: that would belong to another zero point.
-    """
+    """Quantize the residuals ``(rows, blocks)``, themselves in blocks; the largest of each is met exactly. No residual
+    is rounded to more than half of its block's step: that would belong to another zero point."""
     padded, limits = (
         np.pad(a, ((0, 0), (0, -a.shape[1] % BLOCK))).reshape(len(a), -1, BLOCK) for a in (residuals, steps)
     )

@@ -52,9 +52,7 @@ def lossy_matmuls(graph: onnx.ModelProto, feeds: Feeds, limit: float, store: Ten
 
 def feeds_for(graph: onnx.ModelProto, ids: Sequence[int]) -> dict[str, NDArray[np.generic]]:
     """Make the inputs of an encoder's or a language model's graph for one row of tokens, empty cache, no adapter.
-
-    Raises ConfigError: the graph has an input that is neither tokens, cache nor slot.
-    """
+    Raises ConfigError: the graph has an input that is neither tokens, cache nor slot."""
     row = np.array([ids], dtype=np.int64)
     tokens = {"input_ids": row, "attention_mask": np.ones_like(row), "position_ids": np.arange(len(ids))[None]}
     feeds: dict[str, NDArray[np.generic]] = {}

@@ -41,9 +41,7 @@ def export_classifier(
     """Export the base of ``model`` in a few seconds; no tensor of its adapter gets into the result.
 
     The adapter of ``model`` names the layers that get slots. ``training``: with a training graph; None: if it can have
-    one.
-
-    Raises ConfigError: the model has block-sparse attention or cannot be exported; its graph does not run; nothing
+    one. Raises ConfigError: the model has block-sparse attention or cannot be exported; its graph does not run; nothing
     limits the length of a text; or it cannot have the training graph that it shall have.
     """
     if getattr(pretrained.configuration(base), "attention_type", None) == "block_sparse":

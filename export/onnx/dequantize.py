@@ -61,9 +61,7 @@ def as_stored(
     slotted: SlottedModel, profile: Profile, answering: onnx.ModelProto, store: TensorStore = MEMORY
 ) -> SlottedModel:
     """Give a model the weights that a graph in ``profile`` computes with: a copy, or itself if these are its own.
-
-    ``answering`` says which weights are integers or floats.
-    """
+    ``answering`` says which weights are integers or floats."""
     if profile is Profile.FP32:
         return slotted
     model = copy.deepcopy(slotted.model)

@@ -75,10 +75,8 @@ class Backward:
         return len(self._dims[name])
 
     def shape(self, name: str) -> str:
-        """Name the shape of a value of the forward pass.
-
-        It is read from the first value that has the same one: a node that reads the shape of a value keeps the value.
-        """
+        """Name the shape of a value of the forward pass. It is read from the first value that has the same one: a node
+        that reads the shape of a value keeps the value."""
         dims = self._dims[name] if self._is_known(name) else None
         if dims is not None and all(isinstance(each, int) for each in dims):
             return self.integers(*(int(each) for each in dims))
@@ -296,10 +294,8 @@ def _log_softmax(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int])
 
 
 def _layer_norm(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """With x̂ = (x - mean) / deviation and h = g scale: (h - mean(h) - x̂ mean(h x̂)) / deviation (Ba et al. 2016).
-
-    The forward node returns mean and deviation as well from now on.
-    """
+    """With x̂ = (x - mean) / deviation and h = g scale: (h - mean(h) - x̂ mean(h x̂)) / deviation (Ba et al. 2016). The
+    forward node returns mean and deviation as well from now on."""
     if settings(node, axis=-1)["axis"] != -1:
         raise ConfigError("only a normalization over the last dimension has a derivative here", about=node.op_type)
     x, y, last = node.input[0], node.output[0], to.integers(-1)

@@ -88,10 +88,8 @@ def _with_defaults(header: onnx.ModelProto, slots: Slots) -> onnx.ModelProto:
 def _externalize(
     graphs: Sequence[onnx.ModelProto], file: Path, store: TensorStore, parts: Mapping[str, Sequence[int]]
 ) -> str:
-    """Move the large tensors out, in their order, each to a page of its own; equal bytes are stored once.
-
-    Returns the SHA-256 of ``file``, hex.
-    """
+    """Move the large tensors out, in their order, each to a page of its own; equal bytes are stored once. Returns the
+    SHA-256 of ``file``, hex."""
     offsets: dict[bytes, int] = {}
     whole = hashlib.sha256()
     with file.open("wb") as out:

@@ -25,10 +25,8 @@ USUAL_RANK = 3  # dimensions of a MatMul's input, (rows, tokens, width), where t
 
 @dataclass(frozen=True, slots=True)
 class LayerMatMul:
-    """The MatMul of one layer: the names of its input and output (before the bias), and their widths.
-
-    ``bias`` is the stored bias, and ``end`` the output after it; without a bias, ``end`` is ``y``.
-    """
+    """The MatMul of one layer: the names of its input and output (before the bias), and their widths. ``bias`` is the
+    stored bias, and ``end`` the output after it; without a bias, ``end`` is ``y``."""
 
     x: str
     y: str
@@ -40,9 +38,7 @@ class LayerMatMul:
 
 def normalize(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> None:
     """Store weights transposed instead of transposing them at run time, and split Gemm into MatMul and Add, in place.
-
-    The graph computes the same function.
-    """
+    The graph computes the same function."""
     stored = {tensor.name: tensor for tensor in graph.graph.initializer}
     transposed: dict[str, str] = {}
     nodes: list[onnx.NodeProto] = []
@@ -81,10 +77,8 @@ def embedding_of(graph: onnx.GraphProto, weight: str, store: TensorStore = MEMOR
 
 
 def find(graph: onnx.ModelProto, weights: Mapping[str, Floats], store: TensorStore = MEMORY) -> dict[str, LayerMatMul]:
-    """Find the MatMul of each layer by its path, in float32. ``weights``: by path, shape ``(out, in)``.
-
-    Raises ConfigError: no MatMul or several MatMuls have a layer's weight, or two layers have equal weights.
-    """
+    """Find the MatMul of each layer by its path, in float32. ``weights``: by path, shape ``(out, in)``. Raises
+    ConfigError: no MatMul or several MatMuls have a layer's weight, or two layers have equal weights."""
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
     matmuls = [node for node in graph.graph.node if _weight_name(node) in values]
     layers = {}

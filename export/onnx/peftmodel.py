@@ -137,10 +137,8 @@ class LayerInput(nn.Module):
         return self.values.now[self.path + kind]
 
     def _vector(self, kind: str, neutral: float) -> Tensor:
-        """Read the first row of what an adapter gives, or else ``neutral``, in the rank of what is given.
-
-        Products and sums over no row would do, but onnxruntime-web 1.30 takes them for no result.
-        """
+        """Read the first row of what an adapter gives, or else ``neutral``, in the rank of what is given. Products and
+        sums over no row would do, but onnxruntime-web 1.30 takes them for no result."""
         value = self._now(kind)
         if not torch.compiler.is_exporting():  # torch computes no symbolic operator
             return torch.cat([value, torch.full((1, value.shape[1]), neutral)])[:1]
@@ -233,10 +231,8 @@ class SlottedModel:
 
 
 def with_inputs(slotted: SlottedModel) -> nn.Module:
-    """Wrap the model so that it takes ``input_ids``, ``attention_mask`` and ``adapter``, the slots' tensors by name.
-
-    It shares the parameters of the model.
-    """
+    """Wrap the model so that it takes ``input_ids``, ``attention_mask`` and ``adapter``, the slots' tensors by name. It
+    shares the parameters of the model."""
     shared: dict[int, Any] = {id(parameter): parameter for parameter in slotted.model.parameters()}
     inner, values, inputs = copy.deepcopy(slotted.model, shared).eval(), _Values(), slotted.inputs
     for path, names in _grouped(inputs, replaced=True).items():
@@ -354,9 +350,7 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 
 def _head(model: nn.Module, saved: SavedSlot) -> str | None:
     """Find the linear layer that returns the logits: its path in a module of ``modules_to_save``, "" for the module.
-
-    Its rows are labels, any number of them.
-    """
+    Its rows are labels, any number of them."""
     outputs: list[tuple[str, Tensor]] = []
 
     def record(name: str) -> Callable[..., None]:

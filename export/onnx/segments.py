@@ -31,11 +31,8 @@ class _Segment:
 
 
 class Segments:
-    """A graph that runs part by part.
-
-    Its nodes are in topological order, as ONNX demands; ``step`` is called with the bytes of weights that were read,
-    after each part.
-    """
+    """A graph that runs part by part. Its nodes are in topological order, as ONNX demands; ``step`` is called with the
+    bytes of weights that were read, after each part."""
 
     def __init__(
         self, graph: onnx.ModelProto, store: TensorStore = MEMORY, step: Callable[[int], object] = lambda _: None

@@ -28,10 +28,8 @@ def has_own_head(base: Base) -> bool:
 
 
 def with_mean_head(base: Base, slots: Slots | Sequence[str]) -> SlottedModel:
-    """Build ``edgeadapt.methods.classifier.PhraseClassifier``, what federations train.
-
-    Raises ConfigError: the base cannot be opened, or lacks a layer that ``slots`` names.
-    """
+    """Build ``edgeadapt.methods.classifier.PhraseClassifier``, what federations train. Raises ConfigError: the base
+    cannot be opened, or lacks a layer that ``slots`` names."""
     encoder = pretrained.load(base, AutoModel)
     if getattr(encoder.config, "hidden_size", None) is None:
         kind = type(encoder).__name__

@@ -28,9 +28,7 @@ ROWS, COLUMNS = "_in_rows", "_in_columns"  # end the names of a weight: an outpu
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A matrix as a graph stores it, in shape ``(out, in)`` in blocks, ``(in, out)`` with a scale for each output.
-
-    ``zeros``: the zero point of each scale, stored as ``codes`` are; None: 0.
-    """
+    ``zeros``: the zero point of each scale, stored as ``codes`` are; None: 0."""
 
     codes: NDArray[Any] = field(repr=False)  # the bytes; two numbers of four bits are in one
     shape: tuple[int, int]
@@ -46,9 +44,7 @@ FormOf = Callable[[str, Floats], Stored | None]  # name and weight (in, out) →
 
 def forms_of(graph: onnx.ModelProto, answering: onnx.ModelProto, profile: Profile, store: TensorStore) -> FormOf:
     """Find how ``answering``, the graph with which devices answer, stores the weight of each MatMul of ``graph``.
-
-    ``graph`` is the training graph in float32, and ``store`` has the tensors of both.
-    """
+    ``graph`` is the training graph in float32, and ``store`` has the tensors of both."""
     read = {node.input[1] for node in graph.graph.node if node.op_type == "MatMul"}
     embeddings = {name for name in sorted(read) if embedding_of(graph.graph, name, store)}
     integers = integer_weights(answering, store)

@@ -56,9 +56,7 @@ def sizes(config: Any) -> Sizes:
 
 def check_classifies(model: Any, ids: Sequence[int]) -> None:
     """Check that a model, in evaluation mode, turns the tokens of one text, and their mask, into one row of logits.
-
-    Raises ConfigError.
-    """
+    Raises ConfigError."""
     try:
         answer = _read(model, ids)
     except Exception as error:  # whatever the code of a model raises
@@ -76,10 +74,8 @@ def check_classifies(model: Any, ids: Sequence[int]) -> None:
 
 
 def check_reads_embeddings(model: Any, ids: Sequence[int]) -> None:
-    """Check that a model reads nothing of tokens but their embeddings, as peft assumes of virtual tokens.
-
-    Raises ConfigError: it does not take embeddings, or answers differently.
-    """
+    """Check that a model reads nothing of tokens but their embeddings, as peft assumes of virtual tokens. Raises
+    ConfigError: it does not take embeddings, or answers differently."""
     tokens = torch.tensor([list(ids)])
     try:
         with torch.no_grad():
@@ -100,10 +96,9 @@ def check_reads_embeddings(model: Any, ids: Sequence[int]) -> None:
 def readable_length(model: Any, ids: Sequence[int], length: int) -> int:
     """Count the tokens of the longest text that an encoder reads: ``length`` or slightly less, found by trying.
 
-    ``max_position_embeddings`` counts the rows of an embedding, and some families reserve the first ones.
-
-    ``model``: in evaluation mode; ``ids``: of a text without padding; ``length``: what the model states. Raises
-    ConfigError: the model cannot read ``length - OFFSETS + 1`` tokens.
+    ``max_position_embeddings`` counts the rows of an embedding, and some families reserve the first ones. ``model``: in
+    evaluation mode; ``ids``: of a text without padding; ``length``: what the model states. Raises ConfigError: the
+    model cannot read ``length - OFFSETS + 1`` tokens.
     """
     reason = ""
     for tried in range(length, max(0, length - OFFSETS), -1):

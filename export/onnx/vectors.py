@@ -148,9 +148,7 @@ def _replaced(
 
 def _initializer(graph: onnx.ModelProto, path: str, parameters: Mapping[str, Floats], store: TensorStore) -> str:
     """Find the stored tensor of a parameter: the only one with its values, or the one of these that has its name.
-
-    Exporters may store equal tensors once; then one layer's cannot be replaced alone.
-    """
+    Exporters may store equal tensors once; then one layer's cannot be replaced alone."""
     value = parameters[path]
     vectors = [tensor for tensor in graph.graph.initializer if list(tensor.dims) == [len(value)]]
     same: list[str] = [

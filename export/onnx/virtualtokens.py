@@ -87,10 +87,8 @@ def insert_prefix(graph: onnx.ModelProto) -> Slots:
 
 
 def accept_rows(graph: onnx.ModelProto) -> None:
-    """Let the prompt of a traced classifier, of shape ``(1, virtual tokens, width)``, lack its first dimension.
-
-    With it, each row of a batch may have a prompt of its own, as with LoRA's A and B. Changes ``graph`` in place.
-    """
+    """Let the prompt of a traced classifier, of shape ``(1, virtual tokens, width)``, lack its first dimension. With
+    it, each row of a batch may have a prompt of its own, as with LoRA's A and B. Changes ``graph`` in place."""
     inner = graph.graph
     value = next(value for value in inner.input if value.name == PROMPT)
     width, rows = value.type.tensor_type.shape.dim[2].dim_value, f"{PROMPT}.rows"

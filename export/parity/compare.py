@@ -85,10 +85,8 @@ LIMITS: dict[Task, dict[Profile, Limits]] = {
 
 
 def limits_of(profile: str, task: Task) -> Limits:
-    """Choose the limits of the profile in a base manifest.
-
-    Raises ConfigError: this release does not know the profile.
-    """
+    """Choose the limits of the profile in a base manifest. Raises ConfigError: this release does not know the
+    profile."""
     try:
         return LIMITS[task][Profile(profile)]
     except ValueError:
@@ -168,10 +166,8 @@ class OnnxRunner:
         return self.tokenizer.encode_batch(list(texts))
 
     def classify(self, texts: Sequence[str], inputs: Tensors, step: Callable[[], object] = lambda: None) -> Floats:
-        """Compute a classifier's logits, shape ``(texts, labels)``, or ``(0, 0)`` without texts.
-
-        It runs one text at a time, as a device does, and calls ``step`` after each.
-        """
+        """Compute a classifier's logits, shape ``(texts, labels)``, or ``(0, 0)`` without texts. It runs one text at a
+        time, as a device does, and calls ``step`` after each."""
         rows = []
         for encoding in self.encode(texts, inputs):
             rows.append(self.logits(encoding.ids, inputs))
@@ -424,9 +420,8 @@ def fit_temperature(
 ) -> Calibration:
     """Fit a temperature on what devices run, and measure what it does to phrases that it was not fitted on.
 
-    Quantization moves probabilities, so a temperature of the model in torch would be that of another classifier.
-
-    Raises DataError: an answer is not finite, or a label has no row in the head.
+    Quantization moves probabilities, so a temperature of the model in torch would be that of another classifier. Raises
+    DataError: an answer is not finite, or a label has no row in the head.
     """
     logits = runner.classify([phrase for phrase, _ in examples], inputs, step)
     labels = np.array([label for _, label in examples], np.int64)
