@@ -38,6 +38,7 @@ class Kind(Enum):
     LOCAL = "local"  # each client by itself
     RIDGE = "ridge-head"  # a linear head on frozen embeddings: least squares with an L2 penalty
     LOGISTIC = "logistic-head"  # the same with the logistic loss
+    SUMMED = "summed-head"  # least squares over all clients that are not unseen, fitted to the client's own texts
     GLOBAL = "global"  # the last adapter of the federation
     PERSONAL = "personal"  # that adapter after the personal step
     CENTRAL = "central"  # one adapter, trained on the pooled data of all clients that are not unseen
@@ -49,8 +50,8 @@ class Kind(Enum):
 
     @property
     def of_embeddings(self) -> bool:
-        """Check whether the arm is a head on the embeddings of a frozen encoder."""
-        return self in (Kind.RIDGE, Kind.LOGISTIC)
+        """Check whether the arm is a linear head on what a frozen encoder or n-grams say of a text."""
+        return self in (Kind.RIDGE, Kind.LOGISTIC, Kind.SUMMED)
 
     def training(self, rounds: int, personal: int) -> tuple[tuple[str, int], ...]:
         """Return the arm's trainings: who trains (``seen``, ``pooled``, ``everyone`` or the personal step), how long.

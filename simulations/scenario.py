@@ -137,14 +137,18 @@ class LocalSettings(Settings):
 
 
 class HeadSettings(Settings):
-    """Linear heads on frozen embeddings, which a client fits to its own examples and the public texts."""
+    """Linear heads without an adapter, which a client fits to its own examples and the public texts."""
+
+    features: Literal["embedding", "ngrams", "both"] = "embedding"
+    """what they read of a text: the embedding of the frozen base, hashed character n-grams, or both"""
 
     ridge: float = Field(default=1.0, gt=0)
-    """ridge head: L2 penalty on the sum of squared errors"""
+    """ridge head, and the summed head over all clients: L2 penalty on the sum of squared errors"""
     logistic: float = Field(default=0.01, gt=0)
     """logistic head: L2 penalty on the sum of the losses"""
     own_weight: float = Field(default=1.0, gt=0, le=1000)
-    """weight of an example of the client's own; a public text has 1"""
+    """weight of an example of the client's own; a public text has 1, and so has the square of the distance from the
+    summed head"""
 
 
 class EvaluationSettings(Settings):

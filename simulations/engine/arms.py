@@ -10,8 +10,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
-from itertools import accumulate
+from functools import cached_property, lru_cache, partial
+from itertools import accumulate, chain
 from typing import Self
 
 import numpy as np
@@ -33,7 +33,7 @@ from edgeadapt.methods.parts import PARTS
 from edgeadapt.rounds.task import MAX_LOSS, Task
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
-from simulations.engine.provision import Matrix, with_bias
+from simulations.engine.provision import Matrix, ridge_head, with_bias
 from simulations.result import Tally
 from simulations.scenario import Scenario
 
@@ -43,7 +43,7 @@ A, B = ".lora_A.", ".lora_B."
 
 Parts = Sequence[Sequence[LabelledText]]
 Model = Callable[[Parts], list[Tally]]  # what a client has: parts of texts → a tally of each
-FitHead = Callable[[Matrix, NDArray[np.int64], Matrix, int, float], Matrix]
+FitHead = Callable[..., Matrix]  # ``provision.ridge_head`` or ``logistic_head``
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,23 +155,49 @@ class ClassifierArms(Arms):
         return partial(_answered, partial(self.mine.logits, adapter))
 
     def head(self, client: Client, fit: FitHead, penalty: float) -> tuple[Model, float]:
-        """Fit a linear head on frozen embeddings to the client's training texts and the public texts.
+        """Fit a linear head to the client's training texts and the public texts.
 
         Returns the model, and the processor seconds of its embeddings that other heads have spent already.
         """
-        train, embeddings = training_examples(client), _embeddings(self.mine)
+        train = training_examples(client)
         texts = [*train, *provision.public_examples(self.inputs.population.public)]
-        before = time.thread_time()
-        rows, seconds = embeddings.of([text.text for text in texts])
-        saved = seconds - (time.thread_time() - before)
-        labels = np.array([text.label for text in texts], np.int64)
         weights = np.where(np.arange(len(texts)) < len(train), self.inputs.scenario.head.own_weight, 1.0)
-        head = fit(with_bias(rows), labels, weights, len(self.inputs.task.labels), penalty)
+        return self._fitted(texts, partial(fit, weights=weights, penalty=penalty))
+
+    def summed(self, client: Client) -> tuple[Model, float]:
+        """Fit what one sum over all clients gives to the client's training texts, and return it as ``head`` does."""
+        train, scenario = training_examples(client), self.inputs.scenario
+        weights = np.full(len(train), scenario.head.own_weight)
+        return self._fitted(train, partial(ridge_head, weights=weights, penalty=1.0, prior=self._shared_head))
+
+    @cached_property
+    def _shared_head(self) -> Matrix:
+        seen = [training_examples(client) for client in self.inputs.population.clients if not client.unseen]
+        texts = [*chain.from_iterable(seen), *provision.public_examples(self.inputs.population.public)]
+        rows, _ = self._features([text.text for text in texts])
+        labels, penalty = np.array([text.label for text in texts], np.int64), self.inputs.scenario.head.ridge
+        return ridge_head(rows, labels, np.ones(len(texts)), len(self.inputs.task.labels), penalty)
+
+    def _fitted(self, texts: Sequence[Example], fit: Callable[..., Matrix]) -> tuple[Model, float]:
+        before = time.thread_time()
+        rows, seconds = self._features([text.text for text in texts])
+        saved = seconds - (time.thread_time() - before)
+        head = fit(rows, np.array([text.label for text in texts], np.int64), count=len(self.inputs.task.labels))
 
         def logits(asked: Sequence[str]) -> Floats:
-            return (with_bias(embeddings.of(asked)[0]) @ head).astype(np.float32)
+            return (self._features(asked)[0] @ head).astype(np.float32)
 
         return partial(_answered, logits), saved
+
+    def _features(self, texts: Sequence[str]) -> tuple[Matrix, float]:
+        """Return what ``head.features`` names, with a constant, and the processor seconds of it when it was computed."""
+        kind, before = self.inputs.scenario.head.features, time.thread_time()
+        ngrams = provision.hashed_ngrams(texts) if kind != "embedding" else np.zeros((len(texts), 0))
+        spent = time.thread_time() - before
+        if kind == "ngrams":
+            return with_bias(ngrams), spent
+        rows, seconds = _embeddings(self.mine).of(texts)
+        return with_bias(np.concatenate([rows, ngrams], axis=1)), seconds + spent
 
 
 class LanguageArms(Arms):

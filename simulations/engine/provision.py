@@ -10,6 +10,7 @@ less the sums of the large groups would be the sum of a small one (docs/decision
 """
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -48,6 +49,7 @@ from edgeadapt.formats.storage import PRIVATE_FOLDER, PUBLIC, replace, staged
 from edgeadapt.methods.classifier import seed_adapter
 from edgeadapt.methods.parts import HEAD
 from edgeadapt.methods.trainable import configuration, initial
+from edgeadapt.rounds.ridge import unit_rows
 from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.features import centered, with_lexical_features
@@ -77,6 +79,7 @@ KINDS = {  # method → what its adapters bring
 DORA = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
 CENTERED = "centered"  # folders in that of the run
 LEXICAL = "lexical"
+BUCKETS, LENGTHS = 1024, (2, 3)  # of hashed n-grams; characters
 DEQUANTIZED = "base"
 AUTHORITY = "authority"
 AUTHORITY_KEY = "authority.pem"
@@ -150,15 +153,40 @@ def with_bias(embeddings: NDArray[np.float32]) -> Matrix:
     return np.concatenate([embeddings.astype(np.float64), np.ones((len(embeddings), 1))], axis=1)
 
 
-def ridge_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int, penalty: float) -> Matrix:
-    """Return the head that least squares gives: argmin of Σ wᵢ ‖xᵢ W - yᵢ‖² + penalty ‖W‖², with one-hot y.
+def hashed_ngrams(texts: Sequence[str]) -> Matrix:
+    """Return what a text classifier without a model reads, shape ``(texts, BUCKETS)``, rows of unit length.
+
+    Runs of two and three characters, in lower case, are counted in hashed buckets, with a hashed sign (Weinberger et
+    al. 2009, "Feature hashing for large scale multitask learning").
+    """
+    rows = np.zeros((len(texts), BUCKETS))
+    for row, text in zip(rows, texts, strict=True):
+        padded = f" {' '.join(text.lower().split())} "
+        for length in LENGTHS:
+            for at in range(len(padded) - length + 1):
+                hashed = zlib.crc32(padded[at : at + length].encode())
+                row[hashed % BUCKETS] += 1 if hashed >> 31 else -1
+    return unit_rows(rows)
+
+
+def ridge_head(
+    x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int, penalty: float, prior: Matrix | None = None
+) -> Matrix:
+    """Return the head that least squares gives: argmin of Σ wᵢ ‖xᵢ W - yᵢ‖² + penalty ‖W - prior‖², with one-hot y.
 
     It needs Σ w x xᵀ and Σ w x yᵀ only, which add up over clients (Hoerl and Kennard 1970, "Ridge Regression"). ``x``:
     shape ``(texts, features)``. The head has the shape ``(features, count)``.
     """
     weighted = x * weights[:, None]
-    moments = weighted.T @ x + penalty * np.eye(x.shape[1])
-    return np.linalg.solve(moments, weighted.T @ np.eye(count)[labels]).astype(np.float64)
+    targets = np.eye(count)[labels]
+    right = targets if prior is None else targets - x @ prior
+    if len(x) < x.shape[1]:  # the same, by the smaller matrix
+        roots = np.sqrt(weights)[:, None]
+        products = (roots * x) @ (roots * x).T + penalty * np.eye(len(x))
+        head: Matrix = (roots * x).T @ np.linalg.solve(products, roots * right)
+    else:
+        head = np.linalg.solve(weighted.T @ x + penalty * np.eye(x.shape[1]), weighted.T @ right)
+    return head if prior is None else prior + head
 
 
 def logistic_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int, penalty: float) -> Matrix:

@@ -118,6 +118,8 @@ class TrialRun:
         if self.trial.kind in HEADS and isinstance(mine, ClassifierArms):
             fit, penalty = HEADS[self.trial.kind]
             model, saved = mine.head(client, fit, getattr(self.trial.scenario.head, penalty))
+        elif self.trial.kind is Kind.SUMMED and isinstance(mine, ClassifierArms):
+            model, saved = mine.summed(client)
         else:
             own = self._adapter(mine, client, pooled)
             model, kept = mine.model(own.adapter), own.choice

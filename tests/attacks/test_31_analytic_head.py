@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import LexicalFeatures
 from edgeadapt.rounds import analytic
 from edgeadapt.rounds.analytic import (
     BIAS,
@@ -98,6 +100,47 @@ def test_a_head_that_is_fitted_to_a_few_examples_shows_their_number_and_their_em
     assert directions(head) == count
     left = np.linalg.svd(head - 1 / SCALE)[0][:, :count]
     assert np.allclose(np.linalg.norm(left.T @ rows.T, axis=0), 1, atol=0.01)  # the examples span these directions
+
+
+# Lexical features: whoever has the sum itself, the coordinator, tests which tokens are in it.
+
+TOKENS, SIZE, TEXTS = 3000, 384, 60  # of the fleet's languages; of an embedding's lexical part; of a device
+
+
+def spoken(rng: np.random.Generator) -> tuple[set[int], Matrix]:
+    """Which tokens a device's texts have, by Zipf's law with its own favourites, and the texts' lexical features."""
+    order = rng.permutation(TOKENS)
+    ids = np.minimum(rng.zipf(1.3, (TEXTS, 8)), TOKENS) - 1
+    ids = np.where(rng.random(ids.shape) < 0.5, ids, order[ids])
+    rows = LexicalFeatures(SIZE, ())(torch.from_numpy(ids), torch.ones(ids.shape)).numpy().astype(np.float64)
+    return set(ids.ravel().tolist()), rows
+
+
+def told_apart(second: Matrix, present: set[int]) -> float:
+    """The area under the curve of a test for each token: is its row near the space that the moments span?"""
+    signs = LexicalFeatures(SIZE, ()).signs[:TOKENS].numpy().astype(np.float64)
+    values, vectors = np.linalg.eigh(second)
+    far = ((signs @ vectors) ** 2 / (np.clip(values, 0, None) + 1e-3)).sum(1)
+    ranks = np.argsort(np.argsort(-far)) + 1.0
+    inside = np.isin(np.arange(TOKENS), list(present))
+    count = int(inside.sum())
+    return float((ranks[inside].sum() - count * (count + 1) / 2) / (count * (TOKENS - count)))
+
+
+def test_exact_sums_of_lexical_features_show_tokens_and_those_with_noise_do_not() -> None:
+    rng = np.random.default_rng(0)
+    devices = [spoken(rng) for _ in range(10)]
+    said, alone = devices[0]
+    assert told_apart(alone.T @ alone, said) > 0.99
+    everything = set.union(*(tokens for tokens, _ in devices))
+    assert told_apart(sum(rows.T @ rows for _, rows in devices), everything) > 0.8
+    only_here = said - set.union(*(tokens for tokens, _ in devices[1:]))
+    assert told_apart(sum(rows.T @ rows for _, rows in devices), only_here) > 0.7
+    clip = 0.2
+    means = [rows.T @ rows / TEXTS for _, rows in devices]
+    clipped = sum(mean * min(1.0, clip / float(np.linalg.norm(mean))) for mean in means)
+    noise = rng.normal(0, clip, (SIZE, SIZE))  # a multiplier of 1: epsilon is above 4 for one round
+    assert told_apart(clipped + (noise + noise.T) / np.sqrt(2), everything) < 0.6
 
 
 # One device that lies.

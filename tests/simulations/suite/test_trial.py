@@ -1,7 +1,8 @@
 """How a trial is computed: each arm is trained on what it should be, and tallied on the client's own texts."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -16,9 +17,10 @@ from client.training.torchengine import TorchEngine
 from client.training.trainer import ClassifierTrainer
 from edgeadapt.formats.layout import Tensors
 from simulations.data import populate
-from simulations.data.population import Client, Population
+from simulations.data.population import Client, LabelledText, Population
 from simulations.engine.arms import ClassifierArms
 from simulations.engine.progress import RunProgress
+from simulations.engine.provision import BUCKETS, hashed_ngrams, with_bias
 from simulations.plan import Kind, Trial
 from simulations.result import TrialResult
 from simulations.scenario import Scenario
@@ -110,6 +112,7 @@ def test_the_cost_counts_epochs_steps_time_and_bytes(computed: dict[Kind, TrialR
         Kind.BASE: 0,
         Kind.RIDGE: 0,
         Kind.LOGISTIC: 0,
+        Kind.SUMMED: 0,
         Kind.GLOBAL: 2,
         Kind.CENTRAL: 2,
         Kind.LOCAL: 3,
@@ -233,6 +236,37 @@ def test_a_head_is_fitted_to_own_training_texts_and_public_texts_with_their_weig
     for client, each in zip(population.clients, fitted, strict=True):
         labels = [text.label for text in client.train]
         assert each == (len(labels) + len(public), labels + public, 4.0 * len(labels) + len(public), 0.3)
+
+
+def test_a_summed_head_is_that_of_everybodys_texts_fitted_to_the_clients_own(
+    store: Store, scenario: Scenario, population: Population
+) -> None:
+    head = scenario.head.model_copy(update={"features": "ngrams", "ridge": 0.5, "own_weight": 2.0})
+    result = compute(Trial(Kind.SUMMED, scenario.model_copy(update={"head": head})), store, ignored)
+
+    def rows(texts: Sequence[LabelledText]) -> Any:
+        return with_bias(hashed_ngrams([text.text for text in texts]))
+
+    def fitted(texts: Sequence[LabelledText], prior: Any, penalty: float) -> Any:
+        """Least squares over the texts, and over rows that hold the prior: another way to the same head."""
+        root, targets = math.sqrt(penalty), np.eye(len(population.labels))[[text.label for text in texts]]
+        x = np.vstack([rows(texts), root * np.eye(len(prior))])
+        return np.linalg.lstsq(x, np.vstack([targets, root * prior]), rcond=None)[0]
+
+    seen = [text for client in population.clients if not client.unseen for text in client.train]
+    shared = fitted([*seen, *population.public], np.zeros((BUCKETS + 1, len(population.labels))), 0.5)
+    for client, score in zip(population.clients, result.clients, strict=True):
+        answers = (rows(client.test) @ fitted(client.train, shared, 0.5)).argmax(1)
+        assert score.test.right == "".join(
+            str(int(answer == text.label)) for answer, text in zip(answers, client.test, strict=True)
+        )
+
+
+def test_texts_without_a_common_run_of_characters_have_orthogonal_ngrams() -> None:
+    one, again, other, empty = hashed_ngrams(["Turn  on the light", "turn on the light ", "bzzzz", ""])
+    assert one @ again == pytest.approx(1)
+    assert abs(one @ other) < 0.2  # hashed runs may fall together
+    assert abs(empty @ other) < 0.5
 
 
 def test_interrupted_rounds_continue(tmp_path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
