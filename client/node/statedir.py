@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Annotated, Any, Self, TypeVar, cast
 
 import tomli_w
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from aggregation import sealed, transcript
 from aggregation.client import Device
@@ -39,7 +39,8 @@ from client.node.snapshot import Snapshot
 from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TASK_LABELS, TaskLabels
 from client.training.trainer import FrozenBase
-from edgeadapt.bases.base import find_base
+from edgeadapt.bases.base import find_base, with_task
+from edgeadapt.bases.tasks import CLASSIFICATION, TASKS
 from edgeadapt.formats.bundle import BASE_MANIFEST
 from edgeadapt.formats.gateway.invitation import ADDRESS, ADDRESSES
 from edgeadapt.formats.settings import Settings
@@ -85,6 +86,9 @@ class DeviceSettings(Settings):
     """``device.toml``: the owner's settings. The coordinator cannot change them."""
 
     base: str = Field(description="frozen base: a folder, a file, an installed package that contains one, or a bundle")
+    task: Annotated[str, AfterValidator(TASKS.require)] = Field(
+        default=CLASSIFICATION, description="what is learned of labels: classification, or a task that a package adds"
+    )
     examples: str = Field(default=EXAMPLES, description="examples file, relative to the state directory")
     gateway: str = Field(
         default="",
@@ -183,13 +187,16 @@ class DeviceStateDir:
         """Open the frozen base that the settings name: itself, or that of a bundle.
 
         Raises:
-            ConfigError, DataError: As ``find_base`` and ``Bundle.base``.
+            ConfigError, DataError: As ``find_base`` and ``Bundle.base``; or a bundle is named for a task of others.
             TrustError: No key in ``trust.pem``, next to the bundle, signed its base, or a file was altered.
         """
         folder = Path(self.settings.base)
         if (folder / BASE_MANIFEST).is_file():
+            if self.settings.task != CLASSIFICATION:
+                reason = f"the task {self.settings.task!r} needs the base itself, and {folder} is a bundle: set base"
+                raise ConfigError(reason, about="base", value=str(folder))
             return Trust.open(folder).bundle.base()
-        return find_base(self.settings.base)
+        return with_task(find_base(self.settings.base), self.settings.task)
 
     def device(self, base_digest: str) -> Device:
         """Read identity, trust anchors and policy, for the protocol core.
