@@ -166,8 +166,8 @@ def _target(row: dict[str, Any], where: str, target: TargetOf) -> Target:
         except ValueError:
             return ()
     try:
-        known = tuple(map(float, row["target"]))
-    except (TypeError, ValueError):
+        known = tuple(map(float, row["target"])) if isinstance(row["target"], list) else ()
+    except (OverflowError, TypeError, ValueError):
         known = ()
     if not known or not all(map(math.isfinite, known)):
         raise DataError(f"the target in {where} is not a list of finite numbers", about="example.target")

@@ -104,8 +104,8 @@ class OwnTask:
 
     def outputs(self, labels: Iterable[str]) -> tuple[str, ...]:
         names = tuple(self._call("outputs", sorted({*labels})))
-        if not names or len({*names}) < len(names) or not all(isinstance(name, str) for name in names):
-            raise self._odd("outputs", f"{names!r}, which are not different names"[:200])
+        if not names or len({*names}) < len(names) or not all(isinstance(name, str) and name for name in names):
+            raise self._odd("outputs", f"{names!r}"[:160] + ", which are not different names")
         return names
 
     def target(self, label: str, outputs: Sequence[str]) -> Target:
@@ -114,7 +114,7 @@ class OwnTask:
         target = self._call("target", label, outputs)
         try:
             numbers = tuple(float(number) for number in target)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             numbers = ()
         if not numbers or not np.isfinite(numbers).all():
             raise self._odd("target", "something else than a list of finite numbers")

@@ -232,7 +232,7 @@ def _require_possible(scenario: Scenario, own_model: bool) -> None:
     }
     if keys := [key for key, is_odd in odd.items() if is_odd]:
         model = f"model {scenario.base.model} has its own training loop, no embeddings and no file"
-        task = f"labels of the task {scenario.data.task!r} are not classes, and a training graph has no such loss"
+        task = f"the task {scenario.data.task!r} has no classes and no training graph"
         reason = f"{model if own_model else task}: set {', '.join(keys)}"
         raise ConfigError(reason, about=keys[0].partition("=")[0])
 

@@ -20,7 +20,7 @@ from client.training.ownmodel import OwnTrainer
 from client.training.personal import METHODS, Candidate, Choice, PersonalStep, personalize
 from edgeadapt.auditing.findings import Check, Status
 from edgeadapt.auditing.transcripts import AuditInput, AuditOptions
-from edgeadapt.bases.base import MODELS, OwnModel, find_base
+from edgeadapt.bases.base import MODELS, OwnModel, find_base, with_task
 from edgeadapt.bases.tasks import TASKS
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.manifest import ServerRule
@@ -151,6 +151,15 @@ def test_its_parameters_are_published_and_a_machine_without_it_refuses(
     assert code == 0
     base = find_base("words")
     assert json.loads(out)["base_digest"] == base.digest
+
+    task = ("--base", "words", "--labels", "labels.txt", "--task", "topics", "--json")
+    settings = ("--authority", "trust/authority.pem", "--set", "analytic.rounds=1")
+    assert run("coordinator", "init", "other", *settings)[0] == 0
+    code, _, err = run("coordinator", "publish", "other", *task)
+    assert (code, "set analytic.rounds to 0" in err) == (2, True)
+    assert run("coordinator", "init", "third", *settings[:2])[0] == 0
+    code, out, _ = run("coordinator", "publish", "third", *task)
+    assert json.loads(out)["base_digest"] == with_task(base, "topics").digest
     monkeypatch.setattr(MODELS.find("words"), "version", 2)
     assert find_base("words").digest != base.digest
 
@@ -208,6 +217,30 @@ def test_a_task_is_learned_in_audited_sums_and_scored_by_its_metric(
     assert (status, "2 of 2 recomputed from the sums" in text) == (Status.PASS, True), text
     (answer,) = run.answer(["play a song kitchen"], client=run.clients[0].name)
     assert answer == ["music"] if task == "topics" else abs(answer - 3) <= 0.5
+
+
+CLASSES: dict[str, dict[str, Any]] = {
+    "base.engine=torch": {"base": {"engine": "onnx"}},
+    "federation.analytic.rounds=0": {"federation": {"analytic": {"rounds": 1}}},
+    "personal.method=fine-tune": {"personal": {"method": "ridge"}},
+    "personal.choice=best": {"personal": {"choice": "significant"}},
+    "attack.kind=none": {"attack": {"kind": "boost"}},
+}
+
+
+@pytest.mark.parametrize("key", CLASSES)
+def test_what_counts_classes_is_refused_in_a_task_with_the_key_to_set(mine: None, tiny_base: Any, key: str) -> None:
+    known: dict[str, dict[str, Any]] = {
+        "data": {"files": ["topics.csv"], "task": "topics"},
+        "base": {"model": str(tiny_base.folder)},
+        "federation": {"analytic": {"rounds": 0}},
+        "personal": {"method": "fine-tune", "choice": "best"},
+    }
+    provision.unrounded_base(Scenario.parse(known, "mine"))
+    odd = known | {table: known.get(table, {}) | keys for table, keys in CLASSES[key].items()}
+    with refused(ConfigError, key.partition("=")[0]) as caught:
+        provision.unrounded_base(Scenario.parse(odd, "mine"))
+    assert str(caught.value).endswith(f": set {key}")
 
 
 @pytest.mark.parametrize(
