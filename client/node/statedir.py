@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import tomli_w
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from aggregation import sealed, transcript
 from aggregation.client import Device
@@ -40,7 +40,7 @@ from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TASK_LABELS, TaskLabels
 from client.training.trainer import FrozenBase
 from edgeadapt.bases.base import find_base, with_task
-from edgeadapt.bases.tasks import CLASSIFICATION, TASKS
+from edgeadapt.bases.tasks import CLASSIFICATION
 from edgeadapt.formats.bundle import BASE_MANIFEST
 from edgeadapt.formats.gateway.invitation import ADDRESS, ADDRESSES
 from edgeadapt.formats.settings import Settings
@@ -86,7 +86,7 @@ class DeviceSettings(Settings):
     """``device.toml``: the owner's settings. The coordinator cannot change them."""
 
     base: str = Field(description="frozen base: a folder, a file, an installed package that contains one, or a bundle")
-    task: Annotated[str, AfterValidator(TASKS.require)] = Field(
+    task: str = Field(
         default=CLASSIFICATION, description="what is learned of labels: classification, or a task that a package adds"
     )
     examples: str = Field(default=EXAMPLES, description="examples file, relative to the state directory")

@@ -88,6 +88,8 @@ def test_the_digest_of_a_base_names_the_task_and_its_version(
     first = with_task(tiny_base, "even")
     device = DeviceStateDir(tmp_path, DeviceSettings(base=str(tiny_base.folder), task="even"))
     assert device.base() == first != tiny_base
+    with refused(ConfigError, "data.task", value="odd"):
+        with_task(tiny_base, "odd")
     monkeypatch.setattr(Even, "version", 2)
     assert len({tiny_base.digest, first.digest, with_task(tiny_base, "even").digest}) == 3
 
