@@ -6,7 +6,8 @@ from typing import cast
 
 from aggregation.errors import ConfigError
 from coordinator.statedir import CoordinatorStateDir
-from edgeadapt.bases.base import OwnModel, find_base
+from edgeadapt.bases.base import OwnModel, find_base, with_task
+from edgeadapt.bases.tasks import CLASSIFICATION
 from edgeadapt.formats import files
 from edgeadapt.formats.graphinputs import input_name, layer_of
 from edgeadapt.formats.layout import Layout, Tensors
@@ -24,13 +25,18 @@ PARAMETERS = {"weight", "bias"}
 
 
 def publish_first(
-    state_dir: CoordinatorStateDir, folder: Path | None, base: str, labels: Sequence[str] | None
+    state_dir: CoordinatorStateDir,
+    folder: Path | None,
+    base: str,
+    labels: Sequence[str] | None,
+    task: str = CLASSIFICATION,
 ) -> VersionManifest:
     """Sign the adapter that peft saved in ``folder``, and publish it as version 0.
 
     An ``OwnModel`` has no folder: its own parameters are published. ``labels``: of the head, in order; None: those in
-    ``LABELS`` in the folder, which a language model does not have. Raises ConfigError: there is a version already, or
-    as ``seed_version``; DataError as ``read_peft``.
+    ``LABELS`` in the folder, which a language model does not have. ``task``: what devices learn of labels. Raises
+    ConfigError: there is a version already, the settings have rounds that the task does not have, or as
+    ``seed_version``; DataError as ``read_peft``.
     """
     with state_dir.locked():
         if (latest := state_dir.registry.latest()) is not None:
@@ -40,7 +46,10 @@ def publish_first(
                 about="version",
                 value=latest.manifest.version,
             )
-        frozen = find_base(base)
+        frozen = with_task(find_base(base), task)
+        if task != CLASSIFICATION and state_dir.settings.analytic.rounds:
+            reason = f"the analytic head is of classification, and the task is {task!r}: set analytic.rounds to 0"
+            raise ConfigError(reason, about="analytic.rounds", value=state_dir.settings.analytic.rounds)
         if isinstance(frozen, OwnModel) != (folder is None):
             reason = "name --peft FOLDER, except for a model with its own training loop, which has none"
             raise ConfigError(reason, about="--peft")

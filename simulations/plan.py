@@ -225,6 +225,9 @@ class Suite:
         if scenario.data.for_language_model and arm.kind.of_embeddings:
             text = f"{where} fits a head to embeddings, and a language model has no head: leave the arm out with --arm"
             raise ConfigError(text, about="data.label")
+        if scenario.data.own_task and arm.kind.of_embeddings:
+            text = f"{where} fits a head to classes, which the task {scenario.data.task!r} does not have: leave it out"
+            raise ConfigError(f"{text} with --arm", about="data.task")
         return Trial(arm.kind, scenario)
 
     def trials(self, name: str, constants: Overrides) -> Iterator[tuple[int, Trial]]:

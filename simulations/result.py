@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,14 +21,17 @@ class Tally:
     right: Annotated[str, Field(pattern=r"^[01]*$")]  # of each text that is classified: 1 if its answer is right
     loss: float  # mean cross-entropy of a text in nats, of a language model for each byte; 0 without texts
     predicted: int = 0  # texts of a language model
+    scores: tuple[float, ...] = ()  # of each text in a task of others, from 0 to 1
 
     @property
     def count(self) -> int:
-        return len(self.right) or self.predicted
+        return len(self.right) or len(self.scores) or self.predicted
 
     @property
     def accuracy(self) -> float:
-        """Return the share of right answers; NaN without answers."""
+        """Return the share of right answers, or the mean score; NaN without answers."""
+        if self.scores:
+            return math.fsum(self.scores) / len(self.scores)
         return self.right.count("1") / len(self.right) if self.right else math.nan
 
     @property
@@ -91,6 +94,7 @@ class TrialResult:
     aggregation_error: float | None = None
     epsilon: float | None = None  # what the rounds may have revealed of a device; None without differential privacy
     canaries: CanaryBounds | None = None  # of a global arm, if the scenario asks for some
+    metric: str = ""  # name of the score of a task of others
 
 
 Outcome = TrialResult | str  # why the trial failed, in one line
@@ -139,8 +143,16 @@ BITS = Metric(
 METRICS = {metric.name: metric for metric in (ACCURACY, BITS)}
 
 
+def metric_named(name: str) -> Metric:
+    """Return one of ``METRICS``, or the score of a task of others under the name that the task gives it."""
+    return METRICS.get(name) or replace(ACCURACY, name=name, key="score")
+
+
 def metric_of(results: Iterable[TrialResult]) -> Metric:
     """Return what trials of one suite are compared by; accuracy if there are none."""
+    results = list(results)
+    if own := [result.metric for result in results if result.metric]:
+        return metric_named(own[0])
     tallies = (tally for result in results for c in result.clients for tally in (c.validation, c.test, c.public))
     return BITS if any(tally.predicted for tally in tallies) else ACCURACY
 
@@ -233,7 +245,7 @@ class RunResult:
 
     scenario: str
     seed: int
-    metric: str  # a key of ``METRICS``
+    metric: str  # as ``metric_named`` takes it
     population: int  # clients in all
     clients: tuple[ClientResult, ...]  # that were evaluated
     rounds: tuple[ReportedRound, ...]
@@ -259,7 +271,7 @@ class RunResult:
         The first three are over the clients that took part in training, at least one; ``unseen`` is the mean of the
         others, NaN if there are none.
         """
-        sign = METRICS[self.metric].sign
+        sign = metric_named(self.metric).sign
         seen = sign * np.array([client.arms[arm] for client in self.clients if not client.unseen])
         unseen = [client.arms[arm] for client in self.clients if client.unseen]
         return {
@@ -270,7 +282,7 @@ class RunResult:
         }
 
     def to_json(self) -> dict[str, Any]:
-        key, table = METRICS[self.metric].key, asdict(self)
+        key, table = metric_named(self.metric).key, asdict(self)
         clients = [{(key if name == "arms" else name): v for name, v in row.items()} for row in table["clients"]]
         return {
             key: {arm: self.summary(arm) for arm in ARMS},

@@ -13,6 +13,7 @@ from aggregation.errors import TrustError, of_file
 from aggregation.pki import Root, certificates, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
 from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR, TRUST, DeviceSettings, DeviceStateDir
+from edgeadapt.bases.tasks import find_task
 from edgeadapt.formats.storage import PRIVATE_FOLDER, new_folder, replace
 
 REQUEST = "request.csr"
@@ -37,8 +38,9 @@ def enrol(folder: Path, name: str, settings: DeviceSettings, anchors: TrustAncho
     """Create a state directory with a certificate request, completely or not at all, and return the key to certify.
 
     ``folder`` is new or empty; the path of a base that is a folder or a file is made absolute in the settings. Raises
-    ConfigError: the folder is not empty or is the working directory, or the name is not valid.
+    ConfigError: the folder is not empty or is the working directory, the name is not valid, or as ``find_task``.
     """
+    find_task(settings.task)
     identity = IdentityKey.generate(entropy)
     request = requests.request(identity, name)
     base = Path(settings.base)

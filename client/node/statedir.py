@@ -39,7 +39,8 @@ from client.node.snapshot import Snapshot
 from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TASK_LABELS, TaskLabels
 from client.training.trainer import FrozenBase
-from edgeadapt.bases.base import find_base
+from edgeadapt.bases.base import find_base, with_task
+from edgeadapt.bases.tasks import CLASSIFICATION
 from edgeadapt.formats.bundle import BASE_MANIFEST
 from edgeadapt.formats.gateway.invitation import ADDRESS, ADDRESSES
 from edgeadapt.formats.settings import Settings
@@ -86,6 +87,8 @@ class DeviceSettings(Settings):
 
     base: str
     """frozen base: a folder, a file, an installed package that contains one, or a bundle"""
+    task: str = CLASSIFICATION
+    """what is learned of labels: classification, or a task that a package adds"""
     examples: str = EXAMPLES
     """examples file, relative to the state directory"""
     gateway: str = ""
@@ -181,13 +184,16 @@ class DeviceStateDir:
         """Open the frozen base that the settings name: itself, or that of a bundle.
 
         Raises:
-            ConfigError, DataError: As ``find_base`` and ``Bundle.base``.
+            ConfigError, DataError: As ``find_base`` and ``Bundle.base``; or a bundle is named for a task of others.
             TrustError: No key in ``trust.pem``, next to the bundle, signed its base, or a file was altered.
         """
         folder = Path(self.settings.base)
         if (folder / BASE_MANIFEST).is_file():
+            if self.settings.task != CLASSIFICATION:
+                reason = f"the task {self.settings.task!r} needs the base itself, and {folder} is a bundle: set base"
+                raise ConfigError(reason, about="base", value=str(folder))
             return Trust.open(folder).bundle.base()
-        return find_base(self.settings.base)
+        return with_task(find_base(self.settings.base), self.settings.task)
 
     def device(self, base_digest: str) -> Device:
         """Read identity, trust anchors and policy, for the protocol core.

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,10 +28,11 @@ from client.node.policy import TrainingLimits
 from client.node.privateparts import PrivateParts, check_unshared, ever_private
 from client.node.snapshot import Draw, Snapshot
 from client.training.engine import TrainerOf, classifier_trainer, trainer_of
-from client.training.examples import Example, Score, Split, in_split, parse_examples
+from client.training.examples import Example, Score, Split, TargetOf, in_split, parse_examples
 from client.training.personal import embedded
 from client.training.private import private_of, subject_of, with_private
 from client.training.trainer import ClassifierTrainer, FrozenBase, Trainer
+from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.formats import files
 from edgeadapt.formats.bundle import VerifiedBase
 from edgeadapt.formats.layout import Layout, Tensors
@@ -74,6 +75,7 @@ def contribute(
     start = adapter_of(plan, blob)
     try:
         device.limits.check(task, start)
+        target = _target_of(device.base, task)
         trainer = device.choose(device.base, len(task.labels), task.peft_config)
     except (DataError, ConfigError) as error:  # adapter and task are the coordinator's, so it may receive the reason
         raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
@@ -83,11 +85,26 @@ def contribute(
     check_unshared(device.kept, spec.base_digest, task)
 
     def usable() -> tuple[Example, ...]:
-        return _usable(parse_examples(snapshot.examples, device.examples, None if task.labels else 0), task)
+        return _usable(
+            parse_examples(snapshot.examples, device.examples, None if task.labels else 0, target), task, target
+        )
 
     examples = _or_else(usable, lambda: ())  # none in a file that cannot be read
     local = LocalRound(device, planned, task, start, trainer, examples, snapshot)
     return task.contribute(local), local.parts
+
+
+def _target_of(base: FrozenBase, task: RoundTask) -> TargetOf | None:
+    """Return what makes targets of labels in the base's task; None in classification and of a language model.
+
+    Raises ConfigError: a task of others does not have this kind of round, which counts labels.
+    """
+    if isinstance(base, VerifiedBase) or not isinstance(base.task, OwnTask) or not task.labels:
+        return None
+    if task.NEEDS_LABELS:
+        reason = f"a round that counts labels is of classification, and this device learns {base.task.name!r}"
+        raise ConfigError(f"{reason}: set federation.analytic.rounds=0", about="task.labels")
+    return partial(base.task.target, outputs=task.labels)
 
 
 def adapter_of(plan: Plan, blob: bytes) -> Tensors:
@@ -225,9 +242,9 @@ def _or_else(attempt: Callable[[], T], otherwise: Callable[[], T]) -> T:
         return otherwise()
 
 
-def _usable(examples: Sequence[Example], task: RoundTask) -> tuple[Example, ...]:
-    """Keep the examples whose labels the task has."""
-    usable = tuple(example for example in examples if example.label < len(task.labels))
+def _usable(examples: Sequence[Example], task: RoundTask, target: TargetOf | None) -> tuple[Example, ...]:
+    """Keep the examples whose labels the task has, or can read."""
+    usable = tuple(one for one in examples if (one.target if target else one.label < len(task.labels)))
     if len(usable) < len(examples):
         log.warning("%d examples have a label that the task lacks", len(examples) - len(usable))
     return usable

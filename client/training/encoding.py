@@ -7,6 +7,7 @@ if the base reads fewer.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ class Encoded:
     """An example for training."""
 
     ids: NDArray[np.int64]  # all tokens, shape ``(tokens,)``
-    targets: NDArray[np.int64]  # the tokens that are learned, which follow each other, or the label
+    targets: NDArray[Any]  # the tokens that are learned, which follow each other, or the label, or one row: its target
     first: int | None  # where the token before the first target is; None: the target is a label
     size: int = 1  # bytes of the text that the targets stand for, at least 1
     cut: bool = False  # the text went on

@@ -4,19 +4,22 @@ An error names the file and the line, never the text: errors are shown and logge
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from aggregation.errors import DataError
+from edgeadapt.bases.tasks import Target, label_text
 from edgeadapt.formats.storage import read, replace
 from edgeadapt.rounds.task import MAX_LOSS
 
 MAX_TEXT = 2_000  # characters
 MAX_FILE = 64 * 2**20  # bytes
 NO_LABEL = -1
+TargetOf = Callable[[str], Target]
 
 
 class Split(Enum):
@@ -29,12 +32,14 @@ class Split(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A text, with the number of its label or with the prompt that it answers. ``repr`` does not show them."""
+    """A text, with the number of its label, its target in a task of others, or the prompt that it answers. ``repr``
+    does not show them."""
 
     text: str
     label: int = NO_LABEL  # ``NO_LABEL`` for a language model
     split: Split = Split.TRAIN
     prompt: str = ""  # what comes before the text, for a language model; it is not learned
+    target: Target = ()  # what a task of others made of the label; empty: ``label`` counts
 
     def __repr__(self) -> str:
         return f"Example(<{len(self.text)} characters>, {self.label}, {self.split.value})"
@@ -45,7 +50,7 @@ class Score:
     """An adapter's score on some examples.
 
     A language model's ``correct`` adds up the shares of tokens that it would have written, and ``loss`` the nats for
-    each byte.
+    each byte. A task of others adds up its scores and losses.
 
     >>> Score(correct=3, count=4, loss=1.5).accuracy
     0.75
@@ -92,7 +97,9 @@ def read_file(path: Path) -> bytes:
         raise DataError(f"cannot read the examples in {path}: {error.strerror}", about="examples") from error
 
 
-def parse_examples(raw: bytes, path: Path, labels: int | None = None) -> tuple[Example, ...]:
+def parse_examples(
+    raw: bytes, path: Path, labels: int | None = None, target: TargetOf | None = None
+) -> tuple[Example, ...]:
     """Parse the content of a file.
 
     Args:
@@ -101,6 +108,8 @@ def parse_examples(raw: bytes, path: Path, labels: int | None = None) -> tuple[E
         path: Of the file, for messages.
         labels: The number of labels; every example's label must be below it. None: any label is accepted. 0: for a
             language model, a label is neither needed nor read.
+        target: Of a task of others: makes the target of a line's label, unless the line has a ``target``. The target of
+            a label that the task refuses is empty.
 
     Raises DataError: it is not UTF-8, a line is not an example, or there is no training example.
     """
@@ -111,7 +120,9 @@ def parse_examples(raw: bytes, path: Path, labels: int | None = None) -> tuple[E
         # From None: the decoder's error contains the text.
         raise DataError(f"{path} is not UTF-8; convert it", about="examples") from None
     examples = tuple(
-        _example(line, f"line {number} of {path}", labels) for number, line in enumerate(lines, 1) if line.strip()
+        _example(line, f"line {number} of {path}", labels, target)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
     )
     if not any(example.split is Split.TRAIN for example in examples):
         raise DataError(f"{path} has no training example; add some to take part", about="examples.split")
@@ -122,10 +133,10 @@ def in_split(examples: Sequence[Example], split: Split) -> tuple[Example, ...]:
     return tuple(example for example in examples if example.split is split)
 
 
-def _example(line: str, where: str, labels: int | None) -> Example:
+def _example(line: str, where: str, labels: int | None, target: TargetOf | None) -> Example:
     try:
         row: dict[str, Any] = json.loads(line)
-        label = NO_LABEL if labels == 0 else row["label"]
+        label = NO_LABEL if labels == 0 or "target" in row else row["label"]
         text, prompt, split = row["text"], row.get("prompt", ""), Split(row.get("split", "train"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # From None: the parser's error quotes the line.
@@ -140,14 +151,33 @@ def _example(line: str, where: str, labels: int | None) -> Example:
             raise DataError(reason, about=f"example.{name}")
     if labels == 0:
         return Example(text, NO_LABEL, split, prompt)
+    if target is not None:
+        return Example(text, NO_LABEL, split, target=_target(row, where, target))
     if type(label) is not int or label < 0 or (labels is not None and label >= labels):
         highest = "on" if labels is None else f"to {labels - 1}"
         raise DataError(f"the label in {where} is not an integer from 0 {highest}", about="example.label")
     return Example(text, label, split)
 
 
+def _target(row: dict[str, Any], where: str, target: TargetOf) -> Target:
+    if "target" not in row:
+        try:
+            return target(label_text(row["label"]))
+        except ValueError:
+            return ()
+    try:
+        known = tuple(map(float, row["target"])) if isinstance(row["target"], list) else ()
+    except (OverflowError, TypeError, ValueError):
+        known = ()
+    if not known or not all(map(math.isfinite, known)):
+        raise DataError(f"the target in {where} is not a list of finite numbers", about="example.target")
+    return known
+
+
 def _row(example: Example) -> dict[str, Any]:
     row: dict[str, Any] = {"text": example.text, "split": example.split.value}
     if example.label != NO_LABEL:
         row["label"] = example.label
+    if example.target:
+        row["target"] = list(example.target)
     return row | ({"prompt": example.prompt} if example.prompt else {})

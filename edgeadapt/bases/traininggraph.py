@@ -30,15 +30,16 @@ class TrainingBatch:
 
     Attributes:
         ids, mask: Token ids and attention mask, shape ``(texts, longest)``.
-        targets: The number of each text's label, shape ``(texts,)``; or each learned token, ``(learned,)``.
-        shares: The factor of each target's cross-entropy in the loss, of the shape of ``targets``; with 1 / targets, a
-            mean. A batch can be run in parts, whose losses and gradients add up to its own.
+        targets: The number of each text's label, shape ``(texts,)``; each learned token, ``(learned,)``; or the target
+            of each text in a task of others, ``(texts, width)`` in float32.
+        shares: The factor of each target's loss, shape ``(len(targets),)``; with 1 / targets, a mean. A batch can be
+            run in parts, whose losses and gradients add up to its own.
         positions: For a language model: where in ``ids``, flattened, is the token before each target.
     """
 
     ids: NDArray[np.int64]
     mask: NDArray[np.int64]
-    targets: NDArray[np.int64]
+    targets: NDArray[Any]
     shares: Floats
     positions: NDArray[np.int64] | None = None
 

@@ -41,15 +41,23 @@ class Coordinator:
             CoordinatorStateDir.create(Path(path), read(Path(authority), MAX_PEM), keys, SystemEntropy())
         return cls(path)
 
-    def publish(self, adapter: File | None, *, base: File, labels: Sequence[str] | None = None) -> VersionManifest:
+    def publish(
+        self,
+        adapter: File | None,
+        *,
+        base: File,
+        labels: Sequence[str] | None = None,
+        task: str = "classification",
+    ) -> VersionManifest:
         """Publish the first adapter, a folder that peft saved, as version 0; None for a model of your own.
 
-        ``labels``: of its head, in order; by default those in ``labels.txt`` there. Raises ConfigError, DataError: as
+        ``labels``: of its head, in order; by default those in ``labels.txt`` there. ``task``: what devices
+        learn of labels, by its name. Raises ConfigError, DataError: as
         ``publish_first``.
         """
         check_texts("labels", labels or ())
         with in_python():
-            return publish_first(self._open(), None if adapter is None else Path(adapter), str(base), labels)
+            return publish_first(self._open(), None if adapter is None else Path(adapter), str(base), labels, task)
 
     def run(self, gateway: str, report: Callable[[RoundRecord], object] = lambda _: None) -> tuple[RoundRecord, ...]:
         """Serve devices at ``gateway``, ``HOST:PORT``, until all rounds are done, and return those that ran.

@@ -11,17 +11,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aggregation.errors import ConfigError, DataError
+from client.node.statedir import PERSONAL
+from client.training.engine import classifier_trainer
 from client.training.personal import METHODS
 from edgeadapt.bases.base import MODELS
+from edgeadapt.bases.tasks import TASKS
+from edgeadapt.formats import files
 from edgeadapt.formats.storage import File, replace
 from edgeadapt.interface.models import Classifier, LanguageModel, load
 from edgeadapt.interface.names import check_choice, check_texts, in_python, overrides
 from edgeadapt.rounds.optimizer import OPTIMIZERS, name_of, to_rule
 from simulations.cli.simulate import read_scenario
+from simulations.data.population import Population
 from simulations.engine.progress import RunProgress
+from simulations.engine.provision import registry as registry_of
+from simulations.engine.provision import training_base
 from simulations.result import ARMS, ClientResult, RunResult
 from simulations.suite.execute import SuiteReport, run_suite
-from simulations.suite.run import REPORT, Engine, Plan
+from simulations.suite.run import REPORT, Engine, Plan, RunFolder
 from simulations.suite.store import RUNS, read_suite, suite_folder
 
 ROWS = "rows.jsonl"  # the rows that were given, in the folder of the run
@@ -67,6 +74,26 @@ class Run:
     def load(self, client: str | None = None) -> Classifier | LanguageModel:
         """Load a bundle of the run. Raises as ``bundle`` and ``edgeadapt.load``."""
         return load(self.bundle(client))
+
+    def answer(self, texts: Sequence[str], client: str | None = None) -> list[Any]:
+        """Answer texts with the last global adapter, or with a client's own, as the task of the run says: also without
+        a bundle, which a task and a model of your own do not have.
+
+        Raises ConfigError: the run is of a language model, or does not have this client's adapter.
+        """
+        check_texts("texts", texts)
+        with in_python():
+            scenario = RunFolder.stored(self.path)
+            registry = registry_of(self.path)
+            last = (registry.latest() or registry.version(0)).manifest
+            own = self.path / "devices" / (client or "") / PERSONAL
+            if not last.labels or (client is not None and not own.is_file()):
+                whose = "labels to answer with" if client is None else f"an adapter of a client {client!r}"
+                raise ConfigError(f"{self.path} does not have {whose}", about="client", value=client)
+            tensors = registry.tensors(last.version) if client is None else files.decode(own.read_bytes())
+            base = training_base(self.path, scenario, Population((), (), ()))
+            outputs = classifier_trainer(base, len(last.labels), last.peft_config).logits(tensors, texts)
+            return [base.task.answer(row, last.labels) for row in outputs]
 
     def compare(self, other: "Run") -> dict[str, dict[str, float]]:
         """Return by arm how much higher each figure of ``accuracy`` is than in ``other``; ``suite`` adds intervals.
@@ -115,8 +142,8 @@ def simulate(
         workers: Processes that the devices of the rounds share.
         engine: Where the rounds run: in this process and its workers, or on Flower's simulation engine.
         quiet: Show no progress.
-        settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``. A model,
-            a server rule and a personal step may be your own, in place of a name (docs/how-to/extend.md).
+        settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``. A task, a
+            model, a server rule and a personal step may be your own, in place of a name (docs/how-to/extend.md).
 
     Raises:
         ConfigError: A setting is not valid, or ``out`` has another run.
@@ -179,6 +206,8 @@ def _name_own(keys: dict[str, Any]) -> None:
     rule, step = keys.get("federation.server.optimizer", ""), keys.get("personal.method", "")
     if not isinstance(model := keys.get("base.model", ""), str):
         keys["base.model"] = MODELS.add(model.__name__.lower(), model)
+    if not isinstance(task := keys.get("data.task", ""), str):
+        keys["data.task"] = TASKS.add(task.__name__.lower(), task)
     if not isinstance(rule, str):
         keys["federation.server.optimizer"] = OPTIMIZERS.add(name_of(rule), type(rule))
         keys["federation.server.numbers"] = to_rule(rule).numbers

@@ -20,6 +20,7 @@ from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import LEXICAL, MOST_LEXICAL, Base
 from edgeadapt.bases.classifiergraph import MAX_TOKENS
+from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.trainable import adapted, initial
@@ -110,7 +111,7 @@ def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
     The fresh adapter has peft's own random values; ``load`` sets others, ``seeded`` makes the vendor's. Raises
     ConfigError: fewer than two labels, a base that cannot be opened, virtual tokens, or as ``trainable.adapted``.
     """
-    if labels < 2:
+    if labels < 2 and not isinstance(base.task, OwnTask):
         raise ConfigError(f"a classifier needs at least two labels, got {labels}", about="labels", value=labels)
     if config.num_virtual_tokens:
         raise ConfigError(

@@ -27,9 +27,11 @@ class TaskLimits(Settings):
     maximum_scaling: float = Field(default=64.0, gt=0, description="largest factor of a LoRA update (alpha / rank)")
     maximum_virtual_tokens: int = Field(default=128, ge=0, description="most virtual tokens before a text")
     minimum_labels: int = Field(
-        default=2, ge=2, description="fewest labels of a task: as many as the examples can have"
+        default=2,
+        ge=1,
+        description="fewest labels of a task: as many as the examples can have; 1 for a task with one output",
     )
-    maximum_labels: int = Field(default=1024, ge=2, description="most labels of a task")
+    maximum_labels: int = Field(default=1024, ge=1, description="most labels of a task")
     maximum_learning_rate: float = Field(default=0.1, gt=0, description="largest learning rate of a task")
     maximum_weight_decay: float = Field(default=0.1, ge=0, description="largest weight decay of a task")
     maximum_momentum: float = Field(default=0.99, ge=0, lt=1, description="largest momentum of a task")

@@ -50,7 +50,7 @@ def fitted(origin: Origin, base_digest: str, slots: Mapping[str, Sequence[str]])
     if origin.base_digest not in (None, base_digest):
         raise ConfigError(
             f"the adapter was made for the base {str(origin.base_digest)[:12]}, not for {base_digest[:12]}; export "
-            "that base, or name another bundle",
+            "that base, or name another bundle (what learned a task of a package has none)",
             about="base_digest",
             value=origin.base_digest,
         )

@@ -23,6 +23,7 @@ class LabelledText:
     label: int  # index in ``Population.labels``; ``client.training.examples.NO_LABEL`` for a language model
     group: str
     prompt: str = ""  # what comes before the text, for a language model
+    target: tuple[float, ...] = ()  # what a task of others made of the label; empty: ``label`` counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Client:
 class Population:
     """Holds all clients, and the public texts that a vendor can ship on day one."""
 
-    labels: tuple[str, ...]  # the names of the labels, in the order of the head's rows; none for a language model
+    labels: tuple[str, ...]  # the names of the head's rows, in order, as a task has them; none for a language model
     public: tuple[LabelledText, ...]  # a few texts for each label, or that a language model shall still write well
     clients: tuple[Client, ...]  # in the order of their numbers
 
@@ -67,5 +68,6 @@ class Population:
     @property
     def digest(self) -> str:
         """Hash the content (SHA-256, hex): two populations are equal if and only if their digests are."""
-        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        table = dataclasses.asdict(self, dict_factory=lambda row: {k: v for k, v in row if k != "target" or v})
+        canonical = json.dumps(table, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()

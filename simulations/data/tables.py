@@ -22,15 +22,16 @@ from datetime import datetime
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.certificates import is_device_id
 from client.training.examples import MAX_TEXT, NO_LABEL
+from edgeadapt.bases.tasks import CLASSIFICATION, TASKS, OwnTask, Target, find_task, label_text
 from edgeadapt.formats.settings import Settings
 from simulations.data.population import Client, LabelledText, Population
 
@@ -69,6 +70,11 @@ class DataSettings(Settings):
     text: str = Field(default="text", min_length=1, description="column of the text")
     label: str = Field(
         default="label", description="column of the label; empty: the texts are for a language model, and have none"
+    )
+    task: Annotated[str, AfterValidator(TASKS.require)] = Field(
+        default=CLASSIFICATION,
+        description="what is learned of the label: classification, or a task that an installed package adds "
+        "(docs/how-to/extend.md)",
     )
     prompt: str = Field(
         default="",
@@ -142,6 +148,8 @@ class DataSettings(Settings):
             raise ValueError(f"function {self.function!r} is not MODULE:FUNCTION")
         if self.prompt and self.label:
             raise ValueError("a prompt is for a language model, whose texts have no label: set label to nothing")
+        if self.own_task and not self.label:
+            raise ValueError(f"the task {self.task!r} learns labels: name their column with label")
         if self.holdout == "time" and not self.time:
             raise ValueError("holdout = time needs the column of the time: set data.time")
         named = [name for name in (getattr(self, column) for column in COLUMNS) if name]
@@ -152,6 +160,10 @@ class DataSettings(Settings):
     @property
     def for_language_model(self) -> bool:
         return self.given and not self.label
+
+    @property
+    def own_task(self) -> bool:
+        return self.task != CLASSIFICATION
 
     @property
     def given(self) -> bool:
@@ -283,7 +295,8 @@ def _row(fields: Fields, settings: DataSettings) -> Row | str:
     names = {}
     for key in ("label", "client", "split", "group", "language"):
         column = getattr(settings, key)
-        value = _name(fields.get(column)) if column else ""
+        read = label_text if settings.own_task and key == "label" else _name
+        value = read(fields.get(column)) if column else ""
         if value is None:
             kind = type(fields[column]).__name__
             return f"{column} is a {kind}, and neither a text nor a whole number"
@@ -622,7 +635,10 @@ class Loaded:
 
 def load_population(settings: DataSettings, seed: int) -> Loaded:
     """Read the texts and make a population of them; the same texts, settings and seed give the same ``digest``."""
-    rows, public = read_rows(settings, seed), read_public(settings)
+    rows, public, task = read_rows(settings, seed), read_public(settings), find_task(settings.task)
+    names, targets = tuple[str, ...](), dict[str, Target]()
+    if isinstance(task, OwnTask):
+        rows, public, names, targets = _with_targets(rows, public, task)
     broken = rows.broken + public.broken
     if not rows.good:
         why = f"none of the {len(broken)} rows can be used; {broken[0]}" if broken else "there are no rows of texts"
@@ -631,19 +647,48 @@ def load_population(settings: DataSettings, seed: int) -> Loaded:
         more = f" (and {len(broken) - 1} more rows)" if len(broken) > 1 else ""
         reason = f"{broken[0]}{more}; mend it, or leave such rows out with data.broken = skip"
         raise DataError(reason, about="data.files", value=broken)
-    return _Maker(settings, seed, rows, public).make(broken)
+    return _Maker(settings, seed, rows, public, names, targets).make(broken)
+
+
+def _with_targets(rows: Rows, public: Rows, task: OwnTask) -> tuple[Rows, Rows, tuple[str, ...], dict[str, Target]]:
+    """Name the outputs of a task of others, and map each label to its target; rows whose label it refuses are broken.
+
+    Raises DataError: the task fails.
+    """
+    labels = sorted({row.label for row in (*rows.good, *public.good)})
+    names, targets, refused = task.outputs(labels) if labels else (), dict[str, Target](), dict[str, str]()
+    for label in labels:
+        try:
+            targets[label] = task.target(label, names)
+        except ValueError as error:
+            refused[label] = f"label {label[:40]!r}: {_first_line(error)}"
+
+    def usable(part: Rows) -> Rows:
+        odd = tuple(f"{row.text[:40]!r}, {refused[row.label]}" for row in part.good if row.label in refused)
+        return replace(part, good=[row for row in part.good if row.label in targets], broken=part.broken + odd)
+
+    return usable(rows), usable(public), names, targets
 
 
 class _Maker:
     """Makes clients of rows in steps; each reads what those before it left."""
 
-    def __init__(self, settings: DataSettings, seed: int, rows: Rows, public: Rows) -> None:
+    def __init__(
+        self,
+        settings: DataSettings,
+        seed: int,
+        rows: Rows,
+        public: Rows,
+        outputs: tuple[str, ...],
+        targets: Mapping[str, Target],
+    ) -> None:
         self.settings, self.seed = settings, seed
         self.rows, others, self.cut = rows.good, public.good, rows.cut + public.cut
         labels = {row.label for row in (*self.rows, *others)}
-        self.labels = tuple(sorted(labels)) if settings.label else ()
-        if settings.label and len(self.labels) < 2:
-            reason = f"the {len(self.rows)} texts have {len(self.labels)} different labels; at least 2 are needed"
+        self.labels = outputs or (tuple(sorted(labels)) if settings.label else ())
+        self.targets = targets
+        if settings.label and len(labels) < 2:
+            reason = f"the {len(self.rows)} texts have {len(labels)} different labels; at least 2 are needed"
             raise ConfigError(reason, about="data.label", value=settings.label)
         texts = [row.text for row in (*self.rows, *others)]
         keys = [row.group for row in (*self.rows, *others)]
@@ -697,7 +742,12 @@ class _Maker:
         return _hashed(self.seed, "group", first)
 
     def _labelled(self, row: Row, group: int) -> LabelledText:
-        return LabelledText(row.text, self.number[row.label], f"g{group}", row.prompt)
+        number, target = self.number.get(row.label, NO_LABEL), self.targets.get(row.label, ())
+        return LabelledText(row.text, NO_LABEL if target else number, f"g{group}", row.prompt, target)
+
+    def _kind(self, row: Row) -> str:
+        """Return what texts are dealt out by: the label, or nothing where labels are not classes."""
+        return "" if self.targets else row.label
 
     def _take_public(self) -> tuple[set[int], tuple[str, ...]]:
         """Make some texts of each label public, with all of their groups: at most ``PUBLIC_SHARE`` of a label's texts,
@@ -711,13 +761,14 @@ class _Maker:
             if self.rows[at].split in ("", TRAIN):
                 members[self.groups[at]].append(at)
         order = sorted(members, key=lambda group: (len(members[group]), self._order(group)))
-        sizes_of = Counter(row.label for row in self.rows)
+        sizes_of, most = Counter(map(self._kind, self.rows)), self.settings.public_texts
+        most *= len(self.labels) if self.targets else 1
         left = {label: max(float(size > 1), PUBLIC_SHARE * size) for label, size in sizes_of.items()}
         count: Counter[str] = Counter()
         for group in order:
-            first, sizes = self.rows[members[group][0]], Counter(self.rows[at].label for at in members[group])
-            if count[first.label] < self.settings.public_texts and all(left[name] >= sizes[name] for name in sizes):
-                count[first.label] += 1
+            first, sizes = self.rows[members[group][0]], Counter(self._kind(self.rows[at]) for at in members[group])
+            if count[self._kind(first)] < most and all(left[name] >= sizes[name] for name in sizes):
+                count[self._kind(first)] += 1
                 for name, size in sizes.items():
                     left[name] -= size
                 self.public_groups.add(group)
@@ -727,14 +778,14 @@ class _Maker:
             reason = "no label has a text to make public and another one, which is no near-duplicate, for the clients"
             raise ConfigError(f"{reason}: name files of public texts with data.public", about="data.public")
         taken = {at for at in range(len(self.rows)) if self.groups[at] in self.public_groups}
-        return taken, tuple(label for label in self.labels if not count[label])
+        return taken, tuple(label for label in self.labels if not self.targets and not count[label])
 
     def _owned(self, left: Sequence[int]) -> tuple[dict[str, list[int]], int]:
         """Map each client to its rows, and count the clients that had too few."""
         if self.settings.client:
             names = [self.rows[at].client for at in left]
         else:
-            owner = partition([self.rows[at].label for at in left], self.settings, self.seed)
+            owner = partition([self._kind(self.rows[at]) for at in left], self.settings, self.seed)
             names = [f"client-{number + 1:04d}" for number in owner]
         owned: dict[str, list[int]] = defaultdict(list)
         for name, at in zip(names, left, strict=True):

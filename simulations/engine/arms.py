@@ -15,9 +15,7 @@ from itertools import accumulate, chain
 from typing import Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy
 
 from client.node.privateparts import PrivateParts
 from client.node.statedir import DeviceStateDir
@@ -27,10 +25,11 @@ from client.training.examples import Example, Split, in_split
 from client.training.personal import Candidate, Choice, PersonalStep, personalize, rehearsal
 from client.training.private import subject_of, with_private
 from client.training.trainer import ClassifierTrainer, FrozenBase, Trainer
+from edgeadapt.bases.tasks import Numbers
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.methods.parts import PARTS
-from edgeadapt.rounds.task import MAX_LOSS, Task
+from edgeadapt.rounds.task import Task
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
 from simulations.engine.provision import Matrix, ridge_head, with_bias
@@ -152,7 +151,7 @@ class ClassifierArms(Arms):
         return len(client.train) + len(public.trained)
 
     def model(self, adapter: Tensors) -> Model:
-        return partial(_answered, partial(self.mine.logits, adapter))
+        return partial(self._answered, partial(self.mine.logits, adapter))
 
     def head(self, client: Client, fit: FitHead, penalty: float) -> tuple[Model, float]:
         """Fit a linear head to the client's training texts and the public texts.
@@ -187,10 +186,24 @@ class ClassifierArms(Arms):
         def logits(asked: Sequence[str]) -> Floats:
             return (self._features(asked)[0] @ head).astype(np.float32)
 
-        return partial(_answered, logits), saved
+        return partial(self._answered, logits), saved
+
+    def _answered(self, answers: Callable[[Sequence[str]], Floats], parts: Parts) -> list[Tally]:
+        """Return the tallies of a classifier, which is asked all texts at once. ``answers``: texts → outputs."""
+        texts = [text for part in parts for text in part]
+        scores, losses = self.mine.rated(answers([text.text for text in texts]), texts)
+        ends = list(accumulate(map(len, parts)))
+        slices = [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
+        return [self._tally(scores[place], losses[place]) for place in slices]
+
+    def _tally(self, scores: Numbers, losses: Numbers) -> Tally:
+        loss = float(losses.mean()) if len(losses) else 0.0
+        if self.inputs.scenario.data.own_task:
+            return Tally("", loss, scores=tuple(map(float, scores)))
+        return Tally("".join("1" if one else "0" for one in scores), loss)
 
     def _features(self, texts: Sequence[str]) -> tuple[Matrix, float]:
-        """Return what ``head.features`` names, with a constant, and the processor seconds of it when it was computed."""
+        """Return what ``head.features`` names, with a constant, and the seconds of it when it was computed."""
         kind, before = self.inputs.scenario.head.features, time.thread_time()
         ngrams = provision.hashed_ngrams(texts) if kind != "embedding" else np.zeros((len(texts), 0))
         spent = time.thread_time() - before
@@ -261,23 +274,6 @@ class _Embeddings:
 
 
 _embeddings = lru_cache(maxsize=1)(_Embeddings)
-
-
-def _answered(answers: Callable[[Sequence[str]], Floats], parts: Parts) -> list[Tally]:
-    """Return the tallies of a classifier, which is asked all texts at once. ``answers``: texts → logits."""
-    texts = [text for part in parts for text in part]
-    logits, labels = answers([text.text for text in texts]), np.array([text.label for text in texts], np.int64)
-    ends = list(accumulate(map(len, parts)))
-    slices = [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
-    return [_tally(logits[place], labels[place]) for place in slices]
-
-
-def _tally(logits: Floats, labels: NDArray[np.int64]) -> Tally:
-    if not len(labels):
-        return Tally("", 0.0)
-    losses = cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels), reduction="none").clamp(max=MAX_LOSS)
-    right = logits.argmax(axis=1) == labels
-    return Tally("".join("1" if one else "0" for one in right), float(losses.mean()))
 
 
 def aggregation_error(trained: Iterable[tuple[Mapping[str, NDArray[np.float32]], float]]) -> float:

@@ -19,6 +19,7 @@ from rich.text import Text
 from edgeadapt.commandline import plain_progress
 from edgeadapt.formats.roundrecord import RoundRecord
 from simulations.report.formatting import count, duration, printable, share, size
+from simulations.result import ACCURACY
 
 LEVELS = {"edgeadapt.coordinator": logging.DEBUG, "edgeadapt.device": logging.INFO, "edgeadapt.run": logging.INFO}
 BAR = 12  # columns
@@ -111,6 +112,7 @@ class RunProgress(_Shown):
         self._levels: dict[str, int] = {}
         self._step, self._answered, self._asked = "", 0, 0
         self.training_seconds = 0.0
+        self.metric = ACCURACY.name  # name of what rounds score
 
     def __enter__(self) -> Self:
         for name, level in LEVELS.items():
@@ -182,7 +184,7 @@ class RunProgress(_Shown):
             self._answer(extra["answered"])
         if "record" in extra:
             self._advance()
-            self._print(_round_line(extra["record"]))
+            self._print(_round_line(extra["record"], self.metric))
 
     def _answer(self, step: str) -> None:
         if step != self._step:  # no more devices are asked than answered the step before
@@ -222,14 +224,14 @@ def _left(task: Task) -> str:
     return f"about {duration(task.time_remaining)} left" if task.time_remaining else ""
 
 
-def _round_line(record: RoundRecord) -> Text:
+def _round_line(record: RoundRecord, metric: str) -> Text:
     dropped = ", ".join(f"{printable(device)} at {step}" for device, step in record.dropped.items())
     parts = [f"round {record.round:>2}"]
     if record.aborted:
         parts += [f"aborted: {printable(record.aborted)}"]
     else:
         metrics = record.metrics
-        parts += [f"accuracy {share(metrics['accuracy'])}"] if "accuracy" in metrics else []
+        parts += [f"{metric} {share(metrics[ACCURACY.key])}"] if ACCURACY.key in metrics else []
         parts += [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
         parts += [count(len(record.survivors), "device"), size(record.bytes_up + record.bytes_down)]
     parts += [f"dropped: {dropped}"] if dropped else []

@@ -11,9 +11,10 @@ less the sums of the large groups would be the sum of a small one (docs/decision
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -34,14 +35,15 @@ from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.engine import classifier_trainer, language_trainer, trainer_of
 from client.training.examples import Example, Split, write_examples
 from client.training.torchengine import model_of
-from client.training.trainer import FrozenBase
+from client.training.trainer import ClassifierTrainer, FrozenBase
 from coordinator.registry import Registry
 from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
-from edgeadapt.bases.base import Base, OwnModel, find_base
+from edgeadapt.bases.base import Base, OwnModel, find_base, with_task
+from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.cache import cached
-from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.peftconfig import OWN, PeftConfig, require_gradients
 from edgeadapt.formats.registryfiles import RegistrySettings
@@ -69,6 +71,7 @@ GROUPS = "groups"  # in the folder of a run
 MOST_ITERATIONS = 200  # L-BFGS stops before where the gradient is small
 FLATNESS = 1e-6  # largest coordinate of a gradient that is taken for zero
 Matrix = NDArray[np.float64]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # outputs and targets, torch tensors → the loss of each row
 KINDS = {  # method → what its adapters bring
     "IA3": frozenset({SlotKind.SCALE, SlotKind.INPUT_SCALE}),
     "BEFT": frozenset({SlotKind.OFFSET}),
@@ -148,7 +151,7 @@ def _devices(clients: Sequence[Client]) -> int:
     return sum(not client.unseen for client in clients)
 
 
-def with_bias(embeddings: NDArray[np.float32]) -> Matrix:
+def with_bias(embeddings: NDArray[np.floating]) -> Matrix:
     """Append a 1 to embeddings: shape ``(texts, hidden)`` to ``(texts, hidden + 1)``, in float64."""
     return np.concatenate([embeddings.astype(np.float64), np.ones((len(embeddings), 1))], axis=1)
 
@@ -183,17 +186,25 @@ def ridge_head(
     if len(x) < x.shape[1]:  # the same, by the smaller matrix
         roots = np.sqrt(weights)[:, None]
         products = (roots * x) @ (roots * x).T + penalty * np.eye(len(x))
-        head: Matrix = (roots * x).T @ np.linalg.solve(products, roots * right)
+        head = (roots * x).T @ np.linalg.solve(products, roots * right)
     else:
         head = np.linalg.solve(weighted.T @ x + penalty * np.eye(x.shape[1]), weighted.T @ right)
-    return head if prior is None else prior + head
+    fitted: Matrix = head if prior is None else prior + head
+    return fitted
 
 
-def logistic_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int, penalty: float) -> Matrix:
+_cross_entropy: Loss = partial(torch.nn.functional.cross_entropy, reduction="none")
+
+
+def logistic_head(  # as a ``FitHead``, with its loss
+    x: Matrix, labels: NDArray[Any], weights: Matrix, count: int, penalty: float, loss_of: Loss = _cross_entropy
+) -> Matrix:
     """Return the head of multinomial logistic regression: argmin of Σ wᵢ crossentropyᵢ + penalty / 2 ‖W‖².
 
-    The problem is strictly convex, and L-BFGS with a strong Wolfe line search starts at zero: equal arguments, which
-    are those of ``ridge_head``, give equal heads. Raises DataError if the loss is not finite.
+    With a convex loss the problem is strictly convex, and L-BFGS with a strong Wolfe line search starts at zero: equal
+    arguments, which are those of ``ridge_head``, give equal heads. Raises DataError if the loss is not finite.
+
+    ``loss_of``: another loss of each row, of outputs and ``labels``.
     """
     inputs, targets, factors = torch.from_numpy(x), torch.from_numpy(labels), torch.from_numpy(weights)
     head = torch.zeros((x.shape[1], count), dtype=torch.float64, requires_grad=True)
@@ -203,7 +214,7 @@ def logistic_head(x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: 
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        losses = torch.nn.functional.cross_entropy(inputs @ head, targets, reduction="none")
+        losses = loss_of(inputs @ head, targets)
         loss = (factors * losses).sum() + penalty / 2 * head.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
@@ -227,32 +238,36 @@ def training_base(out: Path, scenario: Scenario, population: Population) -> Base
     if export.train_on_dequantized:
         copy = out / DEQUANTIZED
         base = find_base(str(copy)) if copy.exists() else dequantized(base, Profile(export.profile), copy)
-    return base
+    return with_task(base, scenario.data.task)
 
 
 def unrounded_base(scenario: Scenario) -> Base:
-    """Return the base before it is centered and rounded, which change no size. Raises as ``training_base``."""
+    """Return the base before it is centered and rounded, which change no size, and before it has a task. Raises as
+    ``training_base``."""
     base = find_base(scenario.base.model)
-    if isinstance(base, OwnModel):
-        _require_plain(scenario)
+    _require_possible(scenario, isinstance(base, OwnModel))
     return _pruned(base, scenario.base.languages) if scenario.base.languages else base
 
 
-def _require_plain(scenario: Scenario) -> None:
-    """Check that a scenario asks a model with its own training loop for nothing that it does not have."""
+def _require_possible(scenario: Scenario, own_model: bool) -> None:
+    """Check that a scenario asks a model with its own training loop, and a task of others, for nothing that they do not
+    have. Raises ConfigError."""
+    own_task = scenario.data.own_task
     odd = {
-        "base.languages=[]": bool(scenario.base.languages),
-        "base.center=false": scenario.base.center,
-        "base.lexical=0": scenario.base.lexical > 0,
-        "base.engine=torch": scenario.base.engine != "torch",
-        "export.train_on_dequantized=false": scenario.export.train_on_dequantized,
-        "federation.analytic.rounds=0": scenario.federation.analytic.rounds > 0,
-        "personal.method=fine-tune": scenario.personal.method in ("ridge", "ensemble"),
+        "base.languages=[]": own_model and bool(scenario.base.languages),
+        "base.center=false": own_model and scenario.base.center,
+        "base.lexical=0": own_model and scenario.base.lexical > 0,
+        "base.engine=torch": (own_model or own_task) and scenario.base.engine != "torch",
+        "export.train_on_dequantized=false": own_model and scenario.export.train_on_dequantized,
+        "federation.analytic.rounds=0": (own_model or own_task) and scenario.federation.analytic.rounds > 0,
+        "personal.method=fine-tune": (own_model or own_task) and scenario.personal.method in ("ridge", "ensemble"),
+        "personal.choice=best": own_task and scenario.personal.choice == "significant",
+        "attack.kind=none": own_task and scenario.attack.kind in ("label-flip", "boost"),
     }
     if keys := [key for key, is_odd in odd.items() if is_odd]:
-        reason = (
-            f"model {scenario.base.model} has its own training loop, no embeddings and no file: set {', '.join(keys)}"
-        )
+        model = f"model {scenario.base.model} has its own training loop, no embeddings and no file"
+        task = f"the task {scenario.data.task!r} has no classes and no training graph"
+        reason = f"{model if own_model else task}: set {', '.join(keys)}"
         raise ConfigError(reason, about=keys[0].partition("=")[0])
 
 
@@ -355,7 +370,7 @@ class Enrolment:
             out,
             authority,
             TrustAnchors(authority.root.to_pem(), coordinator.to_pem()),
-            DeviceSettings(base=name, policy=_policy(scenario, population)),
+            DeviceSettings(base=name, task=scenario.data.task, policy=_policy(scenario, population)),
             {client.name: client for client in population.clients},
             scenario.seed,
         )
@@ -409,8 +424,8 @@ def first_adapter(scenario: Scenario, population: Population, base: Base) -> tup
         mine = classifier_trainer(base, len(population.labels), config)
         public = [(phrase.text, phrase.label) for phrase in population.public]
         tensors = seed_adapter(model_of(mine), mine.tokenizer, public, len(population.labels), generator)
-        if scenario.adapter.head == "logistic":
-            tensors |= _logistic_head(mine.embed([text for text, _ in public]), [label for _, label in public], tensors)
+        if scenario.adapter.head == "logistic" or scenario.data.own_task:  # without classes, without prototypes
+            tensors |= _fitted_head(mine, public_examples(population.public), tensors)
     else:
         tensors = initial(model_of(language_trainer(base, config)), generator)
     manifest, blob = seed_version(tensors, config, population.labels, base.digest)
@@ -418,27 +433,37 @@ def first_adapter(scenario: Scenario, population: Population, base: Base) -> tup
     return manifest, blob
 
 
-def _logistic_head(embeddings: Floats, labels: Sequence[int], tensors: Tensors) -> Tensors:
-    """Return the head that logistic regression gives, under the names of its tensors in ``tensors``."""
+def _fitted_head(mine: ClassifierTrainer, public: Sequence[Example], tensors: Tensors) -> Tensors:
+    """Fit a head to public examples by the loss of the base's task, under the names of its tensors in ``tensors``.
+
+    It shows a task that fails before the first round, whose devices would contribute nothing.
+    """
     weight, bias = (next(name for name in tensors if name.endswith(f"{HEAD}.{part}")) for part in ("weight", "bias"))
-    numbers, weights = np.array(labels, np.int64), np.ones(len(labels))
-    fitted = logistic_head(with_bias(embeddings), numbers, weights, len(tensors[bias]), PENALTY)
+    x, weights, own = with_bias(mine.embed([one.text for one in public])), np.ones(len(public)), mine.objective
+    numbers = np.array([one.target or one.label for one in public], np.float64 if public[0].target else np.int64)
+    loss = own.loss if isinstance(own, OwnTask) else _cross_entropy
+    fitted = logistic_head(x, numbers, weights, len(tensors[bias]), PENALTY, loss)
+    mine.rated((x @ fitted).astype(np.float32), public)
     return {weight: fitted[:-1].T.astype(np.float32), bias: fitted[-1].astype(np.float32)}
 
 
 def examples_of(client: Client) -> list[Example]:
     parts = {Split.TRAIN: client.train, Split.VALIDATION: client.validation, Split.TEST: client.test}
     return [
-        Example(phrase.text, phrase.label, part, phrase.prompt) for part, phrases in parts.items() for phrase in phrases
+        Example(phrase.text, phrase.label, part, phrase.prompt, phrase.target)
+        for part, phrases in parts.items()
+        for phrase in phrases
     ]
 
 
 def public_examples(public: Sequence[LabelledText]) -> list[Example]:
-    return [Example(text.text, text.label, Split.TRAIN) for text in public]
+    return [Example(text.text, text.label, Split.TRAIN, target=text.target) for text in public]
 
 
 def released_texts(population: Population) -> list[LabelledText]:
     """Return the public texts that a release carries, with plain phrases in the languages of the clients."""
+    if any(text.target for text in population.public):  # outputs of a task, which may have the name of an intent
+        return [*population.public]
     numbers, languages = (
         {label: i for i, label in enumerate(population.labels)},
         {c.language for c in population.clients},
@@ -475,5 +500,6 @@ def _training_limits(scenario: Scenario, labels: int) -> dict[str, Any]:
         "maximum_proximal": training.proximal,
     }
     limits = {name: max(value, getattr(default, name)) for name, value in needed.items()}
+    limits["minimum_labels"] = min(labels or 2, default.minimum_labels)
     fewest = min(training.batch_size, default.minimum_batch_size)
     return limits | {"minimum_batch_size": fewest, "answer_quantum_seconds": 0}

@@ -166,7 +166,7 @@ def headline(summary: SuiteSummary) -> str:
     """Name in one sentence the arm with the best mean, and say whether the next one differs from noise."""
     metric = summary.compared_by
     best = max(summary.arms, key=lambda name: metric.sign * summary.arms[name].figures["mean"].value)
-    most = "highest mean accuracy" if metric is ACCURACY else f"least mean loss in {metric.name}"
+    most = f"highest mean {metric.name}" if metric.sign > 0 else f"least mean loss in {metric.name}"
     text = f"{best} has the {most}, {share(summary.arms[best].figures['mean'].value)}"
     baseline = next((pair for pair in summary.pairs if pair.first == best), None)
     if baseline is None:

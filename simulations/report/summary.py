@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from aggregation.errors import DataError
 from simulations.plan import Kind, Overrides, SearchOutcome, SuiteSettings
-from simulations.result import METRICS, Cost, Metric, RoundPoint, TrialResult, metric_of
+from simulations.result import Cost, Metric, RoundPoint, TrialResult, metric_named, metric_of
 
 RESAMPLES = 4000
 FEWEST = 6  # clients over all seeds: of fewer, resamples say nothing about others
@@ -155,7 +155,7 @@ class PairSummary:
 
 @dataclass(frozen=True, slots=True)
 class SuiteSummary:
-    """Summarizes a suite. ``clients`` and ``unseen`` are counted over all seeds; ``metric`` is a key of ``METRICS``."""
+    """Summarizes a suite. ``clients`` and ``unseen`` are counted over all seeds; ``metric_named`` takes ``metric``."""
 
     name: str
     metric: str
@@ -169,7 +169,7 @@ class SuiteSummary:
 
     @property
     def compared_by(self) -> Metric:
-        return METRICS[self.metric]
+        return metric_named(self.metric)
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that ``--json`` prints. NaN becomes null."""

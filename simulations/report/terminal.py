@@ -140,12 +140,13 @@ def _plan(scenario: Scenario, data: DataSummary, devices: int, groups: str) -> l
     kind, head = ("language model", "") if writes else ("text encoder", " and the vendor's head")
     own = scenario.base.model in MODELS.names()
     layers = _described(adapter)
+    kind_of_head = f"head for the task {scenario.data.task}" if scenario.data.own_task else "classification head"
     attack = f"{100 * scenario.attack.share:g} % of the devices lie in their updates: {scenario.attack.kind}"
     return [
         ("model", f"{scenario.base.model}, with its own training loop: all of its parameters are trained")
         if own
         else ("base", f"{scenario.base.model}, a pretrained {kind}, frozen on every device"),
-        *([] if own else [("adapter", layers if writes else f"{layers}, and a classification head")]),
+        *([] if own else [("adapter", layers if writes else f"{layers}, and a {kind_of_head}")]),
         ("rounds", f"{', then '.join(rounds)}; {adversary} secure aggregation"),
         *([("sums", _price(federation, devices))] if federation.aggregation.groups > 1 else []),
         ("privacy", _noise(federation)),
@@ -240,7 +241,7 @@ def _accuracy(result: RunResult) -> Table:
 
 
 def _clients(result: RunResult) -> Table:
-    """Tabulate the clients of a language model with their bits per byte, by arm."""
+    """Tabulate the clients of a run without bundles with their scores or bits per byte, by arm."""
     table = _table(result.metric, ARMS)
     for client in result.clients:
         cells = [f"{client.arms[arm]:.3f}" for arm in ARMS]

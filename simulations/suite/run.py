@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +26,7 @@ from coordinator.app import STATE
 from coordinator.app import app as server_app
 from coordinator.transport import RUN_ID, SERVER_NODE
 from edgeadapt.bases.base import Base, OwnModel
+from edgeadapt.bases.tasks import OwnTask, find_task
 from edgeadapt.commandline import program
 from edgeadapt.formats import files, jsontext
 from edgeadapt.formats.cores import cores
@@ -54,14 +56,13 @@ from simulations.engine.workers import Fleet, WorkerGrid, Workers
 from simulations.plan import default_trials
 from simulations.report.pages import write_report
 from simulations.result import (
-    ACCURACY,
-    BITS,
     CanaryBounds,
     ClientResult,
     ExportResult,
     GroupResult,
     RunResult,
     TrialResult,
+    metric_of,
 )
 from simulations.scenario import Scenario
 from simulations.suite.store import RUNS, Store, check_fresh
@@ -109,19 +110,24 @@ class RunFolder:
     @classmethod
     def resume(cls, path: Path, scenario: Scenario) -> Self:
         """Continue the run of this scenario in ``path``. Raises ConfigError if it has none, or another one's."""
-        stored_at = path / SCENARIO
-        try:
-            stored = Scenario.parse(jsontext.decode(read(stored_at, LONGEST)), str(stored_at))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ConfigError(f"{path} contains no run to resume: remove --resume", about="--resume") from error
-        except ValueError as error:
-            raise ConfigError(f"{stored_at} is damaged: {error}; choose another --out", about=SCENARIO) from error
+        stored = cls.stored(path)
         if scenario != stored:
             raise ConfigError(
                 f"{path} contains a run of another scenario or with other settings: choose another --out", about="--out"
             )
         times = path / SECONDS
         return cls(path, stored, json.loads(times.read_bytes()) if times.exists() else {})
+
+    @staticmethod
+    def stored(path: Path) -> Scenario:
+        """Read the scenario of the run in ``path``. Raises ConfigError: there is none, or it is damaged."""
+        stored_at = path / SCENARIO
+        try:
+            return Scenario.parse(jsontext.decode(read(stored_at, LONGEST)), str(stored_at))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ConfigError(f"{path} contains no run to resume: remove --resume", about="--resume") from error
+        except ValueError as error:
+            raise ConfigError(f"{stored_at} is damaged: {error}; choose another --out", about=SCENARIO) from error
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -213,6 +219,7 @@ def simulate(folder: RunFolder, population: Population, progress: RunProgress, e
     scenario, groups = folder.scenario, grouped(population, folder.scenario.groups)
     torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
     exported: ExportResult | None = None
+    progress.metric = find_task(scenario.data.task).metric
     with _logged(folder.log), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
             base = training_base(folder.path, scenario, population)
@@ -221,7 +228,7 @@ def simulate(folder: RunFolder, population: Population, progress: RunProgress, e
         with folder.timed("personal"):
             evaluated = [(folder.of(group).path, chosen) for group, chosen in _evaluated(folder, population, base)]
             arms = _arms(folder, population, base, progress)
-        if population.labels and not isinstance(base, OwnModel):
+        if population.labels and not isinstance(base, OwnModel) and not isinstance(base.task, OwnTask):
             with folder.timed("export"), progress.stage("export"):
                 exported = export_all(evaluated, scenario, base, str(folder.path / REPORT))
         with progress.stage("canaries"):
@@ -303,9 +310,10 @@ def _federate(
     """Run the rounds of one fleet. ``availability``: client → when its device can be reached (``read_trace``)."""
     scenario, coordinator = folder.scenario, folder.path / provision.COORDINATOR
     enrolment = Enrolment.of(folder.path, scenario, population, base)
+    target = partial(base.task.target, outputs=population.labels) if isinstance(base.task, OwnTask) else None
     for client in population.clients:  # a client without data ends the run before the first round
         place = provision.device_folder(folder.path, client.name) / EXAMPLES
-        parse_examples(encode_examples(provision.examples_of(client)), place, len(population.labels))
+        parse_examples(encode_examples(provision.examples_of(client)), place, len(population.labels), target)
     nodes = {
         number: client.name for number, client in enumerate(population.clients, SERVER_NODE + 1) if not client.unseen
     }
@@ -426,7 +434,7 @@ def _result(
     exported: ExportResult | None,
     canaries: CanaryBounds | None,
 ) -> RunResult:
-    scenario, metric = folder.scenario, ACCURACY if population.labels else BITS
+    scenario, metric = folder.scenario, metric_of(arms.values())
     groups = grouped(population, scenario.groups)
     registry = provision.registry(folder.of(groups[0]).path)
     last = (registry.latest() or registry.version(0)).manifest

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from aggregation.errors import ConfigError, DataError
-from edgeadapt.bases.base import find_base
+from edgeadapt.bases.base import find_base, with_task
 from edgeadapt.formats import jsontext
 from edgeadapt.formats.storage import PUBLIC, file_sha256, read, replace
 from simulations.plan import SearchOutcome, Suite, SuiteSettings, Trial, digest_of, search
@@ -193,7 +193,10 @@ def _content(suite: Suite) -> dict[str, str]:
     digests: dict[str, str] = {}
     for trial in suite.reported():
         scenario = trial.scenario
-        digests.setdefault(scenario.base.model, find_base(scenario.base.model).digest)
+        model, task = scenario.base.model, scenario.data.task
+        named = f"{model} for {task}" if scenario.data.own_task else model
+        if named not in digests:
+            digests[named] = with_task(find_base(model), task).digest
         for place in (*scenario.data.files, *scenario.data.public, scenario.network.trace):
             if place and place not in digests:
                 digests[place] = _digest(Path(place))

@@ -15,6 +15,7 @@ import torch
 from client.node.statedir import DeviceStateDir
 from client.training.trainer import FrozenBase
 from edgeadapt.bases.base import Base
+from edgeadapt.bases.tasks import find_task
 from edgeadapt.formats import files
 from edgeadapt.formats.cores import ahead
 from edgeadapt.formats.layout import Tensors
@@ -28,6 +29,7 @@ from simulations.engine.arms import (
     ArmInputs,
     Arms,
     ClassifierArms,
+    FitHead,
     Kept,
     Model,
     aggregation_error,
@@ -43,7 +45,11 @@ from simulations.suite.store import Store
 
 MOST_PUBLIC = 200  # public texts that each client's classifier is asked
 LAST_ROUND = "/last round"  # name of a training, which orders its examples
-HEADS = {Kind.RIDGE: (ridge_head, "ridge"), Kind.LOGISTIC: (logistic_head, "logistic")}  # fit, key of its penalty
+# Of a kind: what fits its head, and the key of its penalty.
+HEADS: dict[Kind, tuple[FitHead, str]] = {
+    Kind.RIDGE: (ridge_head, "ridge"),
+    Kind.LOGISTIC: (logistic_head, "logistic"),
+}
 
 
 class _Stopped(Exception):  # noqa: N818  # no error: the run has ended
@@ -178,6 +184,8 @@ class TrialRun:
     ) -> TrialResult:
         epochs, steps = self._trained(mine, clients)
         cost, points, epsilon = Cost(epochs, steps, seconds), list[RoundPoint](), None
+        data = self.trial.scenario.data
+        metric = find_task(data.task).metric if data.own_task else ""
         if self.trial.kind.federated:
             for round_ in rounds_of(self.material.federation, self._groups):
                 up, down = cost.bytes_up + round_.bytes_up, cost.bytes_down + round_.bytes_down
@@ -186,11 +194,10 @@ class TrialRun:
                 epsilon = round_.epsilon
             cost = replace(cost, cpu_seconds=seconds + self.material.rounds_cpu)
         if self.trial.kind is not Kind.GLOBAL or not self.thorough:
-            return TrialResult(tuple(scores), cost, tuple(points), None, epsilon)
+            return TrialResult(tuple(scores), cost, tuple(points), None, epsilon, metric=metric)
         fleets = [self.material.federation / group.folder for group in self._groups]
-        return TrialResult(
-            tuple(scores), cost, tuple(points), self._error(mine), epsilon, canary_bounds(self.trial.scenario, fleets)
-        )
+        bounds = canary_bounds(self.trial.scenario, fleets)
+        return TrialResult(tuple(scores), cost, tuple(points), self._error(mine), epsilon, bounds, metric)
 
     def _value(self, round_: ReportedRound) -> float | None:
         if not self.trial.scenario.data.for_language_model:

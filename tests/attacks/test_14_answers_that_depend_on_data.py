@@ -173,7 +173,7 @@ def test_if_they_answered_with_their_error_the_coordinator_would_read_a_bit_of_e
     set_policy(fleet, maximum_magnitude=NO_LIMIT)
     answer_with_errors(monkeypatch)
     labels = ATTACKS[attack]["labels"]
-    monkeypatch.setattr("client.node.training.parse_examples", lambda raw, path, _: parse_examples(raw, path, labels))
+    monkeypatch.setattr("client.node.training.parse_examples", lambda raw, path, *_: parse_examples(raw, path, labels))
     (record,) = fleet.federate(fleet.grid(app=observer))
     assert observer.bits() == {name: name in HOLDERS for name in DEVICES}
     assert record.dropped == dict.fromkeys(HOLDERS, "plan")  # it is in the files of the run, and they pass the audit

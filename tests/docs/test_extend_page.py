@@ -20,7 +20,8 @@ from client.training.ownmodel import OwnTrainer
 from client.training.personal import METHODS, Candidate, Choice, PersonalStep, personalize
 from edgeadapt.auditing.findings import Check, Status
 from edgeadapt.auditing.transcripts import AuditInput, AuditOptions
-from edgeadapt.bases.base import MODELS, OwnModel, find_base
+from edgeadapt.bases.base import MODELS, OwnModel, find_base, with_task
+from edgeadapt.bases.tasks import TASKS
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.manifest import ServerRule
 from edgeadapt.formats.peftconfig import OWN, PeftConfig
@@ -55,7 +56,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, groups: Mapping[str, 
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in (OPTIMIZERS, METHODS, MODELS):
+    for table in (OPTIMIZERS, METHODS, MODELS, TASKS):
         monkeypatch.setattr(table, "_known", dict(table._known))
 
 
@@ -150,6 +151,15 @@ def test_its_parameters_are_published_and_a_machine_without_it_refuses(
     assert code == 0
     base = find_base("words")
     assert json.loads(out)["base_digest"] == base.digest
+
+    task = ("--base", "words", "--labels", "labels.txt", "--task", "topics", "--json")
+    settings = ("--authority", "trust/authority.pem", "--set", "analytic.rounds=1")
+    assert run("coordinator", "init", "other", *settings)[0] == 0
+    code, _, err = run("coordinator", "publish", "other", *task)
+    assert (code, "set analytic.rounds to 0" in err) == (2, True)
+    assert run("coordinator", "init", "third", *settings[:2])[0] == 0
+    code, out, _ = run("coordinator", "publish", "third", *task)
+    assert json.loads(out)["base_digest"] == with_task(base, "topics").digest
     monkeypatch.setattr(MODELS.find("words"), "version", 2)
     assert find_base("words").digest != base.digest
 
@@ -160,6 +170,77 @@ def test_its_parameters_are_published_and_a_machine_without_it_refuses(
     MODELS._known.pop("words", None)
     with refused(ConfigError, "base", value="words"):
         find_base("words")
+
+
+SAID = {"light": "turn the lamp on", "music": "play a song", "timer": "wake me in ten minutes"}
+ENDS = ("kitchen", "next", "start", "stop", "bright", "switch", "off")
+STARS = {"light": "1", "music": "3", "timer": "4.5"}
+QUICK = """{file!r}, quiet=True, base__model={base!r}, federation__rounds=2, evaluation__clients=2,
+    federation__training__learning_rate=0.02, personal__learning_rate=0.02, personal__epochs=10,
+    federation__aggregation__keep_masked_inputs=True, network__forced_dropouts=0, network__message_loss=0.0,
+    data__near_duplicates=1.0,"""
+
+
+def rows_of(label: Callable[[str, str], str]) -> str:
+    """A table of five customers: texts of one topic and of two, with what ``label`` makes of these."""
+    pairs = [(one, other) for one in SAID for other in SAID if one <= other]
+    texts = {pair: " and ".join(SAID[topic] for topic in sorted({*pair})) for pair in pairs}
+    rows = [
+        f"{texts[pair]} {end} {name},{label(*pair)},{name}"
+        for name in ("ann", "bob", "cid", "dee", "eve")
+        for pair in pairs
+        for end in ENDS
+    ]
+    return "\n".join(["text,label,customer", *rows])
+
+
+@pytest.mark.parametrize("task", ["topics", "stars"])
+def test_a_task_is_learned_in_audited_sums_and_scored_by_its_metric(
+    mine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Any, one_thread: None, task: str
+) -> None:
+    labels: dict[str, Callable[[str, str], str]] = {
+        "topics": lambda one, other: "+".join(sorted({one, other})),
+        "stars": lambda one, other: STARS[max(one, other)],
+    }
+    (tmp_path / "topics.csv").write_text(rows_of(labels[task]))
+    monkeypatch.chdir(tmp_path)
+    program = next(block for block in blocks("python") if "edgeadapt.simulate(" in block and "data__task" in block)
+    program = program.replace('"topics.csv",', QUICK.format(file="topics.csv", base=str(tiny_base.folder)))
+    program = program.replace("Topics", task.capitalize())
+    Path("program.py").write_text(program)
+    run = runpy.run_path("program.py")["run"]
+    assert run.result.metric == {"topics": "overlap of topics", "stars": "within half a star"}[task]
+    assert run.accuracy["personal"]["mean"] > run.accuracy["base"]["mean"] + 0.15
+    assert run.result.to_json()["score"].keys() == {"base", "local", "global", "personal"}
+    assert str(run).startswith(run.result.metric)
+    ((status, text),) = audited(SimpleNamespace(out=run.path))
+    assert (status, "2 of 2 recomputed from the sums" in text) == (Status.PASS, True), text
+    (answer,) = run.answer(["play a song kitchen"], client=run.clients[0].name)
+    assert answer == ["music"] if task == "topics" else abs(answer - 3) <= 0.5
+
+
+CLASSES: dict[str, dict[str, Any]] = {
+    "base.engine=torch": {"base": {"engine": "onnx"}},
+    "federation.analytic.rounds=0": {"federation": {"analytic": {"rounds": 1}}},
+    "personal.method=fine-tune": {"personal": {"method": "ridge"}},
+    "personal.choice=best": {"personal": {"choice": "significant"}},
+    "attack.kind=none": {"attack": {"kind": "boost"}},
+}
+
+
+@pytest.mark.parametrize("key", CLASSES)
+def test_what_counts_classes_is_refused_in_a_task_with_the_key_to_set(mine: None, tiny_base: Any, key: str) -> None:
+    known: dict[str, dict[str, Any]] = {
+        "data": {"files": ["topics.csv"], "task": "topics"},
+        "base": {"model": str(tiny_base.folder)},
+        "federation": {"analytic": {"rounds": 0}},
+        "personal": {"method": "fine-tune", "choice": "best"},
+    }
+    provision.unrounded_base(Scenario.parse(known, "mine"))
+    odd = known | {table: known.get(table, {}) | keys for table, keys in CLASSES[key].items()}
+    with refused(ConfigError, key.partition("=")[0]) as caught:
+        provision.unrounded_base(Scenario.parse(odd, "mine"))
+    assert str(caught.value).endswith(f": set {key}")
 
 
 @pytest.mark.parametrize(

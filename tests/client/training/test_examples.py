@@ -188,3 +188,18 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
 def test_an_example_shown_in_a_log_does_not_show_its_text() -> None:
     assert "4711" not in repr(Example(PHRASE, 1))
     assert "4711" not in f"{[Example(PHRASE, 1)]}"
+
+
+def test_a_task_of_others_makes_targets_of_labels_and_leaves_out_what_it_refuses(tmp_path: Path) -> None:
+    def target(label: str) -> tuple[float, ...]:
+        return (float(label), 1.0)  # ValueError for another text
+
+    rows = [{"text": "a", "label": "2"}, {"text": "b", "label": 4.5}, {"text": "c", "label": "secret"}]
+    path = file_of(tmp_path, *map(json.dumps, rows))
+    found = parse_examples(path.read_bytes(), path, 2, target)
+    assert [example.target for example in found] == [(2.0, 1.0), (4.5, 1.0), ()]
+    write_examples(path, found[:2])
+    assert parse_examples(path.read_bytes(), path, 2, target) == found[:2]
+    for odd in ([], "2", [None], [float("inf")]):
+        with refused(DataError, "example.target"):
+            parse_examples(json.dumps({"text": "a", "target": odd}).encode(), path, 2, target)

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError, DataError
-from client.training.examples import MAX_TEXT
+from client.training.examples import MAX_TEXT, NO_LABEL
+from edgeadapt.bases.tasks import TASKS
 from simulations.data.population import Population
 from simulations.data.tables import DataSettings, group_texts, load_population, normalized, read_rows
 from tests.support import refused
@@ -404,3 +405,38 @@ def test_groups_are_a_partition_in_which_equal_texts_are_together(texts: list[st
         for other, second in zip(texts, found, strict=True):
             if normalized(one) == normalized(other):
                 assert first == second
+
+
+class Length:
+    metric = "near"
+
+    def outputs(self, labels: Any) -> Any:
+        return ["length", "long"]
+
+    def target(self, label: str, outputs: Any) -> Any:
+        return [float(label), float(label) > 3]
+
+    loss = score = answer = target
+
+
+def test_a_task_makes_targets_of_labels_and_a_label_that_it_refuses_is_a_broken_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TASKS, "_known", {**TASKS._known, "length": Length})
+    found = [row | {"label": number % 5 + 0.5} for number, row in enumerate(rows())]
+    path = write_jsonl(tmp_path / "t.jsonl", [*found, found[0] | {"label": "odd"}])
+    settings = DataSettings(files=(str(path),), client="user", task="length")
+    with refused(DataError, "data.files") as caught:
+        load_population(settings, 0)
+    assert f"{found[0]['text']!r}, label 'odd': could not convert" in str(caught.value)
+    loaded = load_population(settings.model_copy(update={"broken": "skip"}), 0)
+    assert loaded.facts is not None
+    assert (len(loaded.facts.broken), loaded.facts.rare) == (1, ())
+    population = loaded.population
+    assert population.labels == ("length", "long")
+    assert 0 < len(population.public) <= 2 * settings.public_texts
+    kept = {text.text: text for client in population.clients for text in (*client.train, *client.test)}
+    of_row = {row["text"]: (row["label"], float(row["label"] > 3)) for row in found}
+    assert all(text.target == of_row[name] and text.label == NO_LABEL for name, text in kept.items())
+    with pytest.raises(ValueError, match="name their column"):
+        DataSettings(files=(str(path),), label="", task="length")
