@@ -17,7 +17,7 @@ from queue import SimpleQueue
 
 from filelock import FileLock
 
-from aggregation.errors import DataError, EdgeAdaptError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from edgeadapt.formats import storage
 from edgeadapt.formats.cores import cores
 from simulations.data import populate
@@ -31,7 +31,7 @@ from simulations.report.summary import SuiteSummary, summarize
 from simulations.result import TrialResult
 from simulations.scenario import Scenario
 from simulations.suite.run import REPORT, SCENARIO, RunFolder, federate, prepare
-from simulations.suite.store import BASES, FINISHED, Store, open_suite, results, taken
+from simulations.suite.store import BASES, FINISHED, Store, failed, open_suite, results, taken
 from simulations.suite.trial import Material, TrialRun
 
 LOGS = "logs"
@@ -63,14 +63,16 @@ class SuiteReport:
 
     path: Path  # the folder of the suite
     summary: SuiteSummary
+    failures: tuple[tuple[str, int, str], ...] = ()  # arms that failed: name, seed and reason
 
     @classmethod
     def of(cls, folder: Path) -> "SuiteReport":
         """Write the report of the finished suite in ``folder``. Raises as ``open_suite`` and ``results``."""
         suite = open_suite(folder)
-        summary = summarize(suite.settings, results(suite, Store(folder)))
+        outcomes = results(suite, Store(folder))
+        summary = summarize(suite.settings, outcomes)
         write_suite_report(summary, folder)
-        return cls(folder, summary)
+        return cls(folder, summary, tuple(failed(outcomes)))
 
     @property
     def report(self) -> Path:
@@ -82,12 +84,15 @@ class SuiteReport:
     _repr_markdown_ = __str__
 
 
-def run_suite(suite: Suite, out: Path, *, jobs: int | None, resume: bool, quiet: bool) -> SuiteReport:
+def run_suite(
+    suite: Suite, out: Path, *, jobs: int | None, resume: bool, quiet: bool, retry: bool = False
+) -> SuiteReport:
     """Run what is left of a suite in ``out``, in ``jobs`` processes; by default one a core, at most ``MOST_JOBS``.
 
-    Raises as ``taken``, ``execute`` and ``SuiteReport.of``.
+    ``retry``: continue it, and begin again with the rounds of arms of which some aborted. Raises as ``taken``,
+    ``execute`` and ``SuiteReport.of``.
     """
-    with taken(out, suite, resume=resume) as store, SuiteProgress(quiet=quiet) as progress:
+    with taken(out, suite, resume=resume or retry, retry=retry) as store, SuiteProgress(quiet=quiet) as progress:
         execute(suite, store, jobs or min(cores(), MOST_JOBS), progress.show)
     return SuiteReport.of(out)
 
@@ -108,7 +113,10 @@ def pending(suite: Suite, store: Store) -> list[Job]:
 def _jobs(suite: Suite, store: Store) -> Iterator[Job]:
     late: list[Job] = []
     for name, arm in suite.settings.arms.items():
-        chosen = search(suite, name, store.get)
+        try:
+            chosen = search(suite, name, store.get)
+        except ConfigError:  # nothing can be chosen, which the report says of this arm
+            continue
         if chosen is None:
             for candidate in arm.candidates():
                 for trial in suite.candidate(name, candidate):
@@ -153,6 +161,7 @@ def compute_rounds(trial: Trial, store: Store, notify: Notify) -> None:
     with FileLock(f"{path}.lock"):
         started = (path / SCENARIO).exists()
         folder = RunFolder.resume(path, scenario) if started else RunFolder.start(path, scenario)
+        folder.retries = store.retries(trial)
         material, before = _material(trial, store), time.process_time()
         try:
             with RunProgress(quiet=True, notify=notify) as progress:
@@ -218,7 +227,7 @@ class _Running:
 def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
     """Run all jobs that are left, and call ``show`` after each change.
 
-    Raises ConfigError or DataError if an arm's search found nothing, or a process ended with an error.
+    An arm that fails does not end the others. Raises DataError if a process ended with an error.
     """
     workers, done = list[_Running](), 0.0
     events: SimpleQueue[tuple[_Running, str | Future[None]]] = SimpleQueue()  # notes and outcomes
