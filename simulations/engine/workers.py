@@ -91,7 +91,7 @@ class Process:
         outcome, records = answer
         for record in records:
             logger = logging.getLogger(record.name)
-            if logger.isEnabledFor(record.levelno):
+            if logger.isEnabledFor(record.levelno) and logger.hasHandlers():  # or Python prints it on standard error
                 logger.handle(record)
         if isinstance(outcome, Exception):
             raise outcome

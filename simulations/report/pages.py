@@ -26,10 +26,11 @@ FILTERS = {
     "size": formatting.size,
     "size_or_dash": formatting.size_or_dash,
 }
-PLACES = {"mean": "", "p10": "at the {decile} percentile ", "unseen": "for unseen clients "}
+PLACES = {"mean": "", "p10": "at the {decile} percentile, ", "unseen": "for unseen clients, "}
 CHANCE = 0.05
 MOST_NAMED = 3  # pairs within noise, in a sentence
-RETRY = "The same command with --retry runs the rounds of marked arms again, with other faults."
+RETRY = "The same command with --resume tries again what failed, and with --retry also the rounds of marked arms, with "
+RETRY += "other faults of the network."
 
 
 def write_report(result: RunResult, path: Path, program: str = "edgeadapt") -> None:
@@ -155,7 +156,7 @@ def sentences(summary: SuiteSummary) -> Iterator[str]:
                 if len(rows) == 1
                 else f"too few {'unseen ' if title == 'unseen' else ''}clients to compare arms"
             )
-        text = place.format(decile=metric.decile) + "; ".join(parts)
+        text = (place.format(decile=metric.decile) if known else "") + "; ".join(parts)
         yield f"{text[0].upper()}{text[1:]}."
 
 
@@ -205,7 +206,7 @@ def notes(summary: SuiteSummary) -> list[str]:
                 seeds = tuple(seed for seed, each in words.items() if each == what)
                 named = f"seed{'s' if len(seeds) > 1 else ''} {_list(seeds)}"
                 lines.append(text.format(arm=marked(summary, name), what=what, seeds=named))
-    if any(tally.is_short for arm in summary.arms.values() for tally in arm.round_tallies.values()):
+    if not all(arm.complete for arm in summary.arms.values()):
         lines.append(RETRY)
     return lines
 

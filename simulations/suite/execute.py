@@ -26,6 +26,7 @@ from simulations.engine.progress import RunProgress, SuiteProgress
 from simulations.engine.provision import device_base, grouped, training_base
 from simulations.engine.workers import Notify, Process, WorkerKilledError
 from simulations.plan import Suite, Trial, digest_of, search
+from simulations.report.formatting import aborted, duration
 from simulations.report.pages import markdown, write_suite_report
 from simulations.report.summary import SuiteSummary, summarize
 from simulations.result import TrialResult
@@ -36,7 +37,7 @@ from simulations.suite.trial import Material, TrialRun
 
 LOGS = "logs"
 MOST_JOBS = 4  # by default; each holds a base in memory
-Show = Callable[[float, float, list[str]], None]  # work done, work left, and what the processes do, a line each
+Show = Callable[[float, float, list[str], str], None]  # work done, work left, a line a process, and what has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +119,10 @@ def _jobs(suite: Suite, store: Store) -> Iterator[Job]:
         except ConfigError:  # nothing can be chosen, which the report says of this arm
             continue
         if chosen is None:
-            for candidate in arm.candidates():
+            for number, candidate in enumerate(candidates := list(arm.candidates()), 1):
                 for trial in suite.candidate(name, candidate):
-                    yield from _of_trial(trial, f"{name}, search", store, chosen=True)
+                    label = f"{name}, candidate {number} of {len(candidates)}"
+                    yield from _of_trial(trial, label, store, chosen=True)
         constants = next(arm.candidates()) if chosen is None else chosen.constants
         for seed, trial in suite.trials(name, constants):
             late += _of_trial(trial, f"{name}, seed {seed}", store, chosen=chosen is not None)
@@ -218,6 +220,7 @@ class _Running:
     log: Path
     job: Job | None = None
     note: str = ""
+    began: float = 0.0
 
     def line(self) -> str:
         what = "" if self.job is None else f"{self.job.label}: {'rounds ' if self.job.rounds else ''}{self.note}"
@@ -229,7 +232,7 @@ def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
 
     An arm that fails does not end the others. Raises DataError if a process ended with an error.
     """
-    workers, done = list[_Running](), 0.0
+    workers, done, said = list[_Running](), 0.0, ""
     events: SimpleQueue[tuple[_Running, str | Future[None]]] = SimpleQueue()  # notes and outcomes
 
     def start() -> _Running:
@@ -239,11 +242,12 @@ def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
         return workers[-1]
 
     def assign(worker: _Running, job: Job) -> None:
-        worker.job, worker.note = job, ""
+        worker.job, worker.note, worker.began = job, "", time.monotonic()
         outcome = worker.process.call(Worker.work, job.trial, job.rounds, note=lambda text: events.put((worker, text)))
         outcome.add_done_callback(lambda ended: events.put((worker, ended)))
 
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes; this one only waits
+    show(0.0, 1.0, ["processes start"], "")
     try:
         while True:
             left = pending(suite, store)
@@ -255,15 +259,27 @@ def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
             ended: str | Future[None] = ""
             while isinstance(ended, str):
                 busy = [worker for worker in workers if worker.job is not None]
-                show(done, weight, [worker.line() for worker in busy])
+                show(done, weight, [worker.line() for worker in busy], said)
+                said = ""
                 if not busy:
                     return
                 worker, ended = events.get()
                 worker.note = ended if isinstance(ended, str) else ""
+            job, seconds = worker.job, time.monotonic() - worker.began
             done += _finish(worker, ended)
+            said = _ended(job, seconds, store) if job else ""
     finally:
         for worker in workers:
             worker.process.close()
+
+
+def _ended(job: Job, seconds: float, store: Store) -> str:
+    """Say in a line what a job made of its trial."""
+    what, outcome = f"{job.label}{', rounds' if job.rounds else ''}", store.get(job.trial)
+    if isinstance(outcome, str):
+        return f"{what}: failed, {outcome}"
+    note = aborted(outcome.round_tally) if outcome else ""
+    return f"{what}: {duration(seconds)}{note and ', '}{note}"
 
 
 def _finish(worker: _Running, outcome: "Future[None]") -> float:

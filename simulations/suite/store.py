@@ -77,12 +77,8 @@ class Store:
         return int(file.read_text()) if file.exists() else 0
 
     def retry(self, trials: Iterable[Trial]) -> None:
-        """Remove the outcomes whose rounds lack a sum, and these rounds: they begin again, with other faults."""
-        short = [
-            trial
-            for trial in trials
-            if isinstance(outcome := self.get(trial), TrialResult) and outcome.round_tally.is_short
-        ]
+        """Remove outcomes whose rounds lack a sum or failed, and these rounds: they begin again with other faults."""
+        short = [trial for trial in trials if self._is_short(trial)]
         for trial in short:
             self.forget(trial)
         for trial in {trial.federation: trial for trial in short}.values():
@@ -94,6 +90,12 @@ class Store:
             shutil.rmtree(gone, ignore_errors=True)
             folder.rename(gone)  # at once: no rounds are left that lack a part of their folder
             shutil.rmtree(gone)
+
+    def _is_short(self, trial: Trial) -> bool:
+        outcome = self.get(trial)
+        if isinstance(outcome, TrialResult):
+            return outcome.round_tally.is_short
+        return outcome is not None and not self.has_rounds(trial)
 
     def has_rounds(self, trial: Trial) -> bool:
         """Check whether the rounds of a trial are finished, or it has none."""
@@ -219,11 +221,11 @@ def taken(out: Path, suite: Suite, *, resume: bool, retry: bool = False) -> Iter
             table = {"settings": suite.settings.model_dump(mode="json"), "scenario": suite.scenario, "content": content}
             replace(out / SUITE, json.dumps({**table, "folder": str(suite.folder)}, indent=2).encode(), PUBLIC)
             store = Store(out)
+            if retry:
+                store.retry(suite.reported())
             for trial in suite.reported():
                 if isinstance(store.get(trial), str):
                     store.forget(trial)
-            if retry:
-                store.retry(suite.reported())
             yield store
     except Timeout as error:
         raise ConfigError(f"another process runs a suite in {out}: wait for it, or choose another --out") from error

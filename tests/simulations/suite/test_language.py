@@ -112,7 +112,7 @@ def test_fewer_bits_are_better(summary: SuiteSummary) -> None:
     assert pair.figures["mean"].value == pytest.approx(-0.5)
     text = "ersonal is 0.500 bits per byte better than local (95 %: 0.500 to 0.500)."
     assert f"p{text[:-1]}" == compared(pair, "mean", 1, BITS)
-    assert "At the 90th percentile personal is" in markdown(summary)
+    assert "At the 90th percentile, personal is" in markdown(summary)
     assert summary.standing.best == summary.standing.cheapest == "personal"
     said = "personal has the least mean loss in bits per byte, 1.750 at 0.2 s of CPU a device; no other arm is within"
     assert headline(summary).startswith(said)

@@ -177,9 +177,9 @@ def test_searches_come_before_their_arm_and_rounds_before_what_follows_them(
         else:
             store.put(job.trial, result_of(5, 6))
     assert done == [
-        ("personal, search", True),  # once for both candidates
-        ("personal, search", False),
-        ("personal, search", False),
+        ("personal, candidate 1 of 2", True),  # once for both candidates
+        ("personal, candidate 1 of 2", False),
+        ("personal, candidate 2 of 2", False),
         ("personal, seed 0", True),  # once for both arms
         ("personal, seed 0", False),
         ("global, seed 0", False),
