@@ -70,13 +70,13 @@ class _Shown:
 class SuiteProgress(_Shown):
     """Shows how much of a suite is done: one bar over all jobs, and a line for each process."""
 
-    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(self, *, quiet: bool = False, console: Console | None = None, clock: Clock = time.monotonic) -> None:
         percentage, note = (
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("left  {task.fields[note]}", markup=False),
         )
         columns = (BarColumn(BAR), percentage, TimeElapsedColumn(), TimeRemainingColumn(), note)
-        super().__init__(columns, quiet, console, time.monotonic)
+        super().__init__(columns, quiet, console, clock)
         self._task = self._display.add_task("suite", total=None, note="")
 
     def _now(self) -> str:
@@ -87,6 +87,8 @@ class SuiteProgress(_Shown):
         """Show the work that is done and left, in any unit, what each process does, and a line of what has ended."""
         note = "; ".join(printable(line) for line in lines)
         self._display.update(self._task, completed=done, total=done + left, note=note)
+        if not done:
+            self._display.advance(self._task, 0)  # the estimate counts from here
         if ended:
             (task,) = self._display.tasks
             self._print(Text(f"{printable(ended)}  {task.percentage:.0f} %"))

@@ -265,9 +265,9 @@ def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
                     return
                 worker, ended = events.get()
                 worker.note = ended if isinstance(ended, str) else ""
-            job, seconds = worker.job, time.monotonic() - worker.began
+            finished, seconds = worker.job, time.monotonic() - worker.began
             done += _finish(worker, ended)
-            said = _ended(job, seconds, store) if job else ""
+            said = _ended(finished, seconds, store) if finished else ""
     finally:
         for worker in workers:
             worker.process.close()
