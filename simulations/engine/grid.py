@@ -218,6 +218,7 @@ class GridLog:
     sent: Counter[int] = field(default_factory=Counter)  # round → bytes of all answers of devices, lost ones too
     devices: dict[int, int] = field(default_factory=dict)  # round → devices that were asked after the check-in
     resumed: tuple[int, ...] = ()  # rounds in which an interruption ended a session early
+    ended: bool = False  # whether no round of the run is left, and none is repeated any more
 
     @classmethod
     def open(cls, path: Path) -> "GridLog":
@@ -226,7 +227,7 @@ class GridLog:
             return cls(path)
         table = json.loads(path.read_bytes())
         sent, devices = ({int(number): n for number, n in table[key].items()} for key in ("sent", "devices"))
-        return cls(path, Counter(sent), devices, tuple(table["resumed"]))
+        return cls(path, Counter(sent), devices, tuple(table["resumed"]), table["ended"])
 
     def begin(self, done: int, *, within_session: bool) -> None:
         """Forget what follows round ``done``, where a run goes on. ``within_session``: its session is not over."""
@@ -247,7 +248,7 @@ class GridLog:
         self.sent[round_of(group)] += len(body) if isinstance(body, bytes) else 0
 
     def write(self) -> None:
-        table = {"sent": self.sent, "devices": self.devices, "resumed": self.resumed}
+        table = {"sent": self.sent, "devices": self.devices, "resumed": self.resumed, "ended": self.ended}
         replace(self.path, json.dumps(table).encode())
 
 

@@ -18,7 +18,7 @@ from typing import Self
 import torch
 from flwr.app import Context, RecordDict
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, EdgeAdaptError
 from client.node.statedir import EXAMPLES, PERSONAL
 from client.training.examples import encode_examples, parse_examples
 from coordinator import lastsum
@@ -328,17 +328,17 @@ def _federate(
             if engine.ray:
                 enrolment.enrol(nodes.values())
                 state_dirs = [provision.device_folder(folder.path, name) for name in nodes.values()]
-                _in_rounds(folder, lambda: federate_on_ray(coordinator, state_dirs))
+                _in_rounds(folder, log, lambda: federate_on_ray(coordinator, state_dirs))
             elif engine.workers == 1:
                 devices = MemoryDevices(enrolment.state_dir, trained_on)
                 app = LyingApp(scenario.attack.kind, liars, devices.open)
                 grid = InProcessGrid(app, nodes, faults, devices.before, log)
-                _in_rounds(folder, lambda: _on_grid(grid, context, devices))
+                _in_rounds(folder, log, lambda: _on_grid(grid, context, devices))
             else:
                 fleet = Fleet(folder.path / provision.DEVICES, trained_on, nodes, scenario.attack.kind, liars)
                 with Workers(engine.workers, fleet, enrolment.enrol) as workers:
                     grid = WorkerGrid(workers, nodes, faults, log)
-                    _in_rounds(folder, lambda: _on_grid(grid, context, workers))
+                    _in_rounds(folder, log, lambda: _on_grid(grid, context, workers))
     finally:  # like "rounds", also if it is interrupted: the difference of the two is coordination
         folder.add("training", (progress.training_seconds - trained) / engine.workers)  # side by side
 
@@ -363,25 +363,37 @@ def _grid_log(folder: RunFolder) -> GridLog:
     return log
 
 
-def _in_rounds(folder: RunFolder, run: Callable[[], None]) -> None:
+def _in_rounds(folder: RunFolder, log: GridLog, run: Callable[[], None]) -> None:
     """Run the rounds that are left, and repeat those of the analytic head that abort, ``MOST_REPEATS`` at most.
 
     As an operator would, who has one round more from the settings for each that aborted: without its sum the head is
     not that of the federation. A round of training that aborts costs one step of many, and is not repeated.
     """
     scenario, state_dir = folder.scenario, folder.path / provision.COORDINATOR
-    most = scenario.federation.rounds + MOST_REPEATS
-    run()
-    while unfitted_rounds(scenario, records := provision.registry(folder.path).rounds()) and len(records) < most:
-        settings = CoordinatorStateDir.open(state_dir).settings
-        more = settings.model_copy(update={"rounds": len(records) + 1})
-        replace(state_dir / SETTINGS, HEADER + more.to_toml().encode(), PUBLIC)
+    planned, short = scenario.federation.rounds, True
+    while short and not log.ended:
+        records = provision.registry(folder.path).rounds()
+        done = len(records)
+        if planned <= done < planned + MOST_REPEATS and unfitted_rounds(scenario, records):
+            _plan_rounds(state_dir, done + 1)
         try:
             run()
-        except ConfigError as error:
-            if error.about != "privacy.epsilon":
+        except EdgeAdaptError as error:
+            if done < planned or error.about not in ("privacy.epsilon", "session"):
                 raise
-            return  # what the sums may reveal is spent
+            _plan_rounds(state_dir, done)  # what the sums may reveal is spent, or too few devices are there
+            break
+        records = provision.registry(folder.path).rounds()
+        short = unfitted_rounds(scenario, records) > 0 and len(records) < planned + MOST_REPEATS
+    if log.ended:
+        run()
+    log.ended = True  # what follows is made from these rounds, also after a resume
+    log.write()
+
+
+def _plan_rounds(state_dir: Path, rounds: int) -> None:
+    settings = CoordinatorStateDir.open(state_dir).settings.model_copy(update={"rounds": rounds})
+    replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), PUBLIC)
 
 
 def _on_grid(grid: InProcessGrid, context: Context, devices: MemoryDevices | Workers) -> None:
