@@ -49,6 +49,11 @@ class Kind(Enum):
         return self in (Kind.GLOBAL, Kind.PERSONAL)
 
     @property
+    def pooled(self) -> bool:
+        """Check whether the arm sees the texts of all clients, and so gives up their privacy."""
+        return self in (Kind.CENTRAL, Kind.CENTRAL_PERSONAL)
+
+    @property
     def of_embeddings(self) -> bool:
         """Check whether the arm is a linear head on what a frozen encoder or n-grams say of a text."""
         return self in (Kind.RIDGE, Kind.LOGISTIC, Kind.SUMMED)

@@ -54,7 +54,10 @@ class ClientScore:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Says what a trial cost. Scoring is not counted; bytes are those of one device, in all rounds together."""
+    """Says what a trial cost. Scoring is not counted; bytes are those of one device, in all rounds together.
+
+    Bytes up are those that the device sent, also in answers that were lost or of a round that aborted.
+    """
 
     epochs: int  # passes of a client over its training texts
     steps: int  # steps of the optimizer, all clients together
@@ -70,6 +73,28 @@ class RoundPoint:
     round: int
     value: float | None  # accuracy, or bits per byte, on the validation texts of its devices
     bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTally:
+    """Counts how the rounds of a federation ended; of several groups, those of all."""
+
+    rounds: int = 0
+    aborted: int = 0  # without a sum
+    repeated: int = 0  # of these, rounds of the analytic head for which another one made up
+    unfitted: bool = False  # no round fitted the analytic head, of one group at least
+    resumed: tuple[int, ...] = ()  # rounds in which an interruption ended a session early
+    retries: int = 0  # how often all rounds began again, because some had aborted
+
+    @property
+    def is_short(self) -> bool:
+        """Check whether the adapter lacks the sum of a round that was planned."""
+        return self.aborted > self.repeated
+
+    @property
+    def is_void(self) -> bool:
+        """Check whether the adapter is not what the arm stands for: nothing trained it, or nothing fitted its head."""
+        return self.unfitted or 0 < self.rounds == self.aborted
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +120,7 @@ class TrialResult:
     epsilon: float | None = None  # what the rounds may have revealed of a device; None without differential privacy
     canaries: CanaryBounds | None = None  # of a global arm, if the scenario asks for some
     metric: str = ""  # name of the score of a task of others
+    round_tally: RoundTally = RoundTally()
 
 
 Outcome = TrialResult | str  # why the trial failed, in one line
@@ -183,8 +209,8 @@ class ReportedRound:
     survivors: tuple[str, ...]
     dropped: dict[str, str]  # device → the step at which it dropped out
     aborted: str | None
-    bytes_up: int  # of one device, mean over the survivors; a session's first round includes its setup
-    bytes_down: int  # of one device, mean over the cohort
+    bytes_up: int  # sent by one device, mean over the cohort; a session's first round includes its setup
+    bytes_down: int  # sent to one device, mean over the cohort
     seconds: float
     metrics: dict[str, float]  # accuracy and loss of the adapter that the round began with, on validation parts
     version: int | None  # of the adapter that the round produced
@@ -258,6 +284,7 @@ class RunResult:
     attack: str = "none"  # how the attackers lied in training
     attackers: tuple[str, ...] = ()
     groups: tuple[GroupResult, ...] = ()  # none if all clients share one adapter; ``adapter`` is that of the first
+    round_tally: RoundTally = RoundTally()
 
     @property
     def epsilon(self) -> float | None:

@@ -81,12 +81,6 @@ class RoundRecord(Manifest):
                 value=self.version,
             )
 
-    @property
-    def bytes_of_one(self) -> tuple[float, float]:
-        """Return bytes up and down of one device: means over the survivors, and over the devices that took part."""
-        up, down = self.survivors, {*self.survivors, *self.dropped}
-        return self.bytes_up / max(1, len(up)), self.bytes_down / max(1, len(down))
-
     def made(self, manifest: VersionManifest) -> bool:
         """Check whether the manifest is that of the version which this round produced."""
         mine = (self.round, self.plan, self.version, self.adapter, self.survivors)

@@ -29,7 +29,7 @@ from simulations.engine.provision import training_base
 from simulations.result import ARMS, ClientResult, RunResult
 from simulations.suite.execute import SuiteReport, run_suite
 from simulations.suite.run import REPORT, Engine, Plan, RunFolder
-from simulations.suite.store import RUNS, read_suite, suite_folder
+from simulations.suite.store import RUNS, failure, read_suite, suite_folder
 
 ROWS = "rows.jsonl"  # the rows that were given, in the folder of the run
 COLUMNS = {"mean": "mean", "p10": "10th pct.", "worst": "worst", "unseen": "unseen"}
@@ -174,6 +174,7 @@ def suite(
     arms: Sequence[str] = (),
     out: File | None = None,
     resume: bool = False,
+    retry: bool = False,
     jobs: int | None = None,
     quiet: bool = False,
     **settings: Any,
@@ -186,19 +187,24 @@ def suite(
         arms: Names of the arms to run; by default all.
         out: The folder of the suite; by default ``runs/suite-NAME``.
         resume: Continue the suite in ``out``; what is finished is kept.
+        retry: Continue it, and run again the rounds of arms of which some aborted, with other faults.
         jobs: Processes at the same time; by default one a core, at most 4.
         quiet: Show no progress.
         settings: Keys of the scenario, for every arm, as for ``simulate``.
 
     Raises:
         ConfigError: A setting is not valid, or ``out`` has another suite.
-        DataError: A text is not valid, or an arm failed.
+        DataError: A text is not valid, or every arm failed. An arm that failed while others did not is a warning, and
+            in ``failures`` of the report.
     """
     check_texts("arms", arms)
     with in_python():
         wanted = read_suite(Path(file), seeds=seeds, changes=overrides(settings), arms=arms)
         folder = suite_folder(wanted, None if out is None else Path(out))
-        return run_suite(wanted, folder, jobs=jobs, resume=resume, quiet=quiet)
+        report = run_suite(wanted, folder, jobs=jobs, resume=resume, retry=retry, quiet=quiet)
+        if report.failures:
+            warnings.warn(str(failure(report.failures)), stacklevel=2)
+        return report
 
 
 def _name_own(keys: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # imports torch
 @click.option("--arm", "arms", multiple=True, metavar="NAME", help="Only this arm; repeatable.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
 @click.option("--resume", is_flag=True, help="Continue the suite in --out; what is finished is kept.")
+@click.option("--retry", is_flag=True, help="Continue it, and run again the rounds of arms of which some aborted.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite.  [default: runs/suite-NAME]")
 @commandline.quiet
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
@@ -32,13 +33,15 @@ def suite(
     arms: tuple[str, ...],
     overrides: tuple[str, ...],
     resume: bool,
+    retry: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
     """Run the arms of a suite FILE (.toml), or of one that is shipped, on its seeds.
 
     An arm with a search first chooses its constants on other seeds, by the validation texts of the clients. A process
-    has one thread. After an interruption, the same command with --resume continues.
+    has one thread. After an interruption, the same command with --resume continues. Arms that failed, or of which
+    rounds aborted, are marked with (!) in the report; --retry runs these rounds again, with other faults.
 
     \b
     Examples:
@@ -46,6 +49,7 @@ def suite(
       edgeadapt simulate suite newsgroups.toml --set data.concentration=0.1 --out runs/newsgroups
       edgeadapt simulate suite my.toml --seeds 5 --jobs 2
       edgeadapt simulate suite my.toml --seeds 5 --jobs 2 --resume
+      edgeadapt simulate suite my.toml --seeds 5 --jobs 2 --retry
     """
     # Imported here, so that --help does not wait for the libraries.
     from simulations.suite.execute import run_suite
@@ -54,7 +58,7 @@ def suite(
     wanted = read_suite(file, seeds=seeds, changes=overrides, arms=arms)
     out = suite_folder(wanted, out)
     with resumable(out):
-        outcome = run_suite(wanted, out, jobs=jobs, resume=resume, quiet=commandline.is_quiet())
+        outcome = run_suite(wanted, out, jobs=jobs, resume=resume, retry=retry, quiet=commandline.is_quiet())
     _print(outcome, as_json)
 
 
@@ -86,3 +90,7 @@ def report(folder: Path, track: str | None, as_json: bool) -> None:
 
 def _print(outcome: "SuiteReport", as_json: bool) -> None:
     click.echo(json.dumps(outcome.summary.to_json()) if as_json else f"{outcome}\n{outcome.report}")
+    if outcome.failures:
+        from simulations.suite.store import failure
+
+        raise failure(outcome.failures)

@@ -1,11 +1,12 @@
 """The devices of a simulation: the state of each is kept in memory between messages, where the field has files.
 
-Before each session and round, and at the end, a device's state directory gets what its training depends on (its seed,
-the parts of the adapter that it does not share) and its privacy ledger. How many contributions had no noise is written
-at the end only. What a device holds against a coordinator that lies is not written, so after a kill it is as a new
-device in this respect. The resumed run begins with another session, as after a restart in the field, so that a kill
-loses the round under way. A state directory is made when its device gets its first message. A device that is not asked
-when a session begins leaves the previous session, which takes the most memory.
+Before each session and round, and at the end, a device's state directory gets what its training depends on (the parts
+of the adapter that it does not share, and its seed before a session only, which has one draw of it) and its privacy
+ledger. So a run that goes on at the first round of a session makes the same adapters. How many contributions had no
+noise is written at the end only. What a device holds against a coordinator that lies is not written, so after a kill it
+is as a new device in this respect. The resumed run begins with another session, as after a restart in the field, so
+that a kill loses the round under way. A state directory is made when its device gets its first message. A device that
+is not asked when a session begins leaves the previous session, which takes the most memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -193,18 +194,20 @@ class MemoryDevice:
     def leave(self) -> None:
         self._state = self._snapshot = None
 
-    def write(self, *, end: bool) -> None:
-        """Write what the state directory does not have yet: what training depends on, and at the end everything."""
+    def write(self, step: Step | None) -> None:
+        """Write what the state directory does not have yet, before a message of ``step``, or all at the end (None)."""
         key, parts, ledger = self._written
-        if self._entropy.key != key:
+        end = step is None
+        if self._entropy.key != key and step is not Step.PLAN:
             storage.replace(self._files.folder / SEED, self._entropy.key)
+            key = self._entropy.key
         now, spent = self.load(PrivacyLedger), ledger or PrivacyLedger()
         if (own := self.load(PrivateParts)) is not parts and own is not None:
             self._files.save(own)
         if now is not None and (now.spent != spent.spent or (end and now != spent)):
             self._files.save(now)
             ledger = now
-        self._written = self._entropy.key, own, ledger
+        self._written = key, own, ledger
 
 
 @dataclass(slots=True)
@@ -224,14 +227,14 @@ class MemoryDevices:
     def before(self, step: Step | None, names: Sequence[str]) -> None:
         """Prepare for a message of ``step`` to the devices ``names``: see the module."""
         if step in WRITTEN_BEFORE:
-            self._write(end=False)
+            self._write(step)
         if step is Step.CHECK_IN:
             for name in self._awake.keys() - set(names):
                 self._awake[name].leave()
 
     def write(self) -> None:
-        self._write(end=True)
+        self._write(None)
 
-    def _write(self, *, end: bool) -> None:
+    def _write(self, step: Step | None) -> None:
         for device in self._awake.values():
-            device.write(end=end)
+            device.write(step)

@@ -9,6 +9,8 @@ is late.
 import bisect
 import csv
 import heapq
+import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -20,10 +22,10 @@ from flwr.app import Context, Message, RecordDict
 from numpy.typing import NDArray
 
 from aggregation.errors import ConfigError, DataError
-from aggregation.steps import Step
+from aggregation.steps import BODY, RECORD, Step
 from client.node.app import STATE
 from coordinator.transport import RUN_ID, OwnGrid, identify
-from edgeadapt.formats.storage import file_sha256
+from edgeadapt.formats.storage import file_sha256, replace
 from simulations.data.population import Client
 
 WHO = ("client", "language")
@@ -167,7 +169,7 @@ class FaultModel:
         ``group``: the round, or the session during its setup. ``step``: None for a message that is not of the protocol.
         """
         dropouts = self._forced(group, step, nodes)
-        number = int(next((part for part in group.split("-") if part.isdecimal()), "0"))
+        number = round_of(group)
         share = self.availability[number % len(self.availability)] if self.availability else 1.0
         return {
             node: self._outcome(group, step, node, node in dropouts, self._there(node, number, share)) for node in nodes
@@ -197,6 +199,57 @@ class FaultModel:
 
     def _rng(self, group: str, step: int, node: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, int.from_bytes(group.encode(), "big"), step, node])
+
+
+def round_of(group: str) -> int:
+    """Return the round of a message group, or the first one of its session.
+
+    >>> round_of("7"), round_of("7-2"), round_of("session-5-1")
+    (7, 7, 5)
+    """
+    return int(next((part for part in group.split("-") if part.isdecimal()), "0"))
+
+
+@dataclass(slots=True)
+class GridLog:
+    """Keeps in a file what the records of the rounds do not have."""
+
+    path: Path
+    sent: Counter[int] = field(default_factory=Counter)  # round → bytes of all answers of devices, lost ones too
+    devices: dict[int, int] = field(default_factory=dict)  # round → devices that were asked after the check-in
+    resumed: tuple[int, ...] = ()  # rounds in which an interruption ended a session early
+    ended: bool = False  # whether no round of the run is left, and none is repeated any more
+
+    @classmethod
+    def open(cls, path: Path) -> "GridLog":
+        """Read the file; nothing is logged before the first ``write``."""
+        if not path.exists():
+            return cls(path)
+        table = json.loads(path.read_bytes())
+        sent, devices = ({int(number): n for number, n in table[key].items()} for key in ("sent", "devices"))
+        return cls(path, Counter(sent), devices, tuple(table["resumed"]), table["ended"])
+
+    def begin(self, done: int, *, within_session: bool) -> None:
+        """Forget what follows round ``done``, where a run goes on. ``within_session``: its session is not over."""
+        self.sent = Counter({number: size for number, size in self.sent.items() if number <= done})
+        self.devices = {number: count for number, count in self.devices.items() if number <= done}
+        self.resumed += (done + 1,) if within_session else ()
+        self.write()
+
+    def asked(self, group: str, step: Step | None, count: int) -> None:
+        number = round_of(group)
+        if step is not Step.CHECK_IN:
+            self.devices[number] = max(count, self.devices.get(number, 0))
+        self.write()
+
+    def answered(self, group: str, reply: Message) -> None:
+        records = reply.content.config_records if reply.has_content() else {}
+        body = records[RECORD].get(BODY) if RECORD in records else None
+        self.sent[round_of(group)] += len(body) if isinstance(body, bytes) else 0
+
+    def write(self) -> None:
+        table = {"sent": self.sent, "devices": self.devices, "resumed": self.resumed, "ended": self.ended}
+        replace(self.path, json.dumps(table).encode())
 
 
 def context_of(node: int, device: str) -> Context:
@@ -233,17 +286,19 @@ class InProcessGrid(OwnGrid):
         devices: Mapping[int, str],
         faults: FaultModel,
         before: Callable[[Step | None, Sequence[str]], None] = lambda step, devices: None,
+        log: GridLog | None = None,
     ) -> None:
         """Make a grid on which ``client_app`` answers for every node, when its answer is due.
 
         Args:
             devices: Node id (positive) → what finds the state of that node's device: its directory, or its name.
             before: Called before messages are sent, with their step and the devices that they are for.
+            log: Takes what the devices send.
         """
         self.clock = VirtualClock()
         self._app = client_app
         self._faults = faults
-        self._devices, self._before = devices, before
+        self._devices, self._before, self._log = devices, before, log
         self._contexts = {node: context_of(node, device) for node, device in devices.items()}
         self._numbers = count(1)
         self._in_flight: list[_MessageInFlight] = []  # a heap, by the arrival of the reply
@@ -267,7 +322,7 @@ class InProcessGrid(OwnGrid):
             under_way.append((_MessageInFlight(arrival, number, str(number), outcome, None), message))
         for flying, message in sorted(under_way, key=lambda each: each[0]):  # who is needed first works first
             if not flying.outcome.request_lost:
-                flying.answer = self._begin(message)
+                flying.answer = partial(self._answer, message.metadata.group_id, self._begin(message))
             heapq.heappush(self._in_flight, flying)
         return ids
 
@@ -296,9 +351,17 @@ class InProcessGrid(OwnGrid):
         """Return what gives a device's answer. The device works when it is called."""
         return partial(self._app, request, self._contexts[request.metadata.dst_node_id])
 
+    def _answer(self, group: str, answer: Callable[[], Message]) -> Message:
+        reply = answer()
+        if self._log:
+            self._log.answered(group, reply)
+        return reply
+
     def _outcomes(self, batch: Sequence[Message]) -> dict[int, DeliveryOutcome]:
         first = batch[0].metadata
         step = next((step for step in Step if step.message_type == first.message_type), None)
         nodes = [message.metadata.dst_node_id for message in batch]
         self._before(step, [self._devices[node] for node in nodes])
+        if self._log:
+            self._log.asked(first.group_id, step, len(nodes))
         return self._faults.outcomes(first.group_id, step, nodes)

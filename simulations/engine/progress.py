@@ -61,27 +61,38 @@ class _Shown:
     def _now(self) -> str:
         raise NotImplementedError
 
+    def _print(self, line: Text) -> None:
+        if not self._display.disable:
+            self._display.console.print(line, highlight=False)
+            return
+        self._say("  ".join(word for word in (str(line), *map(_left, self._display.tasks)) if word))
+
 
 class SuiteProgress(_Shown):
     """Shows how much of a suite is done: one bar over all jobs, and a line for each process."""
 
-    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(self, *, quiet: bool = False, console: Console | None = None, clock: Clock = time.monotonic) -> None:
         percentage, note = (
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("left  {task.fields[note]}", markup=False),
         )
         columns = (BarColumn(BAR), percentage, TimeElapsedColumn(), TimeRemainingColumn(), note)
-        super().__init__(columns, quiet, console, time.monotonic)
+        super().__init__(columns, quiet, console, clock)
         self._task = self._display.add_task("suite", total=None, note="")
 
     def _now(self) -> str:
         (task,) = self._display.tasks
-        return f"{task.percentage:.0f} %  {task.fields['note']}".rstrip()
+        return "  ".join(word for word in (f"{task.percentage:.0f} %", task.fields["note"], _left(task)) if word)
 
-    def show(self, done: float, left: float, lines: Sequence[str]) -> None:
-        """Show the work that is done and left, in any unit, and what each process does."""
+    def show(self, done: float, left: float, lines: Sequence[str], ended: str = "") -> None:
+        """Show the work that is done and left, in any unit, what each process does, and a line of what has ended."""
         note = "; ".join(printable(line) for line in lines)
         self._display.update(self._task, completed=done, total=done + left, note=note)
+        if not done:
+            self._display.advance(self._task, 0)  # the estimate counts from here
+        if ended:
+            (task,) = self._display.tasks
+            self._print(Text(f"{printable(ended)}  {task.percentage:.0f} %"))
 
 
 class RunProgress(_Shown):
@@ -193,12 +204,6 @@ class RunProgress(_Shown):
         of = f" of {self._asked}" if self._asked >= self._answered else ""
         for task in self._display.tasks:
             self._display.update(task.id, note=f"{step}: {self._answered}{of} answered")
-
-    def _print(self, line: Text) -> None:
-        if not self._display.disable:
-            self._display.console.print(line, highlight=False)
-            return
-        self._say("  ".join(word for word in (str(line), *map(_left, self._display.tasks)) if word))
 
 
 class _Listener(logging.Handler):

@@ -35,7 +35,7 @@ from client.training.trainer import FrozenBase
 from coordinator.transport import identify
 from edgeadapt.formats.storage import kill_safe
 from simulations.engine.devices import LyingApp, MemoryDevices
-from simulations.engine.grid import FaultModel, InProcessGrid, context_of
+from simulations.engine.grid import FaultModel, GridLog, InProcessGrid, context_of
 
 DEVICE_LOG = "edgeadapt.device"
 METHODS = ("forkserver", "spawn")  # of starting a process, the first that the system has
@@ -91,7 +91,7 @@ class Process:
         outcome, records = answer
         for record in records:
             logger = logging.getLogger(record.name)
-            if logger.isEnabledFor(record.levelno):
+            if logger.isEnabledFor(record.levelno) and logger.hasHandlers():  # or Python prints it on standard error
                 logger.handle(record)
         if isinstance(outcome, Exception):
             raise outcome
@@ -195,8 +195,10 @@ class Workers:
 class WorkerGrid(InProcessGrid):
     """Lets its devices (``devices``: node → name) work in other processes, from the moment when they are asked."""
 
-    def __init__(self, workers: Workers, devices: Mapping[int, str], faults: FaultModel) -> None:
-        super().__init__(_never, devices, faults, workers.before)
+    def __init__(
+        self, workers: Workers, devices: Mapping[int, str], faults: FaultModel, log: GridLog | None = None
+    ) -> None:
+        super().__init__(_never, devices, faults, workers.before, log)
         self._workers = workers
 
     def _begin(self, request: Message) -> Callable[[], Message]:

@@ -420,7 +420,7 @@ def pairs(summary: SuiteSummary) -> str:
     """Draw the difference of every pair; noise is gray."""
     rows = [f"{pair.first} - {pair.second}" for pair in summary.pairs]
     unit = summary.compared_by.differences
-    text = f"Differences of pairs of arms in {unit}; the list below states each in a sentence."
+    text = f"Differences of pairs of arms in {unit}; the table below has each."
     return svg("pairs", "Differences", text, _height(rows), lambda figure: _pairs(figure, summary))
 
 
@@ -441,16 +441,21 @@ def _height(rows: Sequence[str]) -> float:
 
 
 def _arms(figure: "Figure", summary: SuiteSummary) -> None:
-    rows = {name: [arm.figures[title] for title in SHOWN] for name, arm in summary.arms.items()}
+    rows = {_row(summary, name): [arm.figures[title] for title in SHOWN] for name, arm in summary.arms.items()}
     for ax in _panels(figure, rows, summary.compared_by, 0.0, lambda _: ACCENT):
         ax.xaxis.set_major_formatter(lambda value, _: share(value, 1))
+
+
+def _row(summary: SuiteSummary, name: str) -> str:
+    arm = summary.arms.get(name)
+    return short(name) if arm is None or arm.complete else f"{short(name)} (!)"
 
 
 def _pairs(figure: "Figure", summary: SuiteSummary, above: float = 0.0) -> None:
     nothing = Difference(math.nan, math.nan, math.nan, 1.0, 1.0)
     metric = summary.compared_by
     rows = {
-        f"{short(pair.first)} - {short(pair.second)}": [
+        f"{_row(summary, pair.first)} - {_row(summary, pair.second)}": [
             pair.figures.get(title, nothing).scaled(metric.factor) for title in SHOWN
         ]
         for pair in summary.pairs
@@ -464,14 +469,14 @@ def _panels(
 ) -> list["Axes"]:
     """Make a panel for each of ``SHOWN``, a row for each key; other figures use ``above`` units."""
     names = list(rows)
-    left = 12 + CHARACTER * max(len(short(name)) if " - " not in name else len(name) for name in names)
+    left = 12 + CHARACTER * max(map(len, names))
     width, panels = (WIDTH - left - 2 * GAP - 8) / len(SHOWN), []
     for i, title in enumerate(SHOWN):
         ax = axes(figure, left=left + i * (width + GAP), top=above + TOP, width=width, height=SUITE_ROW * len(names))
         for y, marks in enumerate(rows.values()):
             _mark(ax, marks[i], y, color(marks[i]))
         ax.set_ylim(len(names) - 0.5, -0.5)
-        ax.set_yticks(range(len(names)), [name if " - " in name else short(name) for name in names] if i == 0 else [])
+        ax.set_yticks(range(len(names)), names if i == 0 else [])
         ax.set_title(metric.titles[title], loc="left", fontsize=11, color=INK)
         ax.grid(axis="x")
         ax.set_axisbelow(True)

@@ -11,6 +11,7 @@ from simulations.result import (
     ExportResult,
     Reliability,
     ReportedRound,
+    RoundTally,
     RunResult,
     device_rounds,
     dropouts_by_step,
@@ -76,7 +77,45 @@ def headline(result: RunResult) -> str:
     if any(client.unseen for client in result.clients):
         unseen = f"{percent(together['unseen'], 1)}, alone {percent(alone['unseen'], 1)}"
         text += f"; clients that took no part in training: {unseen}"
-    return f"{attack(result)}{text}."
+    return f"{incomplete(result.round_tally)}{attack(result)}{text}."
+
+
+def incomplete(tally: RoundTally) -> str:
+    """Say before a headline which rounds aborted, in capitals if the figures are not those of the method."""
+    said = aborted(tally)
+    if not said:
+        return ""
+    return f"INCOMPLETE: {said}. " if tally.is_void else f"{said[0].upper()}{said[1:]}. "
+
+
+def aborted(tally: RoundTally) -> str:
+    """Say which rounds aborted, and what came of it; empty if none did.
+
+    >>> aborted(RoundTally(rounds=14, aborted=2, repeated=1))
+    '2 of 14 rounds aborted, and 1 was repeated'
+    >>> aborted(RoundTally(rounds=6, aborted=6, unfitted=True))
+    'every round aborted'
+    """
+    if not tally.aborted:
+        return ""
+    if tally.aborted == tally.rounds:
+        return "every round aborted" if tally.rounds > 1 else "the only round aborted"
+    text = f"{tally.aborted} of {count(tally.rounds, 'round')} aborted"
+    if tally.unfitted:
+        return f"{text}, and none fitted the head"
+    repeated = "it" if tally.repeated == tally.aborted == 1 else str(tally.repeated)
+    return f"{text}, and {repeated} {'was' if tally.repeated == 1 else 'were'} repeated" if tally.repeated else text
+
+
+def interrupted(tally: RoundTally) -> str:
+    """Say where a run is not the one that it would be without an interruption; empty if it is."""
+    if not tally.resumed:
+        return ""
+    rounds = ", ".join(map(str, tally.resumed))
+    return (
+        f"interrupted within a session, in round {rounds}: from there on devices order their examples otherwise "
+        "than in a run without the interruption"
+    )
 
 
 def context(result: RunResult, program: str) -> str:

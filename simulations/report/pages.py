@@ -5,16 +5,18 @@ The words of a page are in ``templates``, which escape every value; the numbers 
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace as with_changes
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from edgeadapt.formats.storage import PUBLIC, replace
 from simulations.report import figures, formatting
-from simulations.report.formatting import count, duration, share, size_or_dash
+from simulations.report.formatting import aborted, count, duration, interrupted, share, size_or_dash
 from simulations.report.summary import LEVEL, ArmSummary, Difference, Estimate, PairSummary, SuiteSummary
-from simulations.result import ACCURACY, ARMS, Metric, RunResult, dropouts_by_step
+from simulations.result import ACCURACY, ARMS, Metric, RoundTally, RunResult, dropouts_by_step
 
 FILTERS = {
     "duration": formatting.duration,
@@ -24,8 +26,11 @@ FILTERS = {
     "size": formatting.size,
     "size_or_dash": formatting.size_or_dash,
 }
-PLACES = {"mean": "", "p10": "at the {decile} percentile ", "unseen": "for unseen clients "}
+PLACES = {"mean": "", "p10": "at the {decile} percentile, ", "unseen": "for unseen clients, "}
 CHANCE = 0.05
+MOST_NAMED = 3  # pairs within noise, in a sentence
+RETRY = "The same command with --resume tries again what failed, and with --retry also the rounds of marked arms, with "
+RETRY += "other faults of the network."
 
 
 def write_report(result: RunResult, path: Path, program: str = "edgeadapt") -> None:
@@ -44,6 +49,7 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
         exported=exported,
         headline=formatting.headline(result),
         context=formatting.context(result, program),
+        interrupted=interrupted(result.round_tally),
         accuracy={arm: result.summary(arm) for arm in ARMS},
         traffic=formatting.TrafficMeans.of(result),
         reliability=formatting.reliability(exported.reliability),
@@ -78,8 +84,12 @@ def template(name: str) -> Template:
 
 def interval(estimate: Estimate) -> str:
     """Format ``.794 (.762–.823)``, without parentheses if there is no interval; a dash for NaN."""
-    spread = f" ({share(estimate.low)}–{share(estimate.high)})" if math.isfinite(estimate.low) else ""
-    return f"{share(estimate.value)}{spread}"
+    return f"{share(estimate.value)} {spread(estimate)}".rstrip()
+
+
+def spread(estimate: Estimate) -> str:
+    """Format ``(.762–.823)``; empty if there is no interval."""
+    return f"({share(estimate.low)}–{share(estimate.high)})" if math.isfinite(estimate.low) else ""
 
 
 def difference(found: Difference, metric: Metric) -> str:
@@ -88,33 +98,137 @@ def difference(found: Difference, metric: Metric) -> str:
     return f"{metric.size(found.value, signed=True)} ({spread if math.isfinite(found.low) else 'too few clients'})"
 
 
-def sentence(pair: PairSummary, title: str, pairs: int, metric: Metric = ACCURACY) -> str:
-    """Compare one figure in plain words.
+def compared(pair: PairSummary, title: str, pairs: int, metric: Metric = ACCURACY) -> str:
+    """Compare one figure in plain words, without a capital and a full stop.
 
     A difference whose interval contains 0 is called noise; where there are too few clients for an interval, it says so.
     A difference that is not significant at ``CHANCE`` after Holm's correction for ``pairs`` is stated with that.
     """
-    compared, place = pair.figures[title], PLACES[title].format(decile=metric.decile)
-    if not math.isfinite(compared.low):
-        return f"Too few {'unseen ' if title == 'unseen' else ''}clients to compare {pair.first} and {pair.second}."
-    if compared.is_noise:
-        text = f"{place}the difference between {pair.first} and {pair.second} is within noise: "
-        text += difference(compared, metric)
-    else:
-        low, high = (metric.size(bound) for bound in sorted((abs(compared.low), abs(compared.high))))
-        better = "better" if metric.sign * compared.value > 0 else "worse"
-        text = f"{place}{pair.first} is {metric.size(abs(compared.value))} {metric.unit} {better} than {pair.second}"
-        text += f" ({100 * LEVEL:.0f} %: {low} to {high})"
-        if compared.adjusted > CHANCE:
-            text += f"; of {pairs} pairs, one may differ so much by chance (Holm: p = {compared.adjusted:.2f})"
-    return text[0].upper() + text[1:] + "."
+    found = pair.figures[title]
+    if not math.isfinite(found.low):
+        return f"too few {'unseen ' if title == 'unseen' else ''}clients to compare {pair.first} and {pair.second}"
+    if found.is_noise:
+        return f"the difference between {pair.first} and {pair.second} is within noise: {difference(found, metric)}"
+    low, high = (metric.size(bound) for bound in sorted((abs(found.low), abs(found.high))))
+    better = "better" if metric.sign * found.value > 0 else "worse"
+    text = f"{pair.first} is {metric.size(abs(found.value))} {metric.unit} {better} than {pair.second}"
+    text += f" ({100 * LEVEL:.0f} %: {low} to {high})"
+    if found.adjusted > CHANCE:
+        text += f", and of {pairs} pairs one may differ so much by chance (Holm: p = {found.adjusted:.2f})"
+    return text
 
 
 def sentences(summary: SuiteSummary) -> Iterator[str]:
-    for pair in summary.pairs:
-        for title in PLACES:
-            if title in pair.figures:
-                yield sentence(pair, title, len(summary.pairs), summary.compared_by)
+    """Yield one sentence for each of ``PLACES``: the largest gain and loss of a pair, and what is within noise.
+
+    They are about the arm that most pairs are compared with, and leave out arms that are void, unless all are.
+    """
+    metric, sound = summary.compared_by, [pair for pair in summary.pairs if not _is_void(summary, pair)]
+    others = Counter(pair.second for pair in sound or summary.pairs)
+    pairs = [
+        with_changes(pair, first=marked(summary, pair.first), second=marked(summary, pair.second))
+        for pair in sound or summary.pairs
+        if others[pair.second] == max(others.values())
+    ]
+    for title, place in PLACES.items():
+        rows = [pair for pair in pairs if title in pair.figures]
+        if not rows:
+            continue
+        known = [pair for pair in rows if math.isfinite(pair.figures[title].low)]
+        differ = [pair for pair in known if not pair.figures[title].is_noise]
+        parts = []
+        for sign, word in ((1, "gain"), (-1, "loss")):
+            side = [pair for pair in differ if sign * metric.sign * pair.figures[title].value > 0]
+            if side:
+                most = max(side, key=lambda pair: abs(pair.figures[title].value))
+                text = compared(most, title, len(summary.pairs), metric)
+                parts.append(text + (f", the largest {word} of {len(side)}" if len(side) > 1 else ""))
+        noise = [pair for pair in known if pair.figures[title].is_noise]
+        if len(noise) == 1:
+            parts.append(compared(noise[0], title, len(summary.pairs), metric))
+        elif noise:
+            named = ", ".join(f"{pair.first} and {pair.second}" for pair in noise[:MOST_NAMED])
+            more = f", and {len(noise) - MOST_NAMED} more" if len(noise) > MOST_NAMED else ""
+            parts.append(f"within noise are {count(len(noise), 'difference')}: {named}{more}")
+        if not known:
+            parts.append(
+                compared(rows[0], title, len(summary.pairs), metric)
+                if len(rows) == 1
+                else f"too few {'unseen ' if title == 'unseen' else ''}clients to compare arms"
+            )
+        text = (place.format(decile=metric.decile) if known else "") + "; ".join(parts)
+        yield f"{text[0].upper()}{text[1:]}."
+
+
+def _is_void(summary: SuiteSummary, pair: PairSummary) -> bool:
+    return any(name in summary.arms and summary.arms[name].is_void for name in (pair.first, pair.second))
+
+
+def pair_rows(summary: SuiteSummary) -> list[list[str]]:
+    """Tabulate every pair: its name, and each difference of ``PLACES``, with what is noise or may be chance."""
+    return [
+        [
+            f"{marked(summary, pair.first)} - {marked(summary, pair.second)}",
+            *(_cell(pair.figures[title], summary.compared_by) if title in pair.figures else "–" for title in PLACES),
+        ]
+        for pair in summary.pairs
+    ]
+
+
+def _cell(found: Difference, metric: Metric) -> str:
+    text = difference(found, metric)
+    if not math.isfinite(found.low):
+        return text
+    if found.is_noise:
+        return f"{text}, noise"
+    return f"{text}, p = {share(found.adjusted, 2)}" if found.adjusted > CHANCE else text
+
+
+def marked(summary: SuiteSummary, name: str) -> str:
+    """Return the name of an arm, with a mark if a seed of it failed or lacks a round."""
+    return name if name not in summary.arms or summary.arms[name].complete else f"{name} (!)"
+
+
+def notes(summary: SuiteSummary) -> list[str]:
+    """Say of each arm which seeds failed, which rounds aborted, and where a resumed run is another one."""
+    lines = []
+    for name, arm in summary.arms.items():
+        if arm.failed:
+            lines.append(_failed(name, arm))
+        for said, text in (
+            (_aborted, "{arm}, {seeds}: {what}."),
+            (_void, "{arm}, {seeds}: {what}, so its figures are not those of its method."),
+            (_retried, "{arm}, {seeds}: {what}."),
+            (interrupted, "{arm}, {seeds}: {what}."),
+        ):
+            words = {seed: found for seed, tally in arm.round_tallies.items() if (found := said(tally))}
+            for what in dict.fromkeys(words.values()):
+                seeds = tuple(seed for seed, each in words.items() if each == what)
+                named = f"seed{'s' if len(seeds) > 1 else ''} {_list(seeds)}"
+                lines.append(text.format(arm=marked(summary, name), what=what, seeds=named))
+    if not all(arm.complete for arm in summary.arms.values()):
+        lines.append(RETRY)
+    return lines
+
+
+def _aborted(tally: RoundTally) -> str:
+    return "" if tally.is_void else aborted(tally)
+
+
+def _void(tally: RoundTally) -> str:
+    return aborted(tally) if tally.is_void else ""
+
+
+def _retried(tally: RoundTally) -> str:
+    return f"the rounds began again {count(tally.retries, 'time')}, because some had aborted" if tally.retries else ""
+
+
+def _failed(name: str, arm: ArmSummary) -> str:
+    seed, reason = next(iter(arm.failed.items()))
+    where = f"seeds {_list(tuple(arm.failed))}" if len(arm.failed) > 1 else f"seed {seed}"
+    text = f"{name} (!) failed with {where} and has no figures: {reason.rstrip('.')}"
+    done = ", ".join(f"{share(mean)} with seed {seed}" for seed, mean in arm.means.items())
+    return f"{text}; its mean is {done}." if done else f"{text}."
 
 
 def overview(summary: SuiteSummary) -> str:
@@ -143,6 +257,8 @@ def further(arm: ArmSummary) -> tuple[str, ...]:
 def costs(arm: ArmSummary) -> tuple[str, ...]:
     """List an arm's epochs, steps, CPU time, bytes up and down of one device, and rounds and bytes to the target."""
     cost, reached = arm.cost, arm.reached
+    if arm.failed:
+        return ("–",) * 6
     to_target = "–"
     if reached is not None:
         to_target = f"{reached.rounds:.1f}, {size_or_dash(reached.bytes)}" if reached.seeds else "not reached"
@@ -163,17 +279,35 @@ def constants(arm: ArmSummary) -> str:
 
 
 def headline(summary: SuiteSummary) -> str:
-    """Name in one sentence the arm with the best mean, and say whether the next one differs from noise."""
-    metric = summary.compared_by
-    best = max(summary.arms, key=lambda name: metric.sign * summary.arms[name].figures["mean"].value)
+    """Name in one sentence the arm with the best mean, and the cheapest one that noise does not tell from it."""
+    metric, standing = summary.compared_by, summary.standing
+    best, cheapest = standing.best, standing.cheapest
+    pooled = any(arm.kind.pooled for arm in summary.arms.values()) and not summary.arms[best].kind.pooled
     most = f"highest mean {metric.name}" if metric.sign > 0 else f"least mean loss in {metric.name}"
-    text = f"{best} has the {most}, {share(summary.arms[best].figures['mean'].value)}"
-    baseline = next((pair for pair in summary.pairs if pair.first == best), None)
-    if baseline is None:
-        return f"{text}."
-    compared = baseline.figures["mean"]
-    verdict = "within noise" if compared.is_noise else f"{difference(compared, metric)} {metric.unit}"
-    return f"{text}; against {baseline.second}: {verdict}."
+    most += " of the arms without pooled texts" if pooled else ""
+    value = share(summary.arms[best].figures["mean"].value)
+    if cheapest != best:
+        found = standing.within_noise[cheapest]
+        apart = f"{difference(found, metric)} {metric.unit}" if math.isfinite(found.low) else "no difference"
+        return (
+            f"{marked(summary, cheapest)} is the cheapest arm within noise of the best, "
+            f"{share(summary.arms[cheapest].figures['mean'].value)} at {_price(summary, cheapest)}; "
+            f"{marked(summary, best)} has the {most}, {value} at {_price(summary, best)} ({apart})."
+        )
+    text = f"{marked(summary, best)} has the {most}, {value} at {_price(summary, best)}"
+    if not standing.comparable and len(summary.arms) > 1:
+        return f"{text}; there are too few clients to say which arms are within noise of it."
+    if standing.within_noise:
+        return f"{text}, and is the cheapest of {len(standing.within_noise) + 1} arms within noise of it."
+    return f"{text}; no other arm is within noise of it." if len(summary.arms) > 1 else f"{text}."
+
+
+def _price(summary: SuiteSummary, name: str) -> str:
+    """Format what an arm costs a device: CPU time, and bytes in both directions if it sends any."""
+    cost, clients = summary.arms[name].cost, summary.clients / len(summary.seeds)
+    traffic = cost.bytes_up + cost.bytes_down
+    sent = f" and {size_or_dash(traffic)}" if traffic > 0 else ""
+    return f"{duration(cost.cpu_seconds / clients)} of CPU{sent} a device"
 
 
 def to_target(summary: SuiteSummary) -> str:
@@ -185,18 +319,21 @@ def markdown(summary: SuiteSummary) -> str:
     metric = summary.compared_by
     parts = [
         f"# {summary.name}",
+        headline(summary),
+        "\n".join(f"- {line}" for line in notes(summary)),
         overview(summary),
         _table(
             [metric.name, *metric.titles.values(), *FURTHER],
             [
-                [name, *(interval(arm.figures[title]) for title in metric.titles), *further(arm)]
+                [marked(summary, name), *(interval(arm.figures[title]) for title in metric.titles), *further(arm)]
                 for name, arm in summary.arms.items()
             ],
         ),
         "\n".join(f"- {line}" for line in sentences(summary)),
+        _table([f"difference in {metric.differences}", *_places(metric)], pair_rows(summary)) if summary.pairs else "",
         _table(
             ["cost of a seed", "epochs", "steps", "CPU", "up", "down", to_target(summary)],
-            [[name, *costs(arm)] for name, arm in summary.arms.items()],
+            [[marked(summary, name), *costs(arm)] for name, arm in summary.arms.items()],
         ),
     ]
     chosen = [f"- {name}: {constants(arm)}" for name, arm in summary.arms.items() if arm.constants]
@@ -207,6 +344,10 @@ def markdown(summary: SuiteSummary) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _places(metric: Metric) -> list[str]:
+    return [metric.titles[title] for title in PLACES]
 
 
 def _list(seeds: tuple[int, ...]) -> str:
@@ -233,9 +374,13 @@ def suite_page(summary: SuiteSummary) -> str:
         suite=summary,
         headline=headline(summary),
         overview=overview(summary),
+        notes=notes(summary),
+        names={name: marked(summary, name) for name in summary.arms},
+        pair_rows=pair_rows(summary),
+        places=_places(summary.compared_by),
         metric=summary.compared_by,
         to_target=to_target(summary),
-        interval=interval,
+        spread=spread,
         further=further,
         further_titles=FURTHER,
         costs=costs,

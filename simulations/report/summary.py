@@ -9,7 +9,7 @@ intervals that are too narrow. The tests measure both.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from aggregation.errors import DataError
 from simulations.plan import Kind, Overrides, SearchOutcome, SuiteSettings
-from simulations.result import Cost, Metric, RoundPoint, TrialResult, metric_named, metric_of
+from simulations.result import Cost, Metric, Outcome, RoundPoint, RoundTally, TrialResult, metric_named, metric_of
 
 RESAMPLES = 4000
 FEWEST = 6  # clients over all seeds: of fewer, resamples say nothing about others
@@ -34,7 +34,9 @@ STATISTICS: dict[str, Statistic] = {
 }
 FIGURES = ("mean", "p10", "worst", "unseen")
 RESAMPLING_SEED = 20  # so that a report is the same each time
-Found = Mapping[str, tuple[SearchOutcome, Mapping[int, TrialResult]]]  # arm → its search, and its result by seed
+Found = Mapping[str, tuple[SearchOutcome, Mapping[int, Outcome]]]  # arm → its search, and its outcome by seed
+Whole = Mapping[str, tuple[SearchOutcome, Mapping[int, TrialResult]]]  # arms that have a result with every seed
+DIGITS = 2  # significant ones of the CPU time by which arms are cheap: less is chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,15 @@ class ArmSummary:
     constants: Overrides  # that its search chose
     candidates: int
     search_cpu_seconds: float
+    means: dict[int, float] = field(default_factory=dict)  # seed → mean over the clients of the seeds that finished
+    failed: dict[int, str] = field(default_factory=dict)  # seed → why it failed; then the arm has no figures
+    round_tallies: dict[int, RoundTally] = field(default_factory=dict)  # seed → how its rounds ended
+    complete: bool = True  # whether no seed failed, and no round is missing for good
+
+    @property
+    def is_void(self) -> bool:
+        """Check whether the figures are not those of the arm: a seed failed, or has not what the arm stands for."""
+        return bool(self.failed) or any(tally.is_void for tally in self.round_tallies.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +162,19 @@ class PairSummary:
     first: str
     second: str
     figures: dict[str, Difference]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Names the best arm in the mean, and the arms that no paired interval over seeds and clients tells from it.
+
+    Arms with pooled texts, which give up privacy, and those that are void compete only where there are no others.
+    """
+
+    best: str
+    cheapest: str  # of those within noise: the least CPU time of a device, then bytes
+    within_noise: dict[str, Difference]  # arm → the mean of the arm minus that of the best
+    comparable: bool  # whether there are enough clients for intervals; otherwise only equal arms are within noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +190,7 @@ class SuiteSummary:
     unseen: int
     arms: dict[str, ArmSummary]
     pairs: tuple[PairSummary, ...]
+    standing: Standing
 
     @property
     def compared_by(self) -> Metric:
@@ -178,29 +203,90 @@ class SuiteSummary:
 
 
 def summarize(settings: SuiteSettings, outcomes: Found) -> SuiteSummary:
-    """Compute the numbers of a finished suite. Raises DataError if two arms have different clients or test texts."""
-    _check_pairs(outcomes)
-    figures = {}
+    """Compute the numbers of a finished suite, in which one arm at least has a result with every seed.
+
+    An arm of which a seed failed has no figures, and is compared with no other. Raises DataError if two arms have
+    different clients or test texts.
+    """
+    whole = whole_arms(outcomes)
+    _check_pairs(whole)
+    figures, metric = {}, compared_by(whole)
     for title in FIGURES:
-        if samples := samples_of(outcomes, settings.seeds, unseen=title == "unseen"):
-            figures[title] = _Figure.of(list(outcomes), samples, STATISTICS["mean" if title == "unseen" else title])
-    base = next((name for name in outcomes if settings.arms[name].kind is Kind.BASE), None)
-    clients = [c for result in next(iter(outcomes.values()))[1].values() for c in result.clients]
+        if samples := samples_of(whole, settings.seeds, unseen=title == "unseen"):
+            figures[title] = _Figure.of(list(whole), samples, STATISTICS["mean" if title == "unseen" else title])
+    base = next((name for name in whole if settings.arms[name].kind is Kind.BASE), None)
+    clients = [c for result in next(iter(whole.values()))[1].values() for c in result.clients]
+    arms = {
+        name: _arm(settings, name, whole, figures, base) if name in whole else _failed(settings, name, outcomes, metric)
+        for name in outcomes
+    }
     return SuiteSummary(
         name=settings.name,
-        metric=compared_by(outcomes).name,
+        metric=metric.name,
         seeds=settings.seeds,
         search_seeds=settings.search.seeds if any(arm.search for arm in settings.arms.values()) else (),
         target=settings.target,
         clients=len(clients),
         unseen=sum(c.unseen for c in clients),
-        arms={name: _arm(settings, name, outcomes, figures, base) for name in outcomes},
-        pairs=_pairs(settings.pairs, figures, compared_by(outcomes)),
+        arms=arms,
+        pairs=_pairs([pair for pair in settings.pairs if {*pair} <= {*whole}], figures, metric),
+        standing=_standing(arms, figures["mean"], metric),
     )
 
 
+def whole_arms(outcomes: Found) -> Whole:
+    """Pick the arms that have a result with every seed."""
+    return {
+        name: (chosen, results)
+        for name, (chosen, by_seed) in outcomes.items()
+        if len(results := {s: o for s, o in by_seed.items() if isinstance(o, TrialResult)}) == len(by_seed)
+    }
+
+
+def _standing(arms: Mapping[str, ArmSummary], means: "_Figure", metric: Metric) -> Standing:
+    candidates = [name for name, arm in arms.items() if name in means.names and not arm.is_void]
+    private = [name for name in candidates if not arms[name].kind.pooled]
+    candidates = private or candidates or list(means.names)
+    best = max(candidates, key=lambda name: means.values[means.names.index(name)])
+    found = {name: means.difference(name, best).scaled(metric.sign) for name in candidates if name != best}
+    comparable = means.clients >= FEWEST
+    noise = {name: each for name, each in found.items() if not each.value or (comparable and each.is_noise)}
+
+    def price(name: str) -> tuple[float, float]:
+        cost = arms[name].cost
+        return float(f"{cost.cpu_seconds:.{DIGITS}g}"), cost.bytes_up + cost.bytes_down
+
+    return Standing(best, min([best, *noise], key=price), noise, comparable)
+
+
+def _failed(settings: SuiteSettings, name: str, outcomes: Found, metric: Metric) -> ArmSummary:
+    chosen, by_seed = outcomes[name]
+    nan = math.nan
+    return ArmSummary(
+        kind=settings.arms[name].kind,
+        figures={title: Estimate(nan, nan, nan) for title in FIGURES},
+        public=nan,
+        forgotten=nan,
+        aggregation_error=nan,
+        epsilon=nan,
+        canaries=nan,
+        cost=Cost(0, 0, nan, nan, nan),
+        reached=None,
+        constants=chosen.constants,
+        candidates=len(chosen.scores),
+        search_cpu_seconds=chosen.cpu_seconds,
+        means={seed: _seed_mean(o, metric) for seed, o in by_seed.items() if isinstance(o, TrialResult)},
+        failed={seed: outcome for seed, outcome in by_seed.items() if isinstance(outcome, str)},
+        complete=False,
+    )
+
+
+def _seed_mean(result: TrialResult, metric: Metric) -> float:
+    return _mean([metric.of(client.test) for client in result.clients if not client.unseen])
+
+
 def _arm(
-    settings: SuiteSettings, name: str, outcomes: Found, figures: Mapping[str, "_Figure"], base: str | None
+    settings: SuiteSettings, name: str, outcomes: Whole, figures: Mapping[str, "_Figure"], base: str | None
 ) -> ArmSummary:
     kind, metric, (chosen, results) = settings.arms[name].kind, compared_by(outcomes), outcomes[name]
     nothing = Estimate(math.nan, math.nan, math.nan)
@@ -218,6 +304,9 @@ def _arm(
         constants=chosen.constants,
         candidates=len(chosen.scores),
         search_cpu_seconds=chosen.cpu_seconds,
+        means={seed: _seed_mean(result, metric) for seed, result in results.items()},
+        round_tallies={seed: result.round_tally for seed, result in results.items() if kind.federated},
+        complete=not any(result.round_tally.is_short for result in results.values()),
     )
 
 
@@ -251,11 +340,11 @@ class _Figure:
         return Difference(interval.value, interval.low, interval.high, p, p)
 
 
-def compared_by(outcomes: Found) -> Metric:
+def compared_by(outcomes: Whole) -> Metric:
     return metric_of(result for _, results in outcomes.values() for result in results.values())
 
 
-def _check_pairs(outcomes: Found) -> None:
+def _check_pairs(outcomes: Whole) -> None:
     first, (_, expected) = next(iter(outcomes.items()))
     for name, (_, results) in outcomes.items():
         for seed, result in results.items():
@@ -267,7 +356,7 @@ def _check_pairs(outcomes: Found) -> None:
                 )
 
 
-def samples_of(outcomes: Found, seeds: Sequence[int], *, unseen: bool) -> list[Values]:
+def samples_of(outcomes: Whole, seeds: Sequence[int], *, unseen: bool) -> list[Values]:
     """Return for each seed the test scores of some clients, shape ``(arms, clients)``; none without such clients.
 
     A score is an accuracy, or the negative of a loss in bits per byte.

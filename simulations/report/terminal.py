@@ -25,6 +25,8 @@ from simulations.report.formatting import (
     evaluated,
     formatted_groups,
     headline,
+    incomplete,
+    interrupted,
     next_commands,
     percent,
     plain,
@@ -211,6 +213,8 @@ def _noise(federation: FederationSettings) -> str:
 def print_result(result: RunResult, console: Console, program: str = "edgeadapt") -> None:
     """Print what every arm reaches, what it cost, and what to type next with ``program``."""
     if result.exported is None:
+        if said := incomplete(result.round_tally):
+            console.print(Text(said.strip(), style="bold"))
         console.print(_clients(result))
         _print_lines(_facts(result), console)
         return
@@ -259,11 +263,14 @@ def _facts(result: RunResult) -> list[tuple[str, str | Text]]:
     private: list[tuple[str, str | Text]] = [("privacy", Text.assemble((amount, "bold"), f": {meaning}"))]
     if result.canaries:
         private += zip(("canaries", ""), canaries(result.canaries), strict=True)
+    resumed = [("resumed", said)] if (said := interrupted(result.round_tally)) else []
     if result.exported is None:
         version = f"version {result.adapter['version']} after {count(len(result.rounds), 'round')}"
         note = evaluated(len(result.clients), result.population)
         return [
             ("adapter", f"{version}, {size(int(result.adapter['bytes']))}"),
+            *([("dropouts", dropouts(result.rounds))] if result.round_tally.aborted else []),
+            *resumed,
             *private,
             ("time", duration(result.seconds["total"])),
             *([("evaluated", note)] if note else []),
@@ -274,6 +281,7 @@ def _facts(result: RunResult) -> list[tuple[str, str | Text]]:
         ("up", _traffic(traffic.up, traffic.model)),
         ("down", _traffic(traffic.down, traffic.model)),
         ("dropouts", dropouts(result.rounds)),
+        *resumed,
         *private,
         ("time", _time(result.seconds)),
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from aggregation.errors import ConfigError
 from simulations.plan import SuiteSettings
-from simulations.report.summary import FIGURES, STATISTICS, Found, compared_by, figure, samples_of
+from simulations.report.summary import FIGURES, STATISTICS, Found, Whole, compared_by, figure, samples_of
 from simulations.result import TrialResult
 
 MLFLOW_FILE = "mlflow.db"  # SQLite, in the folder of the suite
@@ -31,29 +31,33 @@ class TrackedRun:
 
 
 def tracked_runs(settings: SuiteSettings, outcomes: Found) -> Iterator[TrackedRun]:
-    """Yield the runs of a finished suite, arm by arm."""
-    key = compared_by(outcomes).name.replace(" ", "_")
-    for place, (name, (chosen, results)) in enumerate(outcomes.items()):
+    """Yield the runs of a finished suite, arm by arm; a seed that failed is none."""
+    for name, (chosen, by_seed) in outcomes.items():
         arm = settings.arms[name]
         keys = {**settings.set, **arm.set, **chosen.constants}
-        for seed, result in results.items():
+        for seed, result in by_seed.items():
+            if isinstance(result, str):
+                continue
+            alone: Whole = {name: (chosen, {seed: result})}
+            key = compared_by(alone).name.replace(" ", "_")
             yield TrackedRun(
                 f"{name}-seed-{seed}",
                 {"arm": name, "kind": arm.kind.value, "seed": str(seed), **{k: str(v) for k, v in keys.items()}},
-                _metrics(outcomes, key, place, seed, result),
+                _metrics(alone, key, seed, result),
                 (f"round_{key}", {point.round: point.value for point in result.rounds if point.value is not None}),
             )
 
 
-def _metrics(outcomes: Found, key: str, place: int, seed: int, result: TrialResult) -> dict[str, float]:
+def _metrics(outcomes: Whole, key: str, seed: int, result: TrialResult) -> dict[str, float]:
     figures, sign = {}, compared_by(outcomes).sign
     for title in FIGURES:
         if samples := samples_of(outcomes, [seed], unseen=title == "unseen"):
             statistic = STATISTICS["mean" if title == "unseen" else title]
-            figures[f"{key}_{title}"] = sign * float(figure(samples, statistic)[place])
+            figures[f"{key}_{title}"] = sign * float(figure(samples, statistic)[0])
     cost = result.cost
     spent = {"epochs": cost.epochs, "steps": cost.steps, "cpu_seconds": cost.cpu_seconds}
-    traffic = {"bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down} if result.rounds else {}
+    aborted = {"rounds_aborted": result.round_tally.aborted}
+    traffic = {"bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down, **aborted} if result.rounds else {}
     return {name: value for name, value in {**figures, **spent, **traffic}.items() if math.isfinite(value)}
 
 

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 
 from filelock import FileLock
 
-from aggregation.errors import DataError, EdgeAdaptError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from edgeadapt.formats import storage
 from edgeadapt.formats.cores import cores
 from simulations.data import populate
@@ -26,17 +26,18 @@ from simulations.engine.progress import RunProgress, SuiteProgress
 from simulations.engine.provision import device_base, grouped, training_base
 from simulations.engine.workers import Notify, Process, WorkerKilledError
 from simulations.plan import Suite, Trial, digest_of, search
+from simulations.report.formatting import aborted, duration
 from simulations.report.pages import markdown, write_suite_report
 from simulations.report.summary import SuiteSummary, summarize
 from simulations.result import TrialResult
 from simulations.scenario import Scenario
 from simulations.suite.run import REPORT, SCENARIO, RunFolder, federate, prepare
-from simulations.suite.store import BASES, FINISHED, Store, open_suite, results, taken
+from simulations.suite.store import BASES, FINISHED, Store, failed, open_suite, results, taken
 from simulations.suite.trial import Material, TrialRun
 
 LOGS = "logs"
 MOST_JOBS = 4  # by default; each holds a base in memory
-Show = Callable[[float, float, list[str]], None]  # work done, work left, and what the processes do, a line each
+Show = Callable[[float, float, list[str], str], None]  # work done, work left, a line a process, and what has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +64,16 @@ class SuiteReport:
 
     path: Path  # the folder of the suite
     summary: SuiteSummary
+    failures: tuple[tuple[str, int, str], ...] = ()  # arms that failed: name, seed and reason
 
     @classmethod
     def of(cls, folder: Path) -> "SuiteReport":
         """Write the report of the finished suite in ``folder``. Raises as ``open_suite`` and ``results``."""
         suite = open_suite(folder)
-        summary = summarize(suite.settings, results(suite, Store(folder)))
+        outcomes = results(suite, Store(folder))
+        summary = summarize(suite.settings, outcomes)
         write_suite_report(summary, folder)
-        return cls(folder, summary)
+        return cls(folder, summary, tuple(failed(outcomes)))
 
     @property
     def report(self) -> Path:
@@ -82,12 +85,15 @@ class SuiteReport:
     _repr_markdown_ = __str__
 
 
-def run_suite(suite: Suite, out: Path, *, jobs: int | None, resume: bool, quiet: bool) -> SuiteReport:
+def run_suite(
+    suite: Suite, out: Path, *, jobs: int | None, resume: bool, quiet: bool, retry: bool = False
+) -> SuiteReport:
     """Run what is left of a suite in ``out``, in ``jobs`` processes; by default one a core, at most ``MOST_JOBS``.
 
-    Raises as ``taken``, ``execute`` and ``SuiteReport.of``.
+    ``retry``: continue it, and begin again with the rounds of arms of which some aborted. Raises as ``taken``,
+    ``execute`` and ``SuiteReport.of``.
     """
-    with taken(out, suite, resume=resume) as store, SuiteProgress(quiet=quiet) as progress:
+    with taken(out, suite, resume=resume or retry, retry=retry) as store, SuiteProgress(quiet=quiet) as progress:
         execute(suite, store, jobs or min(cores(), MOST_JOBS), progress.show)
     return SuiteReport.of(out)
 
@@ -108,11 +114,15 @@ def pending(suite: Suite, store: Store) -> list[Job]:
 def _jobs(suite: Suite, store: Store) -> Iterator[Job]:
     late: list[Job] = []
     for name, arm in suite.settings.arms.items():
-        chosen = search(suite, name, store.get)
+        try:
+            chosen = search(suite, name, store.get)
+        except ConfigError:  # nothing can be chosen, which the report says of this arm
+            continue
         if chosen is None:
-            for candidate in arm.candidates():
+            for number, candidate in enumerate(candidates := list(arm.candidates()), 1):
                 for trial in suite.candidate(name, candidate):
-                    yield from _of_trial(trial, f"{name}, search", store, chosen=True)
+                    label = f"{name}, candidate {number} of {len(candidates)}"
+                    yield from _of_trial(trial, label, store, chosen=True)
         constants = next(arm.candidates()) if chosen is None else chosen.constants
         for seed, trial in suite.trials(name, constants):
             late += _of_trial(trial, f"{name}, seed {seed}", store, chosen=chosen is not None)
@@ -153,6 +163,7 @@ def compute_rounds(trial: Trial, store: Store, notify: Notify) -> None:
     with FileLock(f"{path}.lock"):
         started = (path / SCENARIO).exists()
         folder = RunFolder.resume(path, scenario) if started else RunFolder.start(path, scenario)
+        folder.retries = store.retries(trial)
         material, before = _material(trial, store), time.process_time()
         try:
             with RunProgress(quiet=True, notify=notify) as progress:
@@ -209,6 +220,7 @@ class _Running:
     log: Path
     job: Job | None = None
     note: str = ""
+    began: float = 0.0
 
     def line(self) -> str:
         what = "" if self.job is None else f"{self.job.label}: {'rounds ' if self.job.rounds else ''}{self.note}"
@@ -218,9 +230,9 @@ class _Running:
 def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
     """Run all jobs that are left, and call ``show`` after each change.
 
-    Raises ConfigError or DataError if an arm's search found nothing, or a process ended with an error.
+    An arm that fails does not end the others. Raises DataError if a process ended with an error.
     """
-    workers, done = list[_Running](), 0.0
+    workers, done, said = list[_Running](), 0.0, ""
     events: SimpleQueue[tuple[_Running, str | Future[None]]] = SimpleQueue()  # notes and outcomes
 
     def start() -> _Running:
@@ -230,11 +242,12 @@ def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
         return workers[-1]
 
     def assign(worker: _Running, job: Job) -> None:
-        worker.job, worker.note = job, ""
+        worker.job, worker.note, worker.began = job, "", time.monotonic()
         outcome = worker.process.call(Worker.work, job.trial, job.rounds, note=lambda text: events.put((worker, text)))
         outcome.add_done_callback(lambda ended: events.put((worker, ended)))
 
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes; this one only waits
+    show(0.0, 1.0, ["processes start"], "")
     try:
         while True:
             left = pending(suite, store)
@@ -246,15 +259,27 @@ def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
             ended: str | Future[None] = ""
             while isinstance(ended, str):
                 busy = [worker for worker in workers if worker.job is not None]
-                show(done, weight, [worker.line() for worker in busy])
+                show(done, weight, [worker.line() for worker in busy], said)
+                said = ""
                 if not busy:
                     return
                 worker, ended = events.get()
                 worker.note = ended if isinstance(ended, str) else ""
+            finished, seconds = worker.job, time.monotonic() - worker.began
             done += _finish(worker, ended)
+            said = _ended(finished, seconds, store) if finished else ""
     finally:
         for worker in workers:
             worker.process.close()
+
+
+def _ended(job: Job, seconds: float, store: Store) -> str:
+    """Say in a line what a job made of its trial."""
+    what, outcome = f"{job.label}{', rounds' if job.rounds else ''}", store.get(job.trial)
+    if isinstance(outcome, str):
+        return f"{what}: failed, {outcome}"
+    note = aborted(outcome.round_tally) if outcome else ""
+    return f"{what}: {duration(seconds)}{note and ', '}{note}"
 
 
 def _finish(worker: _Running, outcome: "Future[None]") -> float:

@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -19,11 +19,14 @@ from typing import Self
 import torch
 from flwr.app import Context, RecordDict
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, EdgeAdaptError
 from client.node.statedir import EXAMPLES, PERSONAL
 from client.training.examples import encode_examples, parse_examples
+from coordinator import lastsum
 from coordinator.app import STATE
 from coordinator.app import app as server_app
+from coordinator.settings import SETTINGS
+from coordinator.statedir import HEADER, CoordinatorStateDir
 from coordinator.transport import RUN_ID, SERVER_NODE
 from edgeadapt.bases.base import Base, OwnModel
 from edgeadapt.bases.tasks import OwnTask, find_task
@@ -32,7 +35,7 @@ from edgeadapt.formats import files, jsontext
 from edgeadapt.formats.cores import cores
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.settings import LONGEST
-from edgeadapt.formats.storage import kill_safe, read, replace
+from edgeadapt.formats.storage import PUBLIC, kill_safe, read, replace
 from simulations.data import populate
 from simulations.data.population import Client, Population
 from simulations.data.tables import Loaded
@@ -44,6 +47,7 @@ from simulations.engine.grid import (
     ROUND_STEPS,
     SHORT_ROUND_STEPS,
     FaultModel,
+    GridLog,
     InProcessGrid,
     Steps,
     read_trace,
@@ -66,7 +70,7 @@ from simulations.result import (
 )
 from simulations.scenario import Scenario
 from simulations.suite.store import RUNS, Store, check_fresh
-from simulations.suite.trial import Material, TrialRun, rounds_of
+from simulations.suite.trial import GRID_LOG, Material, TrialRun, rounds_of, tally_of, unfitted_rounds
 
 SCENARIO = "scenario.json"
 PREPARED = "prepared.json"
@@ -77,6 +81,7 @@ REPORT = "report.html"
 LOG = "run.log"
 MOST_THREADS = 4  # one phrase does not keep more busy
 MANY, RARE = 50, 0.1  # devices more than a run has, and rounds that abort, where advice is looked for
+MOST_REPEATS = 5  # rounds of the analytic head, after those that were planned
 MOST_AT_ONCE = 4  # clients; each holds a base in memory
 
 
@@ -93,11 +98,15 @@ HERE = Engine()
 
 @dataclass(slots=True)
 class RunFolder:
-    """Manages the folder of a run: its scenario, and the seconds of each stage so far, over all resumes."""
+    """Manages the folder of a run: its scenario, and the seconds of each stage so far, over all resumes.
+
+    ``retries``: how often its rounds began again from the first one; each time the grid has other faults.
+    """
 
     path: Path
     scenario: Scenario
     seconds: dict[str, float] = field(default_factory=dict)
+    retries: int = 0
 
     @classmethod
     def start(cls, path: Path, scenario: Scenario) -> Self:
@@ -151,7 +160,7 @@ class RunFolder:
         """Return the folder of a group's federation, with the same times."""
         path = self.path / group.folder
         path.mkdir(parents=True, exist_ok=True)
-        return RunFolder(path, self.scenario, self.seconds)
+        return RunFolder(path, self.scenario, self.seconds, self.retries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,27 +327,84 @@ def _federate(
         number: client.name for number, client in enumerate(population.clients, SERVER_NODE + 1) if not client.unseen
     }
     trained_on, liars = device_base(folder.path, scenario, base, population), attackers(scenario, nodes.values())
-    faults = _faults(scenario, {node: availability[name] for node, name in nodes.items() if name in availability})
+    trace = {node: availability[name] for node, name in nodes.items() if name in availability}
+    faults = _faults(scenario, trace, folder.retries)
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(coordinator)})
-    trained, done = progress.training_seconds, len(provision.registry(folder.path).rounds())
+    trained, done, log = progress.training_seconds, len(provision.registry(folder.path).rounds()), _grid_log(folder)
     try:
         with folder.timed("rounds"), progress.rounds(done, scenario.federation.rounds), kill_safe():
             if engine.ray:
                 enrolment.enrol(nodes.values())
-                federate_on_ray(coordinator, [provision.device_folder(folder.path, name) for name in nodes.values()])
+                state_dirs = [provision.device_folder(folder.path, name) for name in nodes.values()]
+                _in_rounds(folder, log, lambda: federate_on_ray(coordinator, state_dirs))
             elif engine.workers == 1:
                 devices = MemoryDevices(enrolment.state_dir, trained_on)
                 app = LyingApp(scenario.attack.kind, liars, devices.open)
-                _in_rounds(InProcessGrid(app, nodes, faults, devices.before), context, devices)
+                grid = InProcessGrid(app, nodes, faults, devices.before, log)
+                _in_rounds(folder, log, lambda: _on_grid(grid, context, devices))
             else:
                 fleet = Fleet(folder.path / provision.DEVICES, trained_on, nodes, scenario.attack.kind, liars)
                 with Workers(engine.workers, fleet, enrolment.enrol) as workers:
-                    _in_rounds(WorkerGrid(workers, nodes, faults), context, workers)
+                    grid = WorkerGrid(workers, nodes, faults, log)
+                    _in_rounds(folder, log, lambda: _on_grid(grid, context, workers))
     finally:  # like "rounds", also if it is interrupted: the difference of the two is coordination
         folder.add("training", (progress.training_seconds - trained) / engine.workers)  # side by side
 
 
-def _in_rounds(grid: InProcessGrid, context: Context, devices: MemoryDevices | Workers) -> None:
+def _grid_log(folder: RunFolder) -> GridLog:
+    """Open the log of a grid whose rounds begin or go on.
+
+    A run that goes on within a session has another session for the rounds that are left of it, in which devices order
+    their examples otherwise. So does one whose round had named its survivors: these alone make it again. Otherwise
+    it makes the same adapters as without the interruption.
+    """
+    settings, log = folder.scenario.federation, GridLog.open(folder.path / GRID_LOG)
+    state_dir = CoordinatorStateDir.open(folder.path / provision.COORDINATOR)
+    records, (_, adapter) = state_dir.registry.rounds(), state_dir.registry.head().newest
+    done, key = len(records), state_dir.key.public
+    within = done < settings.rounds and lastsum.find(state_dir.transcripts.folder, key, adapter, records) is not None
+    if 0 < done < settings.rounds and settings.kind_of(done + 1) is (kind := settings.kind_of(done)):
+        first = next(record.round for record in records if record.offer == records[-1].offer)
+        planned = sum(settings.kind_of(number) is kind for number in range(first, settings.rounds + 1))
+        within |= done - first + 1 < min(planned, settings.aggregation.session_rounds)
+    log.begin(done, within_session=within)
+    return log
+
+
+def _in_rounds(folder: RunFolder, log: GridLog, run: Callable[[], None]) -> None:
+    """Run the rounds that are left, and repeat those of the analytic head that abort, ``MOST_REPEATS`` at most.
+
+    As an operator would, who has one round more from the settings for each that aborted: without its sum the head is
+    not that of the federation. A round of training that aborts costs one step of many, and is not repeated.
+    """
+    scenario, state_dir = folder.scenario, folder.path / provision.COORDINATOR
+    planned, short = scenario.federation.rounds, True
+    while short and not log.ended:
+        records = provision.registry(folder.path).rounds()
+        done = len(records)
+        if planned <= done < planned + MOST_REPEATS and unfitted_rounds(scenario, records):
+            _plan_rounds(state_dir, done + 1)
+        try:
+            run()
+        except EdgeAdaptError as error:
+            if done < planned or error.about not in ("privacy.epsilon", "session"):
+                raise
+            _plan_rounds(state_dir, done)  # what the sums may reveal is spent, or too few devices are there
+            break
+        records = provision.registry(folder.path).rounds()
+        short = unfitted_rounds(scenario, records) > 0 and len(records) < planned + MOST_REPEATS
+    if log.ended:
+        run()
+    log.ended = True  # what follows is made from these rounds, also after a resume
+    log.write()
+
+
+def _plan_rounds(state_dir: Path, rounds: int) -> None:
+    settings = CoordinatorStateDir.open(state_dir).settings.model_copy(update={"rounds": rounds})
+    replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), PUBLIC)
+
+
+def _on_grid(grid: InProcessGrid, context: Context, devices: MemoryDevices | Workers) -> None:
     server_app(grid, context)
     grid.work()
     devices.write()
@@ -365,14 +431,14 @@ def _aborted(scenario: Scenario, devices: int) -> tuple[float, int, int]:
     """Return the probability that a round of ``devices`` aborts, and how many of its cohort must finish it."""
     settings, cohort = scenario.federation.aggregation, min(devices, scenario.federation.cohort.size or devices)
     needed = settings.survivors(cohort, settings.masking_graph(cohort))
-    return float(_faults(scenario, {}).dropout_probabilities(cohort)[cohort - needed + 1 :].sum()), needed, cohort
+    return float(_faults(scenario, {}, 0).dropout_probabilities(cohort)[cohort - needed + 1 :].sum()), needed, cohort
 
 
-def _faults(scenario: Scenario, trace: Mapping[int, Steps]) -> FaultModel:
+def _faults(scenario: Scenario, trace: Mapping[int, Steps], retries: int) -> FaultModel:
     """Return the faults of the in-process grid. ``trace``: node → when it can be reached."""
     network = scenario.network
     return FaultModel(
-        scenario.seed,
+        scenario.seed + 2**32 * retries,
         network.message_loss,
         network.mean_delay,
         network.forced_dropouts,
@@ -472,6 +538,7 @@ def _result(
         attack=scenario.attack.kind,
         attackers=tuple(sorted(name for group in groups for name in attackers(scenario, group.names))),
         groups=tuple(_group_result(folder, group) for group in groups if group.name),
+        round_tally=tally_of(folder.path, groups, scenario),
     )
 
 

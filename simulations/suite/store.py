@@ -6,7 +6,7 @@ that is done.
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -71,9 +71,38 @@ class Store:
     def federation(self, trial: Trial) -> Path:
         return self.path / FEDERATIONS / trial.federation
 
+    def retries(self, trial: Trial) -> int:
+        """Count how often the rounds of a trial began again (``retry``)."""
+        file = self._retries(trial)
+        return int(file.read_text()) if file.exists() else 0
+
+    def retry(self, trials: Iterable[Trial]) -> None:
+        """Remove outcomes whose rounds lack a sum or failed, and these rounds: they begin again with other faults."""
+        short = [trial for trial in trials if self._is_short(trial)]
+        for trial in short:
+            self.forget(trial)
+        for trial in {trial.federation: trial for trial in short}.values():
+            folder = self.federation(trial)
+            if not folder.exists():
+                continue
+            replace(self._retries(trial), str(self.retries(trial) + 1).encode())
+            gone = folder.with_name(f"{folder.name}.gone")
+            shutil.rmtree(gone, ignore_errors=True)
+            folder.rename(gone)  # at once: no rounds are left that lack a part of their folder
+            shutil.rmtree(gone)
+
+    def _is_short(self, trial: Trial) -> bool:
+        outcome = self.get(trial)
+        if isinstance(outcome, TrialResult):
+            return outcome.round_tally.is_short
+        return outcome is not None and not self.has_rounds(trial)
+
     def has_rounds(self, trial: Trial) -> bool:
         """Check whether the rounds of a trial are finished, or it has none."""
         return not trial.kind.federated or (self.federation(trial) / FINISHED).exists()
+
+    def _retries(self, trial: Trial) -> Path:
+        return self.path / FEDERATIONS / f"{trial.federation}.retries"
 
     def _file(self, trial: Trial) -> Path:
         return self.path / RESULTS / f"{trial.digest}.json"
@@ -92,20 +121,44 @@ def _stored(file: Path, kind: TypeAdapter[T]) -> T | None:
         raise DataError(text, about=file.name) from error
 
 
-def results(suite: Suite, store: Store) -> dict[str, tuple[SearchOutcome, dict[int, TrialResult]]]:
-    """Map each arm to its search's outcome and result by seed. Raises DataError if one is missing or failed."""
-    finished = {}
+def results(suite: Suite, store: Store) -> dict[str, tuple[SearchOutcome, Mapping[int, Outcome]]]:
+    """Map each arm to its search's outcome and its outcome by seed, which is a sentence where it failed.
+
+    Raises DataError if one is missing, or no arm has a result with every seed.
+    """
+    finished: dict[str, tuple[SearchOutcome, Mapping[int, Outcome]]] = {}
     for name in suite.settings.arms:
-        chosen = search(suite, name, store.get)
+        try:
+            chosen = search(suite, name, store.get)
+        except ConfigError as error:
+            finished[name] = SearchOutcome({}, (), 0.0), dict.fromkeys(suite.settings.seeds, str(error))
+            continue
         trials = {} if chosen is None else {seed: store.get(t) for seed, t in suite.trials(name, chosen.constants)}
-        whole = {seed: outcome for seed, outcome in trials.items() if isinstance(outcome, TrialResult)}
-        for seed, outcome in trials.items():
-            if isinstance(outcome, str):
-                raise DataError(f"arm {name!r} failed with seed {seed}: {outcome}", about=name)
-        if chosen is None or len(whole) < len(suite.settings.seeds):
+        outcomes = {seed: outcome for seed, outcome in trials.items() if outcome is not None}
+        if chosen is None or len(outcomes) < len(suite.settings.seeds):
             raise DataError(f"arm {name!r} is not finished: run the suite again with --resume", about=name)
-        finished[name] = chosen, whole
+        finished[name] = chosen, outcomes
+    failures = failed(finished)
+    if {name for name, _, _ in failures} == set(finished):
+        raise failure(failures)
     return finished
+
+
+def failed(outcomes: Mapping[str, tuple[SearchOutcome, Mapping[int, Outcome]]]) -> list[tuple[str, int, str]]:
+    """List what failed: arm, seed and reason."""
+    return [
+        (name, seed, outcome)
+        for name, (_, by_seed) in outcomes.items()
+        for seed, outcome in by_seed.items()
+        if isinstance(outcome, str)
+    ]
+
+
+def failure(failures: Sequence[tuple[str, int, str]]) -> DataError:
+    """Make the error of a suite in which arms failed: it names the first, and how many more there are."""
+    name, seed, reason = failures[0]
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    return DataError(f"arm {name!r} failed with seed {seed}{more}: {reason}", about=name)
 
 
 def read_suite(path: Path, *, seeds: int | None = None, changes: Sequence[str] = (), arms: Sequence[str] = ()) -> Suite:
@@ -152,10 +205,11 @@ def check_fresh(out: Path, marker: str, what: str) -> None:
 
 
 @contextmanager
-def taken(out: Path, suite: Suite, *, resume: bool) -> Iterator[Store]:
+def taken(out: Path, suite: Suite, *, resume: bool, retry: bool = False) -> Iterator[Store]:
     """Hold the folder of a suite for the duration of the block.
 
-    It is new or empty or, with ``resume``, that of a suite, of which outcomes are kept; what failed is tried again.
+    It is new or empty or, with ``resume``, that of a suite, of which outcomes are kept; what failed is tried again,
+    and with ``retry`` also rounds of which some aborted.
     """
     started = resume and (out / SUITE).exists()
     if not started:
@@ -167,6 +221,8 @@ def taken(out: Path, suite: Suite, *, resume: bool) -> Iterator[Store]:
             table = {"settings": suite.settings.model_dump(mode="json"), "scenario": suite.scenario, "content": content}
             replace(out / SUITE, json.dumps({**table, "folder": str(suite.folder)}, indent=2).encode(), PUBLIC)
             store = Store(out)
+            if retry:
+                store.retry(suite.reported())
             for trial in suite.reported():
                 if isinstance(store.get(trial), str):
                     store.forget(trial)

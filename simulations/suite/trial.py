@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
@@ -37,13 +38,26 @@ from simulations.engine.arms import (
     training_examples,
 )
 from simulations.engine.canaries import canary_bounds
+from simulations.engine.grid import GridLog
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import Group, fleet_folders, grouped, logistic_head, ridge_head
 from simulations.plan import Kind, Trial
-from simulations.result import ACCURACY, ClientScore, Cost, ReportedRound, RoundPoint, Tally, TrialResult, joined_rounds
+from simulations.result import (
+    ACCURACY,
+    ClientScore,
+    Cost,
+    ReportedRound,
+    RoundPoint,
+    RoundTally,
+    Tally,
+    TrialResult,
+    joined_rounds,
+)
+from simulations.scenario import Scenario
 from simulations.suite.store import Store
 
 MOST_PUBLIC = 200  # public texts that each client's classifier is asked
+GRID_LOG = "grid.json"  # in the folder of a federation
 LAST_ROUND = "/last round"  # name of a training, which orders its examples
 # Of a kind: what fits its head, and the key of its penalty.
 HEADS: dict[Kind, tuple[FitHead, str]] = {
@@ -88,7 +102,7 @@ class TrialRun:
         for free in arms:
             idle.put(free)
         before = time.thread_time()
-        pooled = arms[0].pooled() if self.trial.kind in (Kind.CENTRAL, Kind.CENTRAL_PERSONAL) else {}
+        pooled = arms[0].pooled() if self.trial.kind.pooled else {}
         spent, scores = time.thread_time() - before, list[ClientScore]()
         clients = population.sampled(scenario.evaluation.clients, scenario.seed).clients
 
@@ -183,7 +197,7 @@ class TrialRun:
         self, mine: Arms, clients: Sequence[Client], scores: Sequence[ClientScore], seconds: float
     ) -> TrialResult:
         epochs, steps = self._trained(mine, clients)
-        cost, points, epsilon = Cost(epochs, steps, seconds), list[RoundPoint](), None
+        cost, points, epsilon, tally = Cost(epochs, steps, seconds), list[RoundPoint](), None, RoundTally()
         data = self.trial.scenario.data
         metric = find_task(data.task).metric if data.own_task else ""
         if self.trial.kind.federated:
@@ -193,11 +207,14 @@ class TrialRun:
                 points.append(RoundPoint(round_.round, self._value(round_), up + down))
                 epsilon = round_.epsilon
             cost = replace(cost, cpu_seconds=seconds + self.material.rounds_cpu)
+            tally = tally_of(self.material.federation, self._groups, self.trial.scenario)
+            tally = replace(tally, retries=self.store.retries(self.trial))
+        result = TrialResult(tuple(scores), cost, tuple(points), None, epsilon, metric=metric, round_tally=tally)
         if self.trial.kind is not Kind.GLOBAL or not self.thorough:
-            return TrialResult(tuple(scores), cost, tuple(points), None, epsilon, metric=metric)
+            return result
         fleets = [self.material.federation / group.folder for group in self._groups]
-        bounds = canary_bounds(self.trial.scenario, fleets)
-        return TrialResult(tuple(scores), cost, tuple(points), self._error(mine), epsilon, bounds, metric)
+        canaries = canary_bounds(self.trial.scenario, fleets)
+        return replace(result, aggregation_error=self._error(mine), canaries=canaries)
 
     def _value(self, round_: ReportedRound) -> float | None:
         if not self.trial.scenario.data.for_language_model:
@@ -269,21 +286,59 @@ def one_thread() -> Iterator[None]:
 
 
 def rounds_of(out: Path, groups: Sequence[Group]) -> tuple[ReportedRound, ...]:
-    records = [provision.registry(out / group.folder).rounds() for group in groups]
-    return tuple(joined_rounds([_reported(record) for record in same]) for same in zip(*records, strict=True))
+    """Read the rounds of a run; a federation that repeated some has more of them than another one."""
+    rows = [_reported_rounds(out / group.folder) for group in groups]
+    return tuple(joined_rounds([each for each in same if each is not None]) for same in zip_longest(*rows))
 
 
-def _reported(record: RoundRecord) -> ReportedRound:
-    up, down = record.bytes_of_one
+def _reported_rounds(folder: Path) -> list[ReportedRound]:
+    log = GridLog.open(folder / GRID_LOG)
+    return [_reported(record, log) for record in provision.registry(folder).rounds()]
+
+
+def _reported(record: RoundRecord, log: GridLog) -> ReportedRound:
+    devices = log.devices.get(record.round) or len({*record.survivors, *record.dropped}) or 1
     return ReportedRound(
         round=record.round,
         survivors=record.survivors,
         dropped=record.dropped,
         aborted=record.aborted,
-        bytes_up=round(up),
-        bytes_down=round(down),
+        bytes_up=round(max(record.bytes_up, log.sent[record.round]) / devices),
+        bytes_down=round(record.bytes_down / devices),
         seconds=record.seconds,
         metrics=record.metrics,
         version=record.version,
         epsilon=record.epsilon,
     )
+
+
+def tally_of(out: Path, groups: Sequence[Group], scenario: Scenario) -> RoundTally:
+    """Count how the rounds of a run ended."""
+    total = RoundTally()
+    for group in groups:
+        folder = out / group.folder
+        records = provision.registry(folder).rounds()
+        fitting = analytic_rounds(scenario, records)
+        missing = unfitted_rounds(scenario, records)
+        aborted = sum(record.aborted is not None for record in fitting)
+        total = RoundTally(
+            rounds=total.rounds + len(records),
+            aborted=total.aborted + sum(record.aborted is not None for record in records),
+            repeated=total.repeated + (0 if missing else aborted),
+            unfitted=total.unfitted or 0 < scenario.federation.analytic.rounds == missing,
+            resumed=tuple(sorted({*total.resumed, *GridLog.open(folder / GRID_LOG).resumed})),
+        )
+    return total
+
+
+def analytic_rounds(scenario: Scenario, records: Sequence[RoundRecord]) -> list[RoundRecord]:
+    """Pick the rounds of the analytic head, with those that repeat one after all that were planned."""
+    federation = scenario.federation
+    first, planned = federation.training_rounds, federation.rounds
+    return [*records[first : first + federation.analytic.rounds], *records[planned:]]
+
+
+def unfitted_rounds(scenario: Scenario, records: Sequence[RoundRecord]) -> int:
+    """Count the rounds of the analytic head that are planned and have no sum."""
+    fitted = sum(record.aborted is None for record in analytic_rounds(scenario, records))
+    return scenario.federation.analytic.rounds - fitted

@@ -1,7 +1,5 @@
 """The record of a round holds any round that a session can have."""
 
-from dataclasses import replace
-
 import pytest
 
 from aggregation.messages import MAX_COHORT
@@ -48,10 +46,3 @@ def test_the_largest_cohort_with_the_longest_names_fits_into_a_record(record: Ro
     raw = record.sign(KEY)
     assert RoundRecord.accept(raw, [KEY.public]) == record
     assert MAX_ENVELOPE / 4 < len(raw) < MAX_ENVELOPE / 1.5
-
-
-def test_a_device_of_a_round_has_its_share_of_the_bytes(record: RoundRecord) -> None:
-    some = replace(record, survivors=("a", "b"), dropped={"b": "unmask", "c": "plan"}, bytes_up=10, bytes_down=12)
-    assert some.bytes_of_one == (5, 4)
-    nobody = replace(record, survivors=(), dropped={}, bytes_up=0, bytes_down=12)
-    assert nobody.bytes_of_one == (0, 12)

@@ -77,12 +77,15 @@ def test_a_run_in_memory_makes_the_adapters_of_one_on_disk(fleet_of: FleetOf, me
         assert in_memory.state_dir(name).load(PrivacyLedger) == kept.load(PrivacyLedger) != PrivacyLedger()
 
 
-def test_a_run_resumed_between_sessions_makes_the_same_adapter(fleet_of: FleetOf) -> None:
+@pytest.mark.parametrize("stop", [(Step.CHECK_IN, "session-3-1"), (Step.PLAN, "3")])
+def test_a_run_resumed_at_the_first_round_of_a_session_makes_the_same_adapter(
+    fleet_of: FleetOf, stop: tuple[Step, str]
+) -> None:
     changes = {"rounds": 3, "aggregation__session_rounds": 1, "method": "fedper"}
     through, stopped = fleet_of(5, **changes), fleet_of(5, **changes)
     federate(through)
     with pytest.raises(Stopped):
-        federate(stopped, stop=(Step.CHECK_IN, "session-3-1"))
+        federate(stopped, stop=stop)
     assert len(stopped.registry().rounds()) == 2
     federate(stopped)
     assert adapters(through) == adapters(stopped)

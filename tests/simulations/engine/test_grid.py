@@ -1,6 +1,7 @@
 """The in-process grid: Flower's contract, in virtual time, with faults that only the seed decides."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from flwr.serverapp.strategy import FedAvg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation.steps import Step
-from simulations.engine.grid import ROUND_STEPS, DeliveryOutcome, FaultModel, InProcessGrid
+from aggregation.steps import BODY, RECORD, Step
+from simulations.engine.grid import ROUND_STEPS, DeliveryOutcome, FaultModel, GridLog, InProcessGrid
 
 NODES = (2, 3, 4, 5, 6, 7, 8, 9)
 NO_FAULTS = FaultModel(seed=0, message_loss=0.0, mean_delay=1.0)
@@ -184,6 +185,24 @@ def test_a_lost_request_never_reaches_the_device_and_a_lost_reply_does() -> None
         (True, False),
         (False, True),
     }
+
+
+def test_the_log_counts_what_every_device_sent_also_in_answers_that_were_lost(tmp_path: Path) -> None:
+    def answer(message: Message, context: Context) -> Message:
+        return Message(RecordDict({RECORD: ConfigRecord({BODY: bytes(10)})}), reply_to=message)
+
+    faults, log = FaultModel(seed=1, message_loss=0.3, mean_delay=1.0), GridLog(tmp_path / "grid.json")
+    grid = InProcessGrid(answer, {node: f"state-{node}" for node in NODES}, faults, log=log)
+    replies = list(grid.send_and_receive(messages(grid, Step.PLAN, "3")))
+    again = list(grid.send_and_receive(messages(grid, Step.PLAN, "3-2")))
+    groups = [faults.outcomes(group, Step.PLAN, NODES).values() for group in ("3", "3-2")]
+    sent = sum(not outcome.request_lost for outcomes in groups for outcome in outcomes)
+    assert len(replies) + len(again) < sent < 2 * len(NODES)
+    log.write()
+    kept = GridLog.open(log.path)
+    assert (kept.sent, kept.devices) == ({3: 10 * sent}, {3: len(NODES)})
+    kept.begin(2, within_session=True)  # round 3 begins again
+    assert (kept.sent, kept.devices, GridLog.open(log.path).resumed) == ({}, {}, (3,))
 
 
 def test_a_device_keeps_its_context_from_message_to_message() -> None:

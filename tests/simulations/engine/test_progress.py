@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from simulations.engine import progress as module
-from simulations.engine.progress import RunProgress
+from simulations.engine.progress import RunProgress, SuiteProgress
 from simulations.result import ReportedRound, RunResult
 
 COORDINATOR, DEVICE, RUN = (logging.getLogger(f"edgeadapt.{name}") for name in ("coordinator", "device", "run"))
@@ -127,6 +127,20 @@ def test_a_pipe_gets_a_plain_line_for_each_stage_and_round_with_the_time_left(re
         run(result, RunProgress(console=console(out), clock=clock))
     assert len(out.getvalue().splitlines()) == 1 + 1 + len(result.rounds) + 1
     assert out.getvalue().endswith("personal step  15 in 0.0 s\n")
+
+
+def test_a_pipe_gets_a_line_for_each_job_of_a_suite_with_the_time_left() -> None:
+    out, clock = StringIO(), Clock()
+    with SuiteProgress(console=console(out), clock=clock) as progress:
+        progress.show(0.0, 4.0, ["base, seed 0"])
+        clock.now = 6.0
+        progress.show(1.0, 3.0, ["local, seed 0"], "base, seed 0: 6.0 s")
+        clock.now = 12.0
+        progress.show(2.0, 2.0, [], "local, seed 0: failed, \x1b[2J")
+    assert out.getvalue().splitlines() == [
+        "base, seed 0: 6.0 s  25 %  about 18 s left",
+        "local, seed 0: failed, ?[2J  50 %  about 12 s left",
+    ]
 
 
 @pytest.mark.parametrize("out", [Terminal(), StringIO()], ids=["terminal", "pipe"])

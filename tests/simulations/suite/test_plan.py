@@ -177,14 +177,32 @@ def test_searches_come_before_their_arm_and_rounds_before_what_follows_them(
         else:
             store.put(job.trial, result_of(5, 6))
     assert done == [
-        ("personal, search", True),  # once for both candidates
-        ("personal, search", False),
-        ("personal, search", False),
+        ("personal, candidate 1 of 2", True),  # once for both candidates
+        ("personal, candidate 1 of 2", False),
+        ("personal, candidate 2 of 2", False),
         ("personal, seed 0", True),  # once for both arms
         ("personal, seed 0", False),
         ("global, seed 0", False),
     ]
     assert set(results(suite, store)) == {"personal", "global"}
+
+
+def test_an_arm_that_failed_is_a_result_unless_it_is_the_only_one(
+    suite_of: SuiteOf, store: Store, result_of: ResultOf
+) -> None:
+    search_too = {"personal.epochs": [1, 2]}
+    suite = suite_of({"base": {"kind": "base"}, "local": {"kind": "local", "search": search_too}}, seeds=[0, 1])
+    for seed, outcome in {0: result_of(1), 1: "the disk is full"}.items():
+        store.put(the(suite, "base", seed), outcome)
+    for constants in suite.settings.arms["local"].candidates():
+        store.put(suite.candidate("local", constants)[0], "the loss is not finite")
+    assert pending(suite, Store(store.path)) == []
+    with pytest.raises(DataError, match=r"arm 'base' failed with seed 1 \(and 2 more\): the disk is full"):
+        results(suite, Store(store.path))
+    store.put(the(suite, "base", 1), result_of(2))
+    base, local = (by_seed for _, by_seed in results(suite, store).values())
+    assert base == {0: result_of(1), 1: result_of(2)}
+    assert all("not finite" in str(outcome) for outcome in local.values())
 
 
 def test_the_results_of_an_unfinished_or_failed_arm_are_refused(

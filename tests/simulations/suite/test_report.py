@@ -12,9 +12,9 @@ import pytest
 
 from aggregation.errors import DataError
 from simulations.plan import SearchOutcome, Suite
-from simulations.report.pages import markdown, suite_page, write_suite_report
+from simulations.report.pages import headline, markdown, notes, sentences, suite_page, write_suite_report
 from simulations.report.summary import PairSummary, SuiteSummary, summarize
-from simulations.result import CanaryBounds, RoundPoint, Tally, TrialResult
+from simulations.result import CanaryBounds, RoundPoint, RoundTally, Tally, TrialResult
 from tests.support import refused
 from tests.support.pages import outline
 
@@ -116,8 +116,8 @@ def test_the_page_loads_nothing_has_every_number_and_escapes_names(summary: Suit
     assert "//" not in html
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in seen}
     for arm in summary.arms.values():
-        assert f"<td>{arm.figures['mean'].value:.3f} (".replace("0.", ".") in html
-    assert "Personal is 30.0 points better than local (95 %: 30.0 to 30.0)." in html
+        assert f'<td data-title="mean">{arm.figures["mean"].value:.3f} <small>('.replace("0.", ".") in html
+    assert "Personal is 30.0 points better than local (95 %: 30.0 to 30.0); base is" in html
     assert suite_page(summary) == html
     arms = {HOSTILE: summary.arms["base"], **summary.arms}
     pairs = (PairSummary(HOSTILE, "local", summary.pairs[0].figures),)
@@ -125,6 +125,93 @@ def test_the_page_loads_nothing_has_every_number_and_escapes_names(summary: Suit
     assert "<script" not in hostile
     assert "&lt;script" in hostile
     outline(hostile)
+
+
+def test_the_headline_names_the_cheapest_arm_that_noise_does_not_tell_from_the_best(
+    suite_of: Callable[..., Suite], result_of: Callable[..., TrialResult]
+) -> None:
+    kinds = {"local": "local", "ridge": "ridge-head", "personal": "personal", "central": "central", "base": "base"}
+    settings = suite_of({name: {"kind": kind} for name, kind in kinds.items()}).settings
+    right = {
+        "local": ((5, 7, 6, 8), 50.0),
+        "ridge": ((8, 5, 8, 7), 3.0),
+        "personal": ((7, 8, 7, 8), 50.0),
+        "central": ((9, 9, 9, 9), 1.0),  # gives up privacy
+        "base": ((1, 1, 1, 1), 0.1),
+    }
+    found: dict[str, Any] = {
+        name: (NONE, {seed: result_of(*counts, cpu_seconds=cpu) for seed in (0, 1)})
+        for name, (counts, cpu) in right.items()
+    }
+    summary = summarize(settings, found)
+    assert (summary.standing.best, summary.standing.cheapest) == ("personal", "ridge")
+    assert "base" not in summary.standing.within_noise
+    said = "ridge is the cheapest arm within noise of the best, .700 at 0.8 s of CPU a device; personal has the"
+    assert headline(summary).startswith(said)
+    assert all(headline(summary) in text for text in (suite_page(summary), markdown(summary)))
+    assert summary.to_json()["standing"]["cheapest"] == "ridge"
+    few = {name: (NONE, {seed: result_of(counts[0]) for seed in (0, 1)}) for name, (counts, _) in right.items()}
+    assert "too few clients to say which arms are within noise" in headline(summarize(settings, few))
+    few["personal"] = few["ridge"] = (NONE, {seed: result_of(9, bytes_up=9.0) for seed in (0, 1)})
+    few["local"] = (NONE, {seed: result_of(9) for seed in (0, 1)})  # equal, and sends nothing
+    assert summarize(settings, few).standing.cheapest == "local"
+
+
+def test_an_arm_that_failed_or_lacks_rounds_is_marked_everywhere_and_never_averaged_silently(
+    suite_of: Callable[..., Suite], result_of: Callable[..., TrialResult]
+) -> None:
+    settings = suite_of(ARMS | {"analytic": {"kind": "global"}}, baseline="local").settings
+    good = {0: result_of(5, 6, 7, 8), 1: result_of(5, 6, 7, 8)}
+    short, void = RoundTally(13, 1, resumed=(3,), retries=1), RoundTally(6, 6, unfitted=True)
+    found: dict[str, Any] = {
+        "base": (NONE, {0: good[0], 1: "the loss is not finite"}),
+        "local": (NONE, good),
+        "personal": (NONE, {seed: replace(result, round_tally=short) for seed, result in good.items()}),
+        "analytic": (NONE, {0: replace(result_of(9, 9, 9, 9), round_tally=void), 1: good[1]}),
+    }
+    summary = summarize(settings, found)
+    lines = notes(summary)
+    assert lines == [
+        "base (!) failed with seed 1 and has no figures: the loss is not finite; its mean is .650 with seed 0.",
+        "personal (!), seeds 0, 1: 1 of 13 rounds aborted.",
+        "personal (!), seeds 0, 1: the rounds began again 1 time, because some had aborted.",
+        lines[3],  # of the interruption
+        "analytic (!), seed 0: every round aborted, so its figures are not those of its method.",
+        lines[5],
+    ]
+    assert "in round 3" in lines[3]
+    assert "--retry" in lines[5]
+    for text in (suite_page(summary), markdown(summary)):
+        assert all(line in text for line in lines)
+        assert text.count("analytic (!)") >= 3
+    assert {name: arm["complete"] for name, arm in summary.to_json()["arms"].items()} == {
+        "base": False,
+        "local": True,
+        "personal": False,
+        "analytic": False,
+    }
+    assert math.isnan(summary.arms["base"].figures["mean"].value)
+    assert [(pair.first, pair.second) for pair in summary.pairs] == [("personal", "local"), ("analytic", "local")]
+    assert not any("analytic" in text for text in (headline(summary), *sentences(summary)))
+
+
+def test_what_differs_is_three_sentences_however_many_pairs_there_are(
+    suite_of: Callable[..., Suite], result_of: Callable[..., TrialResult]
+) -> None:
+    names = [f"arm-{number}" for number in range(9)]
+    settings = suite_of({name: {"kind": "local"} for name in names}, baseline="arm-4").settings
+    found: dict[str, Any] = {
+        name: (NONE, {seed: result_of(*(number,) * 6, unseen=2) for seed in (0, 1)})
+        for number, name in enumerate(names)
+    }
+    summary = summarize(settings, found)
+    said = list(sentences(summary))
+    assert len(said) == 3
+    assert said[0] == (
+        "Arm-8 is 40.0 points better than arm-4 (95 %: 40.0 to 40.0), the largest gain of 4; "
+        "arm-0 is 40.0 points worse than arm-4 (95 %: 40.0 to 40.0), the largest loss of 4."
+    )
+    assert suite_page(summary).count(" - arm-4</th>") == 8
 
 
 def test_the_page_of_one_arm_without_a_pair_has_no_comparison(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from aggregation.errors import DataError
+from aggregation.steps import Step
 from client.training.examples import Score, Split
 from client.training.torchengine import TorchEngine
 from client.training.trainer import ClassifierTrainer
@@ -19,10 +20,11 @@ from edgeadapt.formats.layout import Tensors
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine.arms import ClassifierArms
+from simulations.engine.grid import DeliveryOutcome, FaultModel, round_of
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import BUCKETS, hashed_ngrams, with_bias
 from simulations.plan import Kind, Trial
-from simulations.result import TrialResult
+from simulations.result import RoundTally, TrialResult
 from simulations.scenario import Scenario
 from simulations.suite import trial as module
 from simulations.suite.execute import Worker, _material, compute, compute_rounds
@@ -145,6 +147,39 @@ def test_rounds_of_an_analytic_head_are_no_training(scenario: Scenario, tmp_path
     base = compute(Trial(Kind.BASE, trial.scenario), store, ignored)
     right = [sum(client.test.accuracy for client in each.clients) for each in (base, result)]
     assert right[1] > right[0]
+
+
+def test_an_analytic_round_that_aborts_is_repeated_and_one_without_a_sum_is_told_and_can_be_retried(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = scenario.model_dump(mode="json")
+    table["federation"] |= {"rounds": 1, "analytic": {"rounds": 1}, "attempts": 1}
+    trial, outcomes, lost = Trial(Kind.GLOBAL, Scenario.parse(table, "test")), FaultModel.outcomes, range(1, 2)
+
+    def faulty(self: FaultModel, group: str, step: Step | None, nodes: Sequence[int]) -> dict[int, DeliveryOutcome]:
+        gone = step is Step.PLAN and round_of(group) in lost and self.seed < 2**32
+        drawn = outcomes(self, group, step, nodes)
+        return {node: replace(each, reply_lost=True) for node, each in drawn.items()} if gone else drawn
+
+    monkeypatch.setattr(FaultModel, "outcomes", faulty)
+    store = Store(tmp_path / "once")
+    compute_rounds(trial, store, ignored)
+    once = compute(trial, store, ignored)
+    assert once.round_tally == RoundTally(rounds=2, aborted=1, repeated=1)
+    assert not once.round_tally.is_short
+    lost, store = range(1, 100), Store(tmp_path / "never")
+    compute_rounds(trial, store, ignored)
+    never = compute(trial, store, ignored)
+    assert never.round_tally == RoundTally(rounds=6, aborted=6, unfitted=True)
+    assert never.clients != once.clients
+    store.retry([trial])
+    assert store.get(trial) is None
+    compute_rounds(trial, store, ignored)
+    again = compute(trial, store, ignored)
+    assert again.round_tally == RoundTally(rounds=1, retries=1)
+    assert once.cost.bytes_up > 1.5 * again.cost.bytes_up  # those of two rounds, though all answers of one were lost
+    store.retry([trial])
+    assert store.get(trial) == again  # it lacks nothing
 
 
 def test_only_the_training_texts_of_the_right_clients_are_trained_on(
@@ -280,6 +315,7 @@ def test_interrupted_rounds_continue(tmp_path: Path, scenario: Scenario, monkeyp
     compute_rounds(trial, store, notes.append)
     assert store.has_rounds(trial)
     assert "round 1 of 2" not in notes
+    assert compute(trial, store, ignored).round_tally.resumed == (2,)  # both rounds would have one session
 
 
 def interrupted_after(trainings: int) -> Callable[..., Any]:
