@@ -1,4 +1,4 @@
-# make demo | test | exhaustive | mutants | bench | fast | doctest | lint | docs | picture | web | wheel | clean. The first run sets up .venv; later ones need no network.
+# make demo | test | exhaustive | mutants | bench | fast | doctest | lint | types | docs | picture | web | wheel | clean. The first run sets up .venv; later ones need no network.
 # Tools run as `python -m …`: a console script's first line breaks in a checkout path that has spaces or is long.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fast exhaustive mutants bench doctest lint docs picture web wheel setup install clean
+.PHONY: demo test fast exhaustive mutants bench doctest lint style types docs picture web wheel setup install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
@@ -32,7 +32,9 @@ PACKAGES := aggregation benchmarks client coordinator edgeadapt export simulatio
 # doubles the time of a test that traces a model.
 CORE := tests/aggregation tests/properties tests/vectors
 
-test: lint docs doctest  ## lint, the site of the documents, then every test; the protocol core must be covered
+# mypy has one process: lint and the doctests run next to it. tests/docs builds the site.
+test: $(STAMP)  ## lint, doctests, then every test, also of the documents' site; the protocol core must be covered
+	@$(MAKE) --no-print-directory --jobs 2 lint doctest
 ifeq ($(ARGS),)
 	$(PYTEST) --cov=aggregation --cov-report= --cov-fail-under=97 $(CORE)
 	$(PYTEST) $(addprefix --ignore ,$(CORE))
@@ -64,10 +66,14 @@ ALEMBIC := coordinator/registry/migrations/env.py
 doctest: $(STAMP)  ## the examples in docstrings
 	$(PY) -m pytest -q --doctest-modules --ignore $(PEER) --ignore $(ALEMBIC) $(PACKAGES)
 
-lint: $(STAMP)
+lint: types style  ## types, style, and the contracts of imports
+
+types: $(STAMP)
+	$(PY) -m mypy
+
+style: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy
 	$(PY) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 docs: $(STAMP)  ## the documents as a site, in build/site; a warning is an error

@@ -23,6 +23,10 @@ from tests.support.verified import forget_verified
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 LONG = 60  # seconds, of a run of which the time of each folder is shown
+LONGEST = {  # files of half a minute and more, most of it in one test
+    *("test_deploy_page.py", "test_fleet_page.py", "test_tutorials.py"),
+    *("test_flower.py", "test_interruptions.py", "test_suite_command.py"),
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,13 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no worker begins one when the others have nothing left to do."""
+    """The longest files come first, then the slow ones, so that no worker begins one when the others have no more."""
     if not config.getoption("--exhaustive"):
         left = [item for item in items if item.get_closest_marker("exhaustive")]
         items[:] = [item for item in items if item not in left]
         config.hook.pytest_deselected(items=left)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -33,12 +33,14 @@ from aggregation.steps import Step
 from client.node.statedir import DeviceStateDir
 from client.training.trainer import FrozenBase
 from coordinator.transport import identify
+from edgeadapt.bases.base import Base
 from edgeadapt.formats.storage import kill_safe
 from simulations.engine.devices import LyingApp, MemoryDevices
 from simulations.engine.grid import FaultModel, GridLog, InProcessGrid, context_of
 
 DEVICE_LOG = "edgeadapt.device"
 METHODS = ("forkserver", "spawn")  # of starting a process, the first that the system has
+TORCH_ENGINE = "client.training.torchengine"  # imports transformers and peft
 
 Notify = Callable[[str], None]  # takes what is done at the moment, in a few words
 
@@ -51,13 +53,15 @@ class Process:
     """Runs one process. A thread sends it one call after the other, and waits for the outcome of each.
 
     ``make`` gives the object, in the process; it can be pickled. ``log``: a file for what the process prints.
+    ``libraries``: modules that the first process imports for all.
     """
 
-    def __init__(self, make: Callable[[Notify], Any], log: Path | None = None) -> None:
+    def __init__(self, make: Callable[[Notify], Any], log: Path | None = None, libraries: Sequence[str] = ()) -> None:
         method = next(each for each in METHODS if each in multiprocessing.get_all_start_methods())
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
-            context.set_forkserver_preload([__name__, make.func.__module__ if isinstance(make, partial) else __name__])
+            own = make.func.__module__ if isinstance(make, partial) else __name__
+            context.set_forkserver_preload([__name__, own, *libraries])
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, log), daemon=True)
         self._process.start()
@@ -158,7 +162,8 @@ class Workers:
         self, number: int, fleet: Fleet, prepare: Callable[[Sequence[str]], object] = lambda names: None
     ) -> None:
         self._prepare = prepare
-        self._workers = [Process(partial(_Answering, fleet)) for _ in range(number)]
+        libraries = [TORCH_ENGINE] if type(fleet.base) is Base else []  # takes seconds to import
+        self._workers = [Process(partial(_Answering, fleet), libraries=libraries) for _ in range(number)]
         self._worker_of = {node: self._workers[k % number] for k, node in enumerate(sorted(fleet.nodes))}
 
     def __enter__(self) -> Self:
