@@ -17,9 +17,9 @@ from edgeadapt.formats.storage import File, replace
 from edgeadapt.interface.models import Classifier, LanguageModel, load
 from edgeadapt.interface.names import check_choice, check_texts, in_python, overrides
 from edgeadapt.rounds.optimizer import OPTIMIZERS, name_of, to_rule
-from simulations.cli.simulate import read_scenario
 from simulations.engine.progress import RunProgress
 from simulations.result import ARMS, ClientResult, RunResult
+from simulations.scenario import read_scenario
 from simulations.suite.execute import SuiteReport, run_suite
 from simulations.suite.run import REPORT, Engine, Plan
 from simulations.suite.store import RUNS, read_suite, suite_folder

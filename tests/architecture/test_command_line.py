@@ -151,11 +151,11 @@ def test_what_a_script_of_a_fleet_calls_prints_one_object(
         (("coordinator", "init", "c", *trust), "authority key public_key state"),
         (("coordinator", "stop", "c"), "stopped"),
         (("coordinator", "tls-request", "c"), "request"),
-        (("authority", "issue-tls", "a", "--request", "c/tls.csr", "--host", "b.example", "--out", "tls.pem"), "days"),
+        (("authority", "issue", "a", "--request", "c/tls.csr", "--host", "b.example", "--out", "tls.pem"), "days"),
         (("authority", "invite", "a", "--name", "d", "--coordinator", "c/coordinator.pem", *addresses), "token until"),
         (("device", "enrol", "--state", "d", "--name", "d", "--base", "b", *pinned), "authority coordinator request"),
         (("authority", "issue", "a", "--request", "d/request.csr", "--out", "d.pem"), "certificate device file key"),
-        (("device", "install", "--state", "d", "--certificate", "d.pem"), "device until"),
+        (("device", "enrol", "--state", "d", "--certificate", "d.pem"), "device until"),
         (("device", "forget", "--state", "d", "--yes"), "forgotten"),
         (("authority", "revoke", "a", "d"), "list revoked"),
         (("authority", "crl", "a"), "list number"),
@@ -169,6 +169,28 @@ def test_what_a_script_of_a_fleet_calls_prints_one_object(
         code, out, err = run(*words, "--json")
         assert (code, err, out.count("\n")) == (0, "", 1), words
         assert set(keys.split()) <= set(json.loads(out)), words
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (
+            "device enrol --state d --certificate d.pem --base b",
+            "--certificate and --revoked are for a state directory",
+        ),
+        ("device enrol --state d", "--base WHERE, or what to install with --certificate FILE"),
+        ("authority issue a --public-key d.pub --name d --host h", "--host goes with --request alone"),
+        ("simulate suite . --seeds 2", "is a finished suite"),
+        ("simulate suite households.toml --track mlflow", "--track is for a finished suite"),
+    ],
+)
+def test_options_of_the_two_uses_of_a_command_exclude_each_other(
+    words: str, named: str, run: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*words.split())
+    assert (code != 0, out, err.count("\n")) == (True, "", 1)
+    assert named in err
 
 
 def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Outcome]) -> None:
@@ -234,7 +256,7 @@ def test_a_folder_whose_name_is_no_text_is_printed_with_its_bytes_escaped(
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no full disk to write to")
 @pytest.mark.parametrize(
-    "words", [["base", "list"], ["bundle", "list", "--bundle", "nowhere"]], ids=["result", "error"]
+    "words", [["base", "show"], ["bundle", "list", "--bundle", "nowhere"]], ids=["result", "error"]
 )
 def test_an_output_that_cannot_be_written_is_one_line(words: list[str]) -> None:
     with pathlib.Path("/dev/full").open("w") as full:

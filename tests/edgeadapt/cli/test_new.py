@@ -15,9 +15,9 @@ from coordinator.app import app as server_app
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import RUN_ID, SERVER_NODE
 from edgeadapt.commandline import program
-from simulations.cli.simulate import read_scenario
 from simulations.data import populate
 from simulations.engine.grid import FaultModel, InProcessGrid
+from simulations.scenario import read_scenario
 from simulations.suite.run import abort_warning
 
 Run = Callable[..., tuple[int, str, str]]
