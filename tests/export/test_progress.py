@@ -9,8 +9,8 @@ import click
 import pytest
 
 from edgeadapt.commandline import quiet, status
-from export.cli.options import progress
 from export.onnx.exported import counted
+from export.progress import progress
 
 
 class Terminal(io.StringIO):
