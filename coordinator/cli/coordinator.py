@@ -214,12 +214,9 @@ def run(
 
 def _serve(state_dir: "CoordinatorStateDir", address: str) -> None:
     """Run the rounds that are left over a gateway in this process."""
-    import logging
-
     from coordinator.app import over_gateway
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("edgeadapt").setLevel(logging.INFO)
+    commandline.show_log(as_json=False)
     for record in over_gateway(state_dir, address):
         survivors = record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts"
         click.echo(f"round {record.round} of {state_dir.settings.rounds}: {survivors}", err=True)
@@ -342,7 +339,9 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
 @click.option(
     "--channels", type=click.Path(path_type=Path), metavar="DIR", help="Show a repository of channels as well."
 )
-def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
+@commandline.quiet
+@commandline.as_lines
+def dashboard(state_dir: Path, listen: str, channels: Path | None, as_json: bool) -> None:
     """Serve a page with rounds, dropouts, accuracy, privacy, services and channels, and /metrics for Prometheus.
 
     Log in with the token in DIR/dashboard.token, which the first start makes; Prometheus sends it as a bearer token. On
@@ -353,6 +352,7 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
     Examples:
       edgeadapt coordinator dashboard fleet
       edgeadapt coordinator dashboard fleet --listen fleet.example:9500 --channels releases
+      edgeadapt coordinator dashboard fleet --json
     """
     from aggregation.entropy import SystemEntropy
     from coordinator.dashboard.server import TOKEN, read_token, serve
@@ -370,7 +370,9 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
     if not is_loopback(listen):
         tls = TlsFiles(opened)
     token = read_token(state_dir, SystemEntropy())
-    click.echo(f"http{'s' if tls else ''}://{listen}/: log in with the token in {state_dir / TOKEN}", err=True)
+    url = f"http{'s' if tls else ''}://{listen}/"
+    said = commandline.show_log(as_json)
+    said.info("%s: log in with the token in %s", url, state_dir / TOKEN, extra={"url": url})
     serve(Viewer(opened, releases).look, token, listen, tls)
 
 

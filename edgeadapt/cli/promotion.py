@@ -224,7 +224,7 @@ def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) 
     metavar="SECONDS",
     help="Between two looks.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@commandline.as_lines
 def watch(
     state_dir: Path,
     channel: str,
