@@ -4,12 +4,13 @@ import importlib
 import json
 import logging
 import math
+import os
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
@@ -70,10 +71,24 @@ class JsonLines(logging.Formatter):
         return json.dumps(row, ensure_ascii=False, default=str)
 
 
+class LogHandler(logging.StreamHandler[IO[str]]):
+    """Writes lines of a log. Where that fails, as for want of a reader, it says so once, and the program goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        with Path(os.devnull).open("w") as nowhere:  # also what is still in the buffer
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+        with suppress(OSError):
+            print(f"edgeadapt: the log cannot be written ({error.strerror}): this goes on without", file=sys.stderr)
+
+
 def show_log(as_json: bool, device: str = "") -> logging.Logger:
     """Show what the parts of the program log: lines on standard error, or objects on standard output; if the command
     is to be quiet, warnings only. Returns the log for what the command itself has to say."""
-    handler = logging.StreamHandler(sys.stdout if as_json else sys.stderr)
+    handler = LogHandler(sys.stdout if as_json else sys.stderr)
     handler.setFormatter(JsonLines(device) if as_json else logging.Formatter("%(message)s"))
     logging.basicConfig(handlers=[handler])
     log = logging.getLogger("edgeadapt")

@@ -17,7 +17,7 @@ import click
 import pytest
 
 from edgeadapt import program
-from edgeadapt.commandline import JsonLines, RenamedOption
+from edgeadapt.commandline import JsonLines, LogHandler, RenamedOption
 
 Outcome = tuple[int, str, str]
 Path = tuple[str, ...]  # the words of a command, without the program's own
@@ -217,6 +217,15 @@ def test_a_line_of_a_log_has_the_device_and_the_error_where_there_is_one() -> No
     row = json.loads(lines.format(failed))
     assert row.keys() == {"time", "level", "event", "device", "error"}
     assert (row["device"], row["error"]) == ("kitchen", "ValueError('x')")
+
+
+def test_a_log_that_nobody_reads_any_more_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        for _ in range(2):
+            LogHandler(stream).handle(logging.makeLogRecord({"msg": "connected"}))
+    assert capsys.readouterr().err == "edgeadapt: the log cannot be written (Broken pipe): this goes on without\n"
 
 
 def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Outcome]) -> None:
