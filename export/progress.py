@@ -46,7 +46,7 @@ def progress(label: str) -> Iterator[Report]:
             for task in shown.values():
                 display.remove_task(task)
             shown.clear()
-            shown[stage] = display.add_task(f"{label}: {stage}", total=total or None)
+            shown[stage] = display.add_task(f"{label}: {stage}" if stage else label, total=total or None)
         display.update(shown[stage], completed=done, total=total or None)
 
     def now() -> str:
@@ -56,5 +56,5 @@ def progress(label: str) -> Iterator[Report]:
         )
 
     with display, plain_progress(now, console.file, shown=not console.is_terminal and not is_quiet()):
-        report("reading", 0, 0)
+        report("", 0, 0)
         yield report

