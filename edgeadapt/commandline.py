@@ -2,13 +2,16 @@
 
 import importlib
 import json
+import logging
 import math
+import os
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 from threading import Event, Thread
@@ -27,6 +30,7 @@ Decorator = Callable[[Any], Any]
 Row = tuple[str, str, str, str]  # module, attribute, one line for --help, extra that it needs
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+as_lines = click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 
 
 def _keep_quiet(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -47,6 +51,49 @@ def is_quiet() -> bool:
 def print_result(row: Mapping[str, Any], line: str, as_json: bool) -> None:
     """Print what a command did: one JSON object, or a text for a person."""
     click.echo(json.dumps(row, ensure_ascii=False) if as_json else line)
+
+
+class JsonLines(logging.Formatter):
+    """Formats each record of a log as an object: ``time``, ``level``, ``event``, and what else is known."""
+
+    USUAL = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
+
+    def __init__(self, device: str = "") -> None:
+        super().__init__()
+        self._always = {"device": device} if device else {}
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        row = {"time": time, "level": record.levelname.lower(), "event": record.getMessage()} | self._always
+        row |= {key: value for key, value in vars(record).items() if key not in self.USUAL and value is not None}
+        if record.exc_info and record.exc_info[1]:
+            row["error"] = repr(record.exc_info[1])
+        return json.dumps(row, ensure_ascii=False, default=str)
+
+
+class LogHandler(logging.StreamHandler[IO[str]]):
+    """Writes lines of a log. Where that fails, as for want of a reader, it says so once, and the program goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        with Path(os.devnull).open("w") as nowhere:  # also what is still in the buffer
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+        with suppress(OSError):
+            print(f"edgeadapt: the log cannot be written ({error.strerror}): this goes on without", file=sys.stderr)
+
+
+def show_log(as_json: bool, device: str = "") -> logging.Logger:
+    """Show what the parts of the program log: lines on standard error, or objects on standard output; if the command
+    is to be quiet, warnings only. Returns the log for what the command itself has to say."""
+    handler = LogHandler(sys.stdout if as_json else sys.stderr)
+    handler.setFormatter(JsonLines(device) if as_json else logging.Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
+    log = logging.getLogger("edgeadapt")
+    log.setLevel(logging.WARNING if is_quiet() else logging.INFO)
+    return log
 
 
 def program() -> str:

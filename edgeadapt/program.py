@@ -5,6 +5,7 @@ installed names the extra; the other commands work.
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import click
 
 from aggregation.errors import EdgeAdaptError
-from edgeadapt.commandline import LazyGroup
+from edgeadapt.commandline import JsonLines, LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs); the groups have no extra, their commands do
 COMMANDS = {
@@ -52,15 +53,20 @@ SECTIONS = {
 }
 RENAMED = {  # calls of version 0.1, which go on to work in 0.2
     "adapters list": "release versions",
-    "adapters show": "release version",
+    "adapters show": "release versions",
+    "adapters verdict": "release watch --dry-run",
     "adapters": "release",
+    "authority issue-tls": "authority issue",
+    "base list": "base show",
     "channel unprotect": "release protect --off",
     "channel": "release",
+    "coordinator rounds": "coordinator status --rounds",
     "data show": "simulate look",
     "data": "simulate",
     "device adapters": "bundle list",
     "device agent": "device run",
     "device convert": "bundle convert",
+    "device install": "device enrol",
     "device serve-web": "device web",
     "export adapter": "bundle add",
     "export base": "bundle make",
@@ -69,9 +75,13 @@ RENAMED = {  # calls of version 0.1, which go on to work in 0.2
     "export": "bundle",
     "privacy plan": "simulate privacy",
     "privacy": "simulate",
+    "release verdict": "release watch --dry-run",
+    "release version": "release versions",
     "simulate FILE": "simulate run",
     "simulate --keys": "simulate run --keys",
-    "suite report": "simulate report",
+    "simulate report": "simulate suite",
+    "simulate scenarios": "simulate look",
+    "suite report": "simulate suite",
     "suite run": "simulate suite",
     "suite": "simulate",
 }
@@ -200,11 +210,19 @@ def _unraisable(report: Callable[[Any], object], dropped: Any) -> None:
     _send_again(number)  # after the callback, whose exceptions are dropped
 
 
+def _failure(line: str) -> dict[str, str]:
+    """Make the object for what ended a command: of one that prints its log, a line of that."""
+    handlers = logging.getLogger().handlers
+    log = next((each.formatter for each in handlers if isinstance(each.formatter, JsonLines)), None)
+    record = logging.makeLogRecord({"msg": line, "levelno": logging.ERROR, "levelname": "ERROR"})
+    return {**(json.loads(log.format(record)) if log else {}), "error": line}
+
+
 def _fail(message: str, code: int) -> None:
     line = " ".join(message.split())
     if "--json" in sys.argv:
         with suppress(OSError):  # it may be the output that failed: a full disk, a pipe that was closed
-            print(json.dumps({"error": line}), flush=True)
+            print(json.dumps(_failure(line)), flush=True)
     print(f"{PROGRAM}: {line}", file=sys.stderr)
     sys.exit(code)
 

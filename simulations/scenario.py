@@ -1,19 +1,24 @@
 """A scenario file: everything that a run depends on, in TOML, parsed once and validated."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from aggregation.errors import ConfigError
 from client.training.personal import FINE_TUNE, METHODS
 from coordinator.settings import FederationSettings
 from edgeadapt.bases.base import MOST_LEXICAL
 from edgeadapt.formats.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
-from edgeadapt.formats.settings import Settings
+from edgeadapt.formats.settings import Settings, toml_value
 from simulations.data.households import PopulationSettings
 from simulations.data.tables import DataSettings
+from simulations.shipped import SCENARIOS, find
+
+OWN_TEXTS = "households.toml"  # whose base is not pruned to some languages
 
 
 class BaseSettings(Settings):
@@ -247,3 +252,19 @@ def describe() -> Iterator[str]:
     for key, info in Scenario.fields():
         default = info.get_default(call_default_factory=True)
         yield f"{key} = {json.dumps(default)}  # {info.description}"
+
+
+def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
+    """Read the scenario in a file, or a shipped one; for own texts in a file or folder, ``OWN_TEXTS`` with these.
+
+    Raises ConfigError: nothing is there, or a key is not valid.
+    """
+    if path.suffix == ".toml":
+        path = find(path, SCENARIOS)
+        return Scenario.read(path, overrides).located(path.parent)
+    if not path.exists():
+        text = f"there is no file or folder {path}; 'edgeadapt simulate look' lists what is shipped"
+        raise ConfigError(text, about="SCENARIO", value=str(path))
+    name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:64] or "texts"
+    texts = f"data.files={toml_value([str(path.absolute())])}"
+    return Scenario.read(SCENARIOS / OWN_TEXTS, (f'name="{name}"', texts, *overrides)).located(Path())

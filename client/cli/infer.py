@@ -12,9 +12,11 @@ from client.cli import options
 from client.cli.options import printable
 from client.inference.generate import Generator
 from client.inference.library import Library
-from client.inference.session import ClassificationSession
+from client.inference.session import ClassificationSession, Ranking
 from client.inference.text import SamplingParams
 from edgeadapt import commandline
+
+UNKNOWN = Ranking((), 1.0, 0)  # of an empty line among others
 
 
 @click.command()
@@ -117,11 +119,9 @@ def _classify(library: Library, names: Sequence[str], phrases: list[str], top: i
 def _ranked(session: ClassificationSession, name: str, phrases: list[str], top: int) -> dict[str, Any]:
     adapter, answers = session.load(name), []
     for text in phrases:
-        share = session.unknown_share(text) if text.strip() else 1.0
-        best = session.rank([text], adapter.composition, top)[0] if share < 1 else []
-        intents = [{"intent": one.label, "probability": round(one.probability, 6)} for one in best]
-        unread = session.unread(text, adapter.composition) if best else 0
-        answers.append({"text": text, "unknown": round(share, 3), "unread": unread, "intents": intents})
+        found = session.ranking(text, adapter.composition, top) if text.strip() else UNKNOWN
+        intents = [{"intent": one.label, "probability": round(one.probability, 6)} for one in found.predictions]
+        answers.append({"text": text, "unknown": round(found.unknown, 3), "unread": found.unread, "intents": intents})
     used = {"adapter": adapter.name, "version": adapter.version, "temperature": adapter.temperature}
     return {**used, "answers": answers}
 

@@ -1,56 +1,22 @@
-"""``edgeadapt device install``, ``policy`` and ``forget``: the commands on a device's state directory."""
+"""``edgeadapt device policy`` and ``forget``: the commands on a device's state directory."""
 
 import json
 import math
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import click
 
-from aggregation.errors import ConfigError, of_file
+from aggregation.errors import ConfigError
 from client.cli import options
 from edgeadapt import commandline
-from edgeadapt.formats import storage
 
 WIDTH = 18
 FORGETTING = (
     "The coordinator can then show this device a different past, and repeat rounds that it took part in. Parts of an "
     "adapter that the device trained and kept to itself are deleted, and may be shared later."
 )
-
-
-@click.command()
-@options.state_dir
-@click.option("--certificate", type=commandline.FILE, metavar="FILE", help="From 'edgeadapt authority issue'.")
-@click.option(
-    "--revoked", type=commandline.FILE, metavar="FILE", help="Revocation list; each offer brings one as well."
-)
-@commandline.as_json
-def install(state_dir: Path, certificate: Path | None, revoked: Path | None, as_json: bool) -> None:
-    """Install the certificate of this device, or the authority's revocation list.
-
-    \b
-    Example:
-      edgeadapt device install --state kitchen --certificate kitchen.pem
-    """
-    from client.node.enrolment import install_certificate
-    from client.node.statedir import LONGEST, DeviceStateDir
-
-    if certificate is None and revoked is None:
-        raise ConfigError("nothing to install: give --certificate or --revoked", about="--certificate")
-    opened, row, lines = DeviceStateDir.open(state_dir), {}, []
-    if revoked is not None:
-        with of_file(revoked):
-            opened.revoke(storage.read(revoked, LONGEST))
-        row["revoked"] = str(revoked)
-        lines.append("revocation list installed")
-    if certificate is not None:
-        with of_file(certificate):
-            name, end = install_certificate(opened, storage.read(certificate, LONGEST), datetime.now(UTC))
-        row |= {"device": name, "until": end.isoformat()}
-        lines.append(f"{name} is enrolled until {end:%Y-%m-%d}")
-    commandline.print_result(row, "\n".join(lines), as_json)
 
 
 @click.command()

@@ -82,6 +82,11 @@ class Agent:
         return cls(folder, tuple(address.split(",")))
 
     @property
+    def device(self) -> str:
+        """Name of the device in its certificate. Raises as ``DeviceStateDir.open`` and its ``certificate``."""
+        return subject(load(DeviceStateDir.open(self.folder).certificate))
+
+    @property
     def address(self) -> str:
         """Address that is tried next, or used."""
         return self.addresses[self._failed % len(self.addresses)]

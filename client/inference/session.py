@@ -33,6 +33,15 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Ranking:
+    """What a text may be, and how much of it was read."""
+
+    predictions: tuple[Prediction, ...]  # most likely first; none if the model knows no part of the text
+    unknown: float  # share of the text's tokens that the model does not know
+    unread: int  # tokens at the end that are beyond the model's limit
+
+
+@dataclass(frozen=True, slots=True)
 class _Loaded:
     adapter: Adapter
     feeds: Feeds = field(repr=False)
@@ -126,6 +135,14 @@ class ClassificationSession:
         with self._running():
             logits = [self._graph.logits(ids, loaded.feeds) for ids in rows]
         return [_best(row, loaded.adapter, top) for row in logits]
+
+    def ranking(self, text: str, adapter: Named, top: int) -> Ranking:
+        """Find the ``top`` most likely labels of a text as ``rank``, or that it is unknown. Raises as ``rank``."""
+        share = self.unknown_share(text)
+        if share == 1:
+            return Ranking((), share, 0)
+        best = self.rank([text], adapter, top)[0]
+        return Ranking(tuple(best), share, self.unread(text, adapter))
 
     def rank_mixed(self, rows: Sequence[tuple[str, Named]], top: int) -> list[list[Prediction]]:
         """Classify a batch of pairs of a text and an adapter. Errors are those of ``rank``.

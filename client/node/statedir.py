@@ -304,5 +304,5 @@ class DeviceStateDir:
         except DataError as error:  # a device, a pipe, or too large; no error about examples
             raise TrustError(str(error), about=error.about, value=error.value) from error
         except FileNotFoundError as error:
-            reason = f"{self.folder} has no {name}: enrol this device first ('edgeadapt device enrol', then 'install')"
+            reason = f"{self.folder} has no {name}: enrol this device first, with 'edgeadapt device enrol'"
             raise TrustError(reason, about=name) from error

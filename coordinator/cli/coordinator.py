@@ -141,7 +141,7 @@ def tls_request(state_dir: Path, name: str, as_json: bool) -> None:
     \b
     Example:
       edgeadapt coordinator tls-request fleet
-      edgeadapt authority issue-tls authority --request fleet/tls.csr --host fleet.example --out fleet/tls.pem
+      edgeadapt authority issue authority --request fleet/tls.csr --host fleet.example --out fleet/tls.pem
     """
     from aggregation.entropy import SystemEntropy
     from coordinator.statedir import TLS_REQUEST, CoordinatorStateDir
@@ -217,12 +217,9 @@ def run(
 
 def _serve(state_dir: "CoordinatorStateDir", address: str) -> None:
     """Run the rounds that are left over a gateway in this process."""
-    import logging
-
     from coordinator.app import over_gateway
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("edgeadapt").setLevel(logging.INFO)
+    commandline.show_log(as_json=False)
     for record in over_gateway(state_dir, address):
         survivors = record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts"
         click.echo(f"round {record.round} of {state_dir.settings.rounds}: {survivors}", err=True)
@@ -241,19 +238,28 @@ def _run(flower: "Connection", state_dir: Path, gateway: str | None) -> None:
 
 @click.command()
 @directory
+@click.option("--rounds", is_flag=True, help="Show each round instead; with --json one object a line.")
+@click.option("--follow", is_flag=True, help="With --rounds: wait for those to come, until all are done.")
 @as_json
-def status(state_dir: Path, as_json: bool) -> None:
+def status(state_dir: Path, rounds: bool, follow: bool, as_json: bool) -> None:
     """Show the services that run, versions, rounds, dropouts and the last session of the coordinator in DIR.
+
+    --follow also shows the step that is under way. It only reads: Ctrl-C ends nothing else.
 
     \b
     Examples:
       edgeadapt coordinator status fleet
+      edgeadapt coordinator status fleet --rounds --follow
       edgeadapt coordinator status runs/demo/coordinator --json
     """
     from coordinator.statedir import CoordinatorStateDir
     from coordinator.status import lines_of, status_of
 
-    state = status_of(CoordinatorStateDir.open(state_dir))
+    opened = CoordinatorStateDir.open(state_dir)
+    if rounds or follow:
+        _show_rounds(opened, follow, as_json)
+        return
+    state = status_of(opened)
     click.echo(json.dumps(state) if as_json else "\n".join(lines_of(state)))
 
 
@@ -302,7 +308,7 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
 
     In it devices train nothing: each counts the right answers of the release that it has to its own held-out examples,
     and the round sums the counts of the newest release and of the one before, as it would sum updates. The settings in
-    DIR/federation.toml are written again. 'edgeadapt release verdict' and 'watch' read the result.
+    DIR/federation.toml are written again. 'edgeadapt release watch' reads the result.
 
     The counts have the noise of evaluation.noise_multiplier, or that of the federation if it is more. What the accuracy
     of a release is off by depends on how many devices have it: an evaluation needs a few dozen of each.
@@ -336,7 +342,9 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
 @click.option(
     "--channels", type=click.Path(path_type=Path), metavar="DIR", help="Show a repository of channels as well."
 )
-def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
+@commandline.quiet
+@commandline.as_lines
+def dashboard(state_dir: Path, listen: str, channels: Path | None, as_json: bool) -> None:
     """Serve a page with rounds, dropouts, accuracy, privacy, services and channels, and /metrics for Prometheus.
 
     Log in with the token in DIR/dashboard.token, which the first start makes; Prometheus sends it as a bearer token. On
@@ -347,6 +355,7 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
     Examples:
       edgeadapt coordinator dashboard fleet
       edgeadapt coordinator dashboard fleet --listen fleet.example:9500 --channels releases
+      edgeadapt coordinator dashboard fleet --json
     """
     from aggregation.entropy import SystemEntropy
     from coordinator.dashboard.server import TOKEN, read_token, serve
@@ -364,7 +373,9 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None) -> None:
     if not is_loopback(listen):
         tls = TlsFiles(opened)
     token = read_token(state_dir, SystemEntropy())
-    click.echo(f"http{'s' if tls else ''}://{listen}/: log in with the token in {state_dir / TOKEN}", err=True)
+    url = f"http{'s' if tls else ''}://{listen}/"
+    said = commandline.show_log(as_json)
+    said.info("%s: log in with the token in %s", url, state_dir / TOKEN, extra={"url": url})
     serve(Viewer(opened, releases).look, token, listen, tls)
 
 
@@ -568,27 +579,11 @@ def _progress(label: str) -> Iterator["Report"]:
 LOOK = 0.5  # seconds between two polls
 
 
-@click.command()
-@directory
-@click.option("--follow", is_flag=True, help="Wait for those to come, until all are done.")
-@as_json
-def rounds(state_dir: Path, follow: bool, as_json: bool) -> None:
-    """Show each round of the coordinator in DIR. With --json each is an object on a line.
-
-    --follow waits for those to come, and shows the step that is under way. It only reads: Ctrl-C ends nothing else.
-
-    \b
-    Examples:
-      edgeadapt coordinator rounds fleet
-      edgeadapt coordinator rounds fleet --follow
-      edgeadapt coordinator rounds fleet --follow --json
-    """
-    from coordinator.statedir import CoordinatorStateDir
+def _show_rounds(opened: "CoordinatorStateDir", follow: bool, as_json: bool) -> None:
     from coordinator.status import LogFollower, heading, round_lines, round_row
     from edgeadapt.formats.registryfiles import TRANSCRIPT
 
-    opened, shown = CoordinatorStateDir.open(state_dir), 0
-    follower, live = LogFollower(state_dir / TRANSCRIPT), _LiveLine(follow and sys.stderr.isatty())
+    shown, follower, live = 0, LogFollower(opened.folder / TRANSCRIPT), _LiveLine(follow and sys.stderr.isatty())
     if not as_json:
         click.echo(heading(_width(sys.stdout)))
     try:

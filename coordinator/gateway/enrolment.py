@@ -137,7 +137,7 @@ class _Certifying:
 def _log(certificate: bytes, what: str) -> None:
     loaded = certificates.load(certificate)
     name, key = certificates.subject(loaded), certificates.identity(loaded)
-    log.info("%s %s with the key %s", name, what, key.key_id)
+    log.info("%s %s with the key %s", name, what, key.key_id, extra={"device": name})
 
 
 class EnrolmentServer(ConversationServer):

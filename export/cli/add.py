@@ -1,51 +1,27 @@
 """``edgeadapt bundle add``: add an adapter to a bundle."""
 
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from aggregation.errors import ConfigError
-from aggregation.pki.identity import IdentityKey
 from edgeadapt import commandline
-from edgeadapt.bases.base import find_base
 from edgeadapt.commandline import FOLDER, as_json, print_result
-from edgeadapt.formats.bundle import TRUST, Bundle, VerifiedBase
 from edgeadapt.formats.calibration import BINS, FOLDS, Calibration
-from edgeadapt.formats.keyfiles import read_key, read_public_keys
-from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Format
-from edgeadapt.formats.storage import real
-from edgeadapt.methods.peft.dora import magnitudes
-from export.bundle.sources import Origin, as_slots
-from export.bundle.write import (
-    add,
-    check_base,
-    check_place,
-    create,
-    device_inputs,
-    folder_above,
-    next_version,
-    stated_adapter,
-    stated_manifest,
-)
+from edgeadapt.formats.keyfiles import read_key
+from edgeadapt.formats.manifest import Format
+from export.addition import Wanted, add_to
 from export.cli.options import (
-    PROFILE,
     from_folder,
     from_registry,
     learning,
     origin_of,
     pinned,
     profiled,
-    progress,
     signed_by,
     the_labels,
     which,
 )
-
-if TYPE_CHECKING:  # imports torch
-    from export.onnx.exported import ExportedBase
 
 
 @click.command()
@@ -106,134 +82,19 @@ def add_adapter(
       edgeadapt bundle add --registry fleet --calibrate held-out.tsv --bundle bundle --key vendor.pem
     """
     signer = read_key(key_file)
-    added = add_to(
-        bundle,
-        origin_of(registry, peft_folder, version, trust, labels),
-        signer,
-        name=name,
-        form=form,
-        base_name=base_name,
-        profile=profile,
-        held_out=held_out,
-        counted=registry is not None or version is not None,
-    )
+    counted = registry is not None or version is not None
+    origin = origin_of(registry, peft_folder, version, trust, labels)
+    added = add_to(bundle, origin, signer, Wanted(name, form, base_name, profile, held_out, counted))
+    if added.warning:
+        click.echo(added.warning, err=True)
     manifest, row = added.manifest, {"bundle": str(bundle), **asdict(added.manifest)}
-    size = f"{manifest.size:,} bytes{added.trains}"
+    trains = learning(added.exported, added.config) if added.exported else ""
+    size = f"{manifest.size:,} bytes{trains}"
     line = f"{bundle}: {name} version {manifest.version}, {form}, rank {manifest.rank}, {size}"
     if added.calibration:
         row["calibration"] = asdict(added.calibration)
         line = f"{line}\n{_summary(added.calibration)}"
     print_result(row, line, as_json)
-
-
-@dataclass(frozen=True, slots=True)
-class Added:
-    manifest: AdapterManifest
-    calibration: Calibration | None
-    trains: str  # completes a line about a new bundle: whether devices can train it
-
-
-def add_to(
-    bundle: Path,
-    origin: Origin,
-    signer: IdentityKey,
-    *,
-    name: str,
-    form: Format,
-    base_name: str | None,
-    profile: str | None,
-    held_out: Path | None,
-    counted: bool,
-) -> Added:
-    """Add an adapter to a bundle; with ``base_name``, also to a new one.
-
-    ``counted``: the version of ``origin`` was chosen, and is not the next one of the bundle. Errors name options.
-    """
-    origin = _resolved(origin, base_name)
-    examples = _examples(held_out, origin)
-    if base_name is None and profile is not None:
-        raise ConfigError(
-            "--profile is for --base; the base in the bundle has its own: leave it out", about="--profile"
-        )
-    if base_name is not None and stated_manifest(bundle) is None:
-        exported = _exported(bundle, base_name, profile or PROFILE, origin)
-        trains = learning(exported, origin.peft_config)
-        calibration = _calibrated(exported.folder, exported.manifest, origin, form, examples)
-        temperature = calibration.temperature if calibration else 1.0
-        manifest = create(bundle, exported, origin, name=name, form=form, key=signer, temperature=temperature)
-        return Added(manifest, calibration, trains)
-    if base_name is not None:
-        check_base(bundle, find_base(base_name), profile)
-    calibrates = examples and stated_manifest(bundle) is not None  # else `add` refuses
-    verified = _base(bundle, signer) if calibrates else None
-    calibration = _calibrated(verified.folder, verified.manifest, origin, form, examples) if verified else None
-    if verified:
-        verified.check()
-    temperature = calibration.temperature if calibration else 1.0
-    if not counted:
-        origin = replace(origin, version=next_version(bundle, name, origin, temperature))
-    _warn(bundle, name, origin, temperature)
-    return Added(add(bundle, origin, name=name, form=form, key=signer, temperature=temperature), calibration, "")
-
-
-def _resolved(origin: Origin, base_name: str | None) -> Origin:
-    """Turn ``origin`` into what slots take, with what depends on the weights of the base."""
-    origin = as_slots(origin)
-    if not magnitudes(origin.tensors):
-        return origin
-    if base_name is None:
-        raise ConfigError(
-            "the scales of DoRA are computed with the base's weights: name the base of its training with --base",
-            about="--base",
-        )
-    from export.bundle.base import resolved  # torch
-
-    return resolved(origin, find_base(base_name))
-
-
-def _exported(bundle: Path, base_name: str, profile: str, origin: Origin) -> "ExportedBase":
-    """Export a base that has what ``origin`` needs, for a new bundle."""
-    check_place(bundle)
-    from export.bundle.base import export_named, wanted  # torch, after what can be refused without it
-
-    want = wanted(find_base(base_name), origin)
-    if want.task == "text-classification" and not origin.labels:
-        raise ConfigError("name the labels of the adapter's head, in order, with --labels", about="--labels")
-    with progress(f"exporting {base_name} as {profile}") as report:
-        return export_named(base_name, profile, want, folder_above(bundle), report)
-
-
-def _base(bundle: Path, signer: IdentityKey) -> VerifiedBase:
-    """Open the base in a bundle, which the key that signs the adapter or one in ``trust.pem`` signed."""
-    pinned = real(bundle).parent / TRUST
-    return Bundle(bundle, (signer.public, *(read_public_keys(pinned) if pinned.exists() else ()))).base()
-
-
-def _examples(held_out: Path | None, origin: Origin) -> list[tuple[str, int]]:
-    if held_out is None:
-        return []
-    if not origin.labels:
-        reason = "--calibrate is for classifiers, and this adapter has no labels: leave it out, or name them (--labels)"
-        raise ConfigError(reason, about="--calibrate")
-    from export.parity.compare import read_examples
-
-    return read_examples(held_out, origin.labels)
-
-
-def _calibrated(
-    folder: Path, base: BaseManifest, origin: Origin, form: Format, examples: list[tuple[str, int]]
-) -> Calibration | None:
-    if not examples:
-        return None
-    from export.parity.compare import (
-        OnnxRunner,  # torch, after what can be refused without it
-        fit_temperature,
-    )
-
-    inputs, runner = device_inputs(origin, base, form), OnnxRunner.open(folder, base)
-    label = f"calibrating on {len(examples)} phrases"
-    with click.progressbar(length=len(examples), label=label, file=sys.stderr, hidden=commandline.is_quiet()) as bar:
-        return fit_temperature(runner, inputs, examples, lambda: bar.update(1))
 
 
 def _summary(found: Calibration) -> str:
@@ -248,12 +109,3 @@ def _summary(found: Calibration) -> str:
     if found.after >= found.before:
         return f"{line}\nthe temperature does not help: export without --calibrate, or give more phrases"
     return line
-
-
-def _warn(bundle: Path, name: str, origin: Origin, temperature: float) -> None:
-    before = stated_adapter(bundle, name)
-    if before is None or (before.version, before.source) != (origin.version, origin.sha256):
-        return
-    if before.temperature != temperature:
-        reason = f"devices that accepted version {before.version} of {name!r} before refuse another temperature of it"
-        click.echo(f"{reason}; calibrate a version when it is first exported", err=True)

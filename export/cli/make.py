@@ -13,7 +13,9 @@ from edgeadapt.formats.bundle import PHRASES, TRAINING
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.manifest import Task
 from edgeadapt.formats.phrases import encode_phrases, read_phrases
-from export.cli.options import PROFILE, from_folder, learning, profiled, progress, signed_by
+from export.addition import PROFILE
+from export.cli.options import from_folder, learning, profiled, signed_by
+from export.progress import progress
 
 TASKS = ("text-classification", "text-generation")
 

@@ -1,31 +1,16 @@
 """The options that commands of ``edgeadapt bundle`` share, and how their values are read."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from aggregation.errors import ConfigError
-from edgeadapt.commandline import FOLDER, is_quiet, plain_progress
+from edgeadapt.commandline import FOLDER
 from edgeadapt.formats.peftconfig import PeftConfig, require_gradients
 from edgeadapt.formats.storage import read_lines
+from export.addition import PROFILE
 from export.bundle import sources
-from export.onnx.exported import ExportedBase, Report
-
-PROFILE = "native-int8"  # by default
-WHOLE_STAGE = 1e9  # seconds; the estimate uses every part of a stage that is done, however long a part takes
+from export.onnx.exported import ExportedBase
 
 profiled = click.option("--profile", metavar="NAME", help=f"How weights of the base are stored. Default: {PROFILE}.")
 signed_by = click.option(
@@ -65,45 +50,6 @@ def origin_of(
     if labels is not None:
         raise ConfigError("--labels is for a PEFT folder; a registry states its labels itself", about="--labels")
     return sources.from_registry(registry, version, trust)
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Report]:
-    """Show how far an export is on standard error: what it does, and on a terminal when that will be done."""
-    # ``edgeadapt.commandline.status`` does the same.
-    console = Console(file=sys.stderr, force_terminal=sys.stderr.isatty())
-    display = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(20),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        speed_estimate_period=WHOLE_STAGE,
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-        disable=not console.is_terminal or is_quiet(),
-    )
-    shown: dict[str, TaskID] = {}
-
-    def report(stage: str, done: int, total: int) -> None:
-        if stage not in shown:
-            for task in shown.values():
-                display.remove_task(task)
-            shown.clear()
-            shown[stage] = display.add_task(f"{label}: {stage}", total=total or None)
-        display.update(shown[stage], completed=done, total=total or None)
-
-    def now() -> str:
-        return " ".join(
-            f"{task.description} {f'{task.completed:.0f} of {task.total:.0f}' if task.total else ''}".rstrip()
-            for task in display.tasks
-        )
-
-    with display, plain_progress(now, console.file, shown=not console.is_terminal and not is_quiet()):
-        report("reading", 0, 0)
-        yield report
 
 
 def learning(exported: ExportedBase, config: PeftConfig | None) -> str:

@@ -7,10 +7,8 @@ from edgeadapt.commandline import LazyGroup
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
     "run": ("simulations.cli.simulate", "simulate", "Run a scenario, from population to report.", "simulations"),
-    "look": ("simulations.cli.simulate", "look", "Show clients, sizes, labels, broken rows.", "simulations"),
-    "scenarios": ("simulations.cli.scenarios", "scenarios", "List the scenarios and suites that are shipped.", ""),
+    "look": ("simulations.cli.look", "look", "Show clients, sizes, labels; or list what is shipped.", "simulations"),
     "suite": ("simulations.cli.suite", "suite", "Compare arms of a scenario on several seeds.", "simulations"),
-    "report": ("simulations.cli.suite", "report", "Write and print the report of a suite.", "simulations"),
     "privacy": ("coordinator.cli.privacy", "privacy", "Print noise and epsilon for sizes of a cohort.", "coordinator"),
 }
 
@@ -24,7 +22,7 @@ def simulate_group() -> None:
     \b
     Examples:
       edgeadapt simulate run texts.csv --set data.client=user
-      edgeadapt simulate scenarios
+      edgeadapt simulate look
       edgeadapt simulate suite households.toml --seeds 3
       edgeadapt simulate privacy --numbers 50000 --set privacy.mechanism=skellam --set privacy.epsilon=8
     """

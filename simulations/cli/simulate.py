@@ -1,9 +1,8 @@
-"""``edgeadapt simulate run`` runs a scenario, ``demo`` the one that comes with the package; ``look`` shows texts."""
+"""``edgeadapt simulate run`` runs a scenario, ``demo`` the one that comes with the package."""
 
 import json
-import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,11 @@ from typing import Any
 import click
 from rich.console import Console
 
-from aggregation.errors import ConfigError
 from edgeadapt.commandline import as_json, is_quiet, program, quiet
-from edgeadapt.formats.settings import toml_value
-from simulations.scenario import Scenario, describe
-from simulations.shipped import SCENARIOS, find
+from simulations.scenario import describe, read_scenario
+from simulations.shipped import SCENARIOS
 
 DEMO = "households.toml"
-OWN_TEXTS = "households.toml"  # whose base is not pruned to some languages
 
 
 def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -92,19 +88,6 @@ def simulate(scenario: Path, **options: Any) -> None:
     _run(scenario, **options)
 
 
-def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
-    """Read the scenario in a file, or a shipped one; for own texts in a file or folder, ``OWN_TEXTS`` with these."""
-    if path.suffix == ".toml":
-        path = find(path, SCENARIOS)
-        return Scenario.read(path, overrides).located(path.parent)
-    if not path.exists():
-        text = f"there is no file or folder {path}; 'edgeadapt simulate scenarios' lists what is shipped"
-        raise ConfigError(text, about="SCENARIO", value=str(path))
-    name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:64] or "texts"
-    texts = f"data.files={toml_value([str(path.absolute())])}"
-    return Scenario.read(SCENARIOS / OWN_TEXTS, (f'name="{name}"', texts, *overrides)).located(Path())
-
-
 def _run(
     path: Path,
     out: Path | None,
@@ -149,35 +132,3 @@ def resumable(out: Path) -> Iterator[None]:
         again = f"add --out {shlex.quote(str(out))} --resume to the same command"
         click.echo(f"The finished parts are kept. To continue, {again}", err=True)
         raise
-
-
-@click.command()
-@click.argument("scenario", type=click.Path(path_type=Path), metavar="SCENARIO|FILE|DIR")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
-@click.option("--clients", is_flag=True, help="Also a line for each client.")
-@as_json
-def look(scenario: Path, overrides: tuple[str, ...], clients: bool, as_json: bool) -> None:
-    """Show clients, sizes, labels, languages and broken rows of a SCENARIO, or of a file of texts.
-
-    Broken rows are counted and listed, and never end this command.
-
-    \b
-    Examples:
-      edgeadapt simulate look texts.csv --set data.client=user
-      edgeadapt simulate look my.toml --clients
-      edgeadapt simulate look texts.jsonl --set data.partition=shard --set data.clients=8 --json
-    """
-    settings = read_scenario(scenario, (*overrides, "data.broken=skip"))
-    from edgeadapt.bases.base import find_base
-    from simulations.data import populate
-    from simulations.data.summary import summarize
-    from simulations.report.terminal import print_clients, print_data
-
-    loaded = populate(settings.data, settings.population, settings.seed)
-    summary = summarize(loaded, find_base(settings.base.model))
-    if as_json:
-        click.echo(json.dumps(summary.to_json()))
-        return
-    print_data(summary, Console())
-    if clients:
-        print_clients(summary, Console())

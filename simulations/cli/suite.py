@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from aggregation.errors import ConfigError
 from edgeadapt import commandline
 from simulations.cli.simulate import resumable
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:  # imports torch
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE|DIR")
 @click.option("--seeds", type=click.IntRange(1, 1000), help="So many seeds, from 0 on.  [default: the file's]")
 @click.option(
     "--jobs", type=click.IntRange(1, 256), help="Processes at the same time.  [default: one a core, at most 4]"
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # imports torch
 @click.option("--resume", is_flag=True, help="Continue the suite in --out; what is finished is kept.")
 @click.option("--retry", is_flag=True, help="Continue it, and run again the rounds of arms of which some aborted.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite.  [default: runs/suite-NAME]")
+@click.option("--track", type=click.Choice(["mlflow", "tensorboard"]), help="Of DIR: send its runs to this tracker.")
 @commandline.quiet
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
 def suite(
@@ -35,9 +37,10 @@ def suite(
     resume: bool,
     retry: bool,
     out: Path | None,
+    track: str | None,
     as_json: bool,
 ) -> None:
-    """Run the arms of a suite FILE (.toml), or of one that is shipped, on its seeds.
+    """Run the arms of a suite FILE (.toml), or of one that is shipped, on its seeds; or report on the finished DIR.
 
     An arm with a search first chooses its constants on other seeds, by the validation texts of the clients. A process
     has one thread. After an interruption, the same command with --resume continues. Arms that failed, or of which
@@ -50,7 +53,17 @@ def suite(
       edgeadapt simulate suite my.toml --seeds 5 --jobs 2
       edgeadapt simulate suite my.toml --seeds 5 --jobs 2 --resume
       edgeadapt simulate suite my.toml --seeds 5 --jobs 2 --retry
+      edgeadapt simulate suite runs/households --json > suite.json
+      edgeadapt simulate suite runs/households --track tensorboard
     """
+    if file.is_dir():
+        if seeds or jobs or arms or overrides or resume or retry or out:
+            text = f"{file} is a finished suite, to be reported on: name a suite file, or leave the rest out"
+            raise ConfigError(text, about="FILE|DIR", value=str(file))
+        _print(_finished(file, track), as_json)
+        return
+    if track:
+        raise ConfigError("--track is for a finished suite: name its folder", about="--track")
     # Imported here, so that --help does not wait for the libraries.
     from simulations.suite.execute import run_suite
     from simulations.suite.store import read_suite, suite_folder
@@ -62,19 +75,8 @@ def suite(
     _print(outcome, as_json)
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--track", type=click.Choice(["mlflow", "tensorboard"]), help="Also send the runs to this tracker.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
-def report(folder: Path, track: str | None, as_json: bool) -> None:
-    """Write the report of a finished suite into its folder DIR, and print it.
-
-    \b
-    Examples:
-      edgeadapt simulate report runs/households
-      edgeadapt simulate report runs/households --json > suite.json
-      edgeadapt simulate report runs/households --track tensorboard
-    """
+def _finished(folder: Path, track: str | None) -> "SuiteReport":
+    """Write the report of a finished suite, and send its runs to a tracker. Raises as ``SuiteReport.of``."""
     from simulations.suite.execute import SuiteReport
 
     outcome = SuiteReport.of(folder)
@@ -85,7 +87,7 @@ def report(folder: Path, track: str | None, as_json: bool) -> None:
         opened = open_suite(folder)
         runs = tracked_runs(opened.settings, results(opened, Store(folder)))
         click.echo(f"the runs are in {TRACKERS[track](opened.settings.name, runs, folder)}", err=True)
-    _print(outcome, as_json)
+    return outcome
 
 
 def _print(outcome: "SuiteReport", as_json: bool) -> None:

@@ -116,7 +116,7 @@ def _unknown(summary: DataSummary) -> str:
         text += f"; the words of {len(spelled)} of {len(summary.clients)} clients are spelled out ({least.name}: "
         text += f"{least.letters:.1f} letters a token)"
     if summary.warns:
-        text += ": this base hardly reads them; choose one for these languages (edgeadapt base list)"
+        text += ": this base hardly reads them; choose one for these languages (edgeadapt base show)"
     return text
 
 

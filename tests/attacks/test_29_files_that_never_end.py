@@ -30,13 +30,13 @@ SPARSE = 3 * 2**30  # bytes, of which the disk holds none
 # command, with paths in a fleet → the files that it reads
 COMMANDS: dict[str, tuple[str, ...]] = {
     "device policy --state kitchen": ("kitchen/device.toml",),
-    "device install --state kitchen --certificate kitchen.pem": (
+    "device enrol --state kitchen --certificate kitchen.pem": (
         "kitchen.pem",
         "kitchen/authority.pem",
         "kitchen/identity.pem",
         "kitchen/revoked.crl",
     ),
-    "device install --state kitchen --revoked authority/revoked.crl": ("authority/revoked.crl",),
+    "device enrol --state kitchen --revoked authority/revoked.crl": ("authority/revoked.crl",),
     "device enrol --state new --name new --base base --authority authority/authority.pem "
     "--coordinator coordinator/coordinator.pem": ("authority/authority.pem", "coordinator/coordinator.pem"),
     "bundle list --bundle bundle": (
@@ -160,7 +160,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, tiny_base: Any) -> Path:
         shutil.copy("vendor.pub.pem", "trust.pem")
         call("bundle", "make", "--base", "base", "--bundle", "bundle", "--key", "vendor.pem")
         call("bundle", "add", "--registry", "coordinator", "--bundle", "bundle", "--key", "vendor.pem")
-        call("device", "install", "--state", "kitchen", "--revoked", "authority/revoked.crl")
+        call("device", "enrol", "--state", "kitchen", "--revoked", "authority/revoked.crl")
         shutil.copy("coordinator/coordinator.pem", "attic.pub")
         Path("scenario.toml").write_text("unknown = 1\n")
     return made

@@ -42,7 +42,7 @@ def work(tmp_path: Path, store: AuthorityStore, monkeypatch: pytest.MonkeyPatch)
     Path("coordinator.pem").write_bytes(new_key().public.to_pem())
     enrol("kitchen", "authority/authority.pem")
     call("authority", "issue", "authority", "--request", "kitchen/request.csr", "--out", "kitchen.crt")
-    call("device", "install", "--state", "kitchen", "--certificate", "kitchen.crt")
+    call("device", "enrol", "--state", "kitchen", "--certificate", "kitchen.crt")
     return tmp_path
 
 
@@ -77,7 +77,7 @@ def test_a_name_that_looks_like_another_is_not_certified(
 
 
 def test_a_device_does_not_install_the_authoritys_certificate(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install = ("device", "install", "--state", "kitchen", "--certificate", "authority/authority.pem")
+    install = ("device", "enrol", "--state", "kitchen", "--certificate", "authority/authority.pem")
     with refused(TrustError, "certificate.basic-constraints"):
         call(*install)
     monkeypatch.setattr(Root, "from_pem", lambda pem: Root(certificates.to_der(pem)))
@@ -98,7 +98,7 @@ def test_a_list_of_another_authority_of_the_same_name_is_not_installed(
     work: Path, store: AuthorityStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     AuthorityStore.create(work / "twin", "fleet", 3650, 30, None)
-    install = ("device", "install", "--state", "kitchen", "--revoked", "twin/revoked.crl")
+    install = ("device", "enrol", "--state", "kitchen", "--revoked", "twin/revoked.crl")
     with refused(TrustError, "revocations.signature"):
         call(*install)
     assert not Path("kitchen/revoked.crl").exists()
@@ -110,8 +110,8 @@ def test_a_list_with_a_lower_number_is_not_installed_and_without_the_check_it_re
     old = Path("authority/revoked.crl").read_bytes()
     Path("old.crl").write_bytes(old)
     call("authority", "revoke", "authority", "kitchen")
-    call("device", "install", "--state", "kitchen", "--revoked", "authority/revoked.crl")
-    install = ("device", "install", "--state", "kitchen", "--revoked", "old.crl")
+    call("device", "enrol", "--state", "kitchen", "--revoked", "authority/revoked.crl")
+    install = ("device", "enrol", "--state", "kitchen", "--revoked", "old.crl")
     with refused(TrustError, "revocations.number", value=1):
         call(*install)
     monkeypatch.setattr(RevocationList, "newer_than", lambda listed, seen: listed)

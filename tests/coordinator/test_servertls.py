@@ -55,7 +55,7 @@ def certified(state_dir: CoordinatorStateDir, store: AuthorityStore, host: str =
     """The certificate for the newest request, PEM."""
     out = store.folder / "issued.pem"
     given = ("--request", state_dir.folder / TLS_REQUEST, "--host", host, "--out", out)
-    call("authority", "issue-tls", store.folder, *given)
+    call("authority", "issue", store.folder, *given)
     return out.read_bytes()
 
 

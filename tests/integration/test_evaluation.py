@@ -49,7 +49,8 @@ class Channel(StagedFleet):
         return self.fleet.federate(self.fleet.grid())[-1]
 
     def verdict(self, *options: str) -> str:
-        return run("release", "verdict", self.fleet.out / "coordinator", "stable", "--releases", self.folder, *options)
+        call = ("release", "watch", self.fleet.out / "coordinator", "stable", "--releases", self.folder)
+        return run(*call, "--dry-run", *options)
 
     def watch(self) -> Any:
         """What a look leads to, on a machine with the key of snapshot and timestamp alone."""

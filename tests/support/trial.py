@@ -65,6 +65,6 @@ def make_trial_fleet(
         trial = [part for limit in limits for part in ("--set", limit)]
         call("device", "enrol", "--state", state_dir, "--name", device, "--base", own, *pinned, *trial)
         call("authority", "issue", authority, "--request", state_dir / "request.csr", "--out", certificate)
-        call("device", "install", "--state", state_dir, "--certificate", certificate)
+        call("device", "enrol", "--state", state_dir, "--certificate", certificate)
         lines = [json.dumps({"text": text, "label": label, "split": split}) for text, label, split in rows]
         (state_dir / "examples.jsonl").write_text("".join(f"{line}\n" for line in lines))

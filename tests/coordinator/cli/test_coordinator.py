@@ -101,13 +101,13 @@ def test_status_prints_lines_or_json(fleet_of: FleetOf) -> None:
 def test_rounds_are_listed_as_lines_or_as_objects_and_those_that_come_are_followed(fleet_of: FleetOf) -> None:
     fleet = fleet_of(3, rounds=2)
     folder, listed = fleet.out / "coordinator", []
-    assert call("rounds", folder).output.count("\n") == 1
-    follow = threading.Thread(target=lambda: listed.append(call("rounds", folder, "--follow", "--json")))
+    assert call("status", folder, "--rounds").output.count("\n") == 1
+    follow = threading.Thread(target=lambda: listed.append(call("status", folder, "--rounds", "--follow", "--json")))
     follow.start()
     fleet.federate(fleet.grid())
     follow.join(60)
     assert [json.loads(line)["round"] for line in listed[0].output.splitlines()] == [1, 2]
-    lines = call("rounds", folder).output.splitlines()
+    lines = call("status", folder, "--rounds").output.splitlines()
     assert [line.split()[:3] for line in lines[1:]] == [["1", "1", "3"], ["2", "2", "3"]]
 
 

@@ -1,4 +1,4 @@
-"""``edgeadapt coordinator rounds --follow`` in a real terminal: a pty, whose screen an emulator draws."""
+"""``edgeadapt coordinator status --rounds --follow`` in a real terminal: a pty, whose screen an emulator draws."""
 
 import fcntl
 import os
@@ -83,7 +83,7 @@ def _controlled() -> None:
 
 @contextmanager
 def following(folder: Path, columns: int) -> Iterator[Terminal]:
-    command = [sys.executable, "-m", "edgeadapt", "coordinator", "rounds", str(folder), "--follow"]
+    command = [sys.executable, "-m", "edgeadapt", "coordinator", "status", str(folder), "--rounds", "--follow"]
     terminal = Terminal(command, columns)
     try:
         yield terminal

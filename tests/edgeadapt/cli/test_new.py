@@ -15,25 +15,25 @@ from coordinator.app import app as server_app
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import RUN_ID, SERVER_NODE
 from edgeadapt.commandline import program
-from simulations.cli.simulate import read_scenario
 from simulations.data import populate
 from simulations.engine.grid import FaultModel, InProcessGrid
+from simulations.scenario import read_scenario
 from simulations.suite.run import abort_warning
 
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_the_scenario_is_of_six_clients_whose_rounds_need_not_abort(run: Run, tmp_path: Path) -> None:
+def test_the_scenario_is_of_eight_clients_whose_rounds_need_not_abort(run: Run, tmp_path: Path) -> None:
     code, out, err = run("new", tmp_path / "mine")
     assert (code, err) == (0, "")
     assert f" simulate run {tmp_path / 'mine' / 'scenario.toml'}\n" in out
     scenario = read_scenario(tmp_path / "mine" / "scenario.toml", ())
     loaded = populate(scenario.data, scenario.population, scenario.seed)
     clients = loaded.population.clients
-    assert (len(clients), sum(client.unseen for client in clients)) == (6, 1)
+    assert (len(clients), sum(client.unseen for client in clients)) == (8, 2)
     assert loaded.facts is not None
     assert loaded.facts.broken == ()
-    assert abort_warning(scenario, 5) == ""
+    assert abort_warning(scenario, 6) == ""
 
 
 def test_the_program_is_what_the_shell_can_find(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -31,9 +31,17 @@ def run(program: str) -> dict[str, Any]:
     return runpy.run_path("example.py")
 
 
-def test_it_names_the_whole_interface() -> None:
+def test_it_has_an_example_of_the_whole_interface() -> None:
     named = set(re.findall(r"`(\w+)", PAGE.partition("## Use a bundle")[0]))
-    assert set(edgeadapt.__all__) - {"__version__"} <= named
+    used = set(re.findall(r"edgeadapt\.(\w+)", "".join(re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.DOTALL))))
+    assert set(dir(edgeadapt)) == set(edgeadapt.__all__) == used
+    assert used - {"__version__"} <= named
+
+
+def test_an_error_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(BLOCKS["Catch what goes wrong"])
+    assert capsys.readouterr().out.startswith(f"{edgeadapt.__version__} ")
 
 
 def test_a_bundle_answers_and_learns(

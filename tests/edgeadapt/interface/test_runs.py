@@ -63,7 +63,7 @@ def test_a_table_becomes_a_verdict_in_ten_lines_and_bundles_that_answer(tmp_path
         table = csv.DictWriter(file, ["text", "label", "customer"])
         table.writeheader()
         table.writerows({"text": row["text"], "label": row["label"], "customer": row["who"]} for row in ROWS)
-    (block,) = re.findall(r"^```python\n(run = .*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^```python\n(run: .*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     program = f"import edgeadapt\n\n{block}"
     assert len(program.splitlines()) <= 10
     run = program_run(program.replace("federation__rounds=10", settings))["run"]
@@ -74,6 +74,7 @@ def test_a_table_becomes_a_verdict_in_ten_lines_and_bundles_that_answer(tmp_path
     for arm, row in run.accuracy.items():
         assert f"{arm:>9}  {row['mean']:9.3f}" in str(run)
         assert f"<th>{arm}</th><td>{row['mean']:.3f}</td>" in run._repr_html_()
+    assert re.match(r"accuracy of \d clients: \d+ % right together, \d+ % alone", str(run))
     assert run.compare(run)["personal"]["mean"] == 0
     with refused(edgeadapt.ConfigError, "bundle"):
         run.bundle("nobody")

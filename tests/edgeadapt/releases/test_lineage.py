@@ -60,7 +60,7 @@ def test_a_version_is_found_in_a_release_that_a_rollback_signed_again(vendor_pla
     vendor_place.publish(1, "stable")
     vendor_place.publish(2, "stable")
     roll_back(vendor_place.repository, "stable", 1, vendor_place.key)
-    found = as_json("version", vendor_place.state_dir, 1, "--releases", vendor_place.repository.folder)
+    found = as_json("versions", vendor_place.state_dir, 1, "--releases", vendor_place.repository.folder)
     places = [(each["release"], each["version"], each["current"]) for each in found["releases"]]
     assert places == [(1, 2, False), (3, 4, True)]
 
@@ -77,7 +77,7 @@ def test_both_releases_of_a_rollout_are_on_offer(vendor_place: Vendor) -> None:
 
 def test_the_commands_say_the_same_of_a_registry_in_postgresql(vendor_place: Vendor, postgresql: str) -> None:
     folder = vendor_place.state_dir
-    words = [("versions", folder), ("version", folder, 2), ("diff", folder, 0, 2)]
+    words = [("versions", folder), ("versions", folder, 2), ("diff", folder, 0, 2)]
     before = [as_json(*each) for each in words]
     components = json.loads(called("sbom", folder, 2))["components"]
     local, remote = create_engine(f"sqlite:///{folder / DATABASE}"), database.connect(postgresql_url(postgresql))
@@ -95,14 +95,14 @@ def test_the_commands_say_the_same_of_a_registry_in_postgresql(vendor_place: Ven
 
 
 def test_show_names_the_signer_and_what_made_a_version(vendor_place: Vendor) -> None:
-    found = as_json("version", vendor_place.state_dir, 2)
+    found = as_json("versions", vendor_place.state_dir, 2)
     assert found["signed_by"] == vendor_place.coordinator.public.key_id
     assert found["rule"] == {"name": "FedAvg", "numbers": {"learning_rate": 1.0}}
     assert (found["survivors"], found["dropped"], found["privacy"]["epsilon"]) == (["anna", "ben"], {"cora": "plan"}, 4)
-    text = called("version", vendor_place.state_dir, 2)
+    text = called("versions", vendor_place.state_dir, 2)
     assert f"parent       {found['parent']}" in text
     assert "rule         FedAvg (learning_rate 1)" in text
-    assert "none: it is the first" in called("version", vendor_place.state_dir, 0)
+    assert "none: it is the first" in called("versions", vendor_place.state_dir, 0)
 
 
 def test_a_reviewer_may_name_the_coordinators_key(vendor_place: Vendor, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_reviewer_may_name_the_coordinators_key(vendor_place: Vendor, tmp_path
 
 
 def test_what_does_not_exist_is_named(vendor_place: Vendor, tmp_path: Path) -> None:
-    for words in (("version", vendor_place.state_dir, 7), ("diff", vendor_place.state_dir, 0, 7)):
+    for words in (("versions", vendor_place.state_dir, 7), ("diff", vendor_place.state_dir, 0, 7)):
         with refused(ConfigError, "version"):
             called(*words)
     with refused(ConfigError, "registry.db"):
@@ -164,7 +164,7 @@ def test_a_version_that_the_coordinators_key_signed_outside_of_a_round(
 def test_a_record_of_a_round_that_was_removed(vendor_place: Vendor) -> None:
     _execute(vendor_place.state_dir, "DELETE FROM edgeadapt_rounds WHERE round = 2")
     with refused(TrustError, "record"):
-        called("version", vendor_place.state_dir, 0)
+        called("versions", vendor_place.state_dir, 0)
 
 
 def test_diff_compares_tensors_labels_metrics_and_privacy(vendor_place: Vendor) -> None:

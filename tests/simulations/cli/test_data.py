@@ -99,7 +99,7 @@ def test_relative_paths_of_a_scenario_are_taken_from_its_folder(
 
 
 def test_what_is_shipped_is_listed_and_named_where_a_name_is_mistyped(run: Callable[..., Outcome]) -> None:
-    code, out, err = run("simulate", "scenarios", "--json")
+    code, out, err = run("simulate", "look", "--json")
     assert (code, err) == (0, "")
     for kind, command in (("scenarios", "run"), ("suites", "suite")):
         shipped = json.loads(out)[kind]

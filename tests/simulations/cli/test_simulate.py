@@ -22,8 +22,8 @@ from edgeadapt.formats.manifest import PrivacyBound
 from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import Profile
 from export.parity.compare import Parity
-from simulations.cli.simulate import read_scenario
 from simulations.engine import provision, publish
+from simulations.scenario import read_scenario
 from tests.simulations.data.test_tables import rows, write_csv
 from tests.support import refused
 from tests.support.bundles import flip, stated

@@ -100,9 +100,9 @@ def test_a_killed_suite_goes_on_and_its_report_has_every_arm_and_pair(
     assert summary["clients"] == 5
     assert summary["arms"]["local"]["candidates"] == 2
     assert summary["arms"]["local"]["constants"]["local.learning_rate"] in (0.01, 0.03)
-    code, printed, _ = run("simulate", "report", out, "--json")
+    code, printed, _ = run("simulate", "suite", out, "--json")
     assert (code, json.loads(printed)) == (0, summary)
-    code, printed, _ = run("simulate", "report", out)
+    code, printed, _ = run("simulate", "suite", out)
     assert code == 0
     assert all(f"| {arm} |" in printed for arm in summary["arms"])
 
@@ -203,10 +203,10 @@ def test_an_unfinished_or_damaged_suite_has_no_report(suite: Path, tmp_path: Pat
         code, _, err = run("simulate", "suite", suite, "--out", out, "--resume")
         assert code == 2
         assert "another process" in err
-    code, _, err = run("simulate", "report", out)
+    code, _, err = run("simulate", "suite", out)
     assert code == 5
     assert "not finished" in err
     (out / SUITE).write_text("{}")
-    code, _, err = run("simulate", "report", out)
+    code, _, err = run("simulate", "suite", out)
     assert code == 2
     assert "damaged" in err

@@ -9,8 +9,8 @@ import click
 import pytest
 
 from edgeadapt.commandline import quiet, status
-from export.cli.options import progress
 from export.onnx.exported import counted
+from export.progress import progress
 
 
 class Terminal(io.StringIO):
@@ -50,7 +50,7 @@ def test_a_pipe_gets_plain_lines_of_what_takes_long(monkeypatch: pytest.MonkeyPa
         show("comparing")
         pipe.until("comparing (0 s)")
     with progress("exporting") as report:
-        pipe.until("exporting: reading (0 s)")
+        pipe.until("exporting (0 s)")
         counted(report, "quantizing", 400)(100)
         pipe.until("exporting: quantizing 100 of 400 (0 s)")
 
