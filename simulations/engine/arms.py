@@ -64,10 +64,12 @@ class ArmInputs:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Holds the adapter that a client keeps, and which candidate it is."""
+    """Holds the adapter that a client keeps, which candidate it is, and that one before its validation texts were
+    fitted, if they were."""
 
     choice: str
     adapter: Tensors
+    judged: Tensors
 
 
 @dataclass
@@ -144,7 +146,7 @@ class ClassifierArms(Arms):
             plain=public.counted,
             control=TrainingControl(step=self.step),
         )
-        return Kept(kept.chosen.value, kept.adapter)
+        return Kept(kept.chosen.value, kept.adapter, kept.judged)
 
     def rehearsed(self, client: Client) -> int:
         own = self.inputs.scenario.personal.public
@@ -154,24 +156,28 @@ class ClassifierArms(Arms):
     def model(self, adapter: Tensors) -> Model:
         return partial(_answered, partial(self.mine.logits, adapter))
 
-    def head(self, client: Client, fit: FitHead, penalty: float) -> tuple[Model, float]:
+    def head(self, client: Client, fit: FitHead, penalty: float) -> tuple[Model, Model, float]:
         """Fit a linear head on frozen embeddings to the client's training texts and the public texts.
 
-        Returns the model, and the processor seconds of its embeddings that other heads have spent already.
+        Returns the model for its validation texts, the one that is fitted to these as well, and the processor seconds
+        of its embeddings that other heads have spent already.
         """
-        train, embeddings = training_examples(client), _embeddings(self.mine)
-        texts = [*train, *provision.public_examples(self.inputs.population.public)]
+        embeddings = _embeddings(self.mine)
+        own = [example for example in provision.examples_of(client) if example.split is not Split.TEST]
+        texts = [*own, *provision.public_examples(self.inputs.population.public)]
         before = time.thread_time()
         rows, seconds = embeddings.of([text.text for text in texts])
         saved = seconds - (time.thread_time() - before)
         labels = np.array([text.label for text in texts], np.int64)
-        weights = np.where(np.arange(len(texts)) < len(train), self.inputs.scenario.head.own_weight, 1.0)
-        head = fit(with_bias(rows), labels, weights, len(self.inputs.task.labels), penalty)
+        weights = np.where(np.arange(len(texts)) < len(own), self.inputs.scenario.head.own_weight, 1.0)
+        held_out = np.array([text.split is Split.VALIDATION for text in texts])
 
-        def logits(asked: Sequence[str]) -> Floats:
-            return (with_bias(embeddings.of(asked)[0]) @ head).astype(np.float32)
+        def fitted(some: NDArray[np.bool_]) -> Model:
+            count = len(self.inputs.task.labels)
+            head = fit(with_bias(rows[some]), labels[some], weights[some], count, penalty)
+            return partial(_answered, lambda asked: (with_bias(embeddings.of(asked)[0]) @ head).astype(np.float32))
 
-        return partial(_answered, logits), saved
+        return fitted(~held_out), fitted(np.ones_like(held_out)), saved
 
 
 class LanguageArms(Arms):
@@ -182,7 +188,7 @@ class LanguageArms(Arms):
         candidates = {"base": self.inputs.seed_adapter, "global": start, "personal": tuned}
         held_out = in_split(provision.examples_of(client), Split.VALIDATION)
         best = min(reversed(candidates), key=lambda name: self.mine.score(candidates[name], held_out).loss)
-        return Kept(best, candidates[best])
+        return Kept(best, candidates[best], candidates[best])
 
     def rehearsed(self, client: Client) -> int:
         return len(client.train)
