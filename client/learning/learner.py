@@ -67,6 +67,7 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.phrases import parse_phrases
 from edgeadapt.formats.quantization import quantize
 from edgeadapt.methods.parts import PARTS
+from edgeadapt.rounds.analytic import BIAS, WEIGHT
 from edgeadapt.rounds.task import Task
 
 LEARNED, KEY, SEALING_KEY, LOCK = "learned", "key.pem", "sealing.key", "learn.lock"
@@ -266,7 +267,8 @@ class Learner:
         (``rehearsal``). An interrupted step of the same arguments is continued. A classifier that results answers as
         many other public phrases right as the global adapter (``client.training.personal.personalize``). The adapter is
         not put into use if the global adapter, or the one in use, is better on the held-out examples: answers more of
-        them or, of a language model, predicts them better.
+        them or, of a language model, predicts them better. One in use that differs from the global adapter in its head
+        alone is not compared: a regression may have fitted it to the held-out examples.
 
         Args:
             examples: The device's examples file.
@@ -302,11 +304,12 @@ class Learner:
         before, scores = start, {candidate.value: score for candidate, score in outcome.scores.items()}
         if old.parent and (old.peft_config, old.labels) == (manifest.peft_config, manifest.labels):
             before = engine.tensors_of(self.adapter.inputs)
-            scores["in use"] = trainer.score(before, held_out)
+            if _embeds_otherwise(before, start):
+                scores["in use"] = trainer.score(before, held_out)
         is_new = outcome.chosen is Candidate.PERSONAL and subject.is_best(scores)
         others: tuple[Learnt, ...] = ()
         if is_new and manifest.labels:
-            others = subject.learnt([*held_out, *chosen.counted[:MAX_TESTED]], before, outcome.adapter)
+            others = subject.learnt([*held_out, *chosen.counted[:MAX_TESTED]], before, outcome.judged)
         used = self._put_into_use(manifest, (), engine.inputs_of(outcome.adapter)) if is_new else old
         checkpoint.delete()
         trained, seconds = len(in_split(every, Split.TRAIN)), time.perf_counter() - begun
@@ -563,6 +566,12 @@ class _Texts:
             return TextBits(text.prompt, text.text, bits(old), bits(new), new.correct == 1)
 
         return tuple(map(cost, examples))
+
+
+def _embeds_otherwise(one: Tensors, other: Tensors) -> bool:
+    """Check whether two adapters of one layout differ in more than the head, beyond rounding."""
+    shared = (name for name in other if not name.endswith((WEIGHT, BIAS)))
+    return not all(np.allclose(one[name], other[name], rtol=1e-4, atol=1e-7) for name in shared)
 
 
 def bits(score: Score) -> float:

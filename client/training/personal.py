@@ -48,14 +48,22 @@ class Rehearsal:
 
 @dataclass(frozen=True, slots=True)
 class Personalization:
-    """The adapter that a device keeps, which candidate it is, and each candidate's score on the held-out examples."""
+    """What a device keeps, and why.
+
+    Attributes:
+        judged: The candidate that was chosen, which no held-out example was fitted to.
+        adapter: What is kept. If a regression made the chosen one, the head is then fitted to the held-out examples as
+            well, so this adapter's score on them is too high.
+        scores: Each candidate's score on the held-out examples.
+    """
 
     chosen: Candidate
+    judged: Tensors
     adapter: Tensors
     scores: Mapping[Candidate, Score]
 
 
-FINE_TUNE = "fine-tune"
+FINE_TUNE, RIDGE = "fine-tune", "ridge"
 
 
 class Choice(Enum):
@@ -131,7 +139,7 @@ METHODS = Extensions[Method](
     "edgeadapt.personal_steps",
     "personal step",
     "method",
-    {FINE_TUNE: PersonalInputs.tuned, "ridge": _ridge, "ensemble": _ensemble, "interpolate": _interpolate},
+    {FINE_TUNE: PersonalInputs.tuned, RIDGE: _ridge, "ensemble": _ensemble, "interpolate": _interpolate},
 )
 
 
@@ -161,7 +169,8 @@ def personalize(  # noqa: PLR0913  # three of them by name
         With ``Choice.BEST``, the candidate with the most correct answers on the held-out examples, among equals that
         with the least loss, among these the most personal. With ``SIGNIFICANT``, the best of those that are better than
         the most personal one by a sign test (``better_by_chance``) at ``CHANCE``; it, if there are none. Without
-        held-out examples the most personal candidate.
+        held-out examples the most personal candidate. Of a personal adapter that the method ``RIDGE`` made, the head is
+        then fitted to training and held-out examples together; ``plain`` bounds what that forgets, too.
 
     Raises DataError as ``Trainer.train`` and ``with_own_head``, or a method of others failed or returned other tensors
     than an adapter has; ConfigError: the method is not installed.
@@ -170,12 +179,14 @@ def personalize(  # noqa: PLR0913  # three of them by name
     adapters, held_out = dict(candidates), in_split(examples, Split.VALIDATION)
     if how.patience and held_out:
         control = replace(control, patience=how.patience, held_out=lambda found: trainer.score(found, held_out).loss)
-    if how.epochs or how.method != FINE_TUNE:
-        train = partial(trainer.train, rng=rng, control=control)
-        shared = candidates[Candidate.GLOBAL]
-        own = _applied(method, PersonalInputs(trainer, shared, examples, how, task, train))
-        if (kept := _remembering(trainer, shared, own, plain)) is not None:
-            adapters[Candidate.PERSONAL] = kept
+
+    def made(of: Sequence[Example]) -> Tensors | None:
+        shared, train = candidates[Candidate.GLOBAL], partial(trainer.train, rng=rng, control=control)
+        own = _applied(method, PersonalInputs(trainer, shared, of, how, task, train))
+        return _remembering(trainer, shared, own, plain)
+
+    if (how.epochs or how.method != FINE_TUNE) and (own := made(examples)) is not None:
+        adapters[Candidate.PERSONAL] = own
     scores = {candidate: trainer.score(adapter, held_out) for candidate, adapter in adapters.items()}
     order = list(Candidate)
     last = max(adapters, key=order.index)
@@ -185,7 +196,12 @@ def personalize(  # noqa: PLR0913  # three of them by name
         better = [c for c in adapters if c is not last and better_by_chance(right[c], right[last]) <= CHANCE]
         allowed = better or allowed
     chosen = max(allowed, key=lambda c: (scores[c].correct, -scores[c].loss, order.index(c)))
-    return Personalization(chosen, adapters[chosen], scores)
+    kept = adapters[chosen]
+    if chosen is Candidate.PERSONAL and how.method == RIDGE and held_out:
+        every = [replace(each, split=Split.TRAIN) if each.split is Split.VALIDATION else each for each in examples]
+        if (again := made(every)) is not None:
+            kept = again
+    return Personalization(chosen, adapters[chosen], kept, scores)
 
 
 def rehearsal(

@@ -13,11 +13,11 @@ is that of the matrix; then Σ x yᵀ row by row. It is rotated as an update is,
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from aggregation import rotation
 from aggregation.errors import ConfigError, DataError
@@ -29,10 +29,12 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import Part
 from edgeadapt.rounds import optimizer
 from edgeadapt.rounds.ridge import (
+    STRENGTHS,
     EmbeddingMoments,
     Matrix,
     Vector,
     cholesky,
+    cross_validated,
     forward,
     moments_of,
     moments_of_rows,
@@ -70,7 +72,18 @@ NOISE = 2.0**-10  # width of the noise in the head, in units of the regression's
 LARGEST = optimizer.LARGEST  # of a weight
 _ISOMETRY = math.sqrt(2.0)  # each entry off the diagonal stands for two
 
-Ridge = Annotated[float, Field(gt=0, le=1)]
+
+def _strength(value: Any, validated: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return validated(value)
+    except ValidationError:  # of each alternative
+        raise ValueError('it is neither "gcv" nor a number above 0 and at most 1') from None
+
+
+Ridge = Annotated[  # gcv: ``ridge.cross_validated`` chooses it
+    Annotated[float, Field(gt=0, le=1)] | Literal["gcv"], WrapValidator(_strength)
+]
+NOISY_RIDGE = 2e-4  # for "gcv" with noise: cross-validation would measure the noise
 Scale = Annotated[float, Field(gt=0, le=1000)]
 
 
@@ -160,8 +173,9 @@ class Analytic(KindSettings):
     rounds: int = Field(default=0, ge=0)
     """how many of the rounds, the last ones, fit the head by a ridge regression to a sum over all devices' embeddings,
     without training"""
-    ridge: Ridge = 2e-4
-    """strength of the regularization, for each example of the sum"""
+    ridge: Ridge = "gcv"
+    """strength of the regularization, for each example of the sum: gcv chooses it by generalized cross-validation from
+    the sum alone (with noise, 0.0002)"""
     scale: Scale = 16.0
     """logit of a score of 1 of the regression"""
     dimensions: int = Field(default=128, ge=1, le=2**16)
@@ -324,7 +338,8 @@ def solved(
 ) -> Tensors:
     """Return the next adapter: the previous one with the head that the sum gives.
 
-    ``refit`` computes it, with the task's ``ridge`` times the total weight W as strength. If W is below
+    ``refit`` computes it, with the task's ``ridge`` times the total weight W as strength, or with the one that
+    ``cross_validated`` chooses. If W is below
     ``fewest_examples``, the head stays. No constant is among the features, whose products would be whole numbers over W
     and would show W. Small noise (``NOISE``, ``sums.dither``) gives the next adapter other bytes even without examples:
     devices reveal shares for a few sums from one adapter only.
@@ -339,7 +354,8 @@ def solved(
     if moments.xy.shape != (head.hidden, head.labels):
         raise DataError("the sums are not those of this adapter's head", about="vector.segments")
     if moments.weight >= fewest_examples(head.labels):
-        tensors = refit(tensors, moments, strength=task.ridge * moments.weight, scale=task.scale)
+        strength = None if isinstance(task.ridge, str) else task.ridge * moments.weight
+        tensors = refit(tensors, moments, strength=strength, scale=task.scale)
     return dithered(spec, task, tensors, sums, digest)
 
 
@@ -354,9 +370,9 @@ def noisy_solved(
       radius τ √(2 d) (Wigner), and their root mean square is τ √(d / 2). S is projected on the positive semidefinite
       matrices, which removes about half of it.
     - The ridge regression towards the previous head has the strength ``task.ridge`` · n + τ √(d / 2) · max(1, τ / C),
-      with the clip norm C. A direction in which all embeddings count for less than the noise keeps the previous head.
-      Where the noise is longer than a whole contribution, the strength is in proportion to its variance, as that of the
-      posterior mean of a regression with Gaussian noise and a Gaussian prior.
+      with the clip norm C, and ``NOISY_RIDGE`` for "gcv". A direction in which all embeddings count for less than the
+      noise keeps the previous head. Where the noise is longer than a whole contribution, the strength is in proportion
+      to its variance, as that of the posterior mean of a regression with Gaussian noise and a Gaussian prior.
     - Directions that were not kept do not change.
 
     Arguments are those of ``sums.check_noisy``, and the SHA-256 of the adapter's file; guarantees those of ``solved``.
@@ -374,7 +390,8 @@ def noisy_solved(
     second = positive_part(unpack(flat[:split] / _weights(kept), kept))
     moments = EmbeddingMoments(second, flat[split:].reshape(kept, head.labels), float(survivors))
     noise = segment.noise * math.sqrt(survivors)
-    strength = task.ridge * survivors + noise * math.sqrt(kept / 2) * max(1.0, noise / spec.clip_norm)
+    least = NOISY_RIDGE if isinstance(task.ridge, str) else task.ridge
+    strength = least * survivors + noise * math.sqrt(kept / 2) * max(1.0, noise / spec.clip_norm)
     weight = tensors[head.weight].astype(np.float64)
     rotated = np.array([rotation.rotate(row, seed) for row in weight])
     small = {head.weight: rotated[:, :kept].astype(np.float32), head.bias: tensors[head.bias]}
@@ -398,7 +415,7 @@ def fewest_examples(labels: int) -> int:
     return max(MINIMUM_EXAMPLES, labels)
 
 
-def refit(tensors: Tensors, moments: EmbeddingMoments, *, strength: float, scale: float) -> Tensors:
+def refit(tensors: Tensors, moments: EmbeddingMoments, *, strength: float | None, scale: float) -> Tensors:
     """Replace an adapter's head by one that fits some examples and stays near the previous one.
 
     With H₀ the previous head, b its bias, both divided by ``scale``, the new weights H minimize
@@ -406,7 +423,9 @@ def refit(tensors: Tensors, moments: EmbeddingMoments, *, strength: float, scale
 
     Args:
         moments: Moments of examples that were embedded with the adapter.
-        strength: As many examples as the previous head counts for in each direction; above 0.
+        strength: As many examples as the previous head counts for in each direction; above 0. None: the one that
+            ``cross_validated`` chooses. It needs Σ ‖y - b‖² and so, with a bias, the number of examples of each label,
+            which no moment has. Σ y (xᵀ u) stands for it, where u is the regression of 1 on x.
         scale: Logit of a score of 1.
 
     Returns:
@@ -420,8 +439,22 @@ def refit(tensors: Tensors, moments: EmbeddingMoments, *, strength: float, scale
     for column in moments.xy.T:
         total += column
     rest = EmbeddingMoments(moments.xx, moments.xy - total[:, None] * bias, moments.weight)
+    if strength is None:
+        strength = cross_validated(rest, before, _squares(moments, total, bias))
     weight = np.clip(scale * ridge(rest, before, strength).T, -LARGEST, LARGEST)
     return tensors | {head.weight: np.ascontiguousarray(weight, np.float32)}
+
+
+def _squares(moments: EmbeddingMoments, total: Vector, bias: Vector) -> float:
+    """Estimate Σ ‖y - b‖² as ``refit`` says. ``total``: Σ x."""
+    squares = moments.weight
+    if bias.any():
+        constant = EmbeddingMoments(moments.xx, total[:, None], moments.weight)
+        ones = ridge(constant, np.zeros((len(total), 1)), STRENGTHS[-1] * moments.weight)
+        for own, column in zip(bias.tolist(), (moments.xy * ones).T, strict=True):
+            count = min(max(float(np.add.accumulate(column)[-1]), 0.0), moments.weight)
+            squares += own * (own * moments.weight - 2 * count)
+    return squares
 
 
 def _moments(sums: Sums) -> EmbeddingMoments:

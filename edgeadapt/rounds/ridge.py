@@ -6,7 +6,9 @@ at once (AFL: He et al. 2025, "Analytic Federated Learning"). No constant is app
 the number of examples of each label. ``edgeadapt.rounds.analytic`` says how the sums travel.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,12 @@ Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 _SWEEPS = 30  # of Jacobi's method; ten do for d = 128
 _OFF = 2.0**-45  # of the largest entry: what is left off the diagonal
+# Strengths for each example that ``cross_validated`` chooses from, the largest first: 1 to 1e-5 by quarter decades.
+# Literals, because a power differs between C libraries.
+_QUARTERS = (1.0, 0.5623413251903491, 0.31622776601683794, 0.1778279410038923)
+STRENGTHS: tuple[float, ...] = (*(quarter / 10**decade for decade in range(5) for quarter in _QUARTERS), 1e-5)
+_SMALLEST_MEAN = 2.0**-30  # of squared errors; less is rounding
+_LEAST_FREEDOM = 1 / 3  # 1 - dof / W
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,6 +131,46 @@ def ridge(moments: EmbeddingMoments, prior: Matrix, strength: float) -> Matrix:
     raise DataError("the second moments are not those of embeddings", about="moments.xx")
 
 
+def cross_validated(moments: EmbeddingMoments, prior: Matrix, squares: float) -> float:
+    """Return the strength for ``ridge`` with the least error by generalized cross-validation, without an example.
+
+    The score of a strength λ is (RSS / W) / (1 - dof / W)² with the residual sum of squares RSS, W examples and
+    dof = tr(S (S + λ I)⁻¹) degrees of freedom (Golub, Heath and Wahba 1979). It estimates the error on the examples,
+    each left out once. The regression is that of what the prior leaves over, so a prior that fits gets a high strength.
+    Whole decades of ``STRENGTHS`` times W are compared first, then halves and quarters of one around the best. A
+    strength with dof above 2 W / 3 is not a candidate: scores of regressions that nearly interpolate are chance.
+
+    Args:
+        squares: Σ ‖y‖² of the targets y.
+
+    Returns:
+        A positive, finite number, whatever the moments are; the largest of equally good ones. Guarantee as of
+        ``ridge``: equal bits on every machine. It takes 0.8 s for d = 384, 6 s for 768.
+    """
+    weight = moments.weight
+    with np.errstate(all="ignore"):
+        fitted = _product(moments.xx, prior)
+        rest, squares = moments.xy - fitted, squares + _inner(prior, fitted) - 2 * _inner(prior, moments.xy)
+
+    @cache
+    def score(place: int) -> float:
+        strength = STRENGTHS[place] * weight
+        if (lower := cholesky(moments.xx, strength)) is None:
+            return math.inf
+        half = forward(lower, rest)
+        change, inverse = _back(lower, half), _inverse(lower)
+        error = max((squares - _inner(half, half) - strength * _inner(change, change)) / weight, _SMALLEST_MEAN)
+        freedom = 1 - (len(lower) - strength * _inner(inverse, inverse)) / weight
+        return error / (freedom * freedom) if _LEAST_FREEDOM <= freedom <= 1 and math.isfinite(error) else math.inf
+
+    with np.errstate(all="ignore"):
+        best = min(range(0, len(STRENGTHS), 4), key=score)
+        for step in (2, 1):
+            places = (best, best - step, best + step)
+            best = min((place for place in places if 0 <= place < len(STRENGTHS)), key=score)
+    return STRENGTHS[best] * weight
+
+
 def cholesky(symmetric: Matrix, shift: float = 0.0) -> Matrix | None:
     """Return the lower triangle L with L Lᵀ = symmetric + shift · I, ``(d, d)``; None if that is not positive definite.
 
@@ -212,3 +260,24 @@ def _back(lower: Matrix, right: Matrix) -> Matrix:
         left[j] /= lower[j, j]
         left[:j] -= lower[j, :j, None] * left[None, j]
     return left
+
+
+def _inverse(lower: Matrix) -> Matrix:
+    """Return L⁻¹, as ``forward(lower, I)`` in half the time."""
+    left = np.eye(len(lower))
+    for j in range(len(lower)):
+        left[j, : j + 1] /= lower[j, j]
+        left[j + 1 :, : j + 1] -= lower[j + 1 :, j, None] * left[None, j, : j + 1]
+    return left
+
+
+def _product(square: Matrix, right: Matrix) -> Matrix:
+    product = np.zeros_like(right)
+    for column, row in zip(square.T, right, strict=True):
+        product += column[:, None] * row
+    return product
+
+
+def _inner(one: Matrix, other: Matrix) -> float:
+    """Return Σ a b over all entries, added up in a fixed order."""
+    return float(np.add.accumulate((one * other).ravel())[-1])

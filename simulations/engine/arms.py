@@ -63,10 +63,12 @@ class ArmInputs:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Holds the adapter that a client keeps, and which candidate it is."""
+    """Holds the adapter that a client keeps, which candidate it is, and that one before its validation texts were
+    fitted, if they were."""
 
     choice: str
     adapter: Tensors
+    judged: Tensors
 
 
 @dataclass
@@ -143,7 +145,7 @@ class ClassifierArms(Arms):
             plain=public.counted,
             control=TrainingControl(step=self.step),
         )
-        return Kept(kept.chosen.value, kept.adapter)
+        return Kept(kept.chosen.value, kept.adapter, kept.judged)
 
     def rehearsed(self, client: Client) -> int:
         own = self.inputs.scenario.personal.public
@@ -153,21 +155,22 @@ class ClassifierArms(Arms):
     def model(self, adapter: Tensors) -> Model:
         return partial(self._answered, partial(self.mine.logits, adapter))
 
-    def head(self, client: Client, fit: FitHead, penalty: float) -> tuple[Model, float]:
-        """Fit a linear head to the client's training texts and the public texts.
+    def head(self, client: Client, fit: FitHead, penalty: float) -> tuple[Model, Model, float]:
+        """Fit a linear head to the client's own and the public texts.
 
-        Returns the model, and the processor seconds of its embeddings that other heads have spent already.
+        Returns the model for its validation texts, the one that is fitted to these as well, and the processor seconds
+        of its embeddings that other heads have spent already.
         """
-        train = training_examples(client)
-        texts = [*train, *provision.public_examples(self.inputs.population.public)]
-        weights = np.where(np.arange(len(texts)) < len(train), self.inputs.scenario.head.own_weight, 1.0)
-        return self._fitted(texts, partial(fit, weights=weights, penalty=penalty))
+        own = _own(client)
+        texts = [*own, *provision.public_examples(self.inputs.population.public)]
+        weights = np.where(np.arange(len(texts)) < len(own), self.inputs.scenario.head.own_weight, 1.0)
+        return self._fitted(texts, weights, partial(fit, penalty=penalty))
 
-    def summed(self, client: Client) -> tuple[Model, float]:
-        """Fit what one sum over all clients gives to the client's training texts, and return it as ``head`` does."""
-        train, scenario = training_examples(client), self.inputs.scenario
-        weights = np.full(len(train), scenario.head.own_weight)
-        return self._fitted(train, partial(ridge_head, weights=weights, penalty=1.0, prior=self._shared_head))
+    def summed(self, client: Client) -> tuple[Model, Model, float]:
+        """Fit what one sum over all clients gives to the client's own texts, and return it as ``head`` does."""
+        own = _own(client)
+        weights = np.full(len(own), self.inputs.scenario.head.own_weight)
+        return self._fitted(own, weights, partial(ridge_head, penalty=1.0, prior=self._shared_head))
 
     @cached_property
     def _shared_head(self) -> Matrix:
@@ -177,16 +180,18 @@ class ClassifierArms(Arms):
         labels, penalty = np.array([text.label for text in texts], np.int64), self.inputs.scenario.head.ridge
         return ridge_head(rows, labels, np.ones(len(texts)), len(self.inputs.task.labels), penalty)
 
-    def _fitted(self, texts: Sequence[Example], fit: Callable[..., Matrix]) -> tuple[Model, float]:
+    def _fitted(self, texts: Sequence[Example], weights: Matrix, fit: FitHead) -> tuple[Model, Model, float]:
         before = time.thread_time()
         rows, seconds = self._features([text.text for text in texts])
         saved = seconds - (time.thread_time() - before)
-        head = fit(rows, np.array([text.label for text in texts], np.int64), count=len(self.inputs.task.labels))
+        labels = np.array([text.label for text in texts], np.int64)
+        held_out = np.array([text.split is Split.VALIDATION for text in texts])
 
-        def logits(asked: Sequence[str]) -> Floats:
-            return (self._features(asked)[0] @ head).astype(np.float32)
+        def fitted(some: NDArray[np.bool_]) -> Model:
+            head = fit(rows[some], labels[some], weights=weights[some], count=len(self.inputs.task.labels))
+            return partial(self._answered, lambda asked: (self._features(asked)[0] @ head).astype(np.float32))
 
-        return partial(self._answered, logits), saved
+        return fitted(~held_out), fitted(np.ones_like(held_out)), saved
 
     def _answered(self, answers: Callable[[Sequence[str]], Floats], parts: Parts) -> list[Tally]:
         """Return the tallies of a classifier, which is asked all texts at once. ``answers``: texts → outputs."""
@@ -221,7 +226,7 @@ class LanguageArms(Arms):
         candidates = {"base": self.inputs.seed_adapter, "global": start, "personal": tuned}
         held_out = in_split(provision.examples_of(client), Split.VALIDATION)
         best = min(reversed(candidates), key=lambda name: self.mine.score(candidates[name], held_out).loss)
-        return Kept(best, candidates[best])
+        return Kept(best, candidates[best], candidates[best])
 
     def rehearsed(self, client: Client) -> int:
         return len(client.train)
@@ -247,6 +252,11 @@ def generator(seed: int, client: str, arm: str) -> np.random.Generator:
     """Return what orders the examples of one training: of a scenario's seed, a client and an arm."""
     name = int.from_bytes(hashlib.sha256(f"{client}{arm}".encode()).digest()[:8], "big")
     return np.random.default_rng([seed, name])
+
+
+def _own(client: Client) -> Sequence[Example]:
+    """Return what a client can learn of: its training and validation examples."""
+    return [example for example in provision.examples_of(client) if example.split is not Split.TEST]
 
 
 def training_examples(client: Client) -> Sequence[Example]:

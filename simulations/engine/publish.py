@@ -14,6 +14,7 @@ import numpy as np
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_files
 from client.training.engine import classifier_trainer
+from client.training.personal import RIDGE
 from client.training.torchengine import model_of
 from coordinator import statedir as coordinator_files
 from edgeadapt.bases.base import Base
@@ -110,7 +111,8 @@ def _publish(out: Path, scenario: Scenario, population: Population, base: Base) 
     storage.replace(out / device_files.TRUST, key.public.to_pem(), storage.PUBLIC)
     clients = population.clients
     own = {client.name: _personal(out, client, source, base) for client in clients}
-    personal = [_write_device_bundle(out, one, exported, origin, own[one.name], runner) for one in clients]
+    judged = scenario.personal.method != RIDGE
+    personal = [_write_device_bundle(out, one, exported, origin, own[one.name], runner, judged) for one in clients]
     lessons = (_lesson(out, one, rows, origin.labels) for one, (rows, _) in zip(clients, personal, strict=True))
     return _Exported(
         provision.device_folder(out, population.clients[0].name) / BUNDLE,
@@ -207,18 +209,21 @@ def _lesson(out: Path, client: Client, logits: Floats, labels: Sequence[str]) ->
 
 
 def _write_device_bundle(
-    out: Path, client: Client, exported: ExportedBase, common: Origin, own: Origin, runner: OnnxRunner
+    out: Path, client: Client, exported: ExportedBase, common: Origin, own: Origin, runner: OnnxRunner, judged: bool
 ) -> tuple[Floats, float]:
     """Copy the coordinator's bundle into a device's state directory, and add the device's own adapter to it.
 
-    Returns the logits of the device's own adapter for its test phrases, and the adapter's temperature.
+    Returns the logits of the device's own adapter for its test phrases, and the adapter's temperature: the global one,
+    unless the validation phrases are ``judged`` by an adapter that was not fitted to them.
     """
     folder = provision.device_folder(out, client.name)
     copy_bundle(out / BUNDLE, folder / BUNDLE)
     identity = IdentityKey.from_pem((folder / device_files.IDENTITY).read_bytes())
     inputs = device_inputs(own, exported.manifest, "int8")
-    held_out = runner.classify(_texts(client.validation), inputs)
-    temperature = personal_temperature(held_out, _labels(client.validation), 1.0)
+    temperature = 1.0
+    if judged:
+        held_out = runner.classify(_texts(client.validation), inputs)
+        temperature = personal_temperature(held_out, _labels(client.validation), temperature)
     private = source_of(PERSONAL, own, parent=common.sha256, temperature=temperature)
     add_adapter(folder / BUNDLE, AdapterInputs.of_tensors(own.peft_config, own.tensors), private, key=identity)
     return runner.classify(_texts(client.test), inputs), temperature

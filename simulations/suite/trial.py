@@ -137,16 +137,17 @@ class TrialRun:
         kept, saved = "", 0.0
         if self.trial.kind in HEADS and isinstance(mine, ClassifierArms):
             fit, penalty = HEADS[self.trial.kind]
-            model, saved = mine.head(client, fit, getattr(self.trial.scenario.head, penalty))
+            judged, model, saved = mine.head(client, fit, getattr(self.trial.scenario.head, penalty))
         elif self.trial.kind is Kind.SUMMED and isinstance(mine, ClassifierArms):
-            model, saved = mine.summed(client)
+            judged, model, saved = mine.summed(client)
         else:
             own = self._adapter(mine, client, pooled)
             model, kept = mine.model(own.adapter), own.choice
+            judged = model if own.judged is own.adapter else mine.model(own.judged)
             if self.trial.kind is Kind.PERSONAL:
                 self.keep(client, own.adapter)
         seconds = time.thread_time() - before + saved
-        validation, test, public = self._tallies(model, client)
+        validation, test, public = self._tallies(judged, model, client)
         score = ClientScore(client.name, client.unseen, validation, test, public, kept)
         self.store.put_part(self.trial, score, seconds)
         return score, seconds
@@ -156,20 +157,24 @@ class TrialRun:
             case Kind.LOCAL:
                 return mine.local(client)
             case Kind.GLOBAL:
-                return Kept("", self._global(client))
+                return _unjudged(self._global(client))
             case Kind.PERSONAL:
                 return mine.personal(client, self._after_the_rounds(mine, client))
             case Kind.CENTRAL:
-                return Kept("", pooled)
+                return _unjudged(pooled)
             case Kind.CENTRAL_PERSONAL:
                 return mine.personal(client, pooled, CENTRAL)
             case _:
-                return Kept("", mine.inputs.seed_adapter)
+                return _unjudged(mine.inputs.seed_adapter)
 
-    def _tallies(self, model: Model, client: Client) -> Sequence[Tally]:
+    def _tallies(self, judged: Model, model: Model, client: Client) -> Sequence[Tally]:
+        """Tally validation, test and public texts; ``judged`` has not learned the validation texts."""
         if not self.thorough:
             return model(((), client.test, ()))
-        return model((client.validation, client.test, asked(self.material.population.public)))
+        rest = client.test, asked(self.material.population.public)
+        if judged is model:
+            return model((client.validation, *rest))
+        return [*judged((client.validation,)), *model(rest)]
 
     @cached_property
     def _groups(self) -> tuple[Group, ...]:
@@ -264,6 +269,10 @@ class TrialRun:
 
         error = aggregation_error(trained())
         return error if math.isfinite(error) else None
+
+
+def _unjudged(adapter: Tensors) -> Kept:
+    return Kept("", adapter, adapter)
 
 
 def asked(public: Sequence[LabelledText]) -> Sequence[LabelledText]:

@@ -210,7 +210,7 @@ def test_a_tab_contributes_the_moments_of_a_native_device_to_an_analytic_head_or
 
 def contributes_moments_as_natively(tab: NodeTab, phone: Path) -> None:
     trainer, start = native(phone)
-    head, task = ClassifierHead.of(trainer.layout), AnalyticTask(trainer.engine.config, LABELS, 0.01, 16.0)
+    head, task = ClassifierHead.of(trainer.layout), AnalyticTask(trainer.engine.config, LABELS, "gcv", 16.0)
     vector = moment_spec(head, Bounds(clip_norm=1.0, weight_cap=7, ring_bits=32, max_clients=8))
     spec = replace(session_of(trainer.layout, 32), vector=vector)
     blob = files.encode(start)
@@ -241,6 +241,7 @@ def contributes_moments_as_natively(tab: NodeTab, phone: Path) -> None:
     for plan, about in (
         ({"dimensions": 8}, "offer.spec.vector"),
         ({"ridge": 0}, "task.ridge"),
+        ({"ridge": "most"}, "task.ridge"),
         ({"scale": 1001}, "task.scale"),
         ({"labels": []}, "task.labels"),
         ({"labels": [*LABELS, "Other"]}, "task.labels"),

@@ -70,6 +70,14 @@ def test_a_personal_step_keeps_what_was_taught_and_starts_from_the_global_adapte
     assert (answer(phone), answer(phone, OTHERS[0])) == (LABELS[2], LABELS[3])
 
 
+def test_a_ridge_head_replaces_one_that_may_know_the_held_out_examples(phone: Path) -> None:
+    """In use is a head that was fitted to the held-out example: what it answers of that one says nothing."""
+    method = ("--method", "ridge", "--scale", "64")
+    assert json.loads(personalized(phone, examples(phone.parent), *method).stdout)["made"]
+    found = json.loads(personalized(phone, examples(phone.parent), *method).stdout)
+    assert (found["made"], found["version"], set(found["right"])) == (True, 5, {"global", "personal"})
+
+
 def test_an_adapter_in_use_that_answers_more_stays(phone: Path) -> None:
     label = LABELS.index(answer(phone))
     before = files(phone)

@@ -287,9 +287,17 @@ def test_each_method_makes_its_personal_adapter_from_the_global_one(
         "interpolate": {name: 0.75 * shared[name] + 0.25 * tuned[name] for name in shared},
     }
     assert kept.chosen is Candidate.PERSONAL
-    assert distance(kept.adapter, expected[method]) < 1e-6
-    assert all(distance(kept.adapter, other) > 1e-3 for name, other in expected.items() if name is not method)
+    assert distance(kept.judged, expected[method]) < 1e-6
+    assert all(distance(kept.judged, other) > 1e-3 for name, other in expected.items() if name is not method)
     assert all(tensor.dtype == np.float32 for tensor in kept.adapter.values())
+    if method != "ridge":
+        assert kept.adapter is kept.judged
+        return
+    every = [replace(example, split=Split.TRAIN) for example in MINE]
+    assert same(kept.adapter, with_own_head(trainer, shared, every, scale=HEAD_SCALE))
+    assert distance(kept.adapter, kept.judged) > 1e-3
+    held_out = [example for example in MINE if example.split is Split.VALIDATION]
+    assert kept.scores[Candidate.PERSONAL] == trainer.score(kept.judged, held_out)
 
 
 @pytest.mark.parametrize(("held_out", "chosen"), [(4, Candidate.PERSONAL), (5, Candidate.BASE)])

@@ -26,7 +26,7 @@ from edgeadapt.rounds.analytic import (
     require_moments,
     solved,
 )
-from edgeadapt.rounds.ridge import Matrix, moments_of, pack
+from edgeadapt.rounds.ridge import EmbeddingMoments, Matrix, cross_validated, moments_of, pack, unit_rows
 from edgeadapt.rounds.sums import UNIFORMS, Bounds
 from edgeadapt.rounds.task import MAX_LOSS
 from tests.support import refused
@@ -114,10 +114,11 @@ def test_an_adapter_without_one_head_is_refused(tensors: tuple[TensorSpec, ...])
     bits=st.integers(16, 40),
     alike=st.booleans(),
     up=st.booleans(),
+    strength=st.sampled_from([2e-4, "gcv"]),
     seed=st.integers(0, 2**32),
 )
 def test_honest_devices_are_never_refused_however_they_round(
-    d: int, counts: list[int], bits: int, alike: bool, up: bool, seed: int
+    d: int, counts: list[int], bits: int, alike: bool, up: bool, strength: Any, seed: int
 ) -> None:
     spec = spec_of(len(counts), cap=50, bits=bits, head=ClassifierHead("w", "b", len(LABELS), d))
     total = ring.zeros(spec.vector.size, bits)
@@ -136,7 +137,8 @@ def test_honest_devices_are_never_refused_however_they_round(
     require_moments(spec, sums, len(counts))
     tensors = {"w": np.zeros((3, d), np.float32), "b": np.zeros(3, np.float32)}
     named = {f"classifier.{'weight' if name == 'w' else 'bias'}": value for name, value in tensors.items()}
-    assert np.isfinite(solved(spec, TASK, named, sums, len(counts), DIGEST)["classifier.weight"]).all()
+    task = replace(TASK, ridge=strength)
+    assert np.isfinite(solved(spec, task, named, sums, len(counts), DIGEST)["classifier.weight"]).all()
 
 
 def lies() -> dict[str, tuple[dict[str, Any], str]]:
@@ -203,10 +205,26 @@ def test_the_bias_stays_and_the_weights_fit_what_it_leaves_over() -> None:
     assert found[PREFIX + BIAS].tolist() == bias.tolist()
 
 
+def test_cross_validation_chooses_the_strength_from_the_sum_and_counts_labels_by_a_regression() -> None:
+    rng = np.random.default_rng(3)
+    rows = unit_rows(rng.normal(size=(400, D)) + np.array([3.0] + [0.0] * (D - 1)))  # with a mean, as embeddings have
+    labels = (rows @ rng.normal(size=(D, 3)) + 0.3 * rng.normal(size=(400, 3))).argmax(1)
+    sums, task = sums_of(rows, labels), replace(TASK, ridge="gcv")
+    for bias in (np.zeros(3), np.array([1.0, -2.0, 4.0])):
+        adapter, rest = adapter_of(np.ones((3, D)), bias), np.eye(3)[labels] - bias / TASK.scale
+        moments = EmbeddingMoments(rows.T @ rows, rows.T @ rest, 400.0)
+        strength = cross_validated(moments, np.ones((D, 3)) / TASK.scale, float((rest**2).sum()))
+        assert strength != TASK.ridge * 400
+        given_it = solved(spec_of(4), replace(TASK, ridge=strength / 400), adapter, sums, 4, DIGEST)
+        chosen = solved(spec_of(4), task, adapter, sums, 4, DIGEST)
+        assert chosen[PREFIX + WEIGHT].tobytes() == given_it[PREFIX + WEIGHT].tobytes()
+
+
 @pytest.mark.parametrize("count", [0, 1, MINIMUM_EXAMPLES - 1])
 def test_of_few_examples_nothing_is_published_but_noise_that_differs_from_round_to_round(count: int) -> None:
     spec, sums = spec_of(3), sums_of(*draw(count))
-    heads = [solved(spec, TASK, ADAPTER, sums, 3, bytes([number]) * 32)[PREFIX + WEIGHT] for number in range(50)]
+    task = replace(TASK, ridge="gcv")
+    heads = [solved(spec, task, ADAPTER, sums, 3, bytes([number]) * 32)[PREFIX + WEIGHT] for number in range(50)]
     before = ADAPTER[PREFIX + WEIGHT]
     assert all(np.abs(head - before).max() <= TASK.scale * NOISE * UNIFORMS / 2 for head in heads)
     assert len({head.tobytes() for head in heads}) == 50

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from aggregation.errors import DataError
 from aggregation.vector import Segment, VectorSpec
 from edgeadapt.rounds.ridge import (
+    STRENGTHS,
     EmbeddingMoments,
     Matrix,
     cholesky,
+    cross_validated,
     moments_of,
     pack,
     packed_size,
@@ -205,3 +207,52 @@ def test_what_is_positive_semidefinite_stays_and_what_is_negative_vanishes() -> 
     np.testing.assert_allclose(positive_part(rows.T @ rows), rows.T @ rows, atol=1e-12)
     assert np.abs(positive_part(-rows.T @ rows)).max() < 1e-12
     assert not positive_part(np.zeros((4, 4))).any()
+
+
+def scores_of(rows: Matrix, targets: Matrix) -> np.ndarray:
+    """Generalized cross-validation of each of ``STRENGTHS``, by LAPACK's singular values and the examples."""
+    count = len(rows)
+    left, values, _ = np.linalg.svd(rows, full_matrices=False)
+    scores = []
+    for strength in STRENGTHS:
+        shrink = values**2 / (values**2 + strength * count)
+        freedom = 1 - shrink.sum() / count
+        error = ((targets - left @ (shrink[:, None] * (left.T @ targets))) ** 2).sum() / count
+        scores.append(error / freedom**2 if freedom >= 1 / 3 else np.inf)
+    return np.array(scores)
+
+
+@settings(max_examples=40)
+@given(st.integers(8, 80), st.integers(1, 24), st.floats(0, 3), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 2**32))
+def test_the_strength_is_the_one_that_cross_validation_on_the_examples_chooses(
+    count: int, d: int, noise: float, fit: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    rows, truth = unit(rng.normal(size=(count, d)) * np.geomspace(1, 0.05, d)), rng.normal(size=(d, LABELS))
+    labels = (rows @ truth + noise * rng.normal(size=(count, LABELS))).argmax(1)
+    prior = fit * least_squares(rows, np.eye(LABELS)[labels], 1e-3)
+    moments = moments_of(rows, labels, LABELS)
+    found = cross_validated(moments, prior, float(count))
+    assert found == cross_validated(moments, prior, float(count))
+    scores = scores_of(rows, np.eye(LABELS)[labels] - rows @ prior)
+    place = [strength * count for strength in STRENGTHS].index(found)
+    assert scores[place] <= min(*scores[::4], *scores[max(place - 1, 0) : place + 2]) * (1 + 1e-6)
+
+
+def test_a_prior_that_fits_counts_for_more_than_none() -> None:
+    rows, truth = unit(examples(400, 8)[0]), np.random.default_rng(2).normal(size=(8, LABELS))
+    moments = moments_of(rows, (rows @ truth).argmax(1), LABELS)
+    prior = ridge(moments, np.zeros_like(truth), 1.0)
+    assert cross_validated(moments, 0 * prior, 400.0) < 0.02 * 400 < 0.5 * 400 < cross_validated(moments, prior, 400.0)
+
+
+@settings(max_examples=15)
+@given(st.sampled_from([1e-300, 1.0, 1e150, 1e308, np.inf, np.nan]), st.floats(1, 1e9), st.integers(0, 2**32))
+def test_whatever_the_moments_are_the_strength_is_one_of_the_list(size: float, weight: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    square, xy, prior = (rng.uniform(-0.2, 0.2, (5, columns)) for columns in (5, LABELS, LABELS))
+    for second in (square @ square.T, size * (square + square.T)):
+        for products in (xy, size * xy):
+            for head in (prior, size * prior):
+                found = cross_validated(EmbeddingMoments(second, products, weight), head, weight)
+                assert found in [strength * weight for strength in STRENGTHS]

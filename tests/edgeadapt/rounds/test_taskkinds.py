@@ -25,7 +25,7 @@ from tests.support.fleet import session_spec
 CONFIG, LABELS = PeftConfig("LORA", 2, 4, ("query",)), ("off", '{"ridge":1}')
 TRAINING = Task(CONFIG, LABELS, 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS)
 ANALYTIC = AnalyticTask(CONFIG, LABELS, 1e-3, 16.0)
-NOISY = AnalyticTask(CONFIG, LABELS, 1e-3, 16.0, dimensions=4)
+NOISY = AnalyticTask(CONFIG, LABELS, "gcv", 16.0, dimensions=4)
 EVALUATION = EvaluationTask(CONFIG, LABELS, "a" * 64, "b" * 64, 32)
 LAYOUT = Layout((TensorSpec("m.classifier.bias", (2,)), TensorSpec("m.classifier.weight", (2, 5))))
 BOUNDS = {"weight_cap": 100, "ring_bits": 32, "max_clients": 3}
@@ -53,6 +53,7 @@ def test_a_task_is_read_as_it_was_written_and_with_exactly_its_fields(task: Roun
     ("task", "changes", "field"),
     [
         (ANALYTIC, {"ridge": 0.0}, "ridge"),
+        (ANALYTIC, {"ridge": "most"}, "ridge"),
         (ANALYTIC, {"scale": "16"}, "scale"),
         (ANALYTIC, {"labels": []}, "labels"),
         (EVALUATION, {"newest": "a" * 63}, "newest"),

@@ -255,22 +255,28 @@ def test_local_is_kept_by_validation_as_personal_is(
         assert all(adapter is scored[3 * place + best] for place, adapter in enumerate(asked))
 
 
-def test_a_head_is_fitted_to_own_training_texts_and_public_texts_with_their_weights(
+def test_a_head_is_fitted_to_own_and_public_texts_and_for_validation_not_to_the_validation_texts(
     store: Store, scenario: Scenario, population: Population, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitted: list[tuple[int, list[int], float, float]] = []
+    answers = iter(range(10**6))  # heads that answer always this label, modulo the number of labels
 
     def fit(x: Any, labels: Any, weights: Any, count: int, penalty: float) -> Any:
         fitted.append((len(x), labels.tolist(), float(weights.sum()), penalty))
-        return np.zeros((x.shape[1], count))
+        head = np.zeros((x.shape[1], count))
+        head[-1, next(answers) % 2] = 1.0  # of the constant
+        return head
 
     monkeypatch.setitem(module.HEADS, Kind.RIDGE, (fit, "ridge"))
     head = scenario.head.model_copy(update={"ridge": 0.3, "own_weight": 4.0})
-    compute(Trial(Kind.RIDGE, scenario.model_copy(update={"head": head})), store, ignored)
+    found = compute(Trial(Kind.RIDGE, scenario.model_copy(update={"head": head})), store, ignored)
     public = [text.label for text in population.public]
-    for client, each in zip(population.clients, fitted, strict=True):
-        labels = [text.label for text in client.train]
-        assert each == (len(labels) + len(public), labels + public, 4.0 * len(labels) + len(public), 0.3)
+    for client, score, *pair in zip(population.clients, found.clients, fitted[::2], fitted[1::2], strict=True):
+        for own, each in zip((client.train, (*client.train, *client.validation)), pair, strict=True):
+            labels = [text.label for text in own]
+            assert each == (len(labels) + len(public), labels + public, 4.0 * len(labels) + len(public), 0.3)
+        for answer, texts, tally in ((0, client.validation, score.validation), (1, client.test, score.test)):
+            assert tally.right == "".join("1" if text.label == answer else "0" for text in texts)
 
 
 def test_a_summed_head_is_that_of_everybodys_texts_fitted_to_the_clients_own(
@@ -291,7 +297,7 @@ def test_a_summed_head_is_that_of_everybodys_texts_fitted_to_the_clients_own(
     seen = [text for client in population.clients if not client.unseen for text in client.train]
     shared = fitted([*seen, *population.public], np.zeros((BUCKETS + 1, len(population.labels))), 0.5)
     for client, score in zip(population.clients, result.clients, strict=True):
-        answers = (rows(client.test) @ fitted(client.train, shared, 0.5)).argmax(1)
+        answers = (rows(client.test) @ fitted([*client.train, *client.validation], shared, 0.5)).argmax(1)
         assert score.test.right == "".join(
             str(int(answer == text.label)) for answer, text in zip(answers, client.test, strict=True)
         )

@@ -32,7 +32,7 @@ const TASK = {
 const ANALYTIC = {
   peft_config: isPeftConfig,
   labels: listOf(string),
-  ridge: between(TINY, 1),
+  ridge: (value) => value === "gcv" || between(TINY, 1)(value),
   scale: between(TINY, 1000),
   dimensions: whole(0, 2 ** 16),
 };
