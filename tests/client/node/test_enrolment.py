@@ -208,9 +208,9 @@ def test_from_enrol_to_install_by_command(tmp_path: Path, authority: Authority, 
     (tmp_path / "kitchen.pem").write_bytes(certificates.to_pem(certified(authority, DeviceStateDir.open(state_dir))))
     (tmp_path / "revoked.crl").write_bytes(authority.revocations(1, {}, NOW, NOW + DAY).to_pem())
     installed = ("--certificate", tmp_path / "kitchen.pem", "--revoked", tmp_path / "revoked.crl")
-    assert "kitchen is enrolled until" in ok(run("install", "--state", state_dir, *installed))
+    assert "kitchen is enrolled until" in ok(run("enrol", "--state", state_dir, *installed))
     assert DeviceStateDir.open(state_dir).device(DIGEST).root.revoked is not None
-    assert about(run("install", "--state", state_dir)) == "--certificate"
+    assert about(run("enrol", "--state", state_dir)) == "--base"
 
 
 def test_enrol_sets_keys_of_the_owners_settings(tmp_path: Path, anchors: TrustAnchors) -> None:
@@ -260,7 +260,7 @@ def test_forget_refuses_a_folder_that_is_not_a_state_directory_before_it_asks(tm
 @pytest.mark.parametrize("option", ["--certificate", "--revoked"])
 def test_a_file_that_cannot_be_installed_is_named(state_dir: DeviceStateDir, tmp_path: Path, option: str) -> None:
     (tmp_path / "given").write_text("nothing of the kind")
-    result = run("install", "--state", state_dir.folder, option, tmp_path / "given")
+    result = run("enrol", "--state", state_dir.folder, option, tmp_path / "given")
     assert isinstance(result.exception, TrustError)
     assert str(result.exception).startswith(f"{tmp_path / 'given'}: ")
 

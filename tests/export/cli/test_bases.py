@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from edgeadapt.bases.base import PACKAGES, find_base
-from export.center import centered
+from export.features import centered
 from export.cli import base_group as base
 from tests.support import refused
 

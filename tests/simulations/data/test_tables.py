@@ -105,11 +105,11 @@ def test_a_folder_of_texts_names_clients_and_labels(tmp_path: Path) -> None:
 
 
 def test_a_function_gives_rows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text(f"def texts():\n    return {rows()!r}\n")
+    (tmp_path / "own_rows.py").write_text(f"def texts():\n    return {rows()!r}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = load_population(DataSettings(function="mine:texts", client="user"), 0).population
+    found = load_population(DataSettings(function="own_rows:texts", client="user"), 0).population
     assert found.digest == load(write_jsonl(tmp_path / "texts.jsonl", rows())).digest
-    sys.modules.pop("mine")
+    sys.modules.pop("own_rows")
 
 
 def test_each_client_has_its_own_texts_and_its_share_of_tests(tmp_path: Path) -> None:

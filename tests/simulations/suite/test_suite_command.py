@@ -183,7 +183,7 @@ def test_mistakes_are_named_in_one_line(suite: Path, tmp_path: Path, run: Callab
         (("suite", broken, "--out", tmp_path / "x"), "federation.rounds"),
         (("suite", suite, "--out", tmp_path / "x", "--set", "seed=3"), "seeds"),
         (("suite", suite, "--out", tmp_path / "x", "--arm", "nobody"), "nobody"),
-        (("report", tmp_path), "no suite"),
+        (("suite", tmp_path), "no suite"),
     ):
         code, out, err = run("simulate", *arguments)
         assert (code, out) == (2, "")
