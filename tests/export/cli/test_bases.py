@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from edgeadapt.bases.base import PACKAGES, find_base
-from export.features import centered
 from export.cli import base_group as base
+from export.features import centered
 from tests.support import refused
 
 
