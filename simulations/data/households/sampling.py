@@ -5,7 +5,6 @@ one to train, one to test and, in a public language, one for public phrases. Wit
 the package's 42 intents.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -225,31 +224,9 @@ def _say(speaker: _Speaker, settings: PopulationSettings, used: _UsedTexts) -> t
 def _household(
     speaker: _Speaker, said: tuple[LabelledText, ...], settings: PopulationSettings, used: _UsedTexts, *, unseen: bool
 ) -> Client:
-    train, validation = hold_out(said, max(1, round(settings.validation_fraction * len(said))))
+    held_out = max(1, round(settings.validation_fraction * len(said)))
     test = _utterances(speaker, [split.test for split in speaker.splits], settings.test_utterances, used.fits_test)
-    return Client(speaker.name, speaker.language, unseen, train, validation, test)
-
-
-def hold_out(said: Sequence[LabelledText], count: int) -> tuple[tuple[LabelledText, ...], tuple[LabelledText, ...]]:
-    """Split a household's utterances into those to train on and at most ``count`` (1 to half of them) to validate on.
-
-    No template is on both sides, as none of the tests is in training: a choice by validation phrases must not favor
-    what remembers templates. They are taken in the order in which they were first said, first those of intents of which
-    another template stays to train on. A household without a template of at most ``count`` utterances holds out its
-    first ones, and their templates are on both sides.
-    """
-    sizes, labels = Counter(one.group for one in said), {one.group: one.label for one in said}
-    left, chosen = Counter(labels.values()), set[str]()
-    for fewest in (1, 0):
-        for group, label in labels.items():
-            if group not in chosen and left[label] > fewest and sizes[group] <= count:
-                chosen.add(group)
-                left[label] -= 1
-                count -= sizes[group]
-    if not chosen:
-        return tuple(said[count:]), tuple(said[:count])
-    held_out = tuple(one for one in said if one.group in chosen)
-    return tuple(one for one in said if one.group not in chosen), held_out
+    return Client(speaker.name, speaker.language, unseen, said[held_out:], said[:held_out], test)
 
 
 def _utterances(

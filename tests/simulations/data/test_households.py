@@ -11,12 +11,10 @@ from unicodedata import combining, normalize
 import numpy as np
 import pydantic
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError
 from simulations.data.households import PopulationSettings, plain_phrases, released_phrases, sample_population
-from simulations.data.households.sampling import hold_out, spoken
+from simulations.data.households.sampling import spoken
 from simulations.data.households.speech import hassil_module, parse
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine.provision import released_texts
@@ -73,27 +71,6 @@ def test_no_household_learns_from_a_test_sentence_of_any_household(population: P
     learned |= _texts(population.public)
     for household in population.clients:
         assert not _texts(household.test) & learned
-
-
-def test_no_household_validates_on_a_template_that_it_trains_on(population: Population, small: Population) -> None:
-    for household in chain(population.clients, small.clients):
-        assert not _templates(household.validation) & _templates(household.train)
-        assert {text.label for text in household.validation} <= {text.label for text in household.train}
-
-
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=2, max_size=40), st.data())
-def test_templates_are_held_out_whole_unless_each_is_said_too_often(
-    of: list[tuple[int, int]], data: st.DataObject
-) -> None:
-    said = [LabelledText(f"text {number}", label, f"{label}/{group}") for number, (label, group) in enumerate(of)]
-    count = data.draw(st.integers(1, len(said) // 2))
-    train, validation = hold_out(said, count)
-    assert sorted((*train, *validation), key=said.index) == said
-    assert 1 <= len(validation) <= count
-    if min(Counter(text.group for text in said).values()) <= count:
-        assert not _templates(train) & _templates(validation)
-    else:
-        assert (list(validation), list(train)) == (said[:count], said[count:])
 
 
 def test_a_household_never_says_the_same_sentence_twice(population: Population) -> None:
@@ -154,7 +131,7 @@ def test_small_concentration_makes_households_one_sided() -> None:
 
 def test_the_digest_is_the_same_on_every_machine() -> None:
     """A known answer: it changes only with the words, the sampling, or the version of home-assistant-intents."""
-    assert sample_population(SMALL, 0).digest == "934c0b4f78261772507261fc09270e660afaafa5492f8ae2ef9d2e4383c4a241"
+    assert sample_population(SMALL, 0).digest == "0fdfa57b214eb54d05fc049ef78c1e0f3098b51d5b8cd24c34fb1887c7f35892"
 
 
 def test_the_digest_does_not_depend_on_the_hash_seed_of_the_process(small: Population) -> None:
