@@ -83,9 +83,9 @@ def test_an_override_of_the_command_comes_after_the_suites_and_before_an_arms(tm
 
 
 def test_some_arms_are_compared_among_themselves() -> None:
-    suite = read_suite(Path("households.toml"), arms=["ridge", "personal", "global"])
-    assert list(suite.settings.arms) == ["ridge", "global", "personal"]
-    assert suite.settings.pairs == (("personal", "ridge"), ("personal", "global"))
+    suite = read_suite(Path("households.toml"), arms=["both", "personal", "global"])
+    assert list(suite.settings.arms) == ["both", "global", "personal"]
+    assert suite.settings.pairs == (("personal", "both"), ("personal", "global"))
     assert read_suite(Path("households.toml"), arms=["local", "base"]).settings.pairs == (("base", "local"),)
 
 
