@@ -1,0 +1,78 @@
+"""States that are computed once: the same when they come from the cache, within its limit, the last used ones kept."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from edgeadapt.bases.states import StateCache
+from edgeadapt.formats.layout import Floats
+
+WIDTH = 4
+Compute = Callable[[list[Sequence[int]]], list[Floats]]
+
+
+@pytest.fixture
+def asked() -> list[Sequence[int]]:
+    return []
+
+
+@pytest.fixture
+def compute(asked: list[Sequence[int]]) -> Compute:
+    def states(texts: list[Sequence[int]]) -> list[Floats]:
+        asked.extend(texts)
+        return [np.outer(text, np.full(WIDTH, 0.1, np.float32)).astype(np.float32) for text in texts]
+
+    return states
+
+
+def test_each_text_is_computed_once_and_rows_keep_their_order(compute: Compute, asked: list[Sequence[int]]) -> None:
+    cache = StateCache(1 << 20)
+    first = cache.rows([[1, 2], [3], [1, 2]], compute)
+    second = cache.rows([(3,), (4, 5, 6), (1, 2)], compute)
+    assert asked == [[1, 2], [3], (4, 5, 6)]
+    np.testing.assert_array_equal(first[0], first[2])
+    np.testing.assert_array_equal(second[0], first[1])
+    np.testing.assert_array_equal(second[2], first[0])
+    assert [row.shape for row in second] == [(1, WIDTH), (3, WIDTH), (2, WIDTH)]
+
+
+def test_the_text_that_was_used_longest_ago_leaves_and_the_limit_holds(
+    compute: Compute, asked: list[Sequence[int]]
+) -> None:
+    cache = StateCache(2 * 4 * WIDTH)  # two texts of one token
+    cache.rows([[1], [2]], compute)
+    cache.rows([[1]], compute)
+    cache.rows([[3]], compute)
+    assert cache.size == cache.limit_bytes
+    asked.clear()
+    cache.rows([[1], [3]], compute)
+    assert asked == []
+    rows = cache.rows([[2], [5], [6], [7] * 9], compute)
+    assert [len(row) for row in rows] == [1, 1, 1, 9]  # more than the limit in one call
+    assert cache.size <= cache.limit_bytes
+
+
+def test_half_precision_gives_the_same_states_at_first_and_later(compute: Compute) -> None:
+    cache = StateCache(1 << 20, np.float16)
+    first, later = (cache.rows([[1, 3]], compute)[0] for _ in range(2))
+    assert first.dtype == np.float32
+    np.testing.assert_array_equal(first, later)
+    assert cache.size == 2 * WIDTH * 2
+    huge = cache.rows([[2]], lambda _: [np.full((1, WIDTH), 1e6, np.float32)])[0]
+    np.testing.assert_array_equal(huge, 1e6)
+
+
+def test_a_failed_computation_leaves_the_cache_as_it_was(compute: Compute, asked: list[Sequence[int]]) -> None:
+    cache = StateCache(1 << 20)
+    cache.rows([[1]], compute)
+
+    def fails(_: list[Sequence[int]]) -> list[Floats]:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        cache.rows([[1], [2]], fails)
+    cache.clear()
+    assert cache.size == 0
+    cache.rows([[1]], compute)
+    assert asked == [[1], [1]]
