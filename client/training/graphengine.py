@@ -20,7 +20,7 @@ from client.training.encoding import Template, TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer
 from edgeadapt.bases.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph, open_session
 from edgeadapt.bases.traininggraph import TrainingBatch, TrainingGraph, missing_slots
-from edgeadapt.formats.bundle import GENERATION, MODEL, TOKENIZER, TRAINING, VerifiedBase
+from edgeadapt.formats.bundle import GENERATION, LOWER, MODEL, TOKENIZER, TRAINING, VerifiedBase
 from edgeadapt.formats.graphinputs import (
     INPUT_SCALE,
     LORA_A,
@@ -76,9 +76,10 @@ class GraphEngine:
         require_gradients(config)
         self.base, self.config = base, config
         slots, content = base.manifest.slots, base.read(TRAINING)
+        lower = base.read(LOWER) if LOWER in base.manifest.files else None
         try:
             with without_denormals():  # the threads of the session inherit it
-                self.graph = TrainingGraph(content, base.folder, threads)
+                self.graph = TrainingGraph(content, base.folder, threads, lower)
         except Exception as error:  # onnxruntime raises classes without a common base
             raise _unusable(base, error) from error
         if missing := missing_slots(self.graph, slots):
