@@ -12,7 +12,7 @@ from aggregation.errors import ConfigError
 from client.training.personal import FINE_TUNE, METHODS
 from coordinator.settings import FederationSettings
 from edgeadapt.bases.base import MOST_LEXICAL
-from edgeadapt.formats.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
+from edgeadapt.formats.peftconfig import MAX_LAYERS, MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from edgeadapt.formats.settings import Settings, toml_value
 from simulations.data.households import PopulationSettings
 from simulations.data.tables import DataSettings
@@ -51,6 +51,8 @@ class AdapterSettings(Settings):
     targets: tuple[str, ...] = ()
     """names of the adapted modules; if none is named, those that PEFT names for the base's architecture, and of
     ln_tuning all normalizations"""
+    layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
+    """adapt only so many of the last layers: what the frozen layers below give of a text is computed once; 0: all"""
     feedforward: tuple[str, ...] = ()
     """those of ia3's targets whose input is scaled, and not their output"""
     virtual_tokens: int = Field(default=20, ge=1, le=MAX_VIRTUAL_TOKENS)

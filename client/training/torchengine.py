@@ -1,7 +1,7 @@
 """Computes with torch, on the base itself: the engine of simulations, and of a device that has no bundle."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from threading import RLock
 from typing import cast
@@ -18,13 +18,17 @@ from client.training.encoding import TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer, Trainer
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
+from edgeadapt.bases.states import StateCache
 from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.bases.traininggraph import TrainingBatch
 from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods import causal, trainable
 from edgeadapt.methods import classifier as classifiers
+from edgeadapt.methods.frozen import FrozenLayers
 from edgeadapt.methods.parts import is_bias
+
+MOST_STATES = 2**28  # bytes of hidden states that are kept in memory
 
 
 class TorchEngine:
@@ -36,6 +40,12 @@ class TorchEngine:
             self._losses = base.task.loss
         self.base, self.config, self.model, self._lock = base, config, model, RLock()
         self._parameters = _parameters(model)
+        whole = model.get_base_model()
+        inner = whole.encoder if isinstance(whole, classifiers.PhraseClassifier) else whole
+        self._frozen = FrozenLayers.of(
+            inner, config, lambda ids, mask: inner(input_ids=ids, attention_mask=mask)[0][mask > 0]
+        )
+        self._states = StateCache(MOST_STATES, np.float16)
         own = {name: value for name, value in self._parameters.items() if is_bias(name)}
         self._biases = {name: np.array(value.detach()) for name, value in own.items()}  # the base's own
         self.layout = Layout.of(trainable.tensors(model))
@@ -81,7 +91,9 @@ class TorchEngine:
 
     def _logits(self, batch: TrainingBatch) -> Tensor:
         """Compute the logits of each target, shape ``(targets, classes)``."""
-        output = self.model(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask))
+        ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
+        with self._resumed(ids, mask):
+            output = self.model(input_ids=ids, attention_mask=mask)
         if batch.positions is None:
             labels: Tensor = output
             return labels
@@ -92,13 +104,24 @@ class TorchEngine:
     def _rows(
         self, forward: Callable[[Tensor, Tensor], Tensor], adapter: Tensors | None, tokens: Sequence[Sequence[int]]
     ) -> Floats:
+        def resumed(ids: Tensor, mask: Tensor) -> Tensor:
+            with self._resumed(ids, mask):
+                return forward(ids, mask)
+
         alone = self.model.disable_adapter() if adapter is None else nullcontext()
         with self._lock, torch.inference_mode(), flushed_denormals(), alone:
             if adapter is not None:
                 trainable.load(self.model, adapter)
             else:  # peft leaves trained biases in place where it disables an adapter
                 _place(self._parameters, self._biases)
-            return classifiers.in_batches(forward, [torch.tensor(ids) for ids in tokens]).numpy()
+            return classifiers.in_batches(resumed, [torch.tensor(ids) for ids in tokens]).numpy()
+
+    def _resumed(self, ids: Tensor, mask: Tensor) -> AbstractContextManager[None]:
+        """Within the block, begin with the kept states of the frozen layers, if there are such layers."""
+        if self._frozen is None:
+            return nullcontext()
+        tokens = [row[:length].tolist() for row, length in zip(ids, mask.sum(1).tolist(), strict=True)]
+        return self._frozen.resumed(self._states.rows(tokens, self._frozen.states))
 
 
 def classifier(base: Base, labels: int, config: PeftConfig) -> ClassifierTrainer:

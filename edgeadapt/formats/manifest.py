@@ -202,4 +202,7 @@ class AdapterManifest(Manifest):
     def content(self) -> str:
         """Hash tensors, scaling, labels and temperature, but not name, version, number format or privacy."""
         same = {"name": "", "version": 0, "sha256": "", "size": 0, "format": "", "privacy": None}
-        return hashlib.sha256(jsontext.encode(asdict(self) | same)).hexdigest()
+        body = asdict(self) | same
+        if body["peft_config"] and not body["peft_config"]["layers_to_transform"]:
+            del body["peft_config"]["layers_to_transform"]  # devices keep digests from before there was such a field
+        return hashlib.sha256(jsontext.encode(body)).hexdigest()

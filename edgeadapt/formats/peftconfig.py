@@ -20,11 +20,13 @@ Rank = Annotated[int, Field(ge=0, lt=2**63)]
 Alpha = Rank | Annotated[float, Field(ge=0, lt=2**63)]  # a whole number to peft's types, any number in its files
 Pattern = Annotated[str, Field(min_length=1, max_length=512)]
 # Sets within sets and word boundaries, which Python and the engine that is used read differently.
+LAYER = re.compile(r".*\.[^.]*\.(\d{1,9})\.", re.ASCII)
 OTHERWISE = re.compile(r"\[[^]]*\[|--|&&|~~|\\[<>]|\\[bB]\{")
 # A coordinator names them, and a device makes room for them before it sees the adapter's layout.
 MAX_RANK = 1024
 MAX_LOHA_RANK = math.isqrt(MAX_RANK)  # a graph has its update as LoRA of the squared rank
 MAX_VIRTUAL_TOKENS = 1024
+MAX_LAYERS = 1024
 V = TypeVar("V")
 
 # As peft names them.
@@ -67,6 +69,7 @@ class PeftConfig:
     num_virtual_tokens: Rank = 0
     # Which of the base's biases LoRA trains besides (BitFit, Ben Zaken et al. 2022): "all", or those of its targets.
     bias: Literal["none", "all", "lora_only"] = "none"
+    layers_to_transform: tuple[Rank, ...] = ()  # numbers of the layers whose targets are adapted, ascending; (): all
 
     @classmethod
     def lora(cls, rank: int = 8, alpha: int = 16, targets: Sequence[str] = ("query", "value")) -> Self:
@@ -92,7 +95,7 @@ class PeftConfig:
 
 SETTINGS = {field.name for field in fields(PeftConfig)} - {"peft_type"}
 OFF = (0, (), "none")
-AT_LAYERS, VIRTUAL = frozenset({"target_modules"}), frozenset({"num_virtual_tokens"})
+AT_LAYERS, VIRTUAL = frozenset({"target_modules", "layers_to_transform"}), frozenset({"num_virtual_tokens"})
 TRAINABLE: Mapping[Method, frozenset[str]] = {  # method → the settings with which it can be trained
     "LORA": AT_LAYERS | {"r", "lora_alpha", "use_rslora", "use_dora", "bias"},
     "ADALORA": AT_LAYERS | {"r", "lora_alpha"},
@@ -131,6 +134,11 @@ def require_trainable(config: PeftConfig) -> None:
     whole = isinstance(config.lora_alpha, int) and config.lora_alpha >= 1
     if "lora_alpha" in TRAINABLE[method] and not whole:
         raise _untrainable("lora_alpha", config.lora_alpha, f"{method} of a whole alpha of at least 1")
+    if (numbers := config.layers_to_transform) != tuple(sorted({n for n in numbers if n < MAX_LAYERS})):
+        wanted = f"layers by ascending numbers below {MAX_LAYERS}"
+        raise _untrainable("layers_to_transform", numbers, wanted)
+    if numbers and config.bias == "all":
+        raise _untrainable("bias", "all", "biases of all layers only where all layers are adapted")
     if odd := sorted(set(config.feedforward_modules) - set(config.target_modules)):
         raise _untrainable("feedforward_modules", odd, "IA3 whose feedforward_modules are among its target_modules")
 
@@ -143,6 +151,16 @@ def require_gradients(config: PeftConfig) -> None:
             "with BEFT, or install the extra train",
             about="task.peft_config",
         )
+
+
+def layer_number(path: str) -> int | None:
+    """Read the number of the layer that a module is in, as peft does; None outside of layers.
+
+    >>> layer_number("encoder.layer.11.output.dense"), layer_number("embeddings.norm")
+    (11, None)
+    """
+    inner = LAYER.match(path)
+    return int(inner[1]) if inner else None
 
 
 def exactly(path: str) -> str:

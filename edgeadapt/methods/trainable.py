@@ -22,7 +22,7 @@ from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.graphinputs import PROMPT
 from edgeadapt.formats.layout import Floats, Tensors
-from edgeadapt.formats.peftconfig import TRAINABLE, Method, MethodName, PeftConfig, require_trainable
+from edgeadapt.formats.peftconfig import TRAINABLE, Method, MethodName, PeftConfig, layer_number, require_trainable
 from edgeadapt.methods.parts import Part, part_of
 from edgeadapt.methods.peft.methods import COPIES
 
@@ -62,10 +62,11 @@ def adapted(model: nn.Module, config: PeftConfig, *, heads: Sequence[str] = (), 
     """
     require_trainable(config)
     _require_kinds(model, config)
+    targets = _targets(model, config)
     with warnings.catch_warnings():  # of what peft cannot do with a module, merging for example
         warnings.filterwarnings("ignore", "Detected that the base layer has no bias term", UserWarning)
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
-        wrapped = get_peft_model(model, _peft_config(config, heads, task)).eval()
+        wrapped = get_peft_model(model, _peft_config(config, targets, heads, task)).eval()
     for name, value in wrapped.named_parameters():
         if name.endswith(COPIES):
             value.requires_grad_(False)
@@ -82,6 +83,7 @@ def configuration(  # noqa: PLR0913  # each by name, as the command that passes 
     feedforward: Sequence[str] = (),
     virtual_tokens: int = 20,
     bias: Literal["none", "all", "lora_only"] = "none",
+    layers: int = 0,
 ) -> PeftConfig:
     """Return the configuration of an adapter that is trained from the start.
 
@@ -93,6 +95,7 @@ def configuration(  # noqa: PLR0913  # each by name, as the command that passes 
         feedforward: Those of IA³'s targets whose input is scaled. None, without targets: those that peft names.
         virtual_tokens: For prompt and prefix tuning.
         bias: For LoRA: which of the base's biases are trained besides.
+        layers: Only the targets in so many of the last layers are adapted; 0: in all.
 
     Raises ConfigError: the base cannot be opened, peft names no modules for it, or as ``require_trainable``.
     """
@@ -109,6 +112,9 @@ def configuration(  # noqa: PLR0913  # each by name, as the command that passes 
         targets = _norms(base) if kind == "LN_TUNING" else _named(kind, architecture, base)
         if kind == "IA3":
             feedforward = feedforward or constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[architecture]
+    if layers and kind not in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        count = len({number for path in _matrices(base) if (number := layer_number(f"base.{path}")) is not None})
+        fields["layers_to_transform"] = tuple(range(max(count - layers, 0), count))
     config = PeftConfig(kind, target_modules=tuple(targets), feedforward_modules=tuple(feedforward), **fields)
     require_trainable(config)
     return config
@@ -222,6 +228,31 @@ def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
                 )
 
 
+def _targets(model: nn.Module, config: PeftConfig) -> Sequence[str]:
+    """Name what peft adapts: with ``layers_to_transform``, the paths of the targets in these layers, for all methods.
+
+    Raises ConfigError: the model has no target in one of the layers.
+    """
+    if not config.layers_to_transform:
+        return config.target_modules
+    paths = [path for path, _ in model.named_modules() if path.endswith(tuple(f".{t}" for t in config.target_modules))]
+    present = {layer_number(path) for path in paths} - {None}
+    if odd := sorted(set(config.layers_to_transform) - present):
+        raise ConfigError(
+            f"layers_to_transform names layer {odd[0]}; the base has {len(present)} with these target modules, "
+            "counted from 0",
+            about="layers_to_transform",
+            value=odd[0],
+        )
+    return [path for path in paths if layer_number(path) in config.layers_to_transform]
+
+
+def _feeding(config: PeftConfig, targets: Sequence[str]) -> list[str]:
+    """Name those of ``targets`` whose input is scaled, as peft compares them with its targets."""
+    names = config.feedforward_modules
+    return [target for target in targets if target in names or target.endswith(tuple(f".{name}" for name in names))]
+
+
 def _is_linear(module: nn.Module, config: PeftConfig) -> bool:
     """Check for a linear layer, also with transposed weights (of which peft has no BEFT and no LoHa)."""
     return isinstance(module, nn.Linear if config.peft_type in ("BEFT", "LOHA") else nn.Linear | Conv1D)
@@ -233,7 +264,7 @@ def _is_norm(module: nn.Module) -> bool:
     return state in ({"weight": 1}, {"weight": 1, "bias": 1})
 
 
-def _peft_config(config: PeftConfig, heads: Sequence[str], task: str | None) -> peft.PeftConfig:
+def _peft_config(config: PeftConfig, targets: Sequence[str], heads: Sequence[str], task: str | None) -> peft.PeftConfig:
     common: dict[str, Any] = {"task_type": task}
     if config.num_virtual_tokens:
         count = config.num_virtual_tokens
@@ -241,10 +272,10 @@ def _peft_config(config: PeftConfig, heads: Sequence[str], task: str | None) -> 
             return peft.PrefixTuningConfig(num_virtual_tokens=count, **common)
         # What P-tuning saves are the embeddings that its encoder returned; these go on as those of prompt tuning.
         return peft.PromptTuningConfig(num_virtual_tokens=count, **common)
-    common |= {"target_modules": list(config.target_modules), "modules_to_save": list(heads) or None}
+    common |= {"target_modules": list(targets), "modules_to_save": list(heads) or None}
     match config.peft_type:
         case "IA3":
-            return peft.IA3Config(feedforward_modules=list(config.feedforward_modules), **common)
+            return peft.IA3Config(feedforward_modules=_feeding(config, targets), **common)
         case "LN_TUNING":
             return peft.LNTuningConfig(**common)
         case "BEFT":

@@ -37,10 +37,11 @@ const PEFT_CONFIG = {
   feedforward_modules: listOf(string),
   num_virtual_tokens: count,
   bias: oneOf("none", "all", "lora_only"),
+  layers_to_transform: listOf(count), // older manifests have none
 };
 
 /** Whether a value is a PEFT config (edgeadapt/formats/peftconfig.py). */
-export const isPeftConfig = (value) => isObject(value) && !misfit(value, PEFT_CONFIG);
+export const isPeftConfig = (value) => isObject(value) && !misfit({ layers_to_transform: [], ...value }, PEFT_CONFIG);
 
 const BASE = {
   base_digest: sha256,
@@ -108,7 +109,8 @@ function canonical(value) {
   if (Array.isArray(value)) return `[${value.map(canonical)}]`;
   if (!isObject(value)) return JSON.stringify(value);
   const written = (name) => (name === "temperature" && Number.isInteger(value[name]) ? `${value[name]}.0` : canonical(value[name]));
-  return `{${Object.keys(value).sort().map((name) => `${JSON.stringify(name)}:${written(name)}`)}}`;
+  const names = Object.keys(value).filter((name) => name !== "layers_to_transform" || value[name].length);
+  return `{${names.sort().map((name) => `${JSON.stringify(name)}:${written(name)}`)}}`;
 }
 
 const typeOf = (name) => `application/vnd.edgeadapt.${name}.v1+json`;

@@ -210,6 +210,7 @@ def _config(kind: str, settings: Settings) -> PeftConfig:
         "bias": settings.get("bias", "none") if kind == "LORA" else "none",
         "feedforward_modules": _listed(settings, "feedforward_modules") if kind == "IA3" else [],
         "num_virtual_tokens": settings.get("num_virtual_tokens", 0) if kind in VIRTUAL_TYPES else 0,
+        "layers_to_transform": _layers(settings),
     }
     try:
         return jsontext.decode_as(PeftConfig, json.dumps(body))
@@ -218,6 +219,14 @@ def _config(kind: str, settings: Settings) -> PeftConfig:
         field = str(first["loc"][0])
         reason = f"{field} in adapter_config.json has {first['input']!r:.40}, which cannot be used ({first['msg']})"
         raise DataError(f"{reason}: {REMEDY}", about=field) from error
+
+
+def _layers(settings: Settings) -> list[Any]:
+    """Return the numbers of the adapted layers. Those of one list of several (``layers_pattern``) show in the tensors
+    only."""
+    layers = None if settings.get("layers_pattern") else settings.get("layers_to_transform")
+    listed = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    return sorted(listed) if all(type(number) is int for number in listed) else listed
 
 
 def _listed(settings: Settings, name: str) -> list[Any]:

@@ -24,6 +24,7 @@ from edgeadapt.formats.graphinputs import PREFIX, from_inputs, to_inputs
 from edgeadapt.formats.manifest import Format
 from edgeadapt.formats.peftconfig import PeftConfig, require_trainable
 from edgeadapt.methods.classifier import PhraseClassifier, load, tensors
+from edgeadapt.methods.peft.config import config_of
 from edgeadapt.methods.peft.folder import CONFIG, WEIGHTS, read_peft, to_peft
 from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.adapter import decode, encode
@@ -131,6 +132,26 @@ def test_a_llama_read_from_peft_and_written_back_gives_the_same_logits(tmp_path:
     assert torch.equal(answers(reopened), answers(model))
     assert not torch.equal(answers(reopened), answers(llama()))
     assert reopened.peft_config["default"].base_model_name_or_path == "somebody/llama"
+
+
+@pytest.mark.parametrize(
+    ("stated", "numbers"),
+    [
+        ({"layers_to_transform": [3, 1]}, (1, 3)),
+        ({"layers_to_transform": 2}, (2,)),
+        ({"layers_to_transform": None}, ()),
+        # The numbers are of one list among several, which show in the tensors alone.
+        ({"layers_to_transform": [1], "layers_pattern": "blocks"}, ()),
+    ],
+)
+def test_the_numbers_of_adapted_layers_are_read(stated: dict[str, Any], numbers: tuple[int, ...]) -> None:
+    assert config_of({"peft_type": "LORA", "r": 2, "lora_alpha": 4} | stated).layers_to_transform == numbers
+
+
+@pytest.mark.parametrize("layers", ["all", [-1], [1.5], [True], [[1]]])
+def test_layers_that_are_not_numbers_are_refused(layers: Any) -> None:
+    with refused(DataError, "layers_to_transform"):
+        config_of({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "layers_to_transform": layers})
 
 
 def classifier(base: Base) -> PhraseClassifier:
