@@ -109,7 +109,8 @@ def wanted(
             )
         own = "mean" if mean else "own"
         _agree("--head", head, own)
-    slots = replace(slots, layers=tuple(layers), vectors=vectors, adapter_virtual=virtual)
+    first = slots.first if slots.first or slots.targets else min(origin.peft_config.layers_to_transform, default=0)
+    slots = replace(slots, first=first, layers=tuple(layers), vectors=vectors, adapter_virtual=virtual)
     return Wanted(needed, slots, max_rank or max(MAX_RANK, rank), head or own, brought)
 
 
@@ -145,7 +146,7 @@ def export_named(
         model = slotted.with_own_head(base, want.slots, want.brought)
     else:
         model = slotted.with_mean_head(base, want.slots)
-    return export_classifier(model, base, chosen, want.max_rank, where, training=training, cut=bool(want.slots.last))
+    return export_classifier(model, base, chosen, want.max_rank, where, training=training)
 
 
 def _agree(option: str, given: str | None, needed: str) -> None:

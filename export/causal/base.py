@@ -91,9 +91,8 @@ def export_causal(
         stored, others, difference = None, dict[str, ModelProto](), None
         if training:
             report("tracing the training graph", 0, 0)
-            slotted = SlottedModel(pretrained.load(base, AutoModelForCausalLM), inputs)
-            cut = ids if wanted.last else None
-            others = training_graphs(trace(slotted, store), slotted, graph, profile, store, cut=cut)
+            slotted = SlottedModel(pretrained.load(base, AutoModelForCausalLM), inputs, bool(wanted.first))
+            others = training_graphs(trace(slotted, store), slotted, graph, profile, ids, store)
             stored = as_stored(slotted, profile, graph, store)
             opset = max(opset, headers.requirements(others[TRAINING])[1])
         graphs = [graph, *others.values()]

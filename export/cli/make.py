@@ -118,7 +118,7 @@ def make(
         of_kinds = frozenset(SlotKind(part.strip()) for part in (kinds or "low-rank").split(",") if part.strip())
     except ValueError as error:
         raise ConfigError(f"--slots: {error}; choose among {', '.join(SlotKind)}", about="--slots") from error
-    slots = Slots(wanted_targets, of_kinds or Slots().kinds, last=layers)
+    slots = Slots(wanted_targets, of_kinds or Slots().kinds, first=-layers)
     frozen = find_base(name)  # converting a GGUF file shows a progress bar of its own
     origin = resolved(origin, frozen) if origin else None
     want = wanted(frozen, origin, task=task, slots=slots, head=head, max_rank=max_rank)

@@ -37,14 +37,12 @@ def export_classifier(
     where: Path | None = None,
     *,
     training: bool | None = False,
-    cut: bool = False,
 ) -> ExportedBase:
     """Export the base of ``model`` in a few seconds; no tensor of its adapter gets into the result.
 
     The adapter of ``model`` names the layers that get slots. ``training``: with a training graph; None: if it can have
-    one. ``cut``: in two parts, below and above the first slot. Raises ConfigError: the model has block-sparse attention
-    or cannot be exported; its graph does not run; nothing limits the length of a text; or it cannot have the training
-    graph that it shall have.
+    one. Raises ConfigError: the model has block-sparse attention or cannot be exported; its graph does not run; nothing
+    limits the length of a text; or it cannot have the training graph that it shall have.
     """
     if getattr(pretrained.configuration(base), "attention_type", None) == "block_sparse":
         # transformers reads short texts, and whatever follows them, with full attention: which answer is right depends.
@@ -68,7 +66,7 @@ def export_classifier(
     untrainable, stored, graphs = "", slotted, dict[str, ModelProto]()
     if training is not False:
         try:
-            graphs = training_graphs(plain, slotted, traced, profile, cut=ids if cut else None)
+            graphs = training_graphs(plain, slotted, traced, profile, ids)
             stored = as_stored(slotted, profile, traced)
         except ConfigError as error:
             untrainable = _unless(training, error)

@@ -93,4 +93,4 @@ def _slotted(model: nn.Module, slots: Slots, saved: list[str]) -> SlottedModel:
     outermost = [path for path in brought if not any(path.startswith(f"{other}.") for other in brought)]
     modules = tuple(saved_slot(path, model.get_submodule(path)) for path in outermost)
     loras = tuple(LoraSlot(path, 1.0) for path in layers)
-    return SlottedModel(model.eval(), AdapterInputs("default", loras, modules, names, slots.virtual))
+    return SlottedModel(model.eval(), AdapterInputs("default", loras, modules, names, slots.virtual), bool(slots.first))

@@ -21,11 +21,11 @@ from edgeadapt.formats.graphinputs import (
     layer_of,
     vector_site,
 )
+from edgeadapt.formats.peftconfig import layer_number
 from edgeadapt.methods.peft.inputs import summary
 
 ALL = "all-linear"  # peft's word for every linear layer except those that return the answer
 NAME = re.compile(r"[\w.-]+")
-NUMBERED = re.compile(r".*\.[^.]*\.(\d+)\.")  # peft finds so which of the model's layers a module belongs to
 
 
 class SlotKind(StrEnum):
@@ -53,15 +53,15 @@ class Slots:
     layers: tuple[str, ...] = ()  # the paths of the layers for which an adapter has LoRA matrices
     vectors: tuple[str, ...] = ()  # the graph inputs of an adapter's vectors
     adapter_virtual: tuple[str, ...] = ()  # the graph inputs of an adapter's virtual tokens
-    last: int = 0  # how many of the model's layers have slots, which are the last ones; 0: all
+    first: int = 0  # number of the first layer with slots, or, if it is negative, how many of the last ones; 0: all
 
     def __post_init__(self) -> None:
         """Raises ConfigError: virtual tokens enter below the layers that have slots."""
-        if self.last and self.virtual:
+        if self.first and self.virtual:
             raise ConfigError(
                 "virtual tokens enter below all layers: leave out --layers, or the slots of virtual tokens",
                 about="--layers",
-                value=self.last,
+                value=self.first,
             )
 
     @classmethod
@@ -89,8 +89,8 @@ def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[
     """List the graph inputs of all vectors, in the order of the module tree.
 
     ``model`` and errors are those of ``linear_layers``; ``heads`` are names of modules that adapters bring whole.
-    Raises ConfigError: as ``linear_layers``, or the base lacks the layer or the parameter of a vector, or fewer layers
-    than the last ones that get slots, or an adapter's is below these.
+    Raises ConfigError: as ``linear_layers``, or the base lacks the layer or the parameter of a vector, or the first
+    layer with slots, or an adapter's is below it.
     """
     at = [ending for kind, ending in AT_LAYERS.items() if kind in slots.kinds]
     below = _below(model, slots)
@@ -115,42 +115,40 @@ def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[
 def _targeted(model: nn.Module, slots: Slots, heads: Sequence[str]) -> list[str]:
     """List the layers that the targets name, without those below. Raises ConfigError: all of a target's are below."""
     below, paths = _below(model, slots), linear_layers(model, slots.targets, heads)
-    if slots.last:
+    if slots.first:
         _refuse_below([one for one in slots.targets if all(map(below, linear_layers(model, [one], heads)))], slots)
     return [path for path in paths if not below(path)]
 
 
 def _below(model: nn.Module, slots: Slots) -> Callable[[str], bool]:
-    """Make what tells whether a module is not in one of the last layers. Raises ConfigError: there are not so many."""
-    if not slots.last:
+    """Make what tells whether a module is below the first layer with slots, or in none. Raises ConfigError: the base
+    lacks this layer."""
+    if not slots.first:
         return lambda _: False
-    count = 1 + max((number_of(path) for path, _ in model.named_modules()), default=-1)
-    if slots.last > count:
+    count = 1 + max(_number(path) for path, _ in model.named_modules())
+    first = slots.first if slots.first > 0 else count + slots.first
+    if not 0 <= first < count:
         raise ConfigError(
-            f"the base has {count} layers with a number, not {slots.last}: choose fewer with --layers",
+            f"the base has {count} layers with a number: choose at most so many with --layers",
             about="--layers",
-            value=slots.last,
+            value=slots.first,
         )
-    return lambda path: number_of(path) < count - slots.last
+    return lambda path: _number(path) < first
 
 
 def _refuse_below(names: Sequence[str], slots: Slots) -> None:
     if names:
         raise ConfigError(
-            f"{summary(names)} is below the last {slots.last} layers: choose more with --layers, or others",
+            f"{summary(names)} is below the layers that get slots: choose more of them with --layers",
             about="--layers",
             value=names,
         )
 
 
-def number_of(path: str) -> int:
-    """Return the number of the layer of the model to which a module belongs, or -1, such as of an embedding.
-
-    >>> number_of("encoder.encoder.layer.3.attention.self.query"), number_of("encoder.embeddings.LayerNorm")
-    (3, -1)
-    """
-    found = NUMBERED.match(f"{path}.")
-    return int(found[1]) if found else -1
+def _number(path: str) -> int:
+    """Return the number of the layer that a module is, or is in; -1 outside of layers."""
+    number = layer_number(f"{path}.")
+    return -1 if number is None else number
 
 
 def _replaceable(module: nn.Module, kinds: frozenset[SlotKind]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from edgeadapt.formats.bundle import LOWER, TRAINING
 from edgeadapt.formats.graphinputs import LORA_A, LORA_B, OUTPUT_SCALE
 from edgeadapt.formats.layout import Floats
 from edgeadapt.methods.peft.inputs import is_saved
-from export.onnx import cut as cutting
+from export.onnx import cut
 from export.onnx import graph as tracing
 from export.onnx.derivatives import differentiate
 from export.onnx.exported import Profile
@@ -35,22 +35,20 @@ def training_graphs(
     slotted: SlottedModel,
     answering: onnx.ModelProto,
     profile: Profile,
+    ids: Sequence[int],
     store: TensorStore = MEMORY,
-    *,
-    cut: Sequence[int] | None,
 ) -> dict[str, onnx.ModelProto]:
-    """Make the training graph of a traced base by the name of its file, and if it is ``cut``, the part below as well.
+    """Make the training graph of a traced base by the name of its file, and if it is cut, the part below as well.
 
-    ``cut``: tokens of a plain text, with which the part below is quantized; None: one graph trains from the tokens.
-    Raises as ``training_graph`` and ``cutting.states_of``.
+    ``ids`` are tokens of a plain text, as for ``quantize``. Raises as ``training_graph`` and ``cut.states_of``.
     """
-    if cut is None:
+    if not slotted.cut:
         return {TRAINING: training_graph(traced, slotted, answering, profile, store)}
-    states = cutting.states_of(traced, [name for name in tracing.slots(traced) if not is_saved(name)])
-    above = training_graph(cutting.upper(traced, states), slotted, answering, profile, store, whole=traced)
+    states = cut.states_of(traced, [name for name in tracing.slots(traced) if not is_saved(name)])
+    above = training_graph(cut.upper(traced, states), slotted, answering, profile, store, whole=traced)
     if POSITIONS in {value.name for value in traced.graph.input}:  # the answering graph has a cache, and other names
-        return {TRAINING: above, LOWER: quantize(cutting.lower(traced, states), profile, cut, store)}
-    return {TRAINING: above, LOWER: cutting.lower(answering, states)}
+        return {TRAINING: above, LOWER: quantize(cut.lower(traced, states), profile, ids, store)}
+    return {TRAINING: above, LOWER: cut.lower(answering, states)}
 
 
 def training_graph(

@@ -1,6 +1,7 @@
 """A base with slots in its last layers alone: its training graph in two parts gives what the whole one gives."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from export.onnx.targets import SlotKind, Slots
 from tests.support.errors import refused
 from tests.support.exhaustive import few
 
-TOP = Slots(("query", "output.dense"), frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.NORMS}), last=1)
+TOP = Slots(("query", "output.dense"), frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.NORMS}), first=-1)
 
 
 def opened(exported: ExportedBase) -> TrainingGraph:
@@ -52,7 +53,8 @@ def test_both_parts_give_the_gradients_of_the_whole_and_compute_the_states_of_a_
 ) -> None:
     base = with_lexical_features(tiny_base, 64, tmp_path / "lexical") if lexical else tiny_base
     model = with_mean_head(base, TOP)
-    parts, whole = (export_classifier(model, base, Profile.FP32, training=True, cut=cut) for cut in (True, False))
+    both = (model, replace(model, cut=False))
+    parts, whole = (export_classifier(each, base, Profile.FP32, training=True) for each in both)
     assert LOWER not in whole.digests
     assert all(".layer.1." in name or name.startswith("classifier.") for name in parts.slots)
     reads = {STATES, "attention_mask", "targets", "shares", *parts.slots}
@@ -75,7 +77,7 @@ def test_both_parts_give_the_gradients_of_the_whole_and_compute_the_states_of_a_
 
 @pytest.mark.parametrize("profile", few([Profile.NATIVE_INT8, Profile.NATIVE_INT4, Profile.WEB_INT8], Profile.WEB_INT8))
 def test_the_lower_part_is_that_of_the_answering_graph_over_its_weights(tiny_base: Base, profile: Profile) -> None:
-    made = export_classifier(with_mean_head(tiny_base, TOP), tiny_base, profile, training=True, cut=True)
+    made = export_classifier(with_mean_head(tiny_base, TOP), tiny_base, profile, training=True)
     lower, answering = (onnx.load_from_string(graph).graph for graph in (made.read(LOWER), made.model))
     below = {node.name: node.op_type for node in lower.node}
     assert below.items() <= {node.name: node.op_type for node in answering.node}.items()
@@ -89,7 +91,7 @@ def test_the_lower_part_is_that_of_the_answering_graph_over_its_weights(tiny_bas
 
 @pytest.mark.parametrize("profile", few([Profile.FP32, Profile.NATIVE_INT4], Profile.NATIVE_INT4))
 def test_a_language_model_is_cut_as_well(llama: Base, profile: Profile) -> None:
-    made = export_causal(llama, Slots(("q_proj", "down_proj"), last=1), profile, training=True)  # held to torch's
+    made = export_causal(llama, Slots(("q_proj", "down_proj"), first=-1), profile, training=True)  # held to torch's
     assert STATES in inputs_of(made.read(TRAINING))
     assert "input_ids" not in inputs_of(made.read(TRAINING))
     assert all("layers.1." in name for name in made.slots)
@@ -107,8 +109,8 @@ def test_states_of_another_place_are_refused(tiny_base: Base, monkeypatch: pytes
 
     monkeypatch.setattr(classifier, "training_graphs", off)
     with refused(ConfigError, LOWER):
-        export_classifier(with_mean_head(tiny_base, TOP), tiny_base, Profile.FP32, training=True, cut=True)
-    made = export_classifier(with_mean_head(tiny_base, TOP), tiny_base, Profile.FP32, training=None, cut=True)
+        export_classifier(with_mean_head(tiny_base, TOP), tiny_base, Profile.FP32, training=True)
+    made = export_classifier(with_mean_head(tiny_base, TOP), tiny_base, Profile.FP32, training=None)
     assert not {LOWER, TRAINING}.intersection(made.digests)
     assert not (made.folder / LOWER).exists()
 
@@ -116,17 +118,17 @@ def test_states_of_another_place_are_refused(tiny_base: Base, monkeypatch: pytes
 def test_the_upper_part_is_held_to_torch(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "LIMIT", 0.0)
     with pytest.raises(ConfigError):
-        export_classifier(with_mean_head(tiny_base, TOP), tiny_base, Profile.FP32, training=True, cut=True)
+        export_classifier(with_mean_head(tiny_base, TOP), tiny_base, Profile.FP32, training=True)
 
 
 @pytest.mark.parametrize(
     "slots",
     [
-        lambda: Slots(("query",), last=3),  # of two layers
-        lambda: Slots(("query", "encoder.layer.0.output.dense"), last=1),
-        lambda: Slots(layers=("encoder.encoder.layer.0.attention.self.query",), last=1),
-        lambda: Slots(vectors=("encoder.encoder.layer.0.output.dense.output_scale",), last=1),
-        lambda: Slots(("query",), frozenset({SlotKind.PROMPT}), last=1),
+        lambda: Slots(("query",), first=-3),  # of two layers
+        lambda: Slots(("query", "encoder.layer.0.output.dense"), first=-1),
+        lambda: Slots(layers=("encoder.encoder.layer.0.attention.self.query",), first=-1),
+        lambda: Slots(vectors=("encoder.encoder.layer.0.output.dense.output_scale",), first=-1),
+        lambda: Slots(("query",), frozenset({SlotKind.PROMPT}), first=-1),
     ],
     ids=["too many layers", "a target", "an adapter's layer", "an adapter's vector", "virtual tokens"],
 )
