@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from aggregation.errors import ConfigError
-from client.training.personal import FINE_TUNE, METHODS
+from client.training.personal import FINE_TUNE, HEADS, METHODS
 from coordinator.settings import FederationSettings
 from edgeadapt.bases.base import MOST_LEXICAL
 from edgeadapt.formats.peftconfig import MAX_LAYERS, MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
@@ -107,8 +107,9 @@ class PersonalSettings(Settings):
 
     method: Annotated[str, AfterValidator(METHODS.require)] = FINE_TUNE
     """how the personal adapter is made from the global one: fine-tune (training), ridge (its head fitted by a
-    regression, without training), ensemble (fine-tuned, with the sum of both heads), interpolate (between the global
-    and the fine-tuned adapter), or one that an installed package adds"""
+    regression, without training), logistic (by logistic regression on the adapted embedding, without training),
+    ensemble (fine-tuned, with the sum of both heads), interpolate (between the global and the fine-tuned adapter), or
+    one that an installed package adds"""
     choice: Literal["best", "significant", "never"] = "best"
     """when the base or the global adapter is kept instead: best (it answers more of the validation texts), significant
     (more than chance would: a sign test at 5 %) or never"""
@@ -131,7 +132,7 @@ class PersonalSettings(Settings):
     @property
     def training_epochs(self) -> int:
         """Count the passes over the examples that the method makes."""
-        return 0 if self.method == "ridge" else self.epochs
+        return 0 if self.method in HEADS else self.epochs
 
 
 class LocalSettings(Settings):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from aggregation.errors import DataError, EdgeAdaptError
 from client.training.control import UNLIMITED, TrainingControl
 from client.training.examples import Example, Score, Split, in_split
+from client.training.logistic import logistic_head, with_constant
 from client.training.trainer import ClassifierTrainer
 from edgeadapt.extensions import Extensions
 from edgeadapt.formats.layout import Floats, Layout, Tensors
@@ -28,6 +29,8 @@ from edgeadapt.rounds.task import Task
 # 0.3 to 1 (docs/decisions/0033-analytic-head.md).
 OWN_STRENGTH = 0.5
 CHANCE = 0.05
+# Of "logistic", on half the sum of the squared weights. Chosen on households of validation seeds, as the layers below.
+PENALTY = 0.01
 
 
 class Candidate(Enum):
@@ -63,7 +66,8 @@ class Personalization:
     scores: Mapping[Candidate, Score]
 
 
-FINE_TUNE, RIDGE = "fine-tune", "ridge"
+FINE_TUNE, RIDGE, LOGISTIC = "fine-tune", "ridge", "logistic"
+HEADS = (RIDGE, LOGISTIC)  # make a new head, without training
 
 
 class Choice(Enum):
@@ -86,7 +90,7 @@ class PersonalStep:
             until then (Prechelt 1998, "Early stopping - but when?"); 0: never. Not used without held-out examples.
     """
 
-    epochs: int  # passes over the training examples; not used by "ridge"
+    epochs: int  # passes over the training examples; not used by ``HEADS``
     scale: float  # logit of a score of 1, for "ridge" and "ensemble"; equal to the federation's rounds'
     method: str = FINE_TUNE
     share: float = 0.5
@@ -125,6 +129,15 @@ def _ridge(inputs: PersonalInputs) -> Tensors:
     return with_own_head(inputs.trainer, inputs.shared, inputs.examples, scale=inputs.how.scale)
 
 
+def _logistic(inputs: PersonalInputs) -> Tensors:
+    """Fit the head by logistic regression, to the device's own and the public examples alike."""
+    head, own = ClassifierHead.of(Layout.of(inputs.shared)), inputs.own
+    x = with_constant(embedded(inputs.trainer, inputs.shared, own))
+    labels = np.array([example.label for example in own], np.int64)
+    fitted = logistic_head(x, labels, np.ones(len(own)), head.labels, PENALTY).astype(np.float32)
+    return inputs.shared | {head.weight: fitted[:-1].T.copy(), head.bias: fitted[-1]}
+
+
 def _ensemble(inputs: PersonalInputs) -> Tensors:
     """Sum the heads of the fine-tuned adapter and of the regression."""
     return with_both_heads(inputs.trainer, inputs.tuned(), inputs.shared, inputs.examples, scale=inputs.how.scale)
@@ -139,7 +152,13 @@ METHODS = Extensions[Method](
     "edgeadapt.personal_steps",
     "personal step",
     "method",
-    {FINE_TUNE: PersonalInputs.tuned, RIDGE: _ridge, "ensemble": _ensemble, "interpolate": _interpolate},
+    {
+        FINE_TUNE: PersonalInputs.tuned,
+        RIDGE: _ridge,
+        LOGISTIC: _logistic,
+        "ensemble": _ensemble,
+        "interpolate": _interpolate,
+    },
 )
 
 
@@ -169,7 +188,7 @@ def personalize(  # noqa: PLR0913  # three of them by name
         With ``Choice.BEST``, the candidate with the most correct answers on the held-out examples, among equals that
         with the least loss, among these the most personal. With ``SIGNIFICANT``, the best of those that are better than
         the most personal one by a sign test (``better_by_chance``) at ``CHANCE``; it, if there are none. Without
-        held-out examples the most personal candidate. Of a personal adapter that the method ``RIDGE`` made, the head is
+        held-out examples the most personal candidate. Of a personal adapter that one of ``HEADS`` made, the head is
         then fitted to training and held-out examples together; ``plain`` bounds what that forgets, too.
 
     Raises DataError as ``Trainer.train`` and ``with_own_head``, or a method of others failed or returned other tensors
@@ -197,7 +216,7 @@ def personalize(  # noqa: PLR0913  # three of them by name
         allowed = better or allowed
     chosen = max(allowed, key=lambda c: (scores[c].correct, -scores[c].loss, order.index(c)))
     kept = adapters[chosen]
-    if chosen is Candidate.PERSONAL and how.method == RIDGE and held_out:
+    if chosen is Candidate.PERSONAL and how.method in HEADS and held_out:
         every = [replace(each, split=Split.TRAIN) if each.split is Split.VALIDATION else each for each in examples]
         if (again := made(every)) is not None:
             kept = again
@@ -336,6 +355,6 @@ def own_moments(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence
 
 
 def embedded(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> Floats:
-    """Embed, shape ``(len(examples), hidden)``; zeros for an example that overflows, which counts all the same."""
+    """Embed, shape ``(len(examples), width)``; zeros for an example that overflows, which counts all the same."""
     embeddings = trainer.embed([example.text for example in examples], adapter)
     return np.where(np.isfinite(embeddings).all(axis=1, keepdims=True), embeddings, np.float32(0))

@@ -77,7 +77,7 @@ class _Model:
         """Make a private adapter from the global one and a device's examples file, and use it if it is not worse.
 
         Args:
-            method: "fine-tune", or of a classifier "ridge", "ensemble", "interpolate" or the name of an installed one.
+            method: "fine-tune", or of a classifier "ridge", "logistic", "ensemble", "interpolate" or an installed one.
             epochs: Passes over the examples.
             learning_rate: Of AdamW; by default that of ``edgeadapt device personalize``.
             patience: Epochs without a lower loss on held-out examples after which training ends; 0: never.

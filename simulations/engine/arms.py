@@ -32,7 +32,7 @@ from edgeadapt.methods.parts import PARTS
 from edgeadapt.rounds.task import Task
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
-from simulations.engine.provision import Matrix, ridge_head, with_bias
+from simulations.engine.provision import Matrix, ridge_head, with_constant
 from simulations.result import Tally
 from simulations.scenario import Scenario
 
@@ -213,9 +213,9 @@ class ClassifierArms(Arms):
         ngrams = provision.hashed_ngrams(texts) if kind != "embedding" else np.zeros((len(texts), 0))
         spent = time.thread_time() - before
         if kind == "ngrams":
-            return with_bias(ngrams), spent
+            return with_constant(ngrams), spent
         rows, seconds = _embeddings(self.mine).of(texts)
-        return with_bias(np.concatenate([rows, ngrams], axis=1)), seconds + spent
+        return with_constant(np.concatenate([rows, ngrams], axis=1)), seconds + spent
 
 
 class LanguageArms(Arms):

@@ -11,7 +11,7 @@ less the sums of the large groups would be the sum of a small one (docs/decision
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from aggregation import graph
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError
 from aggregation.pki import Authority, new_serial
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
@@ -34,6 +34,8 @@ from client.node.policy import SAFE, PolicySettings, TrainingLimits
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.engine import classifier_trainer, language_trainer, trainer_of
 from client.training.examples import Example, Split, write_examples
+from client.training.logistic import cross_entropy, logistic_head, with_constant
+from client.training.personal import HEADS
 from client.training.torchengine import model_of
 from client.training.trainer import ClassifierTrainer, FrozenBase
 from coordinator.registry import Registry
@@ -68,10 +70,7 @@ from simulations.scenario import GroupSettings, Scenario
 
 COMMON = "common"  # group of clients whose own would be too small
 GROUPS = "groups"  # in the folder of a run
-MOST_ITERATIONS = 200  # L-BFGS stops before where the gradient is small
-FLATNESS = 1e-6  # largest coordinate of a gradient that is taken for zero
 Matrix = NDArray[np.float64]
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # outputs and targets, torch tensors → the loss of each row
 KINDS = {  # method → what its adapters bring
     "IA3": frozenset({SlotKind.SCALE, SlotKind.INPUT_SCALE}),
     "BEFT": frozenset({SlotKind.OFFSET}),
@@ -151,11 +150,6 @@ def _devices(clients: Sequence[Client]) -> int:
     return sum(not client.unseen for client in clients)
 
 
-def with_bias(embeddings: NDArray[np.floating]) -> Matrix:
-    """Append a 1 to embeddings: shape ``(texts, hidden)`` to ``(texts, hidden + 1)``, in float64."""
-    return np.concatenate([embeddings.astype(np.float64), np.ones((len(embeddings), 1))], axis=1)
-
-
 def hashed_ngrams(texts: Sequence[str]) -> Matrix:
     """Return what a text classifier without a model reads, shape ``(texts, BUCKETS)``, rows of unit length.
 
@@ -193,39 +187,6 @@ def ridge_head(
     return fitted
 
 
-_cross_entropy: Loss = partial(torch.nn.functional.cross_entropy, reduction="none")
-
-
-def logistic_head(  # as a ``FitHead``, with its loss
-    x: Matrix, labels: NDArray[Any], weights: Matrix, count: int, penalty: float, loss_of: Loss = _cross_entropy
-) -> Matrix:
-    """Return the head of multinomial logistic regression: argmin of Σ wᵢ crossentropyᵢ + penalty / 2 ‖W‖².
-
-    With a convex loss the problem is strictly convex, and L-BFGS with a strong Wolfe line search starts at zero: equal
-    arguments, which are those of ``ridge_head``, give equal heads. Raises DataError if the loss is not finite.
-
-    ``loss_of``: another loss of each row, of outputs and ``labels``.
-    """
-    inputs, targets, factors = torch.from_numpy(x), torch.from_numpy(labels), torch.from_numpy(weights)
-    head = torch.zeros((x.shape[1], count), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [head], max_iter=MOST_ITERATIONS, tolerance_grad=FLATNESS, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        losses = loss_of(inputs @ head, targets)
-        loss = (factors * losses).sum() + penalty / 2 * head.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    loss = optimizer.step(closure)  # type: ignore[no-untyped-call]
-    if not torch.isfinite(loss):
-        raise DataError("the loss of the logistic head is not finite", about="training.loss")
-    fitted: Matrix = head.detach().numpy()
-    return fitted
-
-
 def training_base(out: Path, scenario: Scenario, population: Population) -> Base:
     """Return the base of the run in ``out``; what has to be made is made once. Raises ConfigError if it cannot be."""
     base, export = unrounded_base(scenario), scenario.export
@@ -260,7 +221,7 @@ def _require_possible(scenario: Scenario, own_model: bool) -> None:
         "base.engine=torch": (own_model or own_task) and scenario.base.engine != "torch",
         "export.train_on_dequantized=false": own_model and scenario.export.train_on_dequantized,
         "federation.analytic.rounds=0": (own_model or own_task) and scenario.federation.analytic.rounds > 0,
-        "personal.method=fine-tune": (own_model or own_task) and scenario.personal.method in ("ridge", "ensemble"),
+        "personal.method=fine-tune": (own_model or own_task) and scenario.personal.method in (*HEADS, "ensemble"),
         "personal.choice=best": own_task and scenario.personal.choice == "significant",
         "attack.kind=none": own_task and scenario.attack.kind in ("label-flip", "boost"),
     }
@@ -439,12 +400,20 @@ def _fitted_head(mine: ClassifierTrainer, public: Sequence[Example], tensors: Te
     It shows a task that fails before the first round, whose devices would contribute nothing.
     """
     weight, bias = (next(name for name in tensors if name.endswith(f"{HEAD}.{part}")) for part in ("weight", "bias"))
-    x, weights, own = with_bias(mine.embed([one.text for one in public])), np.ones(len(public)), mine.objective
+    x, weights, own = with_constant(mine.embed([one.text for one in public])), np.ones(len(public)), mine.objective
     numbers = np.array([one.target or one.label for one in public], np.float64 if public[0].target else np.int64)
-    loss = own.loss if isinstance(own, OwnTask) else _cross_entropy
+    loss = partial(_loss_of, own) if isinstance(own, OwnTask) else cross_entropy
     fitted = logistic_head(x, numbers, weights, len(tensors[bias]), PENALTY, loss)
     mine.rated((x @ fitted).astype(np.float32), public)
     return {weight: fitted[:-1].T.astype(np.float32), bias: fitted[-1].astype(np.float32)}
+
+
+def _loss_of(task: OwnTask, outputs: Matrix, targets: NDArray[Any]) -> tuple[Matrix, Matrix]:
+    """Compute the loss of each row, and its gradient, as ``logistic_head`` needs them."""
+    given = torch.from_numpy(outputs).requires_grad_()
+    losses = task.loss(given, torch.from_numpy(targets))
+    (gradient,) = torch.autograd.grad(losses.sum(), given)
+    return losses.detach().numpy(), gradient.numpy()
 
 
 def examples_of(client: Client) -> list[Example]:

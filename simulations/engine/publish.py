@@ -14,7 +14,7 @@ import numpy as np
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_files
 from client.training.engine import classifier_trainer
-from client.training.personal import RIDGE
+from client.training.personal import HEADS
 from client.training.torchengine import model_of
 from coordinator import statedir as coordinator_files
 from edgeadapt.bases.base import Base
@@ -111,7 +111,7 @@ def _publish(out: Path, scenario: Scenario, population: Population, base: Base) 
     storage.replace(out / device_files.TRUST, key.public.to_pem(), storage.PUBLIC)
     clients = population.clients
     own = {client.name: _personal(out, client, source, base) for client in clients}
-    judged = scenario.personal.method != RIDGE
+    judged = scenario.personal.method not in HEADS
     personal = [_write_device_bundle(out, one, exported, origin, own[one.name], runner, judged) for one in clients]
     lessons = (_lesson(out, one, rows, origin.labels) for one, (rows, _) in zip(clients, personal, strict=True))
     return _Exported(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from client.training.personal import HEADS
 from coordinator.settings import FederationSettings
 from edgeadapt.bases.base import MODELS
 from edgeadapt.formats.peftconfig import MethodName
@@ -167,7 +168,7 @@ def _personal(scenario: Scenario) -> list[str]:
     texts = "texts" if writes else "phrases"
     first, *rates = (*scenario.local_rates, step.learning_rate)
     tuned = [f"{count(step.epochs, 'epoch')} at {rate:g}" for rate in rates]
-    of_local, of_personal = ["a ridge head"] * 2 if step.method == "ridge" else tuned
+    of_local, of_personal = [f"a {step.method} head"] * 2 if step.method in HEADS else tuned
     shared = {
         "rehearse": f"rehearse {count(step.public, 'public phrase')} of each label",
         "ensemble": "the trained head and a ridge head, added",

@@ -265,7 +265,7 @@ def test_a_name_of_a_package_is_valid_in_a_scenario_and_an_unknown_one_lists_the
     assert "server optimizer 'nesterov' has the numbers learning_rate, momentum" in str(caught.value)
     with refused(ConfigError, "personal.method") as caught:
         Scenario.parse({"personal": {"method": "careless"}}, "mine")
-    assert "take one of fine-tune, ridge, ensemble, interpolate, careful, or install it" in str(caught.value)
+    assert "take one of fine-tune, ridge, logistic, ensemble, interpolate, careful, or install it" in str(caught.value)
 
 
 RULE = "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Rule:\n    rate: float = 1.0\n"

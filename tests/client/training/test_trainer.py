@@ -16,6 +16,7 @@ from client.training.control import TrainingControl
 from client.training.examples import Example, Score, Split
 from client.training.personal import (
     OWN_STRENGTH,
+    PENALTY,
     Candidate,
     Choice,
     PersonalStep,
@@ -298,6 +299,25 @@ def test_each_method_makes_its_personal_adapter_from_the_global_one(
     assert distance(kept.adapter, kept.judged) > 1e-3
     held_out = [example for example in MINE if example.split is Split.VALIDATION]
     assert kept.scores[Candidate.PERSONAL] == trainer.score(kept.judged, held_out)
+
+
+def test_a_logistic_head_is_the_one_with_the_least_loss_on_the_adapted_embedding(
+    trainer: ClassifierTrainer, start: Tensors
+) -> None:
+    shared = trainer.train(start, EXAMPLES[:4], TASK, epochs=1, rng=rng())
+    how = PersonalStep(0, HEAD_SCALE, "logistic", choice=Choice.NEVER)
+    kept = personalize(trainer, {Candidate.BASE: start, Candidate.GLOBAL: shared}, MINE, TASK, how, rng=rng())
+    for adapter, splits in ((kept.judged, {Split.TRAIN}), (kept.adapter, {Split.TRAIN, Split.VALIDATION})):
+        own = [example for example in MINE if example.split in splits]
+        changed = {name for name in shared if not np.array_equal(adapter[name], shared[name])}
+        weight, bias = sorted(changed, key=len, reverse=True)
+        assert weight.endswith("classifier.weight")
+        assert bias.endswith("classifier.bias")
+        head = [torch.from_numpy(adapter[name]).requires_grad_() for name in (weight, bias)]
+        logits = torch.from_numpy(trainer.embed([e.text for e in own], shared)) @ head[0].T + head[1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([e.label for e in own]), reduction="sum")
+        loss = loss + PENALTY / 2 * sum(part.square().sum() for part in head)
+        assert all(gradient.abs().max() < 5e-3 for gradient in torch.autograd.grad(loss, head))
 
 
 @pytest.mark.parametrize(("held_out", "chosen"), [(4, Candidate.PERSONAL), (5, Candidate.BASE)])

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from simulations.engine.provision import Matrix, logistic_head, ridge_head, with_bias
+from simulations.engine.provision import Matrix, logistic_head, ridge_head, with_constant
 
 RNG = np.random.default_rng(3)
-X = with_bias(RNG.standard_normal((60, 8)).astype(np.float32))
+X = with_constant(RNG.standard_normal((60, 8)).astype(np.float32))
 LABELS = RNG.integers(0, 3, 60)
 ONES = np.ones(60)
 Head = Callable[..., Matrix]

@@ -22,7 +22,7 @@ from simulations.data.population import Client, LabelledText, Population
 from simulations.engine.arms import ClassifierArms
 from simulations.engine.grid import DeliveryOutcome, FaultModel, round_of
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import BUCKETS, hashed_ngrams, with_bias
+from simulations.engine.provision import BUCKETS, hashed_ngrams, with_constant
 from simulations.plan import Kind, Trial
 from simulations.result import RoundTally, TrialResult
 from simulations.scenario import Scenario
@@ -286,7 +286,7 @@ def test_a_summed_head_is_that_of_everybodys_texts_fitted_to_the_clients_own(
     result = compute(Trial(Kind.SUMMED, scenario.model_copy(update={"head": head})), store, ignored)
 
     def rows(texts: Sequence[LabelledText]) -> Any:
-        return with_bias(hashed_ngrams([text.text for text in texts]))
+        return with_constant(hashed_ngrams([text.text for text in texts]))
 
     def fitted(texts: Sequence[LabelledText], prior: Any, penalty: float) -> Any:
         """Least squares over the texts, and over rows that hold the prior: another way to the same head."""

@@ -1,0 +1,106 @@
+"""Linear heads with the least loss on embeddings, by L-BFGS in NumPy: a device that answers has no library for it."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregation.errors import DataError
+
+Matrix = NDArray[np.float64]
+# Outputs, shape (rows, outputs), and targets → the loss of each row, and its gradient by each output.
+Loss = Callable[[Matrix, NDArray[Any]], tuple[Matrix, Matrix]]
+
+MOST_ITERATIONS = 200
+FLATNESS = 1e-3  # largest coordinate of a gradient that is taken for zero
+REMEMBERED = 10  # steps from which the curvature is estimated
+LEAST_DECREASE = 1e-4  # share of what the gradient promises that a step must bring (Armijo)
+SHORTEST = 2.0**-40  # share of a step below which no shorter one is tried
+
+
+def cross_entropy(outputs: Matrix, labels: NDArray[Any]) -> tuple[Matrix, Matrix]:
+    """Compute the loss of each row in nats, and its gradient. ``labels`` are numbers of columns."""
+    rows = np.arange(len(outputs))
+    shifted = outputs - outputs.max(axis=1, keepdims=True)
+    exponentials = np.exp(shifted)
+    totals = exponentials.sum(axis=1)
+    gradient = exponentials / totals[:, None]
+    gradient[rows, labels] -= 1
+    return np.log(totals) - shifted[rows, labels], gradient
+
+
+def with_constant(embeddings: NDArray[np.floating]) -> Matrix:
+    """Append a 1 to embeddings: shape ``(texts, hidden)`` to ``(texts, hidden + 1)``, in float64."""
+    return np.concatenate([embeddings.astype(np.float64), np.ones((len(embeddings), 1))], axis=1)
+
+
+def logistic_head(
+    x: Matrix, labels: NDArray[Any], weights: Matrix, count: int, penalty: float, loss_of: Loss = cross_entropy
+) -> Matrix:
+    """Return the head of multinomial logistic regression: argmin of Σ wᵢ lossᵢ + penalty / 2 ‖W‖².
+
+    With a convex loss the problem is strictly convex, and it starts at zero: equal arguments give equal heads on one
+    machine.
+
+    Args:
+        x: Shape ``(rows, features)``. A constant feature makes a bias.
+        labels: The number of each row's label, or what another loss takes.
+        penalty: Above 0.
+
+    Returns shape ``(features, count)``. Raises DataError if the loss is not finite.
+    """
+
+    def objective(flat: Matrix) -> tuple[float, Matrix]:
+        head = flat.reshape(x.shape[1], count)
+        losses, by_output = loss_of(x @ head, labels)
+        total = float(weights @ losses) + penalty / 2 * float(flat @ flat)
+        return total, (x.T @ (weights[:, None] * by_output)).ravel() + penalty * flat
+
+    return minimized(objective, np.zeros(x.shape[1] * count)).reshape(x.shape[1], count)
+
+
+def minimized(objective: Callable[[Matrix], tuple[float, Matrix]], start: Matrix) -> Matrix:
+    """Minimize a smooth function by L-BFGS (Nocedal and Wright 2006, algorithm 7.5), with steps by Armijo's rule.
+
+    ``objective`` gives value and gradient. Ends after ``MOST_ITERATIONS``, or where the gradient is flat or no step
+    helps. Raises DataError if the value at the start is not finite.
+    """
+    at, (value, gradient) = start, objective(start)
+    if not np.isfinite(value):
+        raise DataError("the loss of the logistic head is not finite", about="training.loss")
+    pairs: deque[tuple[Matrix, Matrix, float]] = deque(maxlen=REMEMBERED)  # steps, changes of the gradient, 1 / product
+    for _ in range(MOST_ITERATIONS):
+        if np.abs(gradient).max(initial=0.0) <= FLATNESS:
+            break
+        direction = _direction(gradient, pairs)
+        slope, share = float(gradient @ direction), 1.0
+        while True:
+            after = at + share * direction
+            value_after, gradient_after = objective(after)
+            if value_after <= value + LEAST_DECREASE * share * slope:
+                break
+            share /= 2
+            if share < SHORTEST:
+                return at
+        step, change = after - at, gradient_after - gradient
+        if (product := float(step @ change)) > 0:
+            pairs.append((step, change, 1 / product))
+        at, value, gradient = after, value_after, gradient_after
+    return at
+
+
+def _direction(gradient: Matrix, pairs: "deque[tuple[Matrix, Matrix, float]]") -> Matrix:
+    """Multiply the negative gradient by the estimate of the inverse Hessian (algorithm 7.4)."""
+    if not pairs:
+        return -gradient / max(float(np.linalg.norm(gradient)), 1.0)
+    direction, factors = -gradient, []
+    for step, change, inverse in reversed(pairs):
+        factors.append(inverse * float(step @ direction))
+        direction = direction - factors[-1] * change
+    _, change, inverse = pairs[-1]
+    direction = direction / (inverse * float(change @ change))
+    for (step, change, inverse), factor in zip(pairs, reversed(factors), strict=True):
+        direction = direction + (factor - inverse * float(change @ direction)) * step
+    return direction
