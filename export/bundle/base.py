@@ -13,10 +13,10 @@ from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base, find_base
 from edgeadapt.bases.classifiergraph import ENCODER
-from edgeadapt.formats.graphinputs import LORA_A, VIRTUAL, input_name, vector_kind
+from edgeadapt.formats.graphinputs import LORA_A, VIRTUAL, input_name, layer_of, vector_kind
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import Task
-from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.peftconfig import PeftConfig, layer_number
 from edgeadapt.methods.classifier import PhraseClassifier
 from edgeadapt.methods.peft.dora import magnitudes, scaled_layers, weight_norms, with_magnitudes, with_scales
 from edgeadapt.methods.peft.inputs import is_saved, lora_paths
@@ -109,8 +109,10 @@ def wanted(
             )
         own = "mean" if mean else "own"
         _agree("--head", head, own)
-    first = slots.first if slots.first or slots.targets else min(origin.peft_config.layers_to_transform, default=0)
-    slots = replace(slots, first=first, layers=tuple(layers), vectors=vectors, adapter_virtual=virtual)
+    if slots == Slots() and not virtual:  # what is below the adapter stays as it is
+        numbers = [layer_number(path) for path in (*layers, *map(layer_of, vectors))]
+        slots = replace(slots, first=0 if None in numbers else min(numbers, default=0))  # type: ignore[type-var]
+    slots = replace(slots, layers=tuple(layers), vectors=vectors, adapter_virtual=virtual)
     return Wanted(needed, slots, max_rank or max(MAX_RANK, rank), head or own, brought)
 
 
