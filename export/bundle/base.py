@@ -110,8 +110,8 @@ def wanted(
         own = "mean" if mean else "own"
         _agree("--head", head, own)
     if slots == Slots() and not virtual:  # what is below the adapter stays as it is
-        numbers = [layer_number(path) for path in (*layers, *map(layer_of, vectors))]
-        slots = replace(slots, first=0 if None in numbers else min(numbers, default=0))  # type: ignore[type-var]
+        numbers = [layer_number(path) or 0 for path in (*layers, *map(layer_of, vectors))]
+        slots = replace(slots, first=min(numbers, default=0))
     slots = replace(slots, layers=tuple(layers), vectors=vectors, adapter_virtual=virtual)
     return Wanted(needed, slots, max_rank or max(MAX_RANK, rank), head or own, brought)
 

@@ -12,7 +12,6 @@ from aggregation.errors import ConfigError
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.traininggraph import STATES, TrainingGraph, batch_of
 from edgeadapt.formats.bundle import LOWER, TRAINING, WEIGHTS
-from edgeadapt.formats.graphinputs import GIVEN
 from edgeadapt.formats.layout import Floats
 from export.bundle.base import export_named, wanted
 from export.causal import export_causal
@@ -25,7 +24,7 @@ from export.onnx.targets import SlotKind, Slots
 from tests.support.errors import refused
 from tests.support.exhaustive import few
 
-TOP = Slots(("query", "output.dense"), frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.NORMS}), first=-1)
+TOP = Slots(("query", "value"), first=-1)
 
 
 def opened(exported: ExportedBase) -> TrainingGraph:
@@ -39,26 +38,22 @@ def inputs_of(graph: bytes) -> set[str]:
 
 def drawn(exported: ExportedBase) -> dict[str, Floats]:
     rng = np.random.default_rng(3)
-
-    def size(text: str) -> int:
-        return int(text) if text.isdigit() else 1 if text.startswith(GIVEN) else 3
-
-    shapes = {name: [size(text) for text in dimensions] for name, dimensions in exported.slots.items()}
+    shapes = {name: [int(d) if d.isdigit() else 3 for d in sizes] for name, sizes in exported.slots.items()}
     return {name: rng.standard_normal(shape, dtype=np.float32) / 4 for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("lexical", [False, True])
 def test_both_parts_give_the_gradients_of_the_whole_and_compute_the_states_of_a_text_once(
-    tiny_base: Base, tmp_path: Path, lexical: bool
+    tiny_base: Base, tmp_path: Path
 ) -> None:
-    base = with_lexical_features(tiny_base, 64, tmp_path / "lexical") if lexical else tiny_base
+    """The head reads token ids besides the states: those of lexical features."""
+    base = with_lexical_features(tiny_base, 64, tmp_path / "lexical")
     model = with_mean_head(base, TOP)
     both = (model, replace(model, cut=False))
     parts, whole = (export_classifier(each, base, Profile.FP32, training=True) for each in both)
     assert LOWER not in whole.digests
     assert all(".layer.1." in name or name.startswith("classifier.") for name in parts.slots)
-    reads = {STATES, "attention_mask", "targets", "shares", *parts.slots}
-    assert inputs_of(parts.read(TRAINING)) == reads | ({"input_ids"} if lexical else set())
+    reads = {STATES, "input_ids", "attention_mask", "targets", "shares", *parts.slots}
+    assert inputs_of(parts.read(TRAINING)) == reads
     assert inputs_of(parts.read(LOWER)) == {"input_ids", "attention_mask"}
     # Neither part has weights of its own.
     assert (parts.folder / WEIGHTS).stat().st_size <= (whole.folder / WEIGHTS).stat().st_size
@@ -79,6 +74,7 @@ def test_both_parts_give_the_gradients_of_the_whole_and_compute_the_states_of_a_
 def test_the_lower_part_is_that_of_the_answering_graph_over_its_weights(tiny_base: Base, profile: Profile) -> None:
     made = export_classifier(with_mean_head(tiny_base, TOP), tiny_base, profile, training=True)
     lower, answering = (onnx.load_from_string(graph).graph for graph in (made.read(LOWER), made.model))
+    assert "input_ids" not in inputs_of(made.read(TRAINING))
     below = {node.name: node.op_type for node in lower.node}
     assert below.items() <= {node.name: node.op_type for node in answering.node}.items()
     assert {"MatMulInteger", "MatMulNBits"}.intersection(below.values())
@@ -135,6 +131,13 @@ def test_the_upper_part_is_held_to_torch(tiny_base: Base, monkeypatch: pytest.Mo
 def test_what_is_below_the_last_layers_is_refused(tiny_base: Base, slots: Callable[[], Slots]) -> None:
     with refused(ConfigError, "--layers"):
         with_mean_head(tiny_base, slots())
+
+
+def test_no_vector_is_below_the_last_layers(tiny_base: Base) -> None:
+    slots = Slots(("dense",), frozenset({SlotKind.SCALE, SlotKind.NORMS}), first=-1)
+    names = with_mean_head(tiny_base, slots).inputs.vectors
+    assert len(names) > 4
+    assert all(".layer.1." in name for name in names)
 
 
 def test_a_named_base_with_slots_in_its_last_layers_is_cut(tiny_base: Base) -> None:
