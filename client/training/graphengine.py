@@ -20,7 +20,7 @@ from client.training.encoding import Template, TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer
 from edgeadapt.bases.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph, open_session
 from edgeadapt.bases.traininggraph import TrainingBatch, TrainingGraph, missing_slots
-from edgeadapt.formats.bundle import GENERATION, MODEL, TOKENIZER, TRAINING, VerifiedBase
+from edgeadapt.formats.bundle import GENERATION, LOWER, MODEL, TOKENIZER, TRAINING, VerifiedBase
 from edgeadapt.formats.graphinputs import (
     INPUT_SCALE,
     LORA_A,
@@ -37,7 +37,7 @@ from edgeadapt.formats.graphinputs import (
     to_inputs,
 )
 from edgeadapt.formats.layout import Floats, Layout, Tensors
-from edgeadapt.formats.peftconfig import PeftConfig, require_gradients
+from edgeadapt.formats.peftconfig import PeftConfig, layer_number, require_gradients
 from edgeadapt.methods.peft.dora import NormsOf, gradients_of_magnitudes, magnitudes, with_magnitudes, with_scales
 from edgeadapt.methods.peft.inputs import LABELS, is_saved
 from edgeadapt.methods.peft.lowrank import FACTORS, as_lora, factor_shapes, gradients_of_factors, trimmed
@@ -76,9 +76,10 @@ class GraphEngine:
         require_gradients(config)
         self.base, self.config = base, config
         slots, content = base.manifest.slots, base.read(TRAINING)
+        lower = base.read(LOWER) if LOWER in base.manifest.files else None
         try:
             with without_denormals():  # the threads of the session inherit it
-                self.graph = TrainingGraph(content, base.folder, threads)
+                self.graph = TrainingGraph(content, base.folder, threads, lower)
         except Exception as error:  # onnxruntime raises classes without a common base
             raise _unusable(base, error) from error
         if missing := missing_slots(self.graph, slots):
@@ -303,8 +304,10 @@ def _nothing(slots: Mapping[str, Sequence[str]], names: Collection[str]) -> Tens
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
-def _targeted(path: str, targets: Sequence[str]) -> bool:
-    return any(path == target or path.endswith(f".{target}") for target in targets)
+def _targeted(path: str, targets: Sequence[str], layers: Collection[int] = ()) -> bool:
+    return (not layers or layer_number(path) in layers) and any(
+        path == target or path.endswith(f".{target}") for target in targets
+    )
 
 
 def _filled(base: VerifiedBase, head: Mapping[str, Sequence[int]], config: PeftConfig) -> dict[str, tuple[int, ...]]:
@@ -321,7 +324,7 @@ def _filled(base: VerifiedBase, head: Mapping[str, Sequence[int]], config: PeftC
         shapes[name] = shape(name, config.num_virtual_tokens)
     for name in slots:
         path = layer_of(name)
-        if name in head or not _targeted(path, config.target_modules):
+        if name in head or not _targeted(path, config.target_modules, config.layers_to_transform):
             continue
         if config.peft_type in ("LORA", *FACTORS) and name.endswith((LORA_A, LORA_B)):
             rank = config.rank_of(path)
@@ -337,6 +340,13 @@ def _filled(base: VerifiedBase, head: Mapping[str, Sequence[int]], config: PeftC
             feeds = target in config.feedforward_modules
             kind = KINDS[INPUT_SCALE if feeds else VECTORS_OF.get(config.peft_type, LORA_A)]
             raise _missing(base, target, config.peft_type, f"{kind} at such layers", f"{kind} slot at")
+    if missing := sorted(set(config.layers_to_transform) - {layer_number(path) for path in adapted}):
+        raise ConfigError(
+            f"the base in {base.folder} has no slots in layer {missing[0]}, which the adapter changes: export it with "
+            "--layers for as many",
+            about="--layers",
+            value=missing[0],
+        )
     return shapes
 
 

@@ -8,20 +8,24 @@ with, from the same file.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np  # before onnxruntime, as in ``container``
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edgeadapt.bases.states import StateCache
 from edgeadapt.formats.layout import Floats, Tensors
 
 TARGETS, SHARES, LOSS = "targets", "shares", "loss"  # of the graph, besides the tokens and the slots
+STATES = "states"  # below the layers with slots, where a base has these in the last ones only: instead of the tokens
 POSITIONS = "positions"  # of a language model's learned tokens
 LOG_LIKELIHOOD, HITS = "log_likelihood", "hits"  # of each target
 GRADIENT = ".gradient"  # ends the name of the output that holds the gradient by a slot
 # End the names of outputs of a layer that has slots for DoRA: ``‖W + A B‖`` of each output's weights, and its own bias.
 WEIGHT_NORM, OWN_BIAS = ".weight_norm", ".own_bias"
+MAX_STATES = 2**26  # bytes of states in memory: 3,000 texts of 14 tokens at a width of 384
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +51,27 @@ class TrainingBatch:
 class TrainingGraph:
     """Runs a loaded training graph. Threads may share it. ONNX Runtime's errors have no common base but Exception."""
 
-    def __init__(self, model: bytes, weights: Path, threads: int = 1) -> None:
+    def __init__(self, model: bytes, weights: Path, threads: int = 1, lower: bytes | None = None) -> None:
         """Load a verified graph; its weights in the folder ``weights`` are mapped into memory. Guarantee: with one
-        thread, equal batches give equal gradients on one machine."""
+        thread, equal batches give equal gradients on one machine, also where states come from the cache.
+
+        ``lower`` computes the states that the graph reads, if it reads such: of each text alone, because in a batch
+        they would depend, by rounding, on the other texts.
+        """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # errors are raised
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
         # A pattern of a shape of batches is one block of memory besides the arena, and batches have many shapes.
         options.enable_mem_pattern = False
+        providers = ["CPUExecutionProvider"]
         # Folding would store each weight once more: in float, or transposed.
         self._session = ort.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+            model, options, providers=providers, disabled_optimizers=["ConstantFolding"]
         )
+        self._lower = None if lower is None else ort.InferenceSession(lower, options, providers=providers)
+        self._states, self._lock = StateCache(MAX_STATES), Lock()
+        self._inputs = {value.name for value in self._session.get_inputs()}
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     @property
@@ -74,13 +86,13 @@ class TrainingGraph:
         """Return the loss of a batch of at least one text, in nats, and its gradient by each slot, in the slot's shape.
         ``inputs`` is the adapter, a tensor for each slot (``edgeadapt.formats.graphinputs.to_inputs``)."""
         names = [LOSS, *(name for name in self._outputs if name.endswith(GRADIENT))]
-        loss, *values = self._session.run(names, _feeds(batch, inputs))
+        loss, *values = self._session.run(names, self._feeds(batch, inputs))
         return float(loss), {name.removesuffix(GRADIENT): value for name, value in zip(names[1:], values, strict=True)}
 
     def scores(self, batch: TrainingBatch, inputs: Tensors) -> tuple[Floats, NDArray[np.bool_]]:
         """Return a language model's log-likelihood of each target in nats, and whether it is the most likely one. ONNX
         Runtime runs the whole graph, the backward pass too, whatever outputs are asked for. Shares do not matter."""
-        nats, hits = self._session.run([LOG_LIKELIHOOD, HITS], _feeds(batch, inputs))
+        nats, hits = self._session.run([LOG_LIKELIHOOD, HITS], self._feeds(batch, inputs))
         return nats, hits
 
     def weight_norms(self, inputs: Tensors, layers: Sequence[str]) -> dict[str, Floats]:
@@ -91,6 +103,31 @@ class TrainingGraph:
     def own_biases(self) -> dict[str, Floats]:
         """Return the base's bias of each of the layers in ``normed`` that has one."""
         return self._of_layers(self._named(OWN_BIAS), OWN_BIAS, {})
+
+    def states(self, batch: TrainingBatch) -> Floats:
+        """Return the states below all slots, shape ``(texts, longest, hidden)``; padding is 0. Each text's are computed
+        once, as long as they stay among the last ``MAX_STATES``."""
+        texts = [row[:count] for row, count in zip(batch.ids, batch.mask.sum(axis=1), strict=True)]
+        with self._lock:
+            rows = self._states.rows(texts, self._computed)
+        result = np.zeros((*batch.ids.shape, rows[0].shape[1]), np.float32)
+        for states, row in zip(result, rows, strict=True):
+            states[: len(row)] = row
+        return result
+
+    def _computed(self, texts: Sequence[Sequence[int]]) -> list[Floats]:
+        if self._lower is None:
+            raise ValueError("the graph that computes the states is missing")
+        rows = [np.array(text, np.int64)[np.newaxis] for text in texts]
+        feeds = ({"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in rows)
+        return [self._lower.run([STATES], feed)[0][0] for feed in feeds]
+
+    def _feeds(self, batch: TrainingBatch, inputs: Tensors) -> dict[str, Any]:
+        tokens: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask, POSITIONS: batch.positions}
+        if STATES in self._inputs:
+            tokens[STATES] = self.states(batch)
+        read = {name: value for name, value in tokens.items() if name in self._inputs and value is not None}
+        return read | {TARGETS: batch.targets, SHARES: batch.shares, **inputs}
 
     def _named(self, ending: str) -> tuple[str, ...]:
         return tuple(name.removesuffix(ending) for name in self._outputs if name.endswith(ending))
@@ -104,13 +141,6 @@ class TrainingGraph:
         }
         values = self._session.run([path + ending for path in layers], feeds | inputs) if layers else []
         return dict(zip(layers, values, strict=True))
-
-
-def _feeds(batch: TrainingBatch, inputs: Tensors) -> dict[str, Any]:
-    tokens: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
-    if batch.positions is not None:
-        tokens[POSITIONS] = batch.positions
-    return tokens | {TARGETS: batch.targets, SHARES: batch.shares, **inputs}
 
 
 def batch_of(tokens: Sequence[Sequence[int]], targets: Sequence[int], shares: Sequence[float]) -> TrainingBatch:

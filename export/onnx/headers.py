@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from edgeadapt.formats.bundle import MODEL, TRAINING, WEB_MODEL, WEIGHTS
+from edgeadapt.formats.bundle import MODEL, WEB_MODEL, WEIGHTS
 from edgeadapt.formats.files import sha256
 from export.onnx.tensorstore import INLINE, MEMORY, TensorStore, external
 
@@ -47,16 +47,17 @@ def split(
     about: Mapping[str, str],
     folder: Path,
     store: TensorStore = MEMORY,
-    training: onnx.ModelProto | None = None,
+    others: Mapping[str, onnx.ModelProto] = MappingProxyType({}),
     parts: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Write the files of ``graph``, which itself loses its weights. Returns the SHA-256, hex, of each by name.
 
     ``slots`` are inputs without defaults: their dimensions, digits for a fixed one, else the name of a symbolic one.
-    ``about`` becomes metadata of the model. ``training`` is a third header over the same file, which grows by what only
-    this graph has; ``parts``, from ``matmuls.merge``, are the rows of tensors that it has one by one.
+    ``about`` becomes metadata of the model. ``others`` are further headers over the same file, such as the training
+    graph, by their names; it grows by what only they have. ``parts``, from ``matmuls.merge``, are the rows of tensors
+    that they have one by one.
     """
-    graphs = [graph] if training is None else [graph, training]
+    graphs = [graph, *others.values()]
     digests = {WEIGHTS: _externalize(graphs, folder / WEIGHTS, store, parts)}
     for model in graphs:
         model.producer_name, model.producer_version = PRODUCER, version(PRODUCER)
@@ -68,9 +69,7 @@ def split(
             sizes = [int(text) if text.isdigit() else text for text in slots[value.name]]
             value.CopyFrom(helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, sizes))
     headers = {MODEL: _with_defaults(graph, slots), WEB_MODEL: graph}
-    if training is not None:
-        headers[TRAINING] = training
-    for name, header in headers.items():
+    for name, header in (headers | dict(others)).items():
         content = header.SerializeToString(deterministic=True)
         (folder / name).write_bytes(content)
         digests[name] = sha256(content)

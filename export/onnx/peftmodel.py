@@ -215,6 +215,7 @@ class SlottedModel:
 
     model: nn.Module
     inputs: AdapterInputs
+    cut: bool = False  # whether devices train from the states of the layers below all slots
 
     @classmethod
     def of(cls, model: PeftModel) -> Self:

@@ -51,13 +51,13 @@ class Segments:
         """Compute the values of ``names``, any of the graph, for ``feeds``. Raises any Exception of ONNX Runtime."""
         last: dict[str, int] = {}
         for number, segment in enumerate(self._segments):
-            last |= dict.fromkeys((name for node in segment.nodes for name in _reads(node)), number)
+            last |= dict.fromkeys((name for node in segment.nodes for name in reads(node)), number)
         last |= dict.fromkeys(names, len(self._segments))
         values: Values = dict(feeds)
         for number, segment in enumerate(self._segments):
             outputs = [name for node in segment.nodes for name in node.output if last.get(name, -1) > number]
-            reads = {name for node in segment.nodes for name in _reads(node)}
-            inputs = {name: values[name] for name in sorted(reads & values.keys())}
+            names_read = {name for node in segment.nodes for name in reads(node)}
+            inputs = {name: values[name] for name in sorted(names_read & values.keys())}
             session = self._opened(segment, inputs, outputs)
             # A part that computes nothing for the others has no outputs to ask for.
             values |= dict(zip(outputs, session.run(outputs, inputs), strict=True)) if outputs else {}
@@ -98,12 +98,12 @@ def _segments(graph: onnx.ModelProto) -> Iterator[_Segment]:
     stored = {tensor.name: tensor for tensor in graph.graph.initializer}
     segment, size = _Segment([], {}), 0
     for node in graph.graph.node:
-        weights = {name: stored[name] for name in _reads(node) if name in stored and name not in segment.weights}
+        weights = {name: stored[name] for name in reads(node) if name in stored and name not in segment.weights}
         added = sum(map(_size, weights.values()))
         if segment.weights and added and size + added > LIMIT:
             yield segment
             segment, size = _Segment([], {}), 0
-            weights = {name: stored[name] for name in _reads(node) if name in stored}
+            weights = {name: stored[name] for name in reads(node) if name in stored}
             added = sum(map(_size, weights.values()))
         segment.nodes.append(node)
         segment.weights.update(weights)
@@ -115,7 +115,7 @@ def _size(tensor: TensorProto) -> int:
     return int(math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
-def _reads(node: onnx.NodeProto) -> set[str]:
+def reads(node: onnx.NodeProto) -> set[str]:
     """List the values that a node reads, those of graphs within it among them."""
     names = set(node.input)
     for attribute in node.attribute:
@@ -123,6 +123,6 @@ def _reads(node: onnx.NodeProto) -> set[str]:
         for inner in graphs:
             own = {value.name for value in (*inner.input, *inner.initializer)}
             own |= {name for child in inner.node for name in child.output}
-            read = {name for child in inner.node for name in _reads(child)} | {value.name for value in inner.output}
+            read = {name for child in inner.node for name in reads(child)} | {value.name for value in inner.output}
             names |= read - own
     return names - {""}

@@ -15,7 +15,7 @@ from edgeadapt.formats.graphinputs import PREFIX, in_modules, layer_of
 from edgeadapt.methods.classifier import PhraseClassifier
 from edgeadapt.methods.peft.inputs import AdapterInputs, LoraSlot, summary
 from export.onnx.peftmodel import SlottedModel, saved_slot
-from export.onnx.targets import Slots, linear_layers, vectors
+from export.onnx.targets import Slots, low_rank, vectors
 
 ANY_LABELS = 2  # rows of a head while it is traced; its slot takes as many as an adapter brings
 USUAL_HEADS = ("classifier", "score")  # what peft puts into modules_to_save for SEQ_CLS
@@ -84,7 +84,7 @@ def label_count(base: Base, brought: Mapping[str, tuple[int, ...]]) -> int | Non
 
 
 def _slotted(model: nn.Module, slots: Slots, saved: list[str]) -> SlottedModel:
-    layers = linear_layers(model, slots.low_rank, saved)
+    layers = low_rank(model, slots, saved)
     names = vectors(model, slots, saved)
     if whole := [path for path in (*layers, *map(layer_of, names)) if in_modules(f"{path}.weight", saved)]:
         reason = f"every adapter brings {summary(whole)} whole, in modules_to_save: leave it out of the targets"
@@ -93,4 +93,4 @@ def _slotted(model: nn.Module, slots: Slots, saved: list[str]) -> SlottedModel:
     outermost = [path for path in brought if not any(path.startswith(f"{other}.") for other in brought)]
     modules = tuple(saved_slot(path, model.get_submodule(path)) for path in outermost)
     loras = tuple(LoraSlot(path, 1.0) for path in layers)
-    return SlottedModel(model.eval(), AdapterInputs("default", loras, modules, names, slots.virtual))
+    return SlottedModel(model.eval(), AdapterInputs("default", loras, modules, names, slots.virtual), bool(slots.first))

@@ -1,7 +1,7 @@
 """Where a base gets slots: the layers that targets name, and the vectors at them."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
@@ -21,6 +21,7 @@ from edgeadapt.formats.graphinputs import (
     layer_of,
     vector_site,
 )
+from edgeadapt.formats.peftconfig import layer_number
 from edgeadapt.methods.peft.inputs import summary
 
 ALL = "all-linear"  # peft's word for every linear layer except those that return the answer
@@ -52,6 +53,16 @@ class Slots:
     layers: tuple[str, ...] = ()  # the paths of the layers for which an adapter has LoRA matrices
     vectors: tuple[str, ...] = ()  # the graph inputs of an adapter's vectors
     adapter_virtual: tuple[str, ...] = ()  # the graph inputs of an adapter's virtual tokens
+    first: int = 0  # number of the first layer with slots, or, if it is negative, how many of the last ones; 0: all
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError: virtual tokens enter below the layers that have slots."""
+        if self.first and self.virtual:
+            raise ConfigError(
+                "virtual tokens enter below all layers: leave out --layers, or the slots of virtual tokens",
+                about="--layers",
+                value=self.first,
+            )
 
     @classmethod
     def of(cls, slots: Self | Sequence[str]) -> Self:
@@ -59,25 +70,35 @@ class Slots:
         return slots if isinstance(slots, cls) else cls(tuple(slots))  # type: ignore[arg-type]
 
     @property
-    def low_rank(self) -> tuple[str, ...]:
-        """List the layers that get low-rank slots, as ``linear_layers`` takes them."""
-        return (*(self.targets if SlotKind.LOW_RANK in self.kinds else ()), *self.layers)
-
-    @property
     def virtual(self) -> tuple[str, ...]:
         kinds = {PROMPT: SlotKind.PROMPT, PREFIX: SlotKind.PREFIX}
         return tuple(name for name, kind in kinds.items() if kind in self.kinds or name in self.adapter_virtual)
+
+
+def low_rank(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> list[str]:
+    """List the layers that get low-rank slots. ``model``, ``heads`` and errors are those of ``vectors``."""
+    chosen = {*linear_layers(model, slots.layers)}
+    if SlotKind.LOW_RANK in slots.kinds:
+        chosen.update(_targeted(model, slots, heads))
+    below = _below(model, slots)
+    _refuse_below([path for path in slots.layers if below(path)], slots)
+    return [path for path, _ in model.named_modules() if path in chosen]
 
 
 def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[str, ...]:
     """List the graph inputs of all vectors, in the order of the module tree.
 
     ``model`` and errors are those of ``linear_layers``; ``heads`` are names of modules that adapters bring whole.
-    Raises ConfigError: as ``linear_layers``, or the base lacks the layer or the parameter of a vector.
+    Raises ConfigError: as ``linear_layers``, or the base lacks the layer or the parameter of a vector, or the first
+    layer with slots, or an adapter's is below it.
     """
     at = [ending for kind, ending in AT_LAYERS.items() if kind in slots.kinds]
-    names = {path + ending for path in (linear_layers(model, slots.targets, heads) if at else ()) for ending in at}
+    below = _below(model, slots)
+    _refuse_below([name for name in slots.vectors if below(layer_of(name))], slots)
+    names = {path + ending for path in (_targeted(model, slots, heads) if at else ()) for ending in at}
     for path, module in model.named_modules():
+        if below(path):
+            continue
         replaced = [f"{path}.{name}{REPLACED}" for name in _replaceable(module, slots.kinds)]
         names.update(name for name in replaced if not in_modules(vector_site(name), heads))
     linear_layers(model, [layer_of(name) for name in slots.vectors if not name.endswith(REPLACED)])
@@ -89,6 +110,45 @@ def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[
         )
     places = {path: number for number, (path, _) in enumerate(model.named_modules())}
     return tuple(sorted(names | set(slots.vectors), key=lambda name: (places[layer_of(name)], name)))
+
+
+def _targeted(model: nn.Module, slots: Slots, heads: Sequence[str]) -> list[str]:
+    """List the layers that the targets name, without those below. Raises ConfigError: all of a target's are below."""
+    below, paths = _below(model, slots), linear_layers(model, slots.targets, heads)
+    if slots.first:
+        _refuse_below([one for one in slots.targets if all(map(below, linear_layers(model, [one], heads)))], slots)
+    return [path for path in paths if not below(path)]
+
+
+def _below(model: nn.Module, slots: Slots) -> Callable[[str], bool]:
+    """Make what tells whether a module is below the first layer with slots, or in none. Raises ConfigError: the base
+    lacks this layer."""
+    if not slots.first:
+        return lambda _: False
+    count = 1 + max(_number(path) for path, _ in model.named_modules())
+    first = slots.first if slots.first > 0 else count + slots.first
+    if not 0 <= first < count:
+        raise ConfigError(
+            f"the base has {count} layers with a number: choose at most so many with --layers",
+            about="--layers",
+            value=slots.first,
+        )
+    return lambda path: _number(path) < first
+
+
+def _refuse_below(names: Sequence[str], slots: Slots) -> None:
+    if names:
+        raise ConfigError(
+            f"{summary(names)} is below the layers that get slots: choose more of them with --layers",
+            about="--layers",
+            value=names,
+        )
+
+
+def _number(path: str) -> int:
+    """Return the number of the layer that a module is, or is in; -1 outside of layers."""
+    number = layer_number(f"{path}.")
+    return -1 if number is None else number
 
 
 def _replaceable(module: nn.Module, kinds: frozenset[SlotKind]) -> Iterator[str]:

@@ -7,6 +7,7 @@ QLoRA does; Dettmers et al. 2023).
 """
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -14,16 +15,40 @@ from onnx import TensorProto, helper, numpy_helper
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases.traininggraph import HITS, LOG_LIKELIHOOD, LOSS, OWN_BIAS, POSITIONS, SHARES, TARGETS, WEIGHT_NORM
+from edgeadapt.formats.bundle import LOWER, TRAINING
 from edgeadapt.formats.graphinputs import LORA_A, LORA_B, OUTPUT_SCALE
 from edgeadapt.formats.layout import Floats
+from edgeadapt.methods.peft.inputs import is_saved
+from export.onnx import cut
 from export.onnx import graph as tracing
 from export.onnx.derivatives import differentiate
 from export.onnx.exported import Profile
 from export.onnx.matmuls import embedding_of, equal, replace_nodes
 from export.onnx.peftmodel import SlottedModel, layer_weight, weight_shape
-from export.onnx.quantize import FLOAT, in_blocks
+from export.onnx.quantize import FLOAT, in_blocks, quantize
 from export.onnx.storedweights import FormOf, forms_of, read_stored
 from export.onnx.tensorstore import MEMORY, TensorStore
+
+
+def training_graphs(
+    traced: onnx.ModelProto,
+    slotted: SlottedModel,
+    answering: onnx.ModelProto,
+    profile: Profile,
+    ids: Sequence[int],
+    store: TensorStore = MEMORY,
+) -> dict[str, onnx.ModelProto]:
+    """Make the training graph of a traced base by the name of its file, and if it is cut, the part below as well.
+
+    ``ids`` are tokens of a plain text, as for ``quantize``. Raises as ``training_graph`` and ``cut.states_of``.
+    """
+    if not slotted.cut:
+        return {TRAINING: training_graph(traced, slotted, answering, profile, store)}
+    states = cut.states_of(traced, [name for name in tracing.slots(traced) if not is_saved(name)])
+    above = training_graph(cut.upper(traced, states), slotted, answering, profile, store, whole=traced)
+    if POSITIONS in {value.name for value in traced.graph.input}:  # the answering graph has a cache, and other names
+        return {TRAINING: above, LOWER: quantize(cut.lower(traced, states), profile, ids, store)}
+    return {TRAINING: above, LOWER: cut.lower(answering, states)}
 
 
 def training_graph(
@@ -32,8 +57,11 @@ def training_graph(
     answering: onnx.ModelProto,
     profile: Profile,
     store: TensorStore = MEMORY,
+    whole: onnx.ModelProto | None = None,
 ) -> onnx.ModelProto:
     """Make the training graph of a traced base, with its weights as ``profile`` stores them for ``answering``.
+
+    ``whole`` is the graph of which ``traced`` is the part above the states, if it is one.
 
     Returns a graph with the inputs of ``traced``, ``TARGETS`` and ``SHARES``, and the outputs ``LOSS`` and the
     gradients; of a language model also ``LOG_LIKELIHOOD`` and ``HITS``, and of layers with slots for DoRA
@@ -48,7 +76,7 @@ def training_graph(
             for name, kind in ((LOG_LIKELIHOOD, TensorProto.FLOAT), (HITS, TensorProto.BOOL))
         )
     _add_norms(result, slotted, store)
-    form_of = forms_of(result, answering, profile, store)
+    form_of = forms_of(whole or result, answering, profile, store)
     _read_embedding(result, form_of, store)
     if profile is Profile.FP32:
         return result

@@ -251,7 +251,7 @@ def device_base(out: Path, scenario: Scenario, base: Base, population: Populatio
 def _write(bundle: Path, base: Base, config: PeftConfig, profile: Profile, *, language: bool) -> None:
     """Write a bundle of the base with slots for such adapters and a training graph, and the key that signs it."""
     kinds = DORA if config.use_dora else KINDS.get(config.peft_type, frozenset({SlotKind.LOW_RANK}))
-    slots = Slots(config.target_modules, kinds)
+    slots = Slots(config.target_modules, kinds, first=min(config.layers_to_transform, default=0))
     if language:
         exported = export_causal(base, slots, profile, training=True)
     else:

@@ -11,7 +11,7 @@ import { History } from "./learning/history.js";
 import { choose, fixedTexts } from "./provider.js";
 import * as runtime from "./runtime.js";
 import { Text } from "./text.js";
-import { MODEL, TOKENIZER, TRAINING, Trust, WEIGHTS } from "./trust.js";
+import { LOWER, MODEL, TOKENIZER, TRAINING, Trust, WEIGHTS } from "./trust.js";
 
 const MAX_LOADED = 32; // adapters held in memory
 const MAX_LOADED_BYTES = 2 ** 28;
@@ -105,7 +105,7 @@ export class Engine {
    * `choose`; what `open` throws releases the session.
    */
   async training(open) {
-    const names = [TRAINING, WEIGHTS].filter((name) => Object.hasOwn(this.base.files, name));
+    const names = [TRAINING, LOWER, WEIGHTS].filter((name) => Object.hasOwn(this.base.files, name));
     const read = async (name) => [name, await this.trust.file(this.source, this.base, name)];
     const files = new Map(await Promise.all(names.map(read)));
     const opened = async (gpu) => {

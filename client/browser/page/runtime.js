@@ -2,11 +2,12 @@
 
 import { DataError } from "./errors.js";
 import { LORA_A, LORA_B, isVirtual, vectorKind } from "./graphinputs.js";
-import { MODEL, TRAINING, WEIGHTS } from "./trust.js";
+import { LOWER, MODEL, TRAINING, WEIGHTS } from "./trust.js";
 import * as ort from "./vendor/onnxruntime-web/ort.wasm.min.mjs";
 
 const onGpu = new WeakSet(); // sessions
 const PROBE_SIZE = 2; // of a free dimension
+export const STATES = "states"; // below all slots, which the training graph of a base reads whose last layers alone have slots
 
 configured(ort);
 
@@ -41,9 +42,22 @@ function configured(library) {
   return library;
 }
 
-/** A session of the training graph. Folding constants would store each weight once more. */
-export const openTraining = (files, gpu) =>
-  open(files, TRAINING, { gpu, extra: { optimization: { disable_specified_optimizers: "ConstantFolding" } } });
+/**
+ * A session of the training graph. Folding constants would store each weight once more. It has `lower`, a session of the graph of the
+ * states that it reads, if it reads such; both are released as one.
+ */
+export async function openTraining(files, gpu) {
+  const training = await open(files, TRAINING, { gpu, extra: { optimization: { disable_specified_optimizers: "ConstantFolding" } } });
+  if (!training.inputNames.includes(STATES)) return training;
+  try {
+    const lower = await open(files, LOWER);
+    const release = training.release.bind(training);
+    return Object.assign(training, { lower, release: () => Promise.all([lower.release(), release()]) });
+  } catch (error) {
+    await training.release();
+    throw error;
+  }
+}
 
 /** The outputs of a session, or those of the names `outputs`. Throws DataError if the graph does not run. */
 export async function run(session, feeds, outputs = undefined) {

@@ -23,6 +23,7 @@ export const MODEL = "web.onnx";
 export const WEIGHTS = "model.onnx.data";
 export const TOKENIZER = "tokenizer.json";
 export const TRAINING = "training.onnx";
+export const LOWER = "lower.onnx";
 export const PHRASES = "phrases.tsv";
 export const GENERATION = "genai_config.json";
 const BASE_MANIFEST = "base/manifest.json";

@@ -162,6 +162,41 @@ def test_each_method_makes_the_adapter_that_torch_makes(
         assert distance(ours.engine.tensors_of(ours.engine.inputs_of(found)), found) < 1e-6
 
 
+@pytest.fixture(scope="module")
+def top(biased: Base, tmp_path_factory: pytest.TempPathFactory) -> VerifiedBase:
+    """A base with slots in the last of its two layers."""
+    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
+    slotted = with_mean_head(biased, Slots(("query", "intermediate.dense"), kinds, first=-1))
+    made = export_classifier(slotted, biased, Profile.FP32, training=True)
+    return bundled(tmp_path_factory.mktemp("top") / "bundle", made)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_with_slots_in_the_last_layer_it_makes_the_adapter_that_torch_makes(
+    top: VerifiedBase, biased: Base, dora: bool
+) -> None:
+    config = PeftConfig("LORA", 2, 4, ("query", "intermediate.dense"), use_dora=dora, layers_to_transform=(1,))
+    ours, theirs = (opens(base, 3, config) for opens, base in ((graphengine.classifier, top), (in_torch, biased)))
+    assert ours.layout == theirs.layout
+    drawn, task = rng(5), replace(TASK, peft_config=config)
+    start = {
+        s.name: (float(part_of(s.name) is Part.VECTORS) + 0.2 * drawn.standard_normal(s.shape)).astype(np.float32)
+        for s in ours.layout.tensors
+    }
+    found, expected = (t.train(start, EXAMPLES, task, epochs=2, rng=rng(1)) for t in (ours, theirs))
+    assert distance(found, expected) < 0.002 * distance(expected, start)
+    assert distance(ours.train(start, EXAMPLES, task, epochs=2, rng=rng(1)), found) == 0  # from states that are kept
+    with refused(ConfigError, "--layers", value=0):
+        graphengine.classifier(top, 3, replace(config, layers_to_transform=(0, 1)))
+
+
+def in_torch(base: Base, labels: int, config: PeftConfig) -> ClassifierTrainer:
+    """Torch on the same base, which computes states in float32 from the tokens."""
+    trainer = torchengine.classifier(base, labels, config)
+    trainer.engine._frozen = None
+    return trainer
+
+
 def test_on_a_quantized_base_it_trains_on_the_weights_that_the_device_runs(
     opened: Open, tiny_base: Base, start: Tensors, theirs: ClassifierTrainer, tmp_path: Path
 ) -> None:

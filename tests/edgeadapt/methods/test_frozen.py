@@ -144,6 +144,13 @@ def test_layers_that_the_base_lacks_or_in_another_order_are_refused(layers: tupl
         classifier.build(tiny_base, 3, PeftConfig("LORA", 2, 4, ("query",), layers_to_transform=layers))
 
 
+def test_targets_by_their_paths_have_frozen_layers_below(tiny_base: Base) -> None:
+    engine: Any = torchengine.classifier(tiny_base, 3, PeftConfig.lora(2, 4, ("layer.1.output.dense",))).engine
+    assert [len(row) for row in engine._frozen.states([(5, 6, 7)])] == [3]
+    engine = torchengine.classifier(tiny_base, 3, PeftConfig("LN_TUNING", 0, 0, ("LayerNorm",))).engine
+    assert engine._frozen is None
+
+
 def test_all_layers_are_adapted_unless_layers_are_named(tiny_base: Base) -> None:
     assert configuration(tiny_base).layers_to_transform == ()
     engine: Any = torchengine.classifier(tiny_base, 3, configuration(tiny_base)).engine

@@ -11,7 +11,11 @@ from transformers import LlamaConfig
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases.base import Base
-from export.bundle.base import usual_task
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import build, tensors
+from export.bundle.base import usual_task, wanted
+from export.bundle.sources import Origin
+from export.onnx.targets import Slots
 from tests.support import refused
 
 
@@ -33,6 +37,14 @@ def test_a_base_states_its_usual_task(tmp_path: Path, architectures: Any, task: 
 def test_a_task_that_devices_do_not_run_is_refused(tmp_path: Path, architectures: list[str]) -> None:
     with refused(ConfigError, "architectures", value=architectures[0]):
         usual_task(_stating(tmp_path, architectures))
+
+
+def test_an_adapter_of_the_last_layer_alone_gets_a_base_that_trains_from_states(tiny_base: Base) -> None:
+    config = PeftConfig.lora(2, 4, ("layer.1.output.dense",))
+    made = tensors(build(tiny_base, 2, config))
+    origin = Origin(config, ("a", "b"), 1, "c" * 64, None, None, "text-classification", made)
+    assert wanted(tiny_base, origin).slots.first == 1
+    assert wanted(tiny_base, origin, slots=Slots(("query",))).slots.first == 0
 
 
 def _stating(folder: Path, architectures: Any) -> Base:

@@ -162,7 +162,8 @@ def test_a_tied_output_layer_has_the_norms_of_its_stored_bytes(make_lm: Callable
 @pytest.mark.exhaustive
 def test_another_family_with_an_output_layer_of_its_own_has_one(make_lm: Callable[..., Base]) -> None:
     base = make_lm("qwen2", tie_word_embeddings=False)
-    made = export_named(str(base.folder), "native-int8", wanted(base, targets=["q_proj", "down_proj"]), training=True)
+    want = wanted(base, slots=Slots(("q_proj", "down_proj")))
+    made = export_named(str(base.folder), "native-int8", want, training=True)
     assert not missing_slots(opened(made), made.slots)
 
 

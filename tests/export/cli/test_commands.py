@@ -250,6 +250,12 @@ def test_a_base_is_exported_before_its_adapters(export: Run, shop: Path, tiny_ba
     assert not (shop / "new" / "adapters").exists()
 
 
+def test_more_layers_than_the_base_has_are_refused(export: Run, shop: Path, tiny_base: Base) -> None:
+    command = ("make", "--base", tiny_base.folder, "--bundle", shop / "new", "--key", shop / "key.pem")
+    export(*command, "--layers", "3").refused(2, "--layers")
+    assert not (shop / "new").exists()
+
+
 def test_public_phrases_are_a_signed_file_of_the_base(export: Run, shop: Path, tiny_base: Base) -> None:
     (shop / "public.tsv").write_text("Light\tlights on\n\n Music \t play music \n")
     out, key = shop / "learns", shop / "key.pem"

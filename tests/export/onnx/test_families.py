@@ -27,6 +27,7 @@ from export.onnx import tasks
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import USUAL_HEADS, has_own_head, with_mean_head, with_own_head
+from export.onnx.targets import Slots
 from export.parity.compare import OnnxRunner
 from tests.support import refused
 from tests.support.exhaustive import few
@@ -201,7 +202,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line_and_nothing_else_is_prin
     base = make_family(kind, settings | {"num_labels": 3} if kind != "clip" else settings, head)
     capfd.readouterr()
     with refused(ConfigError, about) as caught:
-        export_named(str(base.folder), "fp32", wanted(base, task="text-classification", targets=targets))
+        export_named(str(base.folder), "fp32", wanted(base, task="text-classification", slots=Slots.of(targets)))
     assert len(str(caught.value)) < 400
     printed = capfd.readouterr()
     assert not printed.out

@@ -13,7 +13,7 @@ from aggregation.errors import ConfigError
 from client.node.statedir import DeviceStateDir
 from client.training import graphengine, torchengine
 from edgeadapt.bases.base import Base
-from edgeadapt.formats.bundle import BASE_MANIFEST, TRAINING, VerifiedBase
+from edgeadapt.formats.bundle import BASE_MANIFEST, LOWER, TRAINING, VerifiedBase
 from edgeadapt.formats.cache import VARIABLE
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods import classifier
@@ -66,11 +66,12 @@ def test_a_method_that_needs_torch_is_refused_before_the_rounds(fleet_of: Any, t
 
 @pytest.mark.parametrize("method", few(["dora", "beft", "ia3", "ln_tuning", "loha"], "beft"))
 def test_a_bundle_has_the_slots_of_the_method(fleet_of: Any, tmp_path: Path, method: str) -> None:
-    fleet = fleet_of(3, adapter={"method": method, "rank": 4})
+    fleet = fleet_of(3, adapter={"method": method, "rank": 4, "layers": 1})
     base = device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
     config, labels = peft_config(fleet.scenario, fleet.base), len(fleet.population.labels)
     ours, theirs = graphengine.classifier(base, labels, config), torchengine.classifier(fleet.base, labels, config)
     assert ours.layout == theirs.layout
+    assert LOWER in base.manifest.files
 
 
 def rounded(base: Any, **export: Any) -> Scenario:

@@ -12,7 +12,9 @@ import * as runtime from "../runtime.js";
 import { TRAINING } from "../trust.js";
 import { MAGNITUDE, asValues, gradientsOfMagnitudes, magnitudes, withMagnitudes, withScales } from "./dora.js";
 import { folded, frozenFactors, hasSquares, squareGradients } from "./fedsb.js";
+import { States } from "./states.js";
 
+const LAYER = /.*\.[^.]*\.(\d{1,9})\./; // as peft reads the number of the layer that a module is in
 const GRADIENT = ".gradient"; // ends the name of the output that holds the gradient by a slot
 // End the names of outputs of a layer that has slots for DoRA: the norm of each output's weights with the update, and its own bias.
 const [WEIGHT_NORM, OWN_BIAS] = [".weight_norm", ".own_bias"];
@@ -25,7 +27,7 @@ export class SlotGraph {
 
   /** Use `open`. */
   constructor(engine, session, shapes, scaling) {
-    Object.assign(this, { engine, session, shapes, scaling });
+    Object.assign(this, { engine, session, shapes, scaling, states: session && new States(session) });
   }
 
   /** The graph inputs that every adapter fills. */
@@ -137,7 +139,7 @@ export class SlotGraph {
   /** Outputs of layers that depend on no text; ONNX Runtime wants all inputs all the same. */
   async #ofLayers(layers, ending, feeds = {}) {
     const outputs = layers.map((path) => path + ending);
-    const found = await this.#run({ ...runtime.zeroFeeds(this.session), ...feeds }, outputs);
+    const found = await this.#run(() => ({ ...runtime.zeroFeeds(this.session), ...feeds }), outputs);
     return new Map(layers.map((path) => [path, found[path + ending].data]));
   }
 
@@ -159,7 +161,7 @@ export class SlotGraph {
     let loss = 0;
     for (const batch of batches) {
       await pause();
-      const found = await this.#run({ ...batch, ...feeds }, wanted);
+      const found = await this.#run(async () => ({ ...(await this.states.inputsOf(batch)), ...feeds }), wanted);
       loss += found.loss.data[0];
       for (const [name, sum] of sums) {
         const gradient = found[name + GRADIENT].data;
@@ -174,7 +176,7 @@ export class SlotGraph {
 
   async #run(feeds, outputs) {
     try {
-      return await runtime.run(this.session, feeds, outputs);
+      return await runtime.run(this.session, await feeds(), outputs);
     } catch (error) {
       if (!(error instanceof EdgeAdaptError)) throw error;
       throw new DataError(`the training graph does not run: ${error.message}`, TRAINING);
@@ -202,7 +204,9 @@ function scalings({ slots }, { name, peft_config: config }) {
   const scaling = config.lora_alpha / (config.use_rslora ? Math.sqrt(config.r) : config.r);
   if (!(scaling > 0)) refuse("has an alpha of 0, with which nothing is learned");
   const layers = Object.keys(slots).filter((slot) => slot.endsWith(LORA_A)).map((slot) => slot.slice(0, -LORA_A.length));
-  const targeted = (path) => config.target_modules.some((target) => path === target || path.endsWith(`.${target}`));
+  const { target_modules: targets, layers_to_transform: numbers = [] } = config;
+  const inLayers = (path) => !numbers.length || numbers.includes(Number(path.match(LAYER)?.[1]));
+  const targeted = (path) => inLayers(path) && targets.some((target) => path === target || path.endsWith(`.${target}`));
   return new Map(layers.filter(targeted).map((path) => [path, scaling]));
 }
 
