@@ -187,7 +187,7 @@ def test_an_adapter_of_another_layout_is_refused() -> None:
 
 
 def rounding_errors(norm: float, draws: int, seed: int = 0) -> tuple[Any, Any]:
-    """What rounding changes of an update of ``WIDE.size`` coordinates, in steps: its ``draws``, and the exact update."""
+    """What rounding changes of a wide update of this norm, in steps, in each of so many draws; the exact update."""
     vector = contribution_spec(WIDE, Bounds(clip_norm=2.0**-4, weight_cap=3, ring_bits=16, max_clients=3))
     spec = replace(spec_of(2.0**-4, 3, 16, 3), vector=vector, layout_digest=WIDE.digest)
     delta = np.random.default_rng(seed).standard_normal((1, WIDE.size))
