@@ -361,8 +361,8 @@ def _grid_log(folder: RunFolder) -> GridLog:
     settings, log = folder.scenario.federation, GridLog.open(folder.path / GRID_LOG)
     state_dir = CoordinatorStateDir.open(folder.path / provision.COORDINATOR)
     records, (_, adapter) = state_dir.registry.rounds(), state_dir.registry.head().newest
-    done, key = len(records), state_dir.key.public
-    within = done < settings.rounds and lastsum.find(state_dir.transcripts.folder, key, adapter, records) is not None
+    done = len(records)
+    within = done < settings.rounds and lastsum.find(state_dir.transcripts, adapter, records) is not None
     if 0 < done < settings.rounds and settings.kind_of(done + 1) is (kind := settings.kind_of(done)):
         first = next(record.round for record in records if record.offer == records[-1].offer)
         planned = sum(settings.kind_of(number) is kind for number in range(first, settings.rounds + 1))
