@@ -31,6 +31,7 @@ from tests.support.training import check_shared_weights, round_as
 TARGETS = ("q_proj", "v_proj", "down_proj")
 LORA = PeftConfig.lora(rank=3, alpha=6, targets=TARGETS)
 Exported = Callable[[Profile], ExportedBase]
+VIRTUAL = Slots(("q_proj",), frozenset({SlotKind.PROMPT, SlotKind.PREFIX}))  # traced once
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +103,15 @@ def test_a_score_is_that_of_the_logits(llama: Base, trained: Exported) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "kind", "about"),
+    ("rule", "slots", "about"),
     [
-        ("Slice", SlotKind.LOW_RANK, "q_proj"),
-        pytest.param("Expand", SlotKind.PROMPT, PROMPT, marks=pytest.mark.exhaustive),
-        ("Expand", SlotKind.PREFIX, PREFIX),
+        ("Slice", TARGETS, "q_proj"),
+        ("Expand", VIRTUAL, PROMPT),
+        pytest.param("Expand", Slots(("q_proj",), frozenset({SlotKind.PREFIX})), PREFIX, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_graph_whose_gradients_are_one_percent_off_is_refused(
-    llama: Base, monkeypatch: pytest.MonkeyPatch, rule: str, kind: SlotKind, about: str
+    llama: Base, monkeypatch: pytest.MonkeyPatch, rule: str, slots: Any, about: str
 ) -> None:
     right = derivatives.RULES[rule]
 
@@ -119,7 +120,7 @@ def test_a_graph_whose_gradients_are_one_percent_off_is_refused(
 
     monkeypatch.setattr(derivatives, "RULES", derivatives.RULES | {rule: off})
     with pytest.raises(ConfigError) as caught:
-        export_causal(llama, Slots(("q_proj",), frozenset({kind})), Profile.FP32, training=True)
+        export_causal(llama, slots, Profile.FP32, training=True)
     assert about in caught.value.about
 
 
@@ -133,8 +134,7 @@ def test_virtual_tokens_are_compared_at_the_size_that_they_have_in_use(
         return run(graph, batch, inputs)
 
     monkeypatch.setattr(gradients.TrainingGraph, "gradients", kept)
-    slots = Slots(("q_proj",), frozenset({SlotKind.LOW_RANK, SlotKind.PROMPT, SlotKind.PREFIX}))
-    exported = export_causal(llama, slots, Profile.FP32, training=True)
+    exported = export_causal(llama, VIRTUAL, Profile.FP32, training=True)
     assert 0 < (exported.gradients or 0) <= gradients.LANGUAGE_LIMIT
     table = causal.build(llama, LORA).get_input_embeddings().weight.detach().numpy()
     prompts = [inputs[PROMPT] for inputs in compared if inputs[PROMPT].size]
