@@ -3,6 +3,7 @@
 Torch and Flower are imported by what uses them, so that other tests do not wait for them.
 """
 
+import gc
 import os
 import sys
 import tomllib
@@ -22,10 +23,11 @@ from tests.support.verified import forget_verified
 # How long an example takes says how busy the machine is, not whether the code is right.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+gc.set_threshold(50_000, 20, 50)  # each full collection visits all of torch: an eighth of the time of a trace
 LONG = 60  # seconds, of a run of which the time of each folder is shown
 LONGEST = {  # files of half a minute and more, most of it in one test
     *("test_deploy_page.py", "test_fleet_page.py", "test_tutorials.py"),
-    *("test_flower.py", "test_interruptions.py", "test_suite_command.py"),
+    *("test_flower.py", "test_suite_command.py", "test_takeover.py"),
 }
 
 

@@ -55,7 +55,7 @@ def logistic_head(
     def objective(flat: Matrix) -> tuple[float, Matrix]:
         head = flat.reshape(x.shape[1], count)
         losses, by_output = loss_of(x @ head, labels)
-        total = float(weights @ losses) + penalty / 2 * float(flat @ flat)
+        total = float(weights @ losses) + penalty / 2 * _dot(flat, flat)
         return total, (x.T @ (weights[:, None] * by_output)).ravel() + penalty * flat
 
     return minimized(objective, np.zeros(x.shape[1] * count)).reshape(x.shape[1], count)
@@ -75,7 +75,7 @@ def minimized(objective: Callable[[Matrix], tuple[float, Matrix]], start: Matrix
         if np.abs(gradient).max(initial=0.0) <= FLATNESS:
             break
         direction = _direction(gradient, pairs)
-        slope, share = float(gradient @ direction), 1.0
+        slope, share = _dot(gradient, direction), 1.0
         while True:
             after = at + share * direction
             value_after, gradient_after = objective(after)
@@ -85,7 +85,7 @@ def minimized(objective: Callable[[Matrix], tuple[float, Matrix]], start: Matrix
             if share < SHORTEST:
                 return at
         step, change = after - at, gradient_after - gradient
-        if (product := float(step @ change)) > 0:
+        if (product := _dot(step, change)) > 0:
             pairs.append((step, change, 1 / product))
         at, value, gradient = after, value_after, gradient_after
     return at
@@ -94,13 +94,19 @@ def minimized(objective: Callable[[Matrix], tuple[float, Matrix]], start: Matrix
 def _direction(gradient: Matrix, pairs: "deque[tuple[Matrix, Matrix, float]]") -> Matrix:
     """Multiply the negative gradient by the estimate of the inverse Hessian (algorithm 7.4)."""
     if not pairs:
-        return -gradient / max(float(np.linalg.norm(gradient)), 1.0)
+        first: Matrix = -gradient / max(_dot(gradient, gradient) ** 0.5, 1.0)
+        return first
     direction, factors = -gradient, []
     for step, change, inverse in reversed(pairs):
-        factors.append(inverse * float(step @ direction))
+        factors.append(inverse * _dot(step, direction))
         direction = direction - factors[-1] * change
     _, change, inverse = pairs[-1]
-    direction = direction / (inverse * float(change @ change))
+    direction = direction / (inverse * _dot(change, change))
     for (step, change, inverse), factor in zip(pairs, reversed(factors), strict=True):
-        direction = direction + (factor - inverse * float(change @ direction)) * step
+        direction = direction + (factor - inverse * _dot(change, direction)) * step
     return direction
+
+
+def _dot(one: Matrix, other: Matrix) -> float:
+    """Return Σ a b of vectors, in this thread: a library that starts others waits longer for them than it takes."""
+    return float(np.einsum("i,i", one, other))

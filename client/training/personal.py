@@ -108,6 +108,7 @@ class PersonalInputs:
     how: PersonalStep
     task: Task  # settings of the training
     train: Callable[..., Tensors]  # ``Trainer.train`` with order and limits of the device
+    embed: Callable[[Sequence[Example]], Floats]  # ``embedded`` with the global adapter, each example once
 
     @property
     def own(self) -> tuple[Example, ...]:
@@ -132,7 +133,7 @@ def _ridge(inputs: PersonalInputs) -> Tensors:
 def _logistic(inputs: PersonalInputs) -> Tensors:
     """Fit the head by logistic regression, to the device's own and the public examples alike."""
     head, own = ClassifierHead.of(Layout.of(inputs.shared)), inputs.own
-    x = with_constant(embedded(inputs.trainer, inputs.shared, own))
+    x = with_constant(inputs.embed(own))
     labels = np.array([example.label for example in own], np.int64)
     fitted = logistic_head(x, labels, np.ones(len(own)), head.labels, PENALTY).astype(np.float32)
     return inputs.shared | {head.weight: fitted[:-1].T.copy(), head.bias: fitted[-1]}
@@ -199,9 +200,12 @@ def personalize(  # noqa: PLR0913  # three of them by name
     if how.patience and held_out:
         control = replace(control, patience=how.patience, held_out=lambda found: trainer.score(found, held_out).loss)
 
+    rows: dict[str, Floats] = {}
+
     def made(of: Sequence[Example]) -> Tensors | None:
         shared, train = candidates[Candidate.GLOBAL], partial(trainer.train, rng=rng, control=control)
-        own = _applied(method, PersonalInputs(trainer, shared, of, how, task, train))
+        embed = partial(_embedded_once, rows, trainer, shared)
+        own = _applied(method, PersonalInputs(trainer, shared, of, how, task, train, embed))
         return _remembering(trainer, shared, own, plain)
 
     if (how.epochs or how.method != FINE_TUNE) and (own := made(examples)) is not None:
@@ -358,3 +362,13 @@ def embedded(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Ex
     """Embed, shape ``(len(examples), width)``; zeros for an example that overflows, which counts all the same."""
     embeddings = trainer.embed([example.text for example in examples], adapter)
     return np.where(np.isfinite(embeddings).all(axis=1, keepdims=True), embeddings, np.float32(0))
+
+
+def _embedded_once(
+    rows: dict[str, Floats], trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]
+) -> Floats:
+    """Embed as ``embedded``; ``rows`` keeps what each text got."""
+    missing = list({example.text: example for example in examples if example.text not in rows}.values())
+    if missing:
+        rows.update(zip((one.text for one in missing), embedded(trainer, adapter, missing), strict=True))
+    return np.stack([rows[example.text] for example in examples])

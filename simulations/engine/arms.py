@@ -22,6 +22,7 @@ from client.node.statedir import DeviceStateDir
 from client.training.control import TrainingControl
 from client.training.engine import open_trainer, trainer_of
 from client.training.examples import Example, Split, in_split
+from client.training.logistic import with_constant
 from client.training.personal import Candidate, Choice, PersonalStep, personalize, rehearsal
 from client.training.private import subject_of, with_private
 from client.training.trainer import ClassifierTrainer, FrozenBase, Trainer
@@ -32,7 +33,7 @@ from edgeadapt.methods.parts import PARTS
 from edgeadapt.rounds.task import Task
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
-from simulations.engine.provision import Matrix, ridge_head, with_constant
+from simulations.engine.provision import Matrix, ridge_head
 from simulations.result import Tally
 from simulations.scenario import Scenario
 

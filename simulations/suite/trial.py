@@ -14,6 +14,7 @@ from threading import Event
 import torch
 
 from client.node.statedir import DeviceStateDir
+from client.training.logistic import logistic_head
 from client.training.trainer import FrozenBase
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.tasks import find_task
@@ -40,7 +41,7 @@ from simulations.engine.arms import (
 from simulations.engine.canaries import canary_bounds
 from simulations.engine.grid import GridLog
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import Group, fleet_folders, grouped, logistic_head, ridge_head
+from simulations.engine.provision import Group, fleet_folders, grouped, ridge_head
 from simulations.plan import Kind, Trial
 from simulations.result import (
     ACCURACY,

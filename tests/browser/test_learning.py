@@ -106,7 +106,7 @@ def test_the_gradients_of_a_batch_on_webgpu_are_those_of_the_native_device(
 ) -> None:
     page.goto(f"{serve(phone)}?provider=webgpu")
     page.evaluate(IN_BROWSER)
-    gradients_as_natively(page, phone, [*PHRASES[:3], PHRASES[0] * 2])
+    gradients_as_natively(page, phone, [PHRASES[0], PHRASES[1] * 2])
 
 
 def gradients_as_natively(tab: Any, phone: Path, texts: list[str]) -> None:

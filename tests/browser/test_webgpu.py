@@ -41,7 +41,7 @@ WRITE = """(async (prompts) => {
   const found = [];
   for (const prompt of prompts) {
     const ids = [];
-    for await (const { id } of generation.pieces(generation.promptIds(prompt), feeds, { maxTokens: 9 })) ids.push(id);
+    for await (const { id } of generation.pieces(generation.promptIds(prompt), feeds, { maxTokens: 4 })) ids.push(id);
     found.push({ ids, reused: generation.last.reused });
   }
   generation.close();
@@ -130,10 +130,11 @@ def test_a_classifier_answers_as_natively_on_webgpu(
     page.goto(f"{serve(bundle)}?provider=webgpu")
     assert page.evaluate(RUNS_ON) == EMULATED
     answers = []
-    for phrase in PHRASES:
+    phrases = list(PHRASES[:3])  # the emulation compiles the graph for each length
+    for phrase in phrases:
         ask(page, phrase)
         answers.append(dict(shown(page)))
-    same(answers, native(bundle, "global", list(PHRASES)), 1e-4 if profile is Profile.FP32 else 0.03)
+    same(answers, native(bundle, "global", phrases), 1e-4 if profile is Profile.FP32 else 0.03)
 
 
 def test_a_language_model_with_its_cache_on_webgpu_writes_as_natively(
@@ -144,6 +145,6 @@ def test_a_language_model_with_its_cache_on_webgpu_writes_as_natively(
     page.goto(serve(lm_bundle))
     found = page.evaluate(f"{WRITE}({json.dumps(prompts)})")
     assert [one["ids"] for one in found] == [
-        greedy(lm_bundle, "global", ids_of(lm_bundle, prompt), 9) for prompt in prompts
+        greedy(lm_bundle, "global", ids_of(lm_bundle, prompt), 4) for prompt in prompts
     ]
     assert [one["reused"] for one in found] == [0, len("hello "), len("hello yo")], "the rest of the cache was cut off"

@@ -32,7 +32,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Runs commands in ``folder``, where ``edgeadapt`` is this checkout."""
+    """Runs commands in ``folder``, where ``edgeadapt`` is this checkout, with the graphs that were traced before."""
 
     folder: Path
     programs: Path
@@ -58,7 +58,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     folder = tmp_path_factory.mktemp("reader")
     program = folder / "bin" / "edgeadapt"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m edgeadapt "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tests.support.traces "$@"\n')
     program.chmod(0o755)
     (folder / "work").mkdir()
     return Reader(folder / "work", program.parent)

@@ -35,18 +35,16 @@ def test_the_page_trains_a_supernode_and_light_devices_in_one_cohort_and_exports
     commands = "\n".join(block.commands for block in blocks("how-to/fleet.md"))
     for port in ("9443", "9444", "8000", "9101"):
         commands = commands.replace(port, str(free_port()))
+    commands = commands.replace("rounds=2", "rounds=1")  # Flower starts a process for each message
     try:
         shown = reader.run(f"BASE='{tiny_base.folder}'\n{commands}")
         state_dir = CoordinatorStateDir.open(reader.folder / "fleet")
         records = state_dir.registry.rounds()
         state_dir.registry.close()
-        assert [record.round for record in records] == [1, 2]
-        for record in records:  # a machine with much other work may lose one device of a round
-            assert {*record.survivors, *record.dropped} == DEVICES
-        made = [record for record in records if record.aborted is None]
-        assert made
-        assert any(SUPERNODE in record.survivors for record in made)
-        assert f"bundle: global version {len(made)}" in shown
+        (record,) = records
+        assert {*record.survivors, *record.dropped} == DEVICES  # much other work may let a light device drop out
+        assert SUPERNODE in record.survivors
+        assert "bundle: global version 1" in shown
         promoted = shown.partition("canary")[2]
         assert "parity of global" in promoted
         assert (reader.folder / "phone" / "bundle" / "adapters" / "global.json").is_file()

@@ -2,6 +2,8 @@
 
 A graph is found again under a digest of all that it depends on: the module with its tensors and settings, the example,
 the exporter's sources and the versions of what it uses. A module whose description differs in anything is traced.
+
+    python -m tests.support.traces COMMAND…             # `edgeadapt COMMAND…`, which finds its graphs here too
 """
 
 import inspect
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
+from importlib.machinery import PathFinder
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import gettempdir
@@ -30,6 +33,29 @@ def keep_traces() -> None:
     graph: Any = sys.modules.get(EXPORTER)
     if graph is not None and not hasattr(graph.export, "real"):
         graph.export = _kept(graph.export)
+
+
+def keep_later_traces() -> None:
+    """Let the exporter look here first, once this process imports it."""
+    sys.meta_path.insert(0, _Importer)
+
+
+class _Importer(PathFinder):
+    """Calls ``keep_traces`` as soon as the exporter is imported."""
+
+    @classmethod
+    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != EXPORTER or (spec := super().find_spec(fullname, path, target)) is None:
+            return None
+        loader: Any = spec.loader
+        run = loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            run(module)
+            keep_traces()
+
+        loader.exec_module = exec_module
+        return spec
 
 
 @contextmanager
@@ -138,3 +164,10 @@ def _described(value: Any) -> str:
     if isinstance(value, set | frozenset):
         return repr(sorted(map(_described, value)))
     return re.sub(rf" at 0x[0-9a-f]+|{re.escape(gettempdir())}/[\w./-]+", "", str(value))
+
+
+if __name__ == "__main__":
+    from edgeadapt import program
+
+    keep_later_traces()
+    program.main()

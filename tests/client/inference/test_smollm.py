@@ -64,8 +64,12 @@ def smollm(tmp_path_factory: pytest.TempPathFactory, vendor: IdentityKey) -> Pat
     return out / "bundle"
 
 
-def test_a_real_model_answers_remembers_its_turns_and_switches_adapters(smollm: Path) -> None:
-    generator = Generator.open(smollm, threads=1)
+@pytest.fixture(scope="module")
+def generator(smollm: Path) -> Generator:
+    return Generator.open(smollm, threads=1)
+
+
+def test_a_real_model_answers_remembers_its_turns_and_switches_adapters(generator: Generator) -> None:
     conversation = Conversation(generator, SHORT)
     answer = "".join(conversation.ask("What is the capital of France? Answer in one sentence."))
     assert "Paris" in answer
@@ -81,8 +85,7 @@ def test_a_real_model_answers_remembers_its_turns_and_switches_adapters(smollm: 
     assert "".join(generator.complete("The weather is", SHORT, "global")) == texts["global"]
 
 
-def test_voice_commands_are_answered_as_json_of_their_schema(smollm: Path) -> None:
-    generator = Generator.open(smollm, threads=1)
+def test_voice_commands_are_answered_as_json_of_their_schema(generator: Generator) -> None:
     params = SamplingParams(max_tokens=96, guide=Guide(GuideKind.JSON_SCHEMA, json.dumps(INTENTS)))
     for text in (
         "Turn on the kitchen lights",
@@ -101,8 +104,7 @@ def test_voice_commands_are_answered_as_json_of_their_schema(smollm: Path) -> No
 
 
 @pytest.mark.parametrize("source", ["(🙂|🙁)", "(はい|いいえ)", r"[0-9]{2} 分", "T(ü|ö)r"])
-def test_an_answer_may_have_letters_of_several_tokens(smollm: Path, source: str) -> None:
-    generator = Generator.open(smollm, threads=1)
+def test_an_answer_may_have_letters_of_several_tokens(generator: Generator, source: str) -> None:
     params = SamplingParams(max_tokens=24, guide=Guide(GuideKind.REGEX, source))
     assert re.fullmatch(source, "".join(Conversation(generator, params).ask("Are you happy?")))
     assert generator.last is not None

@@ -112,7 +112,7 @@ def test_no_bound_is_ever_exceeded_by_finite_tensors(delta: list[float], norm: f
     assert values["weight"][0] == cap
 
 
-LARGE = Layout((TensorSpec("a", (1, 500)),))
+LARGE, WIDE = Layout((TensorSpec("a", (1, 500)),)), Layout((TensorSpec("a", (1, 10_000)),))
 
 
 @settings(deadline=None)
@@ -186,26 +186,34 @@ def test_an_adapter_of_another_layout_is_refused() -> None:
         sent(replace(outcome_of([0.0] * 10), trained={"a": START["a"]}), spec_of())
 
 
+def rounding_errors(norm: float, draws: int, seed: int = 0) -> tuple[Any, Any]:
+    """What rounding changes of a wide update of this norm, in steps, in each of so many draws; the exact update."""
+    vector = contribution_spec(WIDE, Bounds(clip_norm=2.0**-4, weight_cap=3, ring_bits=16, max_clients=3))
+    spec = replace(spec_of(2.0**-4, 3, 16, 3), vector=vector, layout_digest=WIDE.digest)
+    delta = np.random.default_rng(seed).standard_normal((1, WIDE.size))
+    trained = (norm * delta / np.linalg.norm(delta)).astype(np.float32)
+    outcome = Outcome({"a": np.zeros_like(trained)}, {"a": trained}, 1, Score(0, 0, 0.0))
+    exact, unit = rotated(trained.ravel().astype(np.float64)), step(spec, "delta")
+    sums = (
+        vector.decode(contribution(outcome, WIDE, spec, ADAPTER, np.random.default_rng(number)), 1)
+        for number in range(draws)
+    )
+    return np.stack([(found["delta"] - exact) / unit for found in sums]), exact / unit
+
+
 def test_the_rounding_is_unbiased() -> None:
-    """Accepts the right mean and rejects one that is off by a fiftieth of a step."""
-    spec, outcome = spec_of(bits=16, clients=3, cap=3, clip_norm=2.0**-7), outcome_of([1e-4] * 10, examples=1)
-    exact = rotated(LAYOUT.flatten(outcome.trained).astype(np.float64) - LAYOUT.flatten(START))
-    draws = np.stack([sent(outcome, spec, seed)["delta"] for seed in range(2000)])
-    unit = step(spec, "delta")
-    error = (draws.mean(0) - exact) / unit  # of the mean of 2,000 draws: 1/2 / sqrt(2000) = 0.011, each
-    assert np.abs(error.mean()) < 0.02
-    assert len(np.unique(draws)) > 1
+    """Accepts the right mean and rejects one that is off by a hundredth of a step, whatever the sign of the number."""
+    errors, exact = rounding_errors(2.0**-5, 4)  # the standard error of the mean is 1/2 / sqrt(40,000) = 0.0025
+    for shift in (errors, errors * np.sign(exact)):
+        assert abs(shift.mean()) < 0.01
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-4, 5e-3])
-def test_the_variance_of_the_rounding_shows_nothing_of_the_update(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("norm", [0.0, 3e-4, 0.016])
+def test_the_variance_of_the_rounding_shows_nothing_of_the_update(norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of a squared step for every update. By stochastic rounding alone, an update of zero has none."""
-    spec, outcome = spec_of(bits=16, clients=3, cap=3, clip_norm=2.0**-4), outcome_of([size] * 10, examples=1)
-    exact = rotated(LAYOUT.flatten(outcome.trained).astype(np.float64) - LAYOUT.flatten(START))
 
     def variance() -> float:
-        errors = np.stack([sent(outcome, spec, seed)["delta"] for seed in range(4000)]) - exact
-        return float(np.mean((errors / step(spec, "delta")) ** 2))
+        return float(np.mean(rounding_errors(norm, 4)[0] ** 2))
 
     assert variance() == pytest.approx(1 / 4, rel=0.02)  # the standard error of the estimate is 0.6 %
     monkeypatch.setattr("edgeadapt.rounds.task.rounding_noise", lambda step, size, rng: np.zeros(size))

@@ -38,7 +38,7 @@ def test_the_page_takes_a_version_from_a_round_to_a_channel_and_back(
     shutil.copytree(tiny_base.folder, work / "base")
     program = tmp_path / "bin" / "edgeadapt"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m edgeadapt "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tests.support.traces "$@"\n')
     reader = Reader(work, program.parent)
     printed = [reader.run(block.commands) for block in blocks_of(ROOT / "docs" / "how-to" / "govern-adapters.md")]
     assert "canary 1" in printed[0]

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from simulations.engine.provision import Matrix, logistic_head, ridge_head, with_constant
+from client.training.logistic import logistic_head, with_constant
+from simulations.engine.provision import Matrix, ridge_head
 
 RNG = np.random.default_rng(3)
 X = with_constant(RNG.standard_normal((60, 8)).astype(np.float32))

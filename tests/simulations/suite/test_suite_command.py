@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,8 +18,10 @@ import pytest
 from click.testing import CliRunner
 
 import edgeadapt
+from aggregation.errors import EdgeAdaptError
 from edgeadapt import program
 from tests.support import refused
+from tests.support.gateway import wait_until
 
 ARMS = """
 name = "tiny"
@@ -32,6 +34,7 @@ arms.local = {kind = "local", search = {"local.learning_rate" = [0.01, 0.03]}}
 arms.ridge.kind = "ridge-head"
 arms.personal.kind = "personal"
 """
+LONG = 300.0  # seconds, on a machine that has other work
 PAGE = Path(__file__).parents[3] / "docs/reference/python.md"
 Outcome = tuple[int, str, str]
 
@@ -47,31 +50,67 @@ def words(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "edgeadapt", "simulate", *map(str, arguments)]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A suite that was ended twice and then went on."""
+
+    out: Path
+    summary: dict[str, Any]  # what it printed at its end
+    interrupted: tuple[int, str]  # by Ctrl-C after its first result: code, standard error
+    left: list[int]  # its processes that did not end
+    killed: BaseException | None  # the error after its only process was killed
+    kept: bool  # nothing that was finished is computed again
+
+
+def resume(suite: Path, out: Path, jobs: int) -> Any:
+    arguments = ["simulate", "suite", suite, "--out", out, "--jobs", jobs, "--json", "--quiet", "--resume"]
+    return CliRunner().invoke(program.cli, list(map(str, arguments)))  # its processes are those of further tests
+
+
 @pytest.fixture(scope="module")
-def finished(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A suite that was killed once, went on, and what it printed then."""
+def finished(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     out = tmp_path_factory.mktemp("suites") / "with a space"
-    process = subprocess.Popen(words("suite", suite, "--out", out, "--jobs", 2, "--json"), stdout=subprocess.DEVNULL)
     results = out / "results"
-    deadline = time.monotonic() + 300
-    while not (results.exists() and any(results.iterdir())):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+    process = subprocess.Popen(
+        words("suite", suite, "--out", out, "--jobs", 2), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    workers = _workers(out, 2)
+    wait_until(lambda: process.poll() is not None or (results.exists() and any(results.iterdir())), LONG)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=LONG)
+    left = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
     kept = {path: path.stat().st_mtime_ns for path in results.iterdir()}
-    arguments = ["simulate", "suite", suite, "--out", out, "--jobs", 2, "--json", "--quiet", "--resume"]
-    done = CliRunner().invoke(program.cli, list(map(str, arguments)))  # its processes are those of further tests
+    shutil.rmtree(out / "logs")
+    killer = Thread(target=lambda: os.kill(*_workers(out, 1), signal.SIGKILL))
+    killer.start()
+    killed = resume(suite, out, 1).exception
+    killer.join()
+    done = resume(suite, out, 2)
     assert (done.exit_code, done.stderr) == (0, "")
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # nothing that was finished is computed again
-    return out, json.loads(done.stdout)
+    same = {path: path.stat().st_mtime_ns for path in kept} == kept
+    return Finished(out, json.loads(done.stdout), (process.returncode, err), left, killed, same)
 
 
-def test_python_resumes_it_and_has_the_same_figures(
-    suite: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    out, printed = finished
+@pytest.mark.slow
+def test_ctrl_c_ends_the_processes_and_says_how_to_go_on_with_what_was_finished(finished: Finished) -> None:
+    code, err = finished.interrupted
+    assert code == program.INTERRUPTED
+    assert err.splitlines()[-1] == "edgeadapt: interrupted"
+    assert "--resume" in err
+    assert "Traceback" not in err
+    assert finished.left == []
+    assert finished.kept
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_suite_in_one_line(finished: Finished) -> None:
+    assert isinstance(finished.killed, EdgeAdaptError)
+    assert finished.killed.exit_code == 5
+    assert re.search(r"code -9.*worker-1\.log|worker-1\.log.*code -9", str(finished.killed))
+
+
+def test_python_resumes_it_and_has_the_same_figures(suite: Path, finished: Finished, tmp_path: Path) -> None:
+    out, printed = finished.out, finished.summary
     with refused(edgeadapt.ConfigError, "out") as caught:
         edgeadapt.suite(suite, out=out, quiet=True)
     assert "add resume=True to continue it, or choose another out=" in str(caught.value)
@@ -87,10 +126,10 @@ def test_python_resumes_it_and_has_the_same_figures(
 
 
 @pytest.mark.slow
-def test_a_killed_suite_goes_on_and_its_report_has_every_arm_and_pair(
-    finished: tuple[Path, dict[str, Any]], run: Callable[..., Outcome]
+def test_a_suite_that_went_on_has_every_arm_and_pair_in_its_report(
+    finished: Finished, run: Callable[..., Outcome]
 ) -> None:
-    out, summary = finished
+    out, summary = finished.out, finished.summary
     assert set(summary["arms"]) == {"base", "local", "ridge", "personal"}
     assert [(pair["first"], pair["second"]) for pair in summary["pairs"]] == [
         ("base", "local"),
@@ -109,9 +148,9 @@ def test_a_killed_suite_goes_on_and_its_report_has_every_arm_and_pair(
 
 @pytest.mark.slow
 def test_a_folder_with_a_suite_is_continued_only_with_resume(
-    finished: tuple[Path, dict[str, Any]], suite: Path, run: Callable[..., Outcome]
+    finished: Finished, suite: Path, run: Callable[..., Outcome]
 ) -> None:
-    code, _, err = run("simulate", "suite", suite, "--out", finished[0])
+    code, _, err = run("simulate", "suite", suite, "--out", finished.out)
     assert code == 2
     assert "--resume" in err
     assert err.count("\n") == 1
@@ -119,9 +158,9 @@ def test_a_folder_with_a_suite_is_continued_only_with_resume(
 
 @pytest.mark.slow
 def test_a_finished_suite_computes_nothing_again_and_a_changed_one_only_what_is_new(
-    finished: tuple[Path, dict[str, Any]], suite: Path, tmp_path: Path, run: Callable[..., Outcome]
+    finished: Finished, suite: Path, tmp_path: Path, run: Callable[..., Outcome]
 ) -> None:
-    out = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    out = Path(shutil.copytree(finished.out, tmp_path / "copy"))
     changed = suite.with_name("changed.toml")
     changed.write_text(ARMS.replace("ridge-head", "logistic-head"))
     before = {path.name for path in (out / "results").iterdir()}
@@ -130,46 +169,15 @@ def test_a_finished_suite_computes_nothing_again_and_a_changed_one_only_what_is_
     assert len({path.name for path in (out / "results").iterdir()} - before) == 1
 
 
-@pytest.mark.slow
-def test_ctrl_c_ends_the_processes_and_says_how_to_go_on(suite: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        words("suite", suite, "--out", out, "--jobs", 2), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    workers = _workers(out, 2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == program.INTERRUPTED
-    assert err.splitlines()[-1] == "edgeadapt: interrupted"
-    assert "--resume" in err
-    assert "Traceback" not in err
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-
-
-@pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_suite_in_one_line(
-    suite: Path, tmp_path: Path, run: Callable[..., Outcome]
-) -> None:
-    out = tmp_path / "run"
-    killer = Thread(target=lambda: os.kill(*_workers(out, 1), signal.SIGKILL))
-    killer.start()
-    code, _, err = run("simulate", "suite", suite, "--out", out, "--jobs", 1, "--json", "--quiet")
-    killer.join()
-    assert code == 5
-    assert "worker-1.log" in err
-    assert "code -9" in err
-    assert err.count("\n") == 1
-
-
 def _workers(out: Path, count: int) -> list[int]:
     """The processes of a suite, once there are so many."""
-    deadline = time.monotonic() + 300
-    while True:
+
+    def found() -> list[int]:
         words = [path.read_text().split() for path in (out / "logs").glob("*")]
-        if len(workers := [int(line[1]) for line in words if len(line) > 1]) == count:
-            return workers
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        return [int(line[1]) for line in words if len(line) > 1]
+
+    wait_until(lambda: len(found()) == count, LONG)
+    return found()
 
 
 def test_mistakes_are_named_in_one_line(suite: Path, tmp_path: Path, run: Callable[..., Outcome]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from aggregation.errors import DataError
 from aggregation.steps import Step
 from client.training.examples import Score, Split
+from client.training.logistic import with_constant
 from client.training.torchengine import TorchEngine
 from client.training.trainer import ClassifierTrainer
 from edgeadapt.formats.layout import Tensors
@@ -22,7 +23,7 @@ from simulations.data.population import Client, LabelledText, Population
 from simulations.engine.arms import ClassifierArms
 from simulations.engine.grid import DeliveryOutcome, FaultModel, round_of
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import BUCKETS, hashed_ngrams, with_constant
+from simulations.engine.provision import BUCKETS, hashed_ngrams
 from simulations.plan import Kind, Trial
 from simulations.result import RoundTally, TrialResult
 from simulations.scenario import Scenario
