@@ -73,8 +73,8 @@ def policy(state_dir: Path, as_json: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @commandline.as_json
 def forget(state_dir: Path, yes: bool, as_json: bool) -> None:
-    """Leave the session, and delete what this device remembers of the coordinator: its log, the last adapter, and the
-    parts of adapters that it trained without sharing them.
+    """Leave the session, and delete what this device remembers of the coordinator: its log, the last adapter, the
+    parts of adapters that it trained without sharing them, and what it computed of its texts.
 
     For a coordinator that lost its transcripts or its newest adapters, or whose rounds failed too often while they were
     unmasked: the device refuses its offers or plans, because they contradict what it remembers. Or to share such parts

@@ -16,6 +16,7 @@ from aggregation.sealed import ClientState
 from aggregation.transcript import LogState
 from client.node.adapterstate import AdapterState
 from client.node.eligibility import EligibilitySettings
+from client.node.keptstates import StatesFile
 from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
@@ -73,6 +74,8 @@ class DeviceState(Protocol):
     def load_snapshot(self, share_key: bytes) -> Snapshot: ...
 
     def delete_snapshot(self) -> None: ...
+
+    def states(self) -> StatesFile | None: ...  # None: it keeps no states of its texts
 
     def load(self, kind: type[R]) -> R | None: ...
 

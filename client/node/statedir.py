@@ -32,6 +32,7 @@ from client.inference.trust import Trust
 from client.node.adapterstate import ADAPTER_STATE, AdapterState
 from client.node.devicestate import R, Record
 from client.node.eligibility import EligibilitySettings
+from client.node.keptstates import StatesFile
 from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
@@ -64,6 +65,7 @@ LABELS = "labels.state"
 PRIVATE = "private.sealed"
 LEDGER = "privacy.sealed"
 SUMS = "sums.sealed"
+STATES = "states.sealed"
 REVOKED = "revoked.crl"
 LOCK = "session.lock"
 LONGEST = 2**21  # bytes of a file other than those below: a revocation list in PEM form is the largest
@@ -262,6 +264,9 @@ class DeviceStateDir:
     def delete_snapshot(self) -> None:
         (self.folder / SNAPSHOT).unlink(missing_ok=True)
 
+    def states(self) -> StatesFile:
+        return StatesFile(self.folder / STATES, self._read(SEALING_KEY))
+
     def load(self, kind: type[R]) -> R | None:
         """Load what this device keeps of a kind (``KEPT``); None before there is any.
 
@@ -290,7 +295,7 @@ class DeviceStateDir:
 
     def forget(self) -> None:
         """Leave the session, and delete what this device remembers of the coordinator; its privacy ledger stays."""
-        for name in (STATE, SNAPSHOT, LOG_STATE, ADAPTERS, LABELS, SUMS, PRIVATE):
+        for name in (STATE, SNAPSHOT, LOG_STATE, ADAPTERS, LABELS, SUMS, PRIVATE, STATES):
             (self.folder / name).unlink(missing_ok=True)
 
     def _parse(self, parse: Callable[[bytes], Read], name: str) -> Read:

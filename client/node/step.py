@@ -238,7 +238,8 @@ def _contribute(
     # Nothing is saved if the device stops here: it has answered no plan, and its keys masked nothing.
     look = _eligible(state_dir, means.readings)
     look()
-    training = TrainingDevice(means.base, state_dir.examples, state_dir.policy, kept, means.choose, look)
+    files = state_dir.examples, state_dir.policy, kept, state_dir.states()
+    training = TrainingDevice(means.base, *files, means.choose, look)
     vector, parts = contribute(training, planned, task, blob, snapshot)
     masked, answer = planned.contribute(device, vector, cores())
     state_dir.save(ledger)  # first: whatever is interrupted after this counts as spent

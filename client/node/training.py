@@ -24,6 +24,7 @@ from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
 from client.node.eligibility import EligibilityError
+from client.node.keptstates import StatesFile
 from client.node.policy import TrainingLimits
 from client.node.privateparts import PrivateParts, check_unshared, ever_private
 from client.node.snapshot import Draw, Snapshot
@@ -54,6 +55,7 @@ class TrainingDevice:
     examples: Path  # for messages
     limits: TrainingLimits
     kept: PrivateParts | None = None  # the private parts
+    states: StatesFile | None = None  # where states of its texts are kept
     choose: TrainerOf = trainer_of
     step: Callable[[], object] = lambda: None
 
@@ -91,7 +93,13 @@ def contribute(
 
     examples = _or_else(usable, lambda: ())  # none in a file that cannot be read
     local = LocalRound(device, planned, task, start, trainer, examples, snapshot)
-    return task.contribute(local), local.parts
+    file, cache = device.states, trainer.engine.states
+    if file is None or cache is None:
+        return task.contribute(local), local.parts
+    file.load(cache)
+    vector = task.contribute(local)
+    file.save(cache)
+    return vector, local.parts
 
 
 def _target_of(base: FrozenBase, task: RoundTask) -> TargetOf | None:

@@ -20,7 +20,7 @@ from client.training.encoding import Template, TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer
 from edgeadapt.bases.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph, open_session
 from edgeadapt.bases.traininggraph import TrainingBatch, TrainingGraph, missing_slots
-from edgeadapt.formats.bundle import GENERATION, LOWER, MODEL, TOKENIZER, TRAINING, VerifiedBase
+from edgeadapt.formats.bundle import GENERATION, LOWER, MODEL, TOKENIZER, TRAINING, WEIGHTS, VerifiedBase
 from edgeadapt.formats.graphinputs import (
     INPUT_SCALE,
     LORA_A,
@@ -82,6 +82,9 @@ class GraphEngine:
                 self.graph = TrainingGraph(content, base.folder, threads, lower)
         except Exception as error:  # onnxruntime raises classes without a common base
             raise _unusable(base, error) from error
+        self.states = self.graph.cache if lower else None
+        if self.states:
+            self.states.source = f"{base.manifest.files[LOWER]}/{base.manifest.files[WEIGHTS]}"
         if missing := missing_slots(self.graph, slots):
             reason = f"the training graph in {base.folder} has no gradient of {missing[0]!r}: export the base again"
             raise ConfigError(reason, about=TRAINING, value=missing)

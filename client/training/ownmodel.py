@@ -24,6 +24,8 @@ from edgeadapt.rounds.task import Task
 class OwnTrainer(ClassifierTrainer):
     """Raises DataError as ``OwnModel.first``."""
 
+    states = None  # as of an engine
+
     def __init__(self, base: OwnModel, labels: int) -> None:
         self.base, self.labels, self.model = base, labels, base.make(labels)
         self.layout = Layout.of(base.first(labels))

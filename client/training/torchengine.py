@@ -45,10 +45,14 @@ class TorchEngine:
         self._frozen = FrozenLayers.of(
             inner, config, lambda ids, mask: inner(input_ids=ids, attention_mask=mask)[0][mask > 0]
         )
-        self._states = StateCache(MOST_STATES, np.float16)
+        self._states = StateCache(MOST_STATES, np.float16, f"{base.digest}/{self._frozen.first if self._frozen else 0}")
         own = {name: value for name, value in self._parameters.items() if is_bias(name)}
         self._biases = {name: np.array(value.detach()) for name, value in own.items()}  # the base's own
         self.layout = Layout.of(trainable.tensors(model))
+
+    @property
+    def states(self) -> StateCache | None:
+        return self._states if self._frozen else None
 
     @contextmanager
     def training(self, start: Tensors, trained: Collection[str]) -> Iterator[None]:

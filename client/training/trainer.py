@@ -22,6 +22,7 @@ from client.training.encoding import Encoded, TextEncoder
 from client.training.examples import Example, Score
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.classifiergraph import pad
+from edgeadapt.bases.states import StateCache
 from edgeadapt.bases.tasks import Classification, Numbers, Objective, Target
 from edgeadapt.bases.traininggraph import TrainingBatch
 from edgeadapt.formats.bundle import VerifiedBase
@@ -51,6 +52,9 @@ class Engine(Protocol):
     """A frozen base that computes with adapters, which are tensors under peft's names. Holds none."""
 
     layout: Layout
+
+    @property
+    def states(self) -> StateCache | None: ...  # of the layers below the adapted ones; None: it keeps none
 
     @property
     def base(self) -> FrozenBase: ...

@@ -3,23 +3,26 @@
 Nothing is approximated in float32: such states depend on the frozen base and on a text's tokens alone.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.layout import Floats, Tensors
 
 
 class StateCache:
     """The states of the texts that were used last, in memory, of at most ``limit_bytes``; not for several threads."""
 
-    def __init__(self, limit_bytes: int, stored: DTypeLike = np.float32) -> None:
-        """``stored``: the type in memory, float32 or float16. States that exceed float16 stay in float32."""
-        self.limit_bytes, self.stored = limit_bytes, np.dtype(stored)
-        self.size = 0  # bytes of all states
-        self._states: OrderedDict[bytes, NDArray[np.floating]] = OrderedDict()  # by tokens, oldest use first
+    def __init__(self, limit_bytes: int, stored: DTypeLike = np.float32, source: str = "") -> None:
+        """``stored``: the type in memory, float32 or float16. States that exceed float16 stay in float32. ``source``
+        names what computes the states, for those who keep them elsewhere."""
+        self.limit_bytes, self.stored, self.source = limit_bytes, np.dtype(stored), source
+        self.size = 0  # bytes of the states that were used
+        self._states: OrderedDict[str, NDArray[np.floating]] = OrderedDict()  # by digest of tokens, oldest use first
+        self._others: Tensors = {}  # that may be used
 
     def rows(
         self, tokens: Sequence[Sequence[int]], compute: Callable[[list[Sequence[int]]], list[Floats]]
@@ -29,7 +32,9 @@ class StateCache:
         ``compute`` is called at most once, with the texts that are missing, each once and in their order. If it raises,
         the cache stays as it was. Guarantee: a text has the same states when they are computed and when they were kept.
         """
-        keys = [np.array(text, np.int64).tobytes() for text in tokens]
+        keys = [hashlib.sha256(np.array(text, np.int64).tobytes()).hexdigest() for text in tokens]
+        for key in self._others.keys() & set(keys):
+            self._keep(key, self._rounded(self._others.pop(key)))
         missing = {key: text for key, text in zip(keys, tokens, strict=True) if key not in self._states}
         states = {key: self._states[key] for key in keys if key in self._states}
         if missing:
@@ -39,9 +44,19 @@ class StateCache:
             self._keep(key, values)
         return [np.asarray(states[key], np.float32) for key in keys]
 
-    def clear(self) -> None:
+    def begin(self, states: Tensors) -> None:
+        """Hold ``states``, by the digest of their tokens, and none of them as used."""
         self._states.clear()
-        self.size = 0
+        self.size, self._others = 0, dict(states)
+
+    def used(self, limit_bytes: int) -> Tensors:
+        """Return the states that were used last, in float32, up to a limit, by the digest (SHA-256) of their tokens."""
+        result: Tensors = {}
+        for key, values in reversed(self._states.items()):
+            if (limit_bytes := limit_bytes - 4 * values.size) < 0:
+                break
+            result[key] = np.asarray(values, np.float32)
+        return result
 
     def _rounded(self, values: Floats) -> NDArray[np.floating]:
         with np.errstate(over="ignore"):
@@ -51,7 +66,7 @@ class StateCache:
         rounded.flags.writeable = False
         return rounded
 
-    def _keep(self, key: bytes, values: NDArray[np.floating]) -> None:
+    def _keep(self, key: str, values: NDArray[np.floating]) -> None:
         if (previous := self._states.pop(key, None)) is not None:
             self.size -= previous.nbytes
         if values.nbytes > self.limit_bytes:

@@ -70,7 +70,7 @@ class TrainingGraph:
             model, options, providers=providers, disabled_optimizers=["ConstantFolding"]
         )
         self._lower = None if lower is None else ort.InferenceSession(lower, options, providers=providers)
-        self._states, self._lock = StateCache(MAX_STATES), Lock()
+        self.cache, self._lock = StateCache(MAX_STATES), Lock()
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._outputs = [output.name for output in self._session.get_outputs()]
 
@@ -109,7 +109,7 @@ class TrainingGraph:
         once, as long as they stay among the last ``MAX_STATES``."""
         texts = [row[:count] for row, count in zip(batch.ids, batch.mask.sum(axis=1), strict=True)]
         with self._lock:
-            rows = self._states.rows(texts, self._computed)
+            rows = self.cache.rows(texts, self._computed)
         result = np.zeros((*batch.ids.shape, rows[0].shape[1]), np.float32)
         for states, row in zip(result, rows, strict=True):
             states[: len(row)] = row

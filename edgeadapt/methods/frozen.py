@@ -32,7 +32,7 @@ class FrozenLayers:
 
     def __init__(self, layers: nn.ModuleList, first: int, run: Run) -> None:
         """``first``: number of the first adapted layer. ``run``: calls the model."""
-        self._run = run
+        self._run, self.first = run, first
         self._given: Tensor | None = None  # states with which the model begins
         self._stops = False  # whether a call ends with the states
         self._reached: Tensor | None = None

@@ -186,6 +186,9 @@ class MemoryDevice:
     def delete_snapshot(self) -> None:
         self._snapshot = None
 
+    def states(self) -> None:
+        """All devices of a process share one cache."""
+
     def load(self, kind: type[R]) -> R | None:
         return self._kept.get(kind)
 

@@ -126,8 +126,8 @@ class Talk:
 
 
 @pytest.fixture
-def talk(fleet_of: Callable[..., Any], refusals: list[str]) -> Iterator[Talk]:
-    fleet = fleet_of(DEVICES)
+def talk(request: pytest.FixtureRequest, fleet_of: Callable[..., Any], refusals: list[str]) -> Iterator[Talk]:
+    fleet = fleet_of(DEVICES, **getattr(request, "param", {}))
     for state_dir in (fleet.out / "devices").iterdir():  # these tests have no log; test_log_proofs.py has one
         with (state_dir / "device.toml").open("a") as file:
             file.write("demand_proofs = false\n")

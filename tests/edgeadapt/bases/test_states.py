@@ -72,7 +72,19 @@ def test_a_failed_computation_leaves_the_cache_as_it_was(compute: Compute, asked
 
     with pytest.raises(MemoryError):
         cache.rows([[1], [2]], fails)
-    cache.clear()
+    cache.begin({})
     assert cache.size == 0
     cache.rows([[1]], compute)
     assert asked == [[1], [1]]
+
+
+def test_what_was_used_last_can_be_kept_elsewhere_up_to_a_limit(compute: Compute, asked: list[Sequence[int]]) -> None:
+    cache, later = StateCache(1 << 20), StateCache(1 << 20)
+    first = cache.rows([[1], [2, 3], [4]], compute)
+    later.begin(cache.used(3 * 4 * WIDTH))
+    assert (later.size, later.used(1 << 20)) == (0, {})  # none of them was used yet
+    asked.clear()
+    second = later.rows([[2, 3], [1]], compute)
+    assert asked == [[1]]  # it was the first to be left out
+    np.testing.assert_array_equal(second[0], first[1])
+    assert len(later.used(1 << 20)) == 2
