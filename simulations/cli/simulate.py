@@ -17,7 +17,7 @@ from simulations.shipped import SCENARIOS
 if TYPE_CHECKING:
     from simulations.suite.run import EngineName
 
-DEMO = "households.toml"
+DEMO = "multilingual.toml"
 
 
 def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -59,8 +59,8 @@ def _show_keys(context: click.Context, _: click.Parameter, wanted: bool) -> None
 def demo(**options: Any) -> None:
     """Households personalize a frozen model together; no household shows its data.
 
-    Runs the scenario simulations/scenarios/households.toml: a few minutes on two cores, without a network. `edgeadapt
-    simulate run multilingual.toml` runs the same households on a base that reads about 100 languages.
+    Runs the scenario simulations/scenarios/multilingual.toml: a few minutes on two cores, without a network. `edgeadapt
+    simulate run households.toml` runs the same households on a small base that was made for English.
 
     \b
     Examples:
