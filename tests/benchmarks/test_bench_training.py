@@ -28,12 +28,12 @@ globals().update(models.FIXTURES)
 
 
 @pytest.fixture(scope="module")
-def trains(llama: Base, vendor: IdentityKey, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+def trains(lm_base: Base, vendor: IdentityKey, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
     """A bundle of the tiny language model, with a training graph or without one."""
 
     def make(graph: bool) -> Path:
         folder = tmp_path_factory.mktemp("trains")
-        exported = export_causal(llama, ("q_proj", "v_proj"), Profile.NATIVE_INT8, training=graph)
+        exported = export_causal(lm_base, ("q_proj", "v_proj"), Profile.NATIVE_INT8, training=graph)
         write_bundle(folder / "bundle", exported, [], key=vendor)
         (folder / TRUST).write_bytes(vendor.public.to_pem())
         return folder / "bundle"
@@ -60,8 +60,8 @@ def test_the_process_that_trains_with_a_graph_imports_no_torch() -> None:
 
 
 @pytest.mark.slow
-def test_both_engines_train_the_adapter_and_its_loss_is_the_same(trains: Callable[[bool], Path], llama: Base) -> None:
-    given = ["training", "--bundle", str(trains(True)), "--base", str(llama.folder), "--quick", "--json"]
+def test_both_engines_train_the_adapter_and_its_loss_is_the_same(trains: Callable[[bool], Path], lm_base: Base) -> None:
+    given = ["training", "--bundle", str(trains(True)), "--base", str(lm_base.folder), "--quick", "--json"]
     result = CliRunner().invoke(bench, given)
     assert result.exception is None, result.output
     found = json.loads(result.stdout)
@@ -84,10 +84,10 @@ def test_a_classifier_is_trained_by_both_engines_too(tiny_base: Base, vendor: Id
 
 @pytest.mark.slow
 def test_what_cannot_be_compared_is_refused_in_one_line(
-    trains: Callable[[bool], Path], llama: Base, tiny_base: Base
+    trains: Callable[[bool], Path], lm_base: Base, tiny_base: Base
 ) -> None:
     bundle = trains(False)
     with refused(ConfigError, "--base"):
         training.compare(bundle, None, str(tiny_base.folder), training.QUICK, lambda step: None)
     with pytest.raises(DataError, match=r"onnx: .* has no training graph"):
-        training.compare(bundle, None, str(llama.folder), training.QUICK, lambda step: None)
+        training.compare(bundle, None, str(lm_base.folder), training.QUICK, lambda step: None)
