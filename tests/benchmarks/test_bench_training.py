@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from peft import PeftModel
 
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
@@ -20,7 +21,6 @@ from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
-from export.onnx.slotted import with_mean_head
 from tests.support import models
 from tests.support.errors import refused
 
@@ -73,8 +73,10 @@ def test_both_engines_train_the_adapter_and_its_loss_is_the_same(trains: Callabl
 
 
 @pytest.mark.slow
-def test_a_classifier_is_trained_by_both_engines_too(tiny_base: Base, vendor: IdentityKey, tmp_path: Path) -> None:
-    exported = export_classifier(with_mean_head(tiny_base, ["query", "value"]), tiny_base, Profile.FP32, training=True)
+def test_a_classifier_is_trained_by_both_engines_too(
+    model: PeftModel, tiny_base: Base, vendor: IdentityKey, tmp_path: Path
+) -> None:
+    exported = export_classifier(model, tiny_base, Profile.FP32, training=True)
     write_bundle(tmp_path / "bundle", exported, [], key=vendor)
     (tmp_path / TRUST).write_bytes(vendor.public.to_pem())
     given = {"bundle": str(tmp_path / "bundle"), "trust": None, "base": str(tiny_base.folder), "begun": 0.0}
