@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -69,10 +69,17 @@ class Manifest:
         """Sign the envelope. Equal manifests and keys give equal bytes. Raises DataError: a number is NaN or infinite,
         a text is not Unicode, or the envelope is too large."""
         try:
-            payload = jsontext.encode(asdict(self))  # type: ignore[call-overload]
+            payload = jsontext.encode(self._body())
         except (TypeError, ValueError) as error:
             raise DataError(f"the {self.NAME} cannot be signed: {error}", about=self.NAME) from error
         return dsse.sign(payload, self.payload_type(), key)
+
+    def _body(self) -> dict[str, Any]:
+        """Return the fields. A PEFT config of all layers has none for them, as in manifests from before there was."""
+        body: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        if (config := body.get("peft_config")) and not config["layers_to_transform"]:
+            del config["layers_to_transform"]
+        return body
 
     @classmethod
     def accept(cls, raw: bytes, trusted: Iterable[PublicKey]) -> Self:
@@ -202,7 +209,4 @@ class AdapterManifest(Manifest):
     def content(self) -> str:
         """Hash tensors, scaling, labels and temperature, but not name, version, number format or privacy."""
         same = {"name": "", "version": 0, "sha256": "", "size": 0, "format": "", "privacy": None}
-        body = asdict(self) | same
-        if body["peft_config"] and not body["peft_config"]["layers_to_transform"]:
-            del body["peft_config"]["layers_to_transform"]  # devices keep digests from before there was such a field
-        return hashlib.sha256(jsontext.encode(body)).hexdigest()
+        return hashlib.sha256(jsontext.encode(self._body() | same)).hexdigest()

@@ -51,8 +51,12 @@ FAMILIES = (
 
 def family(config: Any, folder: Path, tokenizer: Path) -> Base:
     config.vocab_size = 75
-    torch.manual_seed(1)
-    AutoModel.from_config(config).save_pretrained(folder)
+    model, generator = AutoModel.from_config(config), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = 0.1 * torch.randn(value.shape, generator=generator)
+            value.copy_(noise + 1 if name.lower().endswith(("norm.weight", "layer_norm.weight")) else noise)
+    model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     return Base(folder, config.model_type)
 
