@@ -107,7 +107,8 @@ def first(biased: Base) -> AdapterSource:
 
 @pytest.fixture(scope="module")
 def talking(lm_base: Base) -> tuple[ExportedBase, AdapterSource]:
-    exported = export_causal(lm_base, Slots(LANGUAGE.target_modules, KINDS), Profile.FP32, training=True)
+    slots = Slots((*LANGUAGE.target_modules, "o_proj"), KINDS)  # more than the adapter has
+    exported = export_causal(lm_base, slots, Profile.FP32, training=True)
     rng = np.random.default_rng(1)
     tensors = causal.tensors(causal.build(lm_base, LANGUAGE))
     drawn = {name: (0.1 * rng.standard_normal(value.shape)).astype(np.float32) for name, value in tensors.items()}

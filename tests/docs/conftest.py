@@ -39,11 +39,13 @@ class Reader:
 
     def run(self, commands: str) -> str:
         """What the commands print; the test fails if one of them fails."""
+        # Flower looks each second for a message to start a process for.
+        settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
         path = os.pathsep.join([str(self.programs), str(Path(sys.executable).parent), os.environ["PATH"]])
         done = subprocess.run(
             ["sh", "-euc", commands],
             cwd=self.folder,
-            env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **settings, "PATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -2,4 +2,4 @@
 
 from tests.support import models
 
-make_lm, llama = models.make_lm, models.llama
+make_lm, llama, lm_base = models.make_lm, models.llama, models.lm_base

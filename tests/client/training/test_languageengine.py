@@ -1,7 +1,5 @@
 """A language model is trained without torch to the adapter that torch makes of the same batches."""
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,10 +35,6 @@ EXAMPLES = (
     Example("yes", prompt="is it on?"),
     Example("no, never", prompt="a"),
 )
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ':' + m['content'] + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
-)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -48,18 +42,10 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 @pytest.fixture(scope="module")
-def chatty(make_lm: Callable[..., Base]) -> Base:
-    base = make_lm()
-    settings = base.folder / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))
-    return base
-
-
-@pytest.fixture(scope="module")
-def exported(chatty: Base) -> ExportedBase:
+def exported(lm_base: Base) -> ExportedBase:
     kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
-    slots = Slots(("q_proj", "v_proj", "o_proj"), kinds)
-    return export_causal(chatty, slots, Profile.NATIVE_INT8, training=True)
+    slots = Slots(("q_proj", "v_proj", "o_proj"), kinds)  # as test_dora.py has them
+    return export_causal(lm_base, slots, Profile.NATIVE_INT8, training=True)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +66,9 @@ def ours(opened: VerifiedBase) -> LanguageTrainer:
 
 
 @pytest.fixture(scope="module")
-def rounded(chatty: Base, tmp_path_factory: pytest.TempPathFactory) -> Base:
+def rounded(lm_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Base:
     """The weights that the device runs."""
-    return dequantized(chatty, Profile.NATIVE_INT8, tmp_path_factory.mktemp("rounded") / "base", "text-generation")
+    return dequantized(lm_base, Profile.NATIVE_INT8, tmp_path_factory.mktemp("rounded") / "base", "text-generation")
 
 
 @pytest.fixture(scope="module")
