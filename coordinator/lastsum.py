@@ -14,13 +14,11 @@ import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from aggregation import envelope
 from aggregation.errors import ConfigError
 from aggregation.messages import Assignment, Offer, Plan, Survivors, Unmask
 from aggregation.pki.certificates import load, serial, subject
-from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
 from aggregation.policy import Policy
 from aggregation.server import AbortReason
@@ -28,8 +26,7 @@ from aggregation.spec import SessionSpec
 from aggregation.transcript import Entry, Result
 from coordinator.registry import Registry, StoredAdapter
 from coordinator.settings import FederationSettings
-from coordinator.transcripts import StoredLog
-from edgeadapt.auditing.transcripts import logs
+from coordinator.transcripts import Transcripts
 from edgeadapt.formats.layout import Layout
 from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.methods.parts import Part, part_of
@@ -84,13 +81,12 @@ def serials(certificates: Iterable[bytes]) -> dict[str, int]:
     return {subject(load(der)): serial(der) for der in certificates}
 
 
-def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[RoundRecord]) -> LastSum | None:
+def find(transcripts: Transcripts, adapter: str, records: Iterable[RoundRecord]) -> LastSum | None:
     """Find the last sum from ``adapter`` in the logs that a coordinator left; None if none could be unmasked.
     ``adapter``: SHA-256 of the newest adapter's file, hex. Raises TrustError: a log was altered."""
     unrecoverable = {record.plan: record for record in records if record.reason == AbortReason.UNRECOVERABLE.value}
-    for path in reversed(logs(folder)):
-        log = StoredLog.read(path, coordinator)
-        if facts := _in_log(log.entries, adapter):
+    for entries in transcripts.sessions(backwards=True):
+        if facts := _in_log(entries, adapter):
             plan, spec, survivors = facts
             record = unrecoverable.get(plan.digest().hex())
             task = taskkinds.decode(plan.training)
@@ -98,7 +94,7 @@ def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[R
             blamed = frozenset(record.blamed if record else ())
             dealt = tuple(sorted((*plan.members, *plan.former))) if spec.grouping else ()
             return LastSum(adapter, survivors, blamed, type(task), dealt, terms=then)
-        if any(entry.kind == Result.TAG for entry in log.entries):  # what came before was from older adapters
+        if any(entry.kind == Result.TAG for entry in entries):  # what came before was from older adapters
             return None
     return None
 
@@ -124,7 +120,7 @@ def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[Plan, SessionSpec, 
     return facts
 
 
-def check_unshared(folder: Path, coordinator: PublicKey, task: RoundTask, layout: Layout) -> None:
+def check_unshared(transcripts: Transcripts, task: RoundTask, layout: Layout) -> None:
     """Check that a task shares no part that a plan before it had devices train and keep to themselves.
 
     Logs are read from the newest one back, to a plan that shared as much: it passed this check. A part without a tensor
@@ -132,8 +128,8 @@ def check_unshared(folder: Path, coordinator: PublicKey, task: RoundTask, layout
     log was altered.
     """
     shared = task.changes & {part_of(spec.name) for spec in layout.tensors}
-    for path in reversed(logs(folder)):
-        for earlier in reversed([*_tasks(StoredLog.read(path, coordinator).entries)]):
+    for entries in transcripts.sessions(backwards=True):
+        for earlier in reversed([*_tasks(entries)]):
             if kept := sorted(shared & earlier.private):
                 text = f"the method shares the part {kept[0]}, which devices kept to themselves in an earlier round, "
                 text += "and so they refuse it: set a method that does not share it, or begin a new federation"

@@ -18,17 +18,14 @@ from aggregation.messages import Plan
 from aggregation.server import AbortReason, Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, Step
-from aggregation.transcript import receipts
 from coordinator import lastsum
 from coordinator.lastsum import LastSum, names
 from coordinator.registry import StoredAdapter, state_digest
 from coordinator.session import Cohort, Exchange, SessionRequest, attachments, establish, obstacle
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.transcripts import StoredLog
 from coordinator.transport import Transport
 from edgeadapt import traces
 from edgeadapt.auditing.account import Account, logged
-from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats import files
 from edgeadapt.formats.cores import cores
 from edgeadapt.formats.layout import Tensors
@@ -116,7 +113,7 @@ class _Run:
         lastsum.warn_of_stillness(adapter, leader.settings)
         if leader.settings.training_rounds >= number:
             trained = leader.settings.task(adapter.manifest)
-            lastsum.check_unshared(leader.transcripts.folder, leader.key.public, trained, adapter.layout)
+            lastsum.check_unshared(leader.transcripts, trained, adapter.layout)
 
     def _task(self, number: int, adapter: StoredAdapter) -> RoundTask:
         """Build the task of a round. All sums from one adapter have the same task."""
@@ -211,7 +208,7 @@ class _Round:
             return planned
         state, plans = planned
         self.cohort.recorder.begin(state.plan)
-        extra = attachments(receipts(self.cohort.recorder.log, plans), {ADAPTER: self.adapter.blob})
+        extra = attachments(self.cohort.recorder.receipts(plans), {ADAPTER: self.adapter.blob})
 
         spec = session.session.spec
         least = len(plans) if last else _needed(spec, state.plan, max(spec.threshold, spec.minimum_survivors))
@@ -357,11 +354,11 @@ def _measure(span: traces.Span, record: RoundRecord) -> None:
 
 def _found(leader: CoordinatorStateDir) -> LastSum | None:
     """Find the last sum from the newest adapter, or else that which made it."""
-    registry, folder, key = leader.registry, leader.transcripts.folder, leader.key.public
+    registry, transcripts = leader.registry, leader.transcripts
     number, digest = registry.head().newest
     parent, records = registry.version(number).manifest.parent, registry.rounds()
-    last = lastsum.find(folder, key, digest, records)
-    return last or (lastsum.find(folder, key, parent, records) if parent else None)
+    last = lastsum.find(transcripts, digest, records)
+    return last or (lastsum.find(transcripts, parent, records) if parent else None)
 
 
 def _require_same_terms(last: LastSum, task: RoundTask, adapter: StoredAdapter, leader: CoordinatorStateDir) -> None:
@@ -438,8 +435,8 @@ def _within_reach(spec: SessionSpec, found: GroupSum) -> GroupSum:
 def _account(leader: CoordinatorStateDir) -> Account:
     """Add up what sums have revealed so far, also those of rounds that a kill interrupted, which have no record."""
     account = Account()
-    for path in logs(leader.transcripts.folder):
-        account = logged(account, StoredLog.read(path, leader.key.public).entries)
+    for entries in leader.transcripts.sessions():
+        account = logged(account, entries)
     return account
 
 

@@ -16,15 +16,14 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from aggregation import checks, envelope, graph, groups, server
+from aggregation import checks, graph, groups, server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.messages import DIGEST, Challenge, CheckIn
 from aggregation.pki import Root
 from aggregation.pki.certificates import identity, load, same_name
-from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import RevocationList
-from aggregation.server import Established, Offering, RoundAborted, Sharing
+from aggregation.server import Coordinator, Established, Offering, RoundAborted, Sharing
 from aggregation.spec import SessionSpec
 from aggregation.steps import PROOF, REVOCATIONS, Step
 from coordinator.lastsum import LastSum, names, serials
@@ -55,7 +54,7 @@ class CheckedIn:
 
 
 def check_in(
-    key: IdentityKey, root: Root, transport: Transport, group: str, last: LastSum | None, cohort: CohortSettings
+    protocol: Coordinator, root: Root, transport: Transport, group: str, last: LastSum | None, cohort: CohortSettings
 ) -> CheckedIn:
     """Challenge nodes; keep those that prove which certified device they are, one node for each device.
 
@@ -80,7 +79,7 @@ def check_in(
     for attempt in range(1, CHECK_INS + 1):
         left = set(asked if sampled else transport.nodes()).difference(nodes.values())
         challenges = {node: Challenge(SystemEntropy().bytes(DIGEST), node) for node in sorted(left)}
-        bodies = {node: envelope.sign(key, challenge) for node, challenge in challenges.items()}
+        bodies = {node: protocol.sign(challenge) for node, challenge in challenges.items()}
         name = group if attempt == 1 else f"{group}-{attempt}"
         for reply in transport.ask(Step.CHECK_IN, bodies, name, enough=enough):
             try:
@@ -285,7 +284,7 @@ def _attempt(
     root, settings, last = leader.read_root(datetime.now(UTC)), leader.settings, wanted.last
     group = f"{wanted.group}-{attempt}"
     with traces.span(Step.CHECK_IN.value, listed=len(transport.nodes()), attempt=attempt) as span:
-        present = check_in(leader.key, root, transport, group, last, settings.cohort)
+        present = check_in(leader.protocol, root, transport, group, last, settings.cohort)
         span.set(answered=len(present.nodes))
     layout, base = wanted.adapter.layout, wanted.adapter.manifest.base_digest
     spec_of = partial(settings.session_spec, layout=layout, base_digest=base, rounds=wanted.rounds, task=wanted.task)
@@ -363,7 +362,7 @@ def _offer(
     that are present are needed: without them the session is of no use."""
     answers, nodes, transcripts = present.answers, present.nodes, leader.transcripts
     certificates = {device: answer.certificate for device, answer in answers.items()}
-    offering, offer = server.open_session(leader.key, root, spec, certificates, SystemEntropy(), present.at)
+    offering, offer = server.open_session(leader.protocol, root, spec, certificates, SystemEntropy(), present.at)
     recorder = transcripts.begin(offering.offer, root.revoked)
     cohort = Cohort(leader, transport, nodes, recorder, serials(certificates.values()), root.revoked)
     last_offers = {device: answer.last_offer or b"" for device, answer in answers.items()}

@@ -26,6 +26,7 @@ from aggregation.pki.certificates import to_der
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import MAX_REVOCATIONS
 from aggregation.pki.tls import TlsKey, verify_tls
+from aggregation.server import Coordinator
 from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, database, leadership
 from coordinator.registry.lease import LOOK
 from coordinator.settings import SERVICES, SETTINGS, FederationSettings, ServiceSettings
@@ -59,7 +60,8 @@ SERVICES_HEADER = b"# What 'edgeadapt coordinator up' runs on this machine. It r
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorStateDir:
-    """An opened state directory. ``lease``: protects writes to registry and transcripts that machines share."""
+    """An opened state directory. ``protocol``: the coordinator's side of sessions. ``lease``: protects writes to
+    registry and transcripts that machines share."""
 
     folder: Path
     key: IdentityKey
@@ -67,6 +69,7 @@ class CoordinatorStateDir:
     settings: FederationSettings
     registry: Registry
     transcripts: Transcripts
+    protocol: Coordinator
     lease: Lease | None = None
 
     @classmethod
@@ -129,7 +132,7 @@ class CoordinatorStateDir:
         transcripts = Transcripts(folder / TRANSCRIPT, key, root, keep, registry.head, table)
         if table is not None:
             _update_transcript(folder, table)
-        return cls(folder, key, root, settings, registry, transcripts)
+        return cls(folder, key, root, settings, registry, transcripts, Coordinator(key))
 
     def read_root(self, at: datetime) -> Root:
         """Read the authority, with the newest of the revocation lists in this directory and in its transcripts. Raises

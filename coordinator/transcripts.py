@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,6 +102,10 @@ class Recorder:
             path = vector_path(self.vectors, MaskedInput.decode(header).vector)
             storage.replace(path, transcript.packed_vector(body), PUBLIC)
         self.write(self.log.received(step, device, body))
+
+    def receipts(self, devices: Iterable[str]) -> dict[str, bytes]:
+        """Prove to each device what the log has: see ``transcript.receipts``."""
+        return transcript.receipts(self.log, devices)
 
     def synced(self) -> Transcript:
         """Return the log once all in it would survive a power cut: a record of the round may then refer to it."""
@@ -349,6 +353,12 @@ class Transcripts:
             return self.root.revocations(stored).number
         except TrustError:
             return -1
+
+    def sessions(self, *, backwards: bool = False) -> Iterator[tuple[Entry, ...]]:
+        """Read the entries of one log after the other. Raises TrustError: a log was altered."""
+        paths = logs(self.folder)
+        for path in reversed(paths) if backwards else paths:
+            yield StoredLog.read(path, self.key.public).entries
 
     def session_chain_proofs(self, recorder: Recorder, last_offers: Mapping[str, bytes]) -> dict[str, bytes]:
         """Prove to each device that the new session continues the log of the session that the device joined last.

@@ -281,6 +281,7 @@ class RunResult:
     seconds: dict[str, float]  # total, training (all devices, in the rounds), coordination, personal, export
     exported: ExportResult | None = None  # None for a language model
     canaries: CanaryBounds | None = None  # None if none were asked for, or without differential privacy
+    masked: bool = True  # whether the sums were; without masks there is no transcript
     attack: str = "none"  # how the attackers lied in training
     attackers: tuple[str, ...] = ()
     groups: tuple[GroupResult, ...] = ()  # none if all clients share one adapter; ``adapter`` is that of the first

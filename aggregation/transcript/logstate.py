@@ -78,6 +78,12 @@ class LogState:
             text = f"adapter {plan.adapter_version} of the plan is not the newest one in the log, {self.version}"
             raise ProtocolError(text, COORDINATOR, about="plan.adapter", value=plan.adapter_version)
 
+    def require_new(self, offer: bytes) -> None:
+        """Check that an offer is not the one that the device joined last. Raises ProtocolError."""
+        if offer == self.offer:
+            text = "this device has joined that session before: the offer is repeated"
+            raise ProtocolError(text, COORDINATOR, about="offer.repeated")
+
     def on_session_chain_proof(self, coordinator: PublicKey, raw: bytes, offer: bytes) -> "LogState":
         """Check the proof sent with the offer of digest ``offer``; returns the state to keep.
 
@@ -85,9 +91,7 @@ class LogState:
         from another adapter than the session before it ended with.
         """
         proof = SESSION_CHAIN_PROOF.decode(raw)
-        if offer == self.offer:
-            text = "this device has joined that session before: the offer is repeated"
-            raise ProtocolError(text, COORDINATOR, about="offer.repeated")
+        self.require_new(offer)
         if not proof.receipt:
             text = "the proof has no receipt for the session that this device joined last"
             raise ProtocolError(text, COORDINATOR, about="proof.receipt")

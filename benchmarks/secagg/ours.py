@@ -21,7 +21,7 @@ from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
 from aggregation.ring import Ring
-from aggregation.server import Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
+from aggregation.server import Collecting, Confirming, Coordinator, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.session import Peer, Session, commitment
 from aggregation.sharing import Secrets, SharePair
 from aggregation.singleuse import SingleUse
@@ -141,7 +141,7 @@ def make(devices: int, degree: int, threshold: int, size: int) -> EdgeAdaptFleet
     root = Authority.create("benchmark", ENTROPY, _BEGIN, _END).root
     fleet = {name: Device(identities[name], b"", root, key.public, Policy()) for name in names}
     dealt: dict[str, dict[str, EncryptedShares]] = {name: {} for name in names}
-    established = Established(key, session, _END, dealt, delivered=frozenset(names))
+    established = Established(Coordinator(key), session, _END, dealt, delivered=frozenset(names))
     pairs = {name: _split(session, name, secrets[name]) for name in names}
     return EdgeAdaptFleet(established, fleet, secrets, share_keys, pairs)
 

@@ -174,7 +174,7 @@ def _transition(
         device.policy.check_revocations(device.root.revoked, now)
         after, answer = client.join(device, body, SystemEntropy(), now)
         log_state = _after_offer(device, log_state, fields, after)
-        _take_snapshot(state_dir, after)
+        _take_snapshot(state_dir, device.public_key(after.share_key))
     elif step is Step.ROSTER and isinstance(state, Advertised):
         after, answer = state.on_roster(device, body, _dealing(state, body))
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
@@ -262,27 +262,18 @@ def _install_revocations(state_dir: DeviceState, raw: bytes) -> None:
 def _after_offer(
     device: Device, log_state: LogState | None, fields: Mapping[str, bytes], joined: Advertised
 ) -> LogState | None:
-    """Verify that the log of the offered session follows the log that this device knows."""
-    if not device.policy.demand_proofs:
-        return None
-    proof = _proof(fields)
-    if log_state is None:
-        return LogState.initial(device.coordinator, proof, joined.offer, joined.me)
-    return log_state.on_session_chain_proof(device.coordinator, proof, joined.offer)
+    return device.log_state_of(joined, log_state, _proof(fields)) if device.policy.demand_proofs else None
 
 
 def _after_receipt(
     device: Device, log_state: LogState | None, fields: Mapping[str, bytes], plan: Plan
 ) -> LogState | None:
-    """Verify the log: this device's messages of its last round are in it, and its newest adapter is the plan's."""
     if not device.policy.demand_proofs:
         return None
     if log_state is None:
         reason = "this device has no log state of the session; it takes part again from the next offer on"
         raise ProtocolError(reason, about="log state")
-    after = log_state.on_receipt(device.coordinator, _proof(fields))
-    after.require_newest(plan)
-    return after
+    return device.followed(log_state, _proof(fields), plan)
 
 
 def _after_plan(state_dir: DeviceState, device: Device, planned: Planned, task: RoundTask, blob: bytes) -> SumHistory:
@@ -349,11 +340,14 @@ def _dealing(joined: Advertised, roster: bytes) -> DerivedEntropy:
     return DerivedEntropy(masks.derive(joined.share_key, b"edgeadapt/dealing/1", content))
 
 
-def _take_snapshot(state_dir: DeviceState, joined: Advertised) -> None:
-    """Fix what this session trains on; whether the examples can be read makes no difference to an answer."""
+def _take_snapshot(state_dir: DeviceState, share_key: bytes) -> None:
+    """Fix what this session trains on; whether the examples can be read makes no difference to an answer.
+
+    ``share_key``: the public one with which the device joined.
+    """
     try:
         examples = read_file(state_dir.examples)
     except DataError as error:
         log.warning("no examples for this session: %s", error, extra={"about": error.about})
         examples = b""
-    state_dir.take_snapshot(examples, masks.public_key(joined.share_key))
+    state_dir.take_snapshot(examples, share_key)

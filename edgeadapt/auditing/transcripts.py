@@ -29,12 +29,13 @@ from edgeadapt.auditing.records import require_logged, require_published
 from edgeadapt.auditing.weaknesses import RepeatedSums, Weaknesses
 from edgeadapt.formats import storage
 from edgeadapt.formats.manifest import VersionManifest
-from edgeadapt.formats.registryfiles import AUTHORITY, DATABASE, PUBLIC_KEY, REGISTRY, REVOKED, RegistryFiles
+from edgeadapt.formats.registryfiles import AUTHORITY, DATABASE, PUBLIC_KEY, REGISTRY, REVOKED, SUMS, RegistryFiles
 from edgeadapt.formats.registryreader import open_registry_files
 from edgeadapt.formats.roundrecord import RoundRecord
 
 VECTORS = "vectors"  # folder
-PLACES = (".", "transcript", "coordinator/transcript")  # in a folder of transcripts, a state directory, a run
+COORDINATOR = "coordinator"  # folder of a run
+PLACES = (".", "transcript", f"{COORDINATOR}/transcript")  # in a folder of transcripts, a state directory, a run
 LARGEST = 2**22  # bytes of a certificate, a key or a revocation list
 _LOGS = "session-*.log"
 
@@ -207,6 +208,9 @@ def _adapters(report: Report, recomputation: Recomputation | None, published: Ve
 
 
 def _find(path: Path) -> tuple[Path, ...]:
+    if path.name == SUMS or any((path / place / SUMS).is_dir() for place in (".", COORDINATOR)):
+        text = f"{path} has no transcript, for its sums have no masks: run the simulation with --engine protocol"
+        raise DataError(text, about="transcript", value=str(path))
     logs_by_place = {place: tuple(logs(path / place)) for place in PLACES}
     places = [place for place, paths in logs_by_place.items() if paths]
     if len(places) == 1:

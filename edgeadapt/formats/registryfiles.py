@@ -34,6 +34,7 @@ from edgeadapt.formats.settings import Settings
 # Files and folders of a coordinator's state directory.
 SIGNING_KEY, DATABASE, BLOBS, REGISTRY = "signing.pem", "registry.db", "blobs", "registry.toml"
 PUBLIC_KEY, AUTHORITY, REVOKED, TRANSCRIPT = "coordinator.pem", "authority.pem", "revoked.crl", "transcript"
+SUMS = "sums"  # in place of a transcript, of a simulation whose rounds have no masks
 SCHEMA = "3"  # revision of the tables; ``coordinator.registry.migrations`` brings older ones to it
 PREFIX = "edgeadapt_"  # of this program's tables, so that another program's database is recognized
 # Tables; the first is alembic's, has one row and the column SCHEMA_COLUMN.

@@ -132,7 +132,7 @@ def simulate(
     out: File | None = None,
     resume: bool = False,
     workers: int = 1,
-    engine: Literal["local", "ray"] = "local",
+    engine: Literal["plain", "protocol", "ray"] = "plain",
     quiet: bool = False,
     **settings: Any,
 ) -> Run:
@@ -145,7 +145,8 @@ def simulate(
         out: The folder of the run; by default a new one in ``runs/``.
         resume: Continue the run of the same source and settings in ``out``, or the newest one in ``runs/``.
         workers: Processes that the devices of the rounds share.
-        engine: Where the rounds run: in this process and its workers, or on Flower's simulation engine.
+        engine: How the rounds run: with sums without masks, which make the same adapters and leave no transcript; with
+            the protocol, as ``audit`` needs it; or so on Flower's simulation engine.
         quiet: Show no progress.
         settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``. A task, a
             model, a server rule and a personal step may be your own, in place of a name (docs/how-to/extend.md).
@@ -154,7 +155,7 @@ def simulate(
         ConfigError: A setting is not valid, or ``out`` has another run.
         DataError: A text or a row is not valid.
     """
-    check_choice("engine", engine, ("local", "ray"))
+    check_choice("engine", engine, ("plain", "protocol", "ray"))
     keys = {name.replace("__", "."): value for name, value in settings.items()}
     keys |= {} if client is None else {"data.client": client}
     _name_own(keys)
@@ -164,7 +165,7 @@ def simulate(
         out = RUNS / f"rows-{datetime.now():%Y%m%d-%H%M%S}" if out is None else Path(out)
         path = _written(source, out.with_name(f"{out.name}.{ROWS}"))
     with in_python():
-        plan = Plan.of(read_scenario(path, overrides(keys)), Engine(workers, ray=engine == "ray"))
+        plan = Plan.of(read_scenario(path, overrides(keys)), Engine(workers, engine))
         if plan.warning:
             warnings.warn(plan.warning, stacklevel=2)
         folder = plan.folder(None if out is None else Path(out), resume=resume)

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -14,7 +14,10 @@ from edgeadapt.commandline import as_json, is_quiet, program, quiet
 from simulations.scenario import describe, read_scenario
 from simulations.shipped import SCENARIOS
 
-DEMO = "households.toml"
+if TYPE_CHECKING:
+    from simulations.suite.run import EngineName
+
+DEMO = "multilingual.toml"
 
 
 def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -22,9 +25,9 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable."),
         click.option(
             "--engine",
-            type=click.Choice(["local", "ray"]),
-            default="local",
-            help="Where the rounds run: in this process, or on Flower's simulation engine.  [default: local]",
+            type=click.Choice(["plain", "protocol", "ray"]),
+            help="How the rounds run: with sums without masks, which make the same adapters and leave no transcript; "
+            "with the protocol; or so on Flower's simulation engine.  [default: plain; of demo: protocol]",
         ),
         click.option(
             "--workers",
@@ -56,8 +59,8 @@ def _show_keys(context: click.Context, _: click.Parameter, wanted: bool) -> None
 def demo(**options: Any) -> None:
     """Households personalize a frozen model together; no household shows its data.
 
-    Runs the scenario simulations/scenarios/households.toml: a few minutes on two cores, without a network. `edgeadapt
-    simulate run multilingual.toml` runs the same households on a base that reads about 100 languages.
+    Runs the scenario simulations/scenarios/multilingual.toml: a few minutes on two cores, without a network. `edgeadapt
+    simulate run households.toml` runs the same households on a small base that was made for English.
 
     \b
     Examples:
@@ -66,7 +69,7 @@ def demo(**options: Any) -> None:
       edgeadapt demo --out runs/mine --resume      # after Ctrl-C
       edgeadapt demo --json > result.json
     """
-    _run(SCENARIOS / DEMO, **options)
+    _run(SCENARIOS / DEMO, **options | {"engine": options["engine"] or "protocol"})
 
 
 @click.command()
@@ -79,13 +82,14 @@ def simulate(scenario: Path, **options: Any) -> None:
     \b
     Examples:
       edgeadapt simulate run households.toml                       # a file, or one that is shipped
+      edgeadapt simulate run households.toml --engine protocol     # with a transcript, to audit
       edgeadapt simulate run population.toml --workers 8           # 10,000 households in cohorts of 100
       edgeadapt simulate run texts.csv --set data.client=user      # columns text, label, user
       edgeadapt simulate run authors.toml --set 'data.files=["texts.jsonl"]' --set data.client=author
       edgeadapt simulate run my.toml --set federation.rounds=20 --set 'population.languages=["en","es"]'
       edgeadapt simulate run --keys
     """
-    _run(scenario, **options)
+    _run(scenario, **options | {"engine": options["engine"] or "plain"})
 
 
 def _run(
@@ -94,7 +98,7 @@ def _run(
     resume: bool,
     as_json: bool,
     verbose: bool,
-    engine: str,
+    engine: "EngineName",
     workers: int,
     overrides: tuple[str, ...],
 ) -> None:
@@ -103,18 +107,20 @@ def _run(
     from simulations.data.summary import summarize
     from simulations.engine.progress import RunProgress
     from simulations.engine.provision import describe as describe_groups
+    from simulations.report.formatting import UNMASKED
     from simulations.report.terminal import print_result, print_scenario
     from simulations.suite.run import Engine, Plan
 
-    plan = Plan.of(scenario, Engine(workers, ray=engine == "ray"))
+    plan = Plan.of(scenario, Engine(workers, engine))
     if plan.warning:
         click.echo(f"edgeadapt: {plan.warning}", err=True)
     folder = plan.folder(out, resume=resume)
     if not is_quiet():
-        groups = describe_groups(plan.groups) if scenario.groups.by != "none" else ""
+        notes = {"groups": describe_groups(plan.groups) if scenario.groups.by != "none" else ""}
+        notes["engine"] = "" if plan.engine.masks(scenario) else UNMASKED
         data = summarize(plan.loaded, plan.base)
         console = Console(stderr=as_json)
-        print_scenario(scenario, folder.log, console, data=data, devices=plan.devices, groups=groups, verbose=verbose)
+        print_scenario(scenario, folder.log, console, data=data, devices=plan.devices, notes=notes, verbose=verbose)
     with resumable(folder.path), RunProgress(quiet=is_quiet()) as progress:
         result = plan.run(folder, progress)
     if as_json:

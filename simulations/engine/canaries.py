@@ -27,16 +27,12 @@ from scipy.optimize import brentq
 from scipy.stats import beta, binom, norm
 
 from aggregation import rotation
-from aggregation.pki.identity import IdentityKey
 from aggregation.ring import dtype
 from aggregation.spec import SessionSpec
-from coordinator.statedir import KEY
-from coordinator.transcripts import StoredLog
 from edgeadapt.auditing.account import Account, sums
-from edgeadapt.auditing.transcripts import logs
-from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.rounds.sums import noisy_vector
 from simulations.engine import provision
+from simulations.engine.plain import open_coordinator
 from simulations.result import CanaryBounds
 from simulations.scenario import Scenario
 
@@ -146,8 +142,8 @@ def audited(fleets: Iterable[Path], delta: float, canaries: int) -> CanaryBounds
 
 def _spent_most(coordinator: Path, delta: float) -> tuple[float, list[Sum]] | None:
     """Return the epsilon of a federation's device that spent most, and the sums that it was in; None without noise."""
-    key = IdentityKey.from_pem((coordinator / KEY).read_bytes()).public
-    named = [each for log in logs(coordinator / TRANSCRIPT) for each in sums(StoredLog.read(log, key).entries)]
+    transcripts = open_coordinator(coordinator).transcripts
+    named = [each for entries in transcripts.sessions() for each in sums(entries)]
     account = Account()
     for spec, survivors in named:
         account = account.after(spec, survivors)

@@ -41,6 +41,7 @@ from client.training.trainer import FrozenBase, Trainer
 from edgeadapt.formats import storage
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.rounds.task import Task
+from simulations.engine.plain import PlainDevice
 from simulations.scenario import Scenario
 
 FACTORS = {"sign-flip": -1.0, "label-flip": 1.0, "boost": 10.0}  # of what the attacker trains
@@ -124,18 +125,17 @@ def open_state_dir(folder: Path) -> DeviceStateDir:
 
 
 class MemoryDevice:
-    """Keeps a ``DeviceState`` in memory. What a file gives is read once."""
+    """Keeps a ``DeviceState`` in memory. What a file gives is read once. ``plain``: it masks nothing."""
 
-    def __init__(self, files: DeviceStateDir, base: FrozenBase) -> None:
-        self._files, self._base = files, base
+    def __init__(self, files: DeviceStateDir, base: FrozenBase, *, plain: bool = False) -> None:
+        self._files, self._base, self._plain = files, base, plain
         self.policy: PolicySettings = files.policy
         self.eligibility, self.last_round = EligibilitySettings(), None  # a simulated device always takes part
         self.examples: Path = files.examples
-        self.identity: IdentityKey = files.identity
-        self.certificate: bytes = files.certificate
-        self.coordinator: PublicKey = files.coordinator
-        self._root = files.root()
-        self._device = files.device(base.digest)
+        self._device = self._opened()
+        self.identity: IdentityKey = self._device.identity
+        self.certificate: bytes = self._device.certificate
+        self.coordinator: PublicKey = self._device.coordinator
         self._entropy = SeededEntropy((files.folder / SEED).read_bytes())
         parts, ledger = files.load(PrivateParts), files.load(PrivacyLedger)
         self._kept: dict[type[Any], Any] = {type(kept): kept for kept in (parts, ledger) if kept is not None}
@@ -150,11 +150,15 @@ class MemoryDevice:
         return self._device
 
     def root(self) -> Root:
-        return self._root
+        return self._device.root
 
     def revoke(self, raw: bytes) -> None:
         self._files.revoke(raw)
-        self._root, self._device = self._files.root(), self._files.device(self._base.digest)
+        self._device = self._opened()
+
+    def _opened(self) -> Device:
+        device = self._files.device(self._base.digest)
+        return PlainDevice.of(device) if self._plain else device
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -219,12 +223,13 @@ class MemoryDevices:
 
     state_dir: Callable[[str], DeviceStateDir]  # name → the device's state directory, which is made if it is missing
     base: FrozenBase
+    plain: bool = False
     _awake: dict[str, MemoryDevice] = field(default_factory=dict)
 
     def open(self, context: Context) -> MemoryDevice:
         name = str(context.node_config[STATE])
         if name not in self._awake:
-            self._awake[name] = MemoryDevice(self.state_dir(name), self.base)
+            self._awake[name] = MemoryDevice(self.state_dir(name), self.base, plain=self.plain)
         return self._awake[name]
 
     def before(self, step: Step | None, names: Sequence[str]) -> None:

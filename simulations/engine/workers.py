@@ -146,6 +146,7 @@ class Fleet:
     nodes: Mapping[int, str]  # node → name of its device
     attack: str = "none"  # the kind of the lie of the devices that lie, ``liars``
     liars: frozenset[str] = frozenset()
+    plain: bool = False  # whether the rounds have no masks
 
     def state_dir(self, name: str) -> DeviceStateDir:
         return DeviceStateDir.open(self.folder / name)
@@ -216,7 +217,7 @@ def _never(request: Message, context: Context) -> Message:
 
 class _Answering:
     def __init__(self, fleet: Fleet, notify: Notify) -> None:
-        self._fleet, self._devices = fleet, MemoryDevices(fleet.state_dir, fleet.base)
+        self._fleet, self._devices = fleet, MemoryDevices(fleet.state_dir, fleet.base, fleet.plain)
         self._app = LyingApp(fleet.attack, fleet.liars, self._devices.open)
         self._contexts: dict[int, Context] = {}
 

@@ -19,6 +19,7 @@ from simulations.result import (
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 MINUTE = 60  # seconds
+UNMASKED = "sums without masks: no transcript, no audit; --engine protocol has them"
 
 
 def share(value: float, digits: int = 3) -> str:
@@ -126,6 +127,7 @@ def context(result: RunResult, program: str) -> str:
         f"{count(len(result.clients) - unseen, 'client')} trained, {unseen} took no part; {languages}.",
         evaluated(len(result.clients), result.population),
         f"One seed: some points may be chance. Intervals: {program} simulate suite",
+        "" if result.masked else f"({UNMASKED})",
     ]
     return " ".join(part for part in parts if part)
 
@@ -154,7 +156,7 @@ def _quoted(phrase: str) -> str:
     return shlex.quote(phrase) if set(phrase) & set('"$`\\!') else f'"{phrase}"'
 
 
-def next_commands(exported: ExportResult, program: str) -> list[tuple[str, str]]:
+def next_commands(result: RunResult, exported: ExportResult, program: str) -> list[tuple[str, str]]:
     """Return what to try next, in a few words each, with their commands: teach or ask a device, audit, own texts."""
     first = ("ask a device", command(exported, program))
     if lesson := exported.lesson:
@@ -162,7 +164,8 @@ def next_commands(exported: ExportResult, program: str) -> list[tuple[str, str]]
         first = ("teach a device a phrase that it gets wrong", f"{program} device infer {words}")
     federation = shlex.quote(str(Path(exported.report).parent))
     own = [("simulate texts of your own", f"{program} new mine")] if exported.plain else []  # these were households
-    return [first, ("check what the coordinator did", f"{program} audit verify {federation}"), *own]
+    checks = [("check what the coordinator did", f"{program} audit verify {federation}")] if result.masked else []
+    return [first, *checks, *own]
 
 
 @dataclass(frozen=True, slots=True)

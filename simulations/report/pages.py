@@ -64,7 +64,7 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
             "dropouts": figures.dropouts_by_device(result),
         },
         command=formatting.command(exported, program),
-        steps=formatting.next_commands(exported, program),
+        steps=formatting.next_commands(result, exported, program),
         accuracies=formatting.accuracies(exported.parity),
         plain=formatting.plain(exported.plain) if exported.plain else "",
     )

@@ -16,6 +16,7 @@ from edgeadapt.bases.base import MODELS
 from edgeadapt.formats.peftconfig import MethodName
 from simulations.data.summary import DataSummary, lines
 from simulations.report.formatting import (
+    UNMASKED,
     TrafficMeans,
     accuracies,
     canaries,
@@ -70,6 +71,7 @@ SHORT = (
     "texts",
     "look at",
     "broken",
+    "engine",
 )  # lines without --verbose
 
 
@@ -80,14 +82,14 @@ def print_scenario(
     *,
     data: DataSummary,
     devices: int,
-    groups: str = "",
+    notes: Mapping[str, str] = {},
     verbose: bool = False,
 ) -> None:
     """Print what a run is about, before it starts: in some lines, or with ``verbose`` in all.
 
-    ``devices`` take part in training, in the smallest federation; ``groups`` have an adapter of their own.
+    ``devices`` take part in training, in the smallest federation. ``notes``: label → a further line, unless empty.
     """
-    about = [*_plan(scenario, data, devices, groups), *lines(data)]
+    about = [*_plan(scenario, data, devices), *((name, text) for name, text in notes.items() if text), *lines(data)]
     if not verbose:
         about = [line for line in about if line[0] in SHORT or (line[0] == "unknown" and data.warns)]
     console.print(Text(f"Scenario {scenario.name}, seed {scenario.seed}", style="bold"))
@@ -131,7 +133,7 @@ def _described(adapter: AdapterSettings) -> str:
     return f"{name}{size}{place}" + {"none": "", "all": ", all biases", "lora_only": ", their biases"}[adapter.bias]
 
 
-def _plan(scenario: Scenario, data: DataSummary, devices: int, groups: str) -> list[tuple[str, str]]:
+def _plan(scenario: Scenario, data: DataSummary, devices: int) -> list[tuple[str, str]]:
     adapter, federation = scenario.adapter, scenario.federation
     training, fitted = federation.training, federation.analytic.rounds
     adversary = federation.aggregation.adversary
@@ -157,7 +159,6 @@ def _plan(scenario: Scenario, data: DataSummary, devices: int, groups: str) -> l
         ("arms", "base      its first parameters" if own else f"base      the frozen model{head}, no training"),
         *(("", line) for line in _personal(scenario)),
         *([("evaluated", f"{most} of {clients} clients, chosen by the seed")] if clients > most else []),
-        *([("groups", groups)] if groups else []),
     ]
 
 
@@ -225,7 +226,7 @@ def print_result(result: RunResult, console: Console, program: str = "edgeadapt"
     console.print()
     console.print(_accuracy(result))
     console.print()
-    _print_lines([*_facts(result), *_exported(result.exported, program)], console)
+    _print_lines([*_facts(result), *_exported(result, result.exported, program)], console)
 
 
 def _table(title: str, columns: Iterable[str]) -> Table:
@@ -273,6 +274,7 @@ def _facts(result: RunResult) -> list[tuple[str, str | Text]]:
             *([("dropouts", dropouts(result.rounds))] if result.round_tally.aborted else []),
             *resumed,
             *private,
+            *([] if result.masked else [("engine", UNMASKED)]),
             ("time", duration(result.seconds["total"])),
             *([("evaluated", note)] if note else []),
         ]
@@ -288,7 +290,7 @@ def _facts(result: RunResult) -> list[tuple[str, str | Text]]:
     ]
 
 
-def _exported(exported: ExportResult, program: str) -> list[tuple[str, str | Text]]:
+def _exported(result: RunResult, exported: ExportResult, program: str) -> list[tuple[str, str | Text]]:
     says, errors = reliability(exported.reliability)
     return [
         ("parity", _parity(exported.parity)),
@@ -300,7 +302,7 @@ def _exported(exported: ExportResult, program: str) -> list[tuple[str, str | Tex
         ("report", Text(exported.report)),
         *(
             ("" if place else "try", Text(f"{words}:\n{'':{LABEL}}{typed}"))
-            for place, (words, typed) in enumerate(next_commands(exported, program))
+            for place, (words, typed) in enumerate(next_commands(result, exported, program))
         ),
     ]
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from flwr.app import Context, RecordDict
@@ -23,7 +23,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from client.node.statedir import EXAMPLES, PERSONAL
 from client.training.examples import encode_examples, parse_examples
 from coordinator import lastsum
-from coordinator.app import STATE
+from coordinator.app import STATE, conduct
 from coordinator.app import app as server_app
 from coordinator.settings import SETTINGS
 from coordinator.statedir import HEADER, CoordinatorStateDir
@@ -34,6 +34,7 @@ from edgeadapt.commandline import program
 from edgeadapt.formats import files, jsontext
 from edgeadapt.formats.cores import cores
 from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.registryfiles import SUMS, TRANSCRIPT
 from edgeadapt.formats.settings import LONGEST
 from edgeadapt.formats.storage import PUBLIC, kill_safe, read, replace
 from simulations.data import populate
@@ -53,6 +54,7 @@ from simulations.engine.grid import (
     read_trace,
     trace_digest,
 )
+from simulations.engine.plain import is_plain, open_coordinator
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import Enrolment, Group, device_base, fleet_folders, grouped, training_base
 from simulations.engine.publish import export_all
@@ -83,17 +85,26 @@ MOST_THREADS = 4  # one phrase does not keep more busy
 MANY, RARE = 50, 0.1  # devices more than a run has, and rounds that abort, where advice is looked for
 MOST_REPEATS = 5  # rounds of the analytic head, after those that were planned
 MOST_AT_ONCE = 4  # clients; each holds a base in memory
+EngineName = Literal["plain", "protocol", "ray"]
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """Says where the devices work; ``ray``: on Flower's engine, which has its own processes and no faults."""
+    """Says where the devices work, and whether they mask.
+
+    ``plain``: without masks (``simulations.engine.plain``), unless masked inputs are to be kept. ``protocol``: with all
+    of secure aggregation. ``ray``: the same on Flower's engine, which has its own processes and no faults.
+    """
 
     workers: int = 1  # processes; 1: this one
-    ray: bool = False
+    name: EngineName = "plain"
+
+    def masks(self, scenario: Scenario) -> bool:
+        return self.name != "plain" or scenario.federation.aggregation.keep_masked_inputs
 
 
 HERE = Engine()
+PROTOCOL = Engine(name="protocol")
 
 
 @dataclass(slots=True)
@@ -181,10 +192,10 @@ class Plan:
             ConfigError: The engine cannot run this scenario, or is not installed.
             DataError, ConfigError: As ``populate`` and ``provision.unrounded_base``.
         """
-        if engine.ray:
+        if engine.name == "ray":
             require_ray()
             if engine.workers > 1:
-                text = "--workers is of the engine local: Ray has as many as there are cores"
+                text = "--workers is not of the engine ray: Ray has as many as there are cores"
                 raise ConfigError(text, about="--workers")
             if scenario.attack.kind != "none":
                 text = "attackers need the grid of this process: leave out --engine, or set attack.kind to none"
@@ -318,6 +329,8 @@ def _federate(
 ) -> None:
     """Run the rounds of one fleet. ``availability``: client → when its device can be reached (``read_trace``)."""
     scenario, coordinator = folder.scenario, folder.path / provision.COORDINATOR
+    masks = engine.masks(scenario)
+    _require_same_engine(coordinator, masks)
     enrolment = Enrolment.of(folder.path, scenario, population, base)
     target = partial(base.task.target, outputs=population.labels) if isinstance(base.task, OwnTask) else None
     for client in population.clients:  # a client without data ends the run before the first round
@@ -329,26 +342,36 @@ def _federate(
     trained_on, liars = device_base(folder.path, scenario, base, population), attackers(scenario, nodes.values())
     trace = {node: availability[name] for node, name in nodes.items() if name in availability}
     faults = _faults(scenario, trace, folder.retries)
-    context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(coordinator)})
     trained, done, log = progress.training_seconds, len(provision.registry(folder.path).rounds()), _grid_log(folder)
     try:
         with folder.timed("rounds"), progress.rounds(done, scenario.federation.rounds), kill_safe():
-            if engine.ray:
+            if engine.name == "ray":
                 enrolment.enrol(nodes.values())
                 state_dirs = [provision.device_folder(folder.path, name) for name in nodes.values()]
                 _in_rounds(folder, log, lambda: federate_on_ray(coordinator, state_dirs))
             elif engine.workers == 1:
-                devices = MemoryDevices(enrolment.state_dir, trained_on)
+                devices = MemoryDevices(enrolment.state_dir, trained_on, not masks)
                 app = LyingApp(scenario.attack.kind, liars, devices.open)
                 grid = InProcessGrid(app, nodes, faults, devices.before, log)
-                _in_rounds(folder, log, lambda: _on_grid(grid, context, devices))
+                _in_rounds(folder, log, lambda: _on_grid(grid, coordinator, devices))
             else:
-                fleet = Fleet(folder.path / provision.DEVICES, trained_on, nodes, scenario.attack.kind, liars)
+                kept, lie = folder.path / provision.DEVICES, scenario.attack.kind
+                fleet = Fleet(kept, trained_on, nodes, lie, liars, plain=not masks)
                 with Workers(engine.workers, fleet, enrolment.enrol) as workers:
                     grid = WorkerGrid(workers, nodes, faults, log)
-                    _in_rounds(folder, log, lambda: _on_grid(grid, context, workers))
+                    _in_rounds(folder, log, lambda: _on_grid(grid, coordinator, workers))
     finally:  # like "rounds", also if it is interrupted: the difference of the two is coordination
         folder.add("training", (progress.training_seconds - trained) / engine.workers)  # side by side
+
+
+def _require_same_engine(coordinator: Path, masks: bool) -> None:
+    """Let the rounds have masks or none, for good. Raises ConfigError: they began otherwise."""
+    if masks == is_plain(coordinator) and (masks or (coordinator / TRANSCRIPT).exists()):
+        began = "plain" if masks else "protocol"
+        text = f"the rounds in {coordinator.parent} began on the engine {began}: add --engine {began}"
+        raise ConfigError(text, about="--engine", value=began)
+    if not masks:
+        (coordinator / SUMS).mkdir(exist_ok=True)
 
 
 def _grid_log(folder: RunFolder) -> GridLog:
@@ -359,10 +382,10 @@ def _grid_log(folder: RunFolder) -> GridLog:
     it makes the same adapters as without the interruption.
     """
     settings, log = folder.scenario.federation, GridLog.open(folder.path / GRID_LOG)
-    state_dir = CoordinatorStateDir.open(folder.path / provision.COORDINATOR)
+    state_dir = open_coordinator(folder.path / provision.COORDINATOR)
     records, (_, adapter) = state_dir.registry.rounds(), state_dir.registry.head().newest
-    done, key = len(records), state_dir.key.public
-    within = done < settings.rounds and lastsum.find(state_dir.transcripts.folder, key, adapter, records) is not None
+    done = len(records)
+    within = done < settings.rounds and lastsum.find(state_dir.transcripts, adapter, records) is not None
     if 0 < done < settings.rounds and settings.kind_of(done + 1) is (kind := settings.kind_of(done)):
         first = next(record.round for record in records if record.offer == records[-1].offer)
         planned = sum(settings.kind_of(number) is kind for number in range(first, settings.rounds + 1))
@@ -404,8 +427,12 @@ def _plan_rounds(state_dir: Path, rounds: int) -> None:
     replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), PUBLIC)
 
 
-def _on_grid(grid: InProcessGrid, context: Context, devices: MemoryDevices | Workers) -> None:
-    server_app(grid, context)
+def _on_grid(grid: InProcessGrid, coordinator: Path, devices: MemoryDevices | Workers) -> None:
+    if is_plain(coordinator):
+        with open_coordinator(coordinator).leading() as leader:
+            conduct(leader, grid)
+    else:
+        server_app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(coordinator)}))
     grid.work()
     devices.write()
 
@@ -535,6 +562,7 @@ def _result(
         seconds={**folder.seconds, "coordination": folder.seconds["rounds"] - folder.seconds["training"]},
         exported=exported,
         canaries=canaries,
+        masked=not is_plain(folder.of(groups[0]).path / provision.COORDINATOR),
         attack=scenario.attack.kind,
         attackers=tuple(sorted(name for group in groups for name in attackers(scenario, group.names))),
         groups=tuple(_group_result(folder, group) for group in groups if group.name),

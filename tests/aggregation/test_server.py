@@ -10,7 +10,7 @@ import pytest
 from aggregation import envelope, masks, ring, server
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.messages import Advert, ConsistencySignature, Shares, UnmaskResponse
-from aggregation.server import AbortReason, Established, RoundAborted
+from aggregation.server import AbortReason, Coordinator, Established, RoundAborted
 from tests.support import refused
 
 FleetOf = Callable[..., Any]
@@ -41,13 +41,13 @@ def test_a_certificate_filed_under_another_device_is_refused(fleet: Any) -> None
     certificates = dict(fleet.certificates)
     certificates["device-00x"] = certificates.pop("device-004")
     with refused(ProtocolError, "offer.certificates"):
-        server.open_session(fleet.key, fleet.authority.root, fleet.spec, certificates, fleet.entropy)
+        server.open_session(Coordinator(fleet.key), fleet.authority.root, fleet.spec, certificates, fleet.entropy)
 
 
 def test_a_spec_for_another_cohort_is_refused(fleet: Any) -> None:
     certificates = {name: fleet.certificates[name] for name in sorted(fleet.devices)[:4]}
     with refused(ConfigError, "spec.degree", value=4):
-        server.open_session(fleet.key, fleet.authority.root, fleet.spec, certificates, fleet.entropy)
+        server.open_session(Coordinator(fleet.key), fleet.authority.root, fleet.spec, certificates, fleet.entropy)
 
 
 def test_a_degree_without_a_graph_is_refused(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:

@@ -1,4 +1,4 @@
-"""What must not appear in the code: what unpickles, evaluates, or draws from a global generator."""
+"""What must not appear in the code: what unpickles, evaluates, draws from a global generator, or leaves out masks."""
 
 import ast
 from collections.abc import Iterator
@@ -11,7 +11,14 @@ UNSAFE_CALLS = {"eval", "exec", "torch.load", "torch.save", "np.load", "numpy.lo
 GENERATORS = {"BitGenerator", "Generator", "PCG64", "Philox", "SeedSequence", "default_rng"}
 GLOBAL_SEEDS = {"random.seed", "torch.manual_seed", "torch.random.manual_seed", "torch.seed", "torch.cuda.manual_seed"}
 GLOBAL_SEEDS |= {"torch.cuda.manual_seed_all", "set_seed", "transformers.set_seed", "enable_full_determinism"}
+PARTIES = {"Coordinator", "Device", "IdentityKey", "PublicKey", "Recovery", "Root"}  # what masks, signs and verifies
 CLOCKS = {"monotonic", "now", "perf_counter", "time", "today", "utcnow"}
+
+
+def bases(tree: ast.Module) -> Iterator[str]:
+    """The names of all classes from which others are derived."""
+    classes = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    yield from (last(ast.unparse(base)) for each in classes for base in each.bases)
 
 
 def test_nothing_unpickles_or_evaluates(all_sources: Any) -> None:
@@ -29,6 +36,11 @@ def test_the_protocol_core_reads_no_clock(sources: Any) -> None:
     assert core
     found = [f"{s.path}:{line}: {name}" for s in core for line, name in calls(s.tree) if last(name) in CLOCKS]
     assert not found
+
+
+def test_only_simulations_have_parties_without_masks(sources: Any) -> None:
+    found = {source.path for source in sources for name in bases(source.tree) if name in PARTIES}
+    assert found == {"simulations/engine/plain.py"}
 
 
 @pytest.mark.parametrize(

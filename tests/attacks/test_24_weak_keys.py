@@ -23,6 +23,7 @@ from aggregation.errors import ProtocolError, TrustError
 from aggregation.messages import Advert, Offer
 from aggregation.pki import Authority, Root, identity, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.server import Coordinator
 from aggregation.steps import BODY, Step
 from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR
 from edgeadapt.authority import AuthorityStore
@@ -155,7 +156,7 @@ def test_without_the_check_a_stranger_answers_for_a_weak_member(unchecked: None)
     certificates = {device: each.certificate for device, each in fleet.devices.items()}
     certificates[name] = weak_certificate(fleet.authority, name)
     root, spec = fleet.authority.root, fleet.spec
-    state, offer = server.open_session(fleet.key, root, spec, certificates, fleet.entropy)
+    state, offer = server.open_session(Coordinator(fleet.key), root, spec, certificates, fleet.entropy)
     fleet.devices[name] = replace(fleet.devices[name], certificate=certificates[name], identity=Stranger())
     _, advert = client.join(fleet.devices[name], offer, fleet.entropy)
     assert name in state.on_advert(name, advert).adverts
@@ -207,7 +208,7 @@ def test_a_coordinator_that_is_certified_as_a_device_is_in_no_cohort() -> None:
     own = fleet.authority.issue(name, fleet.key.public, not_before=BEGIN, not_after=END)
     certificates = {device: each.certificate for device, each in fleet.devices.items()} | {name: own}
     with refused(ProtocolError, "offer.keys"):
-        server.open_session(fleet.key, root, fleet.spec, certificates, fleet.entropy)
+        server.open_session(Coordinator(fleet.key), root, fleet.spec, certificates, fleet.entropy)
     offer = envelope.open_verified(Offer, fleet.offer()[1], fleet.key.public, "coordinator")
     forged = replace(offer, certificates=tuple(der for _, der in sorted(certificates.items())))
     with refused(ProtocolError, "offer.keys"):

@@ -16,7 +16,7 @@ from aggregation import checks, client, server
 from aggregation.errors import ProtocolError
 from aggregation.pki import Authority
 from aggregation.sealed import seal, unseal
-from aggregation.server import AbortReason, Established, RoundAborted
+from aggregation.server import AbortReason, Coordinator, Established, RoundAborted
 from aggregation.steps import Step
 from client.node.app import app as client_app
 from client.node.statedir import AUTHORITY, CERTIFICATE
@@ -186,7 +186,7 @@ def test_a_session_ends_with_the_revocation_list_that_it_applies() -> None:
         with refused(ProtocolError, "plan.time", peer="coordinator", value=END):
             fleet.states[name].on_plan(fleet.devices[name], plan, END + timedelta(seconds=1))
         fleet.states[name].on_plan(fleet.devices[name], plan, END)
-    offering, _ = server.open_session(fleet.key, root, fleet.spec, fleet.certificates, fleet.entropy)
+    offering, _ = server.open_session(Coordinator(fleet.key), root, fleet.spec, fleet.certificates, fleet.entropy)
     assert offering.ends == END
 
 

@@ -41,9 +41,9 @@ WRITTEN = """(async (prompt) => {
 
 
 @pytest.fixture
-def bundle(tmp_path: Path, llama: Any, vendor: IdentityKey) -> Path:
+def bundle(tmp_path: Path, lm_base: Any, vendor: IdentityKey) -> Path:
     """A bundle without an adapter, of a language model that can be trained."""
-    exported = export_causal(llama, ("q_proj", "v_proj"), Profile.FP32, training=True)
+    exported = export_causal(lm_base, ("q_proj", "v_proj"), Profile.FP32, training=True)
     write_bundle(tmp_path / "bundle", exported, [], key=vendor)
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
     return tmp_path / "bundle"
@@ -68,7 +68,7 @@ def held_out_loss(fleet: TinyFleet, version: int) -> float:
 def test_two_tabs_train_a_language_model_with_native_devices_and_use_what_is_published(
     tmp_path: Path,
     bundle: Path,
-    llama: Any,
+    lm_base: Any,
     one_thread: None,
     libraries: None,
     tabs: list[cdp.Page],
@@ -86,7 +86,7 @@ def test_two_tabs_train_a_language_model_with_native_devices_and_use_what_is_pub
         return train(self, *rest, **named)
 
     monkeypatch.setattr(LanguageTrainer, "train", counted)
-    fleet = fleet_of_authors(tmp_path / "fleet", llama, {"rank": 4})
+    fleet = fleet_of_authors(tmp_path / "fleet", lm_base, {"rank": 4})
     port = free_port()
     fleet.configure({"rounds": ROUNDS, "gateway.websocket": f"{HOST}:{port}", "aggregation.minimum_devices": 4})
     fleet.configure({"aggregation.ring_bits": 32})  # a step of the loss's sum is then far below ROUNDING

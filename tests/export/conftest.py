@@ -17,7 +17,7 @@ from tests.support.headers import check_headers
 tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
 exported, exported_int8 = models.exported, models.exported_int8
 vendor, household = models.vendor, models.household
-make_lm, llama, drawn = models.make_lm, models.llama, models.drawn
+make_lm, llama, lm_base, drawn = models.make_lm, models.llama, models.lm_base, models.drawn
 
 
 class Runner:

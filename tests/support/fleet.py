@@ -16,7 +16,7 @@ from aggregation.errors import ProtocolError
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
-from aggregation.server import Confirming, Established, RoundAborted, RoundResult
+from aggregation.server import Confirming, Coordinator, Established, RoundAborted, RoundResult
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 
@@ -94,7 +94,9 @@ class Fleet:
         return call(body)
 
     def offer(self) -> tuple[Any, bytes]:
-        return server.open_session(self.key, self.authority.root, self.spec, self.certificates, self.entropy)
+        return server.open_session(
+            Coordinator(self.key), self.authority.root, self.spec, self.certificates, self.entropy
+        )
 
     def join(self, name: str, offer: bytes) -> bytes:
         device = self.devices[name]

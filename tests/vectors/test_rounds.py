@@ -17,7 +17,7 @@ from aggregation.messages import MESSAGES, Challenge, CheckIn, Message
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
-from aggregation.server import RoundAborted
+from aggregation.server import Coordinator, RoundAborted
 from aggregation.spec import Adversary, Grouping, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from tests.support import refused
@@ -161,7 +161,9 @@ class Walk:
         case = self.case
         key, root = IdentityKey(raw(case["identities"]["coordinator"])), Root(raw(case["root"]))
         certificates = {name: self.check_in(node, name, root) for node, name in enumerate(self.devices, 1)}
-        self.server, offer = server.open_session(key, root, spec_of(case), certificates, GivenEntropy(case["session"]))
+        self.server, offer = server.open_session(
+            Coordinator(key), root, spec_of(case), certificates, GivenEntropy(case["session"])
+        )
         assert offer.hex() == case["offer"]
         for name in self.devices:
             self.join(name, offer)

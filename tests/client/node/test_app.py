@@ -21,6 +21,7 @@ from aggregation import checks, envelope, server
 from aggregation.entropy import SystemEntropy
 from aggregation.messages import Challenge, Survivors
 from aggregation.pki import Authority
+from aggregation.server import Coordinator
 from aggregation.steps import ADAPTER, BODY, RECORD, REVOCATIONS, Step
 from aggregation.vector import VectorSpec
 from client.node.app import STATE, app
@@ -86,7 +87,7 @@ class Talk:
         layout = Layout.of(state_dir.registry.tensors(0))
         spec = state_dir.settings.aggregation.spec(DEVICES, layout, version.manifest.base_digest, 2)
         now = datetime.now(UTC)
-        return server.open_session(state_dir.key, state_dir.root, spec, certificates, SystemEntropy(), now)
+        return server.open_session(Coordinator(state_dir.key), state_dir.root, spec, certificates, SystemEntropy(), now)
 
     def version(self) -> Any:
         return self.coordinator.registry.version(0)

@@ -31,11 +31,12 @@ from tests.support.training import check_shared_weights, round_as
 TARGETS = ("q_proj", "v_proj", "down_proj")
 LORA = PeftConfig.lora(rank=3, alpha=6, targets=TARGETS)
 Exported = Callable[[Profile], ExportedBase]
+VIRTUAL = Slots((), frozenset({SlotKind.PROMPT, SlotKind.PREFIX}))  # test_language_step.py has them too
 
 
 @pytest.fixture(scope="module")
-def trained(llama: Base) -> Exported:
-    return cache(lambda profile: export_causal(llama, TARGETS, profile, training=True))
+def trained(lm_base: Base) -> Exported:
+    return cache(lambda profile: export_causal(lm_base, TARGETS, profile, training=True))
 
 
 def opened(exported: ExportedBase) -> TrainingGraph:
@@ -72,14 +73,14 @@ PAIRS = list(zip(Profile, LENGTHS, strict=True))
 
 @pytest.mark.parametrize("pair", few(itertools.product(Profile, LENGTHS), *PAIRS), ids=str)
 def test_the_gradients_are_torchs_for_any_batch_and_length_over_the_weights_of_the_answering_graph(
-    llama: Base, trained: Exported, pair: tuple[Profile, list[int]]
+    lm_base: Base, trained: Exported, pair: tuple[Profile, list[int]]
 ) -> None:
     profile, (rng, batch) = pair[0], (np.random.default_rng(1), batch_of(pair[1]))
-    shapes = {name: value.shape for name, value in causal.tensors(causal.build(llama, LORA)).items()}
+    shapes = {name: value.shape for name, value in causal.tensors(causal.build(lm_base, LORA)).items()}
     values = {name: rng.standard_normal(shape, dtype=np.float32) / 4 for name, shape in shapes.items()}
     check_shared_weights(trained(profile), 0)
     assert not missing_slots(opened(trained(profile)), trained(profile).slots)
-    wanted_loss, expected, scaling = in_torch(llama, trained(profile), batch, values)
+    wanted_loss, expected, scaling = in_torch(lm_base, trained(profile), batch, values)
     loss, found = opened(trained(profile)).gradients(batch, to_inputs(values, scaling))
     assert loss == pytest.approx(wanted_loss, rel=1e-4)
     # What moves an input by so much moves it by the transpose of what peft's tensor moves: B's is scaled once more.
@@ -87,8 +88,8 @@ def test_the_gradients_are_torchs_for_any_batch_and_length_over_the_weights_of_t
         np.testing.assert_allclose(found[name], value, rtol=2e-3, atol=3e-5 * max(1.0, float(np.abs(value).max())))
 
 
-def test_a_score_is_that_of_the_logits(llama: Base, trained: Exported) -> None:
-    batch, model = batch_of([9, 4]), causal.build(llama, LORA)
+def test_a_score_is_that_of_the_logits(lm_base: Base, trained: Exported) -> None:
+    batch, model = batch_of([9, 4]), causal.build(lm_base, LORA)
     graph = opened(trained(Profile.FP32))
     inputs = to_inputs(causal.tensors(model), find_adapter_inputs(model).scaling)
     logits = model(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)).logits
@@ -102,15 +103,15 @@ def test_a_score_is_that_of_the_logits(llama: Base, trained: Exported) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "kind", "about"),
+    ("rule", "slots", "about"),
     [
-        ("Slice", SlotKind.LOW_RANK, "q_proj"),
-        pytest.param("Expand", SlotKind.PROMPT, PROMPT, marks=pytest.mark.exhaustive),
-        ("Expand", SlotKind.PREFIX, PREFIX),
+        ("Slice", TARGETS, "q_proj"),
+        ("Expand", VIRTUAL, PROMPT),
+        pytest.param("Expand", Slots(("q_proj",), frozenset({SlotKind.PREFIX})), PREFIX, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_graph_whose_gradients_are_one_percent_off_is_refused(
-    llama: Base, monkeypatch: pytest.MonkeyPatch, rule: str, kind: SlotKind, about: str
+    lm_base: Base, monkeypatch: pytest.MonkeyPatch, rule: str, slots: Any, about: str
 ) -> None:
     right = derivatives.RULES[rule]
 
@@ -119,12 +120,12 @@ def test_a_graph_whose_gradients_are_one_percent_off_is_refused(
 
     monkeypatch.setattr(derivatives, "RULES", derivatives.RULES | {rule: off})
     with pytest.raises(ConfigError) as caught:
-        export_causal(llama, Slots(("q_proj",), frozenset({kind})), Profile.FP32, training=True)
+        export_causal(lm_base, slots, Profile.FP32, training=True)
     assert about in caught.value.about
 
 
 def test_virtual_tokens_are_compared_at_the_size_that_they_have_in_use(
-    llama: Base, monkeypatch: pytest.MonkeyPatch
+    lm_base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared, run = list[Tensors](), gradients.TrainingGraph.gradients
 
@@ -133,10 +134,9 @@ def test_virtual_tokens_are_compared_at_the_size_that_they_have_in_use(
         return run(graph, batch, inputs)
 
     monkeypatch.setattr(gradients.TrainingGraph, "gradients", kept)
-    slots = Slots(("q_proj",), frozenset({SlotKind.LOW_RANK, SlotKind.PROMPT, SlotKind.PREFIX}))
-    exported = export_causal(llama, slots, Profile.FP32, training=True)
+    exported = export_causal(lm_base, VIRTUAL, Profile.FP32, training=True)
     assert 0 < (exported.gradients or 0) <= gradients.LANGUAGE_LIMIT
-    table = causal.build(llama, LORA).get_input_embeddings().weight.detach().numpy()
+    table = causal.build(lm_base, LORA).get_input_embeddings().weight.detach().numpy()
     prompts = [inputs[PROMPT] for inputs in compared if inputs[PROMPT].size]
     assert len(prompts) > 1
     assert all((table == row).all(axis=1).any() for prompt in prompts for row in prompt)

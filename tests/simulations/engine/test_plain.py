@@ -1,0 +1,135 @@
+"""Rounds without masks make the adapters, records and accounts of the protocol, bit for bit."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregation.errors import DataError
+from aggregation.policy import Policy
+from aggregation.server import RoundAborted, open_session
+from aggregation.spec import Adversary
+from client.node.privacyledger import PrivacyLedger
+from client.node.privateparts import PrivateParts
+from coordinator.transport import SERVER_NODE
+from edgeadapt.auditing.transcripts import AuditInput, AuditOptions, log_name
+from edgeadapt.formats.registryfiles import SUMS
+from edgeadapt.formats.storage import kill_safe
+from simulations.engine.canaries import audited
+from simulations.engine.devices import LyingApp, MemoryDevices
+from simulations.engine.grid import FaultModel, GridLog, InProcessGrid
+from simulations.engine.plain import PlainCoordinator, PlainDevice, PlainRoot, UnsignedKey
+from simulations.engine.provision import COORDINATOR, Enrolment
+from simulations.suite.run import _on_grid
+from tests.support import refused
+from tests.support.fleet import BASE, Fleet, make_fleet, session_spec
+
+FleetOf = Callable[..., Any]
+LOST = {"message_loss": 0.04, "forced_dropouts": 1}  # at every step in turn
+NOISE = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 0.8, "aggregation__clip_norm": 0.5}
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the federation, and of the faults
+    "dropouts": ({"rounds": 5, "aggregation__session_rounds": 2, "method": "fedper"}, LOST),
+    "noise": ({"rounds": 3, **NOISE}, LOST),
+    "analytic": ({"rounds": 2, "analytic__rounds": 1, "aggregation__ring_bits": 48}, LOST),
+    "groups": ({"rounds": 2, "aggregation__groups": 2}, {"message_loss": 0.01}),
+    "aborts": ({"rounds": 3}, {"message_loss": 0.0, "forced_dropouts": 4}),
+}
+OF_ITS_OWN = ("previous", "offer", "plan", "entries", "root", "seconds", "bytes_down")  # of records: see ``records``
+
+
+def run(fleet: Any, faults: dict[str, Any], *, plain: bool) -> GridLog:
+    coordinator = fleet.out / COORDINATOR
+    if plain:
+        (coordinator / SUMS).mkdir(exist_ok=True)
+    enrolment = Enrolment.of(fleet.out, fleet.scenario, fleet.population, fleet.base)
+    devices = MemoryDevices(enrolment.state_dir, fleet.base, plain)
+    names = (client.name for client in fleet.population.clients if not client.unseen)
+    log = GridLog(fleet.out / "grid.json")
+    model = FaultModel(seed=1, mean_delay=40.0, **faults)
+    app = LyingApp("none", frozenset(), devices.open)
+    grid = InProcessGrid(app, dict(enumerate(names, SERVER_NODE + 1)), model, devices.before, log)
+    with kill_safe():
+        _on_grid(grid, coordinator, devices)
+    return log
+
+
+def records(fleet: Any) -> list[dict[str, Any]]:
+    """The records of the rounds, except for what is random, time, of the log, or the size of proofs about it."""
+    rounds = fleet.registry().rounds()
+    return [{name: value for name, value in asdict(each).items() if name not in OF_ITS_OWN} for each in rounds]
+
+
+def kept(fleet: Any) -> list[Any]:
+    """What each device has for its next training, and its ledger."""
+    state_dirs = [fleet.state_dir(client.name) for client in fleet.population.clients if not client.unseen]
+    parts = [found and (found.before, found.after) for found in (each.load(PrivateParts) for each in state_dirs)]
+    seeds = [(each.folder / "simulation.seed").read_bytes() for each in state_dirs]
+    return [parts, seeds, [each.load(PrivacyLedger) for each in state_dirs]]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_without_masks_is_that_of_the_protocol(fleet_of: FleetOf, name: str) -> None:
+    settings, faults = RUNS[name]
+    masked, plain = (fleet_of(10 if name == "groups" else 7, deadline=300.0, **settings) for _ in range(2))
+    logs = [run(masked, faults, plain=False), run(plain, faults, plain=True)]
+    for one, other in zip(records(plain), records(masked), strict=True):
+        assert one == other
+    assert kept(plain) == kept(masked)
+    assert logs[0].devices == logs[1].devices
+    steps = {step for record in records(plain) for step in record["dropped"].values()}
+    aborted = [record["aborted"] for record in records(plain) if record["aborted"]]
+    assert {"dropouts": len(steps) > 1, "aborts": bool(aborted)}.get(name, True)
+    if name == "noise":  # the canaries take the sums from the log, or from what is kept in its place
+        bounds = [audited([fleet.out], 1e-6, 100) for fleet in (masked, plain)]
+        assert bounds[0] is not None
+        assert bounds[0].account == bounds[1].account if bounds[1] else False
+
+
+def test_a_run_without_masks_goes_on_with_its_account(fleet_of: FleetOf) -> None:
+    whole, halves = (fleet_of(6, rounds=2, aggregation__session_rounds=1, **NOISE) for _ in range(2))
+    run(whole, {"message_loss": 0.0}, plain=True)
+    halves.configure({"rounds": 1})
+    run(halves, {"message_loss": 0.0}, plain=True)
+    with (halves.out / COORDINATOR / SUMS / log_name(1)).open("ab") as file:
+        file.write(b"\x00\x01")  # as a kill leaves it
+    halves.configure({"rounds": 2})
+    run(halves, {"message_loss": 0.0}, plain=True)
+    facts = [[(one.adapter, one.epsilon) for one in fleet.registry().rounds()] for fleet in (whole, halves)]
+    assert facts[0] == facts[1]
+
+
+def test_an_audit_says_how_to_run_it_with_masks(tmp_path: Path) -> None:
+    (tmp_path / COORDINATOR / SUMS).mkdir(parents=True)
+    for place in (tmp_path, tmp_path / COORDINATOR):
+        with refused(DataError, about="transcript"):
+            AuditInput.open(place, AuditOptions())
+
+
+class PlainFleet(Fleet):
+    @classmethod
+    def of(cls, fleet: Fleet) -> "PlainFleet":
+        devices = {name: PlainDevice.of(device) for name, device in fleet.devices.items()}
+        return cls(fleet.spec, fleet.entropy, fleet.authority, fleet.key, devices)
+
+    def offer(self) -> tuple[Any, bytes]:
+        root = PlainRoot(self.authority.der)
+        coordinator = PlainCoordinator(UnsignedKey(self.key.raw))
+        return open_session(coordinator, root, self.spec, self.certificates, self.entropy)
+
+
+@pytest.mark.parametrize(("dropouts", "adversary"), [(0, "active"), (2, "honest-but-curious"), (5, "active")])
+def test_sums_of_a_sparse_graph_and_their_aborts_are_those_of_the_protocol(dropouts: int, adversary: str) -> None:
+    model = Adversary(adversary)
+    spec = session_spec(9, degree=6, threshold=5, minimum_survivors=5, adversary=model)
+    limits = {"adversaries": frozenset(Adversary), "complete_up_to": 3, "corrupt_fraction": 0.0}
+    policy = Policy(frozenset({BASE}), minimum_cohort=3, minimum_survivors=2, **limits)
+    fleets = [make_fleet(9, spec=spec, policy=policy), PlainFleet.of(make_fleet(9, spec=spec, policy=policy))]
+    gone = [*fleets[0].devices][:dropouts]
+    one, other = (fleet.round(fleet.establish(), {"input": gone[:1], "unmask": gone[1:]}) for fleet in fleets)
+    assert isinstance(one, RoundAborted) == (dropouts == 5)
+    if isinstance(one, RoundAborted):
+        assert (one.reason, one.detail, one.blamed) == (other.reason, other.detail, other.blamed)
+    else:
+        assert one[1].digest == other[1].digest
