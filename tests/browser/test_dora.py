@@ -45,7 +45,7 @@ from tests.support.nodetab import OPEN, NodeTab
 pytestmark = pytest.mark.slow
 
 DORA = replace(PeftConfig.lora(rank=4, alpha=8), use_dora=True)
-LANGUAGE = replace(DORA, target_modules=("q_proj", "v_proj"))
+LANGUAGE = replace(DORA, target_modules=("q_proj", "v_proj"), layers_to_transform=(1,))
 KINDS = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
 PARTS = (Part.A, Part.B, Part.VECTORS, Part.HEAD)
 ROUND_TRIP = f"""(async () => {{ {OPEN}
@@ -107,7 +107,8 @@ def first(biased: Base) -> AdapterSource:
 
 @pytest.fixture(scope="module")
 def talking(lm_base: Base) -> tuple[ExportedBase, AdapterSource]:
-    slots = Slots((*LANGUAGE.target_modules, "o_proj"), KINDS)  # more than the adapter has
+    """With more slots than the adapter has, all in the last layer, so that it trains from states."""
+    slots = Slots((*LANGUAGE.target_modules, "o_proj"), KINDS, first=-1)
     exported = export_causal(lm_base, slots, Profile.FP32, training=True)
     rng = np.random.default_rng(1)
     tensors = causal.tensors(causal.build(lm_base, LANGUAGE))
@@ -189,7 +190,7 @@ def test_a_language_model_is_corrected_and_trained_as_natively(
     expected = trainer.teach(start, taught, [], LANGUAGE_RATE, lambda: steps.append(1))
     tab.open(tmp_path / "bundle")
     found = tab.evaluate(f"{TUNED_LANGUAGE}({corrections(('is it?', 'yes'), earlier=[])})")
-    assert (found["steps"], found["known"]) == (len(steps), 1)
+    assert found["steps"] == len(steps)
     assert len(steps) > 1
     magnitudes = [name for name in start if part_of(name) is Part.VECTORS]
     assert all(np.abs(expected[name] - start[name]).max() > 1e-3 for name in magnitudes)
