@@ -3,7 +3,6 @@
 Torch and Flower are imported by what uses them, so that other tests do not wait for them.
 """
 
-import gc
 import os
 import sys
 import tomllib
@@ -17,13 +16,13 @@ import hypothesis
 import pytest
 import tomli_w
 
-from tests.support.traces import keep_traces
+from tests.support.traces import collect_rarely, keep_traces
 from tests.support.verified import forget_verified
 
 # How long an example takes says how busy the machine is, not whether the code is right.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
-gc.set_threshold(50_000, 20, 50)  # each full collection visits all of torch: an eighth of the time of a trace
+collect_rarely()
 LONG = 60  # seconds, of a run of which the time of each folder is shown
 LONGEST = {  # files of half a minute and more, most of it in one test
     *("test_deploy_page.py", "test_fleet_page.py", "test_tutorials.py"),

@@ -71,7 +71,8 @@ def randomized(model: PeftModel) -> None:
 
 @pytest.fixture(scope="session")
 def every_method_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: Base) -> Base:
-    return bare(tmp_path_factory.mktemp("base"), tiny_base, "bert", SIZES)
+    sizes = SIZES | {"num_hidden_layers": 1}  # a graph with slots of every kind takes 20 s to trace with two
+    return bare(tmp_path_factory.mktemp("base"), tiny_base, "bert", sizes)
 
 
 @pytest.fixture(scope="session")

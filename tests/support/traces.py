@@ -6,6 +6,7 @@ the exporter's sources and the versions of what it uses. A module whose descript
     python -m tests.support.traces COMMAND…             # `edgeadapt COMMAND…`, which finds its graphs here too
 """
 
+import gc
 import inspect
 import os
 import re
@@ -26,6 +27,11 @@ STORE = ROOT / ".pytest_cache" / "traces"
 USED = ("numpy", "onnx", "onnx-ir", "onnxscript", "peft", "torch", "transformers")
 EXPORTER = "export.onnx.graph"
 Export = Callable[..., Any]
+
+
+def collect_rarely() -> None:
+    """Collect garbage less often: each full collection visits all of torch, an eighth of the time of a trace."""
+    gc.set_threshold(50_000, 20, 50)
 
 
 def keep_traces() -> None:
@@ -169,5 +175,6 @@ def _described(value: Any) -> str:
 if __name__ == "__main__":
     from edgeadapt import program
 
+    collect_rarely()
     keep_later_traces()
     program.main()
