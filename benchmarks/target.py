@@ -127,7 +127,6 @@ def _ours(base: str, labels: int, train: list[Example], held_out: list[Example],
 
 
 def _peft(base: str, labels: int, train: list[Example], held_out: list[Example], **sizes: Any) -> Progress:
-    torch.manual_seed(0)
     folder = find_base(base)
     tokenizer = pretrained.tokenizer(folder)
     tokenizer.no_padding()
