@@ -304,13 +304,14 @@ class Established:
         plan = Plan(self.session.context, begun.last_round, members, adapter_version, adapter_digest, training, former)
         if aborted := _too_few_of(self, plan, members, "members of the plan"):
             return aborted
-        out = {device: self._assignment(plan, device) for device in members}
+        alike = self.coordinator.sign(Assignment(plan, {}))  # for all that have their shares
+        out = {device: alike if device in self.delivered else self._assignment(plan, device) for device in members}
         spec = self.session.spec
         totals = tuple(ring.zeros(spec.vector.size, spec.vector.ring_bits) for _ in range(spec.groups))
         return Collecting(begun, plan, plan.digest(), totals), out
 
     def _assignment(self, plan: Plan, device: str) -> bytes:
-        dealers = () if device in self.delivered else self.session.neighbors(device, self.encrypted_shares)
+        dealers = self.session.neighbors(device, self.encrypted_shares)
         encrypted = {dealer: self.encrypted_shares[dealer][device] for dealer in dealers}
         return self.coordinator.sign(Assignment(plan, encrypted))
 

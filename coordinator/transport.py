@@ -9,7 +9,7 @@ them: one that it cannot read raises any kind of exception, and the other replie
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -77,6 +77,10 @@ class OwnGrid(Grid):
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def arrived(self) -> Collection[str] | None:
+        """The ids of the requests whose replies can be pulled now; None from a grid that has to be asked for each."""
+        return None
 
     @staticmethod
     def number(message: Message, name: str) -> None:
@@ -169,7 +173,8 @@ class Transport:
         pause, answers, late = FIRST_POLL, 0, "did not answer in time"
         while waiting:
             arrived = False
-            for message_id, node in list(waiting.items()):
+            known = self.grid.arrived() if isinstance(self.grid, OwnGrid) else None
+            for message_id, node in [each for each in waiting.items() if known is None or each[0] in known]:
                 if reply := self._pull(message_id, node):
                     del waiting[message_id]
                     arrived = True
@@ -200,7 +205,8 @@ class Transport:
         if message.has_error():
             silent = message.error.code in BY_THE_LINK
             return Reply(node, None, _one_line(message.error.reason or "failed"), silent)
-        body = message.content.config_records.get(RECORD, ConfigRecord()).get(BODY)
+        record = message.content.get(RECORD)
+        body = record.get(BODY) if isinstance(record, ConfigRecord) else None
         if not isinstance(body, bytes):
             return Reply(node, None, "answered without a protocol body")
         self.carried.up += len(body)

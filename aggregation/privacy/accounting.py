@@ -125,6 +125,8 @@ class Spent:
         return cls(tuple(curve.tolist()), sum(one.honest * one.size for one in given))
 
     def __add__(self, other: "Spent") -> "Spent":
+        if other == NOTHING:
+            return self
         curve = tuple(left + right for left, right in zip(self.curve, other.curve, strict=True))
         return Spent(curve, self.draws + other.draws)
 

@@ -1,1 +1,1 @@
-"""The in-process engine against Flower's own simulation engine, with the same apps, in the same run."""
+"""The in-process engine, with and without masks, against Flower's own, with the same apps, in the same run."""

@@ -1,8 +1,8 @@
-"""The measurements of `python -m benchmarks simulation`: both engines on copies of one fleet, one after the other.
+"""The measurements of `python -m benchmarks simulation`: the engines on copies of one fleet, one after the other.
 
 Each run is a process of its own. The rate is that of the rounds after the first one, which starts processes and loads
-torch; the seconds of a whole run are given as well. Memory is the peak of the sum over all processes of a run, in which
-a page that k processes share counts 1/k in each (``pss``).
+torch. So is the CPU time, of all processes of a run. Memory is the peak of the sum over them, in which a page that k
+processes share counts 1/k in each (``pss``).
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Any
 
 from aggregation.errors import ConfigError, EdgeAdaptError
 from benchmarks.ondevice.memory import Pages
-from benchmarks.simulation.contender import ENGINES
+from benchmarks.simulation.contender import ENGINES, tree
 from benchmarks.simulation.fleets import make_fleet
 from benchmarks.timing import Note, aligned, in_turn, spread_text
 from simulations.engine.flowerengine import require_ray
@@ -53,10 +53,11 @@ class SimulationWorkload:
     repeats: int = 3
 
 
+TITLES = {"ours": "without masks", "masked": "with the protocol", "flower": "Flower's engine"}
 FULL = SimulationWorkload(
     {
         "no training": Work(30, 5, minilm=False, trains=False, goal=20.0),
-        "tiny model": Work(30, 5, minilm=False, trains=True, goal=3.0),
+        "tiny model": Work(30, 5, minilm=False, trains=True, goal=5.0),
         "MiniLM": Work(8, 3, minilm=True, trains=True, goal=1.2),
     }
 )
@@ -64,7 +65,7 @@ QUICK = SimulationWorkload({"no training": Work(4, 2, minilm=False, trains=False
 
 
 def compare(work: SimulationWorkload, note: Note) -> dict[str, Any]:
-    """Measure both engines and return the figures as JSON has them. Raises ConfigError: Ray is not installed, or the
+    """Measure the engines and return the figures as JSON has them. Raises ConfigError: Ray is not installed, or the
     system is not Linux."""
     require_ray()
     found = dict[str, dict[str, Any]]()
@@ -78,6 +79,7 @@ def compare(work: SimulationWorkload, note: Note) -> dict[str, Any]:
             ours, peer = sides["ours"], sides["flower"]
             found[name] = {"clients": row.clients, "rounds": row.rounds, "goal": row.goal, **sides}
             found[name]["ratio"] = ours["clients_per_second"]["median"] / peer["clients_per_second"]["median"]
+            found[name]["cpu_ratio"] = peer["cpu_ms"]["median"] / ours["cpu_ms"]["median"]
             found[name]["memory_share"] = ours["memory"]["median"] / peer["memory"]["median"]
             shutil.rmtree(fleet)
     return {"rows": found, "repeats": work.repeats}
@@ -104,9 +106,9 @@ def _run(engine: str, fleet: Path, row: Work) -> dict[str, Any]:
     found = json.loads(out)
     if found["survivors"] != [row.clients] * row.rounds:
         raise EdgeAdaptError(f"devices dropped out on the engine {engine}: {found['survivors']}", about="bench")
-    first, last_end = found["ends"][0], found["ends"][-1]
-    rate = row.clients * (row.rounds - 1) / (last_end - first)
-    return {"clients_per_second": rate, "seconds": found["seconds"], "memory": memory}
+    done = row.clients * (row.rounds - 1)
+    seconds, cpu = (found[name][-1] - found[name][0] for name in ("ends", "cpu"))
+    return {"clients_per_second": done / seconds, "cpu_ms": 1e3 * cpu / done, "memory": memory}
 
 
 def _pages(process: int) -> int:
@@ -116,46 +118,26 @@ def _pages(process: int) -> int:
         return 0
 
 
-def tree(root: int) -> Iterator[int]:
-    """A process, and all that it started, directly or not."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    waiting = [root]
-    while waiting:
-        process = waiting.pop()
-        yield process
-        waiting += [child for child, parent in parents.items() if parent == process]
-
-
-_HEAD = ("", "clients/s ours", "Flower", "ratio", "goal", "whole run s", "Flower", "MB ours", "Flower", "share")
+_HEAD = ("", "clients/s", "ratio", "goal", "CPU ms", "ratio", "MB", "share")
 
 
 def table(found: Mapping[str, Any]) -> str:
     """Format the comparison: medians with the smallest and largest value."""
-    rows = [_HEAD, *(_row(name, figures) for name, figures in found["rows"].items())]
+    rows = [_HEAD, *(row for name, figures in found["rows"].items() for row in _rows(name, figures))]
     notes = (
         f"Median (smallest–largest) of {found['repeats']} runs of each engine, in turn; each in a process of its own.",
-        "clients/s: of the rounds after the first one. The same apps, with active secure aggregation, on both engines.",
+        "clients/s, and CPU time of a client in a round, after the first round. The ratios are to Flower's engine.",
+        "The same apps on all engines, with active secure aggregation, or without its masks, which cancel.",
         "MB: peak of all processes of a run; pages that several share are counted once.",
     )
     return "\n".join([aligned(rows), "", *notes])
 
 
-def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
-    ours, peer = figures["ours"], figures["flower"]
-    return (
-        f"{name}, {figures['clients']} clients",
-        spread_text(ours["clients_per_second"]),
-        spread_text(peer["clients_per_second"]),
-        f"{figures['ratio']:.1f}",
-        f"≥ {figures['goal']:g}",
-        spread_text(ours["seconds"]),
-        spread_text(peer["seconds"]),
-        spread_text(ours["memory"], 1e6),
-        spread_text(peer["memory"], 1e6),
-        f"{figures['memory_share']:.2f}",
-    )
+def _rows(name: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield (f"{name}, {figures['clients']} clients", *[""] * (len(_HEAD) - 1))
+    compared = f"{figures['ratio']:.1f}", f"≥ {figures['goal']:g}", f"{figures['cpu_ratio']:.1f}"
+    for engine, title in TITLES.items():
+        own = figures[engine]
+        ratio, goal, cpu, share = (*compared, f"{figures['memory_share']:.2f}") if engine == "ours" else [""] * 4
+        rate, spent = spread_text(own["clients_per_second"]), spread_text(own["cpu_ms"])
+        yield (f"  {title}", rate, ratio, goal, spent, cpu, spread_text(own["memory"], 1e6), share)

@@ -29,8 +29,9 @@ def register(app: ClientApp, open_state: OpenState, choose: TrainerOf = trainer_
 
     def handler(message: Message, context: Context) -> Message:
         step = Step(message.metadata.message_type.partition(".")[2])
-        record = message.content.config_records.get(RECORD, ConfigRecord())
-        fields = {name: value for name, value in record.items() if isinstance(value, bytes)}
+        record = message.content.get(RECORD)
+        items = record.items() if isinstance(record, ConfigRecord) else ()
+        fields = {name: value for name, value in items if isinstance(value, bytes)}
         answered = answer(partial(open_state, context), step, fields, context.node_id, choose)
         if isinstance(answered, Refusal):
             return Message(Error(int(answered.code), answered.reason), reply_to=message)

@@ -89,7 +89,7 @@ def simulate(scenario: Path, **options: Any) -> None:
       edgeadapt simulate run my.toml --set federation.rounds=20 --set 'population.languages=["en","es"]'
       edgeadapt simulate run --keys
     """
-    _run(scenario, **options | {"engine": options["engine"] or "plain"})
+    _run(scenario, **options)
 
 
 def _run(
@@ -98,7 +98,7 @@ def _run(
     resume: bool,
     as_json: bool,
     verbose: bool,
-    engine: "EngineName",
+    engine: "EngineName | None",
     workers: int,
     overrides: tuple[str, ...],
 ) -> None:
@@ -106,6 +106,7 @@ def _run(
     # Imported here, so that --help and a wrong key do not wait for torch.
     from simulations.data.summary import summarize
     from simulations.engine.progress import RunProgress
+    from simulations.engine.provision import COORDINATOR
     from simulations.engine.provision import describe as describe_groups
     from simulations.report.formatting import UNMASKED
     from simulations.report.terminal import print_result, print_scenario
@@ -117,7 +118,8 @@ def _run(
     folder = plan.folder(out, resume=resume)
     if not is_quiet():
         notes = {"groups": describe_groups(plan.groups) if scenario.groups.by != "none" else ""}
-        notes["engine"] = "" if plan.engine.masks(scenario) else UNMASKED
+        first = folder.of(plan.groups[0]).path / COORDINATOR
+        notes["engine"] = "" if plan.engine.masks(scenario, first) else UNMASKED
         data = summarize(plan.loaded, plan.base)
         console = Console(stderr=as_json)
         print_scenario(scenario, folder.log, console, data=data, devices=plan.devices, notes=notes, verbose=verbose)

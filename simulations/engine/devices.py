@@ -35,6 +35,7 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 from client.node.statedir import SNAPSHOT, DeviceStateDir
+from client.node.sumhistory import SumHistory
 from client.training.engine import trainer_of
 from client.training.examples import Example, Score
 from client.training.trainer import FrozenBase, Trainer
@@ -138,7 +139,9 @@ class MemoryDevice:
         self.coordinator: PublicKey = self._device.coordinator
         self._entropy = SeededEntropy((files.folder / SEED).read_bytes())
         parts, ledger = files.load(PrivateParts), files.load(PrivacyLedger)
-        self._kept: dict[type[Any], Any] = {type(kept): kept for kept in (parts, ledger) if kept is not None}
+        # The key protects from a coordinator that lies. Without masks, one for all saves a sketch for each.
+        history = SumHistory(bytes(KEY)) if plain else None
+        self._kept: dict[type[Any], Any] = {type(kept): kept for kept in (parts, ledger, history) if kept is not None}
         self._written = self._entropy.key, parts, ledger
         self._state: ClientState | None = None
         self._snapshot: tuple[bytes, Snapshot] | None = None

@@ -11,14 +11,14 @@ import csv
 import heapq
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import count
 from pathlib import Path
 
 import numpy as np
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
 from aggregation.errors import ConfigError, DataError
@@ -243,8 +243,8 @@ class GridLog:
         self.write()
 
     def answered(self, group: str, reply: Message) -> None:
-        records = reply.content.config_records if reply.has_content() else {}
-        body = records[RECORD].get(BODY) if RECORD in records else None
+        record = reply.content.get(RECORD) if reply.has_content() else None
+        body = record.get(BODY) if isinstance(record, ConfigRecord) else None
         self.sent[round_of(group)] += len(body) if isinstance(body, bytes) else 0
 
     def write(self) -> None:
@@ -320,9 +320,12 @@ class InProcessGrid(OwnGrid):
             self.number(message, str(number))
             arrival = self.clock.now() + outcome.delay
             under_way.append((_MessageInFlight(arrival, number, str(number), outcome, None), message))
-        for flying, message in sorted(under_way, key=lambda each: each[0]):  # who is needed first works first
-            if not flying.outcome.request_lost:
-                flying.answer = partial(self._answer, message.metadata.group_id, self._begin(message))
+        under_way.sort(key=lambda each: each[0])  # who is needed first works first
+        arriving = [(flying, message) for flying, message in under_way if not flying.outcome.request_lost]
+        answers = self._begin([message for _, message in arriving])
+        for (flying, message), answer in zip(arriving, answers, strict=True):
+            flying.answer = partial(self._answer, message.metadata.group_id, answer)
+        for flying, _ in under_way:
             heapq.heappush(self._in_flight, flying)
         return ids
 
@@ -332,13 +335,17 @@ class InProcessGrid(OwnGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Let the devices work, in the order in which their replies arrive."""
+        self.arrived()
         wanted = set(message_ids)
+        return [self._arrived.pop(number) for number in list(self._arrived) if number in wanted]
+
+    def arrived(self) -> Collection[str]:
         while self._in_flight and self._in_flight[0].arrives <= self.clock.now():
             flying = heapq.heappop(self._in_flight)
             flying.work()
             if flying.reply is not None:
                 self._arrived[flying.id] = flying.reply
-        return [self._arrived.pop(number) for number in list(self._arrived) if number in wanted]
+        return set(self._arrived)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         ids = set(self.push_messages(messages))
@@ -347,9 +354,9 @@ class InProcessGrid(OwnGrid):
         self.clock.sleep(latest if timeout is None else min(latest, timeout))
         return self.pull_messages(ids)
 
-    def _begin(self, request: Message) -> Callable[[], Message]:
-        """Return what gives a device's answer. The device works when it is called."""
-        return partial(self._app, request, self._contexts[request.metadata.dst_node_id])
+    def _begin(self, requests: Sequence[Message]) -> list[Callable[[], Message]]:
+        """Return what gives each device's answer. The device works when it is called."""
+        return [partial(self._app, each, self._contexts[each.metadata.dst_node_id]) for each in requests]
 
     def _answer(self, group: str, answer: Callable[[], Message]) -> Message:
         reply = answer()

@@ -40,6 +40,7 @@ from simulations.engine.grid import FaultModel, GridLog, InProcessGrid, context_
 
 DEVICE_LOG = "edgeadapt.device"
 METHODS = ("forkserver", "spawn")  # of starting a process, the first that the system has
+AT_A_TIME = 8  # requests
 TORCH_ENGINE = "client.training.torchengine"  # imports transformers and peft
 
 Notify = Callable[[str], None]  # takes what is done at the moment, in a few words
@@ -182,9 +183,20 @@ class Workers:
                 about="--workers",
             ) from error
 
-    def answer(self, request: Message) -> Callable[[], Message]:
-        """Let a device work on a request. Returns a function that waits for the answer (``Process.call``)."""
-        return self._worker_of[request.metadata.dst_node_id].call(_Answering.answer, request).result
+    def answer(self, requests: Sequence[Message]) -> list[Callable[[], Message]]:
+        """Let devices work on requests. Returns functions that wait for the answers (``Process.call``), in that order.
+
+        A process gets some requests at a time, or the exchange would take longer than the answers to short ones.
+        """
+        mine: dict[Process, list[int]] = {}
+        for place, request in enumerate(requests):
+            mine.setdefault(self._worker_of[request.metadata.dst_node_id], []).append(place)
+        answers: dict[int, Callable[[], Message]] = {}
+        for worker, places in mine.items():
+            for some in (places[at : at + AT_A_TIME] for at in range(0, len(places), AT_A_TIME)):
+                outcome = worker.call(_Answering.answer, [requests[place] for place in some])
+                answers |= {place: partial(_nth, outcome, nth) for nth, place in enumerate(some)}
+        return [answers[place] for place in range(len(requests))]
 
     def before(self, step: Step | None, names: Sequence[str]) -> None:
         self._prepare(names)
@@ -207,8 +219,12 @@ class WorkerGrid(InProcessGrid):
         super().__init__(_never, devices, faults, workers.before, log)
         self._workers = workers
 
-    def _begin(self, request: Message) -> Callable[[], Message]:
-        return self._workers.answer(request)
+    def _begin(self, requests: Sequence[Message]) -> list[Callable[[], Message]]:
+        return self._workers.answer(requests)
+
+
+def _nth(outcome: "Future[list[Message]]", nth: int) -> Message:
+    return outcome.result()[nth]
 
 
 def _never(request: Message, context: Context) -> Message:
@@ -221,10 +237,11 @@ class _Answering:
         self._app = LyingApp(fleet.attack, fleet.liars, self._devices.open)
         self._contexts: dict[int, Context] = {}
 
-    def answer(self, request: Message) -> Message:
-        node = request.metadata.dst_node_id
-        context = self._contexts.setdefault(node, context_of(node, self._fleet.nodes[node]))
-        return self._app(request, context)
+    def answer(self, requests: Sequence[Message]) -> list[Message]:
+        return [self._app(request, self._context(request.metadata.dst_node_id)) for request in requests]
+
+    def _context(self, node: int) -> Context:
+        return self._contexts.setdefault(node, context_of(node, self._fleet.nodes[node]))
 
     def before(self, step: Step | None, names: Sequence[str]) -> None:
         self._devices.before(step, names)

@@ -92,19 +92,21 @@ EngineName = Literal["plain", "protocol", "ray"]
 class Engine:
     """Says where the devices work, and whether they mask.
 
-    ``plain``: without masks (``simulations.engine.plain``), unless masked inputs are to be kept. ``protocol``: with all
-    of secure aggregation. ``ray``: the same on Flower's engine, which has its own processes and no faults.
+    ``plain``: without masks (``simulations.engine.plain``). ``protocol``: with all of secure aggregation. ``ray``: the
+    same on Flower's engine, which has its own processes and no faults. None: as the rounds began, at first ``plain``.
     """
 
     workers: int = 1  # processes; 1: this one
-    name: EngineName = "plain"
+    name: EngineName | None = None
 
-    def masks(self, scenario: Scenario) -> bool:
-        return self.name != "plain" or scenario.federation.aggregation.keep_masked_inputs
+    def masks(self, scenario: Scenario, coordinator: Path) -> bool:
+        """Whether the rounds in a coordinator's state directory have masks, as they must if these are to be kept."""
+        if scenario.federation.aggregation.keep_masked_inputs or self.name in ("protocol", "ray"):
+            return True
+        return self.name is None and (coordinator / TRANSCRIPT).exists()
 
 
 HERE = Engine()
-PROTOCOL = Engine(name="protocol")
 
 
 @dataclass(slots=True)
@@ -329,7 +331,7 @@ def _federate(
 ) -> None:
     """Run the rounds of one fleet. ``availability``: client → when its device can be reached (``read_trace``)."""
     scenario, coordinator = folder.scenario, folder.path / provision.COORDINATOR
-    masks = engine.masks(scenario)
+    masks = engine.masks(scenario, coordinator)
     _require_same_engine(coordinator, masks)
     enrolment = Enrolment.of(folder.path, scenario, population, base)
     target = partial(base.task.target, outputs=population.labels) if isinstance(base.task, OwnTask) else None

@@ -206,7 +206,7 @@ def test_a_task_is_learned_in_audited_sums_and_scored_by_its_metric(
     monkeypatch.chdir(tmp_path)
     program = next(block for block in blocks("python") if "edgeadapt.simulate(" in block and "data__task" in block)
     program = program.replace('"topics.csv",', QUICK.format(file="topics.csv", base=str(tiny_base.folder)))
-    program = program.replace("Topics", task.capitalize())
+    program = program.replace("Topics", task.capitalize()).replace("client=", 'engine="protocol", client=', 1)
     Path("program.py").write_text(program)
     run = runpy.run_path("program.py")["run"]
     assert run.result.metric == {"topics": "overlap of topics", "stars": "within half a star"}[task]

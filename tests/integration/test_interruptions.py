@@ -28,6 +28,7 @@ def test_a_run_that_was_stopped_by_ctrl_c_goes_on_and_passes_its_audit(
     base = make_base(tmp_path / "base", tokenizer=tokenizer, positions=512).folder
     (tmp_path / "tiny.toml").write_text(SCENARIO.format(base=base) + "rounds = 2\n")
     words = ["simulate", "run", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "run"), "--workers", "2"]
+    words += ["--engine", "protocol"]
     log = tmp_path / "run" / "run.log"
     process = subprocess.Popen(
         [sys.executable, "-X", "faulthandler", "-m", "edgeadapt", *words],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aggregation.errors import DataError
+from aggregation.errors import ConfigError, DataError
 from aggregation.policy import Policy
 from aggregation.server import RoundAborted, open_session
 from aggregation.spec import Adversary
@@ -15,26 +15,26 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from coordinator.transport import SERVER_NODE
 from edgeadapt.auditing.transcripts import AuditInput, AuditOptions, log_name
-from edgeadapt.formats.registryfiles import SUMS
+from edgeadapt.formats.registryfiles import SUMS, TRANSCRIPT
 from edgeadapt.formats.storage import kill_safe
 from simulations.engine.canaries import audited
 from simulations.engine.devices import LyingApp, MemoryDevices
 from simulations.engine.grid import FaultModel, GridLog, InProcessGrid
 from simulations.engine.plain import PlainCoordinator, PlainDevice, PlainRoot, UnsignedKey
 from simulations.engine.provision import COORDINATOR, Enrolment
-from simulations.suite.run import _on_grid
+from simulations.suite.run import Engine, _on_grid, _require_same_engine
 from tests.support import refused
 from tests.support.fleet import BASE, Fleet, make_fleet, session_spec
 
 FleetOf = Callable[..., Any]
 LOST = {"message_loss": 0.04, "forced_dropouts": 1}  # at every step in turn
+WIDE = {"aggregation__ring_bits": 48}
 NOISE = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 0.8, "aggregation__clip_norm": 0.5}
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the federation, and of the faults
-    "dropouts": ({"rounds": 5, "aggregation__session_rounds": 2, "method": "fedper"}, LOST),
-    "noise": ({"rounds": 3, **NOISE}, LOST),
-    "analytic": ({"rounds": 2, "analytic__rounds": 1, "aggregation__ring_bits": 48}, LOST),
-    "groups": ({"rounds": 2, "aggregation__groups": 2}, {"message_loss": 0.01}),
-    "aborts": ({"rounds": 3}, {"message_loss": 0.0, "forced_dropouts": 4}),
+    "dropouts": ({"rounds": 4, "analytic__rounds": 1, "aggregation__session_rounds": 2, **WIDE}, LOST),
+    "noise": ({"rounds": 2, **NOISE}, LOST),
+    "groups": ({"rounds": 2, "method": "fedper", "aggregation__groups": 2}, {"message_loss": 0.01}),
+    "aborts": ({"rounds": 2}, {"message_loss": 0.0, "forced_dropouts": 4}),
 }
 OF_ITS_OWN = ("previous", "offer", "plan", "entries", "root", "seconds", "bytes_down")  # of records: see ``records``
 
@@ -98,6 +98,16 @@ def test_a_run_without_masks_goes_on_with_its_account(fleet_of: FleetOf) -> None
     run(halves, {"message_loss": 0.0}, plain=True)
     facts = [[(one.adapter, one.epsilon) for one in fleet.registry().rounds()] for fleet in (whole, halves)]
     assert facts[0] == facts[1]
+
+
+def test_rounds_go_on_as_they_began(fleet_of: FleetOf, tmp_path: Path) -> None:
+    scenario, masked, plain = fleet_of(3).scenario, tmp_path / "masked", tmp_path / "plain"
+    (masked / TRANSCRIPT).mkdir(parents=True)
+    (plain / SUMS).mkdir(parents=True)
+    assert [Engine().masks(scenario, coordinator) for coordinator in (masked, plain)] == [True, False]
+    for coordinator, began, other in ((masked, "protocol", False), (plain, "plain", True)):
+        with refused(ConfigError, about="--engine", value=began):
+            _require_same_engine(coordinator, other)
 
 
 def test_an_audit_says_how_to_run_it_with_masks(tmp_path: Path) -> None:
