@@ -13,7 +13,6 @@ repeat their updates, and subtract two sums that differ by one device.
 import hashlib
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import lru_cache
 from typing import Annotated
 
 import numpy as np
@@ -74,16 +73,12 @@ class Snapshot:
         same plan, whatever its former members, and unrelated to that of any other plan or session."""
         # Without the context, which begins with fresh bytes of the coordinator: the secret already belongs to one
         # session, and runs with given secrets can be repeated. Groups make no difference to what a device trains.
-        return derive(self.since(plan.round).secret, b"edgeadapt/training/1", draw.value.encode(), _trained(plan))
+        digest = hashlib.sha256(b"plan\x00" + _TRAINED.encode(replace(plan, context=bytes(DIGEST)))).digest()
+        return derive(self.since(plan.round).secret, b"edgeadapt/training/1", draw.value.encode(), digest)
 
     def generator(self, plan: Plan, draw: Draw) -> np.random.Generator:
         """Seed the generator of one draw in one round with its ``key``."""
         return np.random.default_rng(int.from_bytes(self.key(plan, draw), "big"))
-
-
-@lru_cache(maxsize=1)
-def _trained(plan: Plan) -> bytes:
-    return hashlib.sha256(b"plan\x00" + _TRAINED.encode(replace(plan, context=bytes(DIGEST)))).digest()
 
 
 _CODEC: Codec[Snapshot] = wire.record(Snapshot)

@@ -18,7 +18,6 @@ import hashlib
 from collections.abc import Collection, Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from functools import lru_cache
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -168,9 +167,7 @@ def on_survivors(
 def _point(known: SumHistory, plan: Plan, spec: SessionSpec, task: RoundTask, adapter: Tensors) -> Point:
     digest, now = bytes.fromhex(plan.adapter_digest), terms(plan, spec)
     form = hashlib.sha256(jsontext.encode([spec.layout_digest, asdict(task.peft_config), list(task.labels)])).digest()
-    return Point(
-        SumKind(task.EXACT or ""), digest, form, now, _sketched(_Named(plan.adapter_digest, adapter), known.key)
-    )
+    return Point(SumKind(task.EXACT or ""), digest, form, now, sketch(adapter, known.key))
 
 
 def _separation(before: Point, now: Point, task: RoundTask) -> float:
@@ -185,19 +182,6 @@ def _separation(before: Point, now: Point, task: RoundTask) -> float:
 
 def _refused(text: str, about: str, value: int) -> ProtocolError:
     return ProtocolError(text, COORDINATOR, about=about, value=value)
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """An adapter, which equals others with its digest."""
-
-    digest: str
-    tensors: Tensors = field(compare=False)
-
-
-@lru_cache(maxsize=1)
-def _sketched(adapter: _Named, key: bytes) -> bytes:
-    return sketch(adapter.tensors, key)
 
 
 def sketch(tensors: Tensors, key: bytes) -> bytes:

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -117,12 +117,7 @@ def _target_of(base: FrozenBase, task: RoundTask) -> TargetOf | None:
 
 def adapter_of(plan: Plan, blob: bytes) -> Tensors:
     """Read the adapter of a plan from its file. Raises ProtocolError: the file is not the plan's, or damaged."""
-    return dict(_adapter(plan.adapter_digest, blob))
-
-
-@lru_cache(maxsize=1)
-def _adapter(digest: str, blob: bytes) -> Tensors:
-    if files.sha256(blob) != digest:
+    if files.sha256(blob) != plan.adapter_digest:
         reason = "the adapter in the message does not match the digest in the plan"
         raise ProtocolError(reason, COORDINATOR, about="plan.adapter_digest")
     try:

@@ -1,7 +1,5 @@
 """The kinds of round, and the task of a plan, which is of one of them. A new kind is a module and a line here."""
 
-from functools import lru_cache
-
 from aggregation.vector import VectorSpec
 from edgeadapt.rounds.analytic import AnalyticTask
 from edgeadapt.rounds.evaluation import EvaluationTask
@@ -11,7 +9,6 @@ from edgeadapt.rounds.task import Task
 KINDS: tuple[type[RoundTask], ...] = (Task, AnalyticTask, EvaluationTask)
 
 
-@lru_cache(maxsize=4)
 def decode(raw: bytes) -> RoundTask:
     """Read the task of a plan: of the kind whose fields it has. Law: ``decode(t.encode()) == t``. Raises ProtocolError
     if it is of no kind, or a field is missing, unknown or out of range."""

@@ -302,7 +302,7 @@ class InProcessGrid(OwnGrid):
         self._contexts = {node: context_of(node, device) for node, device in devices.items()}
         self._numbers = count(1)
         self._in_flight: list[_MessageInFlight] = []  # a heap, by the arrival of the reply
-        self._arrived: dict[str, Message] = {}  # replies that have not been pulled, by the id of their request
+        self._arrived: dict[str, Message | Exception] = {}  # what has not been pulled, by the id of its request
         super().__init__()
         identify()
 
@@ -336,13 +336,20 @@ class InProcessGrid(OwnGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Let the devices work, in the order in which their replies arrive."""
         self.arrived()
-        wanted = set(message_ids)
-        return [self._arrived.pop(number) for number in list(self._arrived) if number in wanted]
+        wanted, replies = set(message_ids), list[Message]()
+        for number in [number for number in self._arrived if number in wanted]:
+            if isinstance(reply := self._arrived.pop(number), Exception):
+                raise reply
+            replies.append(reply)
+        return replies
 
     def arrived(self) -> Collection[str]:
         while self._in_flight and self._in_flight[0].arrives <= self.clock.now():
             flying = heapq.heappop(self._in_flight)
-            flying.work()
+            try:
+                flying.work()
+            except Exception as error:  # of the device's app, which answers nothing: for who pulls its reply
+                self._arrived[flying.id] = error
             if flying.reply is not None:
                 self._arrived[flying.id] = flying.reply
         return set(self._arrived)

@@ -17,10 +17,8 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from threading import Lock
 from typing import Any, Self
 
-import cachetools
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -375,11 +373,6 @@ def _policy(scenario: Scenario, population: Population) -> PolicySettings:
     )
 
 
-def _same_run(scenario: Scenario, population: Population, base: Base) -> object:
-    return scenario.model_dump_json(), population.labels, tuple(population.public), base
-
-
-@cachetools.cached(cachetools.LRUCache(maxsize=2), key=_same_run, lock=Lock())  # each arm of a run begins with it
 def first_adapter(scenario: Scenario, population: Population, base: Base) -> tuple[VersionManifest, bytes]:
     """Return version 0 of a run: its manifest and its file. The head comes from the public texts.
 

@@ -9,9 +9,10 @@ from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event
+from threading import Event, Lock
 
 import torch
+from cachetools import LRUCache, cached
 
 from client.node.statedir import DeviceStateDir
 from client.training.logistic import logistic_head
@@ -67,6 +68,14 @@ HEADS: dict[Kind, tuple[FitHead, str]] = {
 }
 
 
+def _same_run(scenario: Scenario, population: Population, base: Base) -> object:
+    return scenario.model_dump_json(), population.labels, tuple(population.public), base
+
+
+# Each arm of a run begins with it.
+_first_adapter = cached(LRUCache(maxsize=2), key=_same_run, lock=Lock())(provision.first_adapter)
+
+
 class _Stopped(Exception):  # noqa: N818  # no error: the run has ended
     """Ends the training of a client whose outcome nobody waits for any more."""
 
@@ -96,7 +105,7 @@ class TrialRun:
     def compute(self, progress: RunProgress, stage: str) -> TrialResult:
         """Compute the clients that are left, and keep the result. Raises EdgeAdaptError if a training diverged."""
         scenario, population = self.trial.scenario, self.material.population
-        manifest, blob = provision.first_adapter(scenario, population, self.material.base)
+        manifest, blob = _first_adapter(scenario, population, self.material.base)
         inputs = ArmInputs.of(scenario, manifest, files.decode(blob), population)
         arms = arms_of(self.material.trained, inputs, self.at_once, self._check)
         idle: SimpleQueue[Arms] = SimpleQueue()
