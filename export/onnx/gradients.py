@@ -63,8 +63,12 @@ def check_gradients(
         except Exception as error:  # onnxruntime raises classes without a common base
             reason = " ".join(str(error).split())[:MAX_REASON]
             raise ConfigError(f"the training graph does not run: {reason}", about="training") from error
-        with nullcontext() if states is None else _from_states(module, batch, inputs, states):
-            expected = _in_torch(module, batch, inputs)
+        try:
+            with nullcontext() if states is None else _from_states(module, batch, inputs, states):
+                expected = _in_torch(module, batch, inputs)
+        except RuntimeError as error:  # torch's: the states come from above a slot
+            reason = "the gradients of these slots cannot be compared from states: export the base with --layers 0"
+            raise ConfigError(reason, about="--layers") from error
         both = gradients | {"loss": np.array(loss)} | {path + WEIGHT_NORM: value for path, value in norms.items()}
         both |= {path + OWN_BIAS: value for path, value in biases.items()}
         for name, wanted in (expected | _for_dora(module, inputs)).items():

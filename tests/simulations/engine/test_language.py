@@ -82,7 +82,8 @@ def test_a_run_trains_with_the_graph_of_a_bundle_to_the_same_losses(
     graph = ("--set", "base.engine=onnx", "--set", "export.profile=fp32")
     ours = json.loads(run("--json", *METHODS[method], *graph).stdout)
     for one, other in zip(ours["clients"], theirs["clients"], strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+        for arm, loss in one["loss"].items():  # a personal adapter has had the most steps since both were equal
+            assert loss == pytest.approx(other["loss"][arm], rel=0.1 if arm == "personal" else 0.02)
 
 
 def test_a_run_whose_method_needs_torch_is_refused_before_an_export(run: Callable[..., Any], tmp_path: Path) -> None:
