@@ -76,14 +76,15 @@ def test_a_run_scores_every_author_and_goes_on_from_its_folder(run: Callable[...
 def test_a_run_trains_with_the_graph_of_a_bundle_to_the_same_losses(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    theirs = json.loads(run("--json", *METHODS[method]).stdout)
+    # After a second round, a bit of the first sum that rounding turned has changed the order of all examples.
+    once = (*METHODS[method], "--set", "federation.rounds=1")
+    theirs = json.loads(run("--json", *once).stdout)
     (tmp_path / "run").rename(tmp_path / "torch")
     monkeypatch.setattr("client.training.torchengine.TorchEngine.__init__", lambda *_: pytest.fail("torch trained"))
     graph = ("--set", "base.engine=onnx", "--set", "export.profile=fp32")
-    ours = json.loads(run("--json", *METHODS[method], *graph).stdout)
+    ours = json.loads(run("--json", *once, *graph).stdout)
     for one, other in zip(ours["clients"], theirs["clients"], strict=True):
-        for arm, loss in one["loss"].items():  # a personal adapter has had the most steps since both were equal
-            assert loss == pytest.approx(other["loss"][arm], rel=0.1 if arm == "personal" else 0.02)
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.002)
 
 
 def test_a_run_whose_method_needs_torch_is_refused_before_an_export(run: Callable[..., Any], tmp_path: Path) -> None:
