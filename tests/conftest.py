@@ -104,11 +104,13 @@ def postgresql_server() -> Iterator[Any]:
 
 
 @pytest.fixture
-def postgresql(postgresql_server: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a new database. The environment has the password."""
+def postgresql(postgresql_server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a new database, which ends with the test, as do connections to it that no one has closed. The
+    environment has the password."""
     monkeypatch.setenv("PGPASSWORD", postgresql_server.password)
-    address: str = postgresql_server.url(postgresql_server.database())
-    return address
+    name = postgresql_server.database()
+    yield postgresql_server.url(name)
+    postgresql_server.run("postgres", f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(scope="session")
