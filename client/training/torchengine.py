@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from threading import RLock
 from typing import cast
 
@@ -18,7 +19,7 @@ from client.training.encoding import TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer, Trainer
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
-from edgeadapt.bases.states import StateCache
+from edgeadapt.bases.states import SharedStates, StateCache
 from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.bases.traininggraph import TrainingBatch
 from edgeadapt.formats.layout import Floats, Layout, Tensors
@@ -45,7 +46,9 @@ class TorchEngine:
         self._frozen = FrozenLayers.of(
             inner, config, lambda ids, mask: inner(input_ids=ids, attention_mask=mask)[0][mask > 0]
         )
-        self._states = StateCache(MOST_STATES, np.float16, f"{base.digest}/{self._frozen.first if self._frozen else 0}")
+        source = f"{base.digest}/{self._frozen.first if self._frozen else 0}"
+        shared = SharedStates.open(base.states, source) if base.states and self._frozen else None
+        self._states = StateCache(MOST_STATES, np.float16, source, shared)
         own = {name: value for name, value in self._parameters.items() if is_bias(name)}
         self._biases = {name: np.array(value.detach()) for name, value in own.items()}  # the base's own
         self.layout = Layout.of(trainable.tensors(model))
@@ -53,6 +56,14 @@ class TorchEngine:
     @property
     def states(self) -> StateCache | None:
         return self._states if self._frozen else None
+
+    def share_states(self, tokens: Sequence[Sequence[int]], folder: Path) -> None:
+        """Write the states of texts to a new folder, for ``Base.states`` of other engines; none without frozen layers.
+        Those of texts of one length are computed together."""
+        if self._frozen:
+            with self._lock, flushed_denormals():
+                compute = partial(self._frozen.states, together=True)
+                SharedStates.write(folder, self._states.source, tokens, compute)
 
     @contextmanager
     def training(self, start: Tensors, trained: Collection[str]) -> Iterator[None]:

@@ -62,6 +62,7 @@ class Base:
     folder: Path
     digest: str
     task: Objective = field(default=Classification(), kw_only=True)  # of adapters with labels
+    states: Path | None = field(default=None, kw_only=True)  # folder of ``SharedStates``
 
     @property
     def weight_files(self) -> tuple[Path, ...]:

@@ -5,43 +5,101 @@ Nothing is approximated in float32: such states depend on the frozen base and on
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.storage import PRIVATE_FOLDER, staged
+
+Tokens = Sequence[int]
+States = NDArray[np.floating]  # of a text, shape ``(tokens, hidden)``
+SOURCE, KEYS, ENDS, ROWS = "source", "keys.npy", "ends.npy", "rows.float16"
+MOST_SHARED = 2**32  # bytes
+AT_A_TIME = 512  # texts
+
+
+def key_of(tokens: Tokens) -> str:
+    """Return the SHA-256 of a text's tokens."""
+    return hashlib.sha256(np.array(tokens, np.int64).tobytes()).hexdigest()
+
+
+class SharedStates(dict[str, States]):
+    """States of many texts by ``key_of``, mapped into memory: the processes of a simulation share one folder."""
+
+    @classmethod
+    def write(
+        cls, folder: Path, source: str, texts: Sequence[Tokens], compute: Callable[[list[Tokens]], list[Floats]]
+    ) -> None:
+        """Compute the states of texts in float16, the shortest first, and write them to a new folder as a whole.
+
+        States that exceed float16, and those of more than ``MOST_SHARED`` bytes, are left out. ``source`` names what
+        computes them.
+        """
+        rest = sorted({key_of(text): text for text in texts}.items(), key=lambda one: (len(one[1]), one[0]))
+        keys, ends, end, size = list[bytes](), list[int](), 0, 0
+        with staged(folder, mode=PRIVATE_FOLDER) as stage:
+            with (stage / ROWS).open("wb") as file:
+                while rest and size < MOST_SHARED:
+                    some, rest = rest[:AT_A_TIME], rest[AT_A_TIME:]
+                    for (key, _), values in zip(some, compute([text for _, text in some]), strict=True):
+                        if (rounded := _rounded(values, np.dtype(np.float16))).dtype == np.float16:
+                            size += file.write(rounded.tobytes())
+                            end += len(rounded)
+                            keys.append(bytes.fromhex(key))
+                            ends.append(end)
+            np.save(stage / KEYS, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32))
+            np.save(stage / ENDS, np.array(ends, np.int64))
+            (stage / SOURCE).write_text(source)
+
+    @classmethod
+    def open(cls, folder: Path, source: str) -> Self:
+        """Return what ``write`` wrote; nothing if it is of another source."""
+        if (folder / SOURCE).read_text() != source or not (folder / ROWS).stat().st_size:
+            return cls()
+        keys, ends = np.load(folder / KEYS), np.load(folder / ENDS)
+        rows = np.memmap(folder / ROWS, np.float16, "r").reshape(int(ends[-1]), -1)
+        return cls((key.tobytes().hex(), values) for key, values in zip(keys, np.split(rows, ends[:-1]), strict=True))
 
 
 class StateCache:
     """The states of the texts that were used last, in memory, of at most ``limit_bytes``; not for several threads."""
 
-    def __init__(self, limit_bytes: int, stored: DTypeLike = np.float32, source: str = "") -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        stored: DTypeLike = np.float32,
+        source: str = "",
+        shared: Mapping[str, States] | None = None,
+    ) -> None:
         """``stored``: the type in memory, float32 or float16. States that exceed float16 stay in float32. ``source``
-        names what computes the states, for those who keep them elsewhere."""
-        self.limit_bytes, self.stored, self.source = limit_bytes, np.dtype(stored), source
+        names what computes the states, for those who keep them elsewhere. ``shared``: states that need no memory."""
+        self.limit_bytes, self.stored, self.source, self._shared = limit_bytes, np.dtype(stored), source, shared or {}
         self.size = 0  # bytes of the states that were used
-        self._states: OrderedDict[str, NDArray[np.floating]] = OrderedDict()  # by digest of tokens, oldest use first
+        self._states: OrderedDict[str, States] = OrderedDict()  # by digest of tokens, oldest use first
         self._others: Tensors = {}  # that may be used
 
-    def rows(
-        self, tokens: Sequence[Sequence[int]], compute: Callable[[list[Sequence[int]]], list[Floats]]
-    ) -> list[Floats]:
+    def rows(self, tokens: Sequence[Tokens], compute: Callable[[list[Tokens]], list[Floats]]) -> list[Floats]:
         """Return the states of each text in float32, shape ``(tokens, hidden)``; they may be read only.
 
         ``compute`` is called at most once, with the texts that are missing, each once and in their order. If it raises,
         the cache stays as it was. Guarantee: a text has the same states when they are computed and when they were kept.
         """
-        keys = [hashlib.sha256(np.array(text, np.int64).tobytes()).hexdigest() for text in tokens]
+        keys = [key_of(text) for text in tokens]
         for key in self._others.keys() & set(keys):
-            self._keep(key, self._rounded(self._others.pop(key)))
-        missing = {key: text for key, text in zip(keys, tokens, strict=True) if key not in self._states}
+            self._keep(key, _rounded(self._others.pop(key), self.stored))
+        shared = {key: self._shared[key] for key in keys if key in self._shared}
         states = {key: self._states[key] for key in keys if key in self._states}
+        missing = {key: text for key, text in zip(keys, tokens, strict=True) if key not in states.keys() | shared}
         if missing:
             computed = compute(list(missing.values()))
-            states |= {key: self._rounded(values) for key, values in zip(missing, computed, strict=True)}
+            states |= {key: _rounded(values, self.stored) for key, values in zip(missing, computed, strict=True)}
         for key, values in states.items():
             self._keep(key, values)
+        states |= shared
         return [np.asarray(states[key], np.float32) for key in keys]
 
     def begin(self, states: Tensors) -> None:
@@ -58,15 +116,7 @@ class StateCache:
             result[key] = np.asarray(values, np.float32)
         return result
 
-    def _rounded(self, values: Floats) -> NDArray[np.floating]:
-        with np.errstate(over="ignore"):
-            rounded: NDArray[np.floating] = np.array(values, self.stored)
-        if not np.isfinite(rounded).all():
-            rounded = np.array(values, np.float32)
-        rounded.flags.writeable = False
-        return rounded
-
-    def _keep(self, key: str, values: NDArray[np.floating]) -> None:
+    def _keep(self, key: str, values: States) -> None:
         if (previous := self._states.pop(key, None)) is not None:
             self.size -= previous.nbytes
         if values.nbytes > self.limit_bytes:
@@ -75,3 +125,12 @@ class StateCache:
         self.size += values.nbytes
         while self.size > self.limit_bytes:
             self.size -= self._states.popitem(last=False)[1].nbytes
+
+
+def _rounded(values: Floats, stored: np.dtype[Any]) -> States:
+    with np.errstate(over="ignore"):
+        rounded: States = np.array(values, stored)
+    if not np.isfinite(rounded).all():
+        rounded = np.array(values, np.float32)
+    rounded.flags.writeable = False
+    return rounded

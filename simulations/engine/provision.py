@@ -9,7 +9,9 @@ no other group, and its policy refuses a cohort that is too small. No device is 
 less the sums of the large groups would be the sum of a small one (docs/decisions/0043-cohorts-by-language.md).
 """
 
+import dataclasses
 import hashlib
+import shutil
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +19,11 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from aggregation import graph
@@ -32,11 +35,11 @@ from client.inference.trust import Trust
 from client.node.enrolment import TrustAnchors, enrol, install_certificate
 from client.node.policy import SAFE, PolicySettings, TrainingLimits
 from client.node.statedir import DeviceSettings, DeviceStateDir
-from client.training.engine import classifier_trainer, language_trainer, trainer_of
+from client.training.engine import classifier_trainer, language_trainer, open_trainer, trainer_of
 from client.training.examples import Example, Split, write_examples
 from client.training.logistic import cross_entropy, logistic_head, with_constant
 from client.training.personal import HEADS
-from client.training.torchengine import model_of
+from client.training.torchengine import TorchEngine, model_of
 from client.training.trainer import ClassifierTrainer, FrozenBase
 from coordinator.registry import Registry
 from coordinator.seed import seed_version
@@ -83,6 +86,7 @@ CENTERED = "centered"  # folders in that of the run
 LEXICAL = "lexical"
 BUCKETS, LENGTHS = 1024, (2, 3)  # of hashed n-grams; characters
 DEQUANTIZED = "base"
+STATES = "states"  # as long as a run or suite is not finished
 AUTHORITY = "authority"
 AUTHORITY_KEY = "authority.pem"
 COORDINATOR = "coordinator"
@@ -200,6 +204,34 @@ def training_base(out: Path, scenario: Scenario, population: Population) -> Base
         copy = out / DEQUANTIZED
         base = find_base(str(copy)) if copy.exists() else dequantized(base, Profile(export.profile), copy)
     return with_task(base, scenario.data.task)
+
+
+def with_shared_states(out: Path, scenario: Scenario, population: Population, base: Base) -> Base:
+    """Return the base with the states of its frozen layers for the texts of a population, in a folder in ``out``. They
+    are computed once, for all arms and processes; so an adapter does not depend on which process met a text first.
+    The base itself, if no layers are frozen or another engine trains."""
+    config = peft_config(scenario, base)
+    if not config.layers_to_transform or scenario.base.engine != "torch" or not population.labels:
+        return base
+    named = f"{population.digest}/{base.digest}/{min(config.layers_to_transform)}"
+    place = out / STATES / hashlib.sha256(named.encode()).hexdigest()[:16]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        if not place.exists():
+            mine = cast(ClassifierTrainer, open_trainer(base, len(population.labels), config))
+            asked = population.sampled(scenario.evaluation.clients, scenario.seed).clients
+            parts = [
+                part for client in population.clients if not client.unseen for part in (client.train, client.validation)
+            ]
+            parts += [part for client in asked for part in (client.train, client.validation, client.test)]
+            texts = {text.text: None for part in [released_texts(population), *parts] for text in part}
+            cast(TorchEngine, mine.engine).share_states(mine.tokens([*texts]), place)
+    return dataclasses.replace(base, states=place) if place.exists() else base
+
+
+def forget_states(out: Path) -> None:
+    """Delete the states in ``out``, which tell what the texts are about, when all processes have ended."""
+    shutil.rmtree(out / STATES, ignore_errors=True)
 
 
 def unrounded_base(scenario: Scenario) -> Base:

@@ -23,7 +23,7 @@ from edgeadapt.formats.cores import cores
 from simulations.data import populate
 from simulations.data.population import Population
 from simulations.engine.progress import RunProgress, SuiteProgress
-from simulations.engine.provision import device_base, grouped, training_base
+from simulations.engine.provision import device_base, forget_states, grouped, training_base, with_shared_states
 from simulations.engine.workers import Notify, Process, WorkerKilledError
 from simulations.plan import Suite, Trial, digest_of, search
 from simulations.report.formatting import aborted, duration
@@ -95,6 +95,7 @@ def run_suite(
     """
     with taken(out, suite, resume=resume or retry, retry=retry) as store, SuiteProgress(quiet=quiet) as progress:
         execute(suite, store, jobs or min(cores(), MOST_JOBS), progress.show)
+        forget_states(store.path)
     return SuiteReport.of(out)
 
 
@@ -187,6 +188,7 @@ def _material(trial: Trial, store: Store) -> Material:
     needs = {"seed", "population", "data", "base", "export"}
     with _shared(store, scenario, needs, made=scenario.base_is_made) as folder:
         base = training_base(folder, scenario, population)
+    base = with_shared_states(store.path, scenario, population, base)
     with _shared(store, scenario, {*needs, "adapter"}, made=scenario.base.engine == "onnx") as folder:
         trained = device_base(folder, scenario, base, population)
     spent = json.loads(finished.read_bytes())["cpu_seconds"] if trial.kind.federated and finished.exists() else 0.0

@@ -56,7 +56,16 @@ from simulations.engine.grid import (
 )
 from simulations.engine.plain import is_plain, open_coordinator
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import Enrolment, Group, device_base, fleet_folders, grouped, training_base
+from simulations.engine.provision import (
+    Enrolment,
+    Group,
+    device_base,
+    fleet_folders,
+    forget_states,
+    grouped,
+    training_base,
+    with_shared_states,
+)
 from simulations.engine.publish import export_all
 from simulations.engine.workers import Fleet, WorkerGrid, Workers
 from simulations.plan import default_trials
@@ -245,6 +254,7 @@ def simulate(folder: RunFolder, population: Population, progress: RunProgress, e
     with _logged(folder.log), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
             base = training_base(folder.path, scenario, population)
+            base = with_shared_states(folder.path, scenario, population, base)
             prepare(folder, groups, base)
         federate(folder, population, base, progress, engine)
         with folder.timed("personal"):
@@ -259,6 +269,7 @@ def simulate(folder: RunFolder, population: Population, progress: RunProgress, e
     if exported:
         write_report(result, folder.path / REPORT, program())
     replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
+    forget_states(folder.path)
     return result
 
 

@@ -1,11 +1,12 @@
 """States that are computed once: the same when they come from the cache, within its limit, the last used ones kept."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgeadapt.bases.states import StateCache
+from edgeadapt.bases.states import SharedStates, StateCache
 from edgeadapt.formats.layout import Floats
 
 WIDTH = 4
@@ -88,3 +89,33 @@ def test_what_was_used_last_can_be_kept_elsewhere_up_to_a_limit(compute: Compute
     assert asked == [[1]]  # it was the first to be left out
     np.testing.assert_array_equal(second[0], first[1])
     assert len(later.used(1 << 20)) == 2
+
+
+def test_shared_states_are_those_that_were_computed_and_cost_no_memory(
+    compute: Compute, asked: list[Sequence[int]], tmp_path: Path
+) -> None:
+    texts = [[5, 6, 7], [1, 2], [4], [1, 2], [8, 9]]
+    SharedStates.write(tmp_path / "states", "base/2", texts, compute)
+    assert sorted(map(len, asked)) == [1, 2, 2, 3]  # each once
+    shared = SharedStates.open(tmp_path / "states", "base/2")
+    cache = StateCache(1 << 20, np.float16, shared=shared)
+    asked.clear()
+    rows = cache.rows([*texts, [3]], compute)
+    assert asked == [[3]]
+    assert cache.size == 2 * WIDTH
+    for text, row in zip([*texts, [3]], rows, strict=True):
+        np.testing.assert_array_equal(row, compute([text])[0].astype(np.float16))
+    assert not SharedStates.open(tmp_path / "states", "base/3")
+
+
+def test_states_that_float16_cannot_hold_are_not_shared(tmp_path: Path) -> None:
+    def compute(texts: list[Sequence[int]]) -> list[Floats]:
+        return [np.full((len(text), WIDTH), 1e6 if text[0] == 2 else 1.0, np.float32) for text in texts]
+
+    SharedStates.write(tmp_path / "states", "base", [[1], [2]], compute)
+    assert [rows.tolist() for rows in SharedStates.open(tmp_path / "states", "base").values()] == [[[1.0] * WIDTH]]
+    SharedStates.write(tmp_path / "none", "base", [[2]], compute)
+    assert not SharedStates.open(tmp_path / "none", "base")
+    with pytest.raises(MemoryError):
+        SharedStates.write(tmp_path / "torn", "base", [[1]], lambda _: (_ for _ in ()).throw(MemoryError))
+    assert not (tmp_path / "torn").exists()

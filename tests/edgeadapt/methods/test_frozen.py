@@ -1,5 +1,6 @@
 """The layers below an adapter, computed once: for every family that begins with states, and for one that cannot."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,24 @@ def test_logits_and_embeddings_are_those_of_the_whole_model(tiny_base: Base) -> 
 def test_states_do_not_depend_on_other_texts(tiny_base: Base) -> None:
     engine: Any = torchengine.classifier(tiny_base, 3, configuration(tiny_base, layers=1)).engine
     tokens = [(5, 6, 7), (8, 9), (7, 6, 5), (4, 4, 4)]
-    together = engine._frozen.states(tokens)
+    together = engine._frozen.states(tokens, together=True)
     assert [row.shape for row in together] == [(len(text), 32) for text in tokens]
-    for text, states in zip(tokens, together, strict=True):
-        np.testing.assert_allclose(engine._frozen.states([text])[0], states, atol=1e-6)
+    for text, states, grouped in zip(tokens, engine._frozen.states(tokens), together, strict=True):
+        np.testing.assert_array_equal(engine._frozen.states([text])[0], states)
+        np.testing.assert_allclose(grouped, states, atol=1e-6)
+
+
+def test_states_that_were_shared_are_not_computed_again(tiny_base: Base, tmp_path: Path) -> None:
+    config, others = configuration(tiny_base, layers=1), tmp_path / "others"
+    alone: Any = torchengine.classifier(tiny_base, 3, config)
+    alone.engine.share_states(alone.tokens(TEXTS), tmp_path / "states")
+    sharing: Any = torchengine.classifier(replace(tiny_base, states=tmp_path / "states"), 3, config)
+    sharing.engine._frozen.states = lambda tokens: pytest.fail("computes")
+    np.testing.assert_allclose(sharing.embed(TEXTS), alone.embed(TEXTS), atol=1e-3)
+    other: Any = torchengine.classifier(replace(tiny_base, digest="other"), 3, config)
+    other.engine.share_states(other.tokens(TEXTS), others)
+    unlike: Any = torchengine.classifier(replace(tiny_base, states=others), 3, config)  # computes
+    np.testing.assert_array_equal(unlike.embed(TEXTS), alone.embed(TEXTS))
 
 
 def test_a_family_that_mixes_padding_into_a_text_computes_from_tokens(tiny_base: Base, tmp_path: Path) -> None:

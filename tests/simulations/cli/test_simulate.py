@@ -267,7 +267,7 @@ def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_cu
     tmp_path: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = ("federation.aggregation.adversary=honest-but-curious", "federation.rounds=2", "personal.epochs=0")
-    changes = [word for change in short for word in ("--set", change)]
+    changes = [word for change in (*short, "adapter.layers=1") for word in ("--set", change)]
     out, left, train = tmp_path / "run", iter(range(4)), ClassifierTrainer.train
 
     def interrupted(self: ClassifierTrainer, *rest: object, **named: object) -> object:
@@ -282,8 +282,10 @@ def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_cu
     assert "rounds     2 that train" in printed
     assert "--resume" in err
     assert len(CoordinatorStateDir.open(out / "coordinator").registry.rounds()) == 1
+    assert [*(out / "states").glob("*/rows.float16")]
     code, printed, err = run("simulate", "run", scenario, "--out", out, "--resume", "--json", *changes)
     assert code == 0, err
+    assert not (out / "states").exists()
     rounds = json.loads(printed)["rounds"]
     assert [(entry["round"], entry["aborted"]) for entry in rounds] == [(1, None), (2, None)]
     assert {step for entry in rounds for step in entry["dropped"].values()} == {"plan", "unmask"}

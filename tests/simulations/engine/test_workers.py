@@ -67,7 +67,7 @@ def test_workers_make_the_adapters_of_one_process_and_say_what_devices_log(
     fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes = {"rounds": 4, "aggregation__session_rounds": 2, "method": "fedper", "deadline": 300.0}
-    one, three = fleet_of(7, **changes), fleet_of(7, **changes)
+    one, three = (fleet_of(7, adapter={"layers": 1}, **changes) for _ in range(2))
     in_this_process(one)
     caplog.set_level(logging.INFO, "edgeadapt.device")
     elsewhere = device_folder(three.out, "device-00")
