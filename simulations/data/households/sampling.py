@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
-from typing import Self
+from itertools import chain
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,9 @@ class PopulationSettings(Settings):
     """test utterances of each household"""
     validation_fraction: float = Field(default=0.2, gt=0, le=0.5)
     """share of a household's utterances kept for its own validation"""
+    validation_templates: Literal["train", "own"] = "train"
+    """train: a household validates on sentence templates that it also trains on; own: on others, as in the test, so
+    that a suite's search does not favour what only remembers"""
     concentration: float = Field(default=0.5, gt=0)
     """Dirichlet concentration of a household's mix of intents: small is one-sided, large is even"""
     public_phrases: int = Field(default=6, ge=1, le=1000)
@@ -76,6 +80,7 @@ class PopulationSettings(Settings):
 _FEWEST_LABELS = 5
 _PATIENCE = 300  # draws in a row without a new utterance, after which there is nothing left to say
 
+_Said = tuple[LabelledText, ...]
 _Accept = Callable[[str, int], bool]  # whether a text may be used for a label
 
 
@@ -142,7 +147,8 @@ def sample_population(settings: PopulationSettings, seed: int) -> Population:
     )
     speakers = [_speaker(number, settings, books, seed) for number in range(settings.households)]
     said = [_say(speaker, settings, used) for speaker in speakers]
-    used.learned.update(spoken(utterance.text) for utterances in [public, *said] for utterance in utterances)
+    learned = chain(public, *chain.from_iterable(said))
+    used.learned.update(spoken(utterance.text) for utterance in learned)
     seen = settings.households - settings.unseen_count
     return Population(
         labels=labels,
@@ -215,18 +221,31 @@ def _speaker(number: int, settings: PopulationSettings, books: Mapping[str, _Phr
     return _Speaker(name, code, books[code].voice(rng), books[code].splits, np.cumsum(mix))
 
 
-def _say(speaker: _Speaker, settings: PopulationSettings, used: _UsedTexts) -> tuple[LabelledText, ...]:
+def _say(speaker: _Speaker, settings: PopulationSettings, used: _UsedTexts) -> tuple[_Said, _Said]:
     """Say the household's training and validation utterances, in random order."""
     count = int(speaker.voice.rng.integers(settings.utterances_min, settings.utterances_max + 1))
-    return _utterances(speaker, [split.train for split in speaker.splits], count, used.has_label)
+    held_out = max(1, round(settings.validation_fraction * count))
+    templates = [split.train for split in speaker.splits]
+    if settings.validation_templates == "train":
+        said = _utterances(speaker, templates, count, used.has_label)
+        return said[held_out:], said[:held_out]
+    own = [some[: round(settings.validation_fraction * len(some))] for some in templates]
+    rest = [some[len(kept) :] for some, kept in zip(templates, own, strict=True)]
+    train = _utterances(speaker, rest, count - held_out, used.has_label)
+    heard = {spoken(utterance.text) for utterance in train}
+    # An intent with few templates has none to spare.
+    asked = [kept or some for some, kept in zip(templates, own, strict=True)]
+    return train, _utterances(
+        speaker, asked, held_out, lambda text, label: used.has_label(text, label) and text not in heard
+    )
 
 
 def _household(
-    speaker: _Speaker, said: tuple[LabelledText, ...], settings: PopulationSettings, used: _UsedTexts, *, unseen: bool
+    speaker: _Speaker, said: tuple[_Said, _Said], settings: PopulationSettings, used: _UsedTexts, *, unseen: bool
 ) -> Client:
-    held_out = max(1, round(settings.validation_fraction * len(said)))
+    train, validation = said
     test = _utterances(speaker, [split.test for split in speaker.splits], settings.test_utterances, used.fits_test)
-    return Client(speaker.name, speaker.language, unseen, said[held_out:], said[:held_out], test)
+    return Client(speaker.name, speaker.language, unseen, train, validation, test)
 
 
 def _utterances(

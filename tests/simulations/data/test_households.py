@@ -239,3 +239,13 @@ def test_released_phrases_have_accents_and_no_word_stands_with_them_and_without(
     assert set(letters) <= set("".join(words))
     bare = {word: "".join(c for c in normalize("NFD", word) if not combining(c)) for word in words}
     assert not words & {plain for word, plain in bare.items() if word != plain}
+
+
+def test_validation_can_have_templates_of_its_own_as_the_test_has() -> None:
+    population = sample_population(PopulationSettings(validation_templates="own"), 3)
+    trained = set(chain.from_iterable(_templates(household.train) for household in population.clients))
+    validated = [phrase for household in population.clients for phrase in household.validation]
+    assert sum(phrase.group in trained for phrase in validated) < 0.25 * len(validated)  # of intents with few templates
+    for household in population.clients:
+        assert len(household.validation) == round(0.2 * len(_learned(household)))
+        assert not _texts(household.train) & _texts(household.validation)
