@@ -4,7 +4,7 @@ The grid may be Flower's own or a simulated one.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,9 @@ from flwr.serverapp import Grid, ServerApp
 from aggregation.errors import ConfigError
 from coordinator.launch import GATEWAY as GATEWAY
 from coordinator.launch import STATE as STATE
-from coordinator.registry import Lease
 from coordinator.registry.lease import LOOK
 from coordinator.rounds import federate
-from coordinator.statedir import CoordinatorStateDir
+from coordinator.statedir import CoordinatorStateDir, Stopped
 from coordinator.transport import Clock, SystemClock, Transport
 from edgeadapt import traces
 from edgeadapt.formats.roundrecord import RoundRecord
@@ -41,13 +40,16 @@ def main(grid: Grid, context: Context) -> None:
         )
     state_dir = CoordinatorStateDir.open(Path(folder))
     address = context.run_config.get(GATEWAY)
-    with traces.exporting(traces.COORDINATOR), state_dir.leading() as leader:
-        if not leader.has_rounds_left or not isinstance(address, str) or not address:
-            conduct(leader, grid)
-            return
-        with joined(grid, leader, address) as whole:
-            whole.await_devices(state_dir.settings.aggregation.minimum_devices, leader.require_lead)
-            conduct(leader, whole)
+    try:
+        with traces.exporting(traces.COORDINATOR), state_dir.leading() as leader:
+            if not leader.has_rounds_left or not isinstance(address, str) or not address:
+                conduct(leader, grid)
+                return
+            with joined(grid, leader, address) as whole:
+                whole.await_devices(state_dir.settings.aggregation.minimum_devices, leader.require_goes_on)
+                conduct(leader, whole)
+    except Stopped as stopped:
+        log.info("%s", stopped)
 
 
 def conduct(state_dir: CoordinatorStateDir, grid: Grid) -> None:
@@ -83,7 +85,7 @@ def over_gateway(state_dir: CoordinatorStateDir, address: str) -> Iterator[Round
         if not leader.has_rounds_left:
             return
         with serving(leader, address) as grid:
-            grid.await_devices(state_dir.settings.aggregation.minimum_devices, leader.require_lead)
+            grid.await_devices(state_dir.settings.aggregation.minimum_devices, leader.require_goes_on)
             yield from lead(leader, grid)
 
 
@@ -98,20 +100,20 @@ def lead(leader: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
     """Run the rounds of a state directory from ``CoordinatorStateDir.leading``, like ``run``."""
     # A simulated grid has its own time, which does not wait.
     clock: Clock = getattr(grid, "clock", None) or SystemClock()
-    if leader.lease is not None:
-        clock = LeaderClock(clock, leader.lease)
+    if leader.lease is not None or leader.is_service:
+        clock = LeaderClock(clock, leader.require_goes_on)
     yield from federate(leader, Transport(grid, clock, leader.settings.deadline))
 
 
 @dataclass(frozen=True, slots=True)
 class LeaderClock:
-    """End the run of a coordinator once another one leads. Everything that waits reads a clock."""
+    """End the run of a coordinator once another one leads, or it is to stop. Everything that waits reads a clock."""
 
     clock: Clock
-    lease: Lease
+    require: Callable[[], None]  # raises
 
     def now(self) -> float:
-        self.lease.require()
+        self.require()
         return self.clock.now()
 
     def sleep(self, seconds: float) -> None:
@@ -120,7 +122,7 @@ class LeaderClock:
             self.clock.sleep(min(LOOK, left))
 
     def wait(self, seconds: float) -> None:
-        self.lease.require()
+        self.require()
         self.clock.wait(seconds)
 
 

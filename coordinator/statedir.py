@@ -48,6 +48,8 @@ from edgeadapt.formats.registrystores import postgresql_url, shown
 
 KEY = SIGNING_KEY
 LOCK = "run.lock"
+SERVICES_LOCK = "up.lock"  # held by ``edgeadapt coordinator up``
+STOPPING = "stopping"  # there while that stops: a run ends between two steps, and closes its log
 WAITING = "run.waiting"  # touched by a run that waits for the lease
 HUNG = 60.0  # seconds without a touch, which comes each second or after a log was copied
 PATIENCE = 2.0  # seconds in which a run takes the lock: a check whether it is held has it for a moment
@@ -56,6 +58,10 @@ HEADER = b"# The settings of a federation. A run reads them when it starts.\n"
 log = logging.getLogger("edgeadapt.coordinator")
 REGISTRY_HEADER = b"# Where the registry is kept. Every command reads them when it starts.\n"
 SERVICES_HEADER = b"# What 'edgeadapt coordinator up' runs on this machine. It reads them when it starts.\n"
+
+
+class Stopped(EdgeAdaptError):  # noqa: N818  # no error: what runs was asked to stop
+    """Ends a run, whose round under way is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +240,17 @@ class CoordinatorStateDir:
         if self.lease is not None:
             self.lease.require()
 
+    @property
+    def is_service(self) -> bool:
+        """Whether ``edgeadapt coordinator up`` runs the directory's services."""
+        return storage.is_locked(self.folder / SERVICES_LOCK)
+
+    def require_goes_on(self) -> None:
+        """Check that the run is not to stop. Raises Stopped, or EdgeAdaptError as ``require_lead``."""
+        if (self.folder / STOPPING).exists() and self.is_service:
+            raise Stopped("the services are stopped: rounds are left", about="rounds")
+        self.require_lead()
+
     def _await_lease(self) -> Lease:
         said: Leadership | None = None
         reachable, copied = True, False
@@ -260,6 +277,7 @@ class CoordinatorStateDir:
                 reachable = False
                 if said is not None:
                     (self.folder / WAITING).touch()
+            self.require_goes_on()
             time.sleep(LOOK)
 
     @contextmanager

@@ -23,6 +23,7 @@ from click.shell_completion import CompletionItem
 
 PERIOD = 10.0  # seconds between two lines of progress
 QUIET = "edgeadapt.quiet"
+TERMINATED = 143  # the exit code that a shell reports for a command that SIGTERM ended
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)

@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from aggregation.errors import EdgeAdaptError
-from edgeadapt.commandline import JsonLines, LazyGroup
+from edgeadapt.commandline import TERMINATED, JsonLines, LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs); the groups have no extra, their commands do
 COMMANDS = {
@@ -88,7 +88,6 @@ RENAMED = {  # calls of version 0.1, which go on to work in 0.2
 PROGRAM = "edgeadapt"
 OWN = ("client", "coordinator", "export", "simulations")  # packages with names that others use too
 INTERRUPTED = 130  # the exit code that a shell reports for a command that Ctrl-C ended
-TERMINATED = 143  # and SIGTERM
 IMPORT = "<frozen importlib._bootstrap>"  # the file that Python names for the frames of an import
 
 # At run time nothing is downloaded and nothing is reported, whatever the defaults of a library are.

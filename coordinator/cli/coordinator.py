@@ -15,7 +15,7 @@ import click
 
 from aggregation.errors import ConfigError, EdgeAdaptError
 from edgeadapt import commandline
-from edgeadapt.commandline import FILE, as_json, print_result
+from edgeadapt.commandline import FILE, TERMINATED, as_json, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.settings import overridden
 
@@ -386,8 +386,9 @@ def up(state_dir: Path, as_json: bool) -> None:
     """Run what DIR/services.toml names, until all rounds are done: Flower's SuperLink, the gateway, the rounds.
 
     Each is started when the one before is ready, and again, after a pause that doubles, when it ends too soon. Ctrl-C,
-    SIGTERM or 'edgeadapt coordinator stop' stops them in reverse order; a round that is under way is lost. If this
-    process is killed, they end as well. Lines on standard error say what happens and what the services write.
+    SIGTERM or 'edgeadapt coordinator stop' stops them in reverse order; a round that is under way is lost, its log is
+    closed, and the exit code is 0 but for Ctrl-C. If this process is killed, they end as well. Lines on standard error
+    say what happens and what the services write.
 
     While another coordinator leads the same registry in PostgreSQL, they wait, and take over when that one is gone.
 
@@ -407,7 +408,11 @@ def up(state_dir: Path, as_json: bool) -> None:
         with lock:
             click.echo(line, err=True)
 
-    up(state_dir, report)
+    try:
+        up(state_dir, report)
+    except SystemExit as asked:  # to a service manager, a stop is no failure
+        if asked.code != TERMINATED:
+            raise
 
 
 @click.command()

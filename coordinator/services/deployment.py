@@ -22,12 +22,12 @@ from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
 from coordinator.services.supervisor import Happening, Patience, Report, ServiceEvent, ServiceProgram, supervise
 from coordinator.settings import SERVICES, SETTINGS, ServiceSettings, is_loopback
-from coordinator.statedir import CoordinatorStateDir, require
+from coordinator.statedir import SERVICES_LOCK, STOPPING, CoordinatorStateDir, require
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, tls_key_path
 from edgeadapt.formats.registryfiles import AUTHORITY
 
-LOCK, RUNNING = "up.lock", "services.json"
+RUNNING = "services.json"
 DATABASE, HOME = "superlink.db", "superlink"  # the SuperLink's state, and Flower's folder
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104  # where Flower's own processes reach what listens there
 PROBE = 2.0  # seconds for one look at a service that begins
@@ -67,15 +67,17 @@ def up(folder: Path, report: Report) -> None:
 
     text = f"the services of {folder} run already: see 'edgeadapt coordinator status {folder}'"
     # A while, because a check whether the lock is held has it for a moment.
-    with storage.locked_or(EdgeAdaptError(text, about=LOCK), folder / LOCK, timeout=PROBE):
-        (folder / RUNNING).unlink(missing_ok=True)  # left by a killed one: on a full disk it would stay
+    with storage.locked_or(EdgeAdaptError(text, about=SERVICES_LOCK), folder / SERVICES_LOCK, timeout=PROBE):
+        for left in (RUNNING, STOPPING):  # by a killed one; on a full disk it would stay
+            (folder / left).unlink(missing_ok=True)
         try:
             changed([])
             patience = Patience(settings.ready, settings.stop, settings.pause, settings.look, settings.failures)
-            supervise(services, patience, report, changed)
+            supervise(services, patience, report, changed, lambda: _end_rounds(state_dir, settings))
         finally:
             _await_rounds(state_dir, settings.stop)
-            (folder / RUNNING).unlink(missing_ok=True)
+            for left in (RUNNING, STOPPING):
+                (folder / left).unlink(missing_ok=True)
             state_dir.registry.close()
     report(ServiceEvent("rounds", Happening.DONE))
 
@@ -116,7 +118,7 @@ def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tu
 
 def running(folder: Path) -> dict[str, Any] | None:
     """Read what ``up`` has written about the services that it runs now; None if it does not run."""
-    if not storage.is_locked(folder / LOCK):
+    if not storage.is_locked(folder / SERVICES_LOCK):
         return None
     try:
         row: dict[str, Any] = jsontext.decode(storage.read(folder / RUNNING, MAX_RUNNING))
@@ -141,7 +143,7 @@ def stop(folder: Path) -> bool:
                 os.kill(asked, signal.SIGTERM)
         if time.monotonic() > end:
             text = f"process {asked or 'unknown'}, which runs the services of {folder}, did not stop in time"
-            raise EdgeAdaptError(text, about=LOCK, value=asked)
+            raise EdgeAdaptError(text, about=SERVICES_LOCK, value=asked)
         time.sleep(PROBE / 10)
     return asked is not None
 
@@ -151,6 +153,14 @@ def _await_rounds(state_dir: CoordinatorStateDir, seconds: float) -> None:
     end = time.monotonic() + seconds
     while state_dir.in_use and time.monotonic() < end:
         time.sleep(PROBE / 10)
+
+
+def _end_rounds(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> None:
+    """Let a run on a SuperLink close its log, for which the SuperLink would give it one second."""
+    if settings.superlink:
+        with suppress(OSError):  # a full disk: then the log is closed when the next run begins
+            (state_dir.folder / STOPPING).touch()
+            _await_rounds(state_dir, settings.stop)
 
 
 def _superlink(folder: Path, address: str) -> ServiceProgram:

@@ -208,12 +208,14 @@ def supervise(
     patience: Patience,
     report: Report,
     changed: Callable[[list[dict[str, str | int | None]]], bool],
+    stopping: Callable[[], object] = lambda: None,
 ) -> None:
     """Run services until one that ``finishes`` has done its work; whatever ends this, stop them in reverse order.
 
     Args:
         services: In the order of their start.
         changed: Called with ``Supervised.snapshot`` of each service when one has changed; again until it returns True.
+        stopping: Called before they are stopped.
 
     Raises EdgeAdaptError: a service ended with an exit code that is ``fatal`` for it.
     """
@@ -229,5 +231,8 @@ def supervise(
                 shown = now
             time.sleep(LOOK)
     finally:
-        for unit in reversed(supervised):
-            unit.stop(reason="all are stopped")
+        try:
+            stopping()
+        finally:
+            for unit in reversed(supervised):
+                unit.stop(reason="all are stopped")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from coordinator.services.deployment import RUNNING, running
-from coordinator.statedir import PUBLIC_KEY, CoordinatorStateDir
+from coordinator.statedir import PUBLIC_KEY, STOPPING, CoordinatorStateDir
 from tests.support.gateway import HOST, attending, wait_until
 from tests.support.trial import call
 from tests.support.up import LONG, ROOT, coordinator_of, going_up, listens
@@ -74,7 +74,7 @@ def test_services_run_once_are_shown_and_stop_by_command_or_when_up_is_killed(
         assert "run already" in second.stderr
         call("coordinator", "stop", folder)
         assert capsys.readouterr().out == "stopped\n"
-        assert up.wait() == 143
+        assert up.wait() == 0  # systemd starts no service again that was asked to stop
         assert [each["event"] for each in up.events if each["event"] != "output"][-2:] == ["stopping", "ended"]
         assert not listens(port)
     with going_up(folder) as up:
@@ -83,3 +83,22 @@ def test_services_run_once_are_shown_and_stop_by_command_or_when_up_is_killed(
         up.process.kill()
         wait_until(lambda: not listens(port), LONG)
     assert running(folder) is None
+
+
+def test_a_run_on_a_superlink_closes_its_log_before_the_superlink_is_stopped(
+    app_fleet_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = app_fleet_of(3, rounds=1000)
+    folder, port = coordinator_of(fleet, superlink=True)
+    state_dir = CoordinatorStateDir.open(folder)
+    with going_up(folder) as up, attending(port, [*fleet.nodes.values()]):
+        wait_until(lambda: len(state_dir.registry.rounds()) > 1 or up.process.poll() is not None, LONG)
+        call("coordinator", "stop", folder)
+        done = len(state_dir.registry.rounds())
+        assert up.wait() == 0, up.other
+    assert (len(state_dir.registry.rounds()), state_dir.in_use) == (done, False)
+    state_dir.registry.close()
+    assert not (folder / STOPPING).exists()
+    capsys.readouterr()
+    call("audit", "verify", folder, "--authority", fleet.out / "authority" / "authority.pem", "--json")
+    assert json.loads(capsys.readouterr().out)["ok"]  # without --unfinished

@@ -67,10 +67,11 @@ def listens(port: int) -> bool:
         return caller.connect_ex((HOST, port)) == 0
 
 
-def coordinator_of(fleet: Any) -> tuple[Path, int]:
+def coordinator_of(fleet: Any, *, superlink: bool = False) -> tuple[Path, int]:
     """The state directory of a fleet's coordinator with a gateway in its services, and the gateway's port."""
     folder, port, tls = fleet.out / "coordinator", free_port(), server_tls(authority_of(fleet))
+    settings = ServiceSettings(gateway=f"{HOST}:{port}", superlink=f"{HOST}:{free_port()}" if superlink else "")
     (folder / TLS_KEY).write_bytes(tls.key)
     (folder / TLS_CERTIFICATE).write_bytes(tls.certificate)
-    (folder / SERVICES).write_text(ServiceSettings(gateway=f"{HOST}:{port}").to_toml())
+    (folder / SERVICES).write_text(settings.to_toml())
     return folder, port

@@ -19,9 +19,9 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.tls import TlsKey
 from coordinator.cli import coordinator_group as coordinator
 from coordinator.services import deployment
-from coordinator.services.deployment import LOCK, RUNNING, running, services_of, stop, up
+from coordinator.services.deployment import RUNNING, running, services_of, stop, up
 from coordinator.settings import SERVICES, SETTINGS, ServiceSettings
-from coordinator.statedir import AUTHORITY, CoordinatorStateDir
+from coordinator.statedir import AUTHORITY, SERVICES_LOCK, CoordinatorStateDir
 from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from edgeadapt.formats.registryfiles import REGISTRY
@@ -178,7 +178,7 @@ def test_a_second_up_is_refused_and_changes_nothing(
     folder = state_dir.folder
     write(folder, gateway=f"127.0.0.1:{free_port()}")
     (folder / RUNNING).write_text(json.dumps({"pid": 1, "since": "now", "services": []}))
-    with storage.locked(folder / LOCK), refused(EdgeAdaptError, LOCK):
+    with storage.locked(folder / SERVICES_LOCK), refused(EdgeAdaptError, SERVICES_LOCK):
         up(folder, lambda event: None)
     assert json.loads((folder / RUNNING).read_text())["pid"] == 1
 
@@ -187,7 +187,7 @@ def test_what_a_killed_up_has_written_does_not_count(state_dir: CoordinatorState
     folder = state_dir.folder
     write(folder, **BOTH)
     (folder / RUNNING).write_text(json.dumps({"pid": 1, "since": "now", "services": []}))
-    (folder / LOCK).touch()
+    (folder / SERVICES_LOCK).touch()
     assert running(folder) is None
     assert not stop(folder)  # and process 1 is not asked to end
 
@@ -217,7 +217,7 @@ import json, os, signal
 from pathlib import Path
 from edgeadapt.formats import storage
 folder = Path({str(folder)!r})
-with storage.locked(folder / {LOCK!r}):
+with storage.locked(folder / {SERVICES_LOCK!r}):
     storage.replace(folder / {RUNNING!r}, json.dumps({found!r} | {{"pid": os.getpid()}}).encode())
     signal.pause()
 """
