@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from edgeadapt.commandline import as_json, is_quiet, program, quiet
+from edgeadapt.formats.cores import cores
 from simulations.scenario import describe, read_scenario
 from simulations.shipped import SCENARIOS
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from simulations.suite.run import EngineName
 
 DEMO = "multilingual.toml"
+MOST_WORKERS = 4  # of the demo; each has the base in memory
 
 
 def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -32,9 +34,8 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--workers",
             type=click.IntRange(1, 256),
-            default=1,
-            show_default=True,
-            help="Processes that the devices of the rounds share, about one a core; 1 is this process.",
+            help="Processes that the devices of the rounds share; 1 is this process.  "
+            f"[default: 1; of demo: one a core, at most {MOST_WORKERS}]",
         ),
         as_json,
         quiet,
@@ -69,7 +70,8 @@ def demo(**options: Any) -> None:
       edgeadapt demo --out runs/mine --resume      # after Ctrl-C
       edgeadapt demo --json > result.json
     """
-    _run(SCENARIOS / DEMO, **options | {"engine": options["engine"] or "protocol"})
+    workers = options["workers"] or min(cores(), MOST_WORKERS)
+    _run(SCENARIOS / DEMO, **options | {"engine": options["engine"] or "protocol", "workers": workers})
 
 
 @click.command()
@@ -99,7 +101,7 @@ def _run(
     as_json: bool,
     verbose: bool,
     engine: "EngineName | None",
-    workers: int,
+    workers: int | None,
     overrides: tuple[str, ...],
 ) -> None:
     scenario = read_scenario(path, overrides)
@@ -112,7 +114,7 @@ def _run(
     from simulations.report.terminal import print_result, print_scenario
     from simulations.suite.run import Engine, Plan
 
-    plan = Plan.of(scenario, Engine(workers, engine))
+    plan = Plan.of(scenario, Engine(workers or 1, engine))
     if plan.warning:
         click.echo(f"edgeadapt: {plan.warning}", err=True)
     folder = plan.folder(out, resume=resume)
