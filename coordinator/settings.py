@@ -306,9 +306,9 @@ class FederationSettings(Settings):
     attempts: int = Field(default=20, ge=1, le=1000)
     """attempts at making a session before the run ends, and at a step of a round that too few devices answer; the
     pauses between them grow from 15 s to the deadline"""
-    method: Literal["fedit", "ffa", "rolora", "fedsb", "fedsa", "fedper", "head"] = "fedit"
+    method: Literal["fedit", "ffa", "rolora", "fedsb", "fedsa", "fedper", "fedbabu", "head"] = "fedit"
     """which parts of the adapter devices train and share (docs/reference/federated-methods.md): fedit, ffa, rolora,
-    fedsb, fedsa, fedper or head"""
+    fedsb, fedsa, fedper, fedbabu or head"""
     cohort: CohortSettings = CohortSettings()
     training: Training = Training()
     analytic: Analytic = Analytic()

@@ -86,6 +86,12 @@ _METHODS = (
         (PARTS,),
         (*FACTORS, Part.VECTORS),
     ),
+    FederatedMethod(
+        "fedbabu",
+        "Oh et al. 2022, FedBABU: Toward Enhanced Representation for Federated Image Classification",
+        ((*FACTORS, Part.VECTORS),),
+        (*FACTORS, Part.VECTORS),
+    ),
     FederatedMethod("head", "FedAvg of the head alone, on the frozen base", ((Part.HEAD,),), (Part.HEAD,)),
 )
 METHODS: Mapping[str, FederatedMethod] = MappingProxyType({method.name: method for method in _METHODS})

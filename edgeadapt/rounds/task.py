@@ -238,7 +238,7 @@ class Training(KindSettings):
         if method.splits_factors and (config.peft_type != "LORA" or config.use_dora or config.bias != "none"):
             kind = "DoRA" if config.use_dora else "LoRA with biases" if config.bias != "none" else config.peft_type
             reason = f"method {method.name} trains LoRA's matrices apart from each other, and the adapter is {kind}"
-            raise ConfigError(f"{reason}: choose fedit, fedper or head", about="method", value=method.name)
+            raise ConfigError(f"{reason}: choose fedit, fedper, fedbabu or head", about="method", value=method.name)
         own = self.model_dump() | {"optimizer": OptimizerName(self.optimizer), "schedule": RateSchedule(self.schedule)}
         return Task(config, of.labels, trained=method.trained(of.version), shared=method.shared, **own)
 
