@@ -173,6 +173,7 @@ def personalize(  # noqa: PLR0913  # three of them by name
     rng: np.random.Generator,
     plain: Sequence[Example] = (),
     control: TrainingControl = UNLIMITED,
+    rows: dict[str, Floats] | None = None,
 ) -> Personalization:
     """Make a personal adapter from the global one and the training examples, and keep it or another candidate.
 
@@ -184,6 +185,8 @@ def personalize(  # noqa: PLR0913  # three of them by name
         plain: Public texts of which the personal adapter must answer as many right as the global one (``rehearsal``).
             One that does not is moved towards the global adapter, in quarters of the way, until it does; it is not a
             candidate if only the global adapter does.
+
+        rows: Texts that the global adapter has embedded already, to which others are added; None: of no caller.
 
     Returns:
         With ``Choice.BEST``, the candidate with the most correct answers on the held-out examples, among equals that
@@ -200,7 +203,7 @@ def personalize(  # noqa: PLR0913  # three of them by name
     if how.patience and held_out:
         control = replace(control, patience=how.patience, held_out=lambda found: trainer.score(found, held_out).loss)
 
-    rows: dict[str, Floats] = {}
+    rows = {} if rows is None else rows
 
     def made(of: Sequence[Example]) -> Tensors | None:
         shared, train = candidates[Candidate.GLOBAL], partial(trainer.train, rng=rng, control=control)

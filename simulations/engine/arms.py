@@ -27,6 +27,7 @@ from client.training.personal import Candidate, Choice, PersonalStep, personaliz
 from client.training.private import subject_of, with_private
 from client.training.trainer import ClassifierTrainer, FrozenBase, Trainer
 from edgeadapt.bases.tasks import Numbers
+from edgeadapt.formats import files
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.methods.parts import PARTS
@@ -128,14 +129,20 @@ class Arms(ABC):
         """Return what tallies texts with an adapter."""
 
 
+@dataclass
 class ClassifierArms(Arms):
     mine: ClassifierTrainer
+    _embedded: tuple[str, dict[str, Floats]] = field(
+        default_factory=lambda: ("", {})
+    )  # digest of the last adapter, and what it made of texts
 
     def _personal(self, client: Client, start: Tensors, task: Task, arm: str) -> Kept:
         own, examples = self.inputs.scenario.personal, provision.examples_of(client)
         scale = self.inputs.scenario.federation.analytic.scale
         how = PersonalStep(own.epochs, scale, own.method, own.share, Choice(own.choice), own.patience)
         public = rehearsal(self.mine, examples, self.inputs.released, own.public)
+        if (digest := files.sha256(files.encode(start))) != self._embedded[0]:
+            self._embedded = digest, {}
         kept = personalize(
             self.mine,
             {Candidate.BASE: self.inputs.seed_adapter, Candidate.GLOBAL: start},
@@ -145,6 +152,7 @@ class ClassifierArms(Arms):
             rng=generator(self.inputs.scenario.seed, client.name, arm),
             plain=public.counted,
             control=TrainingControl(step=self.step),
+            rows=self._embedded[1],
         )
         return Kept(kept.chosen.value, kept.adapter, kept.judged)
 
