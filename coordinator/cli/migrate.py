@@ -1,6 +1,7 @@
 """``edgeadapt coordinator migrate``: go on from another base, if it answers the devices' examples as well."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,21 +17,23 @@ if TYPE_CHECKING:
     from coordinator.migration import MigrationResult, MigrationRound
 
 
+def judged(command: Callable[..., None]) -> Callable[..., None]:
+    """Add how long the next base is trained, and how good it has to be."""
+    rounds, margin = click.IntRange(1, 1000), FiniteRange(min=0.0, max=1.0)
+    command = click.option(
+        "--margin", default=0.01, show_default=True, type=margin, help="How far the accuracy may fall."
+    )(command)
+    return click.option("--rounds", default=4, show_default=True, type=rounds, help="Of training on the next base.")(
+        command
+    )
+
+
 @click.command()
 @click.argument("state_dir", type=FOLDER, metavar="DIR")
 @click.option("--base", metavar="NAME|DIR", help="The next base: a package, a folder or a file.")
 @click.option("--peft", "folder", type=FOLDER, metavar="FOLDER", help="Its first adapter, of 'base start'.")
 @click.option("--gateway", metavar="HOST:PORT", help="Serve the devices here.")
-@click.option(
-    "--rounds", default=4, show_default=True, type=click.IntRange(1, 1000), help="Of training on the next base."
-)
-@click.option(
-    "--margin",
-    default=0.01,
-    show_default=True,
-    type=FiniteRange(min=0.0, max=1.0),
-    help="How far the accuracy may fall.",
-)
+@judged
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of federation.toml on that base.")
 @click.option("--back", is_flag=True, help="Instead: give the migration up, and go on from the old base.")
 @as_json
@@ -87,10 +90,12 @@ def migrate(
             done.append(row_of(each))
             click.echo(line_of(each), err=True)
         found = conclude(leader, to)
-    if as_json:
-        click.echo(json.dumps({**asdict(found), "rounds": done}))
-    else:
-        click.echo(lines_of(found))
+    print_found(found, done, as_json)
+
+
+def print_found(found: "MigrationResult", rounds: list[dict[str, Any]], as_json: bool) -> None:
+    """Print what a migration found. Raises WorseBaseError: the base is worse."""
+    click.echo(json.dumps({**asdict(found), "rounds": rounds}) if as_json else lines_of(found))
     found.require()
 
 

@@ -47,7 +47,7 @@ def audit(
     return _Audit(read(raw), root, coordinator, vectors, at, unfinished).run()
 
 
-def chain(reports: Mapping[str, Report], unmade: Mapping[int, str] | None) -> None:
+def chain(reports: Mapping[str, Report], unmade: Mapping[int, str] | None = None) -> None:
     """Check that the sessions follow each other from the coordinator's first one on, without a gap.
 
     So do their adapters: the first session starts from version 0, and every other one from the adapter that the

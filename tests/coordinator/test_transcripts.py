@@ -183,7 +183,7 @@ def test_a_log_killed_before_its_first_checkpoint_still_names_the_one_before(
     transcripts.finish()
     reports = {path.name: report_of(transcripts, path) for path in logs(transcripts.folder)}
     assert list(reports.values())[1].previous == last
-    chain(reports, None)
+    chain(reports)
 
 
 def report_of(transcripts: Transcripts, path: Path) -> Report:
@@ -325,7 +325,7 @@ def audited(fleet: Any) -> dict[str, Report]:
         path.name: audit(path.read_bytes(), state_dir.root, state_dir.key.public, lambda digest, _: vectors.get(digest))
         for path in logs(folder)
     }
-    chain(reports, None)
+    chain(reports)
     return reports
 
 

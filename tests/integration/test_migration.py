@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, TrustError
 from client.node.statedir import SETTINGS
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
 from coordinator.migration import (
@@ -28,7 +28,9 @@ from coordinator.settings import SETTINGS as SETTINGS_FILE
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
+from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.registryfiles import RegistryFiles
 from edgeadapt.methods.peft.folder import LABELS
 from edgeadapt.releases.lineage import Lineage
 from export.seed import write_seed
@@ -227,3 +229,24 @@ def test_the_command_migrates_a_fleet_behind_its_gateway(
     assert FederationSettings.read(fleet.folder / SETTINGS_FILE).training.learning_rate == 0.02
     call("coordinator", "migrate", fleet.folder, "--back", "--json")
     assert json.loads(capsys.readouterr().out)["version"] == 7
+
+
+def test_a_version_of_no_round_on_the_same_base_is_found_by_whoever_reads_the_registry(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = fleet_of(DEVICES, rounds=1, **KEPT)
+    fleet.federate(fleet.grid())
+    folder = fleet.out / "coordinator"
+    opened = CoordinatorStateDir.open(folder)
+    newest = opened.registry.newest_adapter()
+    place = {"version": 2, "parent": newest.manifest.sha256, "round": 1}
+    unmade: dict[str, Any] = {"plan": None, "rule": None, "survivors": (), "metrics": {}}
+    with monkeypatch.context() as patched:
+        patched.setattr(VersionManifest, "begins_after", lambda *given: True)
+        opened.registry.publish(replace(newest.manifest, **place, **unmade), newest.blob, opened.key)
+    with refused(TrustError, "manifest"):
+        audit_failures(folder)
+    with refused(TrustError, "record"):
+        Lineage.read(folder, None, None)
+    with refused(TrustError, "record"):
+        RegistryFiles.open(folder, [opened.key.public]).recorded()
