@@ -4,6 +4,7 @@ The apps are the real ones and both bases are tiny. Devices have them on their d
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from aggregation.errors import ConfigError, TrustError
+from client.inference.session import ClassificationSession
+from client.inference.trust import Trust
 from client.node.statedir import SETTINGS
+from client.training.engine import classifier_trainer
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
 from coordinator.migration import (
     MigrationStep,
@@ -27,6 +31,7 @@ from coordinator.migration import (
 from coordinator.settings import SETTINGS as SETTINGS_FILE
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.formats.bundle import Bundle, adapter_names
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.peftconfig import PeftConfig
@@ -250,3 +255,59 @@ def test_a_version_of_no_round_on_the_same_base_is_found_by_whoever_reads_the_re
         Lineage.read(folder, None, None)
     with refused(TrustError, "record"):
         RegistryFiles.open(folder, [opened.key.public]).recorded()
+
+
+def test_a_release_on_the_new_base_answers_and_can_be_rolled_back(
+    migrating: Callable[..., Migrating], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By channel, as every release: a private adapter of the old base is not loaded on the new one."""
+    fleet, phone, releases, key = migrating(), tmp_path / "phone", tmp_path / "releases", tmp_path / "vendor.pem"
+    labels = fleet.fleet.population.labels
+    texts = [one for client in fleet.fleet.population.clients for one in client.validation][:120]
+    call("bundle", "key", key)
+    call("release", "init", releases)
+    trust = (tmp_path / "vendor.pub.pem").read_bytes()
+    phone.mkdir()
+    for folder in (phone, releases):
+        (folder / "trust.pem").write_bytes(trust)
+    (releases / "held-out.tsv").write_text("".join(f"{labels[one.label]}\t{one.text}\ten\n" for one in texts))
+    gates = ["--set", 'gates=["size", "accuracy"]', "--set", "accuracy.held_out=held-out.tsv"]
+    call("release", "gates", releases, *gates)
+
+    def release(version: int, base: Path) -> None:
+        folder = tmp_path / f"made-{version}"
+        folder.mkdir()
+        (folder / "trust.pem").write_bytes(trust)
+        made = ["--registry", fleet.folder, "--version", version, "--base", base, "--bundle", folder / "bundle"]
+        call("bundle", "add", *made, "--profile", "fp32", "--key", key)
+        call("release", "publish", releases, "canary", "--bundle", folder / "bundle")
+        call("release", "promote", releases, "canary", "stable")
+
+    def followed() -> Bundle:
+        call("device", "update", "--bundle", phone / "bundle")
+        return Trust.open(phone / "bundle").bundle
+
+    release(1, fleet.fleet.base.folder)
+    first = ["--repository", releases / "public", "--channel", "stable", "--root", releases / "root.json"]
+    call("device", "update", "--bundle", phone / "bundle", *first)
+    call("device", "infer", "--bundle", phone / "bundle", "--teach", labels[1], texts[0].text)
+    assert sorted(adapter_names(phone / "bundle")) == ["global", "personal"]
+    to = fleet.target()
+    fleet.run(to)
+    with fleet.opened().leading() as leader:
+        found = conclude(leader, to)
+    release(found.version, fleet.base.folder)
+
+    assert followed().base().digest == fleet.base.digest
+    assert adapter_names(phone / "bundle") == ["global"]
+    session, registry = ClassificationSession.open(phone / "bundle"), fleet.fleet.registry()
+    trainer = classifier_trainer(fleet.base, len(labels), registry.version(found.version).manifest.peft_config)
+    expected = trainer.logits(registry.tensors(found.version), [one.text for one in texts]).argmax(axis=1)
+    answers = session.classify([one.text for one in texts], "global")
+    assert [labels.index(each.label) for each in answers] == expected.tolist()
+    shutil.copytree(phone / "updates" / "private" / fleet.fleet.base.digest, phone / "bundle", dirs_exist_ok=True)
+    with refused(TrustError, "adapter-manifest.base_digest"):
+        session.load("personal")
+
+    call("release", "rollback", releases, "stable", "--to", 1, "--key", key)
+    assert followed().base().digest == fleet.fleet.base.digest
