@@ -151,18 +151,26 @@ def migrate(leader: CoordinatorStateDir, grid: Grid, to: Target) -> Iterator[Mig
     its sum has no accuracy. Repeat the call to go on.
     """
     check(leader, to)
-    if not _begun(leader.registry, to.manifest.base_digest):
+    if MigrationStep.BEFORE in left(leader.registry, to):
         (before,) = _rounds(leader, grid, leader.settings, [MigrationStep.BEFORE])
         newest = leader.registry.newest_adapter().manifest
         _accuracy(newest)
         _publish(leader, newest, to.manifest, to.blob)  # at once: what is measured is what the new base has to reach
         yield before
-    begun = _begun(leader.registry, to.manifest.base_digest)
-    if not any(_fits_head(each) for each in begun):
+    if MigrationStep.HEAD in left(leader.registry, to):
         yield from _rounds(leader, grid, to.settings, [MigrationStep.HEAD])
-    steps = [MigrationStep.TRAINING] * to.rounds + [MigrationStep.AFTER]
-    if left := steps[sum(each.plan is not None and not _fits_head(each) for each in begun) :]:
-        yield from _rounds(leader, grid, to.settings, left)
+    if steps := left(leader.registry, to):
+        yield from _rounds(leader, grid, to.settings, steps)
+
+
+def left(registry: Registry, to: Target) -> list[MigrationStep]:
+    """List the rounds of a migration that are still to do, in order."""
+    begun = _begun(registry, to.manifest.base_digest)
+    done = [_fits_head(each) for each in begun if each.plan is not None]
+    first = [] if begun else [MigrationStep.BEFORE]
+    head = [] if any(done) else [MigrationStep.HEAD]
+    training = [MigrationStep.TRAINING] * to.rounds + [MigrationStep.AFTER]
+    return [*first, *head, *training[done.count(False) :]]
 
 
 def result(registry: Registry, to: Target) -> MigrationResult:

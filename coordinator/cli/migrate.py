@@ -65,7 +65,7 @@ def migrate(
       edgeadapt coordinator migrate fleet --back
     """
     from coordinator.app import await_grid
-    from coordinator.migration import conclude, migrate, read_target, take_back
+    from coordinator.migration import check, conclude, left, migrate, read_target, take_back
     from coordinator.settings import SETTINGS, FederationSettings
     from coordinator.statedir import CoordinatorStateDir
 
@@ -83,12 +83,15 @@ def migrate(
         raise ConfigError("name --base, --peft and --gateway; or --back", about="--base")
     table = overridden(opened.settings.model_dump(mode="json"), overrides)
     to = read_target(opened, base, folder, FederationSettings.parse(table, SETTINGS), rounds, margin)
+    check(opened, to)  # before devices are waited for
     commandline.show_log(as_json=False)
     done = []
-    with opened.leading() as leader, await_grid(leader, gateway) as grid:
-        for each in migrate(leader, grid, to):
-            done.append(row_of(each))
-            click.echo(line_of(each), err=True)
+    with opened.leading() as leader:
+        if left(leader.registry, to):
+            with await_grid(leader, gateway) as grid:
+                for each in migrate(leader, grid, to):
+                    done.append(row_of(each))
+                    click.echo(line_of(each), err=True)
         found = conclude(leader, to)
     print_found(found, done, as_json)
 

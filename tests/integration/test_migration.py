@@ -232,6 +232,8 @@ def test_the_command_migrates_a_fleet_behind_its_gateway(
     assert (row["version"], row["worse"]) == (5, False)
     assert "training  round 4: accuracy" in said.err
     assert FederationSettings.read(fleet.folder / SETTINGS_FILE).training.learning_rate == 0.02
+    call(*command, *options)  # nothing is left: it waits for no device, and says the same
+    assert json.loads(capsys.readouterr().out) == row | {"rounds": []}
     call("coordinator", "migrate", fleet.folder, "--back", "--json")
     assert json.loads(capsys.readouterr().out)["version"] == 7
 
