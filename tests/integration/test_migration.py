@@ -234,6 +234,12 @@ def test_the_command_migrates_a_fleet_behind_its_gateway(
     assert FederationSettings.read(fleet.folder / SETTINGS_FILE).training.learning_rate == 0.02
     call(*command, *options)  # nothing is left: it waits for no device, and says the same
     assert json.loads(capsys.readouterr().out) == row | {"rounds": []}
+    archive, restored = fleet.folder.parent / "fleet.tar", fleet.folder.parent / "restored"
+    call("coordinator", "backup", fleet.folder, "--out", archive, "--keys", "--quiet")
+    call("coordinator", "restore", restored, "--archive", archive, "--quiet")
+    copied, kept = CoordinatorStateDir.open(restored).registry.versions(), fleet.opened().registry.versions()
+    assert [version.raw for version in copied] == [version.raw for version in kept]
+    capsys.readouterr()
     call("coordinator", "migrate", fleet.folder, "--back", "--json")
     assert json.loads(capsys.readouterr().out)["version"] == 7
 
