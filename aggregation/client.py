@@ -86,11 +86,14 @@ class Device:
         """Mask a vector in place, for the plan of ``planned``."""
         masks.apply(vector, planned.round_masks(planned.plan.digest()), threads)
 
-    def log_state_of(self, joined: "Advertised", known: LogState | None, proof: bytes) -> LogState:
-        """Verify that the log of an offered session follows the log that this device knows. Raises ProtocolError."""
+    def log_state_of(
+        self, joined: "Advertised", known: LogState | None, proof: bytes, *, other_base: bool = False
+    ) -> LogState:
+        """Verify that the log of an offered session follows the log that this device knows. Raises ProtocolError.
+        ``other_base``: as of ``LogState.on_session_chain_proof``."""
         if known is None:
             return LogState.initial(self.coordinator, proof, joined.offer, joined.me)
-        return known.on_session_chain_proof(self.coordinator, proof, joined.offer)
+        return known.on_session_chain_proof(self.coordinator, proof, joined.offer, other_base=other_base)
 
     def followed(self, known: LogState, receipt: bytes, plan: Plan) -> LogState:
         """Verify the log: this device's messages of its last round are in it, and its newest adapter is the plan's.

@@ -79,14 +79,21 @@ def over_gateway(state_dir: CoordinatorStateDir, address: str) -> Iterator[Round
     It waits for enough devices first. There are none if another coordinator ran them meanwhile. Raises as ``run`` and
     ``serving``.
     """
-    from coordinator.gateway.grid import serving
-
     with traces.exporting(traces.COORDINATOR), state_dir.leading() as leader:
         if not leader.has_rounds_left:
             return
-        with serving(leader, address) as grid:
-            grid.await_devices(state_dir.settings.aggregation.minimum_devices, leader.require_goes_on)
+        with await_grid(leader, address) as grid:
             yield from lead(leader, grid)
+
+
+@contextmanager
+def await_grid(leader: CoordinatorStateDir, address: str) -> Iterator[Grid]:
+    """Serve a gateway at ``address`` while the block runs, which begins once enough devices are there."""
+    from coordinator.gateway.grid import serving
+
+    with serving(leader, address) as grid:
+        grid.await_devices(leader.settings.aggregation.minimum_devices, leader.require_goes_on)
+        yield grid
 
 
 def run(state_dir: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:

@@ -168,6 +168,8 @@ def binding(
 def _stands_still(registry: Registry, adapter: StoredAdapter, parts: Collection[Part], least: float) -> bool:
     newest, after = adapter.manifest.version, adapter.tensors
     for number in range(newest - 1, max(newest - 1 - DEPTH, -1), -1):
+        if registry.version(number).manifest.base_digest != adapter.manifest.base_digest:
+            return False
         before = registry.tensors(number)
         if distance(before, adapter.tensors, parts) < least:
             return True

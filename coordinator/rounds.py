@@ -82,8 +82,9 @@ class _Run:
             self._check(number, adapter)
         task = self._task(number, adapter)
         # Whatever can fail after a sum was unmasked fails before: devices help to few sums from an adapter.
-        rule = settings.rule(task)
-        state = optimizer.restore(rule, registry.optimizer_state(), task.state_size(adapter.layout))
+        rule, begins = settings.rule(task), adapter.manifest.plan is None
+        kept = {} if begins else registry.optimizer_state()  # a state is of one base
+        state = optimizer.restore(rule, kept, task.state_size(adapter.layout))
         cohort, session = self._devices(number, adapter, task)
         current = _Round(cohort, number, adapter, task)
         with traces.span("round", within=self.lifetime, round=number, devices=len(session.devices)) as span:

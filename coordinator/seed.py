@@ -58,14 +58,14 @@ def publish_first(
                 raise ConfigError(f"model {frozen.folder} needs --labels FILE, one label a line", about="--labels")
             tensors, config = frozen.first(len(labels)), PeftConfig(OWN, 0, 0, ())
         else:
-            tensors, config, labels = _read(cast(Path, folder), labels)
+            tensors, config, labels = read_seed(cast(Path, folder), labels)
         manifest, blob = seed_version(tensors, config, labels, frozen.digest)
         state_dir.settings.task(manifest)  # its method may not train such an adapter
         state_dir.registry.publish(manifest, blob, state_dir.key)
     return manifest
 
 
-def _read(folder: Path, labels: Sequence[str] | None) -> tuple[Tensors, PeftConfig, Sequence[str]]:
+def read_seed(folder: Path, labels: Sequence[str] | None) -> tuple[Tensors, PeftConfig, Sequence[str]]:
     source, listed = read_peft(folder), folder / LABELS
     if labels is None:
         heads = any(is_saved(input_name(name)) for name in source.tensors)

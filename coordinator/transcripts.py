@@ -266,8 +266,9 @@ def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -
         if entry.kind != Abort.TAG or Abort.decode(envelope.unverified_body(entry.message)).reason != INTERRUPTED:
             raise _contradiction(f"the registry has no record of the round that ended with {entry.place}")
     has_version = missing and head.round is not None and head.round.version is not None
-    newest = logs[-1].resumed(head.newest, NO_SESSION).newest if logs else (0, head.newest[1])
-    if not has_version and newest != head.newest:
+    expected = (head.newest, *head.earlier)
+    newest = logs[-1].resumed(head.newest, NO_SESSION).newest if logs else (0, expected[-1][1])
+    if not has_version and newest not in expected:
         raise _contradiction(f"the newest adapter is {newest[0]} in the logs and {head.newest[0]} in the registry")
     return missing
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
+from flwr.serverapp import Grid as Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 

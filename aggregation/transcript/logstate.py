@@ -84,11 +84,14 @@ class LogState:
             text = "this device has joined that session before: the offer is repeated"
             raise ProtocolError(text, COORDINATOR, about="offer.repeated")
 
-    def on_session_chain_proof(self, coordinator: PublicKey, raw: bytes, offer: bytes) -> "LogState":
+    def on_session_chain_proof(
+        self, coordinator: PublicKey, raw: bytes, offer: bytes, *, other_base: bool = False
+    ) -> "LogState":
         """Check the proof sent with the offer of digest ``offer``; returns the state to keep.
 
-        Raises ProtocolError as ``on_receipt``; the log is not closed; or the new session does not follow it, or starts
-        from another adapter than the session before it ended with.
+        ``other_base``: the session is on another base than the last one in which the device trained, and may start from
+        a newer adapter than any that the log made. Raises ProtocolError as ``on_receipt``; the log is not closed; or
+        the new session does not follow it, or starts from another adapter than the session before it ended with.
         """
         proof = SESSION_CHAIN_PROOF.decode(raw)
         self.require_new(offer)
@@ -109,7 +112,7 @@ class LogState:
         if fresh.previous != last.digest():
             text = "the offer does not follow the last session that this device knows: it is old"
             raise ProtocolError(text, COORDINATOR, about="proof.previous")
-        if fresh.newest != last.newest:
+        if fresh.newest != last.newest and not (other_base and fresh.version > last.version):
             text = "the session starts from another adapter than the session before it ended with"
             raise ProtocolError(text, COORDINATOR, about="proof.adapter")
         return fresh

@@ -89,6 +89,8 @@ class DeviceSettings(Settings):
 
     base: str
     """frozen base: a folder, a file, an installed package that contains one, or a bundle"""
+    next_base: str = ""
+    """frozen base on which this device takes part as well, once its coordinator migrates to it; empty: none"""
     task: str = CLASSIFICATION
     """what is learned of labels: classification, or a task that a package adds"""
     examples: str = EXAMPLES
@@ -182,20 +184,28 @@ class DeviceStateDir:
     def identity(self) -> IdentityKey:
         return self._parse(IdentityKey.from_pem, IDENTITY)
 
-    def base(self) -> FrozenBase:
-        """Open the frozen base that the settings name: itself, or that of a bundle.
+    def base(self, digest: str = "") -> FrozenBase:
+        """Open the frozen base that the settings name: itself, or that of a bundle; the next one, if that has
+        ``digest``, and the base itself has not.
 
         Raises:
             ConfigError, DataError: As ``find_base`` and ``Bundle.base``; or a bundle is named for a task of others.
             TrustError: No key in ``trust.pem``, next to the bundle, signed its base, or a file was altered.
         """
-        folder = Path(self.settings.base)
+        base, following = self._base(self.settings.base), self.settings.next_base
+        if not following or digest in ("", base.digest):
+            return base
+        after = self._base(following)
+        return after if after.digest == digest else base
+
+    def _base(self, where: str) -> FrozenBase:
+        folder = Path(where)
         if (folder / BASE_MANIFEST).is_file():
             if self.settings.task != CLASSIFICATION:
                 reason = f"the task {self.settings.task!r} needs the base itself, and {folder} is a bundle: set base"
                 raise ConfigError(reason, about="base", value=str(folder))
             return Trust.open(folder).bundle.base()
-        return with_task(find_base(self.settings.base), self.settings.task)
+        return with_task(find_base(where), self.settings.task)
 
     def device(self, base_digest: str) -> Device:
         """Read identity, trust anchors and policy, for the protocol core.

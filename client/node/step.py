@@ -24,9 +24,10 @@ from aggregation import client, envelope, masks
 from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
 from aggregation.entropy import DerivedEntropy, SystemEntropy
 from aggregation.errors import DataError, EdgeAdaptError, ProtocolError, TrustError
-from aggregation.messages import Plan, Survivors, Unmask
+from aggregation.messages import Offer, Plan, Survivors, Unmask
 from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR
+from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, BODY, PROOF, REVOCATIONS, Step
 from aggregation.transcript import LogState, logged_part
 from client.node import adapterstate, privacyledger, sumhistory, tasklabels
@@ -161,19 +162,21 @@ def _transition(
     state_dir: DeviceState, step: Step, fields: Mapping[str, bytes], choose: TrainerOf, readings: Readings
 ) -> bytes:
     """Load the state, make one step of the protocol, save the new state, and only then return the answer."""
-    base = state_dir.base()
     if step is Step.OFFER and REVOCATIONS in fields:
         _install_revocations(state_dir, fields[REVOCATIONS])
-    device, body = state_dir.device(base.digest), fields[BODY]
     # An offer starts a new session, so that a damaged state excludes the device from one session only.
     state = None if step is Step.OFFER else state_dir.load_state()
+    body = fields[BODY]
+    base = state_dir.base(_spec_of(state, body).base_digest if state or step is Step.OFFER else "")
+    device = state_dir.device(base.digest)
     log_state = state_dir.load(LogState) if device.policy.demand_proofs else None
     after: ClientState
     if step is Step.OFFER:
         now = datetime.now(UTC)
         device.policy.check_revocations(device.root.revoked, now)
         after, answer = client.join(device, body, SystemEntropy(), now)
-        log_state = _after_offer(device, log_state, fields, after)
+        trained = state_dir.load(TaskLabels)
+        log_state = _after_offer(device, log_state, fields, after, trained is None or trained.base != base.digest)
         _take_snapshot(state_dir, device.public_key(after.share_key))
     elif step is Step.ROSTER and isinstance(state, Advertised):
         after, answer = state.on_roster(device, body, _dealing(state, body))
@@ -259,10 +262,24 @@ def _install_revocations(state_dir: DeviceState, raw: bytes) -> None:
         raise ProtocolError.of(error, COORDINATOR) from None
 
 
+def _spec_of(state: ClientState | None, offer: bytes) -> SessionSpec:
+    """Return the parameters of the session under way; without one, those of an offer, which is verified later."""
+    match state:
+        case None:
+            return Offer.decode(envelope.unverified_body(offer)).spec
+        case Advertised():
+            return state.spec
+        case Ready():
+            return state.session.spec
+    return state.ready.session.spec
+
+
 def _after_offer(
-    device: Device, log_state: LogState | None, fields: Mapping[str, bytes], joined: Advertised
+    device: Device, log_state: LogState | None, fields: Mapping[str, bytes], joined: Advertised, other_base: bool
 ) -> LogState | None:
-    return device.log_state_of(joined, log_state, _proof(fields)) if device.policy.demand_proofs else None
+    if not device.policy.demand_proofs:
+        return None
+    return device.log_state_of(joined, log_state, _proof(fields), other_base=other_base)
 
 
 def _after_receipt(

@@ -8,6 +8,7 @@ devices before those, or with groups, which other bytes would deal again. Every 
 small steps do not add up to a large one, and none returns. Sums over the same devices have no limit: they move the
 adapter.
 
+Sums on two bases are not compared: the owner names the bases, so a coordinator cannot take one that hardly differs.
 Updates and second moments are compared with each other as well, because sums of both say how many held-out examples the
 adapter answers rightly. With noise, as of every evaluation, the privacy ledger counts. Equal bytes are subject to
 ``adapterstate`` besides. What is refused follows from what the coordinator sent and from a secret key of the sketches.
@@ -15,6 +16,7 @@ The file is encrypted.
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -26,7 +28,7 @@ from aggregation import sealed, wire
 from aggregation.entropy import Entropy
 from aggregation.errors import ProtocolError
 from aggregation.keystream import Keystream
-from aggregation.messages import SERIALS, Digest, Plan
+from aggregation.messages import SERIALS, Digest, HexDigest, Plan
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
 from aggregation.wire import Codec
@@ -51,6 +53,7 @@ class Point:
     """What the contributions to a sum followed from."""
 
     kind: Annotated[SumKind, wire.choice(SumKind)]
+    base: HexDigest
     adapter: Digest  # SHA-256 of its file
     form: Digest  # digest of layout, method and labels
     terms: Digest  # from ``adapterstate.terms``
@@ -87,7 +90,7 @@ class SumHistory(sealed.SealedRecord):
     """The sums without noise to which a device helped. ``earlier``: the last ``EARLIER`` sums that were over other
     devices than these, the oldest first; ``round``: the one under way."""
 
-    MAGIC: ClassVar[bytes] = b"edgeadapt/sum-history/1\x00"
+    MAGIC: ClassVar[bytes] = b"edgeadapt/sum-history/2\x00"
 
     key: Annotated[bytes, wire.fixed(32)] = field(repr=False)
     last: Annotated[tuple[SameDevices, ...], wire.sequence(wire.record(SameDevices), len(SumKind))] = ()
@@ -167,11 +170,13 @@ def on_survivors(
 def _point(known: SumHistory, plan: Plan, spec: SessionSpec, task: RoundTask, adapter: Tensors) -> Point:
     digest, now = bytes.fromhex(plan.adapter_digest), terms(plan, spec)
     form = hashlib.sha256(jsontext.encode([spec.layout_digest, asdict(task.peft_config), list(task.labels)])).digest()
-    return Point(SumKind(task.EXACT or ""), digest, form, now, sketch(adapter, known.key))
+    return Point(SumKind(task.EXACT or ""), spec.base_digest, digest, form, now, sketch(adapter, known.key))
 
 
 def _separation(before: Point, now: Point, task: RoundTask) -> float:
-    """Measure the distance between the adapters of two sums; 0 if they cannot be compared."""
+    """Measure the distance between the adapters of two sums; 0 if they cannot be compared, though of one base."""
+    if before.base != now.base:
+        return math.inf
     if before.form != now.form:
         return 0.0
     parts = task.influencing()

@@ -3,8 +3,8 @@
 Examples with a label that the task lacks do not count, and names in a task say which do. A coordinator that chose new
 labels for a round would get a sum over only the devices that have examples of these. So it does not choose them: a task
 has the labels of an adapter in the device's bundle, in their order. A base in a plain folder does not have a list of
-labels; there the first task's are remembered, until the owner runs ``edgeadapt device forget``. Whether a plan is
-refused follows from these lists alone, before an example is read.
+labels; there the first task's are remembered, on other bases as well, until the owner runs ``edgeadapt device forget``.
+Whether a plan is refused follows from these lists alone, before an example is read.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def on_plan(known: TaskLabels | None, base: FrozenBase, labels: tuple[str, ...])
     if signed and labels not in signed:
         remedy = "train with the labels of the release, or update the bundle"
         raise _refusal(labels, signed[0], "this device's signed bundle", remedy)
-    if not signed and known is not None and known.base == base.digest and known.labels != labels:
+    if not signed and known is not None and known.labels != labels:
         remedy = "run 'edgeadapt device forget' if the application has other labels now"
         raise _refusal(labels, known.labels, "the tasks before", remedy)
     return TaskLabels.of(base.digest, labels)

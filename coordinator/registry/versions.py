@@ -40,6 +40,7 @@ class Head:
     newest: tuple[int, str]  # version and digest of the newest adapter
     round: RoundRecord | None  # the record of the last round; None before the first
     digest: str | None  # SHA-256 of that record as signed: the next one names it
+    earlier: tuple[tuple[int, str], ...] = ()  # versions before one that no round made, back to one of a round
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +87,16 @@ class Registry:
             return not any(connection.scalar(select(func.count()).select_from(table)) for table in tables)
 
     def publish(self, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> Version:
-        """Sign and store version 0, the only one that no round produced.
+        """Sign and store a version that no round produced: version 0, or the first on another base.
 
         Raises DataError: the blob is not what the manifest says, or the version is another one or is stored already.
         Raises ConfigError: the registry does not trust ``key``. Raises EdgeAdaptError: the store failed; nothing was
         changed.
         """
-        if manifest.version != 0:
+        if manifest.version != 0 and not self._begins(manifest):
             raise DataError(
-                f"version {manifest.version} cannot be published: every version after the first is made by a round",
+                f"version {manifest.version} cannot be published: every version after the first on a base is made by a "
+                "round",
                 about="manifest.version",
                 value=manifest.version,
             )
@@ -102,6 +104,10 @@ class Registry:
         with fenced(self.engine, self.epoch) as connection:
             self._insert(connection, version)
         return version
+
+    def _begins(self, manifest: VersionManifest) -> bool:
+        newest = self.latest()
+        return newest is not None and manifest.begins_after(newest.manifest) and manifest.round == len(self.rounds())
 
     def record_round(self, record: RoundRecord, key: IdentityKey) -> None:
         """Keep the record of a round that produced no version. Raises DataError: the record names a version, or does
@@ -195,15 +201,21 @@ class Registry:
         is empty. Raises TrustError: a manifest or a record was altered, or one of the two is missing."""
         newest = self._newest().manifest
         records, digest = self._records(max(newest.round, 1))
-        produced = [(record.version, record.adapter) for record in records if record.version is not None]
-        if produced != ([newest.id] if newest.round else []):
+        begins = newest.plan is None
+        since = [record for record in records if record.round > newest.round] if begins else records
+        produced = [(record.version, record.adapter) for record in since if record.version is not None]
+        if produced != ([] if begins else [newest.id]):
             raise TrustError(
                 f"the registry has version {newest.version} as its newest, and its rounds contradict that: "
                 "restore it from a copy",
                 about="record",
                 value=newest.version,
             )
-        return Head(newest.id, records[-1] if records else None, digest)
+        earlier, before = list[tuple[int, str]](), newest
+        while before.plan is None and before.version:
+            before = self.version(before.version - 1).manifest
+            earlier.append(before.id)
+        return Head(newest.id, records[-1] if records else None, digest, tuple(earlier))
 
     def optimizer_state(self) -> Tensors:
         """Read the optimizer state that the last committed round left; empty if it left none. Raises EdgeAdaptError:

@@ -47,24 +47,36 @@ def audit(
     return _Audit(read(raw), root, coordinator, vectors, at, unfinished).run()
 
 
-def chain(reports: Mapping[str, Report]) -> None:
+def chain(reports: Mapping[str, Report], unmade: Mapping[int, str] | None = None) -> None:
     """Check that the sessions follow each other from the coordinator's first one on, without a gap.
 
     So do their adapters: the first session starts from version 0, and every other one from the adapter that the
-    previous session ended with. Within a session ``rules.results`` demands the same. So every version has one result.
-    ``reports``: name → report, in order. Raises TrustError: a session is missing or was replaced, or starts from
-    another adapter. A missing last session that made no adapter cannot be detected.
+    previous session ended with, or from the first on another base. Within a session ``rules.results`` demands the same.
+    So every version but those has one result. ``reports``: name → report, in order; ``unmade``: version → digest of
+    those that no round made, None where the registry is not available. Raises TrustError: a session is missing or was
+    replaced, or starts from another adapter. A missing last session that made no adapter cannot be detected.
     """
-    last, before = NO_SESSION, "the beginning"
+    last, before, base = NO_SESSION, "the beginning", ""
     newest: AdapterId | None = None
     for name, report in reports.items():
         if report.last and report.previous != last:  # before its first checkpoint a log does not name its predecessor
             text = f"{name} does not follow {before}: a session is missing or was replaced"
             raise TrustError(text, about="session", value=name)
-        if report.start and report.start != (newest or (0, report.start[1])):
-            text = f"{name} starts from an adapter {report.start[0]} that no session before it made"
+        start = report.start
+        if start and start != (newest or (0, start[1])) and not _begins(start, newest, unmade, report.base != base):
+            text = f"{name} starts from an adapter {start[0]} that no session before it made"
             raise TrustError(text, about="session.adapter", value=name)
-        last, before, newest = report.last, name, report.newest
+        last, before, newest, base = report.last, name, report.newest, report.base
+
+
+def _begins(start: AdapterId, newest: AdapterId | None, unmade: Mapping[int, str] | None, other_base: bool) -> bool:
+    """Whether a session may start from an adapter that no round made, after the ``newest`` that one made."""
+    number = newest[0] if newest else 0
+    if start[0] <= number:
+        return False
+    if unmade is None:
+        return other_base and newest is not None
+    return unmade.get(start[0]) == start[1] and all(each in unmade for each in range(number + 1, start[0]))
 
 
 @dataclass(slots=True)

@@ -8,14 +8,14 @@ the registry (``edgeadapt.formats.registryfiles``) four things can be checked:
 - the devices were given a task for this adapter, with its labels, in every round, also an aborted one;
 - if the masked updates were kept, so that the sum could be recomputed: the metrics in the manifest are those of the
   sum, and the server optimizer turns it into this adapter, bit for bit. FedAvg needs only the previous adapter;
-- FedAdam has two moments as state, which start from constants at version 0. Its steps can be recomputed if no sum since
-  version 0 is missing, and not otherwise.
+- FedAdam has two moments as state, which start from constants at version 0 and on another base. Its steps can be
+  recomputed if no sum since then is missing, and not otherwise.
 
 The new adapter's manifest names the server optimizer and the combination of groups. An audit shows whether the
 coordinator followed them, not whether anyone agreed to them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
 from aggregation.groups import total
@@ -58,9 +58,12 @@ class Recomputation:
         self.rules.clear()
         self.still.clear()
         place: Place | None = None
+        moved = ""
         try:
             if report.start is not None:
                 started = self._started(report, report.start)
+                begins = f"adapter {started.version} is the first on its base, and of no round. "
+                moved = begins if started.version and started.plan is None else ""
                 for place, task in report.tasks:
                     _require_task(started, place, task)
             for produced in report.produced:
@@ -72,7 +75,8 @@ class Recomputation:
             return Finding(
                 Check.ADAPTERS, Status.FAIL, f"{place}: {error}" if place else str(error), place, error.about
             )
-        return self._summary(reasons)
+        finding = self._summary(reasons)
+        return replace(finding, text=moved + finding.text)
 
     def _started(self, report: Report, start: AdapterId) -> VersionManifest:
         manifest = self.registry.manifest(start[0])
@@ -124,7 +128,7 @@ class Recomputation:
         begun, survivors = bytes.fromhex(start_digest), len(produced.survivors)
         if agreeing.metrics != task.metrics(produced.spec, total(produced.sums), survivors, begun):
             raise Problem("manifest.metrics", f"the metrics of adapter {version} are not those of the sum", place)
-        state = self._state_before(rule, produced, task.state_size(layout))
+        state = self._state_before(rule, produced, parent, task.state_size(layout))
         if state is None:
             return "optimizer"
         summed = SummedRound(produced.spec, before, begun, produced.sums)
@@ -144,11 +148,11 @@ class Recomputation:
             self.still[produced.place.round] = f"by {moved:.2g}, less than {least:.2g}"
 
     def _state_before(
-        self, rule: optimizer.ServerOptimizer, produced: ProducedAdapter, size: int
+        self, rule: optimizer.ServerOptimizer, produced: ProducedAdapter, parent: VersionManifest, size: int
     ) -> optimizer.State | None:
         """Return the optimizer's state before a step, if it is known."""
         start, last = optimizer.start(rule, size), self.state
-        if not start or produced.before[0] == 0:
+        if not start or parent.plan is None:
             return start
         if last is None or last[0] != produced.before[0]:
             return None

@@ -132,10 +132,11 @@ class AuditInput:
         for name, report in reports.items():
             with of_file(name):
                 report.require()
+        unmade = _unmade(self.registry, self.published) if self.registry and self.published else None
         if self.complete:
-            chain(reports)
+            chain(reports, unmade)
         if self.complete and self.registry and self.published:
-            _require_logged(self.published, self.records, reports)
+            _require_logged(self.published, unmade or {}, self.records, reports)
             require_logged(self.records, _state(self.registry)[1], reports, unfinished=unfinished)
             require_recorded(self.records, reports)
             require_published(self.records, self.registry.manifest, reports)
@@ -253,8 +254,28 @@ def _state(registry: RegistryFiles) -> tuple[VersionManifest, tuple[RoundRecord,
     return newest, records
 
 
-def _require_logged(published: VersionManifest, records: Sequence[RoundRecord], reports: Mapping[str, Report]) -> None:
-    """Check that the newest adapter of a registry is in the logs. Raises TrustError.
+def _unmade(registry: RegistryFiles, published: VersionManifest) -> dict[int, str]:
+    """Map the versions that no round made to their digests. Raises TrustError: one is neither version 0 nor the first
+    on another base than the version before it."""
+    unmade, before = dict[int, str](), None
+    for number in range(published.version + 1):
+        manifest = registry.manifest(number)
+        if manifest is not None and manifest.plan is None:
+            if number and not (before and manifest.begins_after(before)):
+                text = f"adapter {number} is of no round, and not the first on another base"
+                raise TrustError(text, about="manifest", value=number)
+            unmade[number] = manifest.sha256
+        before = manifest
+    return unmade
+
+
+def _require_logged(
+    published: VersionManifest,
+    unmade: Mapping[int, str],
+    records: Sequence[RoundRecord],
+    reports: Mapping[str, Report],
+) -> None:
+    """Check that the newest adapter of a registry that a round made is in the logs. Raises TrustError.
 
     A session under way records a round with its adapter before it logs the result, so there the open round may have
     made it. ``require_logged`` compares that record with the log.
@@ -262,6 +283,7 @@ def _require_logged(published: VersionManifest, records: Sequence[RoundRecord], 
     *_, last = reports.values()
     logged = max((report.newest[0] for report in reports.values() if report.newest), default=0)
     under_way = any(record.made(published) for record in records if record.plan == last.open_plan)
-    if published.version > logged + under_way:
-        text = f"adapter {published.version} was published and is in no log: the log of a session is missing"
-        raise TrustError(text, about="session", value=published.version)
+    newest = max((number for number in range(published.version + 1) if number not in unmade), default=0)
+    if newest > logged + under_way:
+        text = f"adapter {newest} was published and is in no log: the log of a session is missing"
+        raise TrustError(text, about="session", value=newest)

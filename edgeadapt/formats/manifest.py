@@ -147,8 +147,10 @@ class VersionManifest(Manifest):
     layout_digest: Sha256
     parent: Sha256 | None  # SHA-256 of the file of the version it was made from
     round: Count  # 0 for the seed
-    plan: Sha256 | None  # digest of that round's plan, in which a log names the round; None for the seed
-    rule: ServerRule | None  # of the server optimizer, from the sum to this version; None for the seed
+    # Digest of that round's plan, in which a log names the round; None for the seed, and for the first on another base,
+    # whose ``round`` is the last one before it.
+    plan: Sha256 | None
+    rule: ServerRule | None  # of the server optimizer, from the sum to this version; None without a plan
     combination: ServerRule | None  # of the means of groups; None where the round had one sum
     survivors: tuple[str, ...]  # devices whose updates are in the sum
     metrics: dict[str, float]  # means over the survivors, as unmasked
@@ -160,6 +162,13 @@ class VersionManifest(Manifest):
     def id(self) -> tuple[int, str]:
         """Return version and digest of the file: how logs name an adapter."""
         return self.version, self.sha256
+
+    def begins_after(self, before: "VersionManifest") -> bool:
+        """Whether it is the first version on another base than ``before``, the version before it. No round made it."""
+        unmade = (self.plan, self.rule, self.combination, self.survivors, self.metrics) == (None, None, None, (), {})
+        follows = (self.version, self.parent) == (before.version + 1, before.sha256) and self.round >= before.round
+        kept = (self.labels, self.privacy) == (before.labels, before.privacy)
+        return unmade and follows and kept and self.base_digest != before.base_digest
 
 
 @dataclass(frozen=True, slots=True)

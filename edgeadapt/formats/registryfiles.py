@@ -196,11 +196,12 @@ class RegistryFiles:
         return manifest
 
     def recorded(self, version: int | None = None) -> VersionManifest | None:
-        """Read the ``manifest`` of a version; raise TrustError if no round's record says that it was made. Version 0 is
-        from no round."""
+        """Read the ``manifest`` of a version; raise TrustError if no round's record says that it was made. Version 0
+        and the first on another base are from no round."""
         manifest = self.manifest(version)
         made = {record.version: record for record in self.rounds()}
-        if manifest is not None and manifest.version:
+        before = self.manifest(manifest.version - 1) if manifest is not None and manifest.version else None
+        if manifest is not None and manifest.version and not (before and manifest.begins_after(before)):
             record = made.get(manifest.version)
             if record is None or not record.made(manifest):
                 text = f"{self.source.name}: no round is recorded that made version {manifest.version} as it is there"

@@ -37,7 +37,7 @@ class GovernedVersion:
 
     manifest: VersionManifest
     signed_by: str  # id of the coordinator's key
-    record: RoundRecord | None  # the record of the round that made it; None for version 0
+    record: RoundRecord | None  # the record of the round that made it; None for version 0, or the first on its base
     releases: tuple[ReleasedAdapter, ...] | None
 
 
@@ -73,7 +73,10 @@ class Lineage:
         for manifest in manifests:
             record = made.get(manifest.version)
             follows = manifest.parent == (before and before.sha256)
-            recorded = record is None if before is None else record is not None and record.made(manifest)
+            if before is None or manifest.begins_after(before):
+                recorded = record is None
+            else:
+                recorded = record is not None and record.made(manifest)
             if not (follows and recorded):
                 text = f"{registry.source.name}: version {manifest.version} is not what a recorded round made"
                 reason = f"{text} from the version before it: restore the registry from a copy"

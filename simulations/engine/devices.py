@@ -126,17 +126,20 @@ def open_state_dir(folder: Path) -> DeviceStateDir:
 
 
 class MemoryDevice:
-    """Keeps a ``DeviceState`` in memory. What a file gives is read once. ``plain``: it masks nothing."""
+    """Keeps a ``DeviceState`` in memory. What a file gives is read once. ``plain``: it masks nothing. ``bases``: its
+    base, and the one to which its coordinator migrates, if it has that."""
 
-    def __init__(self, files: DeviceStateDir, base: FrozenBase, *, plain: bool = False) -> None:
-        self._files, self._base, self._plain = files, base, plain
+    def __init__(self, files: DeviceStateDir, *bases: FrozenBase, plain: bool = False) -> None:
+        self._files, self._plain = files, plain
+        self._bases = {base.digest: base for base in bases}
         self.policy: PolicySettings = files.policy
         self.eligibility, self.last_round = EligibilitySettings(), None  # a simulated device always takes part
         self.examples: Path = files.examples
-        self._device = self._opened()
-        self.identity: IdentityKey = self._device.identity
-        self.certificate: bytes = self._device.certificate
-        self.coordinator: PublicKey = self._device.coordinator
+        self._devices = {digest: self._opened(digest) for digest in self._bases}
+        device = self._devices[bases[0].digest]
+        self.identity: IdentityKey = device.identity
+        self.certificate: bytes = device.certificate
+        self.coordinator: PublicKey = device.coordinator
         self._entropy = SeededEntropy((files.folder / SEED).read_bytes())
         parts, ledger = files.load(PrivateParts), files.load(PrivacyLedger)
         # The key protects from a coordinator that lies. Without masks, one for all saves a sketch for each.
@@ -146,21 +149,21 @@ class MemoryDevice:
         self._state: ClientState | None = None
         self._snapshot: tuple[bytes, Snapshot] | None = None
 
-    def base(self) -> FrozenBase:
-        return self._base
+    def base(self, digest: str = "") -> FrozenBase:
+        return self._bases.get(digest) or next(iter(self._bases.values()))
 
     def device(self, base_digest: str) -> Device:
-        return self._device
+        return self._devices[base_digest]
 
     def root(self) -> Root:
-        return self._device.root
+        return next(iter(self._devices.values())).root
 
     def revoke(self, raw: bytes) -> None:
         self._files.revoke(raw)
-        self._device = self._opened()
+        self._devices = {digest: self._opened(digest) for digest in self._bases}
 
-    def _opened(self) -> Device:
-        device = self._files.device(self._base.digest)
+    def _opened(self, digest: str) -> Device:
+        device = self._files.device(digest)
         return PlainDevice.of(device) if self._plain else device
 
     @contextmanager
@@ -227,12 +230,14 @@ class MemoryDevices:
     state_dir: Callable[[str], DeviceStateDir]  # name → the device's state directory, which is made if it is missing
     base: FrozenBase
     plain: bool = False
+    next_base: FrozenBase | None = None
     _awake: dict[str, MemoryDevice] = field(default_factory=dict)
 
     def open(self, context: Context) -> MemoryDevice:
         name = str(context.node_config[STATE])
         if name not in self._awake:
-            self._awake[name] = MemoryDevice(self.state_dir(name), self.base, plain=self.plain)
+            bases = (self.base, self.next_base) if self.next_base else (self.base,)
+            self._awake[name] = MemoryDevice(self.state_dir(name), *bases, plain=self.plain)
         return self._awake[name]
 
     def before(self, step: Step | None, names: Sequence[str]) -> None:

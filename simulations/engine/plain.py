@@ -106,7 +106,9 @@ class PlainDevice(Device):
 
     def mask(self, vector: Ring, planned: Planned, threads: int) -> None: ...
 
-    def log_state_of(self, joined: Advertised, known: LogState | None, proof: bytes) -> LogState:
+    def log_state_of(
+        self, joined: Advertised, known: LogState | None, proof: bytes, *, other_base: bool = False
+    ) -> LogState:
         if known is not None:
             known.require_new(joined.offer)
         return LogState(joined.me, joined.offer, NO_SESSION, 0, "")

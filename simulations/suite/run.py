@@ -354,7 +354,7 @@ def _federate(
     }
     trained_on, liars = device_base(folder.path, scenario, base, population), attackers(scenario, nodes.values())
     trace = {node: availability[name] for node, name in nodes.items() if name in availability}
-    faults = _faults(scenario, trace, folder.retries)
+    faults = faults_of(scenario, trace, folder.retries)
     trained, done, log = progress.training_seconds, len(provision.registry(folder.path).rounds()), _grid_log(folder)
     try:
         with folder.timed("rounds"), progress.rounds(done, scenario.federation.rounds), kill_safe():
@@ -471,10 +471,10 @@ def _aborted(scenario: Scenario, devices: int) -> tuple[float, int, int]:
     """Return the probability that a round of ``devices`` aborts, and how many of its cohort must finish it."""
     settings, cohort = scenario.federation.aggregation, min(devices, scenario.federation.cohort.size or devices)
     needed = settings.survivors(cohort, settings.masking_graph(cohort))
-    return float(_faults(scenario, {}, 0).dropout_probabilities(cohort)[cohort - needed + 1 :].sum()), needed, cohort
+    return float(faults_of(scenario, {}, 0).dropout_probabilities(cohort)[cohort - needed + 1 :].sum()), needed, cohort
 
 
-def _faults(scenario: Scenario, trace: Mapping[int, Steps], retries: int) -> FaultModel:
+def faults_of(scenario: Scenario, trace: Mapping[int, Steps], retries: int) -> FaultModel:
     """Return the faults of the in-process grid. ``trace``: node → when it can be reached."""
     network = scenario.network
     return FaultModel(

@@ -162,9 +162,9 @@ def test_without_the_check_every_device_trains_in_a_session_that_starts_from_ano
     """Not one of the checks of the other tests: here the first checkpoint of the session names the adapter."""
     checked = LogState.on_session_chain_proof
 
-    def any_start(state: LogState, coordinator: PublicKey, raw: bytes, offer: bytes) -> LogState:
+    def any_start(state: LogState, coordinator: PublicKey, raw: bytes, offer: bytes, **other: bool) -> LogState:
         try:
-            return checked(state, coordinator, raw, offer)
+            return checked(state, coordinator, raw, offer, **other)
         except ProtocolError as error:
             if error.about != "proof.adapter":
                 raise

@@ -124,7 +124,7 @@ def test_a_session_on_top_of_an_adapter_that_was_published_by_hand_is_found(
     code, printed = audited(fleet.out)
     assert (code, printed["ok"]) == (4, False)
     assert "session-000002.log starts from an adapter 2 that no session before it made" in printed["error"]
-    monkeypatch.setattr("edgeadapt.auditing.transcripts.chain", lambda reports: None)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts.chain", lambda *given: None)
     assert audited(fleet.out)[0] == 0
 
 
@@ -135,7 +135,8 @@ def test_an_adapter_that_was_published_by_hand_before_the_first_session_is_found
     publish_by_hand(fleet)
     next_session(fleet)
     assert audited(fleet.out)[0] == 4
-    monkeypatch.setattr("edgeadapt.auditing.transcripts.chain", lambda reports: None)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts._unmade", lambda *given: {})
+    monkeypatch.setattr("edgeadapt.auditing.transcripts.chain", lambda *given: None)
     assert audited(fleet.out)[0] == 0
 
 
@@ -181,7 +182,7 @@ def test_a_round_of_an_old_adapter_that_is_then_aborted_is_found(
     assert fleet.registry().rounds()[-1].aborted
     code, printed = audited(fleet.out)
     assert (code, "session-000002.log starts from an adapter 0" in printed["error"]) == (4, True)
-    monkeypatch.setattr("edgeadapt.auditing.transcripts.chain", lambda reports: None)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts.chain", lambda *given: None)
     assert audited(fleet.out)[0] == 0
 
 
@@ -250,7 +251,7 @@ def test_a_second_result_for_a_version_is_found(fleet: Any, audited: Audit, monk
     monkeypatch.setattr(Recomputation, "check", lambda *_: Finding(Check.ADAPTERS, Status.PASS, ""))
     code, printed = audited(fleet.out)
     assert (code, "session-000002.log starts from an adapter 0" in printed["error"]) == (4, True)
-    monkeypatch.setattr("edgeadapt.auditing.transcripts.chain", lambda reports: None)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts.chain", lambda *given: None)
     code, printed = audited(fleet.out)
     assert (code, "is not recorded in the registry" in printed["error"]) == (4, True)
     monkeypatch.setattr("edgeadapt.auditing.transcripts.require_logged", lambda *_, **__: None)

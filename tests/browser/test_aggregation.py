@@ -417,14 +417,14 @@ class Recorder:
         """The method, with a record of each call that is not made by another one."""
         native = getattr(LogState, method)
 
-        def call(*given: Any) -> LogState:
+        def call(*given: Any, **named: Any) -> LogState:
             own = () if method == "initial" else given[:1]
             record = {"method": method, "state": self.index(own[0]) if own else None, "after": None, "about": None}
-            record["given"] = [plain(each) for each in given[len(own) :]]
+            record["given"] = [plain(each) for each in (*given[len(own) :], *named.values())]
             self.calls.append(record)
             depth = len(self.calls)
             try:
-                after = native(*given)
+                after = native(*given, **named)
             except ProtocolError as error:
                 record["about"] = error.about
                 raise

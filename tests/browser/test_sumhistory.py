@@ -31,7 +31,7 @@ ADAPTERS = [
     moved(FAR[0], 9.0, "head"),
 ]
 TASKS = [TASK, TASK, TASK, MOMENTS, replace(TASK, epochs=2), replace(TASK, labels=("b", "a"))]
-SPECS = [SPEC, SPEC, SPEC, SPEC, replace(SPEC, grouping=Grouping(2, 8))]
+SPECS = [SPEC, SPEC, SPEC, SPEC, replace(SPEC, grouping=Grouping(2, 8)), replace(SPEC, base_digest="c" * 64)]
 SURVIVORS = [ALL, ALL, OTHERS, {name: ALL[name] for name in list(ALL)[1:15]}]
 
 

@@ -276,3 +276,18 @@ def test_a_missed_session_that_goes_back_or_replaces_an_adapter_is_refused(start
     fresh = LoggedSession(OFFERS[3], missed.end, start=start)
     raw = session_chain_proof(fresh.log, KEY, logged[0].receipt(), [closed])
     assert_chain_refused(seen(2), raw, OFFERS[3], "proof.adapter")
+
+
+@pytest.mark.parametrize("start", [AHEAD, BY_HAND, OLDER])
+def test_only_on_another_base_may_a_session_start_from_a_newer_adapter_that_the_log_did_not_make(
+    start: AdapterId,
+) -> None:
+    logged, _ = chain(2)
+    fresh = LoggedSession(OFFERS[2], logged[0].end, start=start)
+    raw = session_chain_proof(fresh.log, KEY, logged[0].receipt())
+    assert_chain_refused(seen(2), raw, OFFERS[2], "proof.adapter")
+    if start == AHEAD:
+        assert seen(2).on_session_chain_proof(KEY.public, raw, OFFERS[2], other_base=True).newest == start
+    else:
+        with refused(ProtocolError, "proof.adapter"):
+            seen(2).on_session_chain_proof(KEY.public, raw, OFFERS[2], other_base=True)

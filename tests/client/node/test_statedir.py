@@ -23,6 +23,7 @@ from client.cli import device
 from client.node import statedir
 from client.node.policy import PolicySettings
 from client.node.statedir import DeviceSettings, DeviceStateDir
+from edgeadapt.formats.bundle import BASE_MANIFEST
 from tests.support import refused
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -227,3 +228,31 @@ def test_another_process_waits_for_the_lock_and_a_kill_frees_it(folder: Path) ->
         other.kill()
         assert got.wait(5)
         waiting.join()
+
+
+def test_a_session_is_on_the_next_base_if_that_is_what_its_offer_has(
+    tmp_path: Path, tiny_base: Any, make_base: Callable[..., Any]
+) -> None:
+    following = make_base(tmp_path / "next", 4)
+    chosen = DeviceSettings(base=str(tiny_base.folder), next_base=str(following.folder))
+    state_dir = DeviceStateDir(tmp_path, chosen)
+    assert state_dir.base(following.digest) == following
+    for digest in ("", tiny_base.digest, "f" * 64):
+        assert state_dir.base(digest) == tiny_base
+
+
+def test_a_next_base_that_is_missing_or_altered_excludes_no_device_from_its_own_base(
+    tmp_path: Path, tiny_base: Any
+) -> None:
+    missing = DeviceStateDir(tmp_path, DeviceSettings(base=str(tiny_base.folder), next_base=str(tmp_path / "later")))
+    assert missing.base(tiny_base.digest) == tiny_base
+    with refused(ConfigError, "base"):
+        missing.base("f" * 64)
+    bundle = tmp_path / "bundle"
+    (bundle / BASE_MANIFEST).parent.mkdir(parents=True)
+    (bundle / BASE_MANIFEST).write_text("{}")
+    (tmp_path / "trust.pem").write_bytes(IdentityKey.generate(SystemEntropy()).public.to_pem())
+    forged = DeviceStateDir(tmp_path, DeviceSettings(base=str(tiny_base.folder), next_base=str(bundle)))
+    assert forged.base(tiny_base.digest) == tiny_base
+    with pytest.raises(TrustError):
+        forged.base("f" * 64)

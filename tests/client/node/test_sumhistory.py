@@ -93,6 +93,17 @@ def test_a_sum_from_an_adapter_that_moved_may_be_over_other_devices() -> None:
     device.sum(moved(first, 2 * LEAST), OTHERS)
 
 
+def test_sums_on_two_bases_are_not_compared_and_neither_is_forgotten() -> None:
+    """A coordinator that goes to the next base and back is bound as if it had stayed."""
+    device, first = Federation(), adapter()
+    following = replace(SPEC, base_digest="c" * 64, layout_digest="d" * 64)
+    device.sum(first)
+    device.sum(adapter(5), OTHERS, spec=following)
+    for spec, tensors, survivors in ((SPEC, first, OTHERS), (following, adapter(5), ALL)):
+        with refuses("plan.movement" if spec is SPEC else "survivors.movement"):
+            device.sum(moved(tensors, 0.5 * LEAST), survivors, spec=spec)
+
+
 @pytest.mark.parametrize("part", ["", "lora_A", "lora_B", "classifier"])
 @pytest.mark.parametrize("by", [0.0, 1e-6, 0.5])
 def test_a_sum_from_one_that_did_not_is_over_the_same_devices(by: float, part: str) -> None:

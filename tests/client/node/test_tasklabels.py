@@ -83,8 +83,10 @@ def test_in_a_plain_folder_labels_are_those_of_the_first_task() -> None:
     for labels in (LABELS[:2], (*LABELS, "more"), OTHER):
         with refused(ProtocolError, "task.labels"):
             on_plan(known, Folder(), labels)  # type: ignore[arg-type]
-    another = replace(known, base="b" * 64)  # the owner has another base now
-    assert on_plan(another, Folder(), OTHER).labels == OTHER  # type: ignore[arg-type]
+    another = replace(known, base="b" * 64)  # a coordinator that migrates cannot choose them either
+    with refused(ProtocolError, "task.labels"):
+        on_plan(another, Folder(), OTHER)  # type: ignore[arg-type]
+    assert on_plan(another, Folder(), LABELS) == known  # type: ignore[arg-type]
 
 
 def test_labels_outlast_a_restart_until_the_device_forgets(tmp_path: Path) -> None:

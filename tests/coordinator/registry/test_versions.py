@@ -15,6 +15,7 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustErro
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry, database
 from edgeadapt.formats import files
+from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.roundrecord import digest_of
 from tests.support import refused
 from tests.support.registry import Rounds, commit
@@ -95,6 +96,50 @@ def test_only_version_0_is_published_without_a_round(registry: Registry, rounds:
     with refused(DataError, "manifest.version", value=0):
         registry.publish(rounds.manifest(0), rounds.blob(0), rounds.key)
     assert rounds.snapshot(registry) == before
+
+
+def on_another_base(rounds: Any, number: int, **changes: Any) -> VersionManifest:
+    """The manifest of version ``number``, after as many rounds but one, as the first on another base."""
+    unmade: dict[str, Any] = {"plan": None, "rule": None, "survivors": (), "metrics": {}, "round": number - 1}
+    return replace(rounds.manifest(number), **(unmade | {"base_digest": "c" * 64} | changes))  # type: ignore[no-any-return]
+
+
+def test_the_first_version_on_another_base_is_of_no_round_and_the_next_one_follows_it(
+    registry: Registry, rounds: Any
+) -> None:
+    rounds.seed(registry)
+    rounds.commit(registry, 1)
+    registry.publish(on_another_base(rounds, 2), rounds.blob(2), rounds.key)
+    head = registry.head()
+    assert (head.newest, head.earlier) == (rounds.manifest(2).id, (rounds.manifest(1).id,))
+    assert head.round is not None
+    assert head.round.round == 1
+    record = replace(rounds.record(2), version=3, adapter=rounds.manifest(3).sha256, optimizer=None)
+    made = replace(rounds.manifest(3), round=2, plan=record.plan, base_digest="c" * 64)
+    registry.commit_round(record, made, rounds.blob(3), {}, rounds.key)
+    assert (registry.head().newest, registry.head().earlier) == (made.id, ())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base_digest": "b" * 64},
+        {"labels": ("on", "off", "more")},
+        {"parent": None},
+        {"metrics": {"loss": 1.0}},
+        {"plan": "a" * 64},
+        {"round": 0},
+        {"survivors": ("anna",)},
+        {"version": 3},
+    ],
+)
+def test_what_is_not_the_first_version_on_another_base_is_not_published_without_a_round(
+    registry: Registry, rounds: Any, change: dict[str, Any]
+) -> None:
+    rounds.seed(registry)
+    rounds.commit(registry, 1)
+    with refused(DataError, "manifest.version"):
+        registry.publish(on_another_base(rounds, 2, **change), rounds.blob(2), rounds.key)
 
 
 def test_a_version_that_is_not_the_next_one_is_refused(registry: Registry, rounds: Any) -> None:

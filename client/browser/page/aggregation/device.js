@@ -133,6 +133,10 @@ class Advertised {
     return this.#known.offer;
   }
 
+  get spec() {
+    return this.#known.spec;
+  }
+
   /**
    * Checks the roster and shares the secrets of every round (steps 3 and 4): the state and the encrypted shares.
    *

@@ -103,8 +103,12 @@ export class LogState {
     refuse(`adapter ${version} of the plan is not the newest one in the log, ${this.version}`, "plan.adapter");
   }
 
-  /** The state to keep after the proof sent with the offer of this digest: the new session follows the log that is known. */
-  async onSessionChainProof(coordinator, raw, offer) {
+  /**
+   * The state to keep after the proof sent with the offer of this digest: the new session follows the log that is known.
+   * `otherBase`: it is on another base than the last one in which the device trained, and may start from a newer adapter than
+   * any that the log made.
+   */
+  async onSessionChainProof(coordinator, raw, offer, otherBase = false) {
     const proof = decode(SESSION_CHAIN_PROOF, raw);
     if (equal(offer, this.offer)) refuse("this device has joined that session before: the offer is repeated", "offer.repeated");
     if (!proof.receipt.length) refuse("the proof has no receipt for the session that this device joined last", "proof.receipt");
@@ -123,7 +127,8 @@ export class LogState {
     if (!equal(fresh.previous, await Checkpoint.digest(last))) {
       refuse("the offer does not follow the last session that this device knows: it is old", "proof.previous");
     }
-    if (fresh.version !== last.version || fresh.adapter !== last.adapter) {
+    const same = fresh.version === last.version && fresh.adapter === last.adapter;
+    if (!same && !(otherBase && fresh.version > last.version)) {
       refuse("the session starts from another adapter than the session before it ended with", "proof.adapter");
     }
     return fresh;

@@ -95,12 +95,13 @@ export class Participant {
   }
 
   /** Verifies that the log of the offered session follows the log that this device knows. */
-  async #afterOffer({ me, offer }, proof) {
+  async #afterOffer({ me, offer, spec }, proof) {
     const { policy, coordinator } = this.#device;
     if (!policy.demand_proofs) return null;
     if (!proof) throw new ProtocolError("the message has no proof about the log", "message.proof", COORDINATOR);
-    const { log } = this.#known;
-    return log ? log.onSessionChainProof(coordinator, proof, offer) : LogState.initial(coordinator, proof, offer, me);
+    const { log, sums } = this.#known;
+    const other = (sums?.round?.point.base ?? spec.base_digest) !== spec.base_digest;
+    return log ? log.onSessionChainProof(coordinator, proof, offer, other) : LogState.initial(coordinator, proof, offer, me);
   }
 
   /** Verifies the log: this device's messages of its last round are in it, and its newest adapter is the plan's. */

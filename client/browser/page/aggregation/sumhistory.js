@@ -113,11 +113,12 @@ export function onSurvivors(known, plan, spec, survivors, revoked) {
 async function pointOf(key, plan, spec, task, adapter) {
   const kind = isAnalytic(task) ? MOMENTS : UPDATES;
   const form = JSON.stringify([spec.layout_digest, task.peft_config, task.labels]);
-  return { kind, adapter: plan.adapter_digest, terms: termsOf(plan, spec), form, sketch: await sketch(adapter, key) };
+  return { kind, base: spec.base_digest, adapter: plan.adapter_digest, terms: termsOf(plan, spec), form, sketch: await sketch(adapter, key) };
 }
 
-/** The distance between the adapters of two sums; 0 if they cannot be compared. */
+/** The distance between the adapters of two sums; 0 if they cannot be compared, though of one base, or of an unknown one. */
 function distance(before, now, task) {
+  if ((before.base ?? now.base) !== now.base) return Infinity;
   if (before.form !== now.form) return 0;
   // The score of both kinds depends on the head; embeddings do not.
   const influences = (part) => (now.kind === MOMENTS ? part !== HEAD || before.kind === UPDATES : !isPrivate(task, part));

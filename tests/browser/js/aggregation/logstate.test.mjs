@@ -41,7 +41,7 @@ function written(state) {
 const CALLS = {
   initial: (_, key, proof, offer, device) => LogState.initial(raw(key), raw(proof), raw(offer), device),
   on_receipt: (state, key, receipt) => state.onReceipt(raw(key), raw(receipt)),
-  on_session_chain_proof: (state, key, proof, offer) => state.onSessionChainProof(raw(key), raw(proof), raw(offer)),
+  on_session_chain_proof: (state, key, proof, offer, other) => state.onSessionChainProof(raw(key), raw(proof), raw(offer), other === "True"),
   contributed: (state, plan, message) => state.contributed(raw(plan), raw(message)),
   on_survivors: (state, survivors, answer = null) => state.onSurvivors(survivors, answer === null ? null : raw(answer)),
 };
