@@ -18,9 +18,9 @@ from aggregation.errors import ConfigError, DataError
 from client.training.denormals import without_denormals
 from client.training.encoding import Template, TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer
-from edgeadapt.bases.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph, open_session
+from edgeadapt.bases.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph
 from edgeadapt.bases.traininggraph import TrainingBatch, TrainingGraph, missing_slots
-from edgeadapt.formats.bundle import GENERATION, LOWER, MODEL, TOKENIZER, TRAINING, WEIGHTS, VerifiedBase
+from edgeadapt.formats.bundle import GENERATION, LOWER, TOKENIZER, TRAINING, WEIGHTS, VerifiedBase
 from edgeadapt.formats.graphinputs import (
     INPUT_SCALE,
     LORA_A,
@@ -82,7 +82,7 @@ class GraphEngine:
                 self.graph = TrainingGraph(content, base.folder, threads, lower)
         except Exception as error:  # onnxruntime raises classes without a common base
             raise _unusable(base, error) from error
-        self.states = self.graph.cache if lower else None
+        self.states = self.graph.lower.cache if self.graph.lower else None
         if self.states:
             self.states.source = f"{base.manifest.files[LOWER]}/{base.manifest.files[WEIGHTS]}"
         if missing := missing_slots(self.graph, slots):
@@ -213,14 +213,15 @@ def classifier(base: VerifiedBase, labels: int, config: PeftConfig, threads: int
     engine, slots = GraphEngine(base, config, head, threads), base.manifest.slots
     try:
         with without_denormals():  # the threads of the session inherit it
-            session = open_session(base.files[MODEL], base.folder, slots, threads)
+            engine.answering = ClassifierGraph.open(
+                base.files, base.folder, slots, base.manifest.independent_rows, threads
+            )
         tokenizer = Tokenizer.from_str(base.files[TOKENIZER].decode())
         longest = int((tokenizer.truncation or {"max_length": MAX_TOKENS})["max_length"])
         tokenizer.enable_truncation(min(MAX_TOKENS, longest))
         tokenizer.no_padding()
     except Exception as error:  # tokenizers and onnxruntime raise classes without a common base
         raise _unusable(base, error) from error
-    engine.answering = ClassifierGraph(session, slots, base.manifest.independent_rows)
     base.check()
     return ClassifierTrainer(engine, tokenizer)
 

@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from onnx import ModelProto, checker
 from peft import PeftModel
 from tokenizers import Tokenizer
@@ -13,8 +12,8 @@ from torch import nn
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
-from edgeadapt.bases.classifiergraph import LABELS, ClassifierGraph, open_session
-from edgeadapt.formats.bundle import MODEL, TOKENIZER, TRAINING
+from edgeadapt.bases.classifiergraph import LABELS, ClassifierGraph
+from edgeadapt.formats.bundle import LOWER, MODEL, TOKENIZER, TRAINING, UPPER
 from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.workfolder import WorkFolder
@@ -97,7 +96,7 @@ def export_classifier(
         opset=opset,
         work=work,
         digests=digests,
-        independent_rows=independent_rows(work.path, slots, ids, longest),
+        independent_rows=independent_rows(work.path, digests, slots, ids, longest),
         merged=base.merged,
         untrainable=untrainable,
         gradients=difference,
@@ -135,11 +134,16 @@ TOLERANCE = 2e-3  # difference of a logit, relative to the largest: rounding in 
 MAX_REASON = 200  # characters of ONNX Runtime's message
 
 
-def open_base(folder: Path, slots: Collection[str]) -> ort.InferenceSession:
-    return open_session((folder / MODEL).read_bytes(), folder, slots)
+def open_base(
+    folder: Path, files: Collection[str], slots: Mapping[str, tuple[str, ...]], independent_rows: bool
+) -> ClassifierGraph:
+    graphs = {name: (folder / name).read_bytes() for name in (MODEL, LOWER, UPPER) if name in files}
+    return ClassifierGraph.open(graphs, folder, slots, independent_rows)
 
 
-def independent_rows(folder: Path, slots: Mapping[str, tuple[str, ...]], ids: Sequence[int], longest: int) -> bool:
+def independent_rows(
+    folder: Path, files: Collection[str], slots: Mapping[str, tuple[str, ...]], ids: Sequence[int], longest: int
+) -> bool:
     """Check whether three texts get the same logits alone and in a mixed batch, each with an adapter of its own.
 
     In some encoders, padding or the other rows leak in (a convolution over padding, a Fourier transform or blocks over
@@ -149,12 +153,11 @@ def independent_rows(folder: Path, slots: Mapping[str, tuple[str, ...]], ids: Se
     ``ids``: the tokens of a text, which the texts repeat; ``longest``: tokens of the longest text that the base reads.
     Raises ConfigError: the graph does not run, or gives an answer that is not finite.
     """
-    session = open_base(folder, slots)
     longest = min(longest, LONGEST) - (RANK if PROMPT in slots else 0)
     lengths = sorted({min(3, longest), max(1, longest // 3), longest})
     texts = [list(np.resize(ids, length)) for length in (lengths * ROWS)[:ROWS]]
     adapters = [_random(slots, seed) for seed in range(ROWS)]
-    graph = ClassifierGraph(session, slots, True)
+    graph = open_base(folder, files, slots, True)
     try:
         alone = [graph.logits(text, graph.feeds(one)) for text, one in zip(texts, adapters, strict=True)]
     except Exception as error:  # onnxruntime raises classes without a common base

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, shape_inference
 
 from aggregation.errors import ConfigError
-from edgeadapt.bases.traininggraph import STATES
+from edgeadapt.bases.states import STATES
 from export.onnx.peftmodel import TOKENS
 from export.onnx.segments import reads
 
