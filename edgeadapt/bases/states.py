@@ -15,6 +15,8 @@ from numpy.typing import DTypeLike, NDArray
 from edgeadapt.formats.layout import Floats, Tensors
 
 STATES = "states"  # the output of a graph of the lower layers, and the input of what goes on from them
+# Inputs of a decoder that goes on from states which it returned before: these, and where among them, ``[begin, end]``.
+KEPT_STATES, KEPT_RANGE = "kept_states", "kept_range"
 
 
 class StateCache:

@@ -49,6 +49,7 @@ TRAINING = "training.onnx"  # a third graph over the same weights, in bundles wi
 # Of a base with slots in its last layers alone: what computes the states that ``TRAINING`` reads, and what answers from
 # them as ``MODEL`` does from tokens.
 LOWER, UPPER = "lower.onnx", "upper.onnx"
+CHAT = "chat.onnx"  # of a language model of that kind: ``MODEL``, which also goes on from the states that it returns
 PHRASES = "phrases.tsv"  # public phrases with their labels, which a device may rehearse and test (``phrases``)
 TOKENIZER, GENERATION = "tokenizer.json", "genai_config.json"
 NEEDED: dict[Task, tuple[str, ...]] = {
