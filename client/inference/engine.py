@@ -26,11 +26,13 @@ from client.inference.library import Adapter
 from client.inference.text import Detokenizer, SamplingParams, TextDecoder, first_line, special_tokens
 from edgeadapt.bases.states import KEPT_RANGE, KEPT_STATES, STATES
 from edgeadapt.formats.bundle import CHAT, GENERATION, TOKENIZER, VerifiedBase
-from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.graphinputs import empty_inputs
+from edgeadapt.formats.layout import Floats, Tensors
 
 GROWTH = 256  # tokens; the KV cache grows in steps, so that a few more messages fit without a new one
 PIECE = 64  # tokens read at once; with SmolLM2, longer pieces are not faster
 MAX_UNUSED = 8  # adapters that a generator holds, and nobody else
+BARE = "#"  # of the library: an adapter that changes nothing, because a generator cannot go back to none
 
 
 @dataclass(slots=True)
@@ -95,6 +97,8 @@ class GenerationEngine:
         self._unused: list[str] = []  # unloaded adapters that the generator may hold, by name in the library
         stated = json.loads(base.files[GENERATION])["model"]
         self._width = int(stated["decoder"]["hidden_size"]) if self._chat else 0
+        if self._chat:
+            self._load(BARE, empty_inputs(base.manifest.slots))
         self.context = int(stated["context_length"])
         self.vocabulary = int(stated["vocab_size"])
         self.ends = frozenset(map(int, self._tokenizer.eos_token_ids))
@@ -122,31 +126,36 @@ class GenerationEngine:
     def load(self, adapter: Adapter) -> None:
         """Load an adapter's tensors under its name. Raises DataError: onnxruntime-genai refuses the tensors;
         EdgeAdaptError: the temporary folder has no room for the file."""
-        values = {name: ort.OrtValue.ortvalue_from_numpy(adapter.inputs[name]) for name in sorted(adapter.inputs)}
+        name = adapter.name
+        while name in self._unused:
+            name += "#"
+        self._load(name, adapter.inputs)
+        self._names[adapter.name] = name
+
+    def _load(self, name: str, inputs: Tensors) -> None:
+        values = {slot: ort.OrtValue.ortvalue_from_numpy(inputs[slot]) for slot in sorted(inputs)}
         container = ort.AdapterFormat()
         container.set_adapter_version(1)
         container.set_model_version(1)
         container.set_parameters(values)
-        name = adapter.name
-        while name in self._unused:
-            name += "#"
+        shown = name.rstrip("#")
         with TemporaryDirectory(prefix="edgeadapt-") as folder:  # mode 0700
             path = Path(folder) / "adapter"
             path.touch(mode=0o600)
             try:
                 container.export_adapter(str(path))
             except RuntimeError as error:
-                reason = f"{folder} lacks {adapter.nbytes} bytes to load adapter {adapter.name!r}"
+                size = sum(value.nbytes for value in inputs.values())
+                reason = f"{folder} lacks {size} bytes to load adapter {shown!r}"
                 raise EdgeAdaptError(f"{reason}; free some, or set TMPDIR to another folder", about="TMPDIR") from error
             try:
                 self._adapters.load(str(path), name)
             except RuntimeError as error:
-                reason = f"adapter {adapter.name!r} cannot be loaded: {first_line(error)}; export it again"
-                raise DataError(reason, about="adapter", value=adapter.name) from error
+                reason = f"adapter {shown!r} cannot be loaded: {first_line(error)}; export it again"
+                raise DataError(reason, about="adapter", value=shown) from error
             except KeyboardInterrupt:  # raised after the library has loaded it; free the name for the next attempt
                 self._adapters.unload(name)
                 raise
-        self._names[adapter.name] = name
 
     def unload(self, name: str) -> None:
         """Unload an adapter, or leave it to a generator whose KV cache other adapters can use. That may hold it."""
@@ -220,7 +229,7 @@ class GenerationEngine:
             live.kept.add(live.inner)
         if not np.isfinite(logits).all():
             reason = "the answer is not finite: the adapter's values are too large for this base; use another one"
-            raise DataError(reason, about="logits", value=live.adapter and live.adapter.rstrip("#"))
+            raise DataError(reason, about="logits", value=(live.adapter or BARE).rstrip("#") or None)
         if live.guided is not None:
             logits[..., ~live.guided.allowed()] = -np.inf
             live.inner.set_logits(logits)
@@ -258,7 +267,9 @@ class GenerationEngine:
         return live.inner
 
     def _name(self, adapter: str | None) -> str | None:
-        return None if adapter is None else self._names[adapter]
+        if adapter is None:
+            return BARE if self._chat else None
+        return self._names[adapter]
 
     def _switch(self, live: _Live, adapter: str | None) -> None:
         if live.adapter != (name := self._name(adapter)):
@@ -270,7 +281,7 @@ class GenerationEngine:
         another adapter, but not back to the bare base."""
         live = self._live
         same = live is not None and live.params == params and params.reusable and live.capacity >= needed
-        if live is not None and same and (adapter is not None or live.adapter is None):
+        if live is not None and same and (self._chat or adapter is not None or live.adapter is None):
             return live
         # Beams end where the KV cache does, and only then is the most likely answer known.
         capacity = needed if params.beams > 1 else min(self.context, -(-needed // GROWTH) * GROWTH)

@@ -31,6 +31,7 @@ from edgeadapt.formats.graphinputs import (
     PREFIX,
     REPLACED,
     VIRTUAL,
+    empty_inputs,
     from_inputs,
     gradients_of_tensors,
     layer_of,
@@ -101,7 +102,8 @@ class GraphEngine:
             if odd := sorted(set(layers) - set(self.graph.normed)):
                 reason = f"the training graph in {base.folder} has no norm of {odd[0]!r}: export the base again"
                 raise ConfigError(reason, about=TRAINING, value=odd)
-        self.filled, self.empty = filled, _nothing(slots, set(slots) - set(filled))
+        self.filled = filled
+        self.empty = empty_inputs({name: slots[name] for name in slots if name not in filled})
         zeros = {name: np.zeros(shape, np.float32) for name, shape in filled.items()}
         if factors:
             sizes = {path: (filled[path + LORA_A][0], filled[path + LORA_B][1]) for path in layers}
@@ -155,7 +157,7 @@ class GraphEngine:
         hidden = int(slots[weight][1])
         if not tokens:
             return np.zeros((0, hidden), np.float32)
-        empty = _nothing(slots, set(slots) - set(MEAN_HEAD))
+        empty = empty_inputs({name: slots[name] for name in slots if name not in MEAN_HEAD})
         inputs = self.inputs_of(adapter) if adapter is not None else empty
         identity = {bias: np.zeros(hidden, np.float32), weight: np.eye(hidden, dtype=np.float32)}
         return self._rows(inputs | identity, tokens)
@@ -300,12 +302,6 @@ def require_mean_head(base: VerifiedBase) -> None:
 def _unusable(base: VerifiedBase, error: Exception) -> ConfigError:
     reason = f"the base in {base.folder} cannot be loaded for training: {' '.join(str(error).split())[:200]}"
     return ConfigError(reason, about=TRAINING)
-
-
-def _nothing(slots: Mapping[str, Sequence[str]], names: Collection[str]) -> Tensors:
-    """Make inputs that change nothing: of rank 0, and absent vectors."""
-    shapes = {name: tuple(int(text) if text.isdigit() else 0 for text in slots[name]) for name in sorted(names)}
-    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 def _targeted(path: str, targets: Sequence[str], layers: Collection[int] = ()) -> bool:

@@ -107,7 +107,7 @@ def fresh(generator: Generator, text: str, adapter: str | None, params: Sampling
 
 def test_the_text_after_a_change_is_that_of_a_fresh_chat(generator: Generator, from_states: list[int]) -> None:
     text, prompts, answers = "turn on the light", [0], []
-    for question, adapter in zip(QUESTIONS * 2, (None, *NAMES, "global", "global:0.5+ben"), strict=True):
+    for question, adapter in zip(QUESTIONS * 2, (None, *NAMES, None, "global:0.5+ben"), strict=True):
         text += f" {question}"
         answers.append(written(generator, text, adapter))
         assert from_states[-1] >= prompts[-1]
