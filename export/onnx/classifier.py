@@ -1,6 +1,7 @@
 """A frozen classifier or encoder, exported once for every adapter of its layers."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from export.onnx.gradients import check_gradients
 from export.onnx.peftmodel import SlottedModel, with_inputs
 from export.onnx.quantize import quantize
 from export.onnx.tasks import check_classifies, check_reads_embeddings, readable_length
-from export.onnx.training import training_graphs
+from export.onnx.training import answering_parts, training_graphs
 
 
 def export_classifier(
@@ -69,6 +70,9 @@ def export_classifier(
             stored = as_stored(slotted, profile, traced)
         except ConfigError as error:
             untrainable = _unless(training, error)
+    elif slotted.cut:
+        with suppress(ConfigError):  # then it answers with the whole graph
+            graphs = answering_parts(plain, traced)
     slots = graph.slots(traced)
     runtime, opset = headers.requirements(traced)
     work, about = WorkFolder(where), metadata(base, "text-classification", profile, runtime)
@@ -76,7 +80,7 @@ def export_classifier(
     digests = headers.split(traced, slots, about, work.path, others=graphs) | written(
         work.path, {TOKENIZER: str(tokenizer.to_str()).encode()}
     )
-    if graphs:
+    if TRAINING in graphs:
         opset = max(opset, headers.requirements(graphs[TRAINING])[1])
         try:
             difference = check_gradients(work.path, with_inputs(stored), slots, ids, longest)

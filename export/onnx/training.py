@@ -45,11 +45,24 @@ def training_graphs(
     """
     if not slotted.cut:
         return {TRAINING: training_graph(traced, slotted, answering, profile, store)}
-    states = cut.states_of(traced, [name for name in tracing.slots(traced) if not is_saved(name)])
+    states = _states(traced)
     above = training_graph(cut.upper(traced, states), slotted, answering, profile, store, whole=traced)
     if POSITIONS in {value.name for value in traced.graph.input}:  # the answering graph has a cache, and other names
         return {TRAINING: above, LOWER: quantize(cut.lower(traced, states), profile, ids, store)}
-    return {TRAINING: above, LOWER: cut.lower(answering, states), UPPER: cut.upper(answering, states)}
+    return {TRAINING: above, **_parts(answering, states)}
+
+
+def answering_parts(traced: onnx.ModelProto, answering: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
+    """Cut the answering graph of a classifier below all slots. Raises ConfigError as ``cut.states_of``."""
+    return _parts(answering, _states(traced))
+
+
+def _states(traced: onnx.ModelProto) -> tuple[str, int]:
+    return cut.states_of(traced, [name for name in tracing.slots(traced) if not is_saved(name)])
+
+
+def _parts(answering: onnx.ModelProto, states: tuple[str, int]) -> dict[str, onnx.ModelProto]:
+    return {LOWER: cut.lower(answering, states), UPPER: cut.upper(answering, states)}
 
 
 def training_graph(

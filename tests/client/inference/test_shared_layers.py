@@ -39,7 +39,7 @@ ROWS = [(text, name) for text in PHRASES for name in (*NAMES, "anna:0.5+ben")]
 @pytest.fixture(scope="module", params=[Profile.FP32, Profile.NATIVE_INT8])
 def cut(request: pytest.FixtureRequest, tiny_base: Base) -> ExportedBase:
     slotted = with_mean_head(tiny_base, Slots(("query", "value"), first=-1))
-    return export_classifier(slotted, tiny_base, request.param, training=True)
+    return export_classifier(slotted, tiny_base, request.param)
 
 
 @pytest.fixture

@@ -164,6 +164,12 @@ def test_both_parts_give_the_answers_of_the_whole_bit_for_bit(
     np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6 * float(np.abs(whole).max()))
 
 
+def test_a_base_that_no_device_trains_is_cut_as_well(tiny_base: Base) -> None:
+    made = export_classifier(with_mean_head(tiny_base, TOP), tiny_base, Profile.FP32)
+    assert made.digests.keys() >= {LOWER, UPPER}
+    assert TRAINING not in made.digests
+
+
 def test_a_base_whose_slots_begin_in_its_first_layer_has_one_graph(tiny_base: Base) -> None:
     made = export_classifier(with_mean_head(tiny_base, ("query",)), tiny_base, Profile.FP32, training=True)
     assert not {LOWER, UPPER}.intersection(made.digests)
