@@ -104,7 +104,8 @@ def export_causal(
         digests = headers.split(graph, inserted, about, work.path, store, others, parts) | written(
             work.path, decoder.files
         )
-        if wanted.first and _shares_buffer(decoder.files[GENERATION]):
+        # With one scale for all activations of a MatMul, states depend on the tokens that were read together.
+        if wanted.first and profile is not Profile.WEB_INT8 and _shares_buffer(decoder.files[GENERATION]):
             header = load_model_from_string((work.path / MODEL).read_bytes())
             if keep_states(header, list(inserted), sizes(model.config).hidden):
                 digests |= written(work.path, {CHAT: header.SerializeToString(deterministic=True)})
