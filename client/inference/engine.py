@@ -4,6 +4,8 @@ onnxruntime-genai loads adapters from files only: a verified adapter is written,
 file, which is removed after loading. The KV cache is kept after an answer: of a prompt that begins with the same
 tokens, as the next message of a conversation does, only the rest is read. If another adapter answers, a base with slots
 in its last layers keeps the cache of the layers below: the last ones alone read that beginning again, from its states.
+What is kept of tokens that were written is rounded as one row was: ONNX Runtime multiplies a quantized matrix with one
+row in another way, so that a fresh chat, which reads them in pieces, may write another text in those profiles.
 
 A prompt is read in pieces, because the graph returns the logits of every token that it reads at once: 200 kB a token
 with SmolLM2's vocabulary.
