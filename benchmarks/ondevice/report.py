@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregation.errors import DataError
+from benchmarks.ondevice import sharing
 from benchmarks.ondevice.inputs import FORMATS
 from benchmarks.ondevice.process import PEER, TORCH
 from benchmarks.timing import aligned
@@ -80,6 +81,7 @@ def table(found: Figures) -> str:
     """Format speeds with spread and ratio to the peer, perplexities, sizes, latencies, tenants, and the goals."""
     parts = [_speeds(found), _by_format(found, "perplexity", ".3f"), _by_format(found, "bytes", ","), _latencies(found)]
     parts += [_tenants(found)] if found["tenants"] else []
+    parts += [sharing.table(found["sharing"])] if "sharing" in found else []
     return "\n\n".join([*parts, _goals(found), _notes(found)])
 
 

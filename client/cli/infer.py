@@ -11,7 +11,7 @@ from aggregation.errors import ConfigError, DataError
 from client.cli import options
 from client.cli.options import printable
 from client.inference.generate import Generator
-from client.inference.library import Library
+from client.inference.library import Adapter, Library
 from client.inference.session import ClassificationSession, Ranking
 from client.inference.text import SamplingParams
 from edgeadapt import commandline
@@ -113,17 +113,17 @@ def _phrases(texts: Sequence[str]) -> list[str]:
 
 def _classify(library: Library, names: Sequence[str], phrases: list[str], top: int) -> list[dict[str, Any]]:
     session = ClassificationSession.of(library)
-    return [_ranked(session, name, phrases, top) for name in names or (session.library.default(),)]
+    adapters = [session.load(name) for name in names or (library.default(),)]
+    # One text by all adapters, then the next: what is below the adapters reads it once.
+    answers = [[_answer(session, adapter, text, top) for adapter in adapters] for text in phrases]
+    used = ({"adapter": one.name, "version": one.version, "temperature": one.temperature} for one in adapters)
+    return [{**stated, "answers": list(own)} for stated, own in zip(used, zip(*answers, strict=True), strict=True)]
 
 
-def _ranked(session: ClassificationSession, name: str, phrases: list[str], top: int) -> dict[str, Any]:
-    adapter, answers = session.load(name), []
-    for text in phrases:
-        found = session.ranking(text, adapter.composition, top) if text.strip() else UNKNOWN
-        intents = [{"intent": one.label, "probability": round(one.probability, 6)} for one in found.predictions]
-        answers.append({"text": text, "unknown": round(found.unknown, 3), "unread": found.unread, "intents": intents})
-    used = {"adapter": adapter.name, "version": adapter.version, "temperature": adapter.temperature}
-    return {**used, "answers": answers}
+def _answer(session: ClassificationSession, adapter: Adapter, text: str, top: int) -> dict[str, Any]:
+    ranking = session.ranking(text, adapter.composition, top) if text.strip() else UNKNOWN
+    intents = [{"intent": one.label, "probability": round(one.probability, 6)} for one in ranking.predictions]
+    return {"text": text, "unknown": round(ranking.unknown, 3), "unread": ranking.unread, "intents": intents}
 
 
 def _continue(library: Library, names: Sequence[str], texts: list[str], tokens: int) -> list[dict[str, Any]]:

@@ -2,7 +2,10 @@
 
 onnxruntime-genai loads adapters from files only: a verified adapter is written, as float32, to a private temporary
 file, which is removed after loading. The KV cache is kept after an answer: of a prompt that begins with the same
-tokens, as the next message of a conversation does, only the rest is read.
+tokens, as the next message of a conversation does, only the rest is read. If another adapter answers, a base with slots
+in its last layers keeps the cache of the layers below: the last ones alone read that beginning again, from its states.
+What is kept of tokens that were written is rounded as one row was: ONNX Runtime multiplies a quantized matrix with one
+row in another way, so that a fresh chat, which reads them in pieces, may write another text in those profiles.
 
 A prompt is read in pieces, because the graph returns the logits of every token that it reads at once: 200 kB a token
 with SmolLM2's vocabulary.
@@ -13,29 +16,64 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference.guide import Guide, GuidedAnswer, GuideFollower, required
 from client.inference.library import Adapter
 from client.inference.text import Detokenizer, SamplingParams, TextDecoder, first_line, special_tokens
-from edgeadapt.formats.bundle import GENERATION, TOKENIZER, VerifiedBase
+from edgeadapt.bases.states import KEPT_RANGE, KEPT_STATES, STATES
+from edgeadapt.formats.bundle import CHAT, GENERATION, TOKENIZER, VerifiedBase
+from edgeadapt.formats.graphinputs import empty_inputs
+from edgeadapt.formats.layout import Floats, Tensors
 
 GROWTH = 256  # tokens; the KV cache grows in steps, so that a few more messages fit without a new one
 PIECE = 64  # tokens read at once; with SmolLM2, longer pieces are not faster
+MAX_UNUSED = 8  # adapters that a generator holds, and nobody else
+BARE = "#"  # of the library: an adapter that changes nothing, because a generator cannot go back to none
+
+
+@dataclass(slots=True)
+class _States:
+    """The states below all slots of the tokens that a generator read. Its graph reads these very arrays, because
+    onnxruntime-genai does not copy an input, and takes it once."""
+
+    values: Floats  # (1, capacity, width)
+    range: NDArray[np.int64]  # the tokens that the next run does not read, but goes on from; [0, 0]: none
+    count: int = 0
+
+    @classmethod
+    def of(cls, inner: Any, capacity: int, width: int) -> Self:
+        states = cls(np.zeros((1, capacity, width), np.float32), np.zeros(2, np.int64))
+        inner.set_model_input(KEPT_STATES, states.values)
+        inner.set_model_input(KEPT_RANGE, states.range)
+        return states
+
+    def add(self, inner: Any) -> None:
+        """Keep those of the tokens of the last run."""
+        added = inner.get_output(STATES)[0]
+        self.values[0, self.count : self.count + len(added)] = added
+        self.count += len(added)
 
 
 @dataclass(slots=True)
 class _Live:
     inner: Any
     params: SamplingParams
-    adapter: str | None  # by name
+    adapter: str | None  # by its name in the library
     capacity: int  # tokens
     tokens: list[int]
+    states: _States | None  # None: the base does not return them
     guided: GuidedAnswer | None = None
+
+    @property
+    def kept(self) -> _States | None:
+        """The states, if a later answer may use them."""
+        return self.states if self.params.reusable else None
 
 
 class GenerationEngine:
@@ -50,12 +88,19 @@ class GenerationEngine:
         self._og = genai()
         config = self._og.Config(str(base.folder))
         session = {"intra_op_num_threads": threads, **(options or {})}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        self._chat = CHAT in base.manifest.files
+        decoder = {"session_options": session} | ({"filename": CHAT} if self._chat else {})
+        config.overlay(json.dumps({"model": {"decoder": decoder}}))
         self._model = self._og.Model(config)
         self._tokenizer = self._og.Tokenizer(self._model)
         self._adapters = self._og.Adapters(self._model)
         self._live: _Live | None = None
+        self._names: dict[str, str] = {}  # of loaded adapters: name → name in the library
+        self._unused: list[str] = []  # unloaded adapters that the generator may hold, by name in the library
         stated = json.loads(base.files[GENERATION])["model"]
+        self._width = int(stated["decoder"]["hidden_size"]) if self._chat else 0
+        if self._chat:
+            self._load(BARE, empty_inputs(base.manifest.slots))
         self.context = int(stated["context_length"])
         self.vocabulary = int(stated["vocab_size"])
         self.ends = frozenset(map(int, self._tokenizer.eos_token_ids))
@@ -83,35 +128,48 @@ class GenerationEngine:
     def load(self, adapter: Adapter) -> None:
         """Load an adapter's tensors under its name. Raises DataError: onnxruntime-genai refuses the tensors;
         EdgeAdaptError: the temporary folder has no room for the file."""
-        values = {name: ort.OrtValue.ortvalue_from_numpy(adapter.inputs[name]) for name in sorted(adapter.inputs)}
+        name = adapter.name
+        while name in self._unused:
+            name += "#"
+        self._load(name, adapter.inputs)
+        self._names[adapter.name] = name
+
+    def _load(self, name: str, inputs: Tensors) -> None:
+        values = {slot: ort.OrtValue.ortvalue_from_numpy(inputs[slot]) for slot in sorted(inputs)}
         container = ort.AdapterFormat()
         container.set_adapter_version(1)
         container.set_model_version(1)
         container.set_parameters(values)
+        shown = name.rstrip("#")
         with TemporaryDirectory(prefix="edgeadapt-") as folder:  # mode 0700
             path = Path(folder) / "adapter"
             path.touch(mode=0o600)
             try:
                 container.export_adapter(str(path))
             except RuntimeError as error:
-                reason = f"{folder} lacks {adapter.nbytes} bytes to load adapter {adapter.name!r}"
+                size = sum(value.nbytes for value in inputs.values())
+                reason = f"{folder} lacks {size} bytes to load adapter {shown!r}"
                 raise EdgeAdaptError(f"{reason}; free some, or set TMPDIR to another folder", about="TMPDIR") from error
             try:
-                self._adapters.load(str(path), adapter.name)
+                self._adapters.load(str(path), name)
             except RuntimeError as error:
-                reason = f"adapter {adapter.name!r} cannot be loaded: {first_line(error)}; export it again"
-                raise DataError(reason, about="adapter", value=adapter.name) from error
+                reason = f"adapter {shown!r} cannot be loaded: {first_line(error)}; export it again"
+                raise DataError(reason, about="adapter", value=shown) from error
             except KeyboardInterrupt:  # raised after the library has loaded it; free the name for the next attempt
-                self._adapters.unload(adapter.name)
+                self._adapters.unload(name)
                 raise
 
     def unload(self, name: str) -> None:
-        self.forget()  # the generator may use the adapter
-        self._adapters.unload(name)
+        """Unload an adapter, or leave it to a generator whose KV cache other adapters can use. That may hold it."""
+        self._unused.append(self._names.pop(name, name))
+        if not self._chat or self._live is None or len(self._unused) > MAX_UNUSED:
+            self.forget()
 
     def forget(self) -> None:
         """Release the generator with its KV cache, which may be inconsistent after an error."""
         self._live = None
+        while self._unused:
+            self._adapters.unload(self._unused.pop())
 
     def read(self, prompt: list[int], params: SamplingParams, adapter: str | None) -> int:
         """Read a prompt of at least one token, and fewer than ``context``, with a loaded adapter or the bare base.
@@ -120,19 +178,34 @@ class GenerationEngine:
         does not run.
         """
         guided = self._guided(params.guide)
-        live, cached = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens)), 0
+        live = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens))
         live.guided = guided
-        if live.adapter == adapter:
-            # Without the last tokens: the last sampled one is not in the cache, and the prompt's last must be read once
-            # more for its logits.
-            cached = _common(live.tokens[:-1], prompt[:-1])
+        # Without the last tokens: the last sampled one is not in the cache, and the prompt's last must be read once
+        # more for its logits.
+        known = _common(live.tokens[:-1], prompt[:-1])
+        cached = start = known if live.adapter == self._name(adapter) else 0
         if live.inner.token_count():
             live.inner.rewind_to(cached)
         self._switch(live, adapter)
         live.tokens = prompt[:]
+        if live.kept is not None:
+            self._read_states(live, live.kept, cached, known)
+            start = known
         # With beams onnxruntime-genai 0.18 ends the process at the second piece.
-        append(live.inner, prompt[cached:], PIECE if params.beams == 1 else self.context)
+        size = PIECE if params.beams == 1 else self.context
+        for at in range(start, len(prompt), size):
+            append(live.inner, prompt[at : at + size], size)
+            if live.kept is not None:
+                live.kept.add(live.inner)
         return cached
+
+    def _read_states(self, live: _Live, states: _States, begin: int, end: int) -> None:
+        """Let the layers with slots read some tokens, whose states and cache in the layers below are there."""
+        for at in range(begin, end, PIECE):
+            states.range[:] = at, min(at + PIECE, end)
+            append(live.inner, live.tokens[at : min(at + PIECE, end)])
+        states.range[:] = 0
+        states.count = end
 
     def draw(self) -> Iterator[int]:
         """Sample the tokens that follow the prompt, up to ``max_tokens`` or the end of the context. Raises DataError: a
@@ -144,19 +217,32 @@ class GenerationEngine:
             yield from self._search(live, limit)
             return
         for _ in range(limit):
-            _step(live)
+            self._step(live)
             token = int(live.inner.get_next_tokens()[0])
             live.tokens.append(token)
             if live.guided is not None:
                 live.guided.append(token)
             yield token
 
+    def _step(self, live: _Live) -> None:
+        """Write the next token, of each beam. Raises as ``draw``."""
+        logits = live.inner.get_logits()
+        if live.kept is not None and live.kept.count < len(live.tokens):  # it read the last one that was written
+            live.kept.add(live.inner)
+        if not np.isfinite(logits).all():
+            reason = "the answer is not finite: the adapter's values are too large for this base; use another one"
+            raise DataError(reason, about="logits", value=(live.adapter or BARE).rstrip("#") or None)
+        if live.guided is not None:
+            logits[..., ~live.guided.allowed()] = -np.inf
+            live.inner.set_logits(logits)
+        live.inner.generate_next_token()
+
     def _search(self, live: _Live, limit: int) -> Iterator[int]:
         """Yield the most likely answer among the beams, once all have ended."""
         for _ in range(limit):
             if live.inner.is_done():
                 break
-            _step(live)
+            self._step(live)
         written = live.inner.get_sequence(0)[len(live.tokens) :]
         yield from map(int, written)
         if len(written) < limit:
@@ -182,22 +268,30 @@ class GenerationEngine:
         live.tokens = []
         return live.inner
 
+    def _name(self, adapter: str | None) -> str | None:
+        if adapter is None:
+            return BARE if self._chat else None
+        return self._names[adapter]
+
     def _switch(self, live: _Live, adapter: str | None) -> None:
-        if live.adapter != adapter:
-            live.inner.set_active_adapter(self._adapters, adapter)
-            live.adapter = adapter
+        if live.adapter != (name := self._name(adapter)):
+            live.inner.set_active_adapter(self._adapters, name)
+            live.adapter = name
 
     def _usable(self, params: SamplingParams, adapter: str | None, needed: int) -> _Live:
         """Take the generator of the previous answer, if it can be used again, else a new one. A generator can switch to
         another adapter, but not back to the bare base."""
         live = self._live
         same = live is not None and live.params == params and params.reusable and live.capacity >= needed
-        if live is not None and same and (adapter is not None or live.adapter is None):
+        if live is not None and same and (self._chat or adapter is not None or live.adapter is None):
             return live
         # Beams end where the KV cache does, and only then is the most likely answer known.
         capacity = needed if params.beams > 1 else min(self.context, -(-needed // GROWTH) * GROWTH)
-        live = self._live = None  # frees its KV cache before the next one is allocated
-        self._live = _Live(self._new(params, capacity), params, None, capacity, [])
+        live = None
+        self.forget()  # frees its KV cache before the next one is allocated
+        inner = self._new(params, capacity)
+        states = _States.of(inner, capacity, self._width) if self._chat else None
+        self._live = _Live(inner, params, None, capacity, [], states)
         return self._live
 
     def _new(self, params: SamplingParams, capacity: int) -> Any:
@@ -209,18 +303,6 @@ class GenerationEngine:
 def append(inner: Any, tokens: Sequence[int], size: int = PIECE) -> None:
     for start in range(0, len(tokens), size):
         inner.append_tokens(np.array(tokens[start : start + size], dtype=np.int32))
-
-
-def _step(live: _Live) -> None:
-    """Write the next token, of each beam. Raises as ``GenerationEngine.draw``."""
-    logits = live.inner.get_logits()
-    if not np.isfinite(logits).all():
-        reason = "the answer is not finite: the adapter's values are too large for this base; use another one"
-        raise DataError(reason, about="logits", value=live.adapter)
-    if live.guided is not None:
-        logits[..., ~live.guided.allowed()] = -np.inf
-        live.inner.set_logits(logits)
-    live.inner.generate_next_token()
 
 
 def genai() -> Any:

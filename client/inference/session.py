@@ -15,7 +15,7 @@ from aggregation.errors import ConfigError, DataError
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.phrases import PhraseReader
 from client.inference.text import first_line
-from edgeadapt.bases.classifiergraph import ClassifierGraph, Feeds, open_session
+from edgeadapt.bases.classifiergraph import ClassifierGraph, Feeds
 from edgeadapt.formats.bundle import MODEL, TOKENIZER
 from edgeadapt.formats.layout import Floats
 from edgeadapt.formats.storage import File
@@ -59,8 +59,7 @@ class ClassificationSession:
         self._library, self._loaded = library, loaded
         self._reader = PhraseReader.of(library.base.files[TOKENIZER])
         base, manifest = library.base, library.manifest
-        session = open_session(base.files[MODEL], base.folder, manifest.slots, threads)
-        self._graph = ClassifierGraph(session, manifest.slots, manifest.independent_rows)
+        self._graph = ClassifierGraph.open(base.files, base.folder, manifest.slots, manifest.independent_rows, threads)
 
     @classmethod
     def open(
@@ -98,7 +97,7 @@ class ClassificationSession:
         try:
             session = cls(library, threads, cache)
         except Exception as error:  # tokenizers and onnxruntime raise classes without a common base
-            reason = f"this version cannot load the base in {library.bundle}: {error}"
+            reason = f"this version cannot load the base in {library.bundle}: {first_line(error)}"
             raise DataError(reason, about=MODEL) from error
         library.base.check()
         return session

@@ -18,9 +18,9 @@ from aggregation.errors import ConfigError, DataError
 from client.training.denormals import without_denormals
 from client.training.encoding import Template, TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer
-from edgeadapt.bases.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph, open_session
+from edgeadapt.bases.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph
 from edgeadapt.bases.traininggraph import TrainingBatch, TrainingGraph, missing_slots
-from edgeadapt.formats.bundle import GENERATION, LOWER, MODEL, TOKENIZER, TRAINING, WEIGHTS, VerifiedBase
+from edgeadapt.formats.bundle import GENERATION, LOWER, TOKENIZER, TRAINING, WEIGHTS, VerifiedBase
 from edgeadapt.formats.graphinputs import (
     INPUT_SCALE,
     LORA_A,
@@ -31,6 +31,7 @@ from edgeadapt.formats.graphinputs import (
     PREFIX,
     REPLACED,
     VIRTUAL,
+    empty_inputs,
     from_inputs,
     gradients_of_tensors,
     layer_of,
@@ -82,7 +83,7 @@ class GraphEngine:
                 self.graph = TrainingGraph(content, base.folder, threads, lower)
         except Exception as error:  # onnxruntime raises classes without a common base
             raise _unusable(base, error) from error
-        self.states = self.graph.cache if lower else None
+        self.states = self.graph.lower.cache if self.graph.lower else None
         if self.states:
             self.states.source = f"{base.manifest.files[LOWER]}/{base.manifest.files[WEIGHTS]}"
         if missing := missing_slots(self.graph, slots):
@@ -101,7 +102,8 @@ class GraphEngine:
             if odd := sorted(set(layers) - set(self.graph.normed)):
                 reason = f"the training graph in {base.folder} has no norm of {odd[0]!r}: export the base again"
                 raise ConfigError(reason, about=TRAINING, value=odd)
-        self.filled, self.empty = filled, _nothing(slots, set(slots) - set(filled))
+        self.filled = filled
+        self.empty = empty_inputs({name: slots[name] for name in slots if name not in filled})
         zeros = {name: np.zeros(shape, np.float32) for name, shape in filled.items()}
         if factors:
             sizes = {path: (filled[path + LORA_A][0], filled[path + LORA_B][1]) for path in layers}
@@ -155,7 +157,7 @@ class GraphEngine:
         hidden = int(slots[weight][1])
         if not tokens:
             return np.zeros((0, hidden), np.float32)
-        empty = _nothing(slots, set(slots) - set(MEAN_HEAD))
+        empty = empty_inputs({name: slots[name] for name in slots if name not in MEAN_HEAD})
         inputs = self.inputs_of(adapter) if adapter is not None else empty
         identity = {bias: np.zeros(hidden, np.float32), weight: np.eye(hidden, dtype=np.float32)}
         return self._rows(inputs | identity, tokens)
@@ -213,14 +215,15 @@ def classifier(base: VerifiedBase, labels: int, config: PeftConfig, threads: int
     engine, slots = GraphEngine(base, config, head, threads), base.manifest.slots
     try:
         with without_denormals():  # the threads of the session inherit it
-            session = open_session(base.files[MODEL], base.folder, slots, threads)
+            engine.answering = ClassifierGraph.open(
+                base.files, base.folder, slots, base.manifest.independent_rows, threads
+            )
         tokenizer = Tokenizer.from_str(base.files[TOKENIZER].decode())
         longest = int((tokenizer.truncation or {"max_length": MAX_TOKENS})["max_length"])
         tokenizer.enable_truncation(min(MAX_TOKENS, longest))
         tokenizer.no_padding()
     except Exception as error:  # tokenizers and onnxruntime raise classes without a common base
         raise _unusable(base, error) from error
-    engine.answering = ClassifierGraph(session, slots, base.manifest.independent_rows)
     base.check()
     return ClassifierTrainer(engine, tokenizer)
 
@@ -299,12 +302,6 @@ def require_mean_head(base: VerifiedBase) -> None:
 def _unusable(base: VerifiedBase, error: Exception) -> ConfigError:
     reason = f"the base in {base.folder} cannot be loaded for training: {' '.join(str(error).split())[:200]}"
     return ConfigError(reason, about=TRAINING)
-
-
-def _nothing(slots: Mapping[str, Sequence[str]], names: Collection[str]) -> Tensors:
-    """Make inputs that change nothing: of rank 0, and absent vectors."""
-    shapes = {name: tuple(int(text) if text.isdigit() else 0 for text in slots[name]) for name in sorted(names)}
-    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 def _targeted(path: str, targets: Sequence[str], layers: Collection[int] = ()) -> bool:

@@ -6,17 +6,22 @@ out)``, each row has its own A and B. So do scales and offsets of shape ``(rows,
 ones or zeros. Heads with fewer labels are padded with zeros, and the surplus logits are cut off. Ranks are not padded
 (docs/decisions/0013-slots-and-composition.md). Where all rows use one adapter, A and B have two dimensions, and layers
 may read inputs of any shape.
+
+Where the last layers alone have slots, a text passes through the layers below once, whatever adapters answer it, also
+in later calls: their states are kept in memory (``states.py``).
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np  # before onnxruntime, as in ``container``
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgeadapt.bases.slotshapes import without_shapes
+from edgeadapt.bases.states import STATES, LowerLayers
+from edgeadapt.formats.bundle import LOWER, MODEL, UPPER
 from edgeadapt.formats.graphinputs import LORA_A, LORA_B, OFFSET, PROMPT, SCALES
 from edgeadapt.formats.layout import Floats, Tensors
 
@@ -26,6 +31,7 @@ MIN_RANK = 2  # ONNX Runtime adds up a product with one column in an order that 
 ENCODER = "encoder."  # begins the path of everything below a head over the mean of the tokens
 MAX_TOKENS = 128  # a longer text is cut
 MAX_ROWS = 16  # more are no faster, and each takes up to 5 MB on MiniLM
+MAX_STATES = 2**23  # bytes of states in memory: 390 texts of 14 tokens at a width of 384
 Slots = Mapping[str, Sequence[str]]  # graph input → its symbolic dimensions, from the base's manifest
 Feeds = Mapping[str, Any]  # graph input → OrtValue
 
@@ -33,9 +39,28 @@ Feeds = Mapping[str, Any]  # graph input → OrtValue
 class ClassifierGraph:
     """Runs a loaded graph of an exported classifier. Threads may share it."""
 
-    def __init__(self, session: ort.InferenceSession, slots: Slots, independent_rows: bool) -> None:
-        """Run ``session``; without ``independent_rows``, ``mixed`` runs each row alone."""
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        slots: Slots,
+        independent_rows: bool,
+        lower: LowerLayers | None = None,
+    ) -> None:
+        """Run ``session``, which reads the states of ``lower`` if that is not None. Without ``independent_rows``,
+        ``mixed`` runs each row alone."""
         self._session, self._slots, self._rows = session, slots, MAX_ROWS if independent_rows else 1
+        self._lower, self._inputs = lower, {value.name for value in session.get_inputs()}
+
+    @classmethod
+    def open(
+        cls, files: Mapping[str, bytes], folder: Path, slots: Slots, independent_rows: bool, threads: int = 1
+    ) -> Self:
+        """Load the verified graph of a base in ``folder`` or, if ``files`` has them, the two parts of it, which
+        together hold each weight once. Raises what ONNX Runtime raises."""
+        if UPPER not in files:
+            return cls(open_session(files[MODEL], folder, slots, threads), slots, independent_rows)
+        lower = LowerLayers(open_session(files[LOWER], folder, (), threads), MAX_STATES)
+        return cls(open_session(files[UPPER], folder, slots, threads), slots, independent_rows, lower)
 
     def feeds(self, inputs: Tensors) -> Feeds:
         """Prepare one adapter for ``logits``: ``inputs`` has a tensor for each slot."""
@@ -59,7 +84,10 @@ class ClassifierGraph:
 
     def _run(self, tokens: Sequence[Sequence[int]], adapter: Feeds) -> Floats:
         ids, mask = pad(tokens)
-        feeds = _ort_values({"input_ids": ids, "attention_mask": mask})
+        values: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": mask}
+        if self._lower is not None:
+            values[STATES] = self._lower.states(ids, mask)
+        feeds = _ort_values({name: value for name, value in values.items() if name in self._inputs})
         logits: Floats = self._session.run_with_ort_values(["logits"], feeds | dict(adapter))[0].numpy()
         return logits
 

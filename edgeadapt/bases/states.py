@@ -7,6 +7,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
@@ -15,6 +16,9 @@ from numpy.typing import DTypeLike, NDArray
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.storage import PRIVATE_FOLDER, staged
 
+STATES = "states"  # the output of a graph of the lower layers, and the input of what goes on from them
+# Inputs of a decoder that goes on from states which it returned before: these, and where among them, ``[begin, end]``.
+KEPT_STATES, KEPT_RANGE = "kept_states", "kept_range"
 Tokens = Sequence[int]
 States = NDArray[np.floating]  # of a text, shape ``(tokens, hidden)``
 SOURCE, KEYS, ENDS, ROWS = "source", "keys.npy", "ends.npy", "rows.float16"
@@ -66,7 +70,7 @@ class SharedStates(dict[str, States]):
 
 
 class StateCache:
-    """The states of the texts that were used last, in memory, of at most ``limit_bytes``; not for several threads."""
+    """The states of the texts that were used last, in memory, of at most ``limit_bytes``. Threads may share it."""
 
     def __init__(
         self,
@@ -81,6 +85,7 @@ class StateCache:
         self.size = 0  # bytes of the states that were used
         self._states: OrderedDict[str, States] = OrderedDict()  # by digest of tokens, oldest use first
         self._others: Tensors = {}  # that may be used
+        self._lock = Lock()
 
     def rows(self, tokens: Sequence[Tokens], compute: Callable[[list[Tokens]], list[Floats]]) -> list[Floats]:
         """Return the states of each text in float32, shape ``(tokens, hidden)``; they may be read only.
@@ -89,28 +94,33 @@ class StateCache:
         the cache stays as it was. Guarantee: a text has the same states when they are computed and when they were kept.
         """
         keys = [key_of(text) for text in tokens]
-        for key in self._others.keys() & set(keys):
-            self._keep(key, _rounded(self._others.pop(key), self.stored))
         shared = {key: self._shared[key] for key in keys if key in self._shared}
-        states = {key: self._states[key] for key in keys if key in self._states}
+        with self._lock:
+            for key in self._others.keys() & set(keys):
+                self._keep(key, _rounded(self._others.pop(key), self.stored))
+            states = {key: self._states[key] for key in keys if key in self._states}
         missing = {key: text for key, text in zip(keys, tokens, strict=True) if key not in states.keys() | shared}
-        if missing:
+        if missing:  # without the lock: other threads go on, and may compute the same text
             computed = compute(list(missing.values()))
             states |= {key: _rounded(values, self.stored) for key, values in zip(missing, computed, strict=True)}
-        for key, values in states.items():
-            self._keep(key, values)
+        with self._lock:
+            for key, values in states.items():
+                self._keep(key, values)
         states |= shared
         return [np.asarray(states[key], np.float32) for key in keys]
 
     def begin(self, states: Tensors) -> None:
         """Hold ``states``, by the digest of their tokens, and none of them as used."""
-        self._states.clear()
-        self.size, self._others = 0, dict(states)
+        with self._lock:
+            self._states.clear()
+            self.size, self._others = 0, dict(states)
 
     def used(self, limit_bytes: int) -> Tensors:
         """Return the states that were used last, in float32, up to a limit, by the digest (SHA-256) of their tokens."""
         result: Tensors = {}
-        for key, values in reversed(self._states.items()):
+        with self._lock:
+            kept = list(self._states.items())
+        for key, values in reversed(kept):
             if (limit_bytes := limit_bytes - 4 * values.size) < 0:
                 break
             result[key] = np.asarray(values, np.float32)
@@ -134,3 +144,26 @@ def _rounded(values: Floats, stored: np.dtype[Any]) -> States:
         rounded = np.array(values, np.float32)
     rounded.flags.writeable = False
     return rounded
+
+
+class LowerLayers:
+    """Runs the layers below all slots, of each text alone: in a batch, states would depend, by rounding, on the other
+    texts. Threads may share it."""
+
+    def __init__(self, session: Any, limit_bytes: int) -> None:
+        """``session``: ONNX Runtime's, of a base's graph ``lower.onnx``; ``limit_bytes``: of the states in memory."""
+        self._session, self.cache = session, StateCache(limit_bytes)
+
+    def states(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Floats:
+        """Return the states of texts, shape ``(texts, longest, hidden)``; padding is 0. Each text's are computed once,
+        as long as the cache keeps them."""
+        rows = self.cache.rows([row[:count] for row, count in zip(ids, mask.sum(axis=1), strict=True)], self.computed)
+        result = np.zeros((*ids.shape, rows[0].shape[1]), np.float32)
+        for states, row in zip(result, rows, strict=True):
+            states[: len(row)] = row
+        return result
+
+    def computed(self, texts: Sequence[Sequence[int]]) -> list[Floats]:
+        rows = [np.array(text, np.int64)[np.newaxis] for text in texts]
+        feeds = ({"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in rows)
+        return [self._session.run([STATES], feed)[0][0] for feed in feeds]

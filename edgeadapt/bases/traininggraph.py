@@ -8,18 +8,16 @@ with, from the same file.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np  # before onnxruntime, as in ``container``
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edgeadapt.bases.states import StateCache
+from edgeadapt.bases.states import STATES, LowerLayers
 from edgeadapt.formats.layout import Floats, Tensors
 
 TARGETS, SHARES, LOSS = "targets", "shares", "loss"  # of the graph, besides the tokens and the slots
-STATES = "states"  # below the layers with slots, where a base has these in the last ones only: instead of the tokens
 POSITIONS = "positions"  # of a language model's learned tokens
 LOG_LIKELIHOOD, HITS = "log_likelihood", "hits"  # of each target
 GRADIENT = ".gradient"  # ends the name of the output that holds the gradient by a slot
@@ -55,8 +53,7 @@ class TrainingGraph:
         """Load a verified graph; its weights in the folder ``weights`` are mapped into memory. Guarantee: with one
         thread, equal batches give equal gradients on one machine, also where states come from the cache.
 
-        ``lower`` computes the states that the graph reads, if it reads such: of each text alone, because in a batch
-        they would depend, by rounding, on the other texts.
+        ``lower`` computes the states that the graph reads instead of the tokens, if it reads such.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -69,8 +66,9 @@ class TrainingGraph:
         self._session = ort.InferenceSession(
             model, options, providers=providers, disabled_optimizers=["ConstantFolding"]
         )
-        self._lower = None if lower is None else ort.InferenceSession(lower, options, providers=providers)
-        self.cache, self._lock = StateCache(MAX_STATES), Lock()
+        self.lower: LowerLayers | None = None
+        if lower is not None:
+            self.lower = LowerLayers(ort.InferenceSession(lower, options, providers=providers), MAX_STATES)
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._outputs = [output.name for output in self._session.get_outputs()]
 
@@ -104,28 +102,10 @@ class TrainingGraph:
         """Return the base's bias of each of the layers in ``normed`` that has one."""
         return self._of_layers(self._named(OWN_BIAS), OWN_BIAS, {})
 
-    def states(self, batch: TrainingBatch) -> Floats:
-        """Return the states below all slots, shape ``(texts, longest, hidden)``; padding is 0. Each text's are computed
-        once, as long as they stay among the last ``MAX_STATES``."""
-        texts = [row[:count] for row, count in zip(batch.ids, batch.mask.sum(axis=1), strict=True)]
-        with self._lock:
-            rows = self.cache.rows(texts, self._computed)
-        result = np.zeros((*batch.ids.shape, rows[0].shape[1]), np.float32)
-        for states, row in zip(result, rows, strict=True):
-            states[: len(row)] = row
-        return result
-
-    def _computed(self, texts: Sequence[Sequence[int]]) -> list[Floats]:
-        if self._lower is None:
-            raise ValueError("the graph that computes the states is missing")
-        rows = [np.array(text, np.int64)[np.newaxis] for text in texts]
-        feeds = ({"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in rows)
-        return [self._lower.run([STATES], feed)[0][0] for feed in feeds]
-
     def _feeds(self, batch: TrainingBatch, inputs: Tensors) -> dict[str, Any]:
         tokens: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask, POSITIONS: batch.positions}
-        if STATES in self._inputs:
-            tokens[STATES] = self.states(batch)
+        if self.lower is not None:
+            tokens[STATES] = self.lower.states(batch.ids, batch.mask)
         read = {name: value for name, value in tokens.items() if name in self._inputs and value is not None}
         return read | {TARGETS: batch.targets, SHARES: batch.shares, **inputs}
 

@@ -46,7 +46,10 @@ BASE, ADAPTERS = Path("base"), Path("adapters")
 BASE_MANIFEST = BASE / "manifest.json"
 MODEL, WEB_MODEL, WEIGHTS = "model.onnx", "web.onnx", "model.onnx.data"  # two graphs over one file of weights
 TRAINING = "training.onnx"  # a third graph over the same weights, in bundles with which devices train
-LOWER = "lower.onnx"  # what computes the states that ``TRAINING`` reads, of a base with slots in its last layers alone
+# Of a base with slots in its last layers alone: what computes the states that ``TRAINING`` reads, and what answers from
+# them as ``MODEL`` does from tokens.
+LOWER, UPPER = "lower.onnx", "upper.onnx"
+CHAT = "chat.onnx"  # of a language model of that kind: ``MODEL``, which also goes on from the states that it returns
 PHRASES = "phrases.tsv"  # public phrases with their labels, which a device may rehearse and test (``phrases``)
 TOKENIZER, GENERATION = "tokenizer.json", "genai_config.json"
 NEEDED: dict[Task, tuple[str, ...]] = {
@@ -130,7 +133,7 @@ class VerifiedBase:
 
     manifest: BaseManifest
     folder: Path
-    files: dict[str, bytes] = field(repr=False)  # those that ``NEEDED`` names
+    files: dict[str, bytes] = field(repr=False)  # those that ``NEEDED`` names, and both parts of a cut graph
     hashed: tuple[HashedFile, ...] = field(repr=False)  # all
 
     @property
@@ -177,7 +180,7 @@ class Bundle:
     def base(self) -> VerifiedBase:
         """Read the base (rules 1 and 2). Raises TrustError if a file is needed and not listed, or not listed at all."""
         manifest, folder = self.base_manifest(), self.folder / BASE
-        needed = NEEDED[manifest.task]
+        needed = NEEDED[manifest.task] + ((LOWER, UPPER) if UPPER in manifest.files else ())
         if missing := [name for name in needed if name not in manifest.files]:
             raise TrustError(
                 f"{self.folder / BASE_MANIFEST} lists no {missing[0]}: get a newer client, or copy the bundle again",

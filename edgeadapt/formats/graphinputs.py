@@ -101,6 +101,12 @@ def virtual_tokens(inputs: Tensors) -> int:
     return sum(len(inputs[name]) for name in VIRTUAL if name in inputs)
 
 
+def empty_inputs(slots: Mapping[str, Sequence[str]]) -> Tensors:
+    """Make inputs that change nothing: of rank 0, and absent vectors. ``slots``: as a base's manifest states them."""
+    shapes = {name: [int(size) if size.isdigit() else 0 for size in sizes] for name, sizes in slots.items()}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
 def with_placeholders(tokens: Sequence[int], count: int) -> list[int]:
     """Put a placeholder for each of ``count`` virtual tokens before a language model's prompt.
 

@@ -1,5 +1,6 @@
 """A frozen causal language model, exported once for every adapter of its layers."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, load_model_from_string
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,12 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
-from edgeadapt.formats.bundle import TOKENIZER, TRAINING
+from edgeadapt.formats.bundle import CHAT, GENERATION, MODEL, TOKENIZER, TRAINING
 from edgeadapt.formats.graphinputs import OUTPUT_SCALE, PREFIX, PROMPT, layer_of
 from edgeadapt.formats.layout import Floats
 from edgeadapt.formats.workfolder import WorkFolder
 from edgeadapt.methods.peft.inputs import AdapterInputs, LoraSlot
 from export.causal import builder, traced
+from export.causal.keptstates import keep_states
 from export.causal.sample import Sample, sample_logits
 from export.causal.training import LearnedLogits, trace
 from export.onnx import headers, matmuls, virtualtokens
@@ -32,7 +34,7 @@ from export.onnx.gradients import check_gradients
 from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import quantize
 from export.onnx.targets import Slots, low_rank, vectors
-from export.onnx.tasks import check_reads_embeddings
+from export.onnx.tasks import check_reads_embeddings, sizes
 from export.onnx.tensorstore import OnDisk, size_of
 from export.onnx.training import training_graphs
 from export.onnx.vectors import insert_vectors, scale_inputs
@@ -102,6 +104,11 @@ def export_causal(
         digests = headers.split(graph, inserted, about, work.path, store, others, parts) | written(
             work.path, decoder.files
         )
+        # With one scale for all activations of a MatMul, states depend on the tokens that were read together.
+        if wanted.first and profile is not Profile.WEB_INT8 and _shares_buffer(decoder.files[GENERATION]):
+            header = load_model_from_string((work.path / MODEL).read_bytes())
+            if keep_states(header, list(inserted), sizes(model.config).hidden):
+                digests |= written(work.path, {CHAT: header.SerializeToString(deterministic=True)})
         if stored is not None:
             report("comparing gradients with torch", 0, 0)
             longest = pretrained.configuration(base).max_position_embeddings
@@ -121,6 +128,10 @@ def export_causal(
             digests=digests,
             gradients=difference,
         )
+
+
+def _shares_buffer(settings: bytes) -> bool:
+    return bool(json.loads(settings)["search"].get("past_present_share_buffer"))
 
 
 def _insert_virtual(graph: ModelProto, wanted: Slots, embedding: virtualtokens.Embedding | None) -> virtualtokens.Slots:

@@ -1,10 +1,10 @@
 """A frozen classifier or encoder, exported once for every adapter of its layers."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from onnx import ModelProto, checker
 from peft import PeftModel
 from tokenizers import Tokenizer
@@ -13,8 +13,8 @@ from torch import nn
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
-from edgeadapt.bases.classifiergraph import LABELS, ClassifierGraph, open_session
-from edgeadapt.formats.bundle import MODEL, TOKENIZER, TRAINING
+from edgeadapt.bases.classifiergraph import LABELS, ClassifierGraph
+from edgeadapt.formats.bundle import LOWER, MODEL, TOKENIZER, TRAINING, UPPER
 from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.workfolder import WorkFolder
@@ -26,7 +26,7 @@ from export.onnx.gradients import check_gradients
 from export.onnx.peftmodel import SlottedModel, with_inputs
 from export.onnx.quantize import quantize
 from export.onnx.tasks import check_classifies, check_reads_embeddings, readable_length
-from export.onnx.training import training_graphs
+from export.onnx.training import answering_parts, training_graphs
 
 
 def export_classifier(
@@ -70,6 +70,9 @@ def export_classifier(
             stored = as_stored(slotted, profile, traced)
         except ConfigError as error:
             untrainable = _unless(training, error)
+    elif slotted.cut:
+        with suppress(ConfigError):  # then it answers with the whole graph
+            graphs = answering_parts(plain, traced)
     slots = graph.slots(traced)
     runtime, opset = headers.requirements(traced)
     work, about = WorkFolder(where), metadata(base, "text-classification", profile, runtime)
@@ -77,7 +80,7 @@ def export_classifier(
     digests = headers.split(traced, slots, about, work.path, others=graphs) | written(
         work.path, {TOKENIZER: str(tokenizer.to_str()).encode()}
     )
-    if graphs:
+    if TRAINING in graphs:
         opset = max(opset, headers.requirements(graphs[TRAINING])[1])
         try:
             difference = check_gradients(work.path, with_inputs(stored), slots, ids, longest)
@@ -97,7 +100,7 @@ def export_classifier(
         opset=opset,
         work=work,
         digests=digests,
-        independent_rows=independent_rows(work.path, slots, ids, longest),
+        independent_rows=independent_rows(work.path, digests, slots, ids, longest),
         merged=base.merged,
         untrainable=untrainable,
         gradients=difference,
@@ -135,11 +138,16 @@ TOLERANCE = 2e-3  # difference of a logit, relative to the largest: rounding in 
 MAX_REASON = 200  # characters of ONNX Runtime's message
 
 
-def open_base(folder: Path, slots: Collection[str]) -> ort.InferenceSession:
-    return open_session((folder / MODEL).read_bytes(), folder, slots)
+def open_base(
+    folder: Path, files: Collection[str], slots: Mapping[str, tuple[str, ...]], independent_rows: bool
+) -> ClassifierGraph:
+    graphs = {name: (folder / name).read_bytes() for name in (MODEL, LOWER, UPPER) if name in files}
+    return ClassifierGraph.open(graphs, folder, slots, independent_rows)
 
 
-def independent_rows(folder: Path, slots: Mapping[str, tuple[str, ...]], ids: Sequence[int], longest: int) -> bool:
+def independent_rows(
+    folder: Path, files: Collection[str], slots: Mapping[str, tuple[str, ...]], ids: Sequence[int], longest: int
+) -> bool:
     """Check whether three texts get the same logits alone and in a mixed batch, each with an adapter of its own.
 
     In some encoders, padding or the other rows leak in (a convolution over padding, a Fourier transform or blocks over
@@ -149,12 +157,11 @@ def independent_rows(folder: Path, slots: Mapping[str, tuple[str, ...]], ids: Se
     ``ids``: the tokens of a text, which the texts repeat; ``longest``: tokens of the longest text that the base reads.
     Raises ConfigError: the graph does not run, or gives an answer that is not finite.
     """
-    session = open_base(folder, slots)
     longest = min(longest, LONGEST) - (RANK if PROMPT in slots else 0)
     lengths = sorted({min(3, longest), max(1, longest // 3), longest})
     texts = [list(np.resize(ids, length)) for length in (lengths * ROWS)[:ROWS]]
     adapters = [_random(slots, seed) for seed in range(ROWS)]
-    graph = ClassifierGraph(session, slots, True)
+    graph = open_base(folder, files, slots, True)
     try:
         alone = [graph.logits(text, graph.feeds(one)) for text, one in zip(texts, adapters, strict=True)]
     except Exception as error:  # onnxruntime raises classes without a common base

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, shape_inference
 
 from aggregation.errors import ConfigError
-from edgeadapt.bases.traininggraph import STATES
+from edgeadapt.bases.states import STATES
 from export.onnx.peftmodel import TOKENS
 from export.onnx.segments import reads
 
@@ -24,20 +24,24 @@ def states_of(graph: onnx.ModelProto, slots: Collection[str]) -> tuple[str, int]
 
     It is the highest of those with which the upper part computes least of the ids. Raises ConfigError: there is none.
     """
-    nodes, answers = graph.graph.node, [value.name for value in graph.graph.output]
-    widths = dict(_widths(graph))
-    best: tuple[int, str] | None = None
-    for name in _passed(nodes, slots):
-        if name in widths:
-            again = _reached(nodes, IDS, without=name)
-            count = sum(not again.isdisjoint(node.output) for node in needed(nodes, answers, [name]))
-            best = (count, name) if best is None or count < best[0] else best
+    widths, answers = dict(_widths(graph)), [value.name for value in graph.graph.output]
+    best = min(cuts(graph.graph.node, slots, answers, widths), default=None)
     if best is None:
         raise ConfigError(
             "the layers below those with slots cannot be separated in this base's graph: export it with --layers 0",
             about="--layers",
         )
-    return best[1], widths[best[1]]
+    return best[2], widths[best[2]]
+
+
+def cuts(
+    nodes: Sequence[onnx.NodeProto], slots: Collection[str], outputs: Collection[str], values: Collection[str]
+) -> Iterator[tuple[int, int, str]]:
+    """Yield each of ``values`` at which nodes can be cut, after two numbers: the nodes above it that compute of the
+    ids otherwise, and its rank among those values, the nearest to the slots first."""
+    for rank, name in enumerate(name for name in _passed(nodes, slots) if name in values):
+        again = reached(nodes, IDS, without=name)
+        yield sum(not again.isdisjoint(node.output) for node in needed(nodes, outputs, [name])), rank, name
 
 
 def lower(graph: onnx.ModelProto, states: tuple[str, int]) -> onnx.ModelProto:
@@ -100,13 +104,13 @@ def _passed(nodes: Sequence[onnx.NodeProto], slots: Collection[str]) -> Iterator
                 above[output], depths[output] = nearest, depths[nearest] + 1
 
 
-def _reached(nodes: Sequence[onnx.NodeProto], source: str, without: str) -> set[str]:
+def reached(nodes: Sequence[onnx.NodeProto], source: str, without: str = "") -> set[str]:
     """List the values that depend on ``source`` otherwise than through one value."""
-    reached = {source}
+    values = {source}
     for node in nodes:
-        if node.op_type not in SIZES and not reached.isdisjoint(reads(node)):
-            reached.update(name for name in node.output if name != without)
-    return reached
+        if node.op_type not in SIZES and not values.isdisjoint(reads(node)):
+            values.update(name for name in node.output if name not in ("", without))
+    return values
 
 
 def _widths(graph: onnx.ModelProto) -> Iterator[tuple[str, int]]:

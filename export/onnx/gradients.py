@@ -56,7 +56,7 @@ def check_gradients(
             inputs[PROMPT] = _embedded(module, rng.choice(ids, len(inputs[PROMPT])))
         batch = _learned(rng, batch, ids) if language else _labelled(rng, batch, module, inputs)
         try:
-            states = None if lower is None else graph.states(batch)
+            states = None if graph.lower is None else graph.lower.states(batch.ids, batch.mask)
             loss, gradients = graph.gradients(batch, inputs)
             norms = graph.weight_norms(inputs, graph.normed)
             biases = graph.own_biases()

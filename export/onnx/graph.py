@@ -21,7 +21,8 @@ from torch.export import Dim
 from transformers.pytorch_utils import Conv1D
 
 from aggregation.errors import ConfigError
-from edgeadapt.bases.traininggraph import POSITIONS, STATES
+from edgeadapt.bases.states import STATES
+from edgeadapt.bases.traininggraph import POSITIONS
 from edgeadapt.formats.graphinputs import PROMPT
 from export.onnx.matmuls import USUAL_RANK
 from export.onnx.peftmodel import TOKENS, SlottedModel, examples, with_inputs

@@ -22,6 +22,7 @@ from onnx import helper, numpy_helper
 
 from edgeadapt.formats.bundle import MODEL, WEB_MODEL, WEIGHTS
 from edgeadapt.formats.files import sha256
+from edgeadapt.formats.graphinputs import empty_inputs
 from export.onnx.tensorstore import INLINE, MEMORY, TensorStore, external
 
 PAGE = 4096  # bytes; a memory mapping starts at a page
@@ -78,9 +79,7 @@ def split(
 
 def _with_defaults(header: onnx.ModelProto, slots: Slots) -> onnx.ModelProto:
     result = copy.deepcopy(header)
-    for name, dimensions in slots.items():
-        empty = np.zeros([int(text) if text.isdigit() else 0 for text in dimensions], dtype=np.float32)
-        result.graph.initializer.append(numpy_helper.from_array(empty, name))
+    result.graph.initializer.extend(numpy_helper.from_array(empty, name) for name, empty in empty_inputs(slots).items())
     return result
 
 

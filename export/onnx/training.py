@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases.traininggraph import HITS, LOG_LIKELIHOOD, LOSS, OWN_BIAS, POSITIONS, SHARES, TARGETS, WEIGHT_NORM
-from edgeadapt.formats.bundle import LOWER, TRAINING
+from edgeadapt.formats.bundle import LOWER, TRAINING, UPPER
 from edgeadapt.formats.graphinputs import LORA_A, LORA_B, OUTPUT_SCALE
 from edgeadapt.formats.layout import Floats
 from edgeadapt.methods.peft.inputs import is_saved
@@ -38,17 +38,31 @@ def training_graphs(
     ids: Sequence[int],
     store: TensorStore = MEMORY,
 ) -> dict[str, onnx.ModelProto]:
-    """Make the training graph of a traced base by the name of its file, and if it is cut, the part below as well.
+    """Make the training graph of a traced base by the name of its file and, if it is cut, the part below as well; of a
+    classifier also the part of the answering graph above.
 
     ``ids`` are tokens of a plain text, as for ``quantize``. Raises as ``training_graph`` and ``cut.states_of``.
     """
     if not slotted.cut:
         return {TRAINING: training_graph(traced, slotted, answering, profile, store)}
-    states = cut.states_of(traced, [name for name in tracing.slots(traced) if not is_saved(name)])
+    states = _states(traced)
     above = training_graph(cut.upper(traced, states), slotted, answering, profile, store, whole=traced)
     if POSITIONS in {value.name for value in traced.graph.input}:  # the answering graph has a cache, and other names
         return {TRAINING: above, LOWER: quantize(cut.lower(traced, states), profile, ids, store)}
-    return {TRAINING: above, LOWER: cut.lower(answering, states)}
+    return {TRAINING: above, **_parts(answering, states)}
+
+
+def answering_parts(traced: onnx.ModelProto, answering: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
+    """Cut the answering graph of a classifier below all slots. Raises ConfigError as ``cut.states_of``."""
+    return _parts(answering, _states(traced))
+
+
+def _states(traced: onnx.ModelProto) -> tuple[str, int]:
+    return cut.states_of(traced, [name for name in tracing.slots(traced) if not is_saved(name)])
+
+
+def _parts(answering: onnx.ModelProto, states: tuple[str, int]) -> dict[str, onnx.ModelProto]:
+    return {LOWER: cut.lower(answering, states), UPPER: cut.upper(answering, states)}
 
 
 def training_graph(

@@ -22,8 +22,8 @@ from tokenizers import Encoding, Tokenizer
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from edgeadapt.bases.base import find_base
-from edgeadapt.bases.classifiergraph import MAX_ROWS, ClassifierGraph
-from edgeadapt.formats.bundle import TOKENIZER, Bundle, VerifiedAdapter
+from edgeadapt.bases.classifiergraph import MAX_ROWS, ClassifierGraph, open_session
+from edgeadapt.formats.bundle import MODEL, TOKENIZER, Bundle, VerifiedAdapter
 from edgeadapt.formats.calibration import Calibration, calibrate
 from edgeadapt.formats.graphinputs import LORA_B, OFFSET, PROMPT, SCALES, virtual_tokens, with_placeholders
 from edgeadapt.formats.layout import Floats, Tensors
@@ -141,19 +141,20 @@ class Parity:
 class OnnxRunner:
     """An exported base in ONNX Runtime, run with any adapter."""
 
-    session: ort.InferenceSession
     tokenizer: Tokenizer
     graph: ClassifierGraph | None  # None for a language model
+    session: ort.InferenceSession | None  # of a language model
 
     @classmethod
     def open(cls, folder: Path, manifest: BaseManifest) -> "OnnxRunner":
         """Open the base in ``folder``, whose weights are mapped into memory."""
-        session, tokenizer = open_base(folder, manifest.slots), Tokenizer.from_file(str(folder / TOKENIZER))
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         if tokenizer.truncation is None:
             tokenizer.enable_truncation(MAX_TOKENS)
-        classifies = manifest.task == "text-classification"
-        graph = ClassifierGraph(session, manifest.slots, manifest.independent_rows) if classifies else None
-        return cls(session, tokenizer, graph)
+        if manifest.task == "text-classification":
+            graph = open_base(folder, manifest.files, manifest.slots, manifest.independent_rows)
+            return cls(tokenizer, graph, None)
+        return cls(tokenizer, None, open_session((folder / MODEL).read_bytes(), folder, manifest.slots))
 
     def encode(self, texts: Sequence[str], inputs: Tensors) -> list[Encoding]:
         """Tokenize texts, truncated to what the virtual tokens of an adapter leave."""
@@ -178,6 +179,7 @@ class OnnxRunner:
         """Compute a classifier's logits, shape ``(1, labels)``, or a language model's, ``(1, tokens, vocabulary)``."""
         if self.graph is not None:
             return self.graph.logits(ids, self.graph.feeds(inputs))[np.newaxis]
+        assert self.session is not None  # noqa: S101
         virtual = virtual_tokens(inputs)
         tokens = np.array([with_placeholders(ids, virtual)], dtype=np.int64)
         feeds: dict[str, Any] = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), **inputs}

@@ -15,12 +15,14 @@ from safetensors.numpy import load_file
 
 from aggregation.errors import ConfigError, DataError
 from benchmarks.__main__ import bench
-from benchmarks.ondevice import compare, inputs, report
+from benchmarks.ondevice import compare, inputs, report, sharing
 from benchmarks.ondevice.compare import race
 from benchmarks.ondevice.eager import TorchEngine
 from benchmarks.ondevice.inputs import TokenWindows
 from benchmarks.ondevice.process import PEER, TORCH, Completion, Contender, ContenderSpec, loss
 from edgeadapt.bases.base import Base
+from edgeadapt.bases.states import LowerLayers
+from edgeadapt.formats.bundle import UPPER
 from edgeadapt.methods import causal
 from export.onnx.exported import Profile
 from tests.support import models, refused
@@ -377,3 +379,27 @@ def test_a_contender_shows_no_warnings_and_ends_at_an_interrupt(
         interrupted()
     assert processes[0].returncode == -signal.SIGKILL
     assert capfd.readouterr().err == ""  # none of its libraries' warnings
+
+
+def test_one_text_under_several_adapters_is_timed_in_every_way_and_answered_alike(tiny_base: Base) -> None:
+    work = sharing.SharingWorkload(layers=1, adapters=(1, 3), repeats=2, profile=Profile.FP32)
+    found = sharing.measure(tiny_base, work, lambda _: None)
+    assert list(found["adapters"]) == ["1", "3"]
+    for ways in found["adapters"].values():
+        assert ways[sharing.WHOLE]["ratio"] == [1, 1, 1]
+        for figures in ways.values():
+            assert all(low <= middle <= high for middle, low, high in figures.values())
+    shown = sharing.table(json.loads(json.dumps(found)))
+    assert [row.split("  ")[0] for row in shown.splitlines()[1:6]] == list(ways)
+
+
+def test_answers_from_wrong_states_are_no_result(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    states, write = LowerLayers.states, sharing.write_bundle
+
+    def spoilt(*given: Any, **options: Any) -> None:  # the exporter itself would refuse them
+        write(*given, **options)
+        monkeypatch.setattr(LowerLayers, "states", lambda self, ids, mask: 1 + 3 * states(self, ids, mask))
+
+    monkeypatch.setattr(sharing, "write_bundle", spoilt)
+    with refused(DataError, UPPER):
+        sharing.measure(tiny_base, sharing.SharingWorkload(1, (1,), 1, Profile.FP32), lambda _: None)

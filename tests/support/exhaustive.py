@@ -36,6 +36,7 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/browser/test_learning.py": WEBGPU,
     "tests/browser/test_webgpu.py": WEBGPU,
     "tests/export/cli/test_peft_recipes.py": ("client/learning", "client/training", "edgeadapt/methods", "export"),
+    "tests/export/onnx/test_cut.py": EXPORTER,
     "tests/export/onnx/test_families.py": EXPORTER,
     "tests/export/onnx/test_rows.py": EXPORTER,
     "tests/export/onnx/test_training.py": EXPORTER,

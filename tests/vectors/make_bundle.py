@@ -21,7 +21,6 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from client.inference.trust import Trust
-from edgeadapt.bases.classifiergraph import ClassifierGraph
 from edgeadapt.formats.bundle import TOKENIZER, TRUST
 from edgeadapt.formats.files import sha256
 from edgeadapt.formats.graphinputs import LORA_A, LORA_B, OFFSET, PEFT_PREFIX
@@ -178,7 +177,7 @@ def write(folder: Path) -> None:
 
 def expected(folder: Path, base: ExportedBase) -> dict[str, Any]:
     """What a reader finds in the bundle in ``folder``: tensors and ``trust.seen.json``, and what a device answers."""
-    read, run = Tokenizer.from_str(tokenizer().decode()), ClassifierGraph(open_base(base.folder, SLOTS), SLOTS, True)
+    read, run = Tokenizer.from_str(tokenizer().decode()), open_base(base.folder, base.digests, SLOTS, True)
     answers: list[dict[str, Any]] = [{"text": text, "ids": read.encode(text).ids, "logits": {}} for text in TEXTS]
     adapters = {}
     for form in FORMATS:

@@ -10,14 +10,15 @@ import pytest
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases.base import Base
-from edgeadapt.bases.traininggraph import STATES, TrainingGraph, batch_of
-from edgeadapt.formats.bundle import LOWER, TRAINING, WEIGHTS
+from edgeadapt.bases.states import STATES
+from edgeadapt.bases.traininggraph import TrainingGraph, batch_of
+from edgeadapt.formats.bundle import LOWER, MODEL, TRAINING, UPPER, WEIGHTS
 from edgeadapt.formats.layout import Floats
 from export.bundle.base import export_named, wanted
 from export.causal import export_causal
 from export.features import with_lexical_features
 from export.onnx import classifier, gradients
-from export.onnx.classifier import export_classifier
+from export.onnx.classifier import export_classifier, open_base
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
 from export.onnx.targets import SlotKind, Slots
@@ -59,8 +60,9 @@ def test_both_parts_give_the_gradients_of_the_whole_and_compute_the_states_of_a_
     assert (parts.folder / WEIGHTS).stat().st_size <= (whole.folder / WEIGHTS).stat().st_size
     graph, inputs = opened(parts), drawn(parts)
     computed: list[int] = []
-    run = graph._computed
-    graph._computed = lambda texts: computed.extend(map(len, texts)) or run(texts)  # type: ignore[func-returns-value,method-assign]
+    assert graph.lower is not None
+    run = graph.lower.computed
+    graph.lower.computed = lambda texts: computed.extend(map(len, texts)) or run(texts)  # type: ignore[func-returns-value,method-assign]
     for texts in ([[5, 6, 7, 8, 9], [10, 11]], [[10, 11], [5]]):
         batch = batch_of(texts, [0, 1], [0.5, 0.25])
         (loss, found), (expected, right) = (one.gradients(batch, inputs) for one in (graph, opened(whole)))
@@ -71,18 +73,19 @@ def test_both_parts_give_the_gradients_of_the_whole_and_compute_the_states_of_a_
 
 
 @pytest.mark.parametrize("profile", few([Profile.NATIVE_INT8, Profile.NATIVE_INT4, Profile.WEB_INT8], Profile.WEB_INT8))
-def test_the_lower_part_is_that_of_the_answering_graph_over_its_weights(tiny_base: Base, profile: Profile) -> None:
+def test_both_parts_are_those_of_the_answering_graph_over_its_weights(tiny_base: Base, profile: Profile) -> None:
     made = export_classifier(with_mean_head(tiny_base, TOP), tiny_base, profile, training=True)
-    lower, answering = (onnx.load_from_string(graph).graph for graph in (made.read(LOWER), made.model))
+    names = (LOWER, UPPER, MODEL)
+    lower, upper, answering = (onnx.load_from_string(made.read(name)).graph for name in names)
     assert "input_ids" not in inputs_of(made.read(TRAINING))
-    below = {node.name: node.op_type for node in lower.node}
-    assert below.items() <= {node.name: node.op_type for node in answering.node}.items()
-    assert {"MatMulInteger", "MatMulNBits"}.intersection(below.values())
+    below, above, nodes = ({node.name: node.op_type for node in graph.node} for graph in (lower, upper, answering))
+    assert nodes == below | above
+    assert all({"MatMulInteger", "MatMulNBits"}.intersection(part.values()) for part in (below, above))
     places = [
         {tensor.name: [(each.key, each.value) for each in tensor.external_data] for tensor in graph.initializer}
-        for graph in (lower, answering)
+        for graph in (lower, upper, answering)
     ]
-    assert places[0].items() <= places[1].items()
+    assert (places[0] | places[1]).items() <= places[2].items()
 
 
 @pytest.mark.parametrize("profile", few([Profile.FP32, Profile.NATIVE_INT4], Profile.NATIVE_INT4))
@@ -143,3 +146,30 @@ def test_no_vector_is_below_the_last_layers(tiny_base: Base) -> None:
 def test_a_named_base_with_slots_in_its_last_layers_is_cut(tiny_base: Base) -> None:
     made = export_named(str(tiny_base.folder), "fp32", wanted(tiny_base, slots=TOP))
     assert LOWER in made.digests
+
+
+@pytest.mark.parametrize("profile", few(Profile, Profile.FP32, Profile.NATIVE_INT8))
+def test_both_parts_give_the_answers_of_the_whole_bit_for_bit(
+    tiny_base: Base, profile: Profile, tmp_path: Path
+) -> None:
+    base = with_lexical_features(tiny_base, 64, tmp_path / "lexical") if profile is Profile.FP32 else tiny_base
+    made = export_classifier(with_mean_head(base, TOP), base, profile, training=True)
+    graphs = [open_base(made.folder, names, made.slots, made.independent_rows) for names in (made.digests, [MODEL])]
+    adapters = [classifier._random(made.slots, seed) for seed in range(3)]
+    rows = [(text, adapter) for text in ([2, 9, 8, 7, 3], [2, 11, 3], [2]) for adapter in adapters]
+    for text, adapter in rows:
+        parts, whole = (graph.logits(text, graph.feeds(adapter)) for graph in graphs)
+        np.testing.assert_array_equal(parts, whole)
+    parts, whole = (graph.mixed(*zip(*rows, strict=True)) for graph in graphs)
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6 * float(np.abs(whole).max()))
+
+
+def test_a_base_that_no_device_trains_is_cut_as_well(tiny_base: Base) -> None:
+    made = export_classifier(with_mean_head(tiny_base, TOP), tiny_base, Profile.FP32)
+    assert made.digests.keys() >= {LOWER, UPPER}
+    assert TRAINING not in made.digests
+
+
+def test_a_base_whose_slots_begin_in_its_first_layer_has_one_graph(tiny_base: Base) -> None:
+    made = export_classifier(with_mean_head(tiny_base, ("query",)), tiny_base, Profile.FP32, training=True)
+    assert not {LOWER, UPPER}.intersection(made.digests)

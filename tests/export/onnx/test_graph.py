@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
 from edgeadapt.bases.base import Base
+from edgeadapt.bases.classifiergraph import open_session
 from edgeadapt.formats.graphinputs import to_inputs
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
@@ -33,7 +34,7 @@ VOCABULARY = 60
 
 @pytest.fixture(scope="module")
 def session(exported: ExportedBase) -> ort.InferenceSession:
-    return OnnxRunner.open(exported.folder, exported.manifest).session
+    return open_session(exported.model, exported.folder, exported.slots)
 
 
 def draw(model: PeftModel, rng: np.random.Generator) -> Tensors:
@@ -107,7 +108,7 @@ def test_any_module_in_modules_to_save_is_an_input(make_base: Callable[..., Base
     assert exported.slots["encoder.embeddings.LayerNorm.weight"] == ("32",)
     ids, mask = tokens(rng, 2, 5)
     found = onnx_logits(
-        OnnxRunner.open(exported.folder, exported.manifest).session,
+        open_session(exported.model, exported.folder, exported.slots),
         ids,
         mask,
         to_inputs(values, exported.adapter_inputs.scaling),
