@@ -27,7 +27,7 @@ from coordinator.settings import Aggregation, FederationSettings
 from edgeadapt.bases.base import find_base
 from edgeadapt.formats import files
 from edgeadapt.formats.layout import Layout, Tensors, TensorSpec
-from edgeadapt.rounds import optimizer, task
+from edgeadapt.rounds import task
 from edgeadapt.rounds.sums import clip
 from edgeadapt.rounds.task import contribution
 from simulations.engine import provision as provisioned
@@ -330,16 +330,3 @@ def test_a_run_resumed_between_sessions_makes_the_same_adapter_as_an_uninterrupt
     states = [fleet.registry().optimizer_state() for fleet in (through, stopped)]
     assert states[0].keys() == states[1].keys() == {"first", "second"}
     assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_without_the_optimizers_state_a_resumed_adapter_would_differ(fleet_of: FleetOf, orders: Orders) -> None:
-    """The test above can fail: from a new state the second step would be another."""
-    fleet = fleet_of(6, rounds=2, server__optimizer="fedadam", server__learning_rate=0.02)
-    fleet.federate(fleet.grid(app=orders))
-    registry, rule = fleet.registry(), settings_of(fleet).server.rule()
-    before, after = registry.tensors(1), registry.tensors(2)
-    layout = Layout.of(before)
-    mean, _ = plain_mean(fleet, before, 1, registry.rounds()[1].survivors, orders)
-    start = optimizer.start(rule, layout.size)
-    _, fresh = optimizer.step(rule, start, layout.flatten(before), mean.astype(np.float32))
-    assert np.abs(fresh - layout.flatten(after)).max() > 1e-3
