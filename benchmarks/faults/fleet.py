@@ -12,19 +12,17 @@ import threading
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from aggregation.entropy import SystemEntropy
-from aggregation.pki import Authority, certificates
+from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
-from aggregation.pki.tls import TlsKey, read_tls_request
 from aggregation.steps import Step
 from benchmarks.faults import supernodes
 from benchmarks.faults.postgresql import PostgresServer
 from benchmarks.faults.processes import HOST, Lines, edgeadapt, free_port, processes_of, wait_until
+from benchmarks.gateway.measure import tls_of
 from benchmarks.simulation.fleets import population, tiny_base
 from coordinator.registry import Registry, leadership
 from coordinator.services.deployment import HOME, running
@@ -480,9 +478,6 @@ def _provision(
 
 def _give_tls(out: Path) -> None:
     authority = Authority.from_pem((out / provision.AUTHORITY / provision.AUTHORITY_KEY).read_bytes())
-    folder, key, now = out / provision.COORDINATOR, TlsKey.generate(SystemEntropy()), datetime.now(UTC)
-    _, public = read_tls_request(key.request("gateway"))
-    dates = {"not_before": now - timedelta(hours=1), "not_after": now + timedelta(days=1)}
-    der = authority.issue_tls("gateway", public, (HOST,), serial=1, **dates)
-    (folder / TLS_KEY).write_bytes(key.pem)
-    (folder / TLS_CERTIFICATE).write_bytes(certificates.to_pem(der))
+    tls = tls_of(authority)
+    (out / provision.COORDINATOR / TLS_KEY).write_bytes(tls.key)
+    (out / provision.COORDINATOR / TLS_CERTIFICATE).write_bytes(tls.certificate)
