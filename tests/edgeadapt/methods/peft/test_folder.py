@@ -29,10 +29,8 @@ from edgeadapt.methods.peft.config import HARMLESS, MERGED, config_of
 from edgeadapt.methods.peft.folder import CONFIG, WEIGHTS, read_peft, to_peft
 from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.adapter import decode, encode
-from export.onnx.classifier import export_classifier
-from export.onnx.exported import ExportedBase, Profile
+from export.onnx.exported import ExportedBase
 from export.onnx.peftmodel import find_adapter_inputs
-from export.parity.compare import OnnxRunner, compare
 from tests.support import refused
 
 IDS = torch.tensor([[1, 5, 9, 3, 7], [2, 2, 4, 8, 6]])
@@ -174,18 +172,6 @@ def test_an_adapter_file_opens_in_peft_with_its_scaling_unfolded(
     with torch.no_grad():
         difference = reopened(IDS, mask) - model(IDS, mask)
     assert difference.abs().max() < 20 * tolerance
-
-
-def test_a_peft_folder_gives_torchs_answers_in_the_exported_graph(tmp_path: Path, tiny_base: Base) -> None:
-    patterns = {"rank_pattern": {r"layer\.0.*query": 2}, "alpha_pattern": {r"layer\.1.*value": 32}}
-    names = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
-    model = get_peft_model(classifier(tiny_base), LoraConfig(r=4, lora_alpha=8, use_rslora=True, **names, **patterns))
-    filled(model).save_pretrained(tmp_path)
-    read = read_peft(tmp_path)
-    inputs = decode(encode(read.tensors, AdapterInputs.of_tensors(read.peft_config, read.tensors), "fp32"), "fp32")
-    exported = export_classifier(model, tiny_base, Profile.FP32)
-    runner = OnnxRunner.open(exported.folder, exported.manifest)
-    assert compare(model, runner, inputs, TEXTS).max_abs_diff < 1e-5
 
 
 def test_the_ranks_that_adalora_allocated_come_back(tmp_path: Path) -> None:
