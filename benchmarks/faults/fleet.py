@@ -199,8 +199,6 @@ SERVICES_OF_A_TEST = {"stop": 20.0, "pause": 4.0, "look": 1.0}  # seconds, of a 
 
 @dataclass(frozen=True, slots=True)
 class FleetShape:
-    """What a fleet has."""
-
     coordinators: int = 1  # one leads; several have their registry in one PostgreSQL
     superlink: bool = False  # whether Flower's SuperLink runs as well, which then starts the rounds
     supernodes: int = 0  # devices, of all, that are SuperNodes of it, with keys that are registered there
@@ -242,7 +240,6 @@ class CoordinatorMachine:
             self.up = None
 
     def is_ready(self, service: str) -> bool:
-        """Whether a service does its work."""
         listed = (running(self.folder) or {"services": []})["services"]
         return any((each["name"], each["state"]) == (service, "ready") for each in listed)
 
@@ -313,7 +310,6 @@ class FaultFleet:
         return self.out / f"{name}.key"
 
     def node_home(self, name: str) -> Path:
-        """Flower's own folder of a SuperNode."""
         return self.out / f"{name}-home"
 
     def kill_device(self, name: str) -> None:

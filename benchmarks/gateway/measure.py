@@ -37,8 +37,6 @@ DEADLINE = 120.0  # seconds for an exchange
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Sizes of the measurement."""
-
     cohort: int  # devices of a round
     work: float  # seconds that each device works at each step
     repeats: int  # rounds
@@ -49,8 +47,6 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Check-ins at a rate."""
-
     rate: float  # a minute
     seconds: float
 
