@@ -5,7 +5,6 @@ The apps are the real ones and the base is tiny. The tests train the updates a s
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,21 +149,6 @@ def test_federated_training_lowers_the_loss(fleet_of: FleetOf, learning_rate: fl
     assert (losses[-1] < 0.6 * losses[0]) is learns
 
 
-def test_two_runs_of_a_seed_make_the_same_adapters_under_other_masks(fleet_of: FleetOf) -> None:
-    fleets = [fleet_of(6, rounds=2), fleet_of(6, rounds=2)]
-    records = [
-        [shown(record) for record in fleet.federate(fleet.grid(message_loss=0.02, forced_dropouts=1))]
-        for fleet in fleets
-    ]
-    assert records[0] == records[1]
-    digests = [[v.manifest.sha256 for v in fleet.registry().versions()] for fleet in fleets]
-    assert digests[0] == digests[1]
-
-
-def shown(record: Any) -> tuple[Any, ...]:
-    return record.round, record.survivors, record.dropped, record.version, record.metrics.get("loss")
-
-
 def test_devices_with_unusable_examples_answer_and_the_adapter_is_the_mean_of_the_others(
     fleet_of: FleetOf, orders: Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,13 +165,6 @@ def test_devices_with_unusable_examples_answer_and_the_adapter_is_the_mean_of_th
         layout = Layout.of(before)
         found = layout.flatten(after).astype(np.float64) - layout.flatten(before)
         assert np.abs(found - mean).max() < 0.02 * np.abs(mean).max()
-
-
-def test_a_device_whose_state_directory_is_gone_is_left_out_and_the_others_continue(fleet_of: FleetOf) -> None:
-    fleet = fleet_of(8, rounds=1)
-    shutil.rmtree(fleet.state_dir("device-03").folder)
-    (record,) = fleet.federate(fleet.grid())
-    assert len(record.survivors) == 7
 
 
 # The messages.
