@@ -27,6 +27,7 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
         *("edgeadapt", "export/bundle", "export/cli"),
     ),
     "tests/benchmarks/test_bench_simulation.py": ("benchmarks/simulation", "simulations/engine"),
+    "tests/export/causal/test_builder.py": EXPORTER,
     "tests/export/causal/test_traced.py": EXPORTER,
     "tests/export/causal/test_training.py": EXPORTER,
     "tests/export/causal/test_vectors.py": EXPORTER,

@@ -204,7 +204,7 @@ print(int(peak.split()[1]) * 1024, exported.size)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
 def test_the_export_of_a_large_base_takes_few_bytes_a_parameter(make_lm: Any) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
