@@ -111,21 +111,6 @@ def test_a_key_is_private_and_its_public_half_is_in_the_same_folder(export: Run,
     assert key.raw.hex() not in done.out + done.err
 
 
-@pytest.mark.parametrize("full", ["vendor.pem", "vendor.pub.pem"])
-def test_a_full_disk_leaves_no_part_of_a_key_pair(
-    export: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
-) -> None:
-    def sync(handle: int) -> None:
-        if Path(f"/proc/self/fd/{handle}").resolve().name == full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does, which has no name
-
-    monkeypatch.setattr(os, "fsync", sync)
-    done = export("key", tmp_path / "vendor.pem")
-    assert (done.code, done.out) == (1, "")
-    assert done.err == f"edgeadapt: No space left on device: {tmp_path / full}\n"
-    assert everything(tmp_path) == {}
-
-
 def test_a_full_disk_leaves_no_peft_folder_and_the_line_names_the_file(
     export: Run, shop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
