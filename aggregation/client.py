@@ -312,7 +312,6 @@ class Masked:
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":
-        """Abandon this round for a later one."""
         return self.ready.on_plan(device, plan, at)
 
     def on_survivors(self, device: Device, survivors: bytes) -> tuple["Confirmed", bytes]:
@@ -355,7 +354,6 @@ class Confirmed:
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":
-        """Abandon this round for a later one."""
         return self.ready.on_plan(device, plan, at)
 
     def on_unmask(self, device: Device, unmask: bytes) -> tuple["Ready", bytes]:

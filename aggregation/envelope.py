@@ -38,7 +38,6 @@ ENVELOPE: Codec[Envelope] = wire.record(Envelope)
 
 
 def sign(key: IdentityKey, message: Message) -> bytes:
-    """``message`` as it travels, signed with ``key``."""
     body = message.encode()
     return ENVELOPE.encode(Envelope(MAGIC, VERSION, message.TAG, body, key.sign(message.TAG, body)))
 

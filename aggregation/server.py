@@ -50,8 +50,6 @@ from aggregation.spec import Adversary, SessionSpec
 
 
 class AbortReason(Enum):
-    """Why a round ended without a sum."""
-
     TOO_FEW = "too-few"  # too few devices are left, at any step
     UNRECOVERABLE = "unrecoverable"  # shares are wrong, and too few good ones are left
     SESSION_OVER = "session-over"  # the session has no round left, or a certificate of its cohort expired
@@ -391,7 +389,6 @@ class SurvivorSet:
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """Devices of the plan that did not survive."""
         return tuple(device for device in self.plan.members if device not in self.survivors.vectors)
 
     def open_verified(self, kind: type[M], peer: str, body: bytes) -> M:

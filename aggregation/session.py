@@ -63,7 +63,6 @@ class Session:
         return [self.peers[device].position for device in devices]
 
     def mask_keys(self, devices: Iterable[str], round_: int) -> dict[str, bytes]:
-        """The public mask keys of ``devices`` in a round."""
         return {device: self.peers[device].mask_keys[round_ - 1] for device in devices}
 
 

@@ -95,7 +95,6 @@ def decrypt(
 
 
 def fits(encrypted: EncryptedShares, rounds: int) -> bool:
-    """Whether ``encrypted`` has the size of shares for ``rounds`` rounds."""
     return len(encrypted.ciphertext) == rounds * PAIR + AEAD_TAG and len(encrypted.digests) == 2 * rounds
 
 

@@ -38,7 +38,6 @@ class Reader:
 
     @property
     def left(self) -> int:
-        """Bytes not read yet."""
         return len(self._data) - self._at
 
     def take(self, n: int) -> bytes:

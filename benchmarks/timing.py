@@ -70,7 +70,6 @@ class Stopwatch:
     cpu: float = 0.0
 
     def run(self, call: Callable[..., T], *given: Any) -> T:
-        """Call ``call(*given)`` and return its result."""
         begun, busy = time.perf_counter(), time.process_time()
         result = call(*given)
         self.cpu += time.process_time() - busy

@@ -40,8 +40,6 @@ PROFILE = "native-int8"  # by default
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """An adapter in a bundle."""
-
     manifest: AdapterManifest
     config: PeftConfig
     calibration: Calibration | None

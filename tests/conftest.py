@@ -25,8 +25,8 @@ hypothesis.settings.load_profile("any machine")
 collect_rarely()
 LONG = 60  # seconds, of a run of which the time of each folder is shown
 LONGEST = {  # files of half a minute and more, most of it in one test
-    *("test_deploy_page.py", "test_fleet_page.py", "test_tutorials.py"),
-    *("test_flower.py", "test_suite_command.py", "test_takeover.py"),
+    *("test_deploy_page.py", "test_faults.py", "test_fleet_page.py"),
+    *("test_suite_command.py", "test_tutorials.py"),
 }
 
 

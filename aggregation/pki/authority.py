@@ -46,7 +46,6 @@ class Authority:
 
     @property
     def root(self) -> Root:
-        """The certificate that devices and coordinator pin."""
         return Root(self.der)
 
     def issue(

@@ -24,7 +24,6 @@ _PEM = b"-----BEGIN CERTIFICATE-----"
 
 
 def is_device_id(name: str) -> bool:
-    """Whether a device can have this name."""
     return _DEVICE_ID.fullmatch(name) is not None
 
 
@@ -136,7 +135,6 @@ def serial(der: bytes) -> int:
 
 
 def not_after(der: bytes) -> datetime:
-    """The time until which a certificate is valid."""
     return load(der).not_valid_after_utc
 
 

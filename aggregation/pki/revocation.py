@@ -37,8 +37,6 @@ class Reason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """Since when a certificate is revoked, and why."""
-
     at: datetime
     reason: Reason = Reason.UNSPECIFIED
 

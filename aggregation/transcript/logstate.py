@@ -37,7 +37,6 @@ class LogState:
 
     @property
     def newest(self) -> AdapterId:
-        """The newest adapter that the log names."""
         return self.version, self.adapter
 
     @classmethod

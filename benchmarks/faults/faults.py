@@ -99,8 +99,6 @@ OLDER = "0.0.1"  # a version below the least one
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault, and what it needs."""
-
     name: str  # on the command line
     what: str  # for people
     inject: Callable[[FaultFleet], float]  # does it while a step is under way, and returns when it was over or done

@@ -12,19 +12,17 @@ import threading
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from aggregation.entropy import SystemEntropy
-from aggregation.pki import Authority, certificates
+from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
-from aggregation.pki.tls import TlsKey, read_tls_request
 from aggregation.steps import Step
 from benchmarks.faults import supernodes
 from benchmarks.faults.postgresql import PostgresServer
 from benchmarks.faults.processes import HOST, Lines, edgeadapt, free_port, processes_of, wait_until
+from benchmarks.gateway.measure import tls_of
 from benchmarks.simulation.fleets import population, tiny_base
 from coordinator.registry import Registry, leadership
 from coordinator.services.deployment import HOME, running
@@ -201,8 +199,6 @@ SERVICES_OF_A_TEST = {"stop": 20.0, "pause": 4.0, "look": 1.0}  # seconds, of a 
 
 @dataclass(frozen=True, slots=True)
 class FleetShape:
-    """What a fleet has."""
-
     coordinators: int = 1  # one leads; several have their registry in one PostgreSQL
     superlink: bool = False  # whether Flower's SuperLink runs as well, which then starts the rounds
     supernodes: int = 0  # devices, of all, that are SuperNodes of it, with keys that are registered there
@@ -244,7 +240,6 @@ class CoordinatorMachine:
             self.up = None
 
     def is_ready(self, service: str) -> bool:
-        """Whether a service does its work."""
         listed = (running(self.folder) or {"services": []})["services"]
         return any((each["name"], each["state"]) == (service, "ready") for each in listed)
 
@@ -315,7 +310,6 @@ class FaultFleet:
         return self.out / f"{name}.key"
 
     def node_home(self, name: str) -> Path:
-        """Flower's own folder of a SuperNode."""
         return self.out / f"{name}-home"
 
     def kill_device(self, name: str) -> None:
@@ -480,9 +474,6 @@ def _provision(
 
 def _give_tls(out: Path) -> None:
     authority = Authority.from_pem((out / provision.AUTHORITY / provision.AUTHORITY_KEY).read_bytes())
-    folder, key, now = out / provision.COORDINATOR, TlsKey.generate(SystemEntropy()), datetime.now(UTC)
-    _, public = read_tls_request(key.request("gateway"))
-    dates = {"not_before": now - timedelta(hours=1), "not_after": now + timedelta(days=1)}
-    der = authority.issue_tls("gateway", public, (HOST,), serial=1, **dates)
-    (folder / TLS_KEY).write_bytes(key.pem)
-    (folder / TLS_CERTIFICATE).write_bytes(certificates.to_pem(der))
+    tls = tls_of(authority)
+    (out / provision.COORDINATOR / TLS_KEY).write_bytes(tls.key)
+    (out / provision.COORDINATOR / TLS_CERTIFICATE).write_bytes(tls.certificate)

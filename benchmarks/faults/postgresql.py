@@ -137,7 +137,6 @@ class PostgresServer:
         return done.stdout.strip()
 
     def database(self) -> str:
-        """The name of a new database."""
         name = f"registry{next(NAMES)}"
         self.run("postgres", f"CREATE DATABASE {name}")
         return name

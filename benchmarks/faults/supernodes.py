@@ -13,8 +13,6 @@ from aggregation.errors import EdgeAdaptError
 from benchmarks.faults.processes import HOST, free_port
 from coordinator.launch import FLWR, connected
 
-ONLINE = "SuperNode ID"  # what a SuperNode writes once the SuperLink lets it in
-
 
 def write_key(private: Path) -> Path:
     """Write a new key of a SuperNode, and return the file of its public key."""

@@ -21,7 +21,7 @@ from aggregation.errors import DataError
 from aggregation.pki import Authority, certificates
 from aggregation.pki.tls import TlsKey, read_tls_request
 from aggregation.steps import ADAPTER, Step
-from benchmarks.gateway.clients import WORK, allow_connections
+from benchmarks.gateway.clients import HOST, WORK, allow_connections
 from benchmarks.ondevice.process import resident
 from benchmarks.timing import Note, aligned
 from coordinator.gateway.grid import GatewayGrid
@@ -37,8 +37,6 @@ DEADLINE = 120.0  # seconds for an exchange
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Sizes of the measurement."""
-
     cohort: int  # devices of a round
     work: float  # seconds that each device works at each step
     repeats: int  # rounds
@@ -49,8 +47,6 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Check-ins at a rate."""
-
     rate: float  # a minute
     seconds: float
 
@@ -110,19 +106,22 @@ def _ask(
     return {"p50_ms": cuts[49], "p99_ms": cuts[98], "last_ms": times[-1], "errors": errors, "asked": len(nodes)}
 
 
+def tls_of(authority: Authority) -> ServerTls:
+    """A new key of a gateway on this machine, and its certificate for a day."""
+    key, now = TlsKey.generate(SystemEntropy()), datetime.now(UTC)
+    _, public = read_tls_request(key.request("gateway"))
+    dates = {"not_before": now - timedelta(hours=1), "not_after": now + timedelta(days=1)}
+    return ServerTls(key.pem, certificates.to_pem(authority.issue_tls("gateway", public, (HOST,), serial=1, **dates)))
+
+
 @contextmanager
 def _serving() -> Iterator[tuple[GatewayGrid, Authority]]:
     """A gateway, and the authority of its devices."""
     now = datetime.now(UTC)
-    authority = Authority.create("bench", SystemEntropy(), now - timedelta(hours=1), now + timedelta(hours=2))
-    key = TlsKey.generate(SystemEntropy())
-    _, public = read_tls_request(key.request("gateway"))
-    dates = {"not_before": now - timedelta(hours=1), "not_after": now + timedelta(hours=1)}
-    der = authority.issue_tls("gateway", public, ("127.0.0.1",), serial=1, **dates)
-    tls = ServerTls(key.pem, certificates.to_pem(der))
+    authority = Authority.create("bench", SystemEntropy(), now - timedelta(hours=1), now + timedelta(days=2))
     # Devices ask a step after the other, without training, and come again without a pause.
     limits = GatewayLimits(calls=10_000, grace=0.0, settings=GatewaySettings(check_ins_per_minute=1e6))
-    grid = GatewayGrid("127.0.0.1:0", tls, lambda at: authority.root, limits)
+    grid = GatewayGrid(f"{HOST}:0", tls_of(authority), lambda at: authority.root, limits)
     try:
         yield grid, authority
     finally:

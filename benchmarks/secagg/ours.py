@@ -60,11 +60,9 @@ class EdgeAdaptFleet:
         sharing.deal(self.session, device, self.share_keys[device], {1: self.secrets[device]}, ENTROPY)
 
     def begin(self) -> Collecting:
-        """Start a round with every device."""
         return _finished(self.established.plan(adapter_version=1, adapter_digest=_DIGEST, training=b"", cohort=None))[0]
 
     def planned(self, device: str, plan: Plan) -> Planned:
-        """The state of a device that has received the plan."""
         dealers = (device, *self.session.neighbors(device, self.devices))
         held = {dealer: self.pairs[dealer][device] for dealer in dealers}
         ready = Ready(self.session, {}, self.established.ends, device, 1, frozenset(held), None, {}, {})
@@ -194,14 +192,12 @@ class Uploads:
 
 
 def close_collecting(collecting: Collecting) -> Confirming:
-    """End step 6."""
     closed = _finished(collecting.close())[0]
     assert isinstance(closed, Confirming)  # noqa: S101 - the session's adversary is active
     return closed
 
 
 def close_confirming(confirming: Confirming) -> Unmasking:
-    """End step 7."""
     return _finished(confirming.close())[0]
 
 

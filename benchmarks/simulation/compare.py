@@ -36,8 +36,6 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one row of the table measures."""
-
     clients: int
     rounds: int
     minilm: bool

@@ -22,7 +22,6 @@ trust = click.option(
 
 
 def words(label: str) -> str:
-    """Format a label for a person."""
     return printable(label.replace("_", " ").strip() or label)
 
 

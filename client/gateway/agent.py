@@ -51,8 +51,6 @@ log = logging.getLogger("edgeadapt.agent")
 
 @dataclass(slots=True)
 class Agent:
-    """A device at a gateway."""
-
     folder: Path  # the device's state directory
     addresses: tuple[str, ...]  # ``HOST:PORT`` of the gateway; several where another coordinator can take over
     readings: Readings = field(default_factory=SystemReadings)

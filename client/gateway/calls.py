@@ -125,7 +125,6 @@ def until(window: messages.RetryWindow) -> float:
 
 
 def refusal(error: grpc.RpcError, peer: str) -> EdgeAdaptError:
-    """Explain a refusal of ``peer``."""
     text = f"{peer} refuses this device: {one_line(error, 400)}"
     if error.code() is StatusCode.PERMISSION_DENIED:
         return TrustError(text, about="gateway")

@@ -134,7 +134,6 @@ class GatewayGrid(OwnGrid):
             self.clock.sleep(LOOK)
 
     def get_node_ids(self) -> Iterable[int]:
-        """List the devices that are connected now."""
         listed = {node_of(device): device for device in self._gateway.devices()}
         self._devices |= listed
         return list(listed)

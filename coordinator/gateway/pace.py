@@ -86,7 +86,6 @@ class Pace:
         return self._keep(device, now, self._after_accepted.window)
 
     def reject(self, device: str, now: float) -> RetryWindow:
-        """Book the window of a device that is not admitted at the time ``now``."""
         return self._keep(device, now, self._after_rejected.window)
 
     def _keep(self, device: str, now: float, book: Callable[[float], RetryWindow]) -> RetryWindow:

@@ -23,8 +23,6 @@ _TOLERANCE = 1e-9  # relative: logarithms differ in the last bits between machin
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Says what sums have revealed so far."""
-
     spent: Mapping[str, Spent] = field(default_factory=dict)  # device → by the sums with noise that it is in
     noisy: int = 0  # number of these sums
     bare: int = 0  # sums without noise, which nothing bounds: there is no epsilon after one

@@ -192,7 +192,6 @@ def adapter(current: Round) -> AdapterId:
 
 
 def ending(current: Round) -> str:
-    """Say in a few words how a round ended."""
     match current.ending:
         case Result(version=version, adapter=adapter):
             return f"produced adapter {version} ({adapter[:12]})"

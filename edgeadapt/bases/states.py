@@ -21,7 +21,7 @@ STATES = "states"  # the output of a graph of the lower layers, and the input of
 KEPT_STATES, KEPT_RANGE = "kept_states", "kept_range"
 Tokens = Sequence[int]
 States = NDArray[np.floating]  # of a text, shape ``(tokens, hidden)``
-SOURCE, KEYS, ENDS, ROWS = "source", "keys.npy", "ends.npy", "rows.float16"
+SOURCE, KEYS, ENDS, ROWS = "source", "keys.sha256", "ends.int64", "rows.float16"
 MOST_SHARED = 2**32  # bytes
 AT_A_TIME = 512  # texts
 
@@ -55,8 +55,8 @@ class SharedStates(dict[str, States]):
                             end += len(rounded)
                             keys.append(bytes.fromhex(key))
                             ends.append(end)
-            np.save(stage / KEYS, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32))
-            np.save(stage / ENDS, np.array(ends, np.int64))
+            (stage / KEYS).write_bytes(b"".join(keys))
+            (stage / ENDS).write_bytes(np.array(ends, np.int64).tobytes())
             (stage / SOURCE).write_text(source)
 
     @classmethod
@@ -64,9 +64,10 @@ class SharedStates(dict[str, States]):
         """Return what ``write`` wrote; nothing if it is of another source."""
         if (folder / SOURCE).read_text() != source or not (folder / ROWS).stat().st_size:
             return cls()
-        keys, ends = np.load(folder / KEYS), np.load(folder / ENDS)
+        keys, ends = (folder / KEYS).read_bytes(), np.frombuffer((folder / ENDS).read_bytes(), np.int64)
         rows = np.memmap(folder / ROWS, np.float16, "r").reshape(int(ends[-1]), -1)
-        return cls((key.tobytes().hex(), values) for key, values in zip(keys, np.split(rows, ends[:-1]), strict=True))
+        texts = np.split(rows, ends[:-1])
+        return cls((keys[32 * at : 32 * at + 32].hex(), states) for at, states in enumerate(texts))
 
 
 class StateCache:

@@ -74,7 +74,6 @@ class Rollout:
         return self.release if part < self.share else self.previous
 
     def __str__(self) -> str:
-        """Say whom the newest release is for."""
         return f"{self.share} % of devices" + (f" with language {', '.join(self.languages)}" if self.languages else "")
 
     def encode(self) -> bytes:

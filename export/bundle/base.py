@@ -194,7 +194,6 @@ def _layers(
 
 
 def bare_model(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
-    """Open the model whose module names the adapter's tensors use."""
     names = [input_name(name) for name in tensors]
     brought = sorted({name.rpartition(".")[0] for name in names if is_saved(name)})
     mean = any(name.startswith(ENCODER) for name in names)

@@ -50,11 +50,6 @@ def test_a_spec_for_another_cohort_is_refused(fleet: Any) -> None:
         server.open_session(Coordinator(fleet.key), fleet.authority.root, fleet.spec, certificates, fleet.entropy)
 
 
-def test_a_degree_without_a_graph_is_refused(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
-    with refused(ConfigError, "spec.degree", value=3):
-        fleet_of(6, spec=spec_of(6, degree=3, threshold=4)).offer()
-
-
 # Step 2
 
 

@@ -51,19 +51,6 @@ def test_signatures_verified_in_a_round_grow_with_the_devices_and_not_with_their
     assert counts[1] <= 2 * counts[0]
 
 
-def test_without_keeping_what_was_verified_they_grow_with_the_square(
-    fleet_of: FleetOf, verified: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module, name in ((checks, "_roster"), (checks, "_signed"), (envelope, "_opened_once")):
-        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
-    counts = []
-    for devices in (6, 12):
-        verified.clear()
-        round_of(fleet_of(devices))
-        counts.append(len(verified))
-    assert counts[1] > 2.5 * counts[0]
-
-
 def test_all_devices_of_a_process_share_one_session(fleet_of: FleetOf) -> None:
     fleet = fleet_of(5)
     fleet.establish()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregation import wire
-from aggregation.errors import ConfigError, ProtocolError
+from aggregation.errors import ConfigError, ProtocolError, TrustError, of_file
 from aggregation.messages import MESSAGES
 from tests.support import refused
 
@@ -139,3 +139,18 @@ def test_a_length_that_the_message_cannot_hold_allocates_nothing() -> None:
 
 def test_zero_and_negative_zero_have_one_encoding() -> None:
     assert wire.real.encode(-0.0) == wire.real.encode(0.0)
+
+
+# The lines that users see
+
+
+def test_a_protocol_error_begins_with_the_peer_and_keeps_the_subject() -> None:
+    error = ProtocolError.of(ConfigError("rounds 0 is not between 1 and 9", about="spec.rounds", value=0), "kitchen")
+    assert str(error) == "kitchen: rounds 0 is not between 1 and 9"
+    assert (error.peer, error.about, error.value) == ("kitchen", "spec.rounds", 0)
+
+
+def test_an_error_about_a_files_content_begins_with_the_file() -> None:
+    with pytest.raises(TrustError) as caught, of_file("base.onnx"):
+        raise TrustError("not a base", about="base.digest", value="ab")
+    assert (str(caught.value), caught.value.about, caught.value.value) == ("base.onnx: not a base", "base.digest", "ab")

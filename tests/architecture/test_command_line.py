@@ -324,7 +324,6 @@ def test_who_terminates_a_command_reads_so_also_while_a_library_is_kept_quiet(
 CALLBACK = """
 import os, time
 from edgeadapt import program
-from edgeadapt.commandline import RenamedOption
 
 once = program._send_again
 
@@ -370,7 +369,6 @@ print("imported", flush=True)
 IMPORTING = """
 import time
 from edgeadapt import program
-from edgeadapt.commandline import RenamedOption
 
 def command(**options):
     import slow

@@ -16,7 +16,6 @@ TRAINING = ("edgeadapt.bases.traininggraph", "client.training.graphengine")
 COMMANDS = ("promotion", "sbom", "versions")
 GOVERNANCE = ("edgeadapt.promotion", "edgeadapt.releases", *(f"edgeadapt.cli.{name}" for name in COMMANDS))
 COMPARISON = ("edgeadapt.cli.versions", "edgeadapt.releases.difference", "edgeadapt.releases.lineage")
-GATEWAY = ("client.gateway", "client.node.step")
 DISTRIBUTIONS = {  # import package → distribution of another name
     "cyclonedx": "cyclonedx-python-lib",
     "google": "protobuf",

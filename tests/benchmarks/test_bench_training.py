@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
-from benchmarks import training
+from benchmarks import target, training
 from benchmarks.__main__ import bench
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.bundle import TRUST
@@ -93,3 +93,16 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
         training.compare(bundle, None, str(tiny_base.folder), training.QUICK, lambda step: None)
     with pytest.raises(DataError, match=r"onnx: .* has no training graph"):
         training.compare(bundle, None, str(lm_base.folder), training.QUICK, lambda step: None)
+
+
+# benchmarks target
+
+
+def test_both_sides_reach_the_target_and_fewer_layers_are_sent() -> None:
+    done = CliRunner().invoke(bench, ["target", "--quick", "--json"], catch_exceptions=False)
+    found = json.loads(done.stdout)
+    for side in target.SIDES:
+        assert found[side]["accuracy"]["median"] >= target.QUICK.target
+        assert found[side]["cpu"]["median"] > 0
+    assert found["ours"]["bytes"]["median"] != found["peft"]["bytes"]["median"]
+    assert "ours / peft" in target.table(found)

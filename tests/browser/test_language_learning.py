@@ -37,6 +37,7 @@ from tests.browser.test_aggregation import session_of
 from tests.browser.test_learning import IN_USE, TEACH, by_input, refused, same
 from tests.browser.test_training import ROUND, WAY, b64
 from tests.browser.test_training import given as planned
+from tests.client.learning.test_language_step import of_another_layout, without_gradient
 from tests.support.bundles import flip, resign_base
 from tests.support.nodetab import OPEN, NodeTab
 
@@ -349,17 +350,6 @@ def test_a_lesson_that_is_ended_and_wrong_input_leave_the_adapter_in_use(tab: No
         assert (failed["about"], "\n" in failed["message"]) == (about, False), failed
     assert tab.error(f"{STOPPED}({given((PROMPT, ANSWER))})")["message"] == "stop"
     assert tab.evaluate("engine.adapterNames()") == ["global"]
-
-
-def without_gradient(model: onnx.ModelProto) -> None:
-    output = next(each for each in model.graph.output if each.name.endswith("v_proj.lora_A.weight.gradient"))
-    model.graph.output.remove(output)
-
-
-def of_another_layout(model: onnx.ModelProto) -> None:
-    for value in model.graph.input:
-        if value.name.endswith("lora_A.weight"):
-            value.type.tensor_type.shape.dim[0].dim_value += 1
 
 
 def test_a_training_graph_that_is_altered_or_of_another_layout_or_absent_gets_one_line_or_no_button(

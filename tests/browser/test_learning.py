@@ -33,7 +33,6 @@ from export.onnx.exported import ExportedBase, Profile
 from tests.browser.conftest import IN_BROWSER
 from tests.browser.test_page import IN_USE, ROWS
 from tests.support.bundles import flip, resign_base
-from tests.support.exhaustive import few
 from tests.support.models import LABELS, PHRASES
 from tests.support.nodetab import OPEN, NodeTab
 
@@ -100,7 +99,8 @@ def test_the_gradients_of_a_batch_are_those_of_the_native_device(tab: NodeTab, p
     gradients_as_natively(tab, phone, [*PHRASES, *(f"{text} and {other}" for text in PHRASES for other in PHRASES)])
 
 
-@pytest.mark.parametrize("trainable", few([Profile.FP32, Profile.NATIVE_INT8], Profile.FP32), ids=str, indirect=True)
+@pytest.mark.exhaustive
+@IN_BOTH
 def test_the_gradients_of_a_batch_on_webgpu_are_those_of_the_native_device(
     page: Any, serve: Callable[[Path], str], phone: Path
 ) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from aggregation import ring
 from aggregation.errors import ConfigError, ProtocolError
@@ -27,17 +26,12 @@ from edgeadapt.rounds import analytic
 from edgeadapt.rounds.analytic import AnalyticTask, ClassifierHead
 from edgeadapt.rounds.sums import Bounds, noisy_spec, noisy_vector
 from tests.aggregation.privacy.test_noise import fits
-from tests.browser.test_aggregation import Drawn, offer_of, run
-from tests.support import programs
+from tests.browser.test_aggregation import Drawn, node, offer_of, run
 from tests.support.fleet import ADAPTER, BASE, session_spec
 
+__all__ = ["node"]
 raw = bytes.fromhex
 VARIANCES = (0.25, 0.7, 9.0, 1000.0 / 3, float(MAX_DEVIATION**2))
-
-
-@pytest.fixture(scope="session")
-def node() -> str:
-    return programs.node()
 
 
 def drawn(mechanism: Mechanism, variance: float, key: bytes) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The generated pages name every command, option and scenario key; the site fetches nothing from another origin."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,8 +13,14 @@ from types import ModuleType
 import click
 import pytest
 
+from client.node import statedir as device
 from client.node.eligibility import EligibilitySettings
 from client.node.policy import PolicySettings
+from coordinator import statedir as coordinator
+from coordinator.backup import BackupManifest
+from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Manifest, VersionManifest
+from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.releases.actions import ActionRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,3 +84,39 @@ def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path: Path)
     for page in pages:
         fetched = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=\"?(https?:[^\s\">]+)", page.read_text())
         assert fetched == [], page.name
+
+
+# The pages on file formats
+
+
+REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
+PAGE = "\n".join((REFERENCE / name).read_text(encoding="utf-8") for name in ("bundle-format.md", "file-formats.md"))
+TABLES: dict[str, type[Manifest]] = {
+    "## Base manifest": BaseManifest,
+    "## Adapter manifest": AdapterManifest,
+    "### Registry": VersionManifest,
+    "### Round record": RoundRecord,
+    "### Action record": ActionRecord,
+    "### Backup of a coordinator": BackupManifest,
+}
+
+
+@pytest.mark.parametrize("heading", TABLES)
+def test_a_manifests_table_has_its_fields_in_order(heading: str) -> None:
+    section = PAGE.partition(f"\n{heading}\n")[2].partition("\n##")[0]
+    rows = re.findall(r"^\| (`.+?`) \| ", section, re.MULTILINE)
+    fields = [field.name for field in dataclasses.fields(TABLES[heading])]  # type: ignore[arg-type]
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == fields
+    assert f"`{TABLES[heading].payload_type()}`" in PAGE
+
+
+@pytest.mark.parametrize(
+    ("heading", "names"),
+    [
+        ("## Coordinator's state directory", [coordinator.KEY, coordinator.PUBLIC_KEY, coordinator.REVOKED]),
+        ("## Device's state directory", [device.SETTINGS, device.STATE, device.LOG_STATE, device.EXAMPLES]),
+    ],
+)
+def test_a_state_directory_has_its_files(heading: str, names: list[str]) -> None:
+    section = PAGE.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
+    assert [name for name in names if name not in section] == []

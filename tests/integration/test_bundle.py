@@ -56,16 +56,6 @@ def test_the_bundles_version_is_the_packages() -> None:
     }
 
 
-def test_a_device_that_only_answers_a_step_does_not_load_torch() -> None:
-    # Flower starts a process for every message.
-    script = "import sys, client.node.app; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=BUNDLE.parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded = set(done.stdout.split())
-    assert "client.node.app" in loaded
-    assert not loaded & {"torch", "transformers", "peft", "coordinator"}
-
-
 def test_a_devices_steps_load_neither_flower_nor_torch() -> None:
     # What carries the bytes is the transport's matter: a light device has no Flower.
     script = "import sys, client.node.step; print(*sys.modules)"

@@ -5,15 +5,19 @@ The apps, the repository of channels and the commands are the real ones. The bas
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from aggregation.errors import ConfigError
 from client.node.privacyledger import PrivacyLedger
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
 from edgeadapt.bases.base import Base
+from edgeadapt.cli import promotion
+from edgeadapt.program import cli
 from edgeadapt.promotion.evaluations import NoVerdictError
 from edgeadapt.promotion.gates import GateError, GateSettings
 from edgeadapt.releases.history import audit_repository
@@ -61,6 +65,23 @@ class Channel(StagedFleet):
         finally:
             self.give_back(elsewhere)
 
+    def watch_during(self, work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """The outcomes that such a machine prints when it goes on, with ``work`` between its first two looks."""
+        done = list[None]()
+
+        def sleep(_: float) -> None:
+            if len(done) == 2:
+                raise KeyboardInterrupt
+            done.append(None if done else work())
+
+        elsewhere = self.keep_only_the_snapshots_key()
+        call = ("release", "watch", self.fleet.out / "coordinator", "stable", "--releases", self.folder, "--json")
+        with monkeypatch.context() as changed:
+            changed.setattr(promotion, "time", SimpleNamespace(sleep=sleep))
+            printed = CliRunner().invoke(cli, [*map(str, call)]).stdout
+        self.give_back(elsewhere)
+        return [json.loads(line)["outcome"] for line in printed.splitlines()]
+
 
 @pytest.fixture
 def channel_of(app_fleet_of: Callable[..., Any], exported: ExportedBase) -> Callable[..., Channel]:
@@ -76,8 +97,10 @@ def channel_of(app_fleet_of: Callable[..., Any], exported: ExportedBase) -> Call
     return make
 
 
-def test_a_bad_canary_is_found_by_sums_and_taken_back_and_a_good_one_stays(channel_of: Callable[..., Channel]) -> None:
-    channel = channel_of(rounds=1, analytic__rounds=1)
+def test_a_bad_canary_is_found_by_sums_and_taken_back_and_a_good_one_stays(
+    channel_of: Callable[..., Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel, compared = channel_of(rounds=1, analytic__rounds=1), list[Any]()
     fleet, folder = channel.fleet, channel.fleet.out / "coordinator"
     fleet.federate(fleet.grid())
     good, before = from_registry(folder, 1, None), fleet.registry().tensors(1)
@@ -128,8 +151,8 @@ def test_a_bad_canary_is_found_by_sums_and_taken_back_and_a_good_one_stays(chann
     channel.promote()
     with refused(NoVerdictError, "evaluation"):  # the one before compared other releases
         channel.verdict()
-    assert channel.watch()["outcome"] == "no verdict"
-    assert channel.compare().version == 3
+    assert channel.watch_during(lambda: compared.append(channel.compare()), monkeypatch) == ["no verdict", "kept"]
+    assert compared[0].version == 3
     judged = json.loads(channel.verdict("--json"))
     assert not judged["worse"]
     assert judged["metrics"]["accuracy_newest"] > 0.7

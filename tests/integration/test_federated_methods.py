@@ -68,9 +68,3 @@ def test_what_is_not_shared_is_trained_on_from_round_to_round(
         assert third.before == second.after
     ends = {files.sha256(parts.after) for parts in kept[-1].values()}
     assert len(ends) == DEVICES
-
-
-def test_methods_that_share_all_parts_keep_none(fleet_of: FleetOf) -> None:
-    fleet = fleet_of(DEVICES, rounds=1)
-    fleet.federate(fleet.grid())
-    assert not private_parts(fleet)

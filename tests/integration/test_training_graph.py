@@ -2,27 +2,34 @@
 
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tomli_w
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
-from client.node.statedir import SETTINGS
+from client.training.engine import language_trainer
+from client.training.examples import Split, in_split, read_examples
+from client.training.trainer import LanguageTrainer
 from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import VerifiedBase
 from edgeadapt.formats.layout import Tensors
 from export.bundle.write import write_bundle
+from export.causal import export_causal
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
 from export.onnx.targets import SlotKind, Slots
+from simulations.engine import provision
+from tests.support.authors import AUTHORS, fleet_of_authors, train_with_bundle
 from tests.support.errors import refused
+from tests.support.models import llama, make_lm, vendor
+
+__all__ = ["llama", "make_lm", "vendor"]  # fixtures
 
 SGD = {
     "training__optimizer": "sgd",
@@ -48,9 +55,7 @@ def give_bundles(fleet: Any, exported: ExportedBase) -> None:
     write_bundle(folder / "bundle", exported, [], key=key)
     (folder / "trust.pem").write_bytes(key.public.to_pem())
     for state_dir in fleet.nodes.values():
-        file = Path(state_dir) / SETTINGS
-        settings = tomllib.loads(file.read_text())
-        file.write_text(tomli_w.dumps(settings | {"base": str(folder / "bundle")}))
+        train_with_bundle(Path(state_dir), folder / "bundle")
 
 
 def last(fleet: Any) -> Any:
@@ -138,3 +143,33 @@ def test_a_devices_app_opens_its_bundle_without_torch(app_fleet_of: Any, exporte
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[1] == fleet.base.digest
+
+
+def test_devices_with_a_bundle_train_a_language_model_with_its_training_graph(
+    tmp_path: Path, llama: Base, one_thread: None, monkeypatch: pytest.MonkeyPatch, vendor: IdentityKey
+) -> None:
+    fleet = fleet_of_authors(tmp_path / "fleet", llama, {"rank": 4})
+    bundle, graph = fleet.out / "shared" / "bundle", list[Path]()
+    exported = export_causal(fleet.base, ("q_proj", "v_proj"), Profile.NATIVE_INT8, training=True)
+    write_bundle(bundle, exported, [], key=vendor)
+    (bundle.parent / "trust.pem").write_bytes(vendor.public.to_pem())
+    light = ("device-01", "device-03")
+    for name in light:
+        train_with_bundle(provision.device_folder(fleet.out, name), bundle)
+    train = LanguageTrainer.train
+
+    def counted(self: LanguageTrainer, *rest: Any, **named: Any) -> Any:
+        if isinstance(self.base, VerifiedBase):
+            graph.append(self.base.folder)
+        return train(self, *rest, **named)
+
+    monkeypatch.setattr(LanguageTrainer, "train", counted)
+    fleet.configure({"rounds": 1})
+    (record,) = fleet.federate(fleet.grid())
+    assert len(record.survivors) == len(AUTHORS)
+    assert graph == [bundle / "base"] * len(light)
+    trainer = language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base))
+    for name in light:
+        held_out = in_split(read_examples(fleet.state_dir(name).examples, 0), Split.VALIDATION)
+        before, after = (trainer.score(fleet.registry().tensors(version), held_out) for version in (0, 1))
+        assert after.loss < before.loss, name

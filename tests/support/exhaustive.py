@@ -27,6 +27,7 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
         *("edgeadapt", "export/bundle", "export/cli"),
     ),
     "tests/benchmarks/test_bench_simulation.py": ("benchmarks/simulation", "simulations/engine"),
+    "tests/export/causal/test_builder.py": EXPORTER,
     "tests/export/causal/test_traced.py": EXPORTER,
     "tests/export/causal/test_training.py": EXPORTER,
     "tests/export/causal/test_vectors.py": EXPORTER,
@@ -47,9 +48,6 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/simulations/engine/test_bases.py": ("edgeadapt/methods", "export", "simulations/engine"),
     "tests/simulations/engine/test_flowerengine.py": ("simulations/engine",),
     "tests/simulations/engine/test_language.py": ("client/training", "edgeadapt/methods", "simulations"),
-    "tests/integration/test_rollback_by_itself.py": (
-        *("client/gateway", "client/updates", "coordinator", "edgeadapt/cli", "edgeadapt/releases"),
-    ),
     "tests/integration/test_methods.py": ("client/training", "edgeadapt/methods", "export/causal", "export/onnx"),
     "tests/properties/test_large_cohorts.py": ("aggregation",),
 }

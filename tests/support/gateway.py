@@ -1,6 +1,5 @@
 """A gateway on this machine's loopback, with real TLS, and the agents of devices in threads."""
 
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,14 +10,14 @@ from typing import Any
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority, certificates
 from aggregation.pki.tls import TlsKey, read_tls_request
+from benchmarks.faults.processes import HOST as HOST
+from benchmarks.faults.processes import free_port as free_port
 from client.gateway.agent import Agent
 from client.node.eligibility import LOOK
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.servertls import ServerTls
 from coordinator.statedir import CoordinatorStateDir
-
-HOST = "127.0.0.1"
 
 
 def authority_of(fleet: Any) -> Authority:
@@ -74,11 +73,3 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     while not condition():
         assert datetime.now(UTC) < end, "not in time"
         pause.wait(0.02)
-
-
-def free_port() -> int:
-    """A port on which nothing listens now."""
-    with socket.socket() as found:
-        found.bind((HOST, 0))
-        port: int = found.getsockname()[1]
-        return port

@@ -4,7 +4,7 @@
 import { AdapterView } from "./adapterview.js";
 import { ChatView } from "./chatview.js";
 import { Client } from "./client.js";
-import { complain, create, element, settle } from "./dom.js";
+import { complain, element, fact, settle } from "./dom.js";
 import { LearnView } from "./learnview.js";
 import { keepCopy } from "./offline.js";
 import { ParticipationView } from "./participationview.js";
@@ -76,12 +76,6 @@ const facts = ({ task, profile, base, runsOn, context }) => [
   ["Runs on", runsOn],
   ...(context ? [["Context", `${context.toLocaleString("en")} tokens`]] : []),
 ];
-
-function fact([term, value]) {
-  const pair = create("div", "");
-  pair.append(create("dt", term), create("dd", value));
-  return pair;
-}
 
 /** Open the served bundle when the page is loaded. */
 async function begin() {

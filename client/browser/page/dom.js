@@ -6,6 +6,20 @@ export const element = (id) => document.getElementById(id);
 export const create = (tag, text, properties = {}) =>
   Object.assign(document.createElement(tag), { textContent: text }, properties);
 
+/** A pair of a list of facts. */
+export function fact([term, value]) {
+  const pair = create("div", "");
+  pair.append(create("dt", term), create("dd", value));
+  return pair;
+}
+
+/** Save a file where the browser saves files. */
+export function save(name, content) {
+  const link = create("a", "", { href: URL.createObjectURL(new Blob([content])), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // when the browser has read it
+}
+
 /**
  * Show an error in the alert `id`. The field that it is about is marked and gets the focus.
  *

@@ -7,12 +7,12 @@
 // onnxruntime-genai reads them on other devices.
 
 import { decode } from "./bytes.js";
-import { chatTemplate } from "./chat.js";
 import { ConfigError, DataError } from "./errors.js";
 import { virtualTokens } from "./graphinputs.js";
 import * as runtime from "./runtime.js";
 import { sample } from "./sampling.js";
 import { GENERATION } from "./trust.js";
+import { Template } from "./vendor/jinja/index.js";
 
 const PROBE = 256; // tokens, of which a shader's ways for short and for long texts are found out
 
@@ -166,4 +166,26 @@ export class Generation {
     );
     return Object.fromEntries(entries);
   }
+}
+
+/**
+ * A function that formats messages, [{ role, content }], by the template in the model's tokenizer_config.json (@huggingface/jinja), up to
+ * where the next answer begins, or with `answer` false up to their end; null without a template.
+ */
+function chatTemplate(config, jinja) {
+  const settings = config ? JSON.parse(decode(config)) : {};
+  const source = jinja ? decode(jinja) : settings.chat_template;
+  if (typeof source !== "string") return null;
+  const token = (value) => (typeof value === "string" ? value : (value?.content ?? ""));
+  const tokens = { bos_token: token(settings.bos_token), eos_token: token(settings.eos_token) };
+  const template = new Template(source);
+  return (messages, answer = true) => {
+    try {
+      return template.render({ ...tokens, messages, add_generation_prompt: answer });
+    } catch (error) {
+      const reason = `the model's chat template does not accept the messages (${error.message})`;
+      const remedy = "start a new conversation without a system prompt, or send plain text";
+      throw new DataError(`${reason}; ${remedy}`, "chat_template");
+    }
+  };
 }

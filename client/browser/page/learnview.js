@@ -1,7 +1,7 @@
 // The part of the page in which a person teaches the right answer to a phrase or a message, takes a lesson back, and saves
 // the private adapter to files.
 
-import { complain, create, element, leftOut, settle, words } from "./dom.js";
+import { complain, create, element, leftOut, save, settle, words } from "./dom.js";
 import { readExamples } from "./examples.js";
 
 const MAX_SHOWN = 60; // characters of a text, as `edgeadapt device learn` prints
@@ -129,11 +129,9 @@ export class LearnView {
   async #save() {
     const { name } = this.#inUse;
     const { manifest, blob, pem } = await this.client.exported(name);
-    for (const [file, bytes] of [[`${name}.json`, manifest], [`${name}.onnx_adapter`, blob], [`${name}.pem`, pem]]) {
-      const link = create("a", "", { href: URL.createObjectURL(new Blob([bytes])), download: file });
-      link.click();
-      setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // when the browser has read it
-    }
+    save(`${name}.json`, manifest);
+    save(`${name}.onnx_adapter`, blob);
+    save(`${name}.pem`, pem);
     this.#result(`Saved: ${name}.json, ${name}.onnx_adapter and ${name}.pem, the key that signed them.`, []);
   }
 

@@ -1,6 +1,6 @@
 // The part of the page in which this browser enrols as a device, takes part in rounds, and says what became of them.
 
-import { complain, create, element, settle } from "./dom.js";
+import { complain, create, element, fact, save, settle } from "./dom.js";
 import { readExamples } from "./examples.js";
 
 const LIMITS = ["minimum_cohort", "minimum_survivors", "minimum_noise_multiplier", "maximum_epsilon"];
@@ -156,10 +156,7 @@ export class ParticipationView {
   }
 
   #saveRequest() {
-    const { device, request } = this.#known;
-    const link = create("a", "", { href: URL.createObjectURL(new Blob([request])), download: `${device}.csr` });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // when the browser has read it
+    save(`${this.#known.device}.csr`, this.#known.request);
   }
 
   async #forget() {
@@ -206,12 +203,6 @@ const text = async (id) => element(id).files[0]?.text();
 function spentOf({ epsilon, delta, noisy, bare }) {
   const hidden = `epsilon ${epsilon.toFixed(2)} for delta ${delta} by ${noisy} contributions with noise`;
   return bare ? `${hidden}; ${bare} without noise, which nothing bounds` : hidden;
-}
-
-function fact([term, value]) {
-  const pair = create("div", "");
-  pair.append(create("dt", term), create("dd", value));
-  return pair;
 }
 
 function row({ at, round, version, outcome }) {

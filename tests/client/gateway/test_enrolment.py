@@ -28,7 +28,7 @@ from client.gateway import enrolment as device_side
 from client.gateway.agent import Agent
 from client.gateway.enrolment import Renewal, enrol_with, renew, validity
 from client.node.statedir import AGENT_LOCK, CERTIFICATE, DeviceSettings, DeviceStateDir
-from coordinator.gateway.enrolment import ATTEMPTS, EnrolmentServer, EnrolmentService
+from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
 from coordinator.gateway.server import Gateway
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.authority.store import utc_now
@@ -369,16 +369,6 @@ def test_a_revoked_device_is_refused_keeps_what_it_has_and_asks_again_after_a_pa
     assert "was revoked: enrol this device again, with a token" in line
     assert "\n" not in line
     assert (files(state_dir.folder), site.issued()) == (kept, issued)
-
-
-def test_a_device_that_renews_without_end_has_to_wait(site: Site) -> None:
-    state_dir = site.enrolled()
-    for _ in range(ATTEMPTS):
-        renew(state_dir, site.address)
-    with refused(EdgeAdaptError, "renewal") as caught:
-        renew(state_dir, site.address)
-    assert "too many calls" in str(caught.value)
-    assert site.issued() == 2
 
 
 def test_a_flood_of_enrolments_keeps_no_device_from_renewing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

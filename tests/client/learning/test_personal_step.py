@@ -4,14 +4,12 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 
-from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.learning import Learner
 from client.learning.learner import LEARNED
@@ -22,7 +20,6 @@ from edgeadapt.formats import storage
 from edgeadapt.formats.bundle import BASE, PHRASES, adapter_names, adapter_path
 from export.onnx.exported import ExportedBase
 from tests.client.learning.test_learner import OTHERS, TAUGHT, answer, drawn, phone, run, teach, trainable
-from tests.support.blocked import without_torch
 from tests.support.bundles import resign_base, stated
 from tests.support.errors import refused
 from tests.support.models import LABELS
@@ -153,15 +150,6 @@ def test_an_option_that_is_no_finite_number_of_its_range_is_refused(phone: Path,
     assert adapter_names(phone) == ["global"]
 
 
-def test_two_trainings_at_once_are_refused(phone: Path) -> None:
-    path = examples(phone.parent)
-    with Learner.open(phone):
-        done = personalized(phone, path)
-    assert done.exit_code == 1
-    assert isinstance(done.exception, ConfigError)
-    assert personalized(phone, path).exit_code == 0
-
-
 def test_a_full_disk_while_a_training_is_kept_leaves_the_adapter_in_use(
     phone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,30 +164,6 @@ def test_a_full_disk_while_a_training_is_kept_leaves_the_adapter_in_use(
         with pytest.raises(OSError, match=r"No space"):
             learner.personalize(path, PersonalStep(30, 16.0), 0.02)
     assert files(phone) == before
-
-
-def test_the_personal_step_needs_no_torch(phone: Path) -> None:
-    environment = without_torch(phone.parent / "site") | {"PATH": os.environ["PATH"]}
-    command = [sys.executable, "-m", "edgeadapt", "device", "personalize", "--bundle", str(phone)]
-    options = [
-        "--epochs",
-        "30",
-        "--learning-rate",
-        "0.02",
-        "--seconds",
-        "600",
-        "--patience",
-        "9",
-        "--duty-cycle",
-        "0.9",
-    ]
-    environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).resolve().parents[3])
-    done = subprocess.run(
-        [*command, *options, str(examples(phone.parent))], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("personal version 4 is in use; 5 examples")
-    assert "personalize" in (phone.parent / "site" / "started").read_text()
 
 
 def with_phrases(phone: Path, trainable: ExportedBase, vendor: IdentityKey, content: bytes) -> None:

@@ -1,7 +1,10 @@
 """Failures of the registry's disk and database: each is an error of one line, and nothing that was stored is lost."""
 
 import os
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,3 +258,58 @@ def test_a_database_password_appears_in_no_message(tmp_path: Path) -> None:
     with refused(EdgeAdaptError, "database") as caught, database.explained(engine):
         raise OperationalError("SELECT 1", None, sqlite3.OperationalError("gone"))
     assert "hunter2" not in str(caught.value)
+
+
+# A kill in a loop of commits
+
+
+ROOT = Path(__file__).resolve().parents[3]
+LOOP = """
+import sys
+
+from aggregation.pki.identity import IdentityKey
+from coordinator.registry import Registry
+from tests.support.registry import Rounds
+
+folder, pem = sys.argv[1:]
+rounds = Rounds(IdentityKey.from_pem(pem.encode()))
+registry = Registry.open(f"sqlite:///{folder}/registry.db", f"{folder}/blobs", [rounds.key.public])
+if registry.latest() is None:
+    rounds.seed(registry)
+number = len(registry.rounds())
+while True:
+    number += 1
+    rounds.commit(registry, number)
+    print(number, flush=True)
+"""
+
+
+def test_a_kill_in_a_loop_of_commits_loses_at_most_the_round_under_way(
+    reopen: Callable[[], Registry], rounds: Any, tmp_path: Path
+) -> None:
+    confirmed = 0
+    for _ in range(2):  # the second process goes on from what the killed one left
+        confirmed = _run_and_kill(tmp_path, rounds, confirmed + 3)
+        registry = reopen()
+        done = len(registry.rounds())
+        assert confirmed <= done <= confirmed + 1
+        assert registry.rounds() == tuple(rounds.record(n) for n in range(1, done + 1))
+        assert [version.manifest for version in registry.versions()] == [rounds.manifest(n) for n in range(done + 1)]
+        for number in range(done + 1):
+            assert registry.blob(number) == rounds.blob(number)
+        assert (registry.optimizer_state()["first"] == done).all()
+        registry.close()
+
+
+def _run_and_kill(folder: Path, rounds: Any, until: int) -> int:
+    """Kill the loop once it confirmed round ``until``; the last round that it confirmed."""
+    command = [sys.executable, "-c", LOOP, str(folder), rounds.key.to_pem().decode()]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) >= until:
+                break
+        os.kill(process.pid, signal.SIGKILL)
+        last = [int(line), *map(int, process.stdout.read().split())][-1]
+    assert process.returncode == -signal.SIGKILL
+    return last

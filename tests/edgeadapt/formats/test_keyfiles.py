@@ -29,12 +29,16 @@ def test_a_key_is_never_replaced(tmp_path: Path, existing: str) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {existing: b"old"}
 
 
-def test_a_full_disk_leaves_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("full", ["vendor.pem", "vendor.pub.pem"])
+def test_a_full_disk_leaves_no_key_and_the_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    def sync(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").resolve().name == full:
+            raise OSError(28, "No space left on device")  # as a write does, which has no name
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match=rf"No space left.*/{full}"):
         make_key(tmp_path / "vendor.pem", SystemEntropy())
     assert list(tmp_path.iterdir()) == []
 

@@ -1,5 +1,6 @@
 """What each number format of an adapter file keeps, and that a file of another form is refused."""
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from aggregation.errors import DataError
+from edgeadapt.formats import container
 from edgeadapt.formats.graphinputs import VECTORS, VIRTUAL
-from edgeadapt.formats.int4 import BLOCK
-from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.int4 import BLOCK, LARGEST, pack, scale_shape, unpack
+from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import Format
 from edgeadapt.formats.quantization import SCALE, quantize, restore
 from tests.support import refused
+from tests.support.limits import limited
 
 A, B, HEAD, BIAS = "x.query.lora_A.weight", "x.query.lora_B.weight", "head.weight", "head.bias"
 FORMATS: list[Format] = ["fp32", "fp16", "int8", "int4"]
@@ -120,3 +123,115 @@ def test_too_large_for_a_format_is_refused(form: Format, value: float) -> None:
 def test_what_is_not_finite_is_not_stored(bad: float) -> None:
     with refused(DataError, BIAS):
         quantize(inputs() | {BIAS: np.array([0, bad, 0], dtype=np.float32)}, "int8")
+
+
+# Four bits
+
+
+def test_a_block_whose_numbers_are_codes_is_stored_exactly() -> None:
+    value = (np.arange(BLOCK, dtype=np.float32) % 16 - 8)[None] * np.float32(0.25)
+    codes, scales = pack(value)
+    np.testing.assert_array_equal(unpack(codes, scales), value)
+
+
+def test_the_low_half_of_a_byte_holds_the_first_of_its_two_numbers() -> None:
+    """The known answer that other readers are held to."""
+    codes = np.array([[0x80, 0x9F, 0x17]], np.uint8)
+    found = unpack(codes, np.array([[0.5]], np.float16))
+    np.testing.assert_array_equal(found, [[-4.0, 0.0, 3.5, 0.5, -0.5, -3.5]])
+
+
+def test_the_side_with_the_longer_range_is_where_the_largest_number_is() -> None:
+    value = np.zeros((2, BLOCK), np.float32)
+    value[:, 0], value[:, 1] = (8.0, -8.0), (-7.0, 7.0)
+    codes, scales = pack(value)
+    assert [float(scale) for scale in scales[:, 0]] == [-1.0, 1.0]
+    np.testing.assert_array_equal(unpack(codes, scales), value)
+
+
+@pytest.mark.parametrize("width", [2, 30, 32, 34, 96])
+def test_any_even_width_comes_back_with_its_shape(width: int) -> None:
+    value = np.random.default_rng(width).standard_normal((2, 3, width), dtype=np.float32)
+    codes, scales = pack(value)
+    assert codes.shape == (2, 3, width // 2)
+    assert scales.shape == scale_shape(codes) == (2, 3, -(-width // BLOCK))
+    assert np.abs(unpack(codes, scales) - value).max() < 0.5
+
+
+def test_a_short_last_block_is_not_disturbed_by_what_fills_it_up() -> None:
+    value = np.random.default_rng(1).standard_normal((4, BLOCK + 8), dtype=np.float32)
+    alone = unpack(*pack(value[:, BLOCK:]))
+    np.testing.assert_array_equal(unpack(*pack(value))[:, BLOCK:], alone)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [LARGEST, 1e-7, 1e-45])
+def test_the_largest_and_the_smallest_numbers_are_packed_without_a_warning(size: float) -> None:
+    value = np.full((1, BLOCK), size * 1.49 / 7, np.float32)
+    value[0, 0] = size
+    found = unpack(*pack(value))
+    assert np.sqrt(((found - value).astype(np.float64) ** 2).mean()) <= size / 14 * 1.01 + 8 * 2.0**-25
+
+
+def _error(found: Floats, value: Floats) -> float:
+    return float(np.sqrt(((found - value) ** 2).sum() / (value**2).sum()))
+
+
+def _rounded(value: Floats, steps: int) -> Floats:
+    blocks = value.reshape(-1, BLOCK)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / steps
+    rounded: Floats = np.rint(blocks / scale) * scale
+    return rounded.reshape(value.shape)
+
+
+def test_the_search_saves_a_tenth_of_the_error_of_rounding_but_makes_no_bits() -> None:
+    value = np.random.default_rng(2).standard_normal((64, 576), dtype=np.float32)
+    found, plain = _error(unpack(*pack(value)), value), _error(_rounded(value, 7), value)
+    assert found < 0.9 * plain
+    assert found > _error(
+        _rounded(value, 15), value
+    )  # five bits: below it, the test would be measuring the wrong thing
+
+
+# The container of an adapter file
+
+
+def test_unpacked_tensors_own_their_memory() -> None:
+    stored = {"w": np.arange(6, dtype=np.int8).reshape(2, 3), "w#scale": np.ones((2, 1), np.float32)}
+    unpacked = container.unpack(container.pack(stored))
+    assert all(value.flags.owndata for value in unpacked.values())  # a view of freed memory would change later
+    for name, value in stored.items():
+        np.testing.assert_array_equal(unpacked[name], value)
+
+
+def test_a_shape_that_no_memory_has_is_refused() -> None:
+    """tests/vectors/test_bundle.py tries the other ways in which a signer can damage a file."""
+    blob = container.pack({"e": np.zeros((5, 0), np.float32)})
+    dimension, too_large = struct.pack("<q", 5), struct.pack("<q", 2**61)
+    assert blob.count(dimension) == 1
+    with refused(DataError, ".onnx_adapter"):
+        container.unpack(blob.replace(dimension, too_large))
+
+
+def shared(size: int, others: int) -> bytes:
+    """A file of which ``others`` tensors refer to the shape and the bytes of one of ``size`` numbers."""
+    one = container.pack({f"t{n:04}": np.zeros(1 if n else size, np.int8) for n in range(others + 1)})
+    blob = bytearray(one)
+    root = container._fields(one, container._number(one, "<I", 0))
+    places = container._elements(one, root(container.PARAMETERS), 4)
+    first, *rest = (container._fields(one, at + container._number(one, "<I", at)) for at in places)
+    for fields in rest:
+        for field in (container.DIMENSIONS, container.RAW_DATA):
+            origin, place = first(field), fields(field)
+            assert origin is not None
+            assert place is not None
+            struct.pack_into("<I", blob, place, origin + container._number(one, "<I", origin) - place)
+    return bytes(blob)
+
+
+def test_tensors_that_share_their_bytes_are_refused_before_they_are_copied() -> None:
+    """300 kB would be 200 MB."""
+    blob = shared(200_000, 1000)
+    assert len(blob) < 300_000
+    with limited(5, 2**26), refused(DataError, ".onnx_adapter"):
+        container.unpack(blob)

@@ -8,18 +8,33 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import LlamaConfig
 
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
+from edgeadapt.bases.base import Base
 from edgeadapt.formats.files import sha256
+from edgeadapt.formats.graphinputs import check_slots, to_inputs
 from edgeadapt.formats.layout import Layout
-from edgeadapt.formats.manifest import AdapterManifest, BaseManifest
+from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Format
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.methods.classifier import build, tensors
+from edgeadapt.methods.peft.inputs import AdapterInputs
+from export.bundle.adapter import completed, decode, encode
+from export.bundle.base import usual_task, wanted
+from export.bundle.sources import Origin
 from export.bundle.write import AdapterSource, add_adapter, copy_bundle, write_bundle
 from export.onnx.exported import ExportedBase
 from export.onnx.peftmodel import find_adapter_inputs
+from export.onnx.targets import Slots
+from export.parity.compare import OnnxRunner
 from tests.support import refused
 
 Source = Callable[..., AdapterSource]
@@ -213,3 +228,92 @@ def test_a_head_of_one_row_is_refused(
     with refused(DataError, "head"):
         add_adapter(bundle, exported.adapter_inputs, replace(one, tensors=head, labels=one.labels[:1]), key=vendor)
     assert contents(bundle) == before
+
+
+# Adapter files
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("fp32", 0.0), ("fp16", 2**-10), ("int8", 1 / 127), ("int4", 1 / 7)])
+def test_a_file_holds_the_tensors_to_the_precision_of_its_format(
+    model: PeftModel, exported: ExportedBase, form: Format, tolerance: float
+) -> None:
+    blob, values = encode(tensors(model), exported.adapter_inputs, form), tensors(model)
+    assert encode(dict(reversed(values.items())), exported.adapter_inputs, form) == blob
+    found = decode(blob, form)
+    for name, value in to_inputs(tensors(model), exported.adapter_inputs.scaling).items():
+        assert np.abs(found[name] - value).max() <= tolerance * np.abs(value).max()
+
+
+def test_a_missing_and_an_unknown_tensor_are_refused(model: PeftModel, exported: ExportedBase) -> None:
+    values = tensors(model)
+    first = next(iter(values))
+    with refused(DataError, first.removeprefix("base_model.model.")):
+        encode({name: value for name, value in values.items() if name != first}, exported.adapter_inputs)
+    with refused(DataError, "extra"):
+        encode(values | {"extra": np.ones(1, np.float32)}, exported.adapter_inputs)
+
+
+def test_nan_is_not_exported(model: PeftModel, exported: ExportedBase) -> None:
+    values = tensors(model)
+    first = next(iter(values))
+    values[first][0, 0] = np.nan
+    with refused(DataError, first.removeprefix("base_model.model.")):
+        encode(values, exported.adapter_inputs)
+
+
+@pytest.mark.parametrize("form", ["fp32", "int4"])
+def test_layers_that_an_adapter_does_not_adapt_get_an_empty_pair(
+    model: PeftModel, exported: ExportedBase, form: Format
+) -> None:
+    method = PeftConfig("LORA", 4, 8, ("query",))
+    values = {name: value for name, value in tensors(model).items() if ".value." not in name}
+    full, found = completed(values, AdapterInputs.of_tensors(method, values), exported.manifest.slots)
+    inputs = decode(encode(full, found, form), form)
+    assert check_slots(inputs, exported.manifest.slots)["labels"] == 4
+    assert {value.size for name, value in inputs.items() if ".value." in name} == {0}
+    loaded = tensors(model) | {
+        name: np.zeros_like(value) for name, value in tensors(model).items() if ".value." in name
+    }
+    expected, answer = (
+        OnnxRunner.open(exported.folder, exported.manifest).classify(["lock the door"], x)
+        for x in (decode(encode(loaded, exported.adapter_inputs, form), form), inputs)
+    )
+    np.testing.assert_allclose(answer, expected, atol=1e-6)
+
+
+# The task of a base
+
+
+@pytest.mark.parametrize(
+    ("architectures", "task"),
+    [
+        (["LlamaForCausalLM"], "text-generation"),
+        (["GPT2LMHeadModel"], "text-generation"),
+        (["BertModel"], "text-classification"),
+        (["BertForMaskedLM"], "text-classification"),
+        (None, "text-classification"),
+    ],
+)
+def test_a_base_states_its_usual_task(tmp_path: Path, architectures: Any, task: str) -> None:
+    assert usual_task(_stating(tmp_path, architectures)) == task
+
+
+@pytest.mark.parametrize("architectures", [["BertForTokenClassification"], ["T5ForConditionalGeneration"]])
+def test_a_task_that_devices_do_not_run_is_refused(tmp_path: Path, architectures: list[str]) -> None:
+    with refused(ConfigError, "architectures", value=architectures[0]):
+        usual_task(_stating(tmp_path, architectures))
+
+
+def test_an_adapter_of_the_last_layer_alone_gets_a_base_that_trains_from_states(tiny_base: Base) -> None:
+    config = PeftConfig.lora(2, 4, ("layer.1.output.dense",))
+    made = tensors(build(tiny_base, 2, config))
+    origin = Origin(config, ("a", "b"), 1, "c" * 64, None, None, "text-classification", made)
+    assert wanted(tiny_base, origin).slots.first == 1
+    assert wanted(tiny_base, origin, slots=Slots(("query",))).slots.first == 0
+
+
+def _stating(folder: Path, architectures: Any) -> Base:
+    save_file({f"layer.{number}": torch.zeros(1) for number in range(40)}, folder / "model.safetensors")
+    config = LlamaConfig(num_hidden_layers=2).to_dict() | {"architectures": architectures}
+    (folder / "config.json").write_text(json.dumps(config))
+    return Base(folder, "0" * 64)

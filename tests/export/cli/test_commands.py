@@ -2,6 +2,10 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +28,14 @@ from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.manifest import AdapterManifest, VersionManifest
 from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.workfolder import HIDDEN
 from edgeadapt.methods.classifier import PhraseClassifier, load, tensors
+from edgeadapt.program import TERMINATED
 from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support.bundles import flip
 from tests.support.registry import commit
+from tests.support.traces import ROOT
 
 LABELS = ("Light", "Lock", "Music", "Timer")
 TEXTS = ("turn on the kitchen lights", "lock the door", "play music", "set a timer for ten minutes", "unlock")
@@ -102,21 +109,6 @@ def test_a_key_is_private_and_its_public_half_is_in_the_same_folder(export: Run,
     assert (tmp_path / "vendor.pem").stat().st_mode & 0o777 == 0o600
     assert done.json()["id"] == key.public.key_id
     assert key.raw.hex() not in done.out + done.err
-
-
-@pytest.mark.parametrize("full", ["vendor.pem", "vendor.pub.pem"])
-def test_a_full_disk_leaves_no_part_of_a_key_pair(
-    export: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
-) -> None:
-    def sync(handle: int) -> None:
-        if Path(f"/proc/self/fd/{handle}").resolve().name == full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does, which has no name
-
-    monkeypatch.setattr(os, "fsync", sync)
-    done = export("key", tmp_path / "vendor.pem")
-    assert (done.code, done.out) == (1, "")
-    assert done.err == f"edgeadapt: No space left on device: {tmp_path / full}\n"
-    assert everything(tmp_path) == {}
 
 
 def test_a_full_disk_leaves_no_peft_folder_and_the_line_names_the_file(
@@ -363,3 +355,34 @@ def test_a_file_without_texts_is_refused(export: Run, shop: Path, tiny_base: Bas
     command = ("check", "--bundle", shop / "bundle", "--base", tiny_base.folder, "--registry", shop / "fleet")
     export(*command, "--texts", shop / "bad").refused(5, "bad")
     export(*command, "--texts", shop / "nowhere").refused(2, "nowhere")
+
+
+# An export that is ended
+
+
+@pytest.mark.slow
+def test_an_export_that_is_terminated_leaves_nothing_and_the_next_one_deletes_what_a_killed_one_left(
+    export: Callable[..., Any], key: Path, tiny_base: Base, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    command = ("make", "--base", str(tiny_base.folder), "--bundle", str(out), "--key", str(key))
+
+    def ended(by: signal.Signals) -> int:
+        """The exit code of an export that gets a signal while it writes its files."""
+        program = [sys.executable, "-m", "tests.support.traces", "bundle", *command]
+        with subprocess.Popen(program, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+            while not list(tmp_path.glob(f"{HIDDEN}*/content/*")):
+                assert process.poll() is None, "it ended before it could be killed"
+                time.sleep(0.002)
+            process.send_signal(by)
+        return process.returncode
+
+    before = set(tmp_path.iterdir())
+    assert ended(signal.SIGTERM) == TERMINATED
+    assert set(tmp_path.iterdir()) == before
+    assert ended(signal.SIGKILL) == -signal.SIGKILL
+    assert list(tmp_path.glob(f"{HIDDEN}*/content/*"))
+    assert not out.exists()
+    assert export(*command).code == 0
+    assert list(tmp_path.glob(f"{HIDDEN}*")) == []
+    assert out.is_dir()

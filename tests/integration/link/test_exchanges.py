@@ -10,10 +10,12 @@ from flwr.app import Message
 
 from aggregation.steps import Step
 from client.node.statedir import SETTINGS
-from coordinator.app import run
+from coordinator.app import joined, run
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import LAST_POLL
+from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from tests.support.flowerlink import living
+from tests.support.gateway import HOST, attending, authority_of, free_port, server_tls, wait_until
 
 FleetOf = Callable[..., Any]
 FLOWERS_SLEEP = 3.0  # seconds between two looks of the SuperLink's grid in ``send_and_receive``
@@ -63,3 +65,25 @@ def test_a_round_takes_three_exchanges_or_two_and_no_other_wait(
     rounds = [(number, step.message_type) for number in ("1", "2", "3") for step in steps]
     assert counted.exchanges == made + rounds
     assert max(counted.idle[1:]) < FLOWERS_SLEEP - LAST_POLL
+
+
+# SuperNodes and light devices
+
+
+def test_supernodes_and_light_devices_make_rounds_together(fleet_of: Callable[..., Any], link: Any) -> None:
+    fleet, port = fleet_of(5, rounds=2), free_port()
+    tls, folder = server_tls(authority_of(fleet)), fleet.out / "coordinator"
+    (folder / TLS_KEY).write_bytes(tls.key)
+    (folder / TLS_CERTIFICATE).write_bytes(tls.certificate)
+    everyone = [Path(state_dir) for state_dir in fleet.nodes.values()]
+    state_dir = CoordinatorStateDir.open(folder)
+    with (
+        living(link, map(str, everyone[:3])),
+        joined(link.grid, state_dir, f"{HOST}:{port}") as grid,
+        attending(port, everyone[3:]),
+    ):
+        wait_until(lambda: len([*grid.get_node_ids()]) == 5)
+        records = list(run(state_dir, grid))
+    state_dir.registry.close()
+    names = tuple(path.name for path in everyone)
+    assert [(record.survivors, record.dropped) for record in records] == [(names, {}), (names, {})]

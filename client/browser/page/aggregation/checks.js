@@ -4,10 +4,9 @@
 
 import { equal, hex } from "../bytes.js";
 import { ConfigError, ProtocolError, TrustError } from "../errors.js";
-import { requireMinimum } from "./groups.js";
 import { requirePublicKey } from "./masks.js";
 import { Advert, COORDINATOR, ConsistencySignature, Plan, Roster, Survivors, openVerified, unverifiedBody, verify } from "./messages.js";
-import { Session } from "./session.js";
+import { Session, requireMinimum } from "./session.js";
 import { quorumOf } from "./spec.js";
 import { ascending } from "./wire.js";
 

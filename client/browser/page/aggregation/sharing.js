@@ -1,9 +1,15 @@
 // Encrypted shares, as aggregation/sharing.py: a dealer's secrets, shared among its neighbors, encrypted for each holder.
 
-import { concat, digest, encode as utf8, equal } from "../bytes.js";
+import { concat, digest, encode as utf8, equal, hex, unhex } from "../bytes.js";
+import { ConfigError } from "../errors.js";
 import { derive, sharedSecret } from "./masks.js";
 import { AEAD_TAG, SHARE } from "./messages.js";
-import { split } from "./shamir.js";
+
+const PRIME = 2n ** 256n + 297n;
+const DRAW = 48; // bytes: reduced mod p, 384 bits are uniform to within a distance of 2^-127
+
+const whole = (bytes) => BigInt(`0x${hex(bytes)}`);
+const share = (value) => unhex(value.toString(16).padStart(2 * SHARE, "0"));
 
 /**
  * Share the secrets of every round, [{ maskKey, seed }] of 32 bytes each, among the dealer and its neighbors.
@@ -58,4 +64,21 @@ const shareDigest = async (share) => (await digest(concat(utf8("edgeadapt/share/
 async function keyOf(session, shareKey, peer, dealer, holder) {
   const secret = await sharedSecret(shareKey, peer.shareKey);
   return derive(secret, "AES-GCM", utf8("edgeadapt/share-encryption/1"), session.context, utf8(dealer), utf8(holder));
+}
+
+// The dealer's half of Shamir's secret sharing over the integers modulo 2^256 + 297, as aggregation/shamir.py.
+
+/**
+ * One share of 33 bytes of `secret` (32 bytes) for each of `points`, distinct positive numbers; any `threshold` of them
+ * reconstruct it. `entropy` draws the coefficients, the highest power first.
+ */
+async function split(secret, threshold, points, entropy) {
+  if (secret.length !== 32 || threshold < 1 || threshold > new Set(points).size || Math.min(...points) < 1) {
+    throw new ConfigError(`cannot share ${secret.length} bytes among ${points.length} points`, "shamir.split");
+  }
+  const drawn = await entropy(DRAW * (threshold - 1));
+  const coefficients = Array.from({ length: threshold - 1 }, (_, i) => whole(drawn.subarray(DRAW * i, DRAW * (i + 1))) % PRIME);
+  drawn.fill(0);
+  coefficients.push(whole(secret));
+  return points.map((x) => share(coefficients.reduce((value, next) => (value * BigInt(x) + next) % PRIME, 0n)));
 }

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import AdaLoraConfig, HRAConfig, LoraConfig, PeftModel, get_peft_model, load_peft_weights
+from peft import AdaLoraConfig, HRAConfig, LoraConfig, PeftModel, PeftType, get_peft_model, load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
@@ -24,14 +25,12 @@ from edgeadapt.formats.graphinputs import PREFIX, from_inputs, to_inputs
 from edgeadapt.formats.manifest import Format
 from edgeadapt.formats.peftconfig import PeftConfig, require_trainable
 from edgeadapt.methods.classifier import PhraseClassifier, load, tensors
-from edgeadapt.methods.peft.config import config_of
+from edgeadapt.methods.peft.config import HARMLESS, MERGED, config_of
 from edgeadapt.methods.peft.folder import CONFIG, WEIGHTS, read_peft, to_peft
 from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.adapter import decode, encode
-from export.onnx.classifier import export_classifier
-from export.onnx.exported import ExportedBase, Profile
+from export.onnx.exported import ExportedBase
 from export.onnx.peftmodel import find_adapter_inputs
-from export.parity.compare import OnnxRunner, compare
 from tests.support import refused
 
 IDS = torch.tensor([[1, 5, 9, 3, 7], [2, 2, 4, 8, 6]])
@@ -173,18 +172,6 @@ def test_an_adapter_file_opens_in_peft_with_its_scaling_unfolded(
     with torch.no_grad():
         difference = reopened(IDS, mask) - model(IDS, mask)
     assert difference.abs().max() < 20 * tolerance
-
-
-def test_a_peft_folder_gives_torchs_answers_in_the_exported_graph(tmp_path: Path, tiny_base: Base) -> None:
-    patterns = {"rank_pattern": {r"layer\.0.*query": 2}, "alpha_pattern": {r"layer\.1.*value": 32}}
-    names = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
-    model = get_peft_model(classifier(tiny_base), LoraConfig(r=4, lora_alpha=8, use_rslora=True, **names, **patterns))
-    filled(model).save_pretrained(tmp_path)
-    read = read_peft(tmp_path)
-    inputs = decode(encode(read.tensors, AdapterInputs.of_tensors(read.peft_config, read.tensors), "fp32"), "fp32")
-    exported = export_classifier(model, tiny_base, Profile.FP32)
-    runner = OnnxRunner.open(exported.folder, exported.manifest)
-    assert compare(model, runner, inputs, TEXTS).max_abs_diff < 1e-5
 
 
 def test_the_ranks_that_adalora_allocated_come_back(tmp_path: Path) -> None:
@@ -444,3 +431,52 @@ def test_unfolding_the_scaling_inverts_folding_it(model: PeftModel) -> None:
 def _configure(folder: Path, changes: dict[str, Any]) -> None:
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | changes))
+
+
+# The page of methods
+
+
+PAGE = Path("docs/reference/methods.md").read_text()
+READ, REFUSED = (
+    set(re.findall("`([A-Z_0-9]+)`", "".join(re.findall(r"^\| (`[^|]+)\|", section, re.M))))
+    for section in PAGE.partition("## Methods")[2].split("## Refused")
+)
+RANKS: dict[str, dict[str, int]] = {  # of the methods that need one
+    "LORA": {"r": 4, "lora_alpha": 8},
+    "ADALORA": {"init_r": 4, "lora_alpha": 8},
+    "LOHA": {"r": 4, "alpha": 8},
+    "VERA": {"r": 4},
+}
+
+
+def test_the_page_says_which_types_can_be_merged() -> None:
+    _, _, section = PAGE.partition("## Refused")
+    rows = re.findall(r"^\| (`[^|]+)\|[^|]*\| (yes|no) \|$", section, re.M)
+    merged = {name for names, said in rows if said == "yes" for name in re.findall("`([A-Z_0-9]+)`", names)}
+    assert {name for names, _ in rows for name in re.findall("`([A-Z_0-9]+)`", names)} == REFUSED
+    with_slots = re.findall("`([A-Z_0-9]+)`", section.partition("The types ")[2].partition("merged too")[0])
+    assert merged == MERGED - HARMLESS.keys()
+    assert set(with_slots) == MERGED & HARMLESS.keys()
+
+
+def test_the_tables_have_every_type_once() -> None:
+    assert READ.isdisjoint(REFUSED)
+    assert {kind.value for kind in PeftType} == READ | REFUSED
+
+
+@pytest.mark.parametrize("kind", sorted(kind.value for kind in PeftType))
+def test_a_type_is_read_or_refused_as_the_page_says(kind: str) -> None:
+    settings = {"peft_type": kind, "target_modules": ["query"]} | RANKS.get(kind, {})
+    if kind in READ:
+        assert config_of(settings).peft_type == kind
+    else:
+        with refused(ConfigError, "peft_type", value=kind) as caught:
+            config_of(settings)
+        assert ("'edgeadapt base merge'" in str(caught.value)) == (kind in MERGED)
+
+
+@pytest.mark.parametrize("kind", [None, 3, [], {}, "lora", "LORA ", "NEW"])
+def test_a_type_that_peft_does_not_have_is_refused(kind: object) -> None:
+    with pytest.raises((ConfigError, DataError)) as caught:
+        config_of({"peft_type": kind})
+    assert "\n" not in str(caught.value)
