@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base, find_base
+from edgeadapt.bases.classifiergraph import open_session
+from edgeadapt.formats.bundle import MODEL
 from edgeadapt.formats.graphinputs import to_inputs
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.classifier import build, load, tensors
@@ -78,7 +80,7 @@ def make_family(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Ma
 
 
 def answers(exported: ExportedBase, ids: np.ndarray, mask: np.ndarray, inputs: Any) -> np.ndarray:
-    session = OnnxRunner.open(exported.folder, exported.manifest).session
+    session = open_session((exported.folder / MODEL).read_bytes(), exported.folder, exported.manifest.slots)
     found: np.ndarray = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, **inputs})[0]
     return found
 
