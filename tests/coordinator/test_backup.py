@@ -288,7 +288,10 @@ def test_a_standby_without_keys_gets_them_in_another_way(leader: Path, tmp_path:
     assert not (tmp_path / "standby" / TLS_KEY).exists()
 
 
-def test_a_registry_that_no_other_machine_reaches_gets_no_standby(leader: Path, fleet: Path, tmp_path: Path) -> None:
+def test_a_registry_that_no_other_machine_reaches_gets_no_standby(
+    leader: Path, fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some are folders there
     archive, stores = tmp_path / "standby.tar", RegistrySettings.of(leader)
     refusal(ConfigError, REGISTRY, "backup", fleet, "--out", archive, "--standby", "--keys")
     for blobs in ("", "shared", "s3", "file://shared", "memory://shared", "local://shared", "file:///shared"):
