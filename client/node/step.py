@@ -176,7 +176,8 @@ def _transition(
         device.policy.check_revocations(device.root.revoked, now)
         after, answer = client.join(device, body, SystemEntropy(), now)
         trained = state_dir.load(TaskLabels)
-        log_state = _after_offer(device, log_state, fields, after, trained is None or trained.base != base.digest)
+        last = trained.base if trained else state_dir.base().digest
+        log_state = _after_offer(device, log_state, fields, after, last != base.digest)
         _take_snapshot(state_dir, device.public_key(after.share_key))
     elif step is Step.ROSTER and isinstance(state, Advertised):
         after, answer = state.on_roster(device, body, _dealing(state, body))

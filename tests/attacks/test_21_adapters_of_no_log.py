@@ -24,6 +24,8 @@ from aggregation.transcript import AdapterId, LogState, Transcript, logstate
 from client.node import adapterstate
 from client.node.adapterstate import AdapterState
 from client.node.app import app as client_app
+from client.node.statedir import DeviceStateDir
+from client.node.tasklabels import TaskLabels
 from coordinator import rounds
 from coordinator.registry import Head, Registry, StoredAdapter
 from edgeadapt.auditing import AuditInput, AuditOptions, chain
@@ -150,6 +152,18 @@ def test_a_session_that_starts_from_another_adapter_is_refused(
     app_fleet_of: FleetOf, kind: str, refusals: Callable[[], set[str]]
 ) -> None:
     attack = Attack(kind, "session")
+    attacked(app_fleet_of(4, attempts=1, aggregation__session_rounds=2), attack)
+    assert attack.trained == 0
+    assert refusals() == {"proof.adapter"}
+
+
+def test_a_device_that_has_no_labels_yet_is_on_no_other_base(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, refusals: Callable[[], set[str]]
+) -> None:
+    """It knows the log of a session that ended before it trained; only on its owner's next base may one begin anew."""
+    load: Any = DeviceStateDir.load
+    monkeypatch.setattr(DeviceStateDir, "load", lambda files, kind: None if kind is TaskLabels else load(files, kind))
+    attack = Attack("aborted", "session")
     attacked(app_fleet_of(4, attempts=1, aggregation__session_rounds=2), attack)
     assert attack.trained == 0
     assert refusals() == {"proof.adapter"}
