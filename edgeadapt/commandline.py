@@ -55,7 +55,8 @@ def print_result(row: Mapping[str, Any], line: str, as_json: bool) -> None:
 
 
 class JsonLines(logging.Formatter):
-    """Formats each record of a log as an object: ``time``, ``level``, ``event``, and what else is known."""
+    """Formats each record of a log as an object: ``time``, ``level``, ``event``, and what else is known; not what
+    other libraries attach for themselves, under names that begin with an underscore."""
 
     USUAL = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
 
@@ -66,7 +67,8 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         row = {"time": time, "level": record.levelname.lower(), "event": record.getMessage()} | self._always
-        row |= {key: value for key, value in vars(record).items() if key not in self.USUAL and value is not None}
+        known = {key: value for key, value in vars(record).items() if key not in self.USUAL and value is not None}
+        row |= {key: value for key, value in known.items() if not key.startswith("_")}
         if record.exc_info and record.exc_info[1]:
             row["error"] = repr(record.exc_info[1])
         return json.dumps(row, ensure_ascii=False, default=str)
