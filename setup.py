@@ -1,9 +1,10 @@
-"""Puts the browser page and its libraries into the wheel; everything else is in pyproject.toml.
+"""Puts the browser page and its libraries, WebAssembly packed, into the wheel; everything else is in pyproject.toml.
 
 The libraries are the files of ``client/browser/vendor.json`` in the page's ``node_modules``, where ``make web`` puts
 them. Without them the wheel has no page, and the build says so.
 """
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -26,6 +27,12 @@ class BuildPy(build_py):
         if self.complete:
             added = [f"page/{path}" for path in (*PAGE, *libraries)]
             self.package_data = {**self.package_data, "client.browser": ["vendor.json", *added]}
+
+    def build_package_data(self) -> None:
+        super().build_package_data()
+        for file in Path(self.build_lib, BROWSER, "page/node_modules").rglob("*.wasm"):
+            file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes(), mtime=0))
+            file.unlink()
 
     def run(self) -> None:
         super().run()

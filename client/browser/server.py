@@ -8,6 +8,7 @@ for the bundle.
 """
 
 import functools
+import gzip
 import hashlib
 import json
 import re
@@ -17,18 +18,19 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from aggregation.errors import ConfigError, DataError
 from client.inference.trust import Trust
 from edgeadapt.formats.bundle import BASE_MANIFEST, TRUST, adapter_names
-from edgeadapt.formats.storage import file_sha256, new_folder, real
+from edgeadapt.formats.storage import new_folder, real
 
 WEB = Path(__file__).parent / "page"
 LIBRARIES = WEB / "node_modules"
 PAGE = ("*.html", "*.css", "*.js", "*.svg", "*.LICENSE", "aggregation/*.js", "learning/*.js")
 # A library's file on the page → in node_modules. The build (setup.py) reads the same file.
 VENDOR: dict[str, str] = json.loads(Path(__file__).with_name("vendor.json").read_bytes())
+PACKED = ".wasm.gz"  # of a library in a wheel, and on its way to a browser: a quarter of the bytes
 BUNDLE_FILE = re.compile(r"bundle/(base|adapters)/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 LISTING = "bundle.json"
 SITE = "site.json"  # path → SHA-256 of every other file: what the service worker keeps
@@ -82,7 +84,7 @@ class Site:
             raise DataError(f"{bundle} is not a bundle: it has no base", about="bundle", value=str(bundle))
         Trust.open(bundle, trust)
         page = {path.relative_to(WEB).as_posix(): path for pattern in PAGE for path in WEB.glob(pattern)}
-        page |= {name: LIBRARIES / path for name, path in VENDOR.items()}
+        page |= {name: _library(path) for name, path in VENDOR.items()}
         if any(not path.is_file() for path in page.values()):
             reason = f"the libraries of the page are not installed: run npm ci --ignore-scripts --prefix '{WEB}'"
             if not (WEB / "package-lock.json").is_file():
@@ -194,14 +196,19 @@ class _Handler(BaseHTTPRequestHandler):
         return name in LOCAL
 
     def _file(self, file: Path) -> None:
+        packed = _is_packed(file)
+        if packed and "gzip" not in self.headers.get("Accept-Encoding", ""):
+            self._head(HTTPStatus.NOT_ACCEPTABLE, 0, {"Vary": "Accept-Encoding"})
+            return
         with file.open("rb") as stream:
             status = file.stat()
             tag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
             if self.headers.get("If-None-Match") == tag:
                 self._head(HTTPStatus.NOT_MODIFIED, 0, {"ETag": tag})
                 return
-            kind = TYPES.get(file.suffix, "application/octet-stream")
-            self._head(HTTPStatus.OK, status.st_size, {"ETag": tag, "Content-Type": kind})
+            kind = TYPES[".wasm"] if packed else TYPES.get(file.suffix, "application/octet-stream")
+            coding = {"Content-Encoding": "gzip"} if packed else {}
+            self._head(HTTPStatus.OK, status.st_size, {"ETag": tag, "Content-Type": kind} | coding)
             if self.command != "HEAD":
                 shutil.copyfileobj(stream, self.wfile)
 
@@ -216,14 +223,32 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
+def _library(path: str) -> Path:
+    """Find a library's file: as it is, or as a wheel has it."""
+    file = LIBRARIES / path
+    packed = file.with_name(f"{file.name}.gz")
+    return packed if _is_packed(packed) and packed.is_file() and not file.is_file() else file
+
+
+def _is_packed(file: Path) -> bool:
+    return file.name.endswith(PACKED) and file.is_relative_to(LIBRARIES)
+
+
+def _opened(file: Path) -> IO[bytes]:
+    """Open a file to read what a browser gets."""
+    return gzip.open(file) if _is_packed(file) else file.open("rb")
+
+
 @functools.lru_cache(maxsize=4096)
 def _file_digest(path: Path, _time: int, _size: int) -> str:
-    return file_sha256(path)
+    with _opened(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write(path: Path, found: Path | bytes | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(found, Path):
-        shutil.copyfile(found, path)
+        with _opened(found) as read, path.open("wb") as write:
+            shutil.copyfileobj(read, write)
     elif found is not None:
         path.write_bytes(found)

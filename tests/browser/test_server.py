@@ -1,5 +1,6 @@
 """The page's server serves the files on its list, to this machine, and nothing else. No browser is needed."""
 
+import gzip
 import http.client
 import json
 import posixpath
@@ -43,7 +44,7 @@ def get(bundle: Path) -> Iterator[Get]:
 
         def ask(path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
             connection = http.client.HTTPConnection("127.0.0.1", serving.server_port, timeout=10)
-            connection.putrequest(method, path, skip_host="Host" in headers)
+            connection.putrequest(method, path, skip_host="Host" in headers, skip_accept_encoding=True)
             for name, value in headers.items():
                 connection.putheader(name.replace("_", "-"), value)
             connection.endheaders()
@@ -121,6 +122,23 @@ def test_a_file_is_sent_again_only_if_it_changed(get: Get, bundle: Path) -> None
     assert get("/bundle/base/manifest.json", If_None_Match=tag)[::2] == (304, b"")
     (bundle / "base" / "manifest.json").write_bytes(b"other")
     assert get("/bundle/base/manifest.json", If_None_Match=tag)[::2] == (200, b"other")
+
+
+def test_a_library_of_a_wheel_is_sent_packed_and_the_copy_has_the_digest_of_what_it_was(
+    bundle: Path, libraries: Path, request: pytest.FixtureRequest
+) -> None:
+    name, source = next((name, source) for name, source in VENDOR.items() if name.endswith(".wasm"))
+    (libraries / source).unlink()
+    (libraries / f"{source}.gz").write_bytes(gzip.compress(b"what it was"))
+    (bundle / "base" / "own.wasm.gz").write_bytes(b"of the bundle, and sent as it is")
+    get: Get = request.getfixturevalue("get")
+    status, headers, body = get(f"/{name}", Accept_Encoding="gzip, br")
+    assert (status, headers["Content-Type"], headers["Content-Encoding"]) == (200, "application/wasm", "gzip")
+    assert gzip.decompress(body) == b"what it was"
+    assert json.loads(get("/site.json")[2])[name] == sha256(b"what it was")
+    assert get(f"/{name}")[::2] == (406, b"")
+    status, headers, body = get("/bundle/base/own.wasm.gz", Accept_Encoding="gzip")
+    assert (body, "Content-Encoding" in headers) == (b"of the bundle, and sent as it is", False)
 
 
 def test_the_list_for_the_copy_has_the_digest_of_every_file_as_it_is_now(get: Get, bundle: Path) -> None:
