@@ -19,9 +19,7 @@ RELEASE = {
     "rollout": (f"{HERE}.promotion", "rollout", "Say which devices get the newest release.", ""),
     "rollback": (f"{HERE}.promotion", "rollback", "Publish an earlier release again.", ""),
     "watch": (f"{HERE}.promotion", "watch", "Roll a channel back when an evaluation demands it.", ""),
-    "versions": (f"{HERE}.versions", "versions", "List versions, or show what made one, and where it is.", ""),
-    "diff": (f"{HERE}.versions", "diff", "Compare two versions, tensor by tensor.", ""),
-    "sbom": (f"{HERE}.sbom", "sbom", "Print a version's software bill of materials.", "governance"),
+    "versions": (f"{HERE}.versions", "versions", "List versions; show, compare or itemize one.", "governance"),
 }
 AUDIT = {
     "verify": (f"{HERE}.audit", "verify", "Check every session, or a repository of channels.", ""),
