@@ -156,12 +156,11 @@ def test_what_a_script_of_a_fleet_calls_prints_one_object(
         (("device", "forget", "--state", "d", "--yes"), "forgotten"),
         (("authority", "revoke", "a", "d"), "list revoked"),
         (("authority", "revoke", "a"), "list number"),
-        (("release", "init", "r"), "channels public root"),
-        (("release", "add", "r", "beta"), "channel"),
+        (("release", "init", "r"), "channels gates public root"),
+        (("release", "init", "r", "beta"), "channels"),
         (("release", "protect", "r", "beta"), "channel protected"),
-        (("release", "rotate", "r", "beta"), "discarded role"),
+        (("release", "renew", "r", "beta", "--new-key"), "discarded role"),
         (("release", "renew", "r"), "until"),
-        (("release", "gates", "r"), "file"),
     ):
         code, out, err = run(*words, "--json")
         assert (code, err, out.count("\n")) == (0, "", 1), words
@@ -179,6 +178,8 @@ def test_what_a_script_of_a_fleet_calls_prints_one_object(
         ("device enrol --state d --renewal a.example:1", "--renewal goes with --renew"),
         ("device enrol --state d", "--base WHERE, or what to install with --certificate FILE"),
         ("authority issue a --public-key d.pub --name d --host h", "--host goes with --request alone"),
+        ("release renew r stable", "--new-key goes with one ROLE or CHANNEL"),
+        ("release versions fleet 1 2 --sbom", "--sbom is of one VERSION"),
         ("simulate suite . --seeds 2", "is a finished suite"),
         ("simulate suite households.toml --track mlflow", "--track is for a finished suite"),
     ],
