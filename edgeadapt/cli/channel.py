@@ -36,7 +36,7 @@ def init(
 
     A new one has the channels canary and stable, if none is named. Each has a key of its own, and stable is protected
     from the start. DIR/gates.toml, in which each key is explained, says what a release must pass before it is promoted:
-    it is written if it is not there. As it comes, it refuses all: edit it, or use --set.
+    it is written if it is not there. Its defaults refuse every release: edit it, or use --set.
 
     \b
     Examples:

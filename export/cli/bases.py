@@ -43,17 +43,19 @@ def show(name: str | None, as_json: bool) -> None:
 @click.option("--prune", is_flag=True, help="Keep only the tokens of --languages and --texts.")
 @click.option("--center", is_flag=True, help="Subtract the mean embedding of --texts.")
 @click.option("--lexical", is_flag=True, help="Add numbers to the embedding that say which tokens a text has.")
-@click.option("--languages", default="", metavar="A,B", help="Of --prune: those of whose frequent words, as en,de.")
+@click.option(
+    "--languages", default="", metavar="A,B", help="With --prune: keep the tokens of their frequent words, as en,de."
+)
 @click.option("--texts", type=FOLDER, metavar="FILE", help="Such as the base will read, one a line.")
 @click.option(
     "--words",
     default=60_000,
     type=click.IntRange(1, 1_000_000),
     metavar="N",
-    help="Of --prune: words of each language. Default: 60,000.",
+    help="With --prune: words of each language. Default: 60,000.",
 )
 @click.option(
-    "--size", default=384, show_default=True, metavar="N", help="Of --lexical: how many numbers, a multiple of 8."
+    "--size", default=384, show_default=True, metavar="N", help="With --lexical: how many numbers, a multiple of 8."
 )
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
 @commandline.quiet
