@@ -19,7 +19,7 @@ from edgeadapt.releases.repository import ChannelRepository, Published, pinned_k
 
 ROOT = "root.json"  # in the repository's folder: what devices pin
 
-repository = click.argument("folder", type=FOLDER, metavar="DIR")
+repository = click.argument("folder", type=FOLDER, metavar="REPO")
 name = click.argument("channel", metavar="CHANNEL")
 
 
@@ -32,10 +32,10 @@ name = click.argument("channel", metavar="CHANNEL")
 def init(
     folder: Path, names: tuple[str, ...], former: tuple[str, ...], overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Make a repository in the new folder DIR, or add a CHANNEL to the one that is there. Devices pin DIR/root.json.
+    """Make a repository in the new folder REPO, or add a CHANNEL to the one that is there. Devices pin REPO/root.json.
 
     A new one has the channels canary and stable, if none is named. Each has a key of its own, and stable is protected
-    from the start. DIR/gates.toml, in which each key is explained, says what a release must pass before it is promoted:
+    from the start. REPO/gates.toml, which explains each key, says what a release must pass before it is promoted:
     it is written if it is not there. Its defaults refuse every release: edit it, or use --set.
 
     \b

@@ -49,7 +49,7 @@ GLOBAL = "global"
 @click.option(
     "--base",
     metavar="NAME|DIR",
-    help="With --format peft: the base of a bundle's DoRA adapter, which needs its weights.",
+    help="With --format peft: the base of a DoRA adapter, which needs its weights.",
 )
 @click.option("--out", type=FOLDER, required=True, metavar="FILE|DIR", help="The new .onnx_adapter file, or folder.")
 @as_json

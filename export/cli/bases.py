@@ -44,7 +44,7 @@ def show(name: str | None, as_json: bool) -> None:
 @click.option("--center", is_flag=True, help="Subtract the mean embedding of --texts.")
 @click.option("--lexical", is_flag=True, help="Add numbers to the embedding that say which tokens a text has.")
 @click.option(
-    "--languages", default="", metavar="A,B", help="With --prune: keep the tokens of their frequent words, as en,de."
+    "--languages", default="", metavar="A,B", help="With --prune: tokens of their frequent words stay, as en,de."
 )
 @click.option("--texts", type=FOLDER, metavar="FILE", help="Such as the base will read, one a line.")
 @click.option(
