@@ -17,6 +17,7 @@ from edgeadapt.formats.settings import overridden
 from edgeadapt.releases.actions import login_name
 from edgeadapt.releases.repository import ChannelRepository, Published, pinned_keys
 
+LONGEST = 2**16  # bytes of gates.toml that are read
 ROOT = "root.json"  # in the repository's folder: what devices pin
 
 repository = click.argument("folder", type=FOLDER, metavar="REPO")
@@ -36,7 +37,7 @@ def init(
 
     A new one has the channels canary and stable, if none is named. Each has a key of its own, and stable is protected
     from the start. REPO/gates.toml, which explains each key, says what a release must pass before it is promoted:
-    it is written if it is not there. Its defaults refuse every release: edit it, or use --set.
+    it is written unless somebody edited it. Its defaults refuse every release: edit it, or use --set.
 
     \b
     Examples:
@@ -47,9 +48,10 @@ def init(
     from edgeadapt.promotion.gates import GATES, HEADER, GateSettings
 
     gates, settings = folder / GATES, GateSettings.parse(overridden({}, overrides), "--set")
+    edited = gates.exists() and storage.read(gates, LONGEST) != HEADER + GateSettings().to_toml().encode()
     names += former
     if ChannelRepository.exists(folder):
-        if gates.exists() and (overrides or not names):
+        if edited and (overrides or not names):
             raise ConfigError(f"{gates} is there already: edit it, or name a CHANNEL to add", about=GATES)
         made = _open(folder)
         for channel in names:
@@ -57,7 +59,7 @@ def init(
     else:
         made = ChannelRepository.create(folder, SystemEntropy(), _now(), names or (CANARY, STABLE), by=login_name())
         _write_root(folder, made)
-    if not gates.exists():
+    if not edited:
         storage.replace(gates, HEADER + settings.to_toml().encode(), storage.PUBLIC)
     public, root = str(folder / "public"), str(folder / ROOT)
     line = f"channels {', '.join(made.channels)}; serve {public}; devices pin {root}; promotions pass {gates}"

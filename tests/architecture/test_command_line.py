@@ -157,6 +157,7 @@ def test_what_a_script_of_a_fleet_calls_prints_one_object(
         (("authority", "revoke", "a", "d"), "list revoked"),
         (("authority", "revoke", "a"), "list number"),
         (("release", "init", "r"), "channels gates public root"),
+        (("release", "init", "r", "--set", "accuracy.margin=0.02"), "gates"),
         (("release", "init", "r", "beta"), "channels"),
         (("release", "protect", "r", "beta"), "channel protected"),
         (("release", "renew", "r", "beta", "--new-key"), "discarded role"),
