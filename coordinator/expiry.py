@@ -25,7 +25,7 @@ EVERY = 3600.0  # seconds between two checks of a process that goes on
 LEFT = 1 / 3  # share of the validity; what has less left is to be replaced
 REMEDY = {
     TLS_CERTIFICATE: "renew it with 'edgeadapt coordinator tls-request' and 'edgeadapt authority issue'",
-    REVOKED: "let the authority sign a new list ('edgeadapt authority crl'), and copy it",
+    REVOKED: "let the authority sign a new list ('edgeadapt authority revoke DIR'), and copy it",
 }
 Validity = tuple[datetime, datetime]
 log = logging.getLogger("edgeadapt.coordinator")

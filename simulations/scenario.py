@@ -31,11 +31,11 @@ class BaseSettings(Settings):
     """what devices train with: torch, or onnx, the training graph of a bundle in export.profile; with lora, rslora,
     ia3, ln_tuning or beft"""
     languages: tuple[str, ...] = ()
-    """languages whose tokens the base keeps, as edgeadapt base prune does; all if none is named"""
+    """languages whose tokens the base keeps, as edgeadapt base change --prune does; all if none is named"""
     center: bool = False
-    """subtract the mean embedding of the public phrases, as edgeadapt base center does"""
+    """subtract the mean embedding of the public phrases, as edgeadapt base change --center does"""
     lexical: Annotated[int, Field(ge=0, le=MOST_LEXICAL, multiple_of=8)] = 0
-    """numbers of an embedding that say which tokens the text has, as edgeadapt base lexical adds them; 0: none"""
+    """numbers of an embedding that say which tokens a text has, of edgeadapt base change --lexical; 0: none"""
 
 
 class AdapterSettings(Settings):

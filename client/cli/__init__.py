@@ -6,9 +6,8 @@ from edgeadapt.commandline import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
-    "enrol": ("client.cli.enrol", "enrol", "Create a device's state directory, certify its key.", "gateway"),
+    "enrol": ("client.cli.enrol", "enrol", "Create a device's state directory; certify its key, renew.", "gateway"),
     "run": ("client.cli.agent", "agent", "Take part through the coordinator's gateway.", "gateway"),
-    "renew": ("client.cli.renew", "renew", "Have the device's certificate renewed.", "gateway"),
     "policy": ("client.cli.node", "policy", "Print the device's policy.", ""),
     "forget": ("client.cli.node", "forget", "Delete what the device remembers of the coordinator.", ""),
     "infer": ("client.cli.infer", "infer", "Classify phrases, or continue texts.", ""),

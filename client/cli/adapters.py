@@ -1,4 +1,4 @@
-"""``edgeadapt bundle list`` and ``convert``: the adapters of a bundle, each verified."""
+"""``edgeadapt bundle list``: the adapters of a bundle, each verified."""
 
 import json
 from dataclasses import asdict
@@ -7,11 +7,10 @@ from typing import Any
 
 import click
 
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from aggregation.errors import DataError, EdgeAdaptError
 from client.cli import options
-from client.inference.library import Composition, Library
+from client.inference.library import Library
 from edgeadapt import commandline
-from edgeadapt.formats import container, storage
 
 
 @click.command()
@@ -71,35 +70,3 @@ def _privacy(bound: dict[str, float] | None) -> str:
     if bound is None:
         return click.style("privacy none", bold=True)
     return f"epsilon {bound['epsilon']:.2f} for delta {bound['delta']:g}"
-
-
-@click.command()
-@commandline.bundle()
-@options.trust
-@commandline.adapter(
-    "name", "One, or NAME:WEIGHT+NAME for several as one. Default: the personal adapter, else the global one."
-)
-@click.option("--out", type=commandline.FILE, required=True, metavar="FILE", help="The new .onnx_adapter file.")
-@commandline.as_json
-def convert(bundle: Path, trust: Path | None, name: str | None, out: Path, as_json: bool) -> None:
-    """Verify an adapter, and write it in 32-bit floats, which onnxruntime-genai and ONNX Runtime load.
-
-    The new file is not signed, and no device accepts it in a bundle.
-
-    \b
-    Examples:
-      edgeadapt bundle convert --bundle chat --out global.onnx_adapter
-      edgeadapt bundle convert --bundle chat --adapter global:0.5+anna --out both.onnx_adapter
-    """
-    library = Library.open(bundle, trust)
-    adapter = library.load(Composition.of(name or library.default()))
-    blob = container.pack(adapter.inputs)
-    try:
-        storage.create(out, blob, storage.PRIVATE)
-    except FileExistsError as error:
-        raise ConfigError(f"{out} exists: name a new file", about=out.name) from error
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror})", about=out.name) from error
-    row = {"file": str(out), "adapter": adapter.name, "version": adapter.version, "bytes": len(blob)}
-    line = f"{out}: {adapter.name} version {adapter.version}, fp32, {len(blob):,} bytes"
-    click.echo(json.dumps(row, ensure_ascii=False) if as_json else line)

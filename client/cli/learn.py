@@ -115,7 +115,9 @@ def lines(learned: Learned) -> list[str]:
     tested = f"{len(changed)} of {len(learned.others)} other known phrases are answered otherwise"
     wrong = ("" if one.known else f"  forgotten: {options.words(one.label)}" for one in changed)
     notes = [f"{_line(one)}{note}" for one, note in zip(changed, wrong, strict=True)]
-    return [head, *map(_line, learned.taught), *([tested] if learned.others else []), *notes]
+    if not learned.others:
+        tested = "no other known phrase shows what else changed: 'bundle make --phrases' puts such into a bundle"
+    return [head, *map(_line, learned.taught), tested, *notes]
 
 
 def _row(learned: Learned) -> dict[str, Any]:

@@ -12,8 +12,7 @@ AUTHORITY = {
     "serve": ("edgeadapt.cli.enrolment", "serve", "Enrol invited devices over a network, and renew.", "coordinator"),
     "issue": ("edgeadapt.cli.authority", "issue", "Certify a device's key, or a gateway's TLS key.", ""),
     "list": ("edgeadapt.cli.authority", "list_", "List every certificate that was issued, with its status.", ""),
-    "revoke": ("edgeadapt.cli.authority", "revoke", "Revoke a device's certificates, or one by its serial.", ""),
-    "crl": ("edgeadapt.cli.authority", "crl", "Sign a new revocation list before the last one expires.", ""),
+    "revoke": ("edgeadapt.cli.authority", "revoke", "Revoke a device's certificates, or sign the list again.", ""),
 }
 
 COORDINATOR = {

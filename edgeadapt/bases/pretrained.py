@@ -179,7 +179,8 @@ def _check_unused(model: Any, missing: list[str]) -> None:
             answers.append(model(input_ids=torch.arange(1, 4)[None])[0])
     if not torch.equal(*answers):
         raise ConfigError(
-            f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}, and no adapter brings them",
+            f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}, and no adapter brings them: "
+            "take the base of the adapter's training, or train them with it (modules_to_save)",
             about=WEIGHTS,
             value=missing,
         )

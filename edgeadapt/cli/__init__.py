@@ -7,21 +7,16 @@ from edgeadapt.commandline import LazyGroup
 HERE = "edgeadapt.cli"
 # command → (module, attribute, one line for --help, extra that it needs)
 RELEASE = {
-    "init": (f"{HERE}.channel", "init", "Make a repository, with a key for each role.", ""),
-    "add": (f"{HERE}.channel", "add", "Add a channel.", ""),
+    "init": (f"{HERE}.channel", "init", "Make a repository with gates, or add a channel.", ""),
     "publish": (f"{HERE}.channel", "publish", "Make a bundle the next release of a channel.", ""),
     "show": (f"{HERE}.channel", "show", "Show channels, releases, roles and keys.", ""),
-    "renew": (f"{HERE}.channel", "renew", "Sign again what expires soon.", ""),
-    "rotate": (f"{HERE}.channel", "rotate", "Replace the key of a role or channel.", ""),
+    "renew": (f"{HERE}.channel", "renew", "Sign again what expires soon, or with a new key.", ""),
     "protect": (f"{HERE}.channel", "protect", "Let only promotions make a channel's releases.", ""),
-    "gates": (f"{HERE}.promotion", "gates", "Write gates.toml: what a promotion demands.", ""),
     "promote": (f"{HERE}.promotion", "promote", "Give a channel another one's release, if it passes.", ""),
     "rollout": (f"{HERE}.promotion", "rollout", "Say which devices get the newest release.", ""),
     "rollback": (f"{HERE}.promotion", "rollback", "Publish an earlier release again.", ""),
     "watch": (f"{HERE}.promotion", "watch", "Roll a channel back when an evaluation demands it.", ""),
-    "versions": (f"{HERE}.versions", "versions", "List versions, or show what made one, and where it is.", ""),
-    "diff": (f"{HERE}.versions", "diff", "Compare two versions, tensor by tensor.", ""),
-    "sbom": (f"{HERE}.sbom", "sbom", "Print a version's software bill of materials.", "governance"),
+    "versions": (f"{HERE}.versions", "versions", "List versions; show, compare or itemize one.", "governance"),
 }
 AUDIT = {
     "verify": (f"{HERE}.audit", "verify", "Check every session, or a repository of channels.", ""),
@@ -43,7 +38,6 @@ def release_group() -> None:
     Example, start to end:
       edgeadapt release init releases
       edgeadapt release publish releases canary --bundle runs/demo/bundle
-      edgeadapt release gates releases
       edgeadapt release promote releases canary stable --share 10 --key vendor.key
       edgeadapt release watch fleet stable --releases releases
       edgeadapt release rollout releases stable --share 100

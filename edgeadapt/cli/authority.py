@@ -186,7 +186,7 @@ def invite(
 
 @click.command()
 @folder
-@click.argument("which", metavar="NAME|SERIAL")
+@click.argument("which", metavar="[NAME|SERIAL]", required=False)
 @click.option(
     "--reason",
     type=click.Choice([reason.value for reason in Reason]),
@@ -197,39 +197,31 @@ def invite(
 @list_days
 @passphrase_file
 @as_json
-def revoke(folder: Path, which: str, reason: str, list_days: int, passphrase_file: Path | None, as_json: bool) -> None:
+def revoke(
+    folder: Path, which: str | None, reason: str, list_days: int, passphrase_file: Path | None, as_json: bool
+) -> None:
     """Revoke a device's certificates, or one by its serial, and sign a new revocation list.
 
-    Copy revoked.crl from DIR to the coordinator's state directory; it sends the list to devices with its next offer.
+    Without NAME or SERIAL, sign the list again: do so before the last one expires. Copy revoked.crl from DIR to the
+    coordinator's state directory; it sends the list to devices with its next offer.
 
     \b
-    Example:
+    Examples:
       edgeadapt authority revoke authority kitchen --reason keyCompromise
+      edgeadapt authority revoke authority --list-days 30
     """
     store = AuthorityStore(folder)
-    new = store.revoke(unlock(store, passphrase_file), which, Reason(reason), list_days)
+    authority = unlock(store, passphrase_file)
+    if which is None:
+        number = store.sign_list(authority, list_days)
+        line = f"revocation list {number}: copy {folder / REVOKED} to the coordinator"
+        print_result({"number": number, "list": str(folder / REVOKED)}, line, as_json)
+        return
+    new = store.revoke(authority, which, Reason(reason), list_days)
     lines = [f"revoked {certificate.name}, serial {certificate.serial}" for certificate in new]
     lines.append(f"{'' if new else 'already revoked; '}copy {folder / REVOKED} to the coordinator")
     revoked = [{"device": certificate.name, "serial": certificate.serial} for certificate in new]
     print_result({"revoked": revoked, "list": str(folder / REVOKED)}, "\n".join(lines), as_json)
-
-
-@click.command()
-@folder
-@list_days
-@passphrase_file
-@as_json
-def crl(folder: Path, list_days: int, passphrase_file: Path | None, as_json: bool) -> None:
-    """Sign a new revocation list before the last one expires.
-
-    \b
-    Example:
-      edgeadapt authority crl authority --list-days 30
-    """
-    store = AuthorityStore(folder)
-    number = store.sign_list(unlock(store, passphrase_file), list_days)
-    line = f"revocation list {number}: copy {folder / REVOKED} to the coordinator"
-    print_result({"number": number, "list": str(folder / REVOKED)}, line, as_json)
 
 
 @click.command("list")

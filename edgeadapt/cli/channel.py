@@ -8,36 +8,63 @@ from pathlib import Path
 import click
 
 from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError
 from edgeadapt import commandline
 from edgeadapt.commandline import FILE, FOLDER, as_json, print_result
 from edgeadapt.formats import storage
+from edgeadapt.formats.release import CANARY, STABLE
+from edgeadapt.formats.settings import overridden
 from edgeadapt.releases.actions import login_name
 from edgeadapt.releases.repository import ChannelRepository, Published, pinned_keys
 
+LONGEST = 2**16  # bytes of gates.toml that are read
 ROOT = "root.json"  # in the repository's folder: what devices pin
 
-repository = click.argument("folder", type=FOLDER, metavar="DIR")
+repository = click.argument("folder", type=FOLDER, metavar="REPO")
 name = click.argument("channel", metavar="CHANNEL")
 
 
 @click.command()
 @repository
-@click.option("--channel", "names", multiple=True, metavar="NAME", help="Default: canary and stable. May be repeated.")
+@click.argument("names", nargs=-1, metavar="[CHANNEL]...")
+@click.option("--channel", "former", multiple=True, hidden=True, help="A CHANNEL, as in version 0.1.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of gates.toml; may be repeated.")
 @as_json
-def init(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
-    """Make a repository in the new folder DIR. Devices pin DIR/root.json.
+def init(
+    folder: Path, names: tuple[str, ...], former: tuple[str, ...], overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Make a repository in the new folder REPO, or add a CHANNEL to the one that is there. Devices pin REPO/root.json.
+
+    A new one has the channels canary and stable, if none is named. Each has a key of its own, and stable is protected
+    from the start. REPO/gates.toml, which explains each key, says what a release must pass before it is promoted:
+    it is written unless somebody edited it. Its defaults refuse every release: edit it, or use --set.
 
     \b
     Examples:
       edgeadapt release init releases
-      edgeadapt release init releases --channel stable --channel stable-de
+      edgeadapt release init releases --set accuracy.held_out=held-out.tsv --set accuracy.margin=0.02
+      edgeadapt release init releases stable-de
     """
-    chosen = {"channels": names} if names else {}
-    made = ChannelRepository.create(folder, SystemEntropy(), _now(), **chosen, by=login_name())
-    _write_root(folder, made)
+    from edgeadapt.promotion.gates import GATES, HEADER, GateSettings
+
+    gates, settings = folder / GATES, GateSettings.parse(overridden({}, overrides), "--set")
+    edited = gates.exists() and storage.read(gates, LONGEST) != HEADER + GateSettings().to_toml().encode()
+    names += former
+    if ChannelRepository.exists(folder):
+        if edited and (overrides or not names):
+            raise ConfigError(f"{gates} is there already: edit it, or name a CHANNEL to add", about=GATES)
+        made = _open(folder)
+        for channel in names:
+            made.add_channel(channel, SystemEntropy())
+    else:
+        made = ChannelRepository.create(folder, SystemEntropy(), _now(), names or (CANARY, STABLE), by=login_name())
+        _write_root(folder, made)
+    if not edited:
+        storage.replace(gates, HEADER + settings.to_toml().encode(), storage.PUBLIC)
     public, root = str(folder / "public"), str(folder / ROOT)
-    line = f"channels {', '.join(made.channels)}; serve {public}; devices pin {root}"
-    print_result({"channels": list(made.channels), "public": public, "root": root}, line, as_json)
+    line = f"channels {', '.join(made.channels)}; serve {public}; devices pin {root}; promotions pass {gates}"
+    row = {"channels": list(made.channels), "public": public, "root": root, "gates": str(gates)}
+    print_result(row, line, as_json)
 
 
 @click.command()
@@ -63,21 +90,6 @@ def publish(folder: Path, channel: str, bundle: Path, trust: Path | None, as_jso
 @click.command()
 @repository
 @name
-@as_json
-def add(folder: Path, channel: str, as_json: bool) -> None:
-    """Add a channel with a key of its own. A channel stable is protected from the start.
-
-    \b
-    Example:
-      edgeadapt release add releases stable-de
-    """
-    _open(folder).add_channel(channel, SystemEntropy())
-    print_result({"channel": channel}, f"channel {channel}", as_json)
-
-
-@click.command()
-@repository
-@name
 @click.option("--off", is_flag=True, help="Let publications make its releases again; the log notes it.")
 @as_json
 def protect(folder: Path, channel: str, off: bool, as_json: bool) -> None:
@@ -97,47 +109,40 @@ def protect(folder: Path, channel: str, off: bool, as_json: bool) -> None:
 
 @click.command()
 @repository
+@click.argument("role", metavar="[ROLE|CHANNEL]", required=False)
 @click.option("--all", "everything", is_flag=True, help="Also root, targets and channels, with their keys.")
+@click.option("--new-key", is_flag=True, help="Replace the key of ROLE or CHANNEL. Devices follow by themselves.")
 @as_json
-def renew(folder: Path, everything: bool, as_json: bool) -> None:
+def renew(folder: Path, role: str | None, everything: bool, new_key: bool, as_json: bool) -> None:
     """Sign snapshot and timestamp again: to be called once a day, by a timer. Needs no key but theirs.
 
     Devices refuse a repository whose timestamp is older than a week, so that nobody can hold back a release for longer.
+
+    ROLE is root, targets or snapshot (with timestamp). The new key of a channel does not sign a rollback that is
+    prepared: prepare it again.
 
     \b
     Examples:
       edgeadapt release renew releases
       edgeadapt release renew releases --all
+      edgeadapt release renew releases stable --new-key
     """
+    if new_key != (role is not None) or (new_key and everything):
+        raise ConfigError("--new-key goes with one ROLE or CHANNEL, and not with --all", about="--new-key")
     opened = _open(folder)
-    opened.renew(everything=everything)
+    if role is not None:
+        discarded = opened.rotate(role, SystemEntropy())
+        line, row = f"{role} has a new key", {"role": role, "discarded": discarded}
+        if discarded:
+            line += f"\nthe prepared rollback of channel {role} is discarded, since the old key signed it: prepare "
+            line += f"one again with 'edgeadapt release rollout {folder} {role} … --key'"
+    else:
+        opened.renew(everything=everything)
+        until = {role: expires for role, _, expires, _ in opened.metadata.roles()}
+        line = "\n".join(f"{role:<12} until {expires:%Y-%m-%d}" for role, expires in until.items())
+        row = {"until": {role: expires.isoformat() for role, expires in until.items()}}
     _write_root(folder, opened)
-    until = {role: expires for role, _, expires, _ in opened.metadata.roles()}
-    line = "\n".join(f"{role:<12} until {expires:%Y-%m-%d}" for role, expires in until.items())
-    print_result({"until": {role: expires.isoformat() for role, expires in until.items()}}, line, as_json)
-
-
-@click.command()
-@repository
-@click.argument("role", metavar="ROLE|CHANNEL")
-@as_json
-def rotate(folder: Path, role: str, as_json: bool) -> None:
-    """Replace the key of root, targets, snapshot (with timestamp) or a channel. Devices follow by themselves.
-
-    The new key of a channel does not sign a rollback that is prepared: prepare it again.
-
-    \b
-    Example:
-      edgeadapt release rotate releases stable
-    """
-    opened = _open(folder)
-    discarded = opened.rotate(role, SystemEntropy())
-    _write_root(folder, opened)
-    remedy = f"prepare one again with 'edgeadapt release rollout {folder} {role} … --key'"
-    line = f"{role} has a new key"
-    if discarded:
-        line += f"\nthe prepared rollback of channel {role} is discarded, since the old key signed it: {remedy}"
-    print_result({"role": role, "discarded": discarded}, line, as_json)
+    print_result(row, line, as_json)
 
 
 @click.command()

@@ -14,15 +14,12 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from edgeadapt import commandline, traces
 from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, print_result
-from edgeadapt.formats import storage
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.rollout import ALL
-from edgeadapt.formats.settings import overridden
 from edgeadapt.promotion.evaluations import act, judge
 from edgeadapt.promotion.gates import (
     GATES,
-    HEADER,
     AssembledRelease,
     GateError,
     GateSettings,
@@ -54,26 +51,6 @@ trusted = click.option(
     "--trust", type=FOLDER, metavar="FILE", help="The coordinator's public key, PEM. Default: the one of DIR."
 )
 adapter_name = commandline.adapter("adapter", "Which adapter of both releases.", default="global", show_default=True)
-
-
-@click.command()
-@repository
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of the file; may be repeated.")
-@as_json
-def gates(folder: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Write REPO/gates.toml, in which each key is explained: what a release must pass before it is promoted.
-
-    \b
-    Examples:
-      edgeadapt release gates releases
-      edgeadapt release gates releases --set accuracy.held_out=held-out.tsv --set accuracy.margin=0.02
-    """
-    _open(folder)
-    path, settings = folder / GATES, GateSettings.parse(overridden({}, overrides), "--set")
-    if path.exists():
-        raise ConfigError(f"{path} is there already: edit it", about=GATES)
-    storage.replace(path, HEADER + settings.to_toml().encode(), storage.PUBLIC)
-    print_result({"file": str(path)}, f"{path}: edit it before a promotion", as_json)
 
 
 @click.command()
@@ -118,7 +95,7 @@ def promote(
     """
     opened = _open(folder)
     if not (folder / GATES).is_file():
-        raise ConfigError(f"{folder} has no {GATES}: write one with 'edgeadapt release gates {folder}'", about=GATES)
+        raise ConfigError(f"{folder} has no {GATES}: write one with 'edgeadapt release init {folder}'", about=GATES)
     settings = GateSettings.read(folder / GATES)
     release, current = opened.release(source), opened.release(channel)
     if source == channel:

@@ -1,10 +1,10 @@
-"""``edgeadapt release versions`` and ``diff``: where versions are from, where they are, and what changed.
+"""``edgeadapt release versions``: where versions are from, where they are, what changed, and what they were made of.
 
-Every manifest and the chain of round records are verified first; nothing is written.
+Every manifest and the chain of round records are verified first; nothing is written but a bill of materials.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any
 
 import click
 
-from edgeadapt.commandline import FOLDER, as_json
+from aggregation.errors import ConfigError
+from edgeadapt.commandline import FILE, FOLDER, as_json, print_result
+from edgeadapt.formats import storage
 from edgeadapt.formats.manifest import PrivacyBound, ServerRule
 from edgeadapt.releases.difference import TensorChange, VersionDifference, difference
 from edgeadapt.releases.lineage import GovernedVersion, Lineage, ReleasedAdapter
@@ -21,39 +23,74 @@ from edgeadapt.releases.repository import ChannelRepository
 NUMBER = click.IntRange(0, 2**63 - 1)
 
 
-def where(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say where versions and releases are."""
-    for option in (
-        click.option(
-            "--trust", type=FOLDER, metavar="FILE", help="The coordinator's public key, PEM. Default: the one of DIR."
-        ),
-        click.option("--releases", type=FOLDER, metavar="REPO", help="A repository of channels, to see what is there."),
-        click.argument("state_dir", type=FOLDER, metavar="DIR"),
-    ):
-        command = option(command)
-    return command
-
-
 @click.command()
-@where
+@click.argument("state_dir", type=FOLDER, metavar="DIR")
 @click.argument("version", type=NUMBER, metavar="[VERSION]", required=False)
+@click.argument("other", type=NUMBER, metavar="[OTHER]", required=False)
+@click.option("--releases", type=FOLDER, metavar="REPO", help="A repository of channels, to see what is there.")
+@click.option(
+    "--trust", type=FOLDER, metavar="FILE", help="The coordinator's public key, PEM. Default: the one of DIR."
+)
+@click.option("--sbom", is_flag=True, help="Print VERSION's software bill of materials: always JSON, CycloneDX 1.6.")
+@click.option("--out", type=FILE, metavar="FILE", help="With --sbom: write it here. Default: standard output.")
 @as_json
-def versions(state_dir: Path, releases: Path | None, trust: Path | None, version: int | None, as_json: bool) -> None:
+def versions(
+    state_dir: Path,
+    version: int | None,
+    other: int | None,
+    releases: Path | None,
+    trust: Path | None,
+    sbom: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """List the versions of DIR, oldest first: the round, its survivors, metrics, privacy, and the channels.
 
-    Of one VERSION, show its parent, round, rule and survivors, who signed it, metrics, privacy and releases.
+    Of one VERSION, show its parent, round, rule and survivors, who signed it, metrics, privacy and releases. With
+    OTHER, compare that with VERSION: each tensor's norms and the angle between the two, layout, labels, metrics and
+    privacy; a layer with LoRA also by its update B A, since 2A and B/2 are the same adapter.
+
+    The bill of materials has the adapter, the versions that it was made from and its base, with digests; with
+    --releases the exported files; and the packages of the bare install on this machine.
 
     \b
     Examples:
       edgeadapt release versions fleet
       edgeadapt release versions fleet 3
+      edgeadapt release versions fleet 2 3
+      edgeadapt release versions fleet 3 --sbom --releases releases --out adapter-3.cdx.json
       edgeadapt release versions runs/demo/coordinator --releases releases --json
     """
-    lineage = open_lineage(state_dir, releases, trust)
-    if version is not None:
-        governed = lineage.version(version)
-        click.echo(json.dumps(_row(governed)) if as_json else "\n".join(_lines(governed)))
+    if (sbom and (version is None or other is not None)) or (out and not sbom):
+        raise ConfigError("--sbom is of one VERSION, and --out of --sbom", about="--sbom")
+    repository = None if releases is None else ChannelRepository.open(releases, datetime.now(UTC))
+    lineage = Lineage.read(state_dir, trust, repository)
+    if version is None:
+        _list(lineage, as_json)
         return
+    governed = lineage.version(version)
+    if sbom:
+        _materials(lineage, version, out, as_json)
+    elif other is None:
+        click.echo(json.dumps(_row(governed)) if as_json else "\n".join(_lines(governed)))
+    else:
+        old, new = governed.manifest, lineage.version(other).manifest
+        changes = difference(old, new, lineage.registry.tensors(old), lineage.registry.tensors(new))
+        click.echo(json.dumps(asdict(changes)) if as_json else "\n".join(_changes(changes)))
+
+
+def _materials(lineage: Lineage, version: int, out: Path | None, as_json: bool) -> None:
+    from edgeadapt.releases.sbom import bill_of_materials
+
+    text = bill_of_materials(lineage.versions[: version + 1], datetime.now(UTC))
+    if out is None:
+        click.echo(text)
+    else:
+        storage.replace(out, text.encode(), storage.PUBLIC)
+        print_result({"file": str(out)}, f"{out}: CycloneDX 1.6", as_json)
+
+
+def _list(lineage: Lineage, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"versions": [_row(each) for each in lineage.versions]}))
         return
@@ -70,34 +107,6 @@ def versions(state_dir: Path, releases: Path | None, trust: Path | None, version
             ", ".join(f"{place.channel} {place.release}" for place in each.releases or () if place.current),
         )
         click.echo("  ".join(cells).rstrip())
-
-
-@click.command()
-@where
-@click.argument("before", type=NUMBER, metavar="A")
-@click.argument("after", type=NUMBER, metavar="B")
-@as_json
-def diff(state_dir: Path, releases: Path | None, trust: Path | None, before: int, after: int, as_json: bool) -> None:
-    """Compare version B of DIR with version A: each tensor's norms and the angle between the two, layout, labels,
-    metrics and privacy.
-
-    A layer with LoRA is compared by its update B A as well, since 2A and B/2 are the same adapter.
-
-    \b
-    Examples:
-      edgeadapt release diff fleet 2 3
-      edgeadapt release diff fleet 0 3 --json
-    """
-    lineage = open_lineage(state_dir, releases, trust)
-    old, new = lineage.version(before).manifest, lineage.version(after).manifest
-    changes = difference(old, new, lineage.registry.tensors(old), lineage.registry.tensors(new))
-    click.echo(json.dumps(asdict(changes)) if as_json else "\n".join(_changes(changes)))
-
-
-def open_lineage(state_dir: Path, releases: Path | None, trust: Path | None) -> Lineage:
-    """Read the versions that the options of ``where`` name. Raises as ``Lineage.read``."""
-    repository = None if releases is None else ChannelRepository.open(releases, datetime.now(UTC))
-    return Lineage.read(state_dir, trust, repository)
 
 
 def _row(version: GovernedVersion) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class LexicalFeatures(nn.Module):
             sound = False
         if not sound:
             raise ConfigError(
-                f"{LEXICAL} in config.json is damaged: make the base again with 'edgeadapt base lexical'", about=LEXICAL
+                f"{LEXICAL} in config.json is damaged: make it again with 'base change --lexical'",
+                about=LEXICAL,
             )
         return cls(size, skipped)
 

@@ -105,10 +105,14 @@ class ChannelRepository:
 
     @classmethod
     def open(cls, folder: Path, now: datetime, *, by: str = "") -> "ChannelRepository":
-        opened = cls(folder, now, by)
-        if not (opened.metadata.place / "timestamp.json").is_file():
+        if not cls.exists(folder):
             raise ConfigError(f"{folder} has no repository of channels: make one with 'edgeadapt release init'")
-        return opened
+        return cls(folder, now, by)
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Report whether a folder has a repository."""
+        return (RoleMetadata(folder, datetime.min).place / "timestamp.json").is_file()
 
     @property
     def metadata(self) -> RoleMetadata:

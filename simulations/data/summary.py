@@ -87,6 +87,8 @@ def lines(summary: DataSummary) -> Iterator[tuple[str, str]]:
     unseen = sum(client.unseen for client in clients)
     left_out = f"; {facts.small} more have too few texts" if facts and facts.small else ""
     yield "clients", f"{len(clients)}, {unseen} of them unseen: no part in training{left_out}"
+    if facts and facts.dealt:
+        yield "", "made up, and the texts dealt out to them: name the column of whose text it is with data.client"
     sizes = [(name, [getattr(client, name) for client in clients]) for name in ("train", "validation", "test")]
     described = ", ".join(f"{name} {int(np.median(found))} ({min(found)}–{max(found)})" for name, found in sizes)
     yield "texts", f"of a client, median and range: {described}; {summary.public} public ones"

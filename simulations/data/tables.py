@@ -623,6 +623,7 @@ class DataFacts:
     conflicting: tuple[str, ...]  # texts that stand there with several labels, as ``normalized`` makes them
     variants: tuple[str, ...]  # labels that differ in case, punctuation or space only, as "A = a"
     unsaid: tuple[str, ...]  # labels that say that there is none, such as NA
+    dealt: bool  # no column said whose the texts are
 
 
 @dataclass(frozen=True, slots=True)
@@ -727,6 +728,7 @@ class _Maker:
             self._conflicting(),
             _variants(self.labels),
             tuple(label for label in self.labels if label.casefold() in NOTHING_SAID),
+            not self.settings.client,
         )
         return Loaded(Population(self.labels, tuple(self.public), self._named(clients)), facts)
 

@@ -189,7 +189,8 @@ def dropouts(rounds: Sequence[ReportedRound]) -> str:
     by_step, aborted = dropouts_by_step(rounds), sum(r.aborted is not None for r in rounds)
     at = ", ".join(f"{number} at {step}" for step, number in by_step.items())
     text = f"{sum(by_step.values())} of {count(device_rounds(rounds), 'device-round')}" + (f": {at}" if at else "")
-    return text + (f"; {count(aborted, 'round')} aborted" if aborted else "")
+    why = "by simulated faults, [network] of the scenario"
+    return text + (f"; {count(aborted, 'round')} aborted {why}" if aborted else "")
 
 
 def formatted_groups(result: RunResult) -> str:

@@ -13,7 +13,7 @@ DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.infer
 ENROLMENT = ("client.cli.node", "client.node.enrolment", "edgeadapt.cli.authority", "edgeadapt.authority.store")
 AUDITOR = ("edgeadapt.cli.audit", "edgeadapt.auditing.transcripts")
 TRAINING = ("edgeadapt.bases.traininggraph", "client.training.graphengine")
-COMMANDS = ("promotion", "sbom", "versions")
+COMMANDS = ("promotion", "versions")
 GOVERNANCE = ("edgeadapt.promotion", "edgeadapt.releases", *(f"edgeadapt.cli.{name}" for name in COMMANDS))
 COMPARISON = ("edgeadapt.cli.versions", "edgeadapt.releases.difference", "edgeadapt.releases.lineage")
 DISTRIBUTIONS = {  # import package → distribution of another name
@@ -33,6 +33,7 @@ def graph() -> grimp.ImportGraph:
     built.remove_import(importer="edgeadapt.interface.audits", imported="coordinator.statedir")
     built.remove_import(importer="edgeadapt.promotion.evaluations", imported="coordinator.statedir")
     built.remove_import(importer="edgeadapt.commandline", imported="rich")  # a spinner, in commands with an extra
+    built.remove_import(importer="edgeadapt.cli.versions", imported="edgeadapt.releases.sbom")  # with --sbom
     # Only for traces, which take the extra of that name.
     built.remove_import(importer="edgeadapt.traceexport", imported="opentelemetry")
     built.remove_import(importer="simulations.report.track", imported="mlflow")  # and a tracker that of its own

@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "bundle/adapters/global.onnx_adapter",
     ),
     "device infer --bundle bundle light": ("bundle/base/model.onnx", "bundle/base/tokenizer.json"),
-    "authority crl authority": (
+    "authority revoke authority": (
         "authority/authority.key",
         "authority/authority.pem",
         "authority/record.jsonl",

@@ -273,14 +273,13 @@ def test_a_release_on_the_new_base_answers_and_can_be_rolled_back(
     labels = fleet.fleet.population.labels
     texts = [one for client in fleet.fleet.population.clients for one in client.validation][:120]
     call("bundle", "key", key)
-    call("release", "init", releases)
     trust = (tmp_path / "vendor.pub.pem").read_bytes()
+    gates = ["--set", 'gates=["size", "accuracy"]', "--set", "accuracy.held_out=held-out.tsv"]
+    call("release", "init", releases, *gates)
     phone.mkdir()
     for folder in (phone, releases):
         (folder / "trust.pem").write_bytes(trust)
     (releases / "held-out.tsv").write_text("".join(f"{labels[one.label]}\t{one.text}\ten\n" for one in texts))
-    gates = ["--set", 'gates=["size", "accuracy"]', "--set", "accuracy.held_out=held-out.tsv"]
-    call("release", "gates", releases, *gates)
 
     def release(version: int, base: Path) -> None:
         folder = tmp_path / f"made-{version}"

@@ -10,10 +10,10 @@ import pytest
 
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey
-from client.cli.adapters import convert
 from client.inference.engine import GenerationEngine
 from client.inference.library import Composition, Library
 from client.inference.text import SamplingParams
+from edgeadapt.cli.convert import convert
 from edgeadapt.formats import container
 from edgeadapt.formats.bundle import adapter_path
 from export.bundle.write import write_bundle

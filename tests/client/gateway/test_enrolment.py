@@ -228,7 +228,7 @@ def test_a_renewal_keeps_the_key_and_is_due_in_the_last_third_of_the_validity(si
 
 
 def command(*arguments: object) -> Any:
-    return CliRunner().invoke(device, ["renew", *map(str, arguments)])
+    return CliRunner().invoke(device, ["enrol", "--renew", *map(str, arguments)])
 
 
 def test_the_command_renews_what_is_due_and_nothing_else(site: Site) -> None:

@@ -437,3 +437,4 @@ def test_a_label_is_taught_by_its_words_too(
         done = run("infer", "--bundle", phone, "--teach", written, text)
         assert (done.exit_code, answer(phone, text)) == (0, meant), done.output
         assert done.output.splitlines()[0].endswith(" steps")  # and no time
+        assert ("no other known phrase" in done.output) is (text == "unlock")  # of which the second lesson has one

@@ -83,9 +83,9 @@ def test_addresses_of_a_gateway_are_accepted(folder: Path, gateway: str) -> None
     assert DeviceStateDir.open(folder).settings.gateway == gateway
 
 
-@pytest.mark.parametrize(("command", "option"), [("run", "--gateway"), ("renew", "--renewal")])
+@pytest.mark.parametrize(("command", "option"), [("run", "--gateway"), ("enrol --renew", "--renewal")])
 def test_an_address_without_a_port_is_refused_before_anything_connects(folder: Path, command: str, option: str) -> None:
-    done = CliRunner().invoke(device, [command, "--state", str(folder), option, "fleet.example"])
+    done = CliRunner().invoke(device, [*command.split(), "--state", str(folder), option, "fleet.example"])
     assert isinstance(done.exception, ConfigError)
     assert done.exception.about == option
 

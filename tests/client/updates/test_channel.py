@@ -335,7 +335,7 @@ def test_the_commands_from_a_repository_to_a_device(
     run("release", "publish", mine, "canary", "--bundle", place.made, "--trust", public)
     passed = GateResult("size of global", True, 1.0, 2.0, "1 byte")
     ChannelRepository.open(mine, NOW).promote("canary", 1, "stable", [passed])
-    run("release", "rotate", mine, "stable")
+    run("release", "renew", mine, "stable", "--new-key")
     run("release", "renew", mine, "--all")
     assert json.loads(run("release", "show", mine, "--json"))["channels"]["stable"]["number"] == 1
     assert "release 1" in run("release", "show", mine)

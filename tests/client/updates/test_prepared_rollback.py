@@ -201,13 +201,13 @@ def test_a_new_key_of_the_channel_signs_no_rollback_that_a_thief_of_the_old_one_
     signed, condition = ready[0].signed, ready[1]
     replace(condition, margin=0.0).put(signed)
     repository.prepared.write("stable", signed)  # with the old key
-    said = run("release", "rotate", repository.folder, "stable")
+    said = run("release", "renew", repository.folder, "stable", "--new-key")
     assert "rollback of channel stable" in said
     assert "release rollout" in said
     assert repository.prepared.read("stable") is None
     with refused(ConfigError, "prepared"):
         publish_prepared(repository, "stable", evaluation(staged, margin=0.0))
-    assert "rollback" not in run("release", "rotate", repository.folder, "stable")
+    assert "rollback" not in run("release", "renew", repository.folder, "stable", "--new-key")
     prepare(repository, "stable", staged.vendor, MARGIN)
     assert publish_prepared(repository, "stable", evaluation(staged)).release.number == 3
 

@@ -64,7 +64,7 @@ def test_from_init_to_revoke_by_command(run: Run, tmp_path: Path) -> None:
         ("garage", "valid"),
     ]
     assert ok(run("list", "dir")).count("\n") == 2
-    assert "revocation list 4" in ok(run("crl", "dir", "--list-days", "5", *secret))
+    assert "revocation list 4" in ok(run("revoke", "dir", "--list-days", "5", *secret))
     with refused(TrustError, "certificate.revoked", value="kitchen"):
         root.with_revocations((tmp_path / "dir" / "revoked.crl").read_bytes()).verify(certificate)
 
@@ -72,15 +72,15 @@ def test_from_init_to_revoke_by_command(run: Run, tmp_path: Path) -> None:
 def test_the_passphrase_is_asked_for_and_never_shown(run: Run, tmp_path: Path) -> None:
     typed = PASSPHRASE.decode()
     assert typed not in ok(run("init", "dir", typed=f"{typed}\n{typed}\n"))
-    assert typed not in ok(run("crl", "dir", typed=f"{typed}\n"))
-    failed(run("crl", "dir", typed="something else\n"), TrustError, "key.passphrase", "authority.key: ")
+    assert typed not in ok(run("revoke", "dir", typed=f"{typed}\n"))
+    failed(run("revoke", "dir", typed="something else\n"), TrustError, "key.passphrase", "authority.key: ")
     assert typed.encode() not in b"".join(path.read_bytes() for path in (tmp_path / "dir").iterdir())
 
 
 def test_a_key_without_a_passphrase_must_be_asked_for(run: Run) -> None:
     failed(run("init", "dir", typed=""), ConfigError, "--passphrase-file")
     ok(run("init", "dir", "--unencrypted"))
-    ok(run("crl", "dir"))
+    ok(run("revoke", "dir"))
     failed(run("init", "other", "--unencrypted", "--passphrase-file", "secret"), ConfigError, "--unencrypted")
 
 

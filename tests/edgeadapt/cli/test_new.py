@@ -33,6 +33,8 @@ def test_the_scenario_is_of_eight_clients_whose_rounds_need_not_abort(run: Run, 
     assert (len(clients), sum(client.unseen for client in clients)) == (8, 2)
     assert loaded.facts is not None
     assert loaded.facts.broken == ()
+    for client in clients:  # or local is no fair arm
+        assert {one.label for one in client.train} == {one.label for one in client.test}
     assert abort_warning(scenario, 6) == ""
 
 

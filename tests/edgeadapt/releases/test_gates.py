@@ -66,7 +66,7 @@ class Place:
         (self.folder / "gates.toml").unlink(missing_ok=True)
         words = [f"gates={gates}", "accuracy.fewest=40", *overrides]
         words += ["accuracy.held_out=held-out.tsv", "canaries.phrases=canaries.tsv"]
-        called("gates", self.folder, *(part for word in words for part in ("--set", word)))
+        called("init", self.folder, *(part for word in words for part in ("--set", word)))
 
     def promote(self) -> Any:
         return json.loads(called("promote", self.folder, "canary", "stable", "--json"))
@@ -249,7 +249,7 @@ def test_what_cannot_be_measured_is_a_refusal(
 
 def test_gates_that_name_no_file_refuse(place: Place) -> None:
     (place.folder / "gates.toml").unlink()
-    called("gates", place.folder)  # the defaults
+    called("init", place.folder)  # the defaults
     assert names(place.refused()) == ["parity", "accuracy", "language", "canaries"]
 
 
@@ -322,7 +322,7 @@ def test_a_promotion_that_lacks_something_names_it(place: Place) -> None:
     with refused(ConfigError, "channel"):
         called("promote", place.folder, "stable", "canary")  # stable has no release
     with refused(ConfigError, "gates.toml"):
-        called("gates", place.folder)  # it is there already
+        called("init", place.folder)  # it is there already
     place.promote()
     with refused(ConfigError, "channel"):
         called("promote", place.folder, "stable", "stable")

@@ -77,9 +77,9 @@ def test_both_releases_of_a_rollout_are_on_offer(vendor_place: Vendor) -> None:
 
 def test_the_commands_say_the_same_of_a_registry_in_postgresql(vendor_place: Vendor, postgresql: str) -> None:
     folder = vendor_place.state_dir
-    words = [("versions", folder), ("versions", folder, 2), ("diff", folder, 0, 2)]
+    words = [("versions", folder), ("versions", folder, 2), ("versions", folder, 0, 2)]
     before = [as_json(*each) for each in words]
-    components = json.loads(called("sbom", folder, 2))["components"]
+    components = json.loads(called("versions", folder, 2, "--sbom"))["components"]
     local, remote = create_engine(f"sqlite:///{folder / DATABASE}"), database.connect(postgresql_url(postgresql))
     with local.connect() as source, remote.begin() as target:
         for table in (database.versions, database.rounds):
@@ -87,7 +87,7 @@ def test_the_commands_say_the_same_of_a_registry_in_postgresql(vendor_place: Ven
     (folder / DATABASE).unlink()
     (folder / REGISTRY).write_text(RegistrySettings(database=postgresql).to_toml())
     assert [as_json(*each) for each in words] == before
-    assert json.loads(called("sbom", folder, 2))["components"] == components
+    assert json.loads(called("versions", folder, 2, "--sbom"))["components"] == components
     with remote.begin() as target:
         target.execute(text("DELETE FROM edgeadapt_rounds WHERE round = 1"))
     with refused(TrustError, "record"):
@@ -121,7 +121,7 @@ def test_a_reviewer_may_name_the_coordinators_key(vendor_place: Vendor, tmp_path
 
 
 def test_what_does_not_exist_is_named(vendor_place: Vendor, tmp_path: Path) -> None:
-    for words in (("versions", vendor_place.state_dir, 7), ("diff", vendor_place.state_dir, 0, 7)):
+    for words in (("versions", vendor_place.state_dir, 7), ("versions", vendor_place.state_dir, 0, 7)):
         with refused(ConfigError, "version"):
             called(*words)
     with refused(ConfigError, "registry.db"):
@@ -168,7 +168,7 @@ def test_a_record_of_a_round_that_was_removed(vendor_place: Vendor) -> None:
 
 
 def test_diff_compares_tensors_labels_metrics_and_privacy(vendor_place: Vendor) -> None:
-    found = as_json("diff", vendor_place.state_dir, 1, 2)
+    found = as_json("versions", vendor_place.state_dir, 1, 2)
     names = {each["name"] for each in found["tensors"]}
     assert names == set(vendor_place.values[0])
     for each in found["tensors"]:
@@ -180,13 +180,13 @@ def test_diff_compares_tensors_labels_metrics_and_privacy(vendor_place: Vendor) 
     assert found["metrics"]["accuracy"] == pytest.approx([0.6, 0.7])
     assert [each["epsilon"] for each in found["privacy"]] == [2, 4]
     assert (found["labels_added"], found["labels_removed"], found["labels_moved"]) == ([], [], False)
-    text = called("diff", vendor_place.state_dir, 1, 2)
+    text = called("versions", vendor_place.state_dir, 1, 2)
     assert "accuracy: 0.6 to 0.7" in text
     assert "update B A of a layer" in text
 
 
 def test_a_version_does_not_differ_from_itself(vendor_place: Vendor) -> None:
-    found = as_json("diff", vendor_place.state_dir, 2, 2)
+    found = as_json("versions", vendor_place.state_dir, 2, 2)
     assert {each["change"] for each in (*found["tensors"], *found["updates"])} == {0}
     assert found["total"]["cosine"] == pytest.approx(1)
 

@@ -24,7 +24,7 @@ def is_valid(text: str) -> bool:
 @pytest.fixture
 def document(vendor_place: Vendor) -> dict[str, Any]:
     vendor_place.publish(2)
-    text = called("sbom", vendor_place.state_dir, 2, "--releases", vendor_place.repository.folder)
+    text = called("versions", "--sbom", vendor_place.state_dir, 2, "--releases", vendor_place.repository.folder)
     assert is_valid(text)
     found: dict[str, Any] = json.loads(text)
     return found
@@ -65,10 +65,10 @@ def test_it_has_the_packages_of_the_bare_install_and_no_more(document: dict[str,
 
 def test_it_is_written_to_a_file(vendor_place: Vendor, tmp_path: Path) -> None:
     out = tmp_path / "adapter.cdx.json"
-    called("sbom", vendor_place.state_dir, 0, "--out", out)
+    called("versions", "--sbom", vendor_place.state_dir, 0, "--out", out)
     assert json.loads(out.read_text())["bomFormat"] == "CycloneDX"
 
 
 def test_of_a_version_that_does_not_exist(vendor_place: Vendor) -> None:
     with refused(ConfigError, "version"):
-        called("sbom", vendor_place.state_dir, 9)
+        called("versions", "--sbom", vendor_place.state_dir, 9)

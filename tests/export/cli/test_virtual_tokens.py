@@ -13,6 +13,8 @@ from edgeadapt.bases.base import Base
 from edgeadapt.methods.peft.folder import CONFIG, WEIGHTS
 from tests.support import methods, virtual
 
+PEFT = ("convert", "--format", "peft")
+
 Run = Callable[..., Any]
 globals().update(virtual.FIXTURES | methods.FIXTURES)
 
@@ -31,7 +33,7 @@ def test_a_language_model_passes_parity_and_gives_its_tensors_back(
     done = export("check", "--bundle", bundle, "--base", llama.folder, "--peft", folder, "--texts", texts, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["max_abs_diff"] < 1e-4
-    assert export("peft", "--bundle", bundle, "--out", out).code == 0
+    assert export(*PEFT, "--bundle", bundle, "--out", out).code == 0
     before, after = load_file(folder / WEIGHTS), load_file(out / WEIGHTS)
     assert before.keys() == after.keys() == {"prompt_embeddings"}
     assert np.array_equal(before["prompt_embeddings"], after["prompt_embeddings"])

@@ -25,6 +25,8 @@ def test_the_clients_of_a_table_are_shown(run: Callable[..., Outcome], table: Pa
     assert "8, 2 of them unseen" in out
     assert "de 4, en 4" in out
     assert out.count("user-") >= 8
+    dealt = run("simulate", "look", table, "--set", "data.clients=6", "--set", "data.minimum_texts=3")[1]
+    assert ["dealt out to them: name the column" in text for text in (out, dealt)] == [False, True]
 
 
 def test_with_json_the_same_is_one_object_and_broken_rows_are_listed(
