@@ -110,9 +110,9 @@ class PersonalSettings(Settings):
     regression, without training), logistic (by logistic regression on the adapted embedding, without training),
     ensemble (fine-tuned, with the sum of both heads), interpolate (between the global and the fine-tuned adapter), or
     one that an installed package adds"""
-    choice: Literal["best", "significant", "never"] = "best"
-    """when the base or the global adapter is kept instead: best (it answers more of the validation texts), significant
-    (more than chance would: a sign test at 5 %) or never"""
+    choice: Literal["significant", "best", "never"] = "significant"
+    """when the base or the global adapter is kept instead: significant (it answers more of the validation texts than
+    chance would: a sign test at 5 %), best (it answers more, which a few texts decide badly) or never"""
     share: float = Field(default=0.5, ge=0, le=1)
     """interpolate: share of the fine-tuned adapter, 0 to 1"""
     epochs: int = Field(default=3, ge=0, le=100)

@@ -12,13 +12,13 @@ from functools import partial
 from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aggregation.errors import DataError, EdgeAdaptError
 from client.training.control import UNLIMITED, TrainingControl
 from client.training.examples import Example, Score, Split, in_split
 from client.training.logistic import logistic_head, with_constant
 from client.training.trainer import ClassifierTrainer
+from edgeadapt.bases.tasks import Numbers
 from edgeadapt.extensions import Extensions
 from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.rounds.analytic import ClassifierHead, refit
@@ -94,7 +94,7 @@ class PersonalStep:
     scale: float  # logit of a score of 1, for "ridge" and "ensemble"; equal to the federation's rounds'
     method: str = FINE_TUNE
     share: float = 0.5
-    choice: Choice = Choice.BEST
+    choice: Choice = Choice.SIGNIFICANT
     patience: int = 0
 
 
@@ -218,8 +218,8 @@ def personalize(  # noqa: PLR0913  # three of them by name
     last = max(adapters, key=order.index)
     allowed = [*adapters] if how.choice is Choice.BEST else [last]
     if how.choice is Choice.SIGNIFICANT and held_out:
-        right = {candidate: _right(trainer, adapter, held_out) for candidate, adapter in adapters.items()}
-        better = [c for c in adapters if c is not last and better_by_chance(right[c], right[last]) <= CHANCE]
+        rated = {candidate: _rated(trainer, adapter, held_out) for candidate, adapter in adapters.items()}
+        better = [c for c in adapters if c is not last and better_by_chance(rated[c], rated[last]) <= CHANCE]
         allowed = better or allowed
     chosen = max(allowed, key=lambda c: (scores[c].correct, -scores[c].loss, order.index(c)))
     kept = adapters[chosen]
@@ -293,23 +293,21 @@ def _remembering(trainer: ClassifierTrainer, shared: Tensors, own: Tensors, plai
     return next((found for found in chain([own], nearer) if trainer.score(found, plain).correct >= least), None)
 
 
-def better_by_chance(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
-    """Compute by a one-sided sign test how likely one of two equally good adapters answers at least so much better.
+def better_by_chance(one: Numbers, other: Numbers) -> float:
+    """Compute by a one-sided sign test how likely one of two equally good adapters is better so often at least.
 
-    Only examples count that one adapter answers right and the other wrong (McNemar 1947); 1 if there are none.
+    Only examples count on which the scores differ (McNemar 1947); 1 if there are none.
 
-    >>> better_by_chance(np.array([True] * 5), np.array([False] * 5))
+    >>> better_by_chance(np.array([1.0] * 5), np.array([0.0] * 5))
     0.03125
     """
-    wins, losses = int((one & ~other).sum()), int((other & ~one).sum())
+    wins, losses = int((one > other).sum()), int((other > one).sum())
     total = wins + losses
     return float(sum(math.comb(total, k) for k in range(wins, total + 1)) / 2**total)
 
 
-def _right(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> NDArray[np.bool_]:
-    predicted = trainer.logits(adapter, [example.text for example in examples]).argmax(axis=1)
-    right: NDArray[np.bool_] = np.equal(predicted, [example.label for example in examples])
-    return right
+def _rated(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> Numbers:
+    return trainer.rated(trainer.logits(adapter, [example.text for example in examples]), examples)[0]
 
 
 def with_own_head(

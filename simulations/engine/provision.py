@@ -254,7 +254,6 @@ def _require_possible(scenario: Scenario, own_model: bool) -> None:
         "export.train_on_dequantized=false": own_model and scenario.export.train_on_dequantized,
         "federation.analytic.rounds=0": (own_model or own_task) and scenario.federation.analytic.rounds > 0,
         "personal.method=fine-tune": (own_model or own_task) and scenario.personal.method in (*HEADS, "ensemble"),
-        "personal.choice=best": own_task and scenario.personal.choice == "significant",
         "attack.kind=none": own_task and scenario.attack.kind in ("label-flip", "boost"),
     }
     if keys := [key for key, is_odd in odd.items() if is_odd]:

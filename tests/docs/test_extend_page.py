@@ -223,7 +223,6 @@ CLASSES: dict[str, dict[str, Any]] = {
     "base.engine=torch": {"base": {"engine": "onnx"}},
     "federation.analytic.rounds=0": {"federation": {"analytic": {"rounds": 1}}},
     "personal.method=fine-tune": {"personal": {"method": "ridge"}},
-    "personal.choice=best": {"personal": {"choice": "significant"}},
     "attack.kind=none": {"attack": {"kind": "boost"}},
 }
 
@@ -234,7 +233,7 @@ def test_what_counts_classes_is_refused_in_a_task_with_the_key_to_set(mine: None
         "data": {"files": ["topics.csv"], "task": "topics"},
         "base": {"model": str(tiny_base.folder)},
         "federation": {"analytic": {"rounds": 0}},
-        "personal": {"method": "fine-tune", "choice": "best"},
+        "personal": {"method": "fine-tune"},
     }
     provision.unrounded_base(Scenario.parse(known, "mine"))
     odd = known | {table: known.get(table, {}) | keys for table, keys in CLASSES[key].items()}

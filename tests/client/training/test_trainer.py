@@ -236,7 +236,7 @@ def test_a_label_without_a_public_phrase_starts_with_an_even_head(trainer: Class
 
 # The private adapter.
 
-STEP = PersonalStep(0, HEAD_SCALE)
+STEP = PersonalStep(0, HEAD_SCALE, choice=Choice.BEST)
 MINE = tuple(replace(e, split=Split.VALIDATION if i % 3 == 0 else Split.TRAIN) for i, e in enumerate(EXAMPLES * 2))
 
 

@@ -237,6 +237,8 @@ def test_local_is_kept_by_validation_as_personal_is(
     store: Store, scenario: Scenario, best: int, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Validation prefers candidate number ``best``: each arm must keep that one."""
+    personal = scenario.personal.model_copy(update={"choice": "best"})
+    scenario = scenario.model_copy(update={"personal": personal})
     scored: list[Tensors] = []
 
     def score(self: ClassifierTrainer, adapter: Tensors, examples: Any) -> Score:
