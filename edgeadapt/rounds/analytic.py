@@ -29,7 +29,6 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import Part
 from edgeadapt.rounds import optimizer
 from edgeadapt.rounds.ridge import (
-    STRENGTHS,
     EmbeddingMoments,
     Matrix,
     Vector,
@@ -173,9 +172,9 @@ class Analytic(KindSettings):
     rounds: int = Field(default=0, ge=0)
     """how many of the rounds, the last ones, fit the head by a ridge regression to a sum over all devices' embeddings,
     without training"""
-    ridge: Ridge = 2e-4
+    ridge: Ridge = "gcv"
     """strength of the regularization, for each example of the sum, or gcv, which chooses it by generalized
-    cross-validation from the sum alone (with noise, 0.0002): better on long texts, worse on short phrases"""
+    cross-validation from the sum alone (with noise, 0.0002)"""
     scale: Scale = 16.0
     """logit of a score of 1 of the regression"""
     dimensions: int = Field(default=128, ge=1, le=2**16)
@@ -424,8 +423,7 @@ def refit(tensors: Tensors, moments: EmbeddingMoments, *, strength: float | None
     Args:
         moments: Moments of examples that were embedded with the adapter.
         strength: As many examples as the previous head counts for in each direction; above 0. None: the one that
-            ``cross_validated`` chooses. It needs Σ ‖y - b‖² and so, with a bias, the number of examples of each label,
-            which no moment has. Σ y (xᵀ u) stands for it, where u is the regression of 1 on x.
+            ``cross_validated`` chooses.
         scale: Logit of a score of 1.
 
     Returns:
@@ -440,21 +438,9 @@ def refit(tensors: Tensors, moments: EmbeddingMoments, *, strength: float | None
         total += column
     rest = EmbeddingMoments(moments.xx, moments.xy - total[:, None] * bias, moments.weight)
     if strength is None:
-        strength = cross_validated(rest, before, _squares(moments, total, bias))
+        strength = cross_validated(moments)
     weight = np.clip(scale * ridge(rest, before, strength).T, -LARGEST, LARGEST)
     return tensors | {head.weight: np.ascontiguousarray(weight, np.float32)}
-
-
-def _squares(moments: EmbeddingMoments, total: Vector, bias: Vector) -> float:
-    """Estimate Σ ‖y - b‖² as ``refit`` says. ``total``: Σ x."""
-    squares = moments.weight
-    if bias.any():
-        constant = EmbeddingMoments(moments.xx, total[:, None], moments.weight)
-        ones = ridge(constant, np.zeros((len(total), 1)), STRENGTHS[-1] * moments.weight)
-        for own, column in zip(bias.tolist(), (moments.xy * ones).T, strict=True):
-            count = min(max(float(np.add.accumulate(column)[-1]), 0.0), moments.weight)
-            squares += own * (own * moments.weight - 2 * count)
-    return squares
 
 
 def _moments(sums: Sums) -> EmbeddingMoments:

@@ -64,7 +64,8 @@ def pooled_head(fleet: Any, version: int, survivors: tuple[str, ...]) -> tuple[M
     y = np.eye(head.labels)[[example.label for example in own]] - adapter[head.bias] / settings.scale
     before = adapter[head.weight].T.astype(np.float64) / settings.scale
     if settings.ridge == "gcv":
-        strength = cross_validated(EmbeddingMoments(x.T @ x, x.T @ y, float(len(own))), before, float((y**2).sum()))
+        labels = np.eye(head.labels)[[example.label for example in own]]
+        strength = cross_validated(EmbeddingMoments(x.T @ x, x.T @ labels, float(len(own))))
     else:
         strength = settings.ridge * len(own)
     right = x.T @ y + strength * before
