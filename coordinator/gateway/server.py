@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from packaging.version import InvalidVersion, Version
@@ -22,7 +22,7 @@ from aggregation.pki import Root
 from coordinator.gateway.carriers import BrowserSettings, Carrier, Conversations, ConversationServer
 from coordinator.gateway.hub import ComeBack, Credentials, Hub, NoAnswer, Stream
 from coordinator.gateway.pace import Pace, TokenBucket
-from coordinator.gateway.places import Turns
+from coordinator.gateway.places import Turns, raise_descriptors
 from coordinator.gateway.snapshot import GatewaySnapshot
 from coordinator.servertls import TlsSource
 from coordinator.settings import GatewaySettings
@@ -234,7 +234,10 @@ class Gateway(ConversationServer):
             answered: As for ``Hub``.
             browsers: Where to listen for pages; None: nowhere.
         """
-        limits = limits or GatewayLimits()
+        limits, room = limits or GatewayLimits(), raise_descriptors() // 4
+        if room < limits.devices:
+            log.warning("at most %d devices can be connected: this process may open no more files", room)
+            limits = replace(limits, devices=room)
         self.service = Service(Hub(answered, limits.grace), read_root, limits)
         conversations = Conversations({messages.ATTEND: self.service.attend}, tls)
         super().__init__(conversations, address, browsers, about="--gateway")
