@@ -150,12 +150,13 @@ class _Run:
         A survivor of the last sum that is not in this session can only join another, and only another session leaves
         out a survivor whose certificate was revoked since.
         """
+        revoked = self.leader.await_root(self.transport.clock.sleep).revoked if self.last else cohort.revoked
         now = datetime.now(UTC)
         if kind_of(session.session.spec.vector) is not kind:
             return True
         if session.is_over(now) or obstacle(session, self.last, cohort.revoked):
             return True
-        return self.last is not None and self.leader.read_root(now).revoked != cohort.revoked
+        return revoked != cohort.revoked
 
     def _after_abort(self, aborted: RoundAborted) -> Established | None:
         """Choose the session of the next round; None if another one is better.

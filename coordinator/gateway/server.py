@@ -19,6 +19,7 @@ from packaging.version import InvalidVersion, Version
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki import Root
+from aggregation.pki.revocation import EXPIRED
 from coordinator.gateway.carriers import BrowserSettings, Carrier, Conversations, ConversationServer
 from coordinator.gateway.hub import ComeBack, Credentials, Hub, NoAnswer, Stream
 from coordinator.gateway.pace import Pace, TokenBucket
@@ -167,10 +168,17 @@ class Service:
             self.hub.end(stream, ComeBack(f"{device} took part", window, released=True))
 
     def end_revoked(self, at: datetime) -> None:
-        """End the streams of devices whose certificates have expired or were revoked since they connected."""
+        """End the streams of devices whose certificates have expired or were revoked since they connected; none while
+        the revocation list has expired, when no round begins."""
+        try:
+            root = self.root(at)
+        except EdgeAdaptError as error:
+            if error.about != EXPIRED:
+                raise
+            return
         for stream in self.hub.streams():
             try:
-                self.root(at).verify(stream.credentials.certificate, at)
+                root.verify(stream.credentials.certificate, at)
             except TrustError as error:
                 log.warning("%s is disconnected: %s", stream.credentials.device, error)
                 self.hub.end(stream, error)

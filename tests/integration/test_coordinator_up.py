@@ -9,15 +9,19 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
 from coordinator.services.deployment import RUNNING, running
 from coordinator.settings import SERVICES, ServiceSettings
 from coordinator.statedir import PUBLIC_KEY, STOPPING, CoordinatorStateDir
+from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
+from edgeadapt.formats.registryfiles import REVOKED
 from tests.support.gateway import HOST, attending, authority_of, free_port, server_tls, wait_until
 from tests.support.trial import call
 
@@ -75,12 +79,13 @@ def listens(port: int) -> bool:
         return caller.connect_ex((HOST, port)) == 0
 
 
-def coordinator_of(fleet: Any, *, superlink: bool = False) -> tuple[Path, int]:
+def coordinator_of(fleet: Any, *, superlink: bool = False, dashboard: str = "") -> tuple[Path, int]:
     """The state directory of a fleet's coordinator with a gateway in its services, and the gateway's port."""
     folder, port, tls = fleet.out / "coordinator", free_port(), server_tls(authority_of(fleet))
     (folder / TLS_KEY).write_bytes(tls.key)
     (folder / TLS_CERTIFICATE).write_bytes(tls.certificate)
-    settings = ServiceSettings(gateway=f"{HOST}:{port}", superlink=f"{HOST}:{free_port()}" if superlink else "")
+    link = f"{HOST}:{free_port()}" if superlink else ""
+    settings = ServiceSettings(gateway=f"{HOST}:{port}", superlink=link, dashboard=dashboard)
     (folder / SERVICES).write_text(settings.to_toml())
     return folder, port
 
@@ -168,3 +173,24 @@ def test_a_run_on_a_superlink_closes_its_log_before_the_superlink_is_stopped(
     capsys.readouterr()
     call("audit", "verify", folder, "--authority", fleet.out / "authority" / "authority.pem", "--json")
     assert json.loads(capsys.readouterr().out)["ok"]  # without --unfinished
+
+
+def test_an_expired_revocation_list_holds_rounds_back_and_nothing_else(app_fleet_of: Callable[..., Any]) -> None:
+    fleet = app_fleet_of(3, rounds=2)
+    authority, now = authority_of(fleet), datetime.now(UTC)
+    shown = f"{HOST}:{free_port()}"
+    folder, port = coordinator_of(fleet, dashboard=shown)
+
+    def give(number: int, begin: datetime, end: datetime) -> None:
+        storage.replace(folder / REVOKED, authority.revocations(number, {}, begin, end).to_pem())
+
+    give(1, now - timedelta(days=9), now - timedelta(days=2))
+    with going_up(folder) as up, attending(port, [*fleet.nodes.values()]):
+        wait_until(lambda: up.count("ready", "dashboard") or up.process.poll() is not None, LONG)
+        with urlopen(f"http://{shown}/health", timeout=LONG) as answer:
+            assert answer.status == 200
+        refusals = "devices cannot be served: revocation list 1 was valid until"
+        wait_until(lambda: any(refusals in each.get("text", "") for each in up.events), LONG)
+        give(2, now - timedelta(days=1), now + timedelta(days=1))
+        assert up.wait() == 0, up.other
+    assert up.count("started") == 1
