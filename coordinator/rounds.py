@@ -77,6 +77,7 @@ class _Run:
 
     def round(self, number: int) -> RoundRecord:
         begin, registry, settings = time.perf_counter(), self.leader.registry, self.leader.settings
+        log.info("round %d of %d begins", number, settings.rounds, extra={"round": number})
         adapter = registry.newest_adapter()
         if self.cohort is None:
             self._check(number, adapter)
@@ -296,7 +297,10 @@ class RoundOutcome:
         """Store the record, with the adapter that the round made, and tell the operator what went wrong."""
         leader, stepped, record = self.of.cohort.leader, self.stepped, self.record()
         for device in record.blamed:
-            log.warning("%s dealt or revealed a wrong share: let the authority revoke its certificate", device)
+            of = {"device": device}
+            log.warning(
+                "%s dealt or revealed a wrong share: let the authority revoke its certificate", device, extra=of
+            )
         if record.spoiled:
             what = "a sum of round" if record.groups else "round"
             log.warning("%s %d counts as zero, for a device lied: %s", what, record.round, record.spoiled)

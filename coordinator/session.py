@@ -225,7 +225,7 @@ class Cohort:
             except ProtocolError as error:
                 self.dropped[device] = asked.step.value
                 silent += [device] if reply.silent else []
-                log.info("%s dropped out at %s: %s", device, asked.step.value, error)
+                log.info("%s dropped out at %s: %s", device, asked.step.value, error, extra={"device": device})
         return state, sorted(silent)
 
 

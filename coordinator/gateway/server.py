@@ -74,13 +74,14 @@ class Service:
         self._check_pace(credentials.device)
         carrier.admit()
         stream = self.hub.open(credentials)
-        log.info("%s is connected over %s", credentials.device, carrier.protocol)
+        of = {"device": credentials.device}
+        log.info("%s is connected over %s", credentials.device, carrier.protocol, extra=of)
         try:
             await carrier.send(messages.ADMITTED)
             await _either(self._send(carrier, stream), self._take(carrier, stream))
         finally:
             self.hub.closed(stream)
-            log.info("%s is disconnected", credentials.device)
+            log.info("%s is disconnected", credentials.device, extra=of)
 
     async def _identified(self, carrier: Carrier) -> Credentials:
         nonce = SystemEntropy().bytes(messages.NONCE)
@@ -147,7 +148,7 @@ class Service:
                     self.hub.answer(stream, answer.id, body)
                 except ProtocolError as error:
                     call.fail(type(error).__name__)
-                    log.warning("an answer of %s is dropped: %s", device, error)
+                    log.warning("an answer of %s is dropped: %s", device, error, extra={"device": device})
 
     async def _body(self, carrier: Carrier, size: int) -> bytes:
         reader = PartReader(size)
@@ -180,7 +181,8 @@ class Service:
             try:
                 root.verify(stream.credentials.certificate, at)
             except TrustError as error:
-                log.warning("%s is disconnected: %s", stream.credentials.device, error)
+                device = stream.credentials.device
+                log.warning("%s is disconnected: %s", device, error, extra={"device": device})
                 self.hub.end(stream, error)
 
     def root(self, at: datetime) -> Root:
