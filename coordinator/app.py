@@ -61,17 +61,6 @@ def conduct(state_dir: CoordinatorStateDir, grid: Grid) -> None:
         pass
 
 
-def _log(record: RoundRecord, rounds: int) -> None:
-    """Log how a round ended. A survivor may drop out too, after its update is in the sum."""
-    survivors, late = len(record.survivors), len(record.dropped.keys() & set(record.survivors))
-    early = len(record.dropped) - late
-    text = f"{survivors} of {survivors + early} devices are in the sum"
-    dropouts = [f"{count} {when} it" for count, when in ((early, "before"), (late, "after")) if count]
-    text += f"; dropouts: {', '.join(dropouts)}" if dropouts else ""
-    extra = {"record": record, "round": record.round, "rounds": rounds}
-    log.info("round %d of %d: %s", record.round, rounds, record.aborted or text, extra=extra)
-
-
 class _RunFields(logging.Filter):
     """Adds to each line of a log the run, and the round that was named last."""
 
@@ -138,14 +127,12 @@ def run(state_dir: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
 
 
 def lead(leader: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
-    """Run the rounds of a state directory from ``CoordinatorStateDir.leading``, like ``run``, and log each."""
+    """Run the rounds of a state directory from ``CoordinatorStateDir.leading``, like ``run``."""
     # A simulated grid has its own time, which does not wait.
     clock: Clock = getattr(grid, "clock", None) or SystemClock()
     if leader.lease is not None or leader.is_service:
         clock = LeaderClock(clock, leader.require_goes_on)
-    for record in federate(leader, Transport(grid, clock, leader.settings.deadline)):
-        _log(record, leader.settings.rounds)
-        yield record
+    yield from federate(leader, Transport(grid, clock, leader.settings.deadline))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from coordinator import lastsum
 from coordinator.lastsum import LastSum, names
 from coordinator.registry import StoredAdapter, state_digest
 from coordinator.session import Cohort, Exchange, SessionRequest, attachments, establish, obstacle
+from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import Transport
 from edgeadapt import traces
@@ -55,7 +56,9 @@ def federate(leader: CoordinatorStateDir, transport: Transport) -> Iterator[Roun
         run.last = _found(leader)
         if leader.settings.has_noise:
             run.account = _account(leader)
-        for number in range(len(leader.registry.rounds()) + 1, leader.settings.rounds + 1):
+        number = len(leader.registry.rounds())
+        while number < run.reloaded().rounds:
+            number += 1
             yield run.round(number)
     finally:
         run.lifetime.end()
@@ -74,6 +77,14 @@ class _Run:
     cohort: Cohort | None = None
     session: Established | None = None
     lifetime: traces.Span = traces.NO_SPAN  # span of the session
+
+    def reloaded(self) -> FederationSettings:
+        """Read the settings again between two rounds, if that was asked for."""
+        self.leader = self.leader.reloaded()
+        self.transport.deadline = self.leader.settings.deadline
+        if self.cohort is not None:
+            self.cohort.leader = self.leader
+        return self.leader.settings
 
     def round(self, number: int) -> RoundRecord:
         begin, registry, settings = time.perf_counter(), self.leader.registry, self.leader.settings
@@ -306,10 +317,10 @@ class RoundOutcome:
             log.warning("%s %d counts as zero, for a device lied: %s", what, record.round, record.spoiled)
         with traces.span("commit"):
             if stepped is None:
-                log.warning("round %d aborted: %s", record.round, record.aborted)
                 leader.registry.record_round(record, leader.key)
             else:
                 leader.registry.commit_round(record, stepped.manifest, stepped.blob, stepped.state, leader.key)
+        _report(record, leader.settings.rounds)
         return record
 
     def record(self) -> RoundRecord:
@@ -342,6 +353,19 @@ class RoundOutcome:
             epsilon=self.epsilon,
             metrics=stepped.manifest.metrics if stepped else {},
         )
+
+
+def _report(record: RoundRecord, rounds: int) -> None:
+    """Log how a round ended. A survivor may drop out too, after its update is in the sum."""
+    survivors, late = len(record.survivors), len(record.dropped.keys() & set(record.survivors))
+    early = len(record.dropped) - late
+    text = f"{survivors} of {survivors + early} devices are in the sum"
+    dropouts = [f"{count} {when} it" for count, when in ((early, "before"), (late, "after")) if count]
+    text += f"; dropouts: {', '.join(dropouts)}" if dropouts else ""
+    extra = {"record": record, "round": record.round, "rounds": rounds}
+    level = logging.WARNING if record.aborted else logging.INFO
+    ended = f"aborted: {record.aborted}" if record.aborted else text
+    log.log(level, "round %d of %d: %s", record.round, rounds, ended, extra=extra)
 
 
 def _measure(span: traces.Span, record: RoundRecord) -> None:

@@ -50,11 +50,12 @@ KEY = SIGNING_KEY
 LOCK = "run.lock"
 SERVICES_LOCK = "up.lock"  # held by ``edgeadapt coordinator up``
 STOPPING = "stopping"  # there while that stops: a run ends between two steps, and closes its log
+RELOAD = "reload"  # there when the next round is to have the settings as they are then
 WAITING = "run.waiting"  # touched by a run that waits for the lease
 HUNG = 60.0  # seconds without a touch, which comes each second or after a log was copied
 PATIENCE = 2.0  # seconds in which a run takes the lock: a check whether it is held has it for a moment
 TLS_REQUEST = "tls.csr"  # requests a certificate of the gateway's and the SuperLink's key
-HEADER = b"# The settings of a federation. A run reads them when it starts.\n"
+HEADER = b"# The settings of a federation. A run reads them when it starts, and some again after SIGHUP to 'up'.\n"
 log = logging.getLogger("edgeadapt.coordinator")
 REGISTRY_HEADER = b"# Where the registry is kept. Every command reads them when it starts.\n"
 SERVICES_HEADER = b"# What 'edgeadapt coordinator up' runs on this machine. It reads them when it starts.\n"
@@ -266,6 +267,21 @@ class CoordinatorStateDir:
         if (self.folder / STOPPING).exists() and self.is_service:
             raise Stopped("the services are stopped: rounds are left", about="rounds")
         self.require_lead()
+
+    def reloaded(self) -> Self:
+        """Read the settings again, if that was asked for. Those that are not valid, or may not change now, change
+        nothing, which a line of the log says."""
+        if not (self.folder / RELOAD).exists():
+            return self
+        (self.folder / RELOAD).unlink(missing_ok=True)
+        try:
+            settings = FederationSettings.read(self.folder / SETTINGS)
+            changed = self.settings.changes(settings)
+        except ConfigError as error:
+            log.error("the settings stay as they were: %s", error)
+            return self
+        log.info("settings that are new from this round on: %s", ", ".join(changed) or "none")
+        return replace(self, settings=settings)
 
     def _await_lease(self) -> Lease:
         said: Leadership | None = None

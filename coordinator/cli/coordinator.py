@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from logging import INFO, WARNING, LogRecord
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -209,7 +211,7 @@ def run(
         else:
             with way as flower:
                 _run(flower, state_dir, gateway, as_json)
-        state = status_of(opened)
+        state = status_of(CoordinatorStateDir.open(state_dir))  # whose settings may have changed
     if state["rounds_done"] < state["rounds_wanted"]:  # another run did not finish, or 'rounds' was raised meanwhile
         raise EdgeAdaptError(f"rounds are left: repeat 'edgeadapt coordinator run {state_dir}'", about="rounds")
     click.echo(json.dumps(state) if as_json else "\n".join(lines_of(state)))
@@ -397,6 +399,8 @@ def up(state_dir: Path, as_json: bool) -> None:
     closed, and the exit code is 0 but for Ctrl-C. If this process is killed, they end as well. Lines on standard error,
     with --json objects on standard output, say what happens and what the services write.
 
+    SIGHUP has rounds, deadline, attempts and [cohort] of DIR/federation.toml read again before the next round.
+
     While another coordinator leads the same registry in PostgreSQL, they wait, and take over when that one is gone.
 
     Both listen with DIR/tls.key and DIR/tls.pem, which must be for the hosts at which devices reach them.
@@ -407,12 +411,18 @@ def up(state_dir: Path, as_json: bool) -> None:
       edgeadapt coordinator up fleet --json > fleet.jsonl
     """
     from coordinator.services.deployment import up
+    from coordinator.statedir import RELOAD
 
     log = commandline.show_log(as_json)
 
     def report(event: "ServiceEvent") -> None:
         log.handle(_event_row(event) if as_json else _event_line(event))
 
+    def reload(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):  # a full disk
+            (state_dir / RELOAD).touch()
+
+    signal.signal(signal.SIGHUP, reload)
     try:
         up(state_dir, report, as_json=as_json)
     except SystemExit as asked:  # to a service manager, a stop is no failure

@@ -22,7 +22,7 @@ from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
 from coordinator.services.supervisor import Happening, Patience, Report, ServiceEvent, ServiceProgram, supervise
 from coordinator.settings import SERVICES, SETTINGS, ServiceSettings, is_loopback
-from coordinator.statedir import SERVICES_LOCK, STOPPING, CoordinatorStateDir, require
+from coordinator.statedir import RELOAD, SERVICES_LOCK, STOPPING, CoordinatorStateDir, require
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, tls_key_path
 from edgeadapt.formats.registryfiles import AUTHORITY
@@ -69,7 +69,7 @@ def up(folder: Path, report: Report, *, as_json: bool = False) -> None:
     text = f"the services of {folder} run already: see 'edgeadapt coordinator status {folder}'"
     # A while, because a check whether the lock is held has it for a moment.
     with storage.locked_or(EdgeAdaptError(text, about=SERVICES_LOCK), folder / SERVICES_LOCK, timeout=PROBE):
-        for left in (RUNNING, STOPPING):  # by a killed one; on a full disk it would stay
+        for left in (RUNNING, STOPPING, RELOAD):  # by a killed one; on a full disk it would stay
             (folder / left).unlink(missing_ok=True)
         try:
             changed([])
@@ -77,7 +77,7 @@ def up(folder: Path, report: Report, *, as_json: bool = False) -> None:
             supervise(services, patience, report, changed, lambda: _end_rounds(state_dir, settings))
         finally:
             _await_rounds(state_dir, settings.stop)
-            for left in (RUNNING, STOPPING):
+            for left in (RUNNING, STOPPING, RELOAD):
                 (folder / left).unlink(missing_ok=True)
             state_dir.registry.close()
     report(ServiceEvent("rounds", Happening.DONE))

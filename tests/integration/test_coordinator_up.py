@@ -208,3 +208,19 @@ def test_an_expired_revocation_list_holds_rounds_back_and_nothing_else(app_fleet
         give(2, now - timedelta(days=1), now + timedelta(days=1))
         assert up.wait() == 0, up.events[-3:]
     assert up.count("started") == 1
+
+
+def test_sighup_has_settings_read_again_between_two_rounds(app_fleet_of: Callable[..., Any]) -> None:
+    fleet = app_fleet_of(3, rounds=1000)
+    folder, port = coordinator_of(fleet)
+    with going_up(folder) as up, attending(port, [*fleet.nodes.values()]):
+        for changes, line in (
+            ({"method": "ffa", "rounds": 1}, "the settings stay as they were: method changed"),
+            ({"method": "fedit", "rounds": 1}, "settings that are new from this round on: rounds"),
+        ):
+            wait_until(lambda: any("round" in each for each in up.events), LONG)
+            fleet.configure(changes)
+            up.process.send_signal(signal.SIGHUP)
+            wait_until(lambda text=line: any(text in each["event"] for each in up.events), LONG)  # type: ignore[misc]
+        assert up.wait() == 0, up.events[-3:]
+    assert up.count("started") == 1
