@@ -277,7 +277,7 @@ class CoordinatorStateDir:
         try:
             settings = FederationSettings.read(self.folder / SETTINGS)
             changed = self.settings.changes(settings)
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             log.error("the settings stay as they were: %s", error)
             return self
         log.info("settings that are new from this round on: %s", ", ".join(changed) or "none")
