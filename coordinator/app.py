@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from coordinator.launch import GATEWAY as GATEWAY
+from coordinator.launch import JSON
 from coordinator.launch import STATE as STATE
 from coordinator.registry.lease import LOOK
 from coordinator.rounds import federate
 from coordinator.statedir import CoordinatorStateDir, Stopped
 from coordinator.transport import Clock, SystemClock, Transport
 from edgeadapt import traces
+from edgeadapt.commandline import JsonLines
 from edgeadapt.formats.roundrecord import RoundRecord
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    _show_log()
+    _show_log(as_json=bool(context.run_config.get(JSON)))
     folder = context.run_config.get(STATE)
     if not isinstance(folder, str) or not folder:
         raise ConfigError(
@@ -41,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
     state_dir = CoordinatorStateDir.open(Path(folder))
     address = context.run_config.get(GATEWAY)
     try:
-        with traces.exporting(traces.COORDINATOR), state_dir.leading() as leader:
+        with _named(str(context.run_id)), traces.exporting(traces.COORDINATOR), state_dir.leading() as leader:
             if not leader.has_rounds_left or not isinstance(address, str) or not address:
                 conduct(leader, grid)
                 return
@@ -53,15 +56,34 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def conduct(state_dir: CoordinatorStateDir, grid: Grid) -> None:
-    """Run the rounds that are still to do, like ``lead``, and log each."""
-    for record in lead(state_dir, grid):
-        log.info(
-            "round %d of %d: %s",
-            record.round,
-            state_dir.settings.rounds,
-            record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts",
-            extra={"record": record, "rounds": state_dir.settings.rounds},
-        )
+    """Run the rounds that are still to do, like ``lead``."""
+    for _ in lead(state_dir, grid):
+        pass
+
+
+class _RunFields(logging.Filter):
+    """Adds to each line of a log the run, and the round that was named last."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__()
+        self._run, self._round = run, None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self._round = getattr(record, "round", self._round)
+        record.run, record.round = self._run, self._round
+        return True
+
+
+@contextmanager
+def _named(run: str) -> Iterator[None]:
+    fields, handlers = _RunFields(run), {*logging.getLogger().handlers, *logging.getLogger("edgeadapt").handlers}
+    for handler in handlers:
+        handler.addFilter(fields)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(fields)
 
 
 @contextmanager
@@ -79,7 +101,8 @@ def over_gateway(state_dir: CoordinatorStateDir, address: str) -> Iterator[Round
     It waits for enough devices first. There are none if another coordinator ran them meanwhile. Raises as ``run`` and
     ``serving``.
     """
-    with traces.exporting(traces.COORDINATOR), state_dir.leading() as leader:
+    run = SystemEntropy().bytes(8).hex()
+    with _named(run), traces.exporting(traces.COORDINATOR), state_dir.leading() as leader:
         if not leader.has_rounds_left:
             return
         with await_grid(leader, address) as grid:
@@ -133,9 +156,11 @@ class LeaderClock:
         self.clock.wait(seconds)
 
 
-def _show_log() -> None:
+def _show_log(*, as_json: bool) -> None:
     """Write the log to Flower's stream of the run, unless the process already has a handler for it."""
     if not log.hasHandlers():
-        parent = logging.getLogger("edgeadapt")
-        parent.addHandler(logging.StreamHandler())
+        parent, handler = logging.getLogger("edgeadapt"), logging.StreamHandler()
+        if as_json:
+            handler.setFormatter(JsonLines())
+        parent.addHandler(handler)
         parent.setLevel(logging.INFO)

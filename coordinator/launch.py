@@ -10,19 +10,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import click
 
 from aggregation.errors import EdgeAdaptError
 from edgeadapt.formats.settings import toml_value
 
 BUNDLE = Path(__file__).parent / "flower"
 STATE = "coordinator-state"  # key of the run configuration: the coordinator's state directory
+JSON = "coordinator-json"  # key of the run configuration: whether the run writes its log as objects
 GATEWAY = "coordinator-gateway"  # key of the run configuration: where the coordinator listens for light devices, if so
 OURS = "edgeadapt"  # the connection's name in a configuration that is made here
 FLWR = (sys.executable, "-c", "from flwr.cli.app import app; app()")
@@ -36,22 +35,23 @@ class Connection:
     name: str
     environment: Mapping[str, str]
 
-    def start(self, state_dir: Path, gateway: str | None = None) -> str:
+    def start(self, state_dir: Path, gateway: str | None = None, *, as_json: bool = False) -> str:
         """Submit a run for the coordinator's state directory. Returns Flower's id of it.
 
-        ``gateway``: ``HOST:PORT`` at which the run listens for light devices as well. Raises EdgeAdaptError: the
-        SuperLink cannot be reached, or refuses.
+        ``gateway``: ``HOST:PORT`` at which the run listens for light devices as well. ``as_json``: it writes its log as
+        objects. Raises EdgeAdaptError: the SuperLink cannot be reached, or refuses.
         """
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / "run.toml"  # a file, because Flower's own parser takes no quotes in a value
-            values = {STATE: str(state_dir.resolve())} | ({GATEWAY: gateway} if gateway else {})
+            values: dict[str, str | bool] = {STATE: str(state_dir.resolve())}
+            values |= ({GATEWAY: gateway} if gateway else {}) | ({JSON: True} if as_json else {})
             lines = (f"{key} = {toml_value(value)}\n" for key, value in values.items())
             config.write_text("".join(lines), encoding="utf-8")
             reply = self._json("run", str(BUNDLE), self.name, "--run-config", str(config))
         return str(reply["run-id"])
 
-    def show_log(self, run_id: str) -> None:
-        """Write the run's log to standard error until the run ends. An interruption ends the log, not the run."""
+    def show_log(self, run_id: str, show: Callable[[str], None]) -> None:
+        """Show the lines of the run's log until the run ends. An interruption ends the log, not the run."""
         command = [*FLWR, "log", run_id, self.name, "--stream"]
         with subprocess.Popen(  # noqa: S603
             command,
@@ -64,7 +64,7 @@ class Connection:
         ) as process:
             try:
                 for line in process.stdout or ():
-                    click.echo(line, err=True, nl=False)
+                    show(line.rstrip("\n"))
             except BaseException:
                 process.terminate()  # the end of the block waits for it
                 raise

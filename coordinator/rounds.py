@@ -22,6 +22,7 @@ from coordinator import lastsum
 from coordinator.lastsum import LastSum, names
 from coordinator.registry import StoredAdapter, state_digest
 from coordinator.session import Cohort, Exchange, SessionRequest, attachments, establish, obstacle
+from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import Transport
 from edgeadapt import traces
@@ -55,7 +56,9 @@ def federate(leader: CoordinatorStateDir, transport: Transport) -> Iterator[Roun
         run.last = _found(leader)
         if leader.settings.has_noise:
             run.account = _account(leader)
-        for number in range(len(leader.registry.rounds()) + 1, leader.settings.rounds + 1):
+        number = len(leader.registry.rounds())
+        while number < run.reloaded().rounds:
+            number += 1
             yield run.round(number)
     finally:
         run.lifetime.end()
@@ -75,8 +78,17 @@ class _Run:
     session: Established | None = None
     lifetime: traces.Span = traces.NO_SPAN  # span of the session
 
+    def reloaded(self) -> FederationSettings:
+        """Read the settings again between two rounds, if that was asked for."""
+        self.leader = self.leader.reloaded()
+        self.transport.deadline = self.leader.settings.deadline
+        if self.cohort is not None:
+            self.cohort.leader = self.leader
+        return self.leader.settings
+
     def round(self, number: int) -> RoundRecord:
         begin, registry, settings = time.perf_counter(), self.leader.registry, self.leader.settings
+        log.info("round %d of %d begins", number, settings.rounds, extra={"round": number})
         adapter = registry.newest_adapter()
         if self.cohort is None:
             self._check(number, adapter)
@@ -150,12 +162,13 @@ class _Run:
         A survivor of the last sum that is not in this session can only join another, and only another session leaves
         out a survivor whose certificate was revoked since.
         """
+        revoked = self.leader.await_root(self.transport.clock.sleep).revoked if self.last else cohort.revoked
         now = datetime.now(UTC)
         if kind_of(session.session.spec.vector) is not kind:
             return True
         if session.is_over(now) or obstacle(session, self.last, cohort.revoked):
             return True
-        return self.last is not None and self.leader.read_root(now).revoked != cohort.revoked
+        return revoked != cohort.revoked
 
     def _after_abort(self, aborted: RoundAborted) -> Established | None:
         """Choose the session of the next round; None if another one is better.
@@ -295,16 +308,19 @@ class RoundOutcome:
         """Store the record, with the adapter that the round made, and tell the operator what went wrong."""
         leader, stepped, record = self.of.cohort.leader, self.stepped, self.record()
         for device in record.blamed:
-            log.warning("%s dealt or revealed a wrong share: let the authority revoke its certificate", device)
+            of = {"device": device}
+            log.warning(
+                "%s dealt or revealed a wrong share: let the authority revoke its certificate", device, extra=of
+            )
         if record.spoiled:
             what = "a sum of round" if record.groups else "round"
             log.warning("%s %d counts as zero, for a device lied: %s", what, record.round, record.spoiled)
         with traces.span("commit"):
             if stepped is None:
-                log.warning("round %d aborted: %s", record.round, record.aborted)
                 leader.registry.record_round(record, leader.key)
             else:
                 leader.registry.commit_round(record, stepped.manifest, stepped.blob, stepped.state, leader.key)
+        _report(record, leader.settings.rounds)
         return record
 
     def record(self) -> RoundRecord:
@@ -337,6 +353,19 @@ class RoundOutcome:
             epsilon=self.epsilon,
             metrics=stepped.manifest.metrics if stepped else {},
         )
+
+
+def _report(record: RoundRecord, rounds: int) -> None:
+    """Log how a round ended. A survivor may drop out too, after its update is in the sum."""
+    survivors, late = len(record.survivors), len(record.dropped.keys() & set(record.survivors))
+    early = len(record.dropped) - late
+    text = f"{survivors} of {survivors + early} devices are in the sum"
+    dropouts = [f"{count} {when} it" for count, when in ((early, "before"), (late, "after")) if count]
+    text += f"; dropouts: {', '.join(dropouts)}" if dropouts else ""
+    extra = {"record": record, "round": record.round, "rounds": rounds}
+    level = logging.WARNING if record.aborted else logging.INFO
+    ended = f"aborted: {record.aborted}" if record.aborted else text
+    log.log(level, "round %d of %d: %s", record.round, rounds, ended, extra=extra)
 
 
 def _measure(span: traces.Span, record: RoundRecord) -> None:

@@ -225,7 +225,7 @@ class Cohort:
             except ProtocolError as error:
                 self.dropped[device] = asked.step.value
                 silent += [device] if reply.silent else []
-                log.info("%s dropped out at %s: %s", device, asked.step.value, error)
+                log.info("%s dropped out at %s: %s", device, asked.step.value, error, extra={"device": device})
         return state, sorted(silent)
 
 
@@ -281,7 +281,7 @@ def _attempt(
     leader: CoordinatorStateDir, transport: Transport, wanted: SessionRequest, attempt: int
 ) -> tuple[Cohort | None, Established | str]:
     """Make one attempt at a session: returns its devices and its state, or why there is none."""
-    root, settings, last = leader.read_root(datetime.now(UTC)), leader.settings, wanted.last
+    root, settings, last = leader.await_root(transport.clock.sleep), leader.settings, wanted.last
     group = f"{wanted.group}-{attempt}"
     with traces.span(Step.CHECK_IN.value, listed=len(transport.nodes()), attempt=attempt) as span:
         present = check_in(leader.protocol, root, transport, group, last, settings.cohort)

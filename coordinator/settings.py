@@ -296,6 +296,9 @@ class GatewaySettings(Settings):
     """origins of pages from which browsers may take part, as https://fleet.example; those of loopback always may"""
 
 
+RELOADED = ("rounds", "deadline", "attempts", "cohort")  # what may change between two rounds of a run
+
+
 class FederationSettings(Settings):
     """``federation.toml`` in the coordinator's state directory."""
 
@@ -352,6 +355,16 @@ class FederationSettings(Settings):
         if (size := self.cohort.size) and size < bounds.fewest_devices:
             raise ValueError(f"{groups} groups take {bounds.fewest_devices} devices, and cohort.size is {size}")
         return self
+
+    def changes(self, newer: "FederationSettings") -> list[str]:
+        """List the keys that ``newer`` changes for the rounds to come. Raises ConfigError: the others have to stay as
+        they are while a run goes on."""
+        old, new = self.model_dump(), newer.model_dump()
+        changed = [key for key in old if old[key] != new[key]]
+        if fixed := [key for key in changed if key not in RELOADED]:
+            text = f"{' and '.join(fixed)} changed, and only {', '.join(RELOADED)} may while a run goes on"
+            raise ConfigError(f"{text}: stop 'up' and start it again", about=fixed[0])
+        return changed
 
     @property
     def has_noise(self) -> bool:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Self
@@ -20,11 +20,11 @@ from typing import Self
 from sqlalchemy.engine import URL
 
 from aggregation.entropy import Entropy
-from aggregation.errors import ConfigError, EdgeAdaptError, of_file
+from aggregation.errors import ConfigError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki import Root
 from aggregation.pki.certificates import to_der
 from aggregation.pki.identity import IdentityKey
-from aggregation.pki.revocation import MAX_REVOCATIONS
+from aggregation.pki.revocation import EXPIRED, MAX_REVOCATIONS
 from aggregation.pki.tls import TlsKey, verify_tls
 from aggregation.server import Coordinator
 from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, database, leadership
@@ -50,11 +50,12 @@ KEY = SIGNING_KEY
 LOCK = "run.lock"
 SERVICES_LOCK = "up.lock"  # held by ``edgeadapt coordinator up``
 STOPPING = "stopping"  # there while that stops: a run ends between two steps, and closes its log
+RELOAD = "reload"  # there when the next round is to have the settings as they are then
 WAITING = "run.waiting"  # touched by a run that waits for the lease
 HUNG = 60.0  # seconds without a touch, which comes each second or after a log was copied
 PATIENCE = 2.0  # seconds in which a run takes the lock: a check whether it is held has it for a moment
 TLS_REQUEST = "tls.csr"  # requests a certificate of the gateway's and the SuperLink's key
-HEADER = b"# The settings of a federation. A run reads them when it starts.\n"
+HEADER = b"# The settings of a federation. A run reads them when it starts, and some again after SIGHUP to 'up'.\n"
 log = logging.getLogger("edgeadapt.coordinator")
 REGISTRY_HEADER = b"# Where the registry is kept. Every command reads them when it starts.\n"
 SERVICES_HEADER = b"# What 'edgeadapt coordinator up' runs on this machine. It reads them when it starts.\n"
@@ -140,9 +141,10 @@ class CoordinatorStateDir:
             _update_transcript(folder, table)
         return cls(folder, key, root, settings, registry, transcripts, Coordinator(key))
 
-    def read_root(self, at: datetime) -> Root:
-        """Read the authority, with the newest of the revocation lists in this directory and in its transcripts. Raises
-        TrustError: a list is not the authority's, there are two with one number, or the newest has expired."""
+    def read_root(self, at: datetime, *, expired: bool = False) -> Root:
+        """Read the authority, with the newest of the revocation lists in this directory and in its transcripts, which
+        may have ``expired``. Raises TrustError: a list is not the authority's, there are two with one number, or the
+        newest has expired."""
         newest = None
         for path in (self.folder / TRANSCRIPT / REVOKED, self.folder / REVOKED):
             if path.exists():
@@ -152,9 +154,24 @@ class CoordinatorStateDir:
                         newest = revocations.newer_than(newest)
                     else:
                         _warn_of_older(path, revocations.number, newest.number)
-        if newest is not None:
+        if newest is not None and not expired:
             newest.require_fresh(at)
         return replace(self.root, revoked=newest)
+
+    def await_root(self, sleep: Callable[[float], None]) -> Root:
+        """Read the authority for a round. A service waits while the newest revocation list has expired. Raises as
+        ``read_root``, and what ``sleep`` raises."""
+        said = False
+        while True:
+            try:
+                return self.read_root(datetime.now(UTC))
+            except TrustError as error:
+                if error.about != EXPIRED or not self.is_service:
+                    raise
+                if not said:
+                    log.error("no round begins: %s", error)
+                said = True
+            sleep(LOOK)
 
     def read_tls(self, at: datetime) -> tuple[bytes, bytes]:
         """Read the TLS key of what listens on this machine, and its certificate, both PEM.
@@ -167,7 +184,7 @@ class CoordinatorStateDir:
                 text = f"{self.folder} has no {name}: make a key with 'edgeadapt coordinator tls-request', and let the"
                 raise ConfigError(f"{text} authority certify it", about=name)
         key, certificate = tls_pair(self.folder, f"let the authority certify {TLS_REQUEST}")
-        root = self.read_root(at)
+        root = self.read_root(at, expired=True)
         with of_file(self.folder / TLS_CERTIFICATE):
             verify_tls(root, to_der(certificate), at)
         return key.pem, certificate
@@ -250,6 +267,21 @@ class CoordinatorStateDir:
         if (self.folder / STOPPING).exists() and self.is_service:
             raise Stopped("the services are stopped: rounds are left", about="rounds")
         self.require_lead()
+
+    def reloaded(self) -> Self:
+        """Read the settings again, if that was asked for. Those that are not valid, or may not change now, change
+        nothing, which a line of the log says."""
+        if not (self.folder / RELOAD).exists():
+            return self
+        (self.folder / RELOAD).unlink(missing_ok=True)
+        try:
+            settings = FederationSettings.read(self.folder / SETTINGS)
+            changed = self.settings.changes(settings)
+        except (ConfigError, OSError) as error:
+            log.error("the settings stay as they were: %s", error)
+            return self
+        log.info("settings that are new from this round on: %s", ", ".join(changed) or "none")
+        return replace(self, settings=settings)
 
     def _await_lease(self) -> Lease:
         said: Leadership | None = None

@@ -55,9 +55,10 @@ def print_result(row: Mapping[str, Any], line: str, as_json: bool) -> None:
 
 
 class JsonLines(logging.Formatter):
-    """Formats each record of a log as an object: ``time``, ``level``, ``event``, and what else is known; not what
-    other libraries attach for themselves, under names that begin with an underscore."""
+    """Formats each record of a log as an object: ``time``, ``level``, ``event``, and the texts and numbers that it has
+    besides; not what other libraries attach for themselves, under names that begin with an underscore."""
 
+    HEAD = ("time", "level", "event")
     USUAL = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
 
     def __init__(self, device: str = "") -> None:
@@ -66,12 +67,32 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        row = {"time": time, "level": record.levelname.lower(), "event": record.getMessage()} | self._always
-        known = {key: value for key, value in vars(record).items() if key not in self.USUAL and value is not None}
-        row |= {key: value for key, value in known.items() if not key.startswith("_")}
+        row: dict[str, Any] = {"time": time, "level": record.levelname.lower(), "event": record.getMessage()}
+        row |= self._always
+        known = {key: value for key, value in vars(record).items() if key not in self.USUAL and key[0] != "_"}
+        row |= {key: value for key, value in known.items() if isinstance(value, str | int | float)}
         if record.exc_info and record.exc_info[1]:
             row["error"] = repr(record.exc_info[1])
-        return json.dumps(row, ensure_ascii=False, default=str)
+        return json.dumps(row, ensure_ascii=False)
+
+
+def relayed(line: str, **fields: Any) -> logging.LogRecord:
+    """Make a record of a line that another process wrote: what it was, if ``JsonLines`` formatted it; else the event
+    ``output`` with the line as its ``text``. ``fields``: what else is known."""
+    try:
+        row = json.loads(line)
+        time, level, event = (row.pop(key) for key in JsonLines.HEAD)
+        head = datetime.fromisoformat(time).timestamp(), logging.getLevelNamesMapping()[level.upper()], str(event)
+        fields |= {key: value for key, value in row.items() if key not in JsonLines.USUAL}
+    except (ValueError, TypeError, AttributeError, KeyError):
+        head, fields = (datetime.now(UTC).timestamp(), logging.INFO, "output"), fields | {"text": line}
+    return log_record(*head, **fields)
+
+
+def log_record(created: float, level: int, event: str, **fields: Any) -> logging.LogRecord:
+    """Make a record for ``Logger.handle``. ``created``: seconds since the epoch."""
+    named = {"created": created, "levelno": level, "levelname": logging.getLevelName(level)}
+    return logging.makeLogRecord({**fields, **named, "msg": event})
 
 
 class LogHandler(logging.StreamHandler[IO[str]]):

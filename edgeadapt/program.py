@@ -10,9 +10,9 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from io import TextIOWrapper
@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from aggregation.errors import EdgeAdaptError
-from edgeadapt.commandline import TERMINATED, JsonLines, LazyGroup
+from edgeadapt.commandline import TERMINATED, JsonLines, LazyGroup, log_record
 
 # command → (module, attribute, one line for --help, extra that it needs); the groups have no extra, their commands do
 COMMANDS = {
@@ -226,19 +226,20 @@ def _unraisable(report: Callable[[Any], object], dropped: Any) -> None:
     _send_again(number)  # after the callback, whose exceptions are dropped
 
 
-def _failure(line: str) -> dict[str, str]:
-    """Make the object for what ended a command: of one that prints its log, a line of that."""
-    handlers = logging.getLogger().handlers
-    log = next((each.formatter for each in handlers if isinstance(each.formatter, JsonLines)), None)
-    record = logging.makeLogRecord({"msg": line, "levelno": logging.ERROR, "levelname": "ERROR"})
-    return {**(json.loads(log.format(record)) if log else {}), "error": line}
-
-
 def _fail(message: str, code: int) -> None:
-    line = " ".join(message.split())
-    if "--json" in sys.argv:
-        with suppress(OSError):  # it may be the output that failed: a full disk, a pipe that was closed
-            print(json.dumps(_failure(line)), flush=True)
+    """Print what ended a command, as one line. One that prints its log as JSON has nothing else in its output."""
+    line, handlers = " ".join(message.split()), logging.getLogger().handlers
+    log = next((each.formatter for each in handlers if isinstance(each.formatter, JsonLines)), None)
+    row = {"error": line}
+    if log is not None:
+        row = {**json.loads(log.format(log_record(time.time(), logging.ERROR, line))), **row}
+    try:
+        if "--json" in sys.argv:
+            print(json.dumps(row), flush=True)
+            if log is not None:
+                sys.exit(code)
+    except OSError:  # it may be the output that failed: a full disk, a pipe that was closed
+        pass
     print(f"{PROGRAM}: {line}", file=sys.stderr)
     sys.exit(code)
 

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from aggregation.errors import ConfigError, TrustError
 
 MAX_REVOCATIONS = 2**20  # bytes of DER: about 25,000 certificates
+EXPIRED = "revocations.next-update"  # what the error is about, after the end of a list
 AHEAD = timedelta(days=1)  # largest lead of the authority's clock over the reader's
 _PEM = b"-----BEGIN X509 CRL-----"
 _KNOWN = (x509.CRLNumber, x509.AuthorityKeyIdentifier)
@@ -114,7 +115,7 @@ class RevocationList:
             raise TrustError(text, about="revocations.this-update", value=self.this_update)
         if at > self.next_update:
             text = f"revocation list {self.number} was valid until {self.next_update:%Y-%m-%d %H:%M}: get a newer one"
-            raise TrustError(text, about="revocations.next-update", value=self.next_update)
+            raise TrustError(text, about=EXPIRED, value=self.next_update)
         if oldest is not None and at - self.this_update > oldest:
             text = f"revocation list {self.number} is older than {oldest.days} days: get a newer one"
             raise TrustError(text, about="revocations.age", value=at - self.this_update)

@@ -217,7 +217,7 @@ class CoordinatorMachine:
     up: Lines | None = None
 
     def start(self) -> None:
-        self.up = Lines(edgeadapt("coordinator", "up", self.folder, "--json"))
+        self.up = Lines(edgeadapt("coordinator", "up", self.folder))
 
     def stop(self) -> None:
         if self.up is not None:

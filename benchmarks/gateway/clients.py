@@ -11,7 +11,6 @@ not, and is timed from then on: a gateway that falls behind shows in the times (
 
 import asyncio
 import json
-import resource
 import struct
 import sys
 import time
@@ -25,6 +24,7 @@ from grpc import aio
 
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority, IdentityKey, Root
+from coordinator.gateway.places import raise_descriptors
 from edgeadapt.formats.gateway import messages
 
 WORK = struct.Struct(">dI")  # seconds, and bytes of the answer
@@ -102,12 +102,6 @@ async def _device(
                 await stream.write(message)
 
 
-def allow_connections(count: int) -> None:
-    """Raise this process's limit of open files to what so many connections need, if the system permits it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * count + 500)), hard))
-
-
 async def arrive(port: int, authority: Root, rate: float, seconds: float, devices: list[Device]) -> dict[str, Any]:
     """Check in ``rate`` times a second for so many seconds.
 
@@ -142,15 +136,14 @@ async def arrive(port: int, authority: Root, rate: float, seconds: float, device
 
 
 if __name__ == "__main__":
+    raise_descriptors()  # for as many connections as a gateway that stands still leaves open
     port, pem = int(sys.argv[1]), b"".join(iter(sys.stdin.buffer.readline, b"\n"))
     authority = Authority.from_pem(pem)
     if len(sys.argv) == 3:
         count = int(sys.argv[2])
-        allow_connections(count)
         asyncio.run(serve(port, count, authority))
     else:
         rate, seconds = map(float, sys.argv[2:])
-        allow_connections(int(rate * seconds))  # as many as a gateway that stands still leaves open
         numbers = range(min(DEVICES, int(rate * seconds)))
         made = [Device.of(f"device-{number:05d}", authority) for number in numbers]
         print("ready", flush=True)

@@ -21,7 +21,7 @@ from aggregation.errors import DataError
 from aggregation.pki import Authority, certificates
 from aggregation.pki.tls import TlsKey, read_tls_request
 from aggregation.steps import ADAPTER, Step
-from benchmarks.gateway.clients import HOST, WORK, allow_connections
+from benchmarks.gateway.clients import HOST, WORK
 from benchmarks.ondevice.process import resident
 from benchmarks.timing import Note, aligned
 from coordinator.gateway.grid import GatewayGrid
@@ -146,7 +146,6 @@ def _clients(authority: Authority, *arguments: object) -> Iterator[tuple[IO[byte
 @contextmanager
 def _gateway(count: int) -> Iterator[tuple[Transport, float]]:
     """A gateway to which so many devices are connected, and the bytes of memory that they take here."""
-    allow_connections(count)
     with _serving() as (grid, authority):
         before = resident("VmRSS")
         with _clients(authority, grid.port, count):
@@ -156,7 +155,6 @@ def _gateway(count: int) -> Iterator[tuple[Transport, float]]:
 def measure_arrivals(arrivals: Arrivals, note: Note) -> dict[str, Any]:
     """Let devices check in at a rate, each over a new connection; times in milliseconds."""
     before, rate = os.getloadavg()[0], arrivals.rate / 60.0
-    allow_connections(int(rate * arrivals.seconds))
     with _serving() as (grid, authority):
         note("devices are made")
         with _clients(authority, grid.port, rate, arrivals.seconds) as (asked, answered):

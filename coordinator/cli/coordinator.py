@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from logging import INFO, WARNING, LogRecord
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -158,7 +160,7 @@ def tls_request(state_dir: Path, name: str, as_json: bool) -> None:
 @click.option("--root-certificates", type=FILE, metavar="FILE", help="Authority of its TLS certificate, PEM.")
 @click.option("--insecure", is_flag=True, help="Connect without TLS: for a trial on one machine.")
 @click.option("--connection", metavar="NAME", help="Instead of --superlink: a connection in Flower's config.toml.")
-@as_json
+@commandline.as_lines
 def run(
     state_dir: Path,
     gateway: str | None,
@@ -180,7 +182,7 @@ def run(
     While another coordinator leads the same registry in PostgreSQL, it waits, and takes over when that one is gone.
 
     After a failure repeat the command: finished rounds are in DIR. To add rounds, raise 'rounds' in
-    DIR/federation.toml.
+    DIR/federation.toml. With --json, the log is objects on standard output, and the last one is the status.
 
     \b
     Examples:
@@ -205,33 +207,40 @@ def run(
         if superlink is not None:
             way = connected(superlink, root_certificates, insecure=insecure)
         if superlink is None and connection is None:
-            _serve(opened, gateway or "")
+            _serve(opened, gateway or "", as_json)
         else:
             with way as flower:
-                _run(flower, state_dir, gateway)
-        state = status_of(opened)
+                _run(flower, state_dir, gateway, as_json)
+        state = status_of(CoordinatorStateDir.open(state_dir))  # whose settings may have changed
     if state["rounds_done"] < state["rounds_wanted"]:  # another run did not finish, or 'rounds' was raised meanwhile
         raise EdgeAdaptError(f"rounds are left: repeat 'edgeadapt coordinator run {state_dir}'", about="rounds")
     click.echo(json.dumps(state) if as_json else "\n".join(lines_of(state)))
 
 
-def _serve(state_dir: "CoordinatorStateDir", address: str) -> None:
+def _serve(state_dir: "CoordinatorStateDir", address: str, as_json: bool) -> None:
     """Run the rounds that are left over a gateway in this process."""
     from coordinator.app import over_gateway
 
-    commandline.show_log(as_json=False)
-    for record in over_gateway(state_dir, address):
-        survivors = record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts"
-        click.echo(f"round {record.round} of {state_dir.settings.rounds}: {survivors}", err=True)
+    commandline.show_log(as_json)
+    for _ in over_gateway(state_dir, address):
+        pass  # it is logged
 
 
-def _run(flower: "Connection", state_dir: Path, gateway: str | None) -> None:
-    run_id = flower.start(state_dir, gateway)
-    click.echo(f"run {run_id} has begun", err=True)
+def _run(flower: "Connection", state_dir: Path, gateway: str | None, as_json: bool) -> None:
+    log = commandline.show_log(as_json)
+    run_id = flower.start(state_dir, gateway, as_json=as_json)
+
+    def show(line: str) -> None:
+        if as_json:
+            log.handle(commandline.relayed(line, run=run_id))
+        else:
+            click.echo(line, err=True)
+
+    show(f"run {run_id} has begun")
     try:
-        flower.show_log(run_id)
+        flower.show_log(run_id, show)
     except KeyboardInterrupt:
-        click.echo(f"run {run_id} continues on the SuperLink; 'flwr stop {run_id}' ends it", err=True)
+        show(f"run {run_id} continues on the SuperLink; 'flwr stop {run_id}' ends it")
         raise
     flower.require_completed(run_id)
 
@@ -381,14 +390,16 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None, as_json: bool
 
 @click.command()
 @directory
-@click.option("--json", "as_json", is_flag=True, help="Write each line as a JSON object.")
+@commandline.as_lines
 def up(state_dir: Path, as_json: bool) -> None:
     """Run what DIR/services.toml names, until all rounds are done: Flower's SuperLink, the gateway, the rounds.
 
     Each is started when the one before is ready, and again, after a pause that doubles, when it ends too soon. Ctrl-C,
     SIGTERM or 'edgeadapt coordinator stop' stops them in reverse order; a round that is under way is lost, its log is
-    closed, and the exit code is 0 but for Ctrl-C. If this process is killed, they end as well. Lines on standard error
-    say what happens and what the services write.
+    closed, and the exit code is 0 but for Ctrl-C. If this process is killed, they end as well. Lines on standard error,
+    with --json objects on standard output, say what happens and what the services write.
+
+    SIGHUP has rounds, deadline, attempts and [cohort] of DIR/federation.toml read again before the next round.
 
     While another coordinator leads the same registry in PostgreSQL, they wait, and take over when that one is gone.
 
@@ -397,19 +408,23 @@ def up(state_dir: Path, as_json: bool) -> None:
     \b
     Examples:
       edgeadapt coordinator up fleet
-      edgeadapt coordinator up fleet --json 2> fleet.log
+      edgeadapt coordinator up fleet --json > fleet.jsonl
     """
     from coordinator.services.deployment import up
+    from coordinator.statedir import RELOAD
 
-    lock = threading.Lock()
+    log = commandline.show_log(as_json)
 
     def report(event: "ServiceEvent") -> None:
-        line = json.dumps(_event_row(event)) if as_json else _event_line(event)
-        with lock:
-            click.echo(line, err=True)
+        log.handle(_event_row(event) if as_json else _event_line(event))
 
+    def reload(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):  # a full disk
+            (state_dir / RELOAD).touch()
+
+    signal.signal(signal.SIGHUP, reload)
     try:
-        up(state_dir, report)
+        up(state_dir, report, as_json=as_json)
     except SystemExit as asked:  # to a service manager, a stop is no failure
         if asked.code != TERMINATED:
             raise
@@ -431,19 +446,20 @@ def stop(state_dir: Path, as_json: bool) -> None:
     print_result({"stopped": stopped}, "stopped" if stopped else f"no services of {state_dir} run", as_json)
 
 
-def _event_row(event: "ServiceEvent") -> dict[str, str | int | float]:
-    head = {"time": _time(event), "service": event.service, "event": event.happening.value}
-    return {**head, **{name: _plain(value) for name, value in event.details.items()}}
+def _event_row(event: "ServiceEvent") -> LogRecord:
+    details = {name: _plain(value) for name, value in event.details.items()}
+    if event.happening.value == "output":
+        return commandline.relayed(str(details["text"]), service=event.service)
+    level = WARNING if event.is_trouble else INFO
+    return commandline.log_record(event.at.timestamp(), level, event.happening.value, service=event.service, **details)
 
 
-def _event_line(event: "ServiceEvent") -> str:
+def _event_line(event: "ServiceEvent") -> LogRecord:
     details = (f"{name}={_plain(value)}" for name, value in event.details.items() if name != "text")
     text = [_plain(value) for name, value in event.details.items() if name == "text"]
-    return " ".join(map(str, [_time(event), event.service, event.happening.value, *details, *text]))
-
-
-def _time(event: "ServiceEvent") -> str:
-    return event.at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    at = event.at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    line = " ".join(map(str, [at, event.service, event.happening.value, *details, *text]))
+    return commandline.log_record(event.at.timestamp(), INFO, line)
 
 
 def _plain(value: str | int | float) -> str | int | float:

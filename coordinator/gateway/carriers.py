@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -27,7 +28,17 @@ from websockets.http11 import Request, Response
 
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
 from coordinator.gateway.hub import ComeBack
-from coordinator.gateway.places import PROOF, Entrance, Places, RefusalRates
+from coordinator.gateway.pace import TokenBucket
+from coordinator.gateway.places import (
+    LOOK,
+    PROOF,
+    Entrance,
+    GrpcConnections,
+    Places,
+    RefusalRates,
+    network_of,
+    raise_descriptors,
+)
 from coordinator.servertls import TlsSource, context, credentials
 from coordinator.settings import is_loopback
 from edgeadapt import traces
@@ -198,9 +209,15 @@ class GrpcCalls:
 
     conversations: Conversations
     places: Places = field(default_factory=Places)
+    connections: GrpcConnections = field(init=False)
 
     async def listen(self, address: str, largest: int) -> tuple[aio.Server, int]:
-        options = (*messages.GATEWAY_OPTIONS, ("grpc.max_receive_message_length", largest))
+        descriptors = raise_descriptors()
+        limits = {
+            "grpc.max_receive_message_length": largest,
+            "grpc.max_allowed_incoming_connections": descriptors // 2,
+        }
+        options = (*messages.GATEWAY_OPTIONS, *limits.items())
         server = aio.server(options=options)
         calls = {
             path.rpartition("/")[2]: grpc.stream_stream_rpc_method_handler(partial(self._serve, path))
@@ -214,19 +231,38 @@ class GrpcCalls:
             )
         )
         port = server.add_secure_port(address, credentials(self.conversations.tls))
+        self.connections = GrpcConnections(port, descriptors * 3 // 8)
         await server.start()
+        asyncio.get_running_loop().create_task(self._look())  # ``ConversationServer.close`` ends it
         return server, port
 
+    async def _look(self) -> None:
+        ended, lines = 0, TokenBucket(1, 60.0)
+        while True:
+            await asyncio.sleep(LOOK)
+            with suppress(OSError):  # there is no descriptor, but connections have no more than their share
+                ended += self.connections.look(time.monotonic())
+            if ended and not lines.wait(time.monotonic()):
+                log.warning("too many connections: %d that had proved nothing were ended", ended)
+                ended = 0
+
     async def _serve(self, path: str, parts: AsyncIterator[bytes], context: Any) -> None:
-        host, call = host_of_peer(context.peer()), traces.begin(path[1:], protocol=GrpcCarrier.protocol)
+        (host, port), call = address_of_peer(context.peer()), traces.begin(path[1:], protocol=GrpcCarrier.protocol)
+        peer = network_of(host), port
         try:
             async with self.places.held(host) as place:
+
+                def leave() -> None:
+                    self.places.leave(place)
+                    self.connections.proved.add(peer)
+
                 names = self.conversations.tls.newest().hosts
-                carrier = GrpcCarrier(parts, context, partial(self.places.leave, place), host, names, call)
+                carrier = GrpcCarrier(parts, context, leave, host, names, call)
                 end = await self.conversations.run(path, carrier)
         except TimeoutError as error:
             end = end_of(error)
         finally:
+            self.connections.proved.discard(peer)
             call.end()
         if not await carrier.is_settled():
             raise asyncio.CancelledError  # the call is reset
@@ -237,7 +273,7 @@ class GrpcCalls:
 
     async def _check(self, parts: AsyncIterator[bytes], context: Any) -> bytes:
         try:
-            async with self.places.held(host_of_peer(context.peer())):
+            async with self.places.held(address_of_peer(context.peer())[0]):
                 await anext(parts, b"")
         except TimeoutError:
             await context.abort(StatusCode.DEADLINE_EXCEEDED, "too slow, or there are too many peers")
@@ -329,13 +365,17 @@ def host_of(url: str) -> str:
         return ""
 
 
-def host_of_peer(peer: str) -> str:
-    """Host in what gRPC calls a peer.
+def address_of_peer(peer: str) -> tuple[str, int]:
+    """Host and port in what gRPC calls a peer.
 
-    >>> host_of_peer("ipv4:192.0.2.7:55012"), host_of_peer("ipv6:%5B2001:db8::1%5D:55012")
-    ('192.0.2.7', '2001:db8::1')
+    >>> address_of_peer("ipv4:192.0.2.7:55012"), address_of_peer("ipv6:%5B2001:db8::1%5D:55012")
+    (('192.0.2.7', 55012), ('2001:db8::1', 55012))
     """
-    return host_of(f"//{unquote(peer.partition(':')[2])}") or peer
+    address = f"//{unquote(peer.partition(':')[2])}"
+    try:
+        return host_of(address) or peer, urlsplit(address).port or 0
+    except ValueError:
+        return peer, 0
 
 
 class ConversationServer:

@@ -5,19 +5,26 @@ new connection takes that of the oldest peer of the network that holds most; a p
 any other only one that is ``YOUNG`` seconds old: of devices that all come at once, the first are served. So it takes a
 flood of ``PLACES`` connections in ``YOUNG`` seconds, from the own network or from as many others, to keep a peer out.
 
+A process that has no descriptor left can open no file either, and its round is lost. So everything that a peer can make
+it hold has a share of them: gRPC's connections half, devices a quarter, other places an eighth.
+
 A network is an IPv4 address or the /64 of an IPv6 address. All peers behind a NAT or a reverse proxy are one network.
 Everything runs on one event loop and takes no lock.
 """
 
 import asyncio
+import os
+import resource
 import secrets
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import IPv6Address, ip_address, ip_network
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, TypeAlias
 
 from aggregation.errors import EdgeAdaptError
 from coordinator.gateway.pace import FORGET, TokenBucket
@@ -26,6 +33,8 @@ PLACES = 512  # connections of an address at which a service listens
 YOUNG = 5.0  # seconds that a peer has, if its network does not hold more than that of the next one
 REFUSED = 0.02  # seconds that a wrong signature costs its network; one at a time
 REFUSALS, REGAINED = 64, 30.0  # refusals of a network in a row, and seconds in which it regains them
+DESCRIPTORS = 2**16  # that a process which listens may have, if the system permits
+LOOK = 0.25  # seconds between two looks at the connections of gRPC
 PROOF = 10.0  # seconds from the first packet to the proof: TLS, HTTP and the first message
 
 
@@ -43,6 +52,17 @@ def network_of(host: str) -> str:
         mapped = address.ipv4_mapped
         return str(mapped or ip_network((int(address) >> 64 << 64, 64)))
     return str(address)
+
+
+def raise_descriptors() -> int:
+    """Raise the limit of this process to ``DESCRIPTORS``, or as far as the system permits. Returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # macOS has a lower limit, which it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
 @dataclass(slots=True, eq=False)
@@ -171,7 +191,7 @@ class Entrance(socket.socket):
     def listening(cls, host: str, port: int) -> Self:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         entrance = cls(fileno=socket.create_server((host, port), family=family).detach())
-        entrance.places, entrance._peers = Places(), {}
+        entrance.places, entrance._peers = Places(min(PLACES, raise_descriptors() // 8)), {}
         return entrance
 
     def accept(self) -> tuple[socket.socket, Any]:
@@ -194,6 +214,76 @@ class Entrance(socket.socket):
     def _leave(self, name: tuple[str, int], peer: _Peer) -> None:
         if self._peers.get(name, (None,))[0] is peer:
             self.prove(name)
+
+
+Peer: TypeAlias = tuple[str, int]  # network and port
+
+
+@dataclass(slots=True)
+class GrpcConnections:
+    """The connections of a port that gRPC has accepted, which it does by itself, past any place.
+
+    They are found among the descriptors of this process. Once it has more than ``room``, a quarter of ``room`` is made
+    free: connections whose peer has proved nothing end, of the network that has most, the oldest first.
+
+    Args:
+        port: Of the listening socket.
+        room: Descriptors, of whatever kind.
+        proved: Peers that stay.
+    """
+
+    port: int
+    room: int
+    proved: set[Peer] = field(default_factory=set)
+    _since: dict[Peer, float] = field(default_factory=dict)  # first look that found it
+
+    def look(self, now: float) -> int:
+        """Check the descriptors at the time ``now``. Returns how many connections are ended."""
+        free = os.open(os.devnull, os.O_RDONLY)  # the lowest number that is free, without a list of all
+        os.close(free)
+        if free < self.room:
+            return 0
+        listed = sorted(int(entry.name) for entry in Path("/dev/fd").iterdir())
+        excess = len(listed) - self.room * 3 // 4
+        peers = {peer: number for number in listed if (peer := self._peer(number)) and peer not in self.proved}
+        self._since = {peer: self._since.get(peer, now) for peer in peers}
+        oldest_first = sorted(peers, key=lambda peer: (self._since[peer], peers[peer]))
+        later = Counter(network for network, _ in oldest_first)
+        ranked = list[tuple[int, int, Peer]]()
+        for peer in oldest_first:
+            later[peer[0]] -= 1
+            ranked.append((-later[peer[0]], len(ranked), peer))
+        crowd = [peer for *_, peer in sorted(ranked)[:excess]]
+        for peer in crowd:
+            self._end(peers[peer], peer)
+        return len(crowd)
+
+    def _peer(self, number: int) -> Peer | None:
+        """Find the peer of a descriptor. Another thread may close it at any moment, and open something else."""
+        try:
+            connection = socket.socket(fileno=number)
+        except OSError:  # no socket
+            return None
+        try:
+            if connection.getsockname()[1:2] == (self.port,):
+                host, port = connection.getpeername()[:2]
+                return network_of(host), port
+        except OSError:  # no connection
+            pass
+        finally:
+            connection.detach()
+        return None
+
+    def _end(self, number: int, peer: Peer) -> None:
+        with suppress(OSError):
+            copy = os.dup(number)
+            try:
+                if self._peer(copy) == peer:  # what is checked is what is shut down
+                    connection = socket.socket(fileno=copy)
+                    connection.shutdown(socket.SHUT_RDWR)
+                    connection.detach()
+            finally:
+                os.close(copy)
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from packaging.version import InvalidVersion, Version
@@ -19,10 +19,11 @@ from packaging.version import InvalidVersion, Version
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki import Root
+from aggregation.pki.revocation import EXPIRED
 from coordinator.gateway.carriers import BrowserSettings, Carrier, Conversations, ConversationServer
 from coordinator.gateway.hub import ComeBack, Credentials, Hub, NoAnswer, Stream
 from coordinator.gateway.pace import Pace, TokenBucket
-from coordinator.gateway.places import Turns
+from coordinator.gateway.places import Turns, raise_descriptors
 from coordinator.gateway.snapshot import GatewaySnapshot
 from coordinator.servertls import TlsSource
 from coordinator.settings import GatewaySettings
@@ -73,13 +74,14 @@ class Service:
         self._check_pace(credentials.device)
         carrier.admit()
         stream = self.hub.open(credentials)
-        log.info("%s is connected over %s", credentials.device, carrier.protocol)
+        of = {"device": credentials.device}
+        log.info("%s is connected over %s", credentials.device, carrier.protocol, extra=of)
         try:
             await carrier.send(messages.ADMITTED)
             await _either(self._send(carrier, stream), self._take(carrier, stream))
         finally:
             self.hub.closed(stream)
-            log.info("%s is disconnected", credentials.device)
+            log.info("%s is disconnected", credentials.device, extra=of)
 
     async def _identified(self, carrier: Carrier) -> Credentials:
         nonce = SystemEntropy().bytes(messages.NONCE)
@@ -146,7 +148,7 @@ class Service:
                     self.hub.answer(stream, answer.id, body)
                 except ProtocolError as error:
                     call.fail(type(error).__name__)
-                    log.warning("an answer of %s is dropped: %s", device, error)
+                    log.warning("an answer of %s is dropped: %s", device, error, extra={"device": device})
 
     async def _body(self, carrier: Carrier, size: int) -> bytes:
         reader = PartReader(size)
@@ -167,12 +169,20 @@ class Service:
             self.hub.end(stream, ComeBack(f"{device} took part", window, released=True))
 
     def end_revoked(self, at: datetime) -> None:
-        """End the streams of devices whose certificates have expired or were revoked since they connected."""
+        """End the streams of devices whose certificates have expired or were revoked since they connected; none while
+        the revocation list has expired, when no round begins."""
+        try:
+            root = self.root(at)
+        except EdgeAdaptError as error:
+            if error.about != EXPIRED:
+                raise
+            return
         for stream in self.hub.streams():
             try:
-                self.root(at).verify(stream.credentials.certificate, at)
+                root.verify(stream.credentials.certificate, at)
             except TrustError as error:
-                log.warning("%s is disconnected: %s", stream.credentials.device, error)
+                device = stream.credentials.device
+                log.warning("%s is disconnected: %s", device, error, extra={"device": device})
                 self.hub.end(stream, error)
 
     def root(self, at: datetime) -> Root:
@@ -234,7 +244,10 @@ class Gateway(ConversationServer):
             answered: As for ``Hub``.
             browsers: Where to listen for pages; None: nowhere.
         """
-        limits = limits or GatewayLimits()
+        limits, room = limits or GatewayLimits(), raise_descriptors() // 4
+        if room < limits.devices:
+            log.warning("at most %d devices can be connected: this process may open no more files", room)
+            limits = replace(limits, devices=room)
         self.service = Service(Hub(answered, limits.grace), read_root, limits)
         conversations = Conversations({messages.ATTEND: self.service.attend}, tls)
         super().__init__(conversations, address, browsers, about="--gateway")

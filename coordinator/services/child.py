@@ -11,8 +11,11 @@ import signal
 import sys
 import threading
 
+from coordinator.gateway.places import raise_descriptors
+
 
 def main() -> None:
+    raise_descriptors()  # Flower's SuperLink does not by itself
     threading.Thread(target=_watch, daemon=True).start()
     _, name, *arguments = sys.argv
     sys.argv = [name, *arguments]

@@ -22,7 +22,7 @@ from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
 from coordinator.services.supervisor import Happening, Patience, Report, ServiceEvent, ServiceProgram, supervise
 from coordinator.settings import SERVICES, SETTINGS, ServiceSettings, is_loopback
-from coordinator.statedir import SERVICES_LOCK, STOPPING, CoordinatorStateDir, require
+from coordinator.statedir import RELOAD, SERVICES_LOCK, STOPPING, CoordinatorStateDir, require
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, tls_key_path
 from edgeadapt.formats.registryfiles import AUTHORITY
@@ -36,8 +36,9 @@ MAX_RUNNING = 2**16  # bytes
 SLACK = 30.0  # seconds, beyond what services may take to stop
 
 
-def up(folder: Path, report: Report) -> None:
-    """Run a state directory's services until all rounds are done. Several threads ``report`` events.
+def up(folder: Path, report: Report, *, as_json: bool = False) -> None:
+    """Run a state directory's services until all rounds are done. Several threads ``report`` events. ``as_json``: the
+    services write their logs as objects.
 
     Raises ConfigError: ``services.toml`` is missing or names nothing to run, or a TLS file is missing or for another
     host. Raises TrustError: the TLS certificate is not one of the authority for a gateway. Raises EdgeAdaptError: they
@@ -46,7 +47,7 @@ def up(folder: Path, report: Report) -> None:
     state_dir = CoordinatorStateDir.open(folder)
     settings = ServiceSettings.read(folder / SERVICES)
     state_dir.registry.newest_adapter()
-    services = services_of(state_dir, settings)
+    services = services_of(state_dir, settings, as_json=as_json)
     began = datetime.now(UTC).isoformat(timespec="seconds")
 
     saved = True
@@ -68,7 +69,7 @@ def up(folder: Path, report: Report) -> None:
     text = f"the services of {folder} run already: see 'edgeadapt coordinator status {folder}'"
     # A while, because a check whether the lock is held has it for a moment.
     with storage.locked_or(EdgeAdaptError(text, about=SERVICES_LOCK), folder / SERVICES_LOCK, timeout=PROBE):
-        for left in (RUNNING, STOPPING):  # by a killed one; on a full disk it would stay
+        for left in (RUNNING, STOPPING, RELOAD):  # by a killed one; on a full disk it would stay
             (folder / left).unlink(missing_ok=True)
         try:
             changed([])
@@ -76,13 +77,15 @@ def up(folder: Path, report: Report) -> None:
             supervise(services, patience, report, changed, lambda: _end_rounds(state_dir, settings))
         finally:
             _await_rounds(state_dir, settings.stop)
-            for left in (RUNNING, STOPPING):
+            for left in (RUNNING, STOPPING, RELOAD):
                 (folder / left).unlink(missing_ok=True)
             state_dir.registry.close()
     report(ServiceEvent("rounds", Happening.DONE))
 
 
-def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tuple[ServiceProgram, ...]:
+def services_of(
+    state_dir: CoordinatorStateDir, settings: ServiceSettings, *, as_json: bool = False
+) -> tuple[ServiceProgram, ...]:
     """List the services that the settings name, in the order of their start. Raises ConfigError: they name none, or as
     ``CoordinatorStateDir.read_tls``, or the certificate is for other hosts."""
     folder = state_dir.folder.resolve()
@@ -90,7 +93,8 @@ def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tu
         text = f"{state_dir.folder / SERVICES} names nothing to run: set gateway or superlink to HOST:PORT"
         raise ConfigError(text, about=SERVICES)
     _, certificate = state_dir.read_tls(datetime.now(UTC))
-    command = ["edgeadapt.program:main", "coordinator", "run", str(folder)]
+    log = ("--json",) if as_json else ()
+    command = ["edgeadapt.program:main", "coordinator", "run", str(folder), *log]
     services = []
     if settings.superlink:
         address = _within(settings.superlink)
@@ -113,7 +117,7 @@ def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tu
         finishes=True,
         fatal=frozenset({ConfigError.exit_code}),
     )
-    return (*services, rounds, *_dashboard(folder, settings))
+    return (*services, rounds, *_dashboard(folder, settings, log))
 
 
 def running(folder: Path) -> dict[str, Any] | None:
@@ -191,11 +195,11 @@ def _superlink(folder: Path, address: str) -> ServiceProgram:
     )
 
 
-def _dashboard(folder: Path, settings: ServiceSettings) -> tuple[ServiceProgram, ...]:
+def _dashboard(folder: Path, settings: ServiceSettings, log: tuple[str, ...]) -> tuple[ServiceProgram, ...]:
     """Describe the page for the operator. It is the last, so that nothing waits for it."""
     if not settings.dashboard:
         return ()
-    command = ["edgeadapt.program:main", "coordinator", "dashboard", str(folder), "--listen", settings.dashboard]
+    command = ["edgeadapt.program:main", "coordinator", "dashboard", str(folder), "--listen", settings.dashboard, *log]
     if settings.channels:
         command += ["--channels", str(folder / settings.channels)]
     return (

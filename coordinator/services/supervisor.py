@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
+from signal import SIGTERM
 
 from aggregation.errors import EdgeAdaptError
+from edgeadapt.commandline import relayed
 
 LOOK = 0.1  # seconds between two polls of the services
 FIRST_PAUSE = 1.0  # seconds
 HUNG = 2.0  # seconds that a service has to stop if it does not answer: most that hang hear no signal either
-LONGEST_LINE = 4096  # bytes of one line of a service's output; a longer one is cut into several
+LONGEST_LINE = 2**16  # bytes of one line of a service's output; a longer one is cut into several
 
 
 class Happening(Enum):
@@ -42,6 +44,12 @@ class ServiceEvent:
     happening: Happening
     details: Mapping[str, str | int | float] = field(default_factory=dict)
     at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def is_trouble(self) -> bool:
+        """Whether it is worth a look: no start, and no end that was asked for."""
+        failed = self.happening is Happening.ENDED and self.details["code"] not in (0, -SIGTERM, 128 + SIGTERM)
+        return failed or self.happening in (Happening.UNSAVED, Happening.SILENT, Happening.KILLED)
 
 
 Report = Callable[[ServiceEvent], None]  # called from several threads
@@ -179,7 +187,9 @@ class Supervised:
         if code == 0 and self.service.finishes:
             self.done = True
         elif code in self.service.fatal:
-            raise EdgeAdaptError(f"{self.service.name} ended: {self._last}", about=self.service.name, value=code)
+            last = relayed(self._last)
+            text = f"{self.service.name} ended: {vars(last).get('text', last.msg)}"
+            raise EdgeAdaptError(text, about=self.service.name, value=code)
         else:
             self._pause(now)
 

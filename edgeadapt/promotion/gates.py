@@ -61,7 +61,7 @@ class AccuracyGate(Settings):
     """file of lines LABEL TAB PHRASE TAB LANGUAGE"""
     margin: float = Field(default=0.01, ge=0, le=1)
     """how far the accuracy may be below that of the current release"""
-    least: float = Field(default=0.0, ge=0, le=1)
+    least: float = Field(default=0.5, ge=0, le=1)
     """least accuracy, also of a channel's first release"""
     fewest: int = Field(default=100, ge=1)
     """fewest phrases that are a measurement"""

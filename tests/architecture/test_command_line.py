@@ -17,7 +17,7 @@ import click
 import pytest
 
 from edgeadapt import program
-from edgeadapt.commandline import JsonLines, LogHandler, RenamedOption
+from edgeadapt.commandline import JsonLines, LogHandler, RenamedOption, relayed
 
 Outcome = tuple[int, str, str]
 Path = tuple[str, ...]  # the words of a command, without the program's own
@@ -210,7 +210,7 @@ def test_a_service_prints_its_log_as_objects_on_standard_output_and_its_end_too(
     assert (begun["level"], begun["event"]) == ("info", f"listening at {begun['address']}")
     assert ended["time"] >= begun["time"]
     assert (ended["level"], ended["event"], ended["error"]) == ("error", "terminated", "terminated")
-    assert (err, service.returncode) == ("edgeadapt: terminated\n", program.TERMINATED)
+    assert (err, service.returncode) == ("", program.TERMINATED)
 
 
 def test_a_line_of_a_log_has_the_device_and_the_error_where_there_is_one() -> None:
@@ -222,6 +222,25 @@ def test_a_line_of_a_log_has_the_device_and_the_error_where_there_is_one() -> No
     row = json.loads(lines.format(failed))
     assert row.keys() == {"time", "level", "event", "device", "error"}
     assert (row["device"], row["error"]) == ("kitchen", "ValueError('x')")
+
+
+def test_a_line_of_another_process_is_relayed_as_it_was_or_as_its_output() -> None:
+    record = logging.makeLogRecord({"msg": "50 % done", "levelname": "WARNING", "round": 3, "run": "17"})
+    line = JsonLines().format(record)
+    again = relayed(line, service="rounds")
+    assert json.loads(JsonLines().format(again)) == json.loads(line) | {"service": "rounds"}
+    assert again.levelno == logging.WARNING
+    times = '{"time": "2026-01-01T00:00:00Z", "level": '
+    for other in (
+        "INFO: x",
+        "[1]",
+        "17",
+        "{}",
+        '{"time": 5, "level": "info", "event": ""}',
+        f'{times}"loud", "event": ""}}',
+    ):
+        row = json.loads(JsonLines().format(relayed(other)))
+        assert (row["level"], row["event"], row["text"]) == ("info", "output", other)
 
 
 def test_a_log_that_nobody_reads_any_more_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,18 +7,22 @@ and a device with an invitation come after them.
 import asyncio
 import queue
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from http.client import HTTPException
+from subprocess import PIPE, Popen
 from threading import Semaphore
+from types import SimpleNamespace
 
 import pytest
 
 from aggregation.entropy import SystemEntropy
-from aggregation.pki import IdentityKey
+from aggregation.pki import Authority, IdentityKey
 from coordinator.gateway import carriers, places
 from coordinator.gateway.carriers import Carrier
 from coordinator.gateway.enrolment import THREADS, EnrolmentServer, EnrolmentService, _Certifying, too_many
@@ -33,7 +37,7 @@ from tests.coordinator.gateway.test_enrolment import Invite, invite, service
 from tests.support.authority import signer, store
 from tests.support.dashboard import TOKEN, dashboard
 from tests.support.gateway import HOST, wait_until
-from tests.support.lightdevice import PAGE, SOCKET, Kind, Talk, talk_of
+from tests.support.lightdevice import PAGE, SOCKET, Kind, LightDevice, Talk, talk_of
 
 __all__ = ["carrier", "invite", "service", "signer", "site", "site_of", "store"]
 ENTROPY = SystemEntropy()
@@ -102,6 +106,74 @@ def test_silent_calls_keep_no_certified_device_out(
     for peer in peers[:FEW]:
         assert messages.CHALLENGE.decode(peer.receive())
     assert [site.device(f"device-{number}").is_let_in() for number in range(4)] == [fair] * 4
+
+
+FLOOD = 1100  # connections: more than the descriptors of the gateway
+
+
+def is_open(peer: socket.socket) -> bool:
+    peer.setblocking(False)
+    try:
+        return bool(peer.recv(1))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+GATEWAY = """
+import os, sys
+from aggregation.pki import Authority
+from coordinator.gateway import carriers, server
+from edgeadapt.formats.gateway import messages
+from tests.support.gateway import HOST, server_tls
+
+if sys.argv[1] == "without it":
+    carriers.raise_descriptors = lambda: 2**30
+options = {**dict(messages.GATEWAY_OPTIONS), "grpc.server_handshake_timeout_ms": 300_000}
+messages.GATEWAY_OPTIONS = tuple(options.items())
+authority = Authority.from_pem(b"".join(iter(sys.stdin.buffer.readline, b"\\n")))
+gateway = server.Gateway(f"{HOST}:0", server_tls(authority), lambda at: authority.root, print)
+print(gateway.port, flush=True)
+for _ in sys.stdin:
+    try:
+        print(len(os.listdir("/dev/fd")), flush=True)
+    except OSError as error:
+        print(error.strerror, flush=True)
+"""
+
+
+@pytest.mark.parametrize("rule", ["with the rule", "without it"])
+def test_idle_connections_leave_descriptors_for_files_and_devices(rule: str) -> None:
+    now = datetime.now(UTC)
+    authority = Authority.create("fleet", ENTROPY, now - timedelta(days=1), now + timedelta(days=9))
+    limited = ["prlimit", "--nofile=512:1024", sys.executable, "-c", GATEWAY, rule]
+    with ExitStack() as stack:
+        process = stack.enter_context(Popen(limited, stdin=PIPE, stdout=PIPE))
+        stack.callback(process.kill)
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def said(line: bytes) -> str:
+            process.stdin.write(line + b"\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            return process.stdout.readline().decode().strip()  # type: ignore[union-attr]
+
+        port = int(said(authority.to_pem()))
+        stack.enter_context(silent(port, b"", FLOOD))
+        if rule == "without it":
+            wait_until(lambda: said(b"") == "Too many open files")
+            return
+        site = SimpleNamespace(port=port)
+        kitchen = LightDevice(site, authority, "kitchen")  # type: ignore[arg-type]
+        stack.callback(kitchen.close)
+        wait_until(kitchen.is_let_in)
+        talk = kitchen.attend()
+        for _ in range(3):
+            with silent(port, b"", FLOOD) as peers:
+                wait_until(lambda peers=peers: sum(map(is_open, peers)) <= 1024 * 3 // 8)  # type: ignore[misc]
+                assert int(said(b"")) <= 1024 * 5 // 8
+        assert talk.is_quiet()
 
 
 def test_silent_connections_do_not_block_the_dashboard_and_its_health_check(

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki import Authority
+from aggregation.pki.revocation import EXPIRED
 from aggregation.pki.tls import TlsKey
 from coordinator import expiry
 from coordinator.cli import coordinator_group as coordinator
@@ -18,8 +19,9 @@ from coordinator.dashboard.view import Viewer, exposition
 from coordinator.expiry import expiries
 from coordinator.gateway.grid import serving
 from coordinator.settings import FederationSettings
-from coordinator.statedir import REVOKED, CoordinatorStateDir
+from coordinator.statedir import REVOKED, SERVICES_LOCK, CoordinatorStateDir
 from edgeadapt.authority import AuthorityStore
+from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from edgeadapt.formats.registryfiles import TRANSCRIPT
 from tests.support import refused
@@ -121,6 +123,28 @@ def test_the_list_is_the_one_that_a_session_takes(state_dir: CoordinatorStateDir
         assert (found["warning"] is None) == (number == 6)
         (state_dir.folder / REVOKED).unlink()
         assert datetime.fromisoformat(expiries(state_dir.folder, NOW)[REVOKED]["until"]) == end
+
+
+def test_a_service_waits_while_the_list_has_expired_and_a_run_without_one_ends(
+    state_dir: CoordinatorStateDir, signer: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    slept = list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            give(state_dir.folder, signer, 1, 1)
+
+    give(state_dir.folder, signer, 9, -1)
+    with refused(TrustError, EXPIRED):
+        state_dir.await_root(sleep)
+    with storage.locked(state_dir.folder / SERVICES_LOCK, timeout=0):
+        root = state_dir.await_root(sleep)
+        assert root.revoked is not None
+        assert (len(slept), len(caplog.records)) == (3, 1)
+        (state_dir.folder / REVOKED).write_bytes(b"damaged")
+        with pytest.raises(TrustError):
+            state_dir.await_root(sleep)
 
 
 def test_a_certificate_for_another_key_is_warned_of_and_nothing_is_renamed(

@@ -11,7 +11,7 @@ import pytest
 
 from aggregation.errors import EdgeAdaptError
 from coordinator import launch
-from coordinator.launch import GATEWAY, STATE, Connection, connected
+from coordinator.launch import GATEWAY, JSON, STATE, Connection, connected
 from tests.support import refused
 
 FAKE = """
@@ -75,9 +75,9 @@ def test_a_run_that_also_serves_light_devices_is_started_with_the_gateways_addre
     flower: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = flower(run=STARTED)
-    Connection("mine", {"FLWR_HOME": str(tmp_path)}).start(tmp_path, "0.0.0.0:9443")
+    Connection("mine", {"FLWR_HOME": str(tmp_path)}).start(tmp_path, "0.0.0.0:9443", as_json=True)
     found = tomllib.loads((folder / "run.toml").read_text())
-    assert found == {STATE: str(tmp_path), GATEWAY: "0.0.0.0:9443"}
+    assert found == {STATE: str(tmp_path), GATEWAY: "0.0.0.0:9443", JSON: True}
     bundle = tomllib.loads((launch.BUNDLE / "pyproject.toml").read_text())
     assert found.keys() == bundle["tool"]["flwr"]["app"]["config"].keys()  # Flower refuses other keys
 

@@ -13,7 +13,7 @@ from aggregation.errors import ConfigError, ProtocolError
 from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Adversary, Privacy, SessionSpec
-from coordinator.settings import Aggregation, Analytic, FederationSettings, PrivacySettings, Server
+from coordinator.settings import Aggregation, Analytic, CohortSettings, FederationSettings, PrivacySettings, Server
 from edgeadapt.formats.layout import Layout, TensorSpec
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import PARTS, Part
@@ -216,3 +216,11 @@ def test_an_evaluation_comes_after_the_rounds_that_are_left_and_replaces_one_tha
 def test_an_evaluation_without_two_releases_or_of_groups_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         FederationSettings.parse(changes, "here")
+
+
+def test_between_two_rounds_only_what_binds_no_device_and_no_record_may_change() -> None:
+    old = FederationSettings()
+    newer = FederationSettings(rounds=12, deadline=5.0, attempts=3, cohort=CohortSettings(grace=2.0))
+    assert old.changes(newer) == ["rounds", "deadline", "attempts", "cohort"]
+    with refused(ConfigError, "aggregation"):
+        old.changes(newer.model_copy(update={"aggregation": Aggregation(session_rounds=5)}))

@@ -1,6 +1,7 @@
 """The status of a federation, before its first version, during and after its rounds."""
 
 import json
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,9 +39,17 @@ def test_a_new_coordinator_has_no_version_and_no_round(fleet_of: FleetOf, tmp_pa
     made.registry.close()
 
 
-def test_the_status_lists_versions_rounds_dropouts_and_the_last_session(fleet_of: FleetOf) -> None:
+def test_the_status_lists_versions_rounds_dropouts_and_the_last_session(
+    fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
+) -> None:
     fleet = fleet_of(6, rounds=3, aggregation__session_rounds=2)
-    records = fleet.federate(fleet.grid(forced_dropouts=1))
+    with caplog.at_level(logging.INFO, "edgeadapt"):
+        records = fleet.federate(fleet.grid(forced_dropouts=1))
+    ends = [each.getMessage().partition(": ")[2] for each in caplog.records if hasattr(each, "record")]
+    assert ends == [
+        *2 * ["6 of 6 devices are in the sum; dropouts: 1 after it"],
+        "5 of 6 devices are in the sum; dropouts: 1 before it",
+    ]
     found = status(fleet)
     assert [version["version"] for version in found["versions"]] == [0, 1, 2, 3]
     assert [(each["round"], each["version"]) for each in found["rounds"]] == [(1, 1), (2, 2), (3, 3)]

@@ -24,6 +24,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki.identity import IdentityKey
 from client.node.statedir import DeviceStateDir
+from coordinator.gateway.places import DESCRIPTORS
 from coordinator.statedir import AUTHORITY, KEY, PUBLIC_KEY, CoordinatorStateDir
 from edgeadapt import program
 from edgeadapt.authority import AuthorityStore
@@ -202,6 +203,21 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     first = tmp_path / "edgeadapt-agent.service"
     first.write_text(first.read_text().replace("ProtectSystem", "ProtectSistem"))
     assert "ProtectSistem" in verify(tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+def test_each_service_has_few_rights_by_the_score_of_systemd(tmp_path: Path) -> None:
+    def passes(unit: Path) -> bool:
+        words = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", "--no-pager", str(unit)]
+        return subprocess.run(words, capture_output=True).returncode == 0
+
+    assert [unit.name for unit in UNITS if unit.suffix == ".service" and not passes(unit)] == []
+    text = (FOLDER / "systemd" / "edgeadapt-coordinator.service").read_text()
+    (tmp_path / "wide.service").write_text(
+        re.sub(r"^(CapabilityBoundingSet|SystemCallFilter)=.*\n", "", text, flags=re.M)
+    )
+    assert not passes(tmp_path / "wide.service")
+    assert re.findall(r"^LimitNOFILE=(.*)$", text, re.M) == [str(DESCRIPTORS)]
 
 
 def test_the_image_is_built_from_what_the_package_consists_of() -> None:

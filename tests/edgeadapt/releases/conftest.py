@@ -57,13 +57,18 @@ class Vendor:
     bundle: Path
 
     def publish(
-        self, number: int, channel: str = "canary", version: int | None = None, really: int | None = None
+        self,
+        number: int,
+        channel: str = "canary",
+        version: int | None = None,
+        really: int | None = None,
+        labels: tuple[str, ...] = models.LABELS,
     ) -> None:
         """Export a version and publish the bundle; ``really``: with the tensors of this one instead."""
         source = AdapterSource(
             "global",
             self.values[number if really is None else really],
-            models.LABELS,
+            labels,
             number + 1 if version is None else version,
             files.sha256(files.encode(self.values[number])),
             peft_config=PeftConfig.lora(rank=4, alpha=8),

@@ -21,7 +21,7 @@ from edgeadapt.releases.actions import ActionRecord, GateResult
 from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.repository import ChannelRepository
 from tests.edgeadapt.releases.conftest import Vendor
-from tests.support import refused
+from tests.support import models, refused
 from tests.support.bundles import flip
 from tests.support.models import PHRASES
 from tests.support.otlp import attributes, receiving
@@ -165,10 +165,24 @@ def test_the_margin_decides(place: Place) -> None:
     loss = sum(a != b for n, (a, b) in enumerate(zip(old, new, strict=True)) if n % 3) / len(old)
     loss -= sum(a != b for n, (a, b) in enumerate(zip(old, new, strict=True)) if n % 3 == 0) / len(old)
     assert 0.05 < loss < 0.95
-    place.settings(f"accuracy.margin={loss - 0.001}", gates='["accuracy"]')
+    place.settings("accuracy.least=0", f"accuracy.margin={loss - 0.001}", gates='["accuracy"]')
     place.refused()
-    place.settings(f"accuracy.margin={loss + 0.001}", gates='["accuracy"]')
+    place.settings("accuracy.least=0", f"accuracy.margin={loss + 0.001}", gates='["accuracy"]')
     assert place.promote()["release"] == 2
+
+
+@pytest.mark.parametrize("gates", ['["size", "parity", "accuracy"]', '["size", "parity"]'], ids=["with", "without"])
+def test_a_first_release_whose_labels_are_swapped_passes_parity_and_not_the_accuracy_by_default(
+    place: Place, tiny_base: Base, gates: str
+) -> None:
+    (place.folder / "texts.txt").write_text("\n".join(phrases()[:12]))
+    words = [f"parity.state={place.vendor.state_dir}", f"parity.base={tiny_base.folder}", "parity.texts=texts.txt"]
+    place.settings(*words, gates=gates)
+    place.vendor.publish(1, version=3, labels=(*models.LABELS[1:], models.LABELS[0]))
+    if "accuracy" in gates:
+        assert names(place.refused()) == ["accuracy of global"]
+    else:
+        assert place.promote()["channel"] == "stable"
 
 
 def test_a_canary_phrase_with_another_answer_refuses(place: Place) -> None:
