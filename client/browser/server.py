@@ -17,8 +17,9 @@ import sys
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from aggregation.errors import ConfigError, DataError
 from client.inference.trust import Trust
@@ -234,7 +235,7 @@ def _is_packed(file: Path) -> bool:
     return file.name.endswith(PACKED) and file.is_relative_to(LIBRARIES)
 
 
-def _opened(file: Path) -> IO[bytes]:
+def _opened(file: Path) -> BufferedIOBase:
     """Open a file to read what a browser gets."""
     return gzip.open(file) if _is_packed(file) else file.open("rb")
 
