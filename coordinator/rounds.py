@@ -106,6 +106,7 @@ class _Run:
             record = outcome.commit()
             cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
             _measure(span, record)
+        self.leader.run.save()
         return record
 
     def _check(self, number: int, adapter: StoredAdapter) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from aggregation import envelope, transcript
-from aggregation.errors import ProtocolError
+from aggregation.errors import EdgeAdaptError, ProtocolError
 from aggregation.messages import Shares
 from aggregation.steps import Step
 from aggregation.transcript import ANSWERS, MAGIC, REQUESTS, Abort, Checkpoint, Entry, Result, Stage
+from coordinator import runstate
 from coordinator.expiry import expiries
 from coordinator.services import deployment
 from coordinator.statedir import CoordinatorStateDir
@@ -98,6 +99,18 @@ def _closes(entry: Entry) -> bool:
         return False
 
 
+class StuckError(EdgeAdaptError):
+    exit_code = 7
+
+
+def require_moving(status: dict[str, Any], patience: float) -> None:
+    """Check that a fleet has not waited longer than ``patience`` seconds for devices or a session, whether or not a run
+    is in progress. Raises StuckError."""
+    run = status["run"]
+    if run["waited"] > patience:
+        raise StuckError(f"the fleet is stuck: it {next(runstate.lines(run))}", about="run.waited", value=run["waited"])
+
+
 SUSPICIOUS = 0.01  # probability
 GAP = "  "
 COLUMNS = {  # name in the table of rounds → heading, which is as wide as the cells
@@ -115,12 +128,13 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
     """Collect the object that ``edgeadapt coordinator status --json`` prints. Raises EdgeAdaptError: as
     ``Registry.versions`` and ``Registry.rounds``; or the last log is too large, or not a file."""
     rounds = state_dir.registry.rounds()
-    steps = Counter(step for record in rounds for step in record.dropped.values())
+    steps, running = Counter(step for record in rounds for step in record.dropped.values()), state_dir.in_use
     return {
         "state": str(state_dir.folder),
         "key": state_dir.key.public.key_id,
         "authority": state_dir.root.fingerprint,
-        "running": state_dir.in_use,
+        "running": running,
+        "run": runstate.read(state_dir.folder).row(datetime.now(UTC), running=running),
         "lease": lease_of(state_dir),
         "services": deployment.running(state_dir.folder),
         "expiries": expiries(state_dir.folder, datetime.now(UTC)),
@@ -162,6 +176,7 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
     lead = status["lease"] is None or status["lease"]["own"] or not status["lease"]["in_force"]
     state = "" if not status["running"] else ", a run is in progress" if lead else ", a run waits to take over"
     yield f"rounds {done} of {wanted}, {aborted} aborted{state}"
+    yield from runstate.lines(status["run"])
     yield f"dropouts {count} of {status['device_rounds']} device-rounds{f': {at}' if at else ''}"
     if session := status["last_session"]:
         state, step = "closed" if session["closed"] else "not closed", session["step"]

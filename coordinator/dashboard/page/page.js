@@ -35,9 +35,11 @@ function tiles(view) {
   const { session, gateway, lease } = view;
   const step = session?.step;
   const running = view.running && session && !session.closed;
+  const { waits_for: need, since, devices, needed } = view.run;
+  const waits = need && `waits for ${need} since ${since}${needed ? `: ${devices} of ${needed}` : ""}`;
   const found = {
     Rounds: `${view.rounds_done} of ${view.rounds_wanted}`,
-    "Under way": running && step ? `${step.name}: ${step.answered} of ${session.devices || "?"}` : view.running ? "between rounds" : "no run",
+    "Under way": waits || (running && step ? `${step.name}: ${step.answered} of ${session.devices || "?"}` : view.running ? "between rounds" : "no run"),
     Version: view.version ?? "none",
     Accuracy: dash(view.metrics.accuracy, 3),
     Epsilon: view.epsilon === null ? "no bound" : `${dash(view.epsilon, 2)}${view.epsilon_limit ? ` of ${view.epsilon_limit}` : ""}`,

@@ -168,6 +168,12 @@ def test_only_the_key_of_a_certified_device_that_signs_this_host_and_this_nonce_
         talk.send(answer(talk.receive()))
         assert talk.ended().kind is Kind.REFUSED, what
     assert site.gateway.devices() == ()
+    assert site.gateway.service.check_ins == {"refused": len(cases)}
+    assert {(kind, version) for kind, version, _ in site.refusals} == {
+        ("hello.host", "1.2.3"),
+        ("signature", "1.2.3"),
+        ("certificate.issuer", "1.2.3"),
+    }
 
 
 def test_a_device_without_the_authoritys_certificate_as_its_root_does_not_speak_to_a_gateway(site_of: SiteOf) -> None:
