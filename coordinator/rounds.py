@@ -337,6 +337,7 @@ class RoundOutcome:
             seconds=self.seconds,
             epsilon=self.epsilon,
             metrics=stepped.manifest.metrics if stepped else {},
+            ended=cohort.recorder.now(),
         )
 
 

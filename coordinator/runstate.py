@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from edgeadapt.formats import jsontext, storage
+from edgeadapt.formats.jsontext import timestamp
 
 FILE = "run.json"
 EVERY = 1.0  # seconds between two writes of what a gateway counts
@@ -131,7 +132,7 @@ class RunRecord:
         before = self._now()
         goes_on = before.waits_for is not None and (before.waits_for is Need.LEASE) == (need is Need.LEASE)
         facts = {"devices": devices, "needed": needed, "attempt": attempt, "attempts": attempts}
-        since = before.since if goes_on else timestamp(datetime.now(UTC))
+        since = before.since if goes_on else timestamp(time.time())
         state = self._update(waits_for=need, since=since, reason=before.reason if goes_on else "", **facts)
         if before.waits_for is not need or time.monotonic() >= self._remind:
             self._remind = time.monotonic() + REMIND
@@ -159,7 +160,7 @@ class RunRecord:
             state = self._state or read(self.folder)
             same = [each for each in state.refusals if (each.kind, each.version) == (kind, version)]
             count = 1 + sum(each.count for each in same)
-            first = Refusal(kind, version, count, timestamp(datetime.now(UTC)), text)
+            first = Refusal(kind, version, count, timestamp(time.time()), text)
             others = [each for each in state.refusals if each not in same]
             self._state = replace(state, refusals=(first, *others)[:KINDS])
 
@@ -200,12 +201,3 @@ class RunRecord:
 
 def _counted(counts: Mapping[str, int], name: str) -> dict[str, int]:
     return {**counts, name: counts.get(name, 0) + 1}
-
-
-def timestamp(at: datetime) -> str:
-    """Write a time in UTC for people and programs.
-
-    >>> timestamp(datetime(2026, 12, 1, 14, 2, 11, tzinfo=UTC))
-    '2026-12-01T14:02:11Z'
-    """
-    return f"{at:%Y-%m-%dT%H:%M:%SZ}"

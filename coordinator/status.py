@@ -23,6 +23,7 @@ from coordinator.services import deployment
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats import storage
+from edgeadapt.formats.jsontext import optional_timestamp
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.formats.roundrecord import RoundRecord
@@ -37,6 +38,8 @@ class SessionProgress:
     """What the log of a session says so far."""
 
     log: str  # file name
+    began: int | None = None  # when it was offered, in seconds since 1970; None in a log of an earlier version
+    latest: int | None = None  # last time in the log
     devices: int = 0  # how many established the session
     round: int = 0  # counted in the session from 1; 0 before the first
     step: Step | None = None  # under way; None between rounds
@@ -47,6 +50,8 @@ class SessionProgress:
         step = None if self.step is None else {"name": self.step.value, "answered": self.answered}
         return {
             "log": self.log,
+            "began": optional_timestamp(self.began),
+            "latest": optional_timestamp(self.latest),
             "devices": self.devices,
             "rounds": self.round,
             "step": step,
@@ -55,6 +60,8 @@ class SessionProgress:
 
     def add(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
+            if entry.at is not None:
+                self.began, self.latest = self.began or entry.at, entry.at
             self.round = max(self.round, entry.round)
             self.devices += entry.kind == Shares.TAG
             if entry.kind in _ENDINGS:
@@ -121,6 +128,7 @@ COLUMNS = {  # name in the table of rounds → heading, which is as wide as the 
     "accuracy": "accuracy",
     "loss": "  loss",
     "seconds": "seconds",
+    "ended": "ended               ",
 }
 
 
@@ -182,7 +190,8 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
         state, step = "closed" if session["closed"] else "not closed", session["step"]
         if step and status["running"]:
             state = f"{step['name']} answered by {step['answered']}"
-        yield f"last session {session['log']}: {session['devices']} devices, {session['rounds']} rounds, {state}"
+        times = f", {session['began']} to {session['latest']}" if session["began"] else ""
+        yield f"last session {session['log']}{times}: {session['devices']} devices, {session['rounds']} rounds, {state}"
     if status["rounds"]:
         yield ""
         yield heading()
@@ -211,6 +220,7 @@ def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
         "accuracy": "-" if accuracy is None else format(accuracy, ".3f"),
         "loss": "-" if loss is None else format(loss, ".3f"),
         "seconds": format(row["seconds"], ".1f"),
+        "ended": row["ended"] or "-",
     }
     line = GAP.join(cells[name].rjust(len(COLUMNS[name])) for name in _columns(width))
     notes = [f"epsilon {row['epsilon']:.3f}"] if row["epsilon"] is not None else []
@@ -225,7 +235,7 @@ def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
 def _columns(width: int) -> list[str]:
     """List the columns that a terminal of this width has room for; 0: all."""
     chosen = list(COLUMNS)
-    for name in ("loss", "version", "seconds", "dropouts"):
+    for name in ("ended", "loss", "version", "seconds", "dropouts"):
         if width and len(GAP.join(COLUMNS[each] for each in chosen)) > width:
             chosen.remove(name)
     return chosen
@@ -290,6 +300,7 @@ def round_row(record: RoundRecord) -> dict[str, Any]:
         "metrics": record.metrics,
         "epsilon": record.epsilon,
         "version": record.version,
+        "ended": optional_timestamp(record.ended),
     }
 
 

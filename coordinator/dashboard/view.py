@@ -19,6 +19,7 @@ from coordinator.services import deployment
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import LogFollower, lease_of
 from edgeadapt.formats import storage
+from edgeadapt.formats.jsontext import optional_timestamp
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.formats.rollout import ALL
@@ -207,6 +208,7 @@ def _round(record: RoundRecord) -> dict[str, Any]:
         "epsilon": record.epsilon,
         "metrics": record.metrics,
         "reason": record.reason,
+        "ended": optional_timestamp(record.ended),
         "spoiled": record.spoiled is not None,
     }
 
@@ -246,6 +248,9 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
         yield _gauge("version", "The newest version in the registry.", view["version"])
     yield _counter("device_rounds", "Rounds of all devices together.", None, {"": view["device_rounds"]})
     yield _counter("dropouts", "Devices that dropped out of a round, by step.", "step", view["dropouts_by_step"])
+    if (last := view["rounds"][-1:]) and last[0]["ended"] is not None:
+        at = datetime.fromisoformat(last[0]["ended"]).timestamp()
+        yield _gauge("round_timestamp_seconds", "When the last round ended.", at)
     sizes = {"up": view["bytes_up"], "down": view["bytes_down"]}
     yield _counter("bytes", "Bytes of the rounds, from devices (up) and to them (down).", "direction", sizes)
     yield _counter("round_seconds", "Wall time of all rounds.", None, {"": view["seconds"]})
@@ -261,6 +266,9 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
     yield _counter("service_restarts", "Restarts of a service since 'up' began.", "service", restarts)
     if (session := view["session"]) is not None:
         yield _gauge("session_devices", "Devices of the newest session.", session["devices"])
+        if session["began"] is not None:
+            began = datetime.fromisoformat(session["began"]).timestamp()
+            yield _gauge("session_timestamp_seconds", "When the newest session was offered.", began)
         answered = {session["step"]["name"]: session["step"]["answered"]} if session["step"] else {}
         yield _gauge("step_answers", "Answers to the step that is under way.", answered, "step")
     if (gateway := view["gateway"]) is not None:

@@ -95,6 +95,9 @@ class RoundSummary:
         entries: In the log before the ending of the round; if the round is open, all of the log.
         root: Merkle root of these entries.
         epsilon: What all sums so far may have revealed (``account``); None in a session without noise.
+        began: When the coordinator sent the plan, in seconds since 1970, as it signed; None in a log of an earlier
+            version.
+        ended: When it wrote the ending; None as well if the round is open.
     """
 
     round: int
@@ -114,6 +117,8 @@ class RoundSummary:
     entries: int
     root: str
     epsilon: float | None = None
+    began: int | None = None
+    ended: int | None = None
 
     @property
     def open(self) -> bool:
@@ -157,6 +162,9 @@ class Report:
         tasks: For each round, in order: the place of its plan, and the training task in it, as encoded.
         open_plan: Digest of the plan of the last round, if the log does not say how it ended.
         produced: The adapters of the rounds with a result, in order; empty if a check failed.
+        began: When the session was offered, in seconds since 1970, as the coordinator signed; None in a log of an
+            earlier version.
+        latest: The last time in the log; None as well.
     """
 
     findings: tuple[Finding, ...]
@@ -175,6 +183,8 @@ class Report:
     tasks: tuple[tuple[Place, bytes], ...]
     open_plan: str | None
     produced: tuple[ProducedAdapter, ...] = ()
+    began: int | None = None
+    latest: int | None = None
 
     @property
     def failed(self) -> tuple[Finding, ...]:

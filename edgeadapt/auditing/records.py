@@ -98,16 +98,25 @@ def _agrees(record: RoundRecord, logged: RoundSummary) -> bool:
     adapter = (record.version, record.adapter) if record.version is not None else None
     survivors = logged.survivors if logged.result else ()
     groups = logged.groups if logged.result and logged.dealt else ()
-    if tuple(each.survivors for each in record.groups) != groups:
+    if tuple(each.survivors for each in record.groups) != groups or not _in_time(record, logged):
         return False
     return (record.entries, record.root, record.reason, adapter, record.sum, record.survivors) == (
         (logged.entries, logged.root, logged.reason, logged.result, logged.sum, survivors)
     )
 
 
+def _in_time(record: RoundRecord, logged: RoundSummary) -> bool:
+    """Check whether a record's time is between those of the round's plan and ending, where there are such."""
+    if record.ended is None:
+        return True
+    return (logged.began or 0) <= record.ended and (logged.ended is None or record.ended <= logged.ended)
+
+
 def _agrees_so_far(record: RoundRecord, logged: RoundSummary) -> bool:
     """Check whether an open round's log ends where its record says, and shows that the recorded sum was unmasked."""
     survivors = logged.unmasked if record.version is not None else ()
-    return (record.entries, record.root, record.survivors) == (logged.entries, logged.root, survivors) and (
-        record.version is None or len(survivors) > 0
+    return (
+        _in_time(record, logged)
+        and (record.entries, record.root, record.survivors) == (logged.entries, logged.root, survivors)
+        and (record.version is None or len(survivors) > 0)
     )

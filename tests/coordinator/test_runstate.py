@@ -15,6 +15,7 @@ from coordinator.cli import coordinator_group
 from coordinator.runstate import FILE, GatewaySnapshot, Need, RunRecord, read
 from coordinator.statedir import LOCK, CoordinatorStateDir, Stopped
 from coordinator.status import status_of
+from edgeadapt.formats import jsontext
 from tests.support.gateway import wait_until
 
 FleetOf = Callable[..., Any]
@@ -51,12 +52,7 @@ def test_a_run_after_one_that_failed_waits_since_then_and_after_one_that_was_sto
     waiting(tmp_path).failed("check-ins", "why")
     before = read(tmp_path)
 
-    class Later(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return super().now(tz) + HOUR
-
-    monkeypatch.setattr(runstate, "datetime", Later)
+    monkeypatch.setattr(runstate, "timestamp", lambda seconds: jsontext.timestamp(seconds + HOUR.seconds))
     waiting(tmp_path)
     assert (read(tmp_path).since, read(tmp_path).sessions) == (before.since, {"check-ins": 1})
     RunRecord(tmp_path).stopped()

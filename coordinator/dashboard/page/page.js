@@ -103,7 +103,7 @@ function rows(rounds) {
     const { accuracy, loss } = each.metrics;
     const note = each.reason ? `aborted: ${each.reason}` : each.spoiled ? "counts as zero" : "";
     const numbers = [dash(accuracy, 3), dash(loss, 3), dash(each.epsilon, 2), dash(each.seconds, 1), Math.round(each.bytes_up / 1000)];
-    return [each.round, each.version ?? "–", each.survivors, total(each.dropouts), ...numbers, note];
+    return [each.round, each.ended ? minute(each.ended) : "–", each.version ?? "–", each.survivors, total(each.dropouts), ...numbers, note];
   });
 }
 

@@ -52,6 +52,8 @@ def test_the_rounds_of_a_fleet_are_counted_and_nobody_is_named(fleet_of: FleetOf
     ]
     assert view["dropouts_by_step"] == {"survivors": 1, "unmask": 1, "plan": 1}
     assert view["session"] == {
+        "began": view["session"]["began"],
+        "latest": view["session"]["latest"],
         "log": "session-000002.log",
         "devices": 6,
         "rounds": 1,
@@ -63,6 +65,8 @@ def test_the_rounds_of_a_fleet_are_counted_and_nobody_is_named(fleet_of: FleetOf
     assert not [name for name in records[0].survivors if name in shown]
     found = metrics(view)
     assert found["rounds_total", "sum"] == 3
+    assert found["round_timestamp_seconds",] == records[-1].ended
+    assert found["session_timestamp_seconds",] <= found["round_timestamp_seconds",]
     assert found["dropouts_total", "plan"] == 1
     assert found["bytes_total", "up"] == sum(record.bytes_up for record in records)
     assert found["metric", "loss"] == records[-1].metrics["loss"]
