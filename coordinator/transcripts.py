@@ -177,7 +177,7 @@ class StoredLog:
         reading = _intact(transcript.read(raw), coordinator)
         rest = raw[reading.end :]
         try:
-            signed = tuple(checkpoints(replace(reading, problem=""), coordinator, unfinished=True))
+            signed = tuple(checkpoints(replace(reading, problem=""), coordinator))
         except Problem as problem:
             if reading.entries:
                 raise altered(path, problem) from None

@@ -21,7 +21,7 @@ from aggregation.pki.revocation import RevocationList
 from aggregation.transcript import ENTRY, NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Reading, Result, merkle, read
 from edgeadapt.auditing import history as histories
 from edgeadapt.auditing import rules
-from edgeadapt.auditing.findings import Check, Finding, Problem, Report, RoundSummary, Skipped, Status, count
+from edgeadapt.auditing.findings import Check, Finding, NotClosed, Problem, Report, RoundSummary, Skipped, Status, count
 from edgeadapt.auditing.history import History
 from edgeadapt.auditing.sums import UnmaskedRound, Vectors, produced, secrets, sums
 
@@ -43,7 +43,7 @@ def audit(
         coordinator: The coordinator's key, as devices pin it.
         vectors: Digest and length → packed masked vector, where it was kept.
         at: When certificates must have been valid and not revoked; None: when the session began, as its log says.
-        unfinished: Accept a log that is not closed, as that of a session under way is.
+        unfinished: Accept a log that is not closed, as that of a session under way is. Else the report says so.
     """
     return _Audit(read(raw), root, coordinator, vectors, at, unfinished).run()
 
@@ -55,12 +55,16 @@ def chain(reports: Mapping[str, Report], unmade: Mapping[int, str] | None = None
     previous session ended with, or from the first on another base. Within a session ``rules.results`` demands the same.
     So every version but those has one result. ``reports``: name → report, in order; ``unmade``: version → digest of
     those that no round made, None where the registry is not available. Raises TrustError: a session is missing or was
-    replaced, or starts from another adapter. A missing last session that made no adapter cannot be detected.
+    replaced or cut, or starts from another adapter. A missing last session that made no adapter cannot be detected.
     """
     last, before, base = NO_SESSION, "the beginning", ""
     newest: AdapterId | None = None
+    closed = True
     latest: int | None = None
     for name, report in reports.items():
+        if not closed:
+            text = f"{before} is not closed, and {name} follows it: its end was cut off"
+            raise TrustError(text, about="session.cut", value=before)
         if report.last and report.previous != last:  # before its first checkpoint a log does not name its predecessor
             text = f"{name} does not follow {before}: a session is missing or was replaced"
             raise TrustError(text, about="session", value=name)
@@ -72,6 +76,7 @@ def chain(reports: Mapping[str, Report], unmade: Mapping[int, str] | None = None
             text = f"{name} starts from an adapter {start[0]} that no session before it made"
             raise TrustError(text, about="session.adapter", value=name)
         last, before, newest, base, latest = report.last, name, report.newest, report.base, report.latest
+        closed = report.closed
 
 
 def _begins(start: AdapterId, newest: AdapterId | None, unmade: Mapping[int, str] | None, other_base: bool) -> bool:
@@ -129,7 +134,9 @@ class _Audit:
         return self.history
 
     def _log(self) -> str:
-        self.checkpoints = histories.checkpoints(self.reading, self.coordinator, self.unfinished)
+        self.checkpoints = histories.checkpoints(self.reading, self.coordinator)
+        if not self.unfinished and not histories.closes(self.checkpoints):
+            raise NotClosed("the session is under way, was stopped, or was restored from a backup (--unfinished)")
         signed = count(len(self.checkpoints), "checkpoint")
         size = len(self.reading.entries)
         return f"{size} entries, none missing, moved or altered since the coordinator signed them in {signed}"
@@ -198,6 +205,7 @@ class _Audit:
             open_plan=_open_plan(history) if history else None,
             produced=produced(history, self.unmasked) if history and passed else (),
             began=self.reading.entries[0].at if self.reading.entries else None,
+            closed=histories.closes(self.checkpoints),
             latest=max((each.at for each in self.reading.entries if each.at is not None), default=None),
         )
 
@@ -259,6 +267,8 @@ def _open_plan(history: History) -> str | None:
 def _find(check: Check, step: Callable[[], str]) -> Finding:
     try:
         return Finding(check, Status.PASS, step())
+    except NotClosed as reason:
+        return Finding(check, Status.OPEN, str(reason), about="log.open")
     except Skipped as reason:
         return Finding(check, Status.SKIPPED, str(reason), about=reason.about)
     except Problem as problem:

@@ -34,6 +34,7 @@ class Check(Enum):
 class Status(Enum):
     PASS = "pass"  # noqa: S105 - not a password
     FAIL = "FAIL"
+    OPEN = "not closed"  # a log without an end, which nothing shows that it had; only of ``Check.LOG``
     WARNING = "warning"  # nothing broke a rule; an auditor should know of it all the same
     SKIPPED = "skipped"  # the transcript lacks what the check needs; the finding says what
     NOT_REACHED = "not reached"  # an earlier check failed
@@ -63,6 +64,16 @@ class Problem(Exception):  # noqa: N818 - it becomes a finding, and is not an er
     def of(cls, error: EdgeAdaptError, place: Place) -> "Problem":
         """Wrap the refusal by a check of ``aggregation``, or of a file."""
         return cls(error.about, str(error), place)
+
+
+class NotClosed(Exception):  # noqa: N818 - as above
+    """Is raised when a log has no end, and nothing in it is wrong."""
+
+
+class NotClosedError(TrustError):
+    """The last session is under way, was stopped, or was restored from a backup; every check of it passed."""
+
+    exit_code = 8
 
 
 class Skipped(Exception):  # noqa: N818 - as above
@@ -165,6 +176,7 @@ class Report:
         began: When the session was offered, in seconds since 1970, as the coordinator signed; None in a log of an
             earlier version.
         latest: The last time in the log; None as well.
+        closed: Whether the log has an end.
     """
 
     findings: tuple[Finding, ...]
@@ -185,6 +197,7 @@ class Report:
     produced: tuple[ProducedAdapter, ...] = ()
     began: int | None = None
     latest: int | None = None
+    closed: bool = True
 
     @property
     def failed(self) -> tuple[Finding, ...]:

@@ -130,12 +130,11 @@ def _dropouts(asked: tuple[str, ...], answered: Mapping[Step, Collection[str]]) 
 # The log: numbering, and every checkpoint against the entries before it
 
 
-def checkpoints(reading: Reading, coordinator: PublicKey, unfinished: bool) -> list[Checkpoint]:
-    """Return the checkpoints of a log, each of which matches the entries before it.
+def checkpoints(reading: Reading, coordinator: PublicKey) -> list[Checkpoint]:
+    """Return the checkpoints of a log, each of which matches the entries before it. The last one need not close it.
 
-    ``unfinished`` accepts a log that continues after its last checkpoint, as that of a session under way does. Raises
-    Problem: an entry is damaged, missing, moved or repeated, or before an earlier one by its time, or the log is not
-    closed.
+    Raises Problem: an entry is damaged, missing, moved or repeated, or before an earlier one by its time, or follows
+    the end.
     """
     tree, verified, covered, latest = merkle.Tree(), list[Checkpoint](), 0, 0
     for index, entry in enumerate(reading.entries):
@@ -147,7 +146,7 @@ def checkpoints(reading: Reading, coordinator: PublicKey, unfinished: bool) -> l
             verified.append(_checkpoint(entry, coordinator, tree, covered, verified))
             covered = index + 1
         tree.append(ENTRY.encode(entry))
-    _require_closed(reading, verified, covered, unfinished)
+    _require_whole(reading, verified, covered)
     return verified
 
 
@@ -178,18 +177,19 @@ def _checkpoint(
     return checkpoint
 
 
-def _require_closed(reading: Reading, verified: list[Checkpoint], covered: int, unfinished: bool) -> None:
+def closes(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Check whether the last of the checkpoints closes its log."""
+    return bool(checkpoints) and checkpoints[-1].stage is Stage.CLOSED
+
+
+def _require_whole(reading: Reading, verified: list[Checkpoint], covered: int) -> None:
     size = len(reading.entries)
     if reading.problem:
         raise Problem("log", reading.problem, Place(size, _UNREADABLE, 0, EVERYONE))
     if not size:
         raise Problem("log", "the log is empty")
-    closed = bool(verified) and verified[-1].stage is Stage.CLOSED
-    if closed and covered < size:
+    if closes(verified) and covered < size:
         raise Problem("checkpoint.stage", "the log was closed before", reading.entries[covered].place)
-    if not closed and not unfinished:
-        text = "the log is not closed: its end was cut off, or the session is under way (--unfinished accepts that)"
-        raise Problem("checkpoint.stage", text, reading.entries[-1].place)
 
 
 # Identities, signatures, order

@@ -23,7 +23,7 @@ from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
 from edgeadapt.auditing.account import Account, audited, require_recorded
 from edgeadapt.auditing.auditor import audit, chain
-from edgeadapt.auditing.findings import Check, Finding, Report, Status
+from edgeadapt.auditing.findings import Check, Finding, NotClosedError, Report, Status
 from edgeadapt.auditing.recompute import Recomputation
 from edgeadapt.auditing.records import require_logged, require_published
 from edgeadapt.auditing.weaknesses import RepeatedSums, Weaknesses
@@ -129,7 +129,9 @@ class AuditInput:
         return reports
 
     def require(self, reports: Mapping[str, Report], *, unfinished: bool) -> None:
-        """Check that every session passed and that a complete set lacks none. Raises TrustError."""
+        """Check that every session passed and that a complete set lacks none. Raises TrustError; NotClosedError if all
+        of that holds and the last log has no end, which ``unfinished`` accepts."""
+        *_, (latest, last) = reports.items()
         for name, report in reports.items():
             with of_file(name):
                 report.require()
@@ -138,9 +140,12 @@ class AuditInput:
             chain(reports, unmade)
         if self.complete and self.registry and self.published:
             _require_logged(self.published, unmade or {}, self.records, reports)
-            require_logged(self.records, _state(self.registry)[1], reports, unfinished=unfinished)
+            require_logged(self.records, _state(self.registry)[1], reports, unfinished=not last.closed)
             require_recorded(self.records, reports)
             require_published(self.records, self.registry.manifest, reports)
+        if not unfinished and not last.closed:
+            text = f"{latest} is not closed: its session is under way, was stopped, or was restored from a backup"
+            raise NotClosedError(f"{text} (--unfinished accepts that)", about="log.open", value=latest)
 
     @property
     def unread(self) -> tuple[str, ...]:

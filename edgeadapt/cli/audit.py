@@ -13,7 +13,7 @@ import click
 from aggregation.errors import TrustError
 from aggregation.transcript import read
 from edgeadapt.auditing import AuditInput, AuditOptions, Finding, Report, Status
-from edgeadapt.auditing.findings import count
+from edgeadapt.auditing.findings import NotClosedError, count
 from edgeadapt.commandline import FOLDER, as_json
 from edgeadapt.formats import storage
 from edgeadapt.formats.jsontext import optional_timestamp, timestamp
@@ -87,7 +87,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @_options
 def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
-    """Check every session at PATH, and exit with 4 if a check fails.
+    """Check every session at PATH, and exit with 4 if a check fails, or with 8 if only the last session is not closed.
 
     PATH is a session's log, a coordinator's state directory, or the folder of a run.
 
@@ -189,7 +189,7 @@ def _render_findings(checked: AuditInput, reports: Mapping[str, Report], failure
         yield from (_aligned(each.status, each.check.value, each.text) for each in report.findings)
         yield ""
     findings = [finding.status for report in reports.values() for finding in report.findings]
-    if failure is not None and Status.FAIL not in findings:
+    if failure is not None and not isinstance(failure, NotClosedError) and Status.FAIL not in findings:
         findings.append(Status.FAIL)
         yield from ("all sessions", _aligned(Status.FAIL, "sessions", str(failure)), "")
     counts = ((status, findings.count(status)) for status in Status)
@@ -241,7 +241,8 @@ def _render_rounds(
         for entry in read(storage.read(path)).entries if entries else ():
             yield f"  {entry.place}: {len(entry.message):,} bytes"
     if failure is not None:
-        yield f"{Status.FAIL.value}: {failure}"
+        status = Status.OPEN if isinstance(failure, NotClosedError) else Status.FAIL
+        yield f"{status.value}: {failure}"
 
 
 def _dropouts(by_step: Mapping[str, tuple[str, ...]], summed: Container[str]) -> list[str]:

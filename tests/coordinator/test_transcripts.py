@@ -176,7 +176,7 @@ def test_a_log_without_an_entry_after_a_kill_is_not_a_session(
 
 
 def last_checkpoint(transcripts: Transcripts, recorder: Recorder) -> bytes:
-    return checkpoints(read(recorder.path.read_bytes()), transcripts.key.public, unfinished=False)[-1].digest()
+    return checkpoints(read(recorder.path.read_bytes()), transcripts.key.public)[-1].digest()
 
 
 def test_a_log_killed_before_its_first_checkpoint_still_names_the_one_before(

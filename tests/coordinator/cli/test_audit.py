@@ -270,9 +270,25 @@ def test_a_revocation_list_of_another_authority_is_refused(folder: Path) -> None
 
 def test_a_session_under_way_passes_with_unfinished_only(run: Run, folder: Path, logged: LoggedSession) -> None:
     (folder / LOG).write_bytes(logged.raw[: logged.ends()[30]])
-    assert failures(run, folder) == {"log": "checkpoint.stage"}
-    assert "--unfinished" in run("verify", folder)[2]
+    code, out, err = run("verify", folder)
+    assert (code, "--unfinished" in err) == (8, True)
+    assert re.search(r"^  not closed +log ", out, re.MULTILINE)
+    assert "FAIL" not in out
+    assert run("show", folder)[1].splitlines()[-1].startswith("not closed: ")
     assert run("verify", folder, "--unfinished")[0] == 0
+
+
+def test_a_log_that_another_one_follows_was_cut_if_it_is_not_closed(
+    run: Run, folder: Path, logged: LoggedSession
+) -> None:
+    (folder / LOG).write_bytes(logged.raw[: logged.ends()[30]])
+    (folder / log_name(2)).write_bytes(logged.raw)
+    for option in ((), ("--unfinished",)):
+        code, out, err = run("verify", folder, *option)
+        assert (code, "session-000001.log is not closed, and session-000002.log follows it" in err) == (4, True)
+        assert re.search(r"^  FAIL +sessions ", out, re.MULTILINE)
+    with refused(TrustError, "session.cut", value=LOG):
+        require(folder)
 
 
 def test_a_session_that_has_just_begun_does_not_name_its_predecessor_yet(
@@ -282,7 +298,7 @@ def test_a_session_that_has_just_begun_does_not_name_its_predecessor_yet(
     begun = folder / "session-000002.log"
     begun.write_bytes(logged.raw[: logged.ends()[first - 1]])
     assert run("verify", folder, "--unfinished")[0] == 0
-    assert run("verify", folder)[0] == 4
+    assert run("verify", folder)[0] == 8
     begun.write_bytes(logged.raw[: logged.ends()[first]])
     assert run("verify", folder, "--unfinished")[0] == 4
     with refused(TrustError, "session", value=begun.name):
