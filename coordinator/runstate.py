@@ -55,6 +55,7 @@ class GatewaySnapshot:
         versions: Version of edgeadapt, as devices state it → how many of the connected have it.
         check_ins: Outcome → check-ins since the start: ``admitted``, ``refused``, ``early`` (before their window),
             ``paced`` (too many at once), ``full``.
+        skewed: Connected devices whose clocks are off by more than a minute, by that of the gateway.
     """
 
     address: str  # ``HOST:PORT``
@@ -62,6 +63,7 @@ class GatewaySnapshot:
     requests: int = 0  # requests without an answer yet
     versions: Mapping[str, int] = field(default_factory=dict)
     check_ins: Mapping[str, int] = field(default_factory=dict)
+    skewed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,8 @@ def lines(row: Mapping[str, Any]) -> Iterator[str]:
 
     if gateway := row["gateway"]:
         outcomes = ", ".join(f"{count} {outcome}" for outcome, count in gateway["check_ins"].items())
-        yield f"gateway {gateway['address']}: {gateway['devices']} devices, check-ins: {outcomes or 'none'}"
+        clocks = f", {gateway['skewed']} with a wrong clock" if gateway["skewed"] else ""
+        yield f"gateway {gateway['address']}: {gateway['devices']} devices{clocks}, check-ins: {outcomes or 'none'}"
 
 
 _NAMES = {Need.LEASE: "the lease", Need.DEVICES: "devices", Need.SESSION: "a session"}
@@ -128,13 +131,14 @@ class RunRecord:
     _remind: float = 0.0  # when the log is due again, by the monotonic clock
 
     def waits(self, need: Need, devices: int = 0, needed: int = 0, attempt: int = 0, attempts: int = 0) -> None:
-        """Note what the run waits for, with the numbers of now, and log it from time to time."""
+        """Note what the run waits for, with the numbers of now. A wait for devices is logged from time to time; for
+        the others there are lines about each attempt."""
         before = self._now()
         goes_on = before.waits_for is not None and (before.waits_for is Need.LEASE) == (need is Need.LEASE)
         facts = {"devices": devices, "needed": needed, "attempt": attempt, "attempts": attempts}
         since = before.since if goes_on else timestamp(time.time())
         state = self._update(waits_for=need, since=since, reason=before.reason if goes_on else "", **facts)
-        if before.waits_for is not need or time.monotonic() >= self._remind:
+        if need is Need.DEVICES and (before.waits_for is not need or time.monotonic() >= self._remind):
             self._remind = time.monotonic() + REMIND
             log.info("%s", next(lines(state.row(datetime.now(UTC)))))
 

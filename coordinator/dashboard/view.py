@@ -273,6 +273,7 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
         yield _gauge("step_answers", "Answers to the step that is under way.", answered, "step")
     if (gateway := view["gateway"]) is not None:
         yield _gauge("gateway_devices", "Devices that are connected to the gateway.", gateway["devices"])
+        yield _gauge("gateway_skewed_clocks", "Of these, with a clock off by over a minute.", gateway["skewed"])
         yield _gauge("gateway_requests", "Requests without an answer yet.", gateway["requests"])
         yield _gauge("gateway_versions", "Connected devices by version.", gateway["versions"], "version")
         yield _counter("gateway_check_ins", "Check-ins by outcome.", "outcome", gateway["check_ins"])

@@ -30,6 +30,7 @@ from edgeadapt import traces
 from edgeadapt.formats.gateway import messages
 from edgeadapt.formats.gateway.messages import PartReader, RetryWindow
 
+SKEWED = 60.0  # seconds by which a clock may be off
 VERSIONS = 32  # in a snapshot; devices state them
 log = logging.getLogger("edgeadapt.gateway")
 ReadRoot = Callable[[datetime], Root]
@@ -106,7 +107,10 @@ class Service:
             raise TrustError(text, about="hello.host", value=hello.host)
         device, key = self.root(datetime.now(UTC)).verify(hello.certificate, datetime.now(UTC))
         key.verify(messages.CHALLENGE_TAG, nonce + hello.host.encode(), hello.signature)
-        return Credentials(device, hello.certificate, hello.version)
+        ahead = 0.0 if hello.clock is None else hello.clock - time.time()
+        if abs(ahead) > SKEWED:
+            log.warning("the clock of %s is %.0f s %s", device, abs(ahead), "ahead" if ahead > 0 else "behind")
+        return Credentials(device, hello.certificate, hello.version, ahead)
 
     def _check_pace(self, device: str) -> None:
         """Send a device away that comes before its window, or when too many are there, by ComeBack with its window."""
@@ -280,7 +284,8 @@ class Gateway(ConversationServer):
             hub = self.service.hub
             versions = Counter(stream.credentials.version for stream in hub.streams())
             counts = dict(versions.most_common(VERSIONS)), dict(self.service.check_ins)
-            return GatewaySnapshot(address, len(hub.devices), hub.requests, *counts)
+            skewed = sum(abs(stream.credentials.ahead) > SKEWED for stream in hub.streams())
+            return GatewaySnapshot(address, len(hub.devices), hub.requests, *counts, skewed)
 
         return self.call(counted())
 

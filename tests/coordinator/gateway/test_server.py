@@ -333,6 +333,13 @@ def test_a_device_that_was_sent_away_and_comes_back_too_early_gets_the_rest_of_i
     assert site.gateway.service.check_ins == {"admitted": 1, "full": 2, "early": 1}
 
 
+def test_a_device_whose_clock_is_wrong_is_counted_while_it_is_connected(site: Site) -> None:
+    now = int(time.time())
+    for name, clock in {"kitchen": now, "garage": now - 600, "hall": now + 600, "attic": None}.items():
+        site.device(name, clock=clock).attend()
+    assert site.gateway.snapshot("here:1").skewed == 2
+
+
 def test_check_ins_above_the_target_are_sent_away_with_windows_of_their_own(site_of: SiteOf) -> None:
     site = site_of(
         replace(LIMITS, settings=GatewaySettings(check_ins_per_minute=0.1, rejected_seconds=1.0))
