@@ -150,6 +150,11 @@ class RunRecord:
         """Count a session: the run waits no more."""
         self._update(waits_for=None, since=None, attempt=0, reason="", sessions=_counted(self._now().sessions, "made"))
 
+    def leads(self) -> None:
+        """End a wait for the lease; one for devices, of a run before, goes on."""
+        if self._now().waits_for is Need.LEASE:
+            self.stopped()
+
     def stopped(self) -> None:
         """Note that the run was ended on purpose."""
         self._update(waits_for=None, since=None)

@@ -229,7 +229,7 @@ class CoordinatorStateDir:
                 lease = self._await_lease()
             finally:
                 (self.folder / WAITING).unlink(missing_ok=True)
-                self.run.stopped()  # what it waits for from now on is not the lease
+                self.run.leads()
             table = TranscriptTable(self.registry.engine, lease.epoch)
             with lease.kept(_sharing(self.folder, self.root, table)):
                 _share_revocations(self.folder, self.root, table)

@@ -183,6 +183,7 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
         )
     lead = status["lease"] is None or status["lease"]["own"] or not status["lease"]["in_force"]
     state = "" if not status["running"] else ", a run is in progress" if lead else ", a run waits to take over"
+    state = state if status["running"] or done >= wanted else ", no run is in progress"
     yield f"rounds {done} of {wanted}, {aborted} aborted{state}"
     yield from runstate.lines(status["run"])
     yield f"dropouts {count} of {status['device_rounds']} device-rounds{f': {at}' if at else ''}"

@@ -61,8 +61,14 @@ def test_a_run_after_one_that_failed_waits_since_then_and_after_one_that_was_sto
 
 
 def test_a_coordinator_that_waits_for_the_lease_waits_for_no_device(tmp_path: Path) -> None:
+    record = waiting(tmp_path)
+    since = read(tmp_path).since
+    record.leads()
+    assert read(tmp_path).since == since  # it did not wait for the lease
     waiting(tmp_path, Need.LEASE)
     assert read(tmp_path).row(datetime.now(UTC) + HOUR)["waited"] == 0
+    RunRecord(tmp_path).leads()
+    assert read(tmp_path).waits_for is None
     waiting(tmp_path)
     assert read(tmp_path).row(datetime.now(UTC) + HOUR)["waited"] == pytest.approx(3600, abs=60)
 
