@@ -206,7 +206,7 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
 
 
 def heading(width: int = 0) -> str:
-    return GAP.join(COLUMNS[name] for name in _columns(width))
+    return GAP.join(COLUMNS[name] for name in _columns(width)).rstrip()
 
 
 def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
