@@ -216,6 +216,20 @@ def optional(item: Codec[T]) -> Codec[T | None]:
     return Codec(write, read)
 
 
+def last(item: Codec[T]) -> Codec[T | None]:
+    """A last field of a message that earlier versions did not have: absent if no bytes are left.
+
+    >>> [last(uint(16)).decode(raw) for raw in (b"", b"\x00\x07")]
+    [None, 7]
+    """
+
+    def write(out: bytearray, value: T | None) -> None:
+        if value is not None:
+            item.write(out, value)
+
+    return Codec(write, lambda source: item.read(source) if source.left else None)
+
+
 def sequence(item: Codec[T], limit: int) -> Codec[tuple[T, ...]]:
     """At most ``limit`` items in the given order, after their count in 4 bytes."""
 

@@ -20,6 +20,7 @@ from coordinator.launch import JSON
 from coordinator.launch import STATE as STATE
 from coordinator.registry.lease import LOOK
 from coordinator.rounds import federate
+from coordinator.runstate import Need
 from coordinator.statedir import CoordinatorStateDir, Stopped
 from coordinator.transport import Clock, SystemClock, Transport
 from edgeadapt import traces
@@ -27,7 +28,7 @@ from edgeadapt.commandline import JsonLines
 from edgeadapt.formats.roundrecord import RoundRecord
 
 if TYPE_CHECKING:
-    from coordinator.gateway.grid import JoinedGrid
+    from coordinator.gateway.grid import GatewayGrid, JoinedGrid
 
 log = logging.getLogger("edgeadapt.coordinator")
 app = ServerApp()
@@ -49,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
                 conduct(leader, grid)
                 return
             with joined(grid, leader, address) as whole:
-                whole.await_devices(state_dir.settings.aggregation.minimum_devices, leader.require_goes_on)
+                _await_devices(leader, whole)
                 conduct(leader, whole)
     except Stopped as stopped:
         log.info("%s", stopped)
@@ -115,8 +116,18 @@ def await_grid(leader: CoordinatorStateDir, address: str) -> Iterator[Grid]:
     from coordinator.gateway.grid import serving
 
     with serving(leader, address) as grid:
-        grid.await_devices(leader.settings.aggregation.minimum_devices, leader.require_goes_on)
+        _await_devices(leader, grid)
         yield grid
+
+
+def _await_devices(leader: CoordinatorStateDir, grid: "GatewayGrid | JoinedGrid") -> None:
+    needed = leader.settings.aggregation.minimum_devices
+
+    def look(devices: int) -> None:
+        leader.run.waits(Need.DEVICES, devices, needed)
+        leader.require_goes_on()
+
+    grid.await_devices(needed, look)
 
 
 def run(state_dir: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:

@@ -118,6 +118,7 @@ class _Run:
             record = outcome.commit()
             cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
             _measure(span, record)
+        self.leader.run.save()
         return record
 
     def _check(self, number: int, adapter: StoredAdapter) -> None:
@@ -352,6 +353,7 @@ class RoundOutcome:
             seconds=self.seconds,
             epsilon=self.epsilon,
             metrics=stepped.manifest.metrics if stepped else {},
+            ended=cohort.recorder.now(),
         )
 
 

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from enum import Enum
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,11 +24,12 @@ from aggregation.messages import DIGEST, Challenge, CheckIn
 from aggregation.pki import Root
 from aggregation.pki.certificates import identity, load, same_name
 from aggregation.pki.revocation import RevocationList
-from aggregation.server import Coordinator, Established, Offering, RoundAborted, Sharing
+from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.spec import SessionSpec
 from aggregation.steps import PROOF, REVOCATIONS, Step
 from coordinator.lastsum import LastSum, names, serials
 from coordinator.registry import StoredAdapter
+from coordinator.runstate import Need
 from coordinator.settings import CohortSettings
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import Recorder
@@ -54,7 +56,7 @@ class CheckedIn:
 
 
 def check_in(
-    protocol: Coordinator, root: Root, transport: Transport, group: str, last: LastSum | None, cohort: CohortSettings
+    leader: CoordinatorStateDir, root: Root, transport: Transport, group: str, last: LastSum | None
 ) -> CheckedIn:
     """Challenge nodes; keep those that prove which certified device they are, one node for each device.
 
@@ -67,7 +69,7 @@ def check_in(
 
     Returns the devices whose certificates are still valid at its end.
     """
-    listed = transport.nodes()
+    listed, cohort = transport.nodes(), leader.settings.cohort
     sampled = bool(cohort.size) and last is None
     asked = choose(listed, cohort, group) if sampled else listed
     enough = Enough(cohort.size, 0.0) if sampled else None
@@ -79,13 +81,14 @@ def check_in(
     for attempt in range(1, CHECK_INS + 1):
         left = set(asked if sampled else transport.nodes()).difference(nodes.values())
         challenges = {node: Challenge(SystemEntropy().bytes(DIGEST), node) for node in sorted(left)}
-        bodies = {node: protocol.sign(challenge) for node, challenge in challenges.items()}
+        bodies = {node: leader.protocol.sign(challenge) for node, challenge in challenges.items()}
         name = group if attempt == 1 else f"{group}-{attempt}"
         for reply in transport.ask(Step.CHECK_IN, bodies, name, enough=enough):
             try:
                 device, answer = checks.check_in(root, challenges[reply.node], reply.answer(), datetime.now(UTC))
             except ProtocolError as error:
                 log.info("node %d is not admitted: %s", reply.node, error)
+                _note(leader, Step.CHECK_IN, reply, error)
                 continue
             names = same_name(device), identity(load(answer.certificate)).key_id
             if twin := admitted.get(names[0]) or admitted.get(names[1]):
@@ -96,6 +99,12 @@ def check_in(
         if last is None or not last.unmet(nodes, root.revoked):
             break
     return _still_valid(root, CheckedIn(present, nodes, datetime.now(UTC)))
+
+
+def _note(leader: CoordinatorStateDir, step: Step, reply: Reply, error: ProtocolError) -> None:
+    """Note a refusal, by a device or of its answer. Silence is none."""
+    if not reply.silent:
+        leader.run.refused(error.about or step.value, "", str(error))
 
 
 def choose(nodes: Sequence[int], cohort: CohortSettings, group: str) -> tuple[int, ...]:
@@ -226,6 +235,7 @@ class Cohort:
                 self.dropped[device] = asked.step.value
                 silent += [device] if reply.silent else []
                 log.info("%s dropped out at %s: %s", device, asked.step.value, error, extra={"device": device})
+                _note(self.leader, asked.step, reply, error)
         return state, sorted(silent)
 
 
@@ -255,6 +265,19 @@ class SessionRequest:
     last: LastSum | None = None
 
 
+class Lacked(Enum):
+    """What an attempt at a session lacked."""
+
+    CHECK_INS = "check-ins"
+    ANSWERS = "answers"  # to the offer or the roster
+    LAST_SUM = "last-sum"  # survivors of it
+
+
+class FailedAttempt(NamedTuple):
+    lacked: Lacked
+    reason: str
+
+
 def establish(leader: CoordinatorStateDir, transport: Transport, wanted: SessionRequest) -> tuple[Cohort, Established]:
     """Make a session with the devices that can be reached.
 
@@ -262,15 +285,20 @@ def establish(leader: CoordinatorStateDir, transport: Transport, wanted: Session
     EdgeAdaptError: no session came about in ``settings.attempts`` attempts, or a file could not be written.
     """
     settings, reason = leader.settings, ""
+    least = settings.aggregation.fewest_devices
     for attempt in range(1, settings.attempts + 1):
         nodes = frozenset(transport.nodes())
-        cohort, outcome = _attempt(leader, transport, wanted, attempt)
-        if cohort is not None and isinstance(outcome, Established):
+        leader.run.waits(Need.SESSION, len(nodes), least, attempt, settings.attempts)
+        attempted = _attempt(leader, transport, wanted, attempt)
+        if not isinstance(attempted, FailedAttempt):
+            cohort, outcome = attempted
+            leader.run.made()
             log.info("session of %d devices for %d rounds", len(cohort.nodes) - len(cohort.dropped), wanted.rounds)
             if grouping := outcome.session.spec.grouping:
                 log.info("rounds have %d sums: a device hides in one of %d or more", grouping.count, grouping.minimum)
             return cohort, outcome
-        reason = str(outcome)
+        reason = attempted.reason
+        leader.run.failed(attempted.lacked.value, reason)
         log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
         if attempt < settings.attempts:
             _await_another(transport, nodes, pause(attempt, settings.deadline))
@@ -279,28 +307,30 @@ def establish(leader: CoordinatorStateDir, transport: Transport, wanted: Session
 
 def _attempt(
     leader: CoordinatorStateDir, transport: Transport, wanted: SessionRequest, attempt: int
-) -> tuple[Cohort | None, Established | str]:
+) -> tuple[Cohort, Established] | FailedAttempt:
     """Make one attempt at a session: returns its devices and its state, or why there is none."""
     root, settings, last = leader.await_root(transport.clock.sleep), leader.settings, wanted.last
     group = f"{wanted.group}-{attempt}"
     with traces.span(Step.CHECK_IN.value, listed=len(transport.nodes()), attempt=attempt) as span:
-        present = check_in(leader.protocol, root, transport, group, last, settings.cohort)
+        present = check_in(leader, root, transport, group, last)
         span.set(answered=len(present.nodes))
     layout, base = wanted.adapter.layout, wanted.adapter.manifest.base_digest
     spec_of = partial(settings.session_spec, layout=layout, base_digest=base, rounds=wanted.rounds, task=wanted.task)
     if last is not None:
         if unmet := last.unmet(present.nodes, root.revoked):
-            return None, unmet
+            return FailedAttempt(Lacked.LAST_SUM, unmet)
         present = _around(last, present, lambda count: spec_of(count).minimum_survivors, settings.cohort.size)
     elif settings.cohort.size:
         present = present.only([*present.nodes][: settings.cohort.size])
     count, least = len(present.nodes), settings.aggregation.fewest_devices
     if count < least:
-        return None, f"{count} devices answered, {least} are needed"
+        return FailedAttempt(Lacked.CHECK_INS, f"{count} devices answered, {least} are needed")
     cohort, outcome = _offer(leader, transport, present, root, spec_of(count), last, group)
     if isinstance(outcome, RoundAborted):
-        return cohort, outcome.detail
-    return cohort, obstacle(outcome, last, root.revoked) or outcome
+        return FailedAttempt(Lacked.ANSWERS, outcome.detail)
+    if what := obstacle(outcome, last, root.revoked):
+        return FailedAttempt(Lacked.ANSWERS if last is None else Lacked.LAST_SUM, what)
+    return cohort, outcome
 
 
 def _await_another(transport: Transport, known: frozenset[int], seconds: float) -> None:

@@ -29,6 +29,7 @@ from aggregation.pki.tls import TlsKey, verify_tls
 from aggregation.server import Coordinator
 from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, database, leadership
 from coordinator.registry.lease import LOOK
+from coordinator.runstate import Need, RunRecord
 from coordinator.settings import SERVICES, SETTINGS, FederationSettings, ServiceSettings
 from coordinator.transcripts import Transcripts
 from edgeadapt.formats import storage
@@ -67,8 +68,8 @@ class Stopped(EdgeAdaptError):  # noqa: N818  # no error: what runs was asked to
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorStateDir:
-    """An opened state directory. ``protocol``: the coordinator's side of sessions. ``lease``: protects writes to
-    registry and transcripts that machines share."""
+    """An opened state directory. ``protocol``: the coordinator's side of sessions; ``run``: what a run waits for.
+    ``lease``: protects writes to registry and transcripts that machines share."""
 
     folder: Path
     key: IdentityKey
@@ -77,6 +78,7 @@ class CoordinatorStateDir:
     registry: Registry
     transcripts: Transcripts
     protocol: Coordinator
+    run: RunRecord
     lease: Lease | None = None
 
     @classmethod
@@ -139,7 +141,7 @@ class CoordinatorStateDir:
         transcripts = Transcripts(folder / TRANSCRIPT, key, root, keep, registry.head, table)
         if table is not None:
             _update_transcript(folder, table)
-        return cls(folder, key, root, settings, registry, transcripts, Coordinator(key))
+        return cls(folder, key, root, settings, registry, transcripts, Coordinator(key), RunRecord(folder))
 
     def read_root(self, at: datetime, *, expired: bool = False) -> Root:
         """Read the authority, with the newest of the revocation lists in this directory and in its transcripts, which
@@ -236,7 +238,7 @@ class CoordinatorStateDir:
         another run uses the directory, or the lease cannot be taken. Raises TrustError: the files of the transcript
         have what the database does not have.
         """
-        with self.locked():
+        with self.locked(), self._noting_stops():
             if not self.registry.is_shared:
                 yield self
                 return
@@ -244,6 +246,7 @@ class CoordinatorStateDir:
                 lease = self._await_lease()
             finally:
                 (self.folder / WAITING).unlink(missing_ok=True)
+                self.run.leads()
             table = TranscriptTable(self.registry.engine, lease.epoch)
             with lease.kept(_sharing(self.folder, self.root, table)):
                 _share_revocations(self.folder, self.root, table)
@@ -251,6 +254,15 @@ class CoordinatorStateDir:
                 registry = replace(self.registry, epoch=lease.epoch)
                 transcripts = replace(self.transcripts, table=table)
                 yield replace(self, registry=registry, transcripts=transcripts, lease=lease)
+
+    @contextmanager
+    def _noting_stops(self) -> Iterator[None]:
+        """Note a run that is ended on purpose, and not by a failure."""
+        try:
+            yield
+        except (Stopped, KeyboardInterrupt, SystemExit):
+            self.run.stopped()
+            raise
 
     def require_lead(self) -> None:
         """Check that no other coordinator has taken the lease. Raises EdgeAdaptError."""
@@ -295,6 +307,7 @@ class CoordinatorStateDir:
                     log.info("leads, epoch %d", lease.epoch)
                     return lease
                 if said is None or said.epoch != lease.epoch:
+                    self.run.waits(Need.LEASE)
                     log.info("waiting: %s leads, epoch %d", lease.leader, lease.epoch)
                 said, reachable = lease, True
                 (self.folder / WAITING).touch()

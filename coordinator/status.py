@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from aggregation import envelope, transcript
-from aggregation.errors import ProtocolError
+from aggregation.errors import EdgeAdaptError, ProtocolError
 from aggregation.messages import Shares
 from aggregation.steps import Step
 from aggregation.transcript import ANSWERS, MAGIC, REQUESTS, Abort, Checkpoint, Entry, Result, Stage
+from coordinator import runstate
 from coordinator.expiry import expiries
 from coordinator.services import deployment
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats import storage
+from edgeadapt.formats.jsontext import optional_timestamp
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.formats.roundrecord import RoundRecord
@@ -36,6 +38,8 @@ class SessionProgress:
     """What the log of a session says so far."""
 
     log: str  # file name
+    began: int | None = None  # when it was offered, in seconds since 1970; None in a log of an earlier version
+    latest: int | None = None  # last time in the log
     devices: int = 0  # how many established the session
     round: int = 0  # counted in the session from 1; 0 before the first
     step: Step | None = None  # under way; None between rounds
@@ -46,6 +50,8 @@ class SessionProgress:
         step = None if self.step is None else {"name": self.step.value, "answered": self.answered}
         return {
             "log": self.log,
+            "began": optional_timestamp(self.began),
+            "latest": optional_timestamp(self.latest),
             "devices": self.devices,
             "rounds": self.round,
             "step": step,
@@ -54,6 +60,8 @@ class SessionProgress:
 
     def add(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
+            if entry.at is not None:
+                self.began, self.latest = self.began or entry.at, entry.at
             self.round = max(self.round, entry.round)
             self.devices += entry.kind == Shares.TAG
             if entry.kind in _ENDINGS:
@@ -98,6 +106,18 @@ def _closes(entry: Entry) -> bool:
         return False
 
 
+class StuckError(EdgeAdaptError):
+    exit_code = 7
+
+
+def require_moving(status: dict[str, Any], patience: float) -> None:
+    """Check that a fleet has not waited longer than ``patience`` seconds for devices or a session, whether or not a run
+    is in progress. Raises StuckError."""
+    run = status["run"]
+    if run["waited"] > patience:
+        raise StuckError(f"the fleet is stuck: it {next(runstate.lines(run))}", about="run.waited", value=run["waited"])
+
+
 SUSPICIOUS = 0.01  # probability
 GAP = "  "
 COLUMNS = {  # name in the table of rounds → heading, which is as wide as the cells
@@ -108,6 +128,7 @@ COLUMNS = {  # name in the table of rounds → heading, which is as wide as the 
     "accuracy": "accuracy",
     "loss": "  loss",
     "seconds": "seconds",
+    "ended": "ended               ",
 }
 
 
@@ -115,12 +136,13 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
     """Collect the object that ``edgeadapt coordinator status --json`` prints. Raises EdgeAdaptError: as
     ``Registry.versions`` and ``Registry.rounds``; or the last log is too large, or not a file."""
     rounds = state_dir.registry.rounds()
-    steps = Counter(step for record in rounds for step in record.dropped.values())
+    steps, running = Counter(step for record in rounds for step in record.dropped.values()), state_dir.in_use
     return {
         "state": str(state_dir.folder),
         "key": state_dir.key.public.key_id,
         "authority": state_dir.root.fingerprint,
-        "running": state_dir.in_use,
+        "running": running,
+        "run": runstate.read(state_dir.folder).row(datetime.now(UTC), running=running),
         "lease": lease_of(state_dir),
         "services": deployment.running(state_dir.folder),
         "expiries": expiries(state_dir.folder, datetime.now(UTC)),
@@ -161,13 +183,16 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
         )
     lead = status["lease"] is None or status["lease"]["own"] or not status["lease"]["in_force"]
     state = "" if not status["running"] else ", a run is in progress" if lead else ", a run waits to take over"
+    state = state if status["running"] or done >= wanted else ", no run is in progress"
     yield f"rounds {done} of {wanted}, {aborted} aborted{state}"
+    yield from runstate.lines(status["run"])
     yield f"dropouts {count} of {status['device_rounds']} device-rounds{f': {at}' if at else ''}"
     if session := status["last_session"]:
         state, step = "closed" if session["closed"] else "not closed", session["step"]
         if step and status["running"]:
             state = f"{step['name']} answered by {step['answered']}"
-        yield f"last session {session['log']}: {session['devices']} devices, {session['rounds']} rounds, {state}"
+        times = f", {session['began']} to {session['latest']}" if session["began"] else ""
+        yield f"last session {session['log']}{times}: {session['devices']} devices, {session['rounds']} rounds, {state}"
     if status["rounds"]:
         yield ""
         yield heading()
@@ -181,7 +206,7 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
 
 
 def heading(width: int = 0) -> str:
-    return GAP.join(COLUMNS[name] for name in _columns(width))
+    return GAP.join(COLUMNS[name] for name in _columns(width)).rstrip()
 
 
 def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
@@ -196,6 +221,7 @@ def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
         "accuracy": "-" if accuracy is None else format(accuracy, ".3f"),
         "loss": "-" if loss is None else format(loss, ".3f"),
         "seconds": format(row["seconds"], ".1f"),
+        "ended": row["ended"] or "-",
     }
     line = GAP.join(cells[name].rjust(len(COLUMNS[name])) for name in _columns(width))
     notes = [f"epsilon {row['epsilon']:.3f}"] if row["epsilon"] is not None else []
@@ -210,7 +236,7 @@ def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
 def _columns(width: int) -> list[str]:
     """List the columns that a terminal of this width has room for; 0: all."""
     chosen = list(COLUMNS)
-    for name in ("loss", "version", "seconds", "dropouts"):
+    for name in ("ended", "loss", "version", "seconds", "dropouts"):
         if width and len(GAP.join(COLUMNS[each] for each in chosen)) > width:
             chosen.remove(name)
     return chosen
@@ -275,6 +301,7 @@ def round_row(record: RoundRecord) -> dict[str, Any]:
         "metrics": record.metrics,
         "epsilon": record.epsilon,
         "version": record.version,
+        "ended": optional_timestamp(record.ended),
     }
 
 

@@ -91,9 +91,13 @@ class Recorder:
     def begin(self, plan: Plan) -> None:
         self.log.begin(plan)
 
+    def now(self) -> int:
+        """Tell the time as the log does, in which it never goes back: seconds since 1970."""
+        return max(int(time.time()), self.log.latest)
+
     def sent(self, step: Step, bodies: Mapping[str, bytes]) -> None:
         """Record what the coordinator sends: device → body."""
-        self.write(self.log.sent(step, bodies), sync=True)
+        self.write(self.log.sent(step, bodies, self.now()), sync=True)
 
     def received(self, step: Step, device: str, body: bytes) -> None:
         """Record a device's answer, which was accepted. Its vector comes first: no kill leaves a log that lacks one."""
@@ -116,14 +120,14 @@ class Recorder:
         """End the round under way as its record says, which the registry has. A round without a plan has no ending."""
         ending = ending_of(record)
         if ending is not None:
-            self.write(self.log.ended(self.key, ending), sync=True)
+            self.write(self.log.ended(self.key, ending, max(self.now(), record.ended or 0)), sync=True)
 
     def close(self, record: RoundRecord | None) -> bytes:
         """End the log, and interrupt a round without a ``record``. Returns the digest of the last checkpoint."""
         if record is not None:
             self.end(record)
         elif self.log.plan is not None:
-            self.write(self.log.ended(self.key, Abort(self.log.plan, INTERRUPTED)))
+            self.write(self.log.ended(self.key, Abort(self.log.plan, INTERRUPTED), self.now()))
         elif self.log.tree.size - 1 in {index for index, _ in self.log.endings.values()}:
             self.checkpoint()  # a kill came between the two
         self.checkpoint(Stage.CLOSED)
@@ -173,7 +177,7 @@ class StoredLog:
         reading = _intact(transcript.read(raw), coordinator)
         rest = raw[reading.end :]
         try:
-            signed = tuple(checkpoints(replace(reading, problem=""), coordinator, unfinished=True))
+            signed = tuple(checkpoints(replace(reading, problem=""), coordinator))
         except Problem as problem:
             if reading.entries:
                 raise altered(path, problem) from None
@@ -335,9 +339,10 @@ class Transcripts:
         vectors = self.folder / VECTORS if self.keep_vectors else None
         if vectors:
             vectors.mkdir(exist_ok=True)
-        newest, previous = self.head().newest, self.finish()
-        number = max(map(log_number, logs(self.folder)), default=0) + 1
-        log, path = Transcript(offer, newest, previous), self.folder / log_name(number)
+        newest, (previous, latest) = self.head().newest, self._finish()
+        paths = logs(self.folder)
+        number = max(map(log_number, paths), default=0) + 1
+        log, path = Transcript(offer, newest, previous, latest=latest), self.folder / log_name(number)
         recorder = Recorder(path, log, self.key, vectors, self.table)
         recorder.write(MAGIC)
         storage.sync(self.folder)
@@ -399,6 +404,10 @@ class Transcripts:
         that the registry knows must have been found in the logs. Raises TrustError: a log was altered, or the logs and
         the registry contradict each other. Raises EdgeAdaptError: another coordinator leads, or the registry failed.
         """
+        return self._finish()[0]
+
+    def _finish(self) -> tuple[bytes, int]:
+        """Do so, and also return the last time in the log; 0 if it has none."""
         if self.table is not None:
             self.table.require_lead()  # the files of a former leader lack what the one after it has added
             self.table.copy_to(self.folder)  # a full disk may have kept a part of what the table has
@@ -415,12 +424,12 @@ class Transcripts:
             if not log.entries:
                 log.path.unlink()
         if not held:
-            return NO_SESSION
+            return NO_SESSION, 0
         if held[-1].closed:
-            return held[-1].checkpoints[-1].digest()
+            return held[-1].checkpoints[-1].digest(), max(entry.at or 0 for entry in held[-1].entries)
         previous = held[-2].checkpoints[-1].digest() if len(held) > 1 else NO_SESSION
         recorder = Recorder(held[-1].path, held[-1].resumed(head.newest, previous), self.key, table=self.table)
-        return recorder.close(head.round if missing else None)
+        return recorder.close(head.round if missing else None), recorder.log.latest
 
     def _since(self, record: RoundRecord | None) -> list[StoredLog]:
         """Read the logs from the session of a recorded round on, in order; all logs, where no round is recorded."""

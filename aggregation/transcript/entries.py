@@ -10,7 +10,8 @@ from aggregation.messages import Assignment, DeviceIds, Digest, HexDigest, Messa
 from aggregation.pki import DEVICE_ID
 from aggregation.wire import Codec
 
-MAGIC = b"edgeadapt/transcript/2\n"
+MAGIC = b"edgeadapt/transcript/3\n"
+UNTIMED = b"edgeadapt/transcript/2\n"  # the same, from before entries had a time
 EVERYONE = "*"  # the peer of a message that all devices received alike
 LENGTH = 4  # bytes before each entry
 AdapterId: TypeAlias = tuple[int, str]  # version, and SHA-256 of its file in hex
@@ -32,13 +33,19 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A leaf of the log: a signed message and its place."""
+    """A leaf of the log: a signed message and its place.
+
+    ``at``: when the coordinator wrote it, in seconds since 1970 by its own clock, never less than in an entry before.
+    A checkpoint has none, so that a checkpoint after each time signs it; nor has an answer of a device, which would say
+    how long that trained, nor a log of an earlier version.
+    """
 
     index: Uint64
     kind: Annotated[str, wire.text(r"[a-z-]{1,32}")]
     round: Uint32
     peer: Annotated[str, wire.text(rf"\*|{DEVICE_ID}")]
     message: Annotated[bytes, wire.blob(envelope.MAX_MESSAGE)]
+    at: Annotated[int | None, wire.last(wire.uint(32))] = None
 
     @property
     def place(self) -> Place:
@@ -59,7 +66,7 @@ class Reading:
 
 def read(raw: bytes) -> Reading:
     """Read a log without verifying it. Raises nothing: ``Reading.problem`` names the damage."""
-    if not raw.startswith(MAGIC):
+    if not raw.startswith((MAGIC, UNTIMED)):
         return Reading((), 0, "not a transcript of this version")
     entries: list[Entry] = []
     at = len(MAGIC)

@@ -51,6 +51,7 @@ class Transcript:
         start: The adapter that the session starts from.
         previous: Digest of the last checkpoint of the previous session, or ``NO_SESSION``.
         tree: Of the entries so far.
+        latest: The greatest time of an entry; a new one has no earlier time.
         round: Of the last plan, or 0.
         plan: Digest of the plan of the current round; None between rounds.
         produced: The adapter of the last ``Result``; None before the first.
@@ -63,6 +64,7 @@ class Transcript:
     start: AdapterId
     previous: bytes = NO_SESSION
     tree: Tree = field(default_factory=Tree, repr=False)
+    latest: int = 0
     round: int = 0
     plan: bytes | None = None
     produced: AdapterId | None = None
@@ -78,27 +80,30 @@ class Transcript:
         """The entries that follow belong to the round of ``plan``."""
         self.round, self.plan = plan.round, plan.digest()
 
-    def sent(self, step: Step, bodies: Mapping[str, bytes]) -> bytes:
-        """Log the coordinator's requests. A message that all devices receive alike is one entry. So is an assignment
-        without encrypted shares that several devices receive."""
+    def sent(self, step: Step, bodies: Mapping[str, bytes], at: int) -> bytes:
+        """Log the coordinator's requests, sent ``at`` that time (``Entry.at``), or ``latest`` if that is later.
+
+        A message that all devices receive alike is one entry. So is an assignment without encrypted shares that several
+        devices receive.
+        """
         kind, alike = REQUESTS[step].TAG, Counter(bodies.values())
         if len(alike) == 1 and (len(bodies) > 1 or step is not Step.PLAN):
-            return self._append(kind, EVERYONE, next(iter(alike)))
+            return self._append(kind, EVERYONE, next(iter(alike)), at)
         shared = [body for body, count in alike.items() if count > 1 and step is Step.PLAN]
         records: list[bytes] = []
         for device, body in bodies.items():
             if body not in shared:
                 repeats = step is Step.PLAN and bool(records) and not _without_shares(body)
-                records.append(self._append(kind, device, envelope.with_body(body, b"") if repeats else body))
-        return b"".join([*records, *(self._append(kind, EVERYONE, body) for body in shared)])
+                records.append(self._append(kind, device, envelope.with_body(body, b"") if repeats else body, at))
+        return b"".join([*records, *(self._append(kind, EVERYONE, body, at) for body in shared)])
 
     def received(self, step: Step, device: str, body: bytes) -> bytes:
         """Log a device's answer, once it was accepted."""
         return self._append(ANSWERS[step].TAG, device, logged_part(step, body))
 
-    def ended(self, key: IdentityKey, ending: Result | Abort) -> bytes:
-        """Log the end of the round, signed, and a checkpoint."""
-        return self._append(ending.TAG, EVERYONE, envelope.sign(key, ending)) + self.checkpoint(key)
+    def ended(self, key: IdentityKey, ending: Result | Abort, at: int) -> bytes:
+        """Log the end of the round, signed, and a checkpoint. ``at``: as of ``sent``."""
+        return self._append(ending.TAG, EVERYONE, envelope.sign(key, ending), at) + self.checkpoint(key)
 
     def checkpoint(self, key: IdentityKey, stage: Stage = Stage.OPEN) -> bytes:
         """Log a signed root of the entries so far."""
@@ -127,12 +132,13 @@ class Transcript:
             self.contributions[entry.peer] = (round_, (*leaves, (index, leaf)))
         elif entry.kind == Assignment.TAG and entry.round > self.round:
             self.plan = Assignment.decode(envelope.unverified_body(entry.message)).plan.digest()
-        self.round = entry.round
+        self.round, self.latest = entry.round, max(self.latest, entry.at or 0)
         self.tree.append(leaf)
         return leaf
 
-    def _append(self, kind: str, peer: str, message: bytes) -> bytes:
-        leaf = self.add(Entry(self.tree.size, kind, self.round, peer, message))
+    def _append(self, kind: str, peer: str, message: bytes, at: int | None = None) -> bytes:
+        time = None if at is None else max(at, self.latest)
+        leaf = self.add(Entry(self.tree.size, kind, self.round, peer, message, time))
         return len(leaf).to_bytes(LENGTH, "big") + leaf
 
 

@@ -146,7 +146,8 @@ class Agent:
             talk.call.cancel()
         nonce, host = messages.CHALLENGE.decode(talk.receive()).nonce, host_of(self.address)
         signature = state_dir.identity.sign(messages.CHALLENGE_TAG, nonce + host.encode())
-        hello = messages.DeviceHello(state_dir.certificate, host, signature, version("edgeadapt"))
+        now = int(time.time())
+        hello = messages.DeviceHello(state_dir.certificate, host, signature, version("edgeadapt"), now)
         talk.send((messages.HELLO.encode(hello),))
         if talk.receive() != messages.ADMITTED:
             raise ProtocolError("the gateway neither admits nor refuses this device", about="gateway.admitted")

@@ -5,9 +5,11 @@ The server's TLS certificate is verified under the authority that the device pin
 
 import ipaddress
 import queue
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -132,4 +134,12 @@ def refusal(error: grpc.RpcError, peer: str) -> EdgeAdaptError:
 
 
 def one_line(error: grpc.RpcError, longest: int = 200) -> str:
-    return " ".join(str(error.details()).split())[:longest]
+    """Say why a call failed. Where a certificate is not valid at this time, the clock of this device may be wrong."""
+    text = " ".join(str(error.details()).split())
+    if refused := re.search("CERTIFICATE_VERIFY_FAILED: ([a-z ]+)", text):
+        text = f"TLS: {refused[1]}"
+    return text[:longest] + (clock() if re.search("expired|not (yet )?valid", text) else "")
+
+
+def clock() -> str:
+    return f"; the clock of this device says {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

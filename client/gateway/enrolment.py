@@ -19,7 +19,7 @@ import grpc
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.certificates import load, subject
-from client.gateway.calls import PASSING, ask, one_line, pause, refusal
+from client.gateway.calls import PASSING, ask, clock, one_line, pause, refusal
 from client.node.enrolment import REQUEST, TrustAnchors, enrol, install_certificate
 from client.node.statedir import AUTHORITY, CERTIFICATE, LONGEST, DeviceSettings, DeviceStateDir
 from edgeadapt.formats import storage
@@ -105,7 +105,7 @@ def validity(state_dir: DeviceStateDir, now: datetime) -> tuple[bool, datetime]:
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > end:
         name = subject(certificate)
-        text = f"the certificate of {name} expired on {end:%Y-%m-%d %H:%M} UTC: {ENROL_AGAIN}"
+        text = f"the certificate of {name} expired on {end:%Y-%m-%d %H:%M} UTC: {ENROL_AGAIN}{clock()}"
         raise TrustError(text, about="certificate.validity", value=name)
     return end - now < LEFT * (end - begin), end
 

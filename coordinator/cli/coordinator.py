@@ -17,7 +17,7 @@ import click
 
 from aggregation.errors import ConfigError, EdgeAdaptError
 from edgeadapt import commandline
-from edgeadapt.commandline import FILE, TERMINATED, as_json, print_result
+from edgeadapt.commandline import FILE, TERMINATED, FiniteRange, as_json, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.settings import overridden
 
@@ -249,11 +249,21 @@ def _run(flower: "Connection", state_dir: Path, gateway: str | None, as_json: bo
 @directory
 @click.option("--rounds", is_flag=True, help="Show each round instead; with --json one object a line.")
 @click.option("--follow", is_flag=True, help="With --rounds: wait for those to come, until all are done.")
+@click.option(
+    "--stuck-after",
+    type=FiniteRange(min=0.0),
+    default=900.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Exit with 7 if the fleet has waited longer for devices or a session.",
+)
 @as_json
-def status(state_dir: Path, rounds: bool, follow: bool, as_json: bool) -> None:
-    """Show the services that run, versions, rounds, dropouts and the last session of the coordinator in DIR.
+def status(state_dir: Path, rounds: bool, follow: bool, stuck_after: float, as_json: bool) -> None:
+    """Show what the run of the coordinator in DIR waits for, its services, versions, rounds, dropouts and last session.
 
     --follow also shows the step that is under way. It only reads: Ctrl-C ends nothing else.
+
+    As a health check, it fails with 7 while the fleet is stuck.
 
     \b
     Examples:
@@ -262,7 +272,7 @@ def status(state_dir: Path, rounds: bool, follow: bool, as_json: bool) -> None:
       edgeadapt coordinator status runs/demo/coordinator --json
     """
     from coordinator.statedir import CoordinatorStateDir
-    from coordinator.status import lines_of, status_of
+    from coordinator.status import StuckError, lines_of, require_moving, status_of
 
     opened = CoordinatorStateDir.open(state_dir)
     if rounds or follow:
@@ -270,6 +280,11 @@ def status(state_dir: Path, rounds: bool, follow: bool, as_json: bool) -> None:
         return
     state = status_of(opened)
     click.echo(json.dumps(state) if as_json else "\n".join(lines_of(state)))
+    try:
+        require_moving(state, stuck_after)
+    except StuckError as error:  # standard output already has the one object
+        click.echo(f"edgeadapt: {error}", err=True)
+        click.get_current_context().exit(error.exit_code)
 
 
 @click.command()

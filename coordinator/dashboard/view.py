@@ -12,13 +12,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 
 from aggregation.errors import DataError, TrustError
+from coordinator import runstate
 from coordinator.expiry import expiries
-from coordinator.gateway import snapshot
 from coordinator.registry import Head
 from coordinator.services import deployment
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import LogFollower, lease_of
 from edgeadapt.formats import storage
+from edgeadapt.formats.jsontext import optional_timestamp
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.formats.rollout import ALL
@@ -144,6 +145,7 @@ class Viewer:
     def look(self) -> dict[str, Any]:
         """Read the fleet now. All values can be written in JSON. Raises EdgeAdaptError and OSError."""
         running, progress = self.state_dir.in_use, self._follower.look()
+        run = runstate.read(self.state_dir.folder).row(datetime.now(UTC), running=running)
         return {
             "running": running,
             "lease": lease_of(self.state_dir),
@@ -151,7 +153,8 @@ class Viewer:
             "rounds_wanted": self.state_dir.settings.rounds,
             "services": (deployment.running(self.state_dir.folder) or {"services": []})["services"],
             "session": None if progress is None else progress.as_json(),
-            "gateway": snapshot.read(self.state_dir.folder) if running else None,
+            "gateway": run.pop("gateway"),
+            "run": _nameless(run),
             "epsilon_limit": self.state_dir.settings.privacy.epsilon or None,
             **({"channels": {}, "problem": None} if self.channels is None else self.channels.look()),
             **self._rounds(),
@@ -167,6 +170,12 @@ class Viewer:
             self._history = _history(registry.rounds(), registry.version(head.newest[0]).manifest)
             self._head = head
         return self._history
+
+
+def _nameless(run: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the texts, which may name devices, and what changes while nothing does."""
+    refusals = [{name: each[name] for name in ("kind", "version", "count", "at")} for each in run["refusals"]]
+    return {name: value for name, value in run.items() if name not in ("reason", "waited")} | {"refusals": refusals}
 
 
 def _history(records: tuple[RoundRecord, ...], newest: VersionManifest | None) -> dict[str, Any]:
@@ -199,6 +208,7 @@ def _round(record: RoundRecord) -> dict[str, Any]:
         "epsilon": record.epsilon,
         "metrics": record.metrics,
         "reason": record.reason,
+        "ended": optional_timestamp(record.ended),
         "spoiled": record.spoiled is not None,
     }
 
@@ -226,6 +236,7 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
     yield _counter("rounds", "Rounds that ended, by how they did.", "outcome", ended)
     yield _gauge("rounds_wanted", "Rounds after which the federation ends.", view["rounds_wanted"])
     yield _gauge("running", "1 while a run uses the state directory.", int(view["running"]))
+    yield from _waits(view["run"])
     if (lease := view["lease"]) is not None:
         yield _gauge("lease_epoch", "How often a coordinator of this registry began to lead.", lease["epoch"])
         leads = int(lease["own"] and lease["in_force"])
@@ -237,6 +248,9 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
         yield _gauge("version", "The newest version in the registry.", view["version"])
     yield _counter("device_rounds", "Rounds of all devices together.", None, {"": view["device_rounds"]})
     yield _counter("dropouts", "Devices that dropped out of a round, by step.", "step", view["dropouts_by_step"])
+    if (last := view["rounds"][-1:]) and last[0]["ended"] is not None:
+        at = datetime.fromisoformat(last[0]["ended"]).timestamp()
+        yield _gauge("round_timestamp_seconds", "When the last round ended.", at)
     sizes = {"up": view["bytes_up"], "down": view["bytes_down"]}
     yield _counter("bytes", "Bytes of the rounds, from devices (up) and to them (down).", "direction", sizes)
     yield _counter("round_seconds", "Wall time of all rounds.", None, {"": view["seconds"]})
@@ -252,10 +266,14 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
     yield _counter("service_restarts", "Restarts of a service since 'up' began.", "service", restarts)
     if (session := view["session"]) is not None:
         yield _gauge("session_devices", "Devices of the newest session.", session["devices"])
+        if session["began"] is not None:
+            began = datetime.fromisoformat(session["began"]).timestamp()
+            yield _gauge("session_timestamp_seconds", "When the newest session was offered.", began)
         answered = {session["step"]["name"]: session["step"]["answered"]} if session["step"] else {}
         yield _gauge("step_answers", "Answers to the step that is under way.", answered, "step")
     if (gateway := view["gateway"]) is not None:
         yield _gauge("gateway_devices", "Devices that are connected to the gateway.", gateway["devices"])
+        yield _gauge("gateway_skewed_clocks", "Of these, with a clock off by over a minute.", gateway["skewed"])
         yield _gauge("gateway_requests", "Requests without an answer yet.", gateway["requests"])
         yield _gauge("gateway_versions", "Connected devices by version.", gateway["versions"], "version")
         yield _counter("gateway_check_ins", "Check-ins by outcome.", "outcome", gateway["check_ins"])
@@ -271,6 +289,24 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
     yield _gauge("channel_worse", "1 if the last evaluation found the newest release worse.", worse, "channel")
     if view["problem"] is not None or view["channels"]:
         yield _gauge("channels_verified", "1 while the log of the channels passes its audit.", int(not view["problem"]))
+
+
+def _waits(run: dict[str, Any]) -> Iterator[Metric]:
+    needs = {need.value: int(run["waits_for"] == need) for need in runstate.Need}
+    yield _gauge("waits", "1 for what a run waits for.", needs, "need")
+    if run["waits_for"] is not None and run["needed"]:
+        since = datetime.fromisoformat(run["since"]).timestamp()
+        yield _gauge("wait_timestamp_seconds", "Since when the fleet waits for devices or a session.", since)
+        yield _gauge("wait_devices", "Devices that are there, while a run waits.", run["devices"])
+        yield _gauge("wait_devices_needed", "Devices that a session needs.", run["needed"])
+        yield _gauge("wait_attempt", "Attempt at a session.", run["attempt"])
+        yield _gauge("wait_attempts", "Attempts after which the run ends.", run["attempts"])
+    yield _counter("sessions", "Attempts at a session: made, or what they lacked.", "outcome", run["sessions"])
+    text = "Refusals by field or step, and by the version that the device states."
+    refusals = CounterMetricFamily(PREFIX + "refusals", text, labels=["kind", "version"])
+    for each in run["refusals"]:
+        refusals.add_metric([each["kind"], each["version"]], each["count"])
+    yield refusals
 
 
 def _gauge(name: str, text: str, value: Any, label: str | None = None) -> Metric:

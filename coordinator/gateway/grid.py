@@ -20,8 +20,8 @@ from aggregation.steps import BODY, RECORD
 from coordinator.expiry import ExpiryLog
 from coordinator.gateway.carriers import BrowserSettings
 from coordinator.gateway.hub import NoAnswer
-from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot
-from coordinator.gateway.snapshot import GatewaySnapshot, written
+from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot, Refused
+from coordinator.runstate import GatewaySnapshot
 from coordinator.servertls import TlsFiles, TlsSource
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import OwnGrid, identify
@@ -44,7 +44,13 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
     own, tls = state_dir.settings.gateway, TlsFiles(state_dir)
     browsers = BrowserSettings(own.websocket, frozenset(own.origins)) if own.websocket else None
     grid = GatewayGrid(
-        address, tls, state_dir.read_root, GatewayLimits(own), own_process=own_process, browsers=browsers
+        address,
+        tls,
+        state_dir.read_root,
+        GatewayLimits(own),
+        own_process=own_process,
+        browsers=browsers,
+        refused=state_dir.run.refused,
     )
     listens = f"{address.rpartition(':')[0]}:{grid.port}"
     log.info("listening at %s", listens)
@@ -57,7 +63,7 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
         return grid.snapshot(listens)
 
     try:
-        with written(state_dir.folder, snapshot):
+        with state_dir.run.observing(snapshot):
             yield grid
     finally:
         grid.close()
@@ -94,6 +100,7 @@ class GatewayGrid(OwnGrid):
         *,
         own_process: bool = True,
         browsers: BrowserSettings | None = None,
+        refused: Refused = lambda kind, version, text: None,
     ) -> None:
         """Start a gateway, as ``Gateway`` does. ``own_process``: Flower did not start this process."""
         super().__init__()
@@ -106,7 +113,7 @@ class GatewayGrid(OwnGrid):
         self._devices: dict[int, str] = {}  # node → device
         if own_process:
             identify()
-        self._gateway = Gateway(address, tls, read_root, self._answered, limits, browsers)
+        self._gateway = Gateway(address, tls, read_root, self._answered, limits, browsers, refused)
 
     @property
     def port(self) -> int:
@@ -127,10 +134,11 @@ class GatewayGrid(OwnGrid):
     def known(self) -> frozenset[int]:
         return frozenset(self._devices)
 
-    def await_devices(self, count: int, require: Callable[[], object] = lambda: None) -> None:
-        """Wait until ``count`` devices are connected. ``require``: called meanwhile; what it raises ends the wait."""
-        while len(self._gateway.devices()) < count:
-            require()
+    def await_devices(self, count: int, look: Callable[[int], object] = lambda devices: None) -> None:
+        """Wait until ``count`` devices are connected. ``look``: called meanwhile with how many there are; what it
+        raises ends the wait."""
+        while (devices := len(self._gateway.devices())) < count:
+            look(devices)
             self.clock.sleep(LOOK)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -198,10 +206,10 @@ class JoinedGrid(Grid):
         self._flower, self._light = flower, light
         self.clock = light.clock
 
-    def await_devices(self, count: int, require: Callable[[], object] = lambda: None) -> None:
+    def await_devices(self, count: int, look: Callable[[int], object] = lambda devices: None) -> None:
         """Wait for SuperNodes and light devices together, like ``GatewayGrid.await_devices``."""
-        while len([*self.get_node_ids()]) < count:
-            require()
+        while (devices := len([*self.get_node_ids()])) < count:
+            look(devices)
             self.clock.sleep(LOOK_AT_LINK)
 
     def set_run(self, run: Run) -> None:

@@ -36,11 +36,13 @@ class ComeBack(EdgeAdaptError):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Who a device is. ``certificate``: of its identity, in DER; ``version``: of edgeadapt, as the device states it."""
+    """Who a device is. ``certificate``: of its identity, in DER; ``version``: of edgeadapt, as the device states it;
+    ``ahead``: seconds that its clock is ahead of this machine's."""
 
     device: str
     certificate: bytes = field(repr=False)
     version: str = ""
+    ahead: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

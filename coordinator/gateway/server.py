@@ -24,16 +24,18 @@ from coordinator.gateway.carriers import BrowserSettings, Carrier, Conversations
 from coordinator.gateway.hub import ComeBack, Credentials, Hub, NoAnswer, Stream
 from coordinator.gateway.pace import Pace, TokenBucket
 from coordinator.gateway.places import Turns, raise_descriptors
-from coordinator.gateway.snapshot import GatewaySnapshot
+from coordinator.runstate import GatewaySnapshot
 from coordinator.servertls import TlsSource
 from coordinator.settings import GatewaySettings
 from edgeadapt import traces
 from edgeadapt.formats.gateway import messages
 from edgeadapt.formats.gateway.messages import PartReader, RetryWindow
 
+SKEWED = 60.0  # seconds by which a clock may be off
 VERSIONS = 32  # in a snapshot; devices state them
 log = logging.getLogger("edgeadapt.gateway")
 ReadRoot = Callable[[datetime], Root]
+Refused = Callable[[str, str, str], None]  # field, version that the device states or "", text; from the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class Service:
     read_root: ReadRoot
     limits: GatewayLimits
     check_ins: Counter[str] = field(default_factory=Counter)  # by outcome, as in ``GatewaySnapshot``
+    refused: Refused = lambda kind, version, text: None
     asked_by: traces.Span = traces.NO_SPAN  # the step whose requests were sent last; answers are parts of it
     _receiving: int = 0  # bytes of answers
     _buckets: dict[str, TokenBucket] = field(default_factory=dict)
@@ -71,6 +74,7 @@ class Service:
     async def attend(self, carrier: Carrier) -> None:
         """Send requests to a device and take its answers, until one of the two ends it."""
         credentials = await self._identified(carrier)
+        comes_back = credentials.device in self.hub.devices
         self._check_pace(credentials.device)
         carrier.admit()
         stream = self.hub.open(credentials)
@@ -78,6 +82,7 @@ class Service:
         log.info("%s is connected over %s", credentials.device, carrier.protocol, extra=of)
         try:
             await carrier.send(messages.ADMITTED)
+            self.check_ins["admitted"] += not comes_back
             await _either(self._send(carrier, stream), self._take(carrier, stream))
         finally:
             self.hub.closed(stream)
@@ -86,10 +91,17 @@ class Service:
     async def _identified(self, carrier: Carrier) -> Credentials:
         nonce = SystemEntropy().bytes(messages.NONCE)
         await carrier.send(messages.CHALLENGE.encode(messages.GatewayChallenge(nonce)))
-        hello = messages.HELLO.decode(await carrier.receive())
-        check_version(hello.version, self.limits.settings.client_version)
-        async with self._turns.proving(carrier.host):
-            return self._verified(hello, nonce, carrier.names)
+        hello, version = await carrier.receive(), ""
+        try:
+            known = messages.HELLO.decode(hello)
+            version = known.version
+            check_version(version, self.limits.settings.client_version)
+            async with self._turns.proving(carrier.host):
+                return self._verified(known, nonce, carrier.names)
+        except (ProtocolError, TrustError) as error:
+            self.check_ins["refused"] += 1
+            self.refused(error.about, version, str(error))
+            raise
 
     def _verified(self, hello: messages.DeviceHello, nonce: bytes, names: frozenset[str]) -> Credentials:
         if hello.host not in names:
@@ -97,7 +109,10 @@ class Service:
             raise TrustError(text, about="hello.host", value=hello.host)
         device, key = self.root(datetime.now(UTC)).verify(hello.certificate, datetime.now(UTC))
         key.verify(messages.CHALLENGE_TAG, nonce + hello.host.encode(), hello.signature)
-        return Credentials(device, hello.certificate, hello.version)
+        ahead = 0.0 if hello.clock is None else hello.clock - time.time()
+        if abs(ahead) > SKEWED:
+            log.warning("the clock of %s is %.0f s %s", device, abs(ahead), "ahead" if ahead > 0 else "behind")
+        return Credentials(device, hello.certificate, hello.version, ahead)
 
     def _check_pace(self, device: str) -> None:
         """Send a device away that comes before its window, or when too many are there, by ComeBack with its window."""
@@ -113,10 +128,9 @@ class Service:
         elif len(self.hub.devices) >= self.limits.devices:
             outcome, reason, window = "full", "the gateway is full", self._pace.reject(device, now)
         else:
-            outcome, reason = "admitted", ""
+            return
         self.check_ins[outcome] += 1
-        if window is not None:
-            raise ComeBack(reason, window)
+        raise ComeBack(reason, window)
 
     def _count_call(self, device: str) -> float:
         """Count a call of a device. Returns 0, or the seconds until it may make one."""
@@ -235,6 +249,7 @@ class Gateway(ConversationServer):
         answered: Callable[[int, bytes | NoAnswer], None],
         limits: GatewayLimits | None = None,
         browsers: BrowserSettings | None = None,
+        refused: Refused = lambda kind, version, text: None,
     ) -> None:
         """Start listening.
 
@@ -243,12 +258,13 @@ class Gateway(ConversationServer):
             read_root: Now → the authority with its newest revocation list.
             answered: As for ``Hub``.
             browsers: Where to listen for pages; None: nowhere.
+            refused: Called for each peer that is not admitted for what it is.
         """
         limits, room = limits or GatewayLimits(), raise_descriptors() // 4
         if room < limits.devices:
             log.warning("at most %d devices can be connected: this process may open no more files", room)
             limits = replace(limits, devices=room)
-        self.service = Service(Hub(answered, limits.grace), read_root, limits)
+        self.service = Service(Hub(answered, limits.grace), read_root, limits, refused=refused)
         conversations = Conversations({messages.ATTEND: self.service.attend}, tls)
         super().__init__(conversations, address, browsers, about="--gateway")
 
@@ -281,7 +297,8 @@ class Gateway(ConversationServer):
             hub = self.service.hub
             versions = Counter(stream.credentials.version for stream in hub.streams())
             counts = dict(versions.most_common(VERSIONS)), dict(self.service.check_ins)
-            return GatewaySnapshot(address, len(hub.devices), hub.requests, *counts)
+            skewed = sum(abs(stream.credentials.ahead) > SKEWED for stream in hub.streams())
+            return GatewaySnapshot(address, len(hub.devices), hub.requests, *counts, skewed)
 
         return self.call(counted())
 

@@ -9,7 +9,7 @@ fit its checkpoint.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 
 from aggregation import groups
 from aggregation.errors import TrustError
@@ -17,10 +17,11 @@ from aggregation.messages import Assignment, Message
 from aggregation.pki import Root
 from aggregation.pki.certificates import load
 from aggregation.pki.identity import PublicKey
+from aggregation.pki.revocation import RevocationList
 from aggregation.transcript import ENTRY, NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Reading, Result, merkle, read
 from edgeadapt.auditing import history as histories
 from edgeadapt.auditing import rules
-from edgeadapt.auditing.findings import Check, Finding, Problem, Report, RoundSummary, Skipped, Status, count
+from edgeadapt.auditing.findings import Check, Finding, NotClosed, Problem, Report, RoundSummary, Skipped, Status, count
 from edgeadapt.auditing.history import History
 from edgeadapt.auditing.sums import UnmaskedRound, Vectors, produced, secrets, sums
 
@@ -41,32 +42,41 @@ def audit(
         root: The authority that must have certified the devices, with its revocation list if that is to be checked.
         coordinator: The coordinator's key, as devices pin it.
         vectors: Digest and length → packed masked vector, where it was kept.
-        at: When the session took place, to check the dates of certificates. A log has no clock.
-        unfinished: Accept a log that is not closed, as that of a session under way is.
+        at: When certificates must have been valid and not revoked; None: when the session began, as its log says.
+        unfinished: Accept a log that is not closed, as that of a session under way is. Else the report says so.
     """
     return _Audit(read(raw), root, coordinator, vectors, at, unfinished).run()
 
 
 def chain(reports: Mapping[str, Report], unmade: Mapping[int, str] | None = None) -> None:
-    """Check that the sessions follow each other from the coordinator's first one on, without a gap.
+    """Check that the sessions follow each other from the coordinator's first one on, without a gap, and in time.
 
     So do their adapters: the first session starts from version 0, and every other one from the adapter that the
     previous session ended with, or from the first on another base. Within a session ``rules.results`` demands the same.
     So every version but those has one result. ``reports``: name → report, in order; ``unmade``: version → digest of
     those that no round made, None where the registry is not available. Raises TrustError: a session is missing or was
-    replaced, or starts from another adapter. A missing last session that made no adapter cannot be detected.
+    replaced or cut, or starts from another adapter. A missing last session that made no adapter cannot be detected.
     """
     last, before, base = NO_SESSION, "the beginning", ""
     newest: AdapterId | None = None
+    closed = True
+    latest: int | None = None
     for name, report in reports.items():
+        if not closed:
+            text = f"{before} is not closed, and {name} follows it: its end was cut off"
+            raise TrustError(text, about="session.cut", value=before)
         if report.last and report.previous != last:  # before its first checkpoint a log does not name its predecessor
             text = f"{name} does not follow {before}: a session is missing or was replaced"
             raise TrustError(text, about="session", value=name)
         start = report.start
+        if latest is not None and (report.began is None or report.began < latest):
+            text = f"{name} has no time, or an earlier one than {before}: a session was dated back"
+            raise TrustError(text, about="session.began", value=name)
         if start and start != (newest or (0, start[1])) and not _begins(start, newest, unmade, report.base != base):
             text = f"{name} starts from an adapter {start[0]} that no session before it made"
             raise TrustError(text, about="session.adapter", value=name)
-        last, before, newest, base = report.last, name, report.newest, report.base
+        last, before, newest, base, latest = report.last, name, report.newest, report.base, report.latest
+        closed = report.closed
 
 
 def _begins(start: AdapterId, newest: AdapterId | None, unmade: Mapping[int, str] | None, other_base: bool) -> bool:
@@ -124,16 +134,25 @@ class _Audit:
         return self.history
 
     def _log(self) -> str:
-        self.checkpoints = histories.checkpoints(self.reading, self.coordinator, self.unfinished)
+        self.checkpoints = histories.checkpoints(self.reading, self.coordinator)
+        if not self.unfinished and not histories.closes(self.checkpoints):
+            raise NotClosed("the session is under way, was stopped, or was restored from a backup (--unfinished)")
         signed = count(len(self.checkpoints), "checkpoint")
         size = len(self.reading.entries)
         return f"{size} entries, none missing, moved or altered since the coordinator signed them in {signed}"
 
     def _identities(self) -> str:
+        self.at = self.at or self._began
+        self.root = _as_of(self.root, self.at)
         self.history = histories.begin(self._entries, self.root, self.coordinator, self.at)
         if any(checkpoint.offer != self.history.offer.digest() for checkpoint in self.checkpoints):
             raise Problem("checkpoint.offer", "the checkpoints are of another session", self._entries[0].place)
         return f"{len(self.history.cohort)} devices, each certified by the authority{self._certified()}"
+
+    @property
+    def _began(self) -> datetime | None:
+        at = self.reading.entries[0].at if self.reading.entries else None
+        return None if at is None else datetime.fromtimestamp(at, UTC)
 
     def _certified(self) -> str:
         crl = self.root.revoked
@@ -185,6 +204,9 @@ class _Audit:
             tasks=tuple((each.place(Assignment), each.plan.training) for each in history.rounds) if history else (),
             open_plan=_open_plan(history) if history else None,
             produced=produced(history, self.unmasked) if history and passed else (),
+            began=self.reading.entries[0].at if self.reading.entries else None,
+            closed=histories.closes(self.checkpoints),
+            latest=max((each.at for each in self.reading.entries if each.at is not None), default=None),
         )
 
     @property
@@ -215,7 +237,26 @@ class _Audit:
             result.sum.hex() if result else None,
             entries,
             tree.root(entries).hex(),
+            began=self.reading.entries[current.place(Assignment).index].at,
+            ended=self.reading.entries[entries].at if current.ending else None,
         )
+
+
+def _as_of(root: Root, at: datetime | None) -> Root:
+    """Return the authority as at that time: a certificate that was revoked later was still valid. Raises Problem: its
+    list had ended before."""
+    crl = root.revoked
+    if crl is None or at is None:
+        return root
+    _require_in_force(crl, at)
+    known = {serial: since for serial, since in crl.revoked.items() if since.at <= at}
+    return replace(root, revoked=replace(crl, revoked=known))
+
+
+def _require_in_force(crl: RevocationList, at: datetime) -> None:
+    if at > crl.next_update:
+        text = f"revocation list {crl.number} was valid until {crl.next_update:%Y-%m-%d %H:%M}: name a newer one"
+        raise Problem("revocations.next-update", text)
 
 
 def _open_plan(history: History) -> str | None:
@@ -226,6 +267,8 @@ def _open_plan(history: History) -> str | None:
 def _find(check: Check, step: Callable[[], str]) -> Finding:
     try:
         return Finding(check, Status.PASS, step())
+    except NotClosed as reason:
+        return Finding(check, Status.OPEN, str(reason), about="log.open")
     except Skipped as reason:
         return Finding(check, Status.SKIPPED, str(reason), about=reason.about)
     except Problem as problem:

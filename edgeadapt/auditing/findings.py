@@ -34,6 +34,7 @@ class Check(Enum):
 class Status(Enum):
     PASS = "pass"  # noqa: S105 - not a password
     FAIL = "FAIL"
+    OPEN = "not closed"  # a log without an end, which nothing shows that it had; only of ``Check.LOG``
     WARNING = "warning"  # nothing broke a rule; an auditor should know of it all the same
     SKIPPED = "skipped"  # the transcript lacks what the check needs; the finding says what
     NOT_REACHED = "not reached"  # an earlier check failed
@@ -63,6 +64,16 @@ class Problem(Exception):  # noqa: N818 - it becomes a finding, and is not an er
     def of(cls, error: EdgeAdaptError, place: Place) -> "Problem":
         """Wrap the refusal by a check of ``aggregation``, or of a file."""
         return cls(error.about, str(error), place)
+
+
+class NotClosed(Exception):  # noqa: N818 - as above
+    """Is raised when a log has no end, and nothing in it is wrong."""
+
+
+class NotClosedError(TrustError):
+    """The last session is under way, was stopped, or was restored from a backup; every check of it passed."""
+
+    exit_code = 8
 
 
 class Skipped(Exception):  # noqa: N818 - as above
@@ -95,6 +106,9 @@ class RoundSummary:
         entries: In the log before the ending of the round; if the round is open, all of the log.
         root: Merkle root of these entries.
         epsilon: What all sums so far may have revealed (``account``); None in a session without noise.
+        began: When the coordinator sent the plan, in seconds since 1970, as it signed; None in a log of an earlier
+            version.
+        ended: When it wrote the ending; None as well if the round is open.
     """
 
     round: int
@@ -114,6 +128,8 @@ class RoundSummary:
     entries: int
     root: str
     epsilon: float | None = None
+    began: int | None = None
+    ended: int | None = None
 
     @property
     def open(self) -> bool:
@@ -157,6 +173,10 @@ class Report:
         tasks: For each round, in order: the place of its plan, and the training task in it, as encoded.
         open_plan: Digest of the plan of the last round, if the log does not say how it ended.
         produced: The adapters of the rounds with a result, in order; empty if a check failed.
+        began: When the session was offered, in seconds since 1970, as the coordinator signed; None in a log of an
+            earlier version.
+        latest: The last time in the log; None as well.
+        closed: Whether the log has an end.
     """
 
     findings: tuple[Finding, ...]
@@ -175,6 +195,9 @@ class Report:
     tasks: tuple[tuple[Place, bytes], ...]
     open_plan: str | None
     produced: tuple[ProducedAdapter, ...] = ()
+    began: int | None = None
+    latest: int | None = None
+    closed: bool = True
 
     @property
     def failed(self) -> tuple[Finding, ...]:

@@ -43,6 +43,7 @@ _ALL: _Kinds = (*_SETUP, *_ROUND, Checkpoint)
 _KINDS = {kind.TAG: kind for kind in _ALL}
 _RANK = {kind: rank for rank, kind in (*enumerate(_SETUP), *enumerate(_ROUND))}
 _BY_DEVICES = {kind.TAG for kind in (Advert, Shares, MaskedInput, ConsistencySignature, UnmaskResponse)}
+_TIMED = {kind.TAG for kind in _ALL if kind is not Checkpoint} - _BY_DEVICES
 _UNREADABLE = "unreadable"  # the kind of what follows the last readable entry
 
 
@@ -129,23 +130,34 @@ def _dropouts(asked: tuple[str, ...], answered: Mapping[Step, Collection[str]]) 
 # The log: numbering, and every checkpoint against the entries before it
 
 
-def checkpoints(reading: Reading, coordinator: PublicKey, unfinished: bool) -> list[Checkpoint]:
-    """Return the checkpoints of a log, each of which matches the entries before it.
+def checkpoints(reading: Reading, coordinator: PublicKey) -> list[Checkpoint]:
+    """Return the checkpoints of a log, each of which matches the entries before it. The last one need not close it.
 
-    ``unfinished`` accepts a log that continues after its last checkpoint, as that of a session under way does. Raises
-    Problem: an entry is damaged, missing, moved or repeated, or the log is not closed.
+    Raises Problem: an entry is damaged, missing, moved or repeated, or before an earlier one by its time, or follows
+    the end.
     """
-    tree, verified, covered = merkle.Tree(), list[Checkpoint](), 0
+    tree, verified, covered, latest = merkle.Tree(), list[Checkpoint](), 0, 0
     for index, entry in enumerate(reading.entries):
         if entry.index != index:
             text = f"its number is {entry.index}: an entry was removed, moved or repeated"
             raise Problem("entry.index", text, replace(entry.place, index=index))
+        latest = _time(entry, latest)
         if entry.kind == Checkpoint.TAG:
             verified.append(_checkpoint(entry, coordinator, tree, covered, verified))
             covered = index + 1
         tree.append(ENTRY.encode(entry))
-    _require_closed(reading, verified, covered, unfinished)
+    _require_whole(reading, verified, covered)
     return verified
+
+
+def _time(entry: Entry, latest: int) -> int:
+    """Return the time of an entry, or that of those before it; 0 before the first, as in all of an old log."""
+    if entry.kind not in _TIMED:
+        _demand(entry.at is None, "entry.at", "it has a time, and only requests and endings have one", entry)
+        return latest
+    text = "it has no time, or an earlier one than an entry before it"
+    _demand((entry.at or 0) >= latest, "entry.at", text, entry)
+    return entry.at or 0
 
 
 def _checkpoint(
@@ -165,18 +177,19 @@ def _checkpoint(
     return checkpoint
 
 
-def _require_closed(reading: Reading, verified: list[Checkpoint], covered: int, unfinished: bool) -> None:
+def closes(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Check whether the last of the checkpoints closes its log."""
+    return bool(checkpoints) and checkpoints[-1].stage is Stage.CLOSED
+
+
+def _require_whole(reading: Reading, verified: list[Checkpoint], covered: int) -> None:
     size = len(reading.entries)
     if reading.problem:
         raise Problem("log", reading.problem, Place(size, _UNREADABLE, 0, EVERYONE))
     if not size:
         raise Problem("log", "the log is empty")
-    closed = bool(verified) and verified[-1].stage is Stage.CLOSED
-    if closed and covered < size:
+    if closes(verified) and covered < size:
         raise Problem("checkpoint.stage", "the log was closed before", reading.entries[covered].place)
-    if not closed and not unfinished:
-        text = "the log is not closed: its end was cut off, or the session is under way (--unfinished accepts that)"
-        raise Problem("checkpoint.stage", text, reading.entries[-1].place)
 
 
 # Identities, signatures, order

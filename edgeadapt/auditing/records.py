@@ -5,7 +5,7 @@ show that a round in it had another ending. Every record is written before its r
 session and the plan, also of an aborted round.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from aggregation.errors import TrustError
 from edgeadapt.auditing.findings import Report, RoundSummary
@@ -34,7 +34,7 @@ def require_logged(
     logged = {(report.offer, each.plan): each for report in reports.values() for each in report.rounds}
     *_, last = reports.values()
     open_round = {(last.offer, last.open_plan)} if unfinished else set()
-    _require_recorded(before, {report.offer for report in reports.values()}, logged)
+    _require_recorded(before, {report.offer: report.entries for report in reports.values()}, logged)
     recorded = {(record.offer, record.plan) for record in after}
     for (offer, plan), each in logged.items():
         if (offer, plan) not in recorded | open_round and each.reason != INTERRUPTED:
@@ -73,16 +73,19 @@ def _bound(record: RoundRecord, delta: float | None) -> PrivacyBound | None:
 
 
 def _require_recorded(
-    records: Sequence[RoundRecord], offers: Collection[str], logged: Mapping[tuple[str, str], RoundSummary]
+    records: Sequence[RoundRecord], sizes: Mapping[str, int], logged: Mapping[tuple[str, str], RoundSummary]
 ) -> None:
     places, last = {key: place for place, key in enumerate(logged)}, -1
     for record in records:
-        if record.offer not in offers:
+        if record.offer not in sizes:
             text = f"round {record.round} was recorded, and the log of its session is missing"
             raise TrustError(text, about="session", value=record.round)
         if record.plan is None:
             continue
         summary = logged.get((record.offer, record.plan))
+        if _is_cut(sizes[record.offer], record):
+            text = f"round {record.round} was recorded, and the end of its session's log was cut off"
+            raise TrustError(text, about="session.cut", value=record.round)
         if summary is None or not (_agrees_so_far if summary.open else _agrees)(record, summary):
             text = f"round {record.round} was recorded with another ending, or after other entries, than its log has"
             raise TrustError(text, about="record", value=record.round)
@@ -93,21 +96,35 @@ def _require_recorded(
         last = place
 
 
+def _is_cut(size: int, record: RoundRecord) -> bool:
+    """Check whether a log of so many entries lacks some that a record names: so one that is open is not just open."""
+    return size < record.entries
+
+
 def _agrees(record: RoundRecord, logged: RoundSummary) -> bool:
     """Check whether a record and a log say the same of a round. Costs and dropouts are the record's only."""
     adapter = (record.version, record.adapter) if record.version is not None else None
     survivors = logged.survivors if logged.result else ()
     groups = logged.groups if logged.result and logged.dealt else ()
-    if tuple(each.survivors for each in record.groups) != groups:
+    if tuple(each.survivors for each in record.groups) != groups or not _in_time(record, logged):
         return False
     return (record.entries, record.root, record.reason, adapter, record.sum, record.survivors) == (
         (logged.entries, logged.root, logged.reason, logged.result, logged.sum, survivors)
     )
 
 
+def _in_time(record: RoundRecord, logged: RoundSummary) -> bool:
+    """Check whether a record's time is between those of the round's plan and ending, where there are such."""
+    if record.ended is None:
+        return True
+    return (logged.began or 0) <= record.ended and (logged.ended is None or record.ended <= logged.ended)
+
+
 def _agrees_so_far(record: RoundRecord, logged: RoundSummary) -> bool:
     """Check whether an open round's log ends where its record says, and shows that the recorded sum was unmasked."""
     survivors = logged.unmasked if record.version is not None else ()
-    return (record.entries, record.root, record.survivors) == (logged.entries, logged.root, survivors) and (
-        record.version is None or len(survivors) > 0
+    return (
+        _in_time(record, logged)
+        and (record.entries, record.root, record.survivors) == (logged.entries, logged.root, survivors)
+        and (record.version is None or len(survivors) > 0)
     )

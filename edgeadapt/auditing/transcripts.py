@@ -23,7 +23,7 @@ from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
 from edgeadapt.auditing.account import Account, audited, require_recorded
 from edgeadapt.auditing.auditor import audit, chain
-from edgeadapt.auditing.findings import Check, Finding, Report, Status
+from edgeadapt.auditing.findings import Check, Finding, NotClosedError, Report, Status
 from edgeadapt.auditing.recompute import Recomputation
 from edgeadapt.auditing.records import require_logged, require_published
 from edgeadapt.auditing.weaknesses import RepeatedSums, Weaknesses
@@ -64,7 +64,8 @@ def vector_path(folder: Path, digest: bytes) -> Path:
 @dataclass(frozen=True, slots=True)
 class AuditOptions:
     """Holds what an auditor provides. A missing key is taken from the transcript; without the others less is checked.
-    ``registry`` is the coordinator's state directory, and the sessions took place ``at`` that time."""
+    ``registry`` is the coordinator's state directory. The sessions took place ``at`` that time; None: when their logs
+    say."""
 
     authority: Path | None = None
     coordinator: Path | None = None
@@ -82,7 +83,7 @@ class AuditInput:
     root: Root  # the authority, with the revocation list that counts
     coordinator: PublicKey
     pinned: bool  # authority and coordinator's key come from the auditor, and not from the transcript
-    at: datetime | None  # when the sessions took place, if that is known
+    at: datetime | None  # when the sessions took place; None: when their logs say
     registry: RegistryFiles | None  # where the coordinator published its adapters, if it is available
     published: VersionManifest | None  # the newest adapter there
     records: tuple[RoundRecord, ...]
@@ -128,7 +129,9 @@ class AuditInput:
         return reports
 
     def require(self, reports: Mapping[str, Report], *, unfinished: bool) -> None:
-        """Check that every session passed and that a complete set lacks none. Raises TrustError."""
+        """Check that every session passed and that a complete set lacks none. Raises TrustError; NotClosedError if all
+        of that holds and the last log has no end, which ``unfinished`` accepts."""
+        *_, (latest, last) = reports.items()
         for name, report in reports.items():
             with of_file(name):
                 report.require()
@@ -137,9 +140,12 @@ class AuditInput:
             chain(reports, unmade)
         if self.complete and self.registry and self.published:
             _require_logged(self.published, unmade or {}, self.records, reports)
-            require_logged(self.records, _state(self.registry)[1], reports, unfinished=unfinished)
+            require_logged(self.records, _state(self.registry)[1], reports, unfinished=not last.closed)
             require_recorded(self.records, reports)
             require_published(self.records, self.registry.manifest, reports)
+        if not unfinished and not last.closed:
+            text = f"{latest} is not closed: its session is under way, was stopped, or was restored from a backup"
+            raise NotClosedError(f"{text} (--unfinished accepts that)", about="log.open", value=latest)
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -158,9 +164,9 @@ def _with_revocations(root: Root, options: AuditOptions, folder: Path, state_dir
 
     Lists have the authority's signature and count upwards, so one in ``folder`` or in the coordinator's state directory
     under a higher number shows that the auditor's is old: it lacks the revocations in between. Raises TrustError: a
-    list is damaged, or the auditor's is older than one of the coordinator and than the time of the sessions, or had
-    expired before that, or differs from one with its number. One that was signed later is not refused: it has the
-    earlier revocations too, but of certificates that expired before it was signed.
+    list is damaged, or the auditor's is older than one of the coordinator and than the time of the sessions, or differs
+    from one with its number. One that was signed later is not refused: it has the earlier revocations too, but of
+    certificates that expired before it was signed.
     """
     stored = [(None, folder / REVOKED), *([(state_dir / REVOKED,) * 2] if state_dir else [])]
     lists = [_read(root.revocations, given, path, "--revoked") for given, path in stored if path.exists()]
@@ -172,21 +178,7 @@ def _with_revocations(root: Root, options: AuditOptions, folder: Path, state_dir
             # One that was signed since has all until then. Two under one number are a mistake whenever that was.
             if options.at is None or crl.this_update < options.at or crl.number == known.number:
                 crl.newer_than(known)
-        _require_in_force(crl, options.at)
-    return replace(root, revoked=_as_of(crl, options.at))
-
-
-def _require_in_force(crl: RevocationList, at: datetime | None) -> None:
-    if at is not None and at > crl.next_update:
-        text = f"revocation list {crl.number} was valid until {crl.next_update:%Y-%m-%d %H:%M}: name a newer one"
-        raise TrustError(text, about="revocations.next-update", value=crl.next_update)
-
-
-def _as_of(crl: RevocationList, at: datetime | None) -> RevocationList:
-    """Return the list at that time: a certificate that was revoked later was still valid."""
-    if at is None:
-        return crl
-    return replace(crl, revoked={serial: since for serial, since in crl.revoked.items() if since.at <= at})
+    return replace(root, revoked=crl)
 
 
 def _repeats(log: str, report: Report, sums: RepeatedSums) -> Finding:

@@ -13,9 +13,10 @@ import click
 from aggregation.errors import TrustError
 from aggregation.transcript import read
 from edgeadapt.auditing import AuditInput, AuditOptions, Finding, Report, Status
-from edgeadapt.auditing.findings import count
+from edgeadapt.auditing.findings import NotClosedError, count
 from edgeadapt.commandline import FOLDER, as_json
 from edgeadapt.formats import storage
+from edgeadapt.formats.jsontext import optional_timestamp, timestamp
 from edgeadapt.interface.audits import audited
 from edgeadapt.releases.actions import ActionRecord
 from edgeadapt.releases.history import RepositoryAudit
@@ -55,14 +56,15 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             "--at",
             type=_Moment(),
             metavar="DATE",
-            help="When the sessions took place (UTC), to check the dates of certificates; a day without a time means "
-            "its end. Default: not checked.",
+            help="When the sessions took place (UTC), to check certificates and revocations; a day without a time "
+            "means its end. Default: when each log says that its session began.",
         ),
         click.option(
             "--revoked",
             type=FOLDER,
             metavar="FILE",
-            help="The authority's revocation list; with --at, later revocations are ignored. Default: not checked.",
+            help="The authority's revocation list. A certificate must not have been revoked when its session began. "
+            "Default: not checked.",
         ),
         click.option(
             "--coordinator",
@@ -85,7 +87,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @_options
 def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
-    """Check every session at PATH, and exit with 4 if a check fails.
+    """Check every session at PATH, and exit with 4 if a check fails, or with 8 if only the last session is not closed.
 
     PATH is a session's log, a coordinator's state directory, or the folder of a run.
 
@@ -187,7 +189,7 @@ def _render_findings(checked: AuditInput, reports: Mapping[str, Report], failure
         yield from (_aligned(each.status, each.check.value, each.text) for each in report.findings)
         yield ""
     findings = [finding.status for report in reports.values() for finding in report.findings]
-    if failure is not None and Status.FAIL not in findings:
+    if failure is not None and not isinstance(failure, NotClosedError) and Status.FAIL not in findings:
         findings.append(Status.FAIL)
         yield from ("all sessions", _aligned(Status.FAIL, "sessions", str(failure)), "")
     counts = ((status, findings.count(status)) for status in Status)
@@ -195,7 +197,8 @@ def _render_findings(checked: AuditInput, reports: Mapping[str, Report], failure
     source = "you named" if checked.pinned else "are in the transcript: compare them with those that devices pin"
     yield f"checked with the keys that {source}"
     yield from (f"  {party:11} {fingerprint}" for party, fingerprint in checked.fingerprints.items())
-    missing = [] if checked.at else ["dates of certificates (--at DATE)"]
+    timed = checked.at or all(report.began is not None for report in reports.values())
+    missing = [] if timed else ["dates of certificates (--at DATE)"]
     missing += [] if checked.root.revoked else ["revocation (--revoked FILE)"]
     missing += [] if checked.complete else ["the coordinator's other sessions (name the folder)"]
     missing += map(_printable, checked.unread) if checked.complete else []
@@ -222,7 +225,7 @@ def _render_rounds(
 ) -> Iterator[str]:
     """Print the rounds of each session, and with ``entries`` every message in its log."""
     for path, (name, report) in zip(checked.paths, reports.items(), strict=True):
-        yield name
+        yield "  ".join([name, *map(timestamp, filter(None, (report.began, report.latest)))])
         if report.dropouts_by_step:
             yield f"  before the first round: {'; '.join(_dropouts(report.dropouts_by_step, ()))}"
         for summary in report.rounds:
@@ -231,13 +234,15 @@ def _render_rounds(
             notes += [f"wrong shares of {', '.join(summary.blamed)}"] if summary.blamed else []
             unmasked = f"its sum over {count(len(summary.unmasked), 'device')} could be unmasked"
             notes += [unmasked] if summary.unmasked and not summary.result else []
-            yield f"  round {summary.round:>3}  {'; '.join([summary.ending, summed, *notes])}"
+            at = f"{timestamp(summary.ended)}  " if summary.ended else ""
+            yield f"  round {summary.round:>3}  {at}{'; '.join([summary.ending, summed, *notes])}"
         often = [f"{device} {number}" for device, number in report.participation.items()]
         yield f"  results that contain a device: {', '.join(often)}"
         for entry in read(storage.read(path)).entries if entries else ():
             yield f"  {entry.place}: {len(entry.message):,} bytes"
     if failure is not None:
-        yield f"{Status.FAIL.value}: {failure}"
+        status = Status.OPEN if isinstance(failure, NotClosedError) else Status.FAIL
+        yield f"{status.value}: {failure}"
 
 
 def _dropouts(by_step: Mapping[str, tuple[str, ...]], summed: Container[str]) -> list[str]:
@@ -259,9 +264,14 @@ def _report(checked: AuditInput, reports: Mapping[str, Report]) -> dict[str, Any
             {
                 "log": name,
                 "entries": report.entries,
+                "began": optional_timestamp(report.began),
+                "latest": optional_timestamp(report.latest),
                 "checks": [_finding(finding) for finding in report.findings],
                 "dropouts_by_step": report.dropouts_by_step,
-                "rounds": [asdict(each) for each in report.rounds],
+                "rounds": [
+                    asdict(each) | {"began": optional_timestamp(each.began), "ended": optional_timestamp(each.ended)}
+                    for each in report.rounds
+                ],
                 "participation": report.participation,
             }
             for name, report in reports.items()

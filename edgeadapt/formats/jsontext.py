@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Hashable
+from datetime import UTC, datetime
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -62,6 +63,19 @@ def decode_as(kind: type[T], raw: bytes | str) -> T:
 def _reader(kind: Any) -> TypeAdapter[Any]:
     """Return a dataclass's reader, which takes two milliseconds to make and some microseconds to use."""
     return TypeAdapter(kind)
+
+
+def timestamp(seconds: float) -> str:
+    """Write a time in UTC, given in seconds since 1970, as our documents have it.
+
+    >>> timestamp(1_796_133_731)
+    '2026-12-01T14:02:11Z'
+    """
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def optional_timestamp(seconds: float | None) -> str | None:
+    return None if seconds is None else timestamp(seconds)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

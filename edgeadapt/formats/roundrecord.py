@@ -17,6 +17,7 @@ from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import PublicKey
 from edgeadapt.formats.manifest import Count, Manifest, Sha256, VersionManifest
 
+Time = Annotated[int, Field(ge=0, lt=2**32)]  # seconds since 1970, in UTC
 INTERRUPTED = "interrupted"  # why a log aborts a round that was under way when the process ended; it has no record
 
 
@@ -62,6 +63,7 @@ class RoundRecord(Manifest):
     seconds: float  # wall time of the round
     epsilon: float | None  # what all sums so far may have revealed, for the offer's delta; None: nothing bounds it
     metrics: dict[str, float]
+    ended: Time | None = None  # as the log of the session tells the time; None in records of earlier versions
 
     def __post_init__(self) -> None:
         for name, value in {"seconds": self.seconds, "epsilon": self.epsilon or 0.0, **self.metrics}.items():

@@ -164,7 +164,24 @@ def locked_or(refusal: EdgeAdaptError, lock: Path, *, timeout: float = 0) -> Ite
 
 
 def is_locked(lock: Path) -> bool:
-    """Whether somebody holds a lock file, which is not created. The check holds it for a moment."""
+    """Whether somebody holds a lock file, which is neither created nor written. The check shares it for a moment.
+    Raises as ``locked``."""
+    _require_own_file(lock)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return _is_taken(lock)
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _is_taken(lock: Path) -> bool:
     try:
         with locked(lock, timeout=0) if lock.exists() else nullcontext():
             return False

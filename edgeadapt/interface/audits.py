@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aggregation.errors import ConfigError, TrustError
 from edgeadapt.auditing import AuditInput, AuditOptions, Finding, Report, Status
+from edgeadapt.auditing.findings import NotClosedError
 from edgeadapt.formats.registryfiles import RegistrySettings
 from edgeadapt.formats.storage import File
 from edgeadapt.interface.names import in_python
@@ -45,7 +46,7 @@ class Audit:
 
     def __str__(self) -> str:
         if self.error is not None:
-            return f"FAIL: {self.error}"
+            return f"{Status.OPEN.value if isinstance(self.error, NotClosedError) else Status.FAIL.value}: {self.error}"
         if self.releases is not None:
             return f"pass: {len(self.releases.records)} actions"
         found = [finding.status for finding in self.checks]
@@ -81,7 +82,7 @@ def audit(
         revoked: The authority's revocation list; without it, revocation is not checked.
         registry: The coordinator's state directory, if the logs are elsewhere.
         root: The root that you trust, of a repository of channels.
-        at: When the sessions took place; without it, the dates of certificates are not checked.
+        at: When the sessions took place; without it, when their logs say.
         unfinished: Accept that the last session is still under way.
 
     Raises:

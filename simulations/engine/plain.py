@@ -164,7 +164,7 @@ class _Sums(Recorder):
     def sent(self, step: Step, bodies: Mapping[str, bytes]) -> None:
         if bodies and step is not Step.ROSTER:
             device, body = next(iter(bodies.items()))
-            self.write(self.log.sent(step, {device: body}))
+            self.write(self.log.sent(step, {device: body}, self.now()))
 
     def received(self, step: Step, device: str, body: bytes) -> None: ...
 

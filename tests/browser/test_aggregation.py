@@ -482,7 +482,7 @@ def test_a_page_answers_requests_whose_fields_come_in_parts(tmp_path: Path, node
     challenge = gateway.CHALLENGE.encode(gateway.GatewayChallenge(bytes(32)))
     asked = [challenge, gateway.ADMITTED, *gateway.request_messages(7, "plan", fields)]
     certificate = bytes(range(200))
-    hello = gateway.DeviceHello(certificate, "fleet.example", bytes(64), version("edgeadapt"))
+    hello = gateway.DeviceHello(certificate, "fleet.example", bytes(64), version("edgeadapt"), 1_770_000_000)
     parts = (asked, [certificate], [gateway.HELLO.encode(hello)])
     made = tmp_path / "conversation.json"
     made.write_text(json.dumps([[each.hex() for each in part] for part in parts]))

@@ -88,7 +88,7 @@ def test_a_restored_coordinator_is_the_one_that_was_copied(fleet: Path, tmp_path
     for name in (KEY, TLS_KEY, NEXT_TLS_KEY):
         assert stat.S_IMODE((tmp_path / "other" / name).stat().st_mode) == 0o600
     left = {str(path.relative_to(fleet)) for path in fleet.rglob("*") if path.is_file()}
-    left -= {DATABASE, "run.lock", TLS_LOCK}
+    left -= {DATABASE, "run.json", "run.lock", TLS_LOCK}
     assert [name for name in left if (tmp_path / "other" / name).read_bytes() != (fleet / name).read_bytes()] == []
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

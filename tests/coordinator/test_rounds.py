@@ -18,6 +18,7 @@ from aggregation.messages import CheckIn
 from aggregation.server import RoundResult
 from aggregation.steps import BODY, RECORD, Step
 from client.node.app import app as client_app
+from coordinator import runstate
 from coordinator.app import main
 from coordinator.registry import Blobs
 from coordinator.rounds import within_reach
@@ -123,6 +124,9 @@ def test_devices_that_answer_wrongly_drop_out_of_the_round_and_are_asked_again(f
     assert first.dropped == {"device-00": "plan", "device-01": "survivors", "device-02": "unmask"}
     assert first.survivors == tuple(f"device-{n:02d}" for n in range(1, 10))
     assert (second.dropped, len(second.survivors)) == ({}, 10)
+    refusals = {each.kind: each.text for each in runstate.read(fleet.out / "coordinator").refusals}
+    assert refusals["survivors"] == "gone fishing"
+    assert len(refusals) == 3
 
 
 def test_nodes_without_a_certificate_of_the_authority_are_not_admitted(

@@ -16,6 +16,7 @@ from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import lines_of, status_of
 from edgeadapt.formats import storage
+from edgeadapt.formats.jsontext import timestamp
 
 FleetOf = Callable[..., Any]
 
@@ -57,11 +58,17 @@ def test_the_status_lists_versions_rounds_dropouts_and_the_last_session(
     assert found["device_rounds"] == 18
     assert [each["dropped"] for each in found["rounds"]] == [record.dropped for record in records]
     session = {"log": "session-000002.log", "devices": 6, "rounds": 1, "step": None, "closed": True}
-    assert found["last_session"] == session
+    times = [found["last_session"][name] for name in ("began", "latest")]
+    assert found["last_session"] == session | {"began": times[0], "latest": times[1]}
+    ended = [each["ended"] for each in found["rounds"]]
+    assert ended == [timestamp(record.ended) for record in records]
+    assert [*ended[:2], *times] == sorted([*ended[:2], *times])
+    assert times[1] >= ended[2] >= times[0]
     text = "\n".join(lines_of(found))
     assert "rounds 3 of 3, 0 aborted" in text
     assert "dropouts 3 of 18 device-rounds: 1 at survivors, 1 at unmask, 1 at plan" in text
-    assert "last session session-000002.log: 6 devices, 1 rounds, closed" in text
+    assert f"last session session-000002.log, {times[0]} to {times[1]}: 6 devices, 1 rounds, closed" in text
+    assert f"  {ended[2]}\n" in f"{text}\n"
 
 
 def test_a_status_during_a_run_says_so_and_does_not_disturb_it(fleet_of: FleetOf) -> None:

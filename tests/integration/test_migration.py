@@ -19,6 +19,7 @@ from client.inference.trust import Trust
 from client.node.statedir import SETTINGS
 from client.training.engine import classifier_trainer
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
+from coordinator import runstate
 from coordinator.migration import (
     MigrationStep,
     Target,
@@ -31,11 +32,12 @@ from coordinator.migration import (
 from coordinator.settings import SETTINGS as SETTINGS_FILE
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats.bundle import Bundle, adapter_names
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.peftconfig import PeftConfig
-from edgeadapt.formats.registryfiles import RegistryFiles
+from edgeadapt.formats.registryfiles import TRANSCRIPT, RegistryFiles
 from edgeadapt.methods.peft.folder import LABELS
 from edgeadapt.releases.lineage import Lineage
 from export.seed import write_seed
@@ -231,6 +233,8 @@ def test_the_command_migrates_a_fleet_behind_its_gateway(
     assert [each["step"] for each in row["rounds"]] == [step.value for step in STEPS]
     assert (row["version"], row["worse"]) == (5, False)
     assert "training  round 4: accuracy" in said.err
+    logged = len(logs(fleet.folder / TRANSCRIPT))
+    assert runstate.read(fleet.folder).sessions == {"made": logged}  # what it waits for is where that of other runs is
     assert FederationSettings.read(fleet.folder / SETTINGS_FILE).training.learning_rate == 0.02
     call(*command, *options)  # nothing is left: it waits for no device, and says the same
     assert json.loads(capsys.readouterr().out) == row | {"rounds": []}

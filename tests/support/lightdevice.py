@@ -177,6 +177,7 @@ class LightDevice:
     name: str
     carrier: str = GRPC
     version: str = "1.2.3"
+    clock: int | None = None
     identity: IdentityKey = field(default_factory=lambda: IdentityKey.generate(SystemEntropy()))
     talks: list[Talk] = field(default_factory=list)
 
@@ -194,7 +195,9 @@ class LightDevice:
         """The answer to a challenge; ``stated``: a host other than the signed one."""
         nonce = messages.CHALLENGE.decode(challenge).nonce
         signature = (key or self.identity).sign(messages.CHALLENGE_TAG, nonce + host.encode())
-        return messages.HELLO.encode(messages.DeviceHello(self.certificate, stated or host, signature, self.version))
+        return messages.HELLO.encode(
+            messages.DeviceHello(self.certificate, stated or host, signature, self.version, self.clock)
+        )
 
     def greet(self, **options: Any) -> Talk:
         """A conversation in which the challenge was answered; it may be refused."""

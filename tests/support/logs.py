@@ -20,6 +20,7 @@ from aggregation.transcript import (
 
 KEY, STRANGER, DEVICE = IdentityKey(bytes(range(32))), IdentityKey(bytes(32)), IdentityKey(bytes([1]) * 32)
 ME, OTHER = "a", "b"
+AT = 1_770_000_000  # 2026-02-02, in seconds since 1970
 OFFERS = [bytes([number]) * 32 for number in range(9)]
 SURVIVORS = (ME, OTHER)
 SEED: AdapterId = (1, "ab" * 32)  # the adapter that the first session starts from
@@ -58,7 +59,7 @@ class LoggedSession:
 
     def __post_init__(self) -> None:
         self.log = Transcript(self.offer, self.start, self.previous)
-        self.log.sent(Step.OFFER, dict.fromkeys(SURVIVORS, b"offer"))
+        self.log.sent(Step.OFFER, dict.fromkeys(SURVIVORS, b"offer"), AT)
         self.log.received(Step.OFFER, ME, self.advert)
         self.log.checkpoint(self.key)
 
@@ -67,12 +68,12 @@ class LoggedSession:
     ) -> "LoggedSession":
         """Log a round, except the answers of ``ME`` to the steps of ``without``."""
         self.log.begin(plan(number))
-        self.log.sent(Step.PLAN, dict.fromkeys(SURVIVORS, b"plan"))
+        self.log.sent(Step.PLAN, dict.fromkeys(SURVIVORS, b"plan"), AT)
         if Step.PLAN not in without:
             self.log.received(Step.PLAN, ME, masked(number) + len(masked(number)).to_bytes(4, "big"))
         if Step.SURVIVORS not in without:
             self.log.received(Step.SURVIVORS, ME, confirmed(number))
-        self.log.ended(self.key, ending or result(number, self.log.newest[0] + 1))
+        self.log.ended(self.key, ending or result(number, self.log.newest[0] + 1), AT)
         return self
 
     def receipt(self) -> bytes:

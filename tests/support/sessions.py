@@ -32,6 +32,7 @@ from aggregation.transcript import (
 from edgeadapt.auditing import Check, Finding, Report, audit
 from tests.support.fleet import ADAPTER, Fleet, make_fleet, session_spec
 
+AT = 1_770_000_000  # 2026-02-02, in seconds since 1970
 NEW_ADAPTER = "ab" * 32
 SEED: AdapterId = (0, ADAPTER)
 METHODS = {
@@ -62,6 +63,7 @@ class LoggedSession:
     raw: bytes = MAGIC
     vectors: dict[bytes, bytes] = field(default_factory=dict)
     session: Any = None
+    at: int = AT
 
     def run(self, rounds: Sequence[Dropouts]) -> "LoggedSession":
         """Steps 1–4, then a round for each of ``rounds``: step → devices that drop out there."""
@@ -150,11 +152,11 @@ class LoggedSession:
         offering, offer = fleet.offer()
         self.log = Transcript(offering.offer, SEED)
         names = sorted(fleet.devices)
-        self.raw += self.log.sent(Step.OFFER, dict.fromkeys(names, offer))
+        self.raw += self.log.sent(Step.OFFER, dict.fromkeys(names, offer), self.at)
         for name in names:
             offering = self._received(Step.OFFER, offering.on_advert, name, fleet.join(name, offer))
         sharing, roster = offering.close()
-        self.raw += self.log.sent(Step.ROSTER, dict.fromkeys(names, roster))
+        self.raw += self.log.sent(Step.ROSTER, dict.fromkeys(names, roster), self.at)
         for name in names:
             sharing = self._received(Step.ROSTER, sharing.on_shares, name, fleet.share(name, roster))
         self.session = sharing.close()
@@ -171,7 +173,7 @@ class LoggedSession:
             adapter_version=version, adapter_digest=digest, training=b"settings", cohort=None
         )
         self.log.begin(state.plan)
-        self.raw += self.log.sent(Step.PLAN, plans)
+        self.raw += self.log.sent(Step.PLAN, plans, self.at)
         plan = state.plan.digest()
         for name in self._left(plans, dropouts, Step.PLAN):
             body = self.fleet.contribute(name, plans[name])
@@ -184,15 +186,15 @@ class LoggedSession:
             outcome = self._exchange(step, state, bodies, dropouts)
         if isinstance(outcome, RoundAborted):
             self.session = outcome.session
-            self.raw += self.log.ended(self.fleet.key, Abort(plan, outcome.reason.value))
+            self.raw += self.log.ended(self.fleet.key, Abort(plan, outcome.reason.value), self.at)
             return
         self.session, result = outcome
         ending = Result(plan, result.survivors, result.digest, version + 1, NEW_ADAPTER)
-        self.raw += self.log.ended(self.fleet.key, ending)
+        self.raw += self.log.ended(self.fleet.key, ending, self.at)
 
     def _exchange(self, step: Step, state: Any, bodies: Mapping[str, bytes], dropouts: Dropouts) -> Any:
         ask, take = METHODS[step]
-        self.raw += self.log.sent(step, bodies)
+        self.raw += self.log.sent(step, bodies, self.at)
         for name in self._left(bodies, dropouts, step):
             state = self._received(step, getattr(state, take), name, self.fleet.answer(ask, name, bodies[name]))
         return state.close()

@@ -160,7 +160,10 @@ export class Identity {
     if (!record?.certificate) return null;
     const { certificate, authority, pair } = record;
     const { notBefore, notAfter } = await (await Root.open(authority)).verify(certificate);
-    if (Date.now() > notAfter) throw new TrustError("the certificate has expired: forget this identity, and enrol with a new token", "certificate.validity");
+    if (Date.now() > notAfter) {
+      const clock = `the clock of this device says ${new Date().toISOString()}`;
+      throw new TrustError(`the certificate has expired: forget this identity, and enrol with a new token; ${clock}`, "certificate.validity");
+    }
     if (notAfter - Date.now() > LEFT * (notAfter - notBefore)) return null;
     return { record, der: await renewed(url, { certificate, key: pair.privateKey }) };
   }

@@ -35,9 +35,11 @@ function tiles(view) {
   const { session, gateway, lease } = view;
   const step = session?.step;
   const running = view.running && session && !session.closed;
+  const { waits_for: need, since, devices, needed } = view.run;
+  const waits = need && `waits for ${need} since ${since}${needed ? `: ${devices} of ${needed}` : ""}`;
   const found = {
     Rounds: `${view.rounds_done} of ${view.rounds_wanted}`,
-    "Under way": running && step ? `${step.name}: ${step.answered} of ${session.devices || "?"}` : view.running ? "between rounds" : "no run",
+    "Under way": waits || (running && step ? `${step.name}: ${step.answered} of ${session.devices || "?"}` : view.running ? "between rounds" : "no run"),
     Version: view.version ?? "none",
     Accuracy: dash(view.metrics.accuracy, 3),
     Epsilon: view.epsilon === null ? "no bound" : `${dash(view.epsilon, 2)}${view.epsilon_limit ? ` of ${view.epsilon_limit}` : ""}`,
@@ -101,7 +103,7 @@ function rows(rounds) {
     const { accuracy, loss } = each.metrics;
     const note = each.reason ? `aborted: ${each.reason}` : each.spoiled ? "counts as zero" : "";
     const numbers = [dash(accuracy, 3), dash(loss, 3), dash(each.epsilon, 2), dash(each.seconds, 1), Math.round(each.bytes_up / 1000)];
-    return [each.round, each.version ?? "–", each.survivors, total(each.dropouts), ...numbers, note];
+    return [each.round, each.ended ? minute(each.ended) : "–", each.version ?? "–", each.survivors, total(each.dropouts), ...numbers, note];
   });
 }
 

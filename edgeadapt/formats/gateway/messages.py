@@ -82,12 +82,14 @@ class DeviceHello:
         host: Name or address of the gateway, to which the device has connected and whose TLS it has verified.
         signature: Made by the identity over the nonce and ``host``: a challenge of another host cannot be passed on.
         version: The version of edgeadapt on the device, PEP 440.
+        clock: The device's own, in seconds since 1970; an earlier version does not send it.
     """
 
     certificate: Annotated[bytes, wire.blob(MAX_CERTIFICATE)]
     host: Annotated[str, wire.text(r"[a-z0-9._:-]{1,253}")]
     signature: Annotated[bytes, wire.fixed(SIGNATURE)]
     version: Annotated[str, wire.text(r"[0-9A-Za-z.+!-]{1,64}")]
+    clock: Annotated[int | None, wire.last(wire.uint(32))] = None
 
 
 @dataclass(frozen=True, slots=True)

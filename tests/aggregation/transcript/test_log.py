@@ -32,6 +32,7 @@ from aggregation.transcript import (
 )
 from aggregation.transcript.merkle import verify_consistency, verify_inclusion
 
+AT = 1_770_000_000  # 2026-02-02, in seconds since 1970
 START: AdapterId = (4, "ef" * 32)
 KEY = IdentityKey(bytes(range(32)))
 OFFER = bytes([9]) * 32
@@ -52,8 +53,27 @@ def entries(raw: bytes) -> tuple[Entry, ...]:
 
 
 def test_a_message_that_all_devices_receive_alike_is_one_entry(log: Transcript) -> None:
-    (entry,) = entries(log.sent(Step.OFFER, {"a": b"same", "b": b"same"}))
-    assert entry == Entry(0, "offer", 0, EVERYONE, b"same")
+    (entry,) = entries(log.sent(Step.OFFER, {"a": b"same", "b": b"same"}, AT))
+    assert entry == Entry(0, "offer", 0, EVERYONE, b"same", AT)
+
+
+def test_requests_and_endings_have_a_time_that_never_goes_back_and_nothing_else_has_one(log: Transcript) -> None:
+    raw = log.sent(Step.OFFER, {"a": b"offer"}, AT) + log.received(Step.OFFER, "a", b"advert")
+    raw += log.sent(Step.ROSTER, {"a": b"roster"}, AT - 5) + log.checkpoint(KEY)
+    log.begin(PLAN)
+    raw += log.ended(KEY, ENDINGS[0], AT + 5)
+    assert [entry.at for entry in entries(raw)] == [AT, None, AT, None, AT + 5, None]
+    assert log.latest == AT + 5
+
+
+def test_an_entry_of_an_earlier_version_has_no_time_and_the_same_bytes() -> None:
+    old = Entry(3, "offer", 0, EVERYONE, b"offer")
+    leaf = ENTRY.encode(old)
+    assert ENTRY.decode(leaf) == old
+    assert ENTRY.decode(leaf + AT.to_bytes(4, "big")) == replace(old, at=AT)
+    for left in (1, 3, 5, 8):
+        with pytest.raises(ProtocolError):
+            ENTRY.decode(leaf + bytes(left))
 
 
 def assignment(encrypted_shares: dict[str, EncryptedShares]) -> bytes:
@@ -69,7 +89,7 @@ def test_of_assignments_with_shares_the_first_is_logged_and_the_others_without_b
         "d": assignment({}),
     }
     log.begin(PLAN)
-    first, second, rest = entries(log.sent(Step.PLAN, bodies))
+    first, second, rest = entries(log.sent(Step.PLAN, bodies, AT))
     assert (first.peer, first.message) == ("a", bodies["a"])
     assert (second.peer, second.message) == ("b", envelope.with_body(bodies["b"], b""))
     assert envelope.with_body(second.message, envelope.unverified_body(bodies["b"])) == bodies["b"]
@@ -80,19 +100,19 @@ def test_of_assignments_with_shares_the_first_is_logged_and_the_others_without_b
 def test_a_single_assignment_without_shares_is_logged_complete(log: Transcript) -> None:
     bodies = {"a": assignment({"b": EncryptedShares(b"sealed", (bytes(range(16)),))}), "b": assignment({})}
     log.begin(PLAN)
-    assert [entry.message for entry in entries(log.sent(Step.PLAN, bodies))] == list(bodies.values())
+    assert [entry.message for entry in entries(log.sent(Step.PLAN, bodies, AT))] == list(bodies.values())
 
 
 def test_the_assignment_of_a_single_device_is_logged_under_its_name(log: Transcript) -> None:
     log.begin(PLAN)
-    (entry,) = entries(log.sent(Step.PLAN, {"a": assignment({})}))
+    (entry,) = entries(log.sent(Step.PLAN, {"a": assignment({})}, AT))
     assert entry.peer == "a"
-    (entry,) = entries(log.sent(Step.SURVIVORS, {"a": b"one set"}))
+    (entry,) = entries(log.sent(Step.SURVIVORS, {"a": b"one set"}, AT))
     assert entry.peer == EVERYONE
 
 
 def test_different_messages_to_devices_show_in_the_log(log: Transcript) -> None:
-    found = entries(log.sent(Step.SURVIVORS, {"a": b"one set", "b": b"another"}))
+    found = entries(log.sent(Step.SURVIVORS, {"a": b"one set", "b": b"another"}, AT))
     assert [entry.message for entry in found] == [b"one set", b"another"]
 
 
@@ -113,13 +133,13 @@ def test_every_other_answer_is_logged_as_it_arrived(log: Transcript, step: Step)
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_round_ends_with_a_signed_ending_and_a_checkpoint(log: Transcript, ending: Result | Abort) -> None:
     log.begin(PLAN)
-    ended, checkpoint = entries(log.ended(KEY, ending))
+    ended, checkpoint = entries(log.ended(KEY, ending, AT))
     assert envelope.open_verified(type(ending), ended.message, KEY.public, "coordinator") == ending
     assert (ended.round, checkpoint.round) == (2, 2)
 
 
 def test_a_checkpoint_signs_the_entries_before_it(log: Transcript) -> None:
-    before = log.sent(Step.OFFER, {"a": b"offer"}) + log.received(Step.OFFER, "a", b"advert")
+    before = log.sent(Step.OFFER, {"a": b"offer"}, AT) + log.received(Step.OFFER, "a", b"advert")
     *_, entry = entries(before + log.checkpoint(KEY, Stage.CLOSED))
     found = envelope.open_verified(Checkpoint, entry.message, KEY.public, "coordinator")
     assert (found.offer, found.size, found.stage, found.previous) == (OFFER, 2, Stage.CLOSED, transcript.NO_SESSION)
@@ -131,13 +151,13 @@ def test_a_checkpoint_signs_the_entries_before_it(log: Transcript) -> None:
 def test_a_resumed_log_continues_where_it_stopped(fleet_of: Callable[..., Any]) -> None:
     offering, offer = fleet_of(3).offer()
     log = Transcript(offering.offer, START, bytes([7]) * 32)
-    raw = log.sent(Step.OFFER, {"a": offer})
+    raw = log.sent(Step.OFFER, {"a": offer}, AT)
     raw += log.checkpoint(KEY)
     log.begin(replace(PLAN, round=1))
-    raw += log.sent(Step.PLAN, dict.fromkeys("ab", envelope.sign(KEY, Assignment(replace(PLAN, round=1), {}))))
-    raw += log.ended(KEY, Abort(replace(PLAN, round=1).digest(), "too-few"))
+    raw += log.sent(Step.PLAN, dict.fromkeys("ab", envelope.sign(KEY, Assignment(replace(PLAN, round=1), {}))), AT)
+    raw += log.ended(KEY, Abort(replace(PLAN, round=1).digest(), "too-few"), AT)
     log.begin(PLAN)
-    raw += log.sent(Step.PLAN, dict.fromkeys("ab", envelope.sign(KEY, Assignment(PLAN, {}))))
+    raw += log.sent(Step.PLAN, dict.fromkeys("ab", envelope.sign(KEY, Assignment(PLAN, {}))), AT)
     body = envelope.sign(KEY, MaskedInput(PLAN.digest(), "a", bytes(32)))
     raw += log.received(Step.PLAN, "a", b"vector" + body + len(body).to_bytes(4, "big"))
     raw += log.received(Step.SURVIVORS, "a", b"consistency-signature")

@@ -1,15 +1,21 @@
 """When an agent calls again, how it ends a conversation, and what it answers when it is asked once more."""
 
+from datetime import UTC, datetime, timedelta
+
 import grpc
 import pytest
 from grpc import StatusCode
 
 from client.gateway import agent as module
 from client.gateway.agent import Agent
-from client.gateway.calls import FIRST_PAUSE, LONGEST_PAUSE, Asked, pause
+from client.gateway.calls import FIRST_PAUSE, LONGEST_PAUSE, Asked, conversation, one_line, pause
 from client.node.step import Refusal, RefusalCode
+from coordinator.gateway.server import Gateway
+from coordinator.servertls import ServerTls
+from edgeadapt.formats.gateway import messages
 from tests.coordinator.gateway.conftest import Site, SiteOf, site_of
 from tests.support.authority import signer, store
+from tests.support.gateway import HOST, certify
 from tests.support.lightdevice import GrpcTalk, Kind
 
 __all__ = ["signer", "site_of", "store"]
@@ -63,3 +69,19 @@ def test_a_repeated_request_gets_the_last_answer_and_one_that_was_refused_may_ge
 
 class FakeStateDir:
     certificate = b""
+
+
+@pytest.mark.parametrize(("days", "why"), [(1, "is not yet valid"), (-3, "has expired")])
+def test_a_device_that_takes_a_gateways_certificate_for_invalid_says_its_own_clock(
+    site_of: SiteOf, days: int, why: str
+) -> None:
+    authority, begin = site_of().authority, datetime.now(UTC) + timedelta(days=days)
+    tls = ServerTls(*certify(authority, not_before=begin, not_after=begin + timedelta(days=1)))
+    gateway = Gateway(f"{HOST}:0", tls, lambda at: authority.root, lambda number, answer: None)
+    talking = conversation(f"{HOST}:{gateway.port}", messages.ATTEND, authority.root.to_pem())
+    with pytest.raises(grpc.RpcError) as caught, talking as talk:
+        talk.receive()
+    gateway.close()
+    before, _, clock = one_line(caught.value).partition("; the clock of this device says ")
+    assert before == f"TLS: certificate {why}"
+    assert datetime.now(UTC) - datetime.strptime(f"{clock}+0000", "%Y-%m-%d %H:%M UTC%z") < timedelta(days=1)

@@ -157,7 +157,7 @@ def test_dates_of_certificates_are_checked_if_the_day_is_given(run: Run, folder:
 
 
 @pytest.mark.parametrize(
-    ("options", "code"), [((), 4), (("--at", "2026-06-02"), 4), (("--at", "2026-05-31"), 0)], ids=str
+    ("options", "code"), [((), 0), (("--at", "2026-06-02"), 4), (("--at", "2026-05-31"), 0)], ids=str
 )
 def test_a_revoked_device_counts_only_before_it_was_revoked(
     run: Run, folder: Path, logged: LoggedSession, options: tuple[str, ...], code: int
@@ -251,8 +251,11 @@ def test_a_revocation_list_that_had_expired_by_the_time_of_the_sessions_says_not
     listed.write_bytes(logged.fleet.authority.revocations(3, {}, day, end).to_pem())
     got, out, err = run("verify", folder, "--revoked", listed, "--at", at)
     assert got == code
-    assert ("valid until 2026-09-01" in err, "revocation list 3" in " ".join(out.split())) == (code == 4, code == 0)
-    monkeypatch.setattr("edgeadapt.auditing.transcripts._require_in_force", lambda crl, at: None)
+    assert ("valid until 2026-09-01" in err, "not on its revocation list 3" in " ".join(out.split())) == (
+        code == 4,
+        code == 0,
+    )
+    monkeypatch.setattr("edgeadapt.auditing.auditor._require_in_force", lambda crl, at: None)
     assert run("verify", folder, "--revoked", listed, "--at", at)[0] == 0
 
 
@@ -267,9 +270,25 @@ def test_a_revocation_list_of_another_authority_is_refused(folder: Path) -> None
 
 def test_a_session_under_way_passes_with_unfinished_only(run: Run, folder: Path, logged: LoggedSession) -> None:
     (folder / LOG).write_bytes(logged.raw[: logged.ends()[30]])
-    assert failures(run, folder) == {"log": "checkpoint.stage"}
-    assert "--unfinished" in run("verify", folder)[2]
+    code, out, err = run("verify", folder)
+    assert (code, "--unfinished" in err) == (8, True)
+    assert re.search(r"^  not closed +log ", out, re.MULTILINE)
+    assert "FAIL" not in out
+    assert run("show", folder)[1].splitlines()[-1].startswith("not closed: ")
     assert run("verify", folder, "--unfinished")[0] == 0
+
+
+def test_a_log_that_another_one_follows_was_cut_if_it_is_not_closed(
+    run: Run, folder: Path, logged: LoggedSession
+) -> None:
+    (folder / LOG).write_bytes(logged.raw[: logged.ends()[30]])
+    (folder / log_name(2)).write_bytes(logged.raw)
+    for option in ((), ("--unfinished",)):
+        code, out, err = run("verify", folder, *option)
+        assert (code, "session-000001.log is not closed, and session-000002.log follows it" in err) == (4, True)
+        assert re.search(r"^  FAIL +sessions ", out, re.MULTILINE)
+    with refused(TrustError, "session.cut", value=LOG):
+        require(folder)
 
 
 def test_a_session_that_has_just_begun_does_not_name_its_predecessor_yet(
@@ -279,7 +298,7 @@ def test_a_session_that_has_just_begun_does_not_name_its_predecessor_yet(
     begun = folder / "session-000002.log"
     begun.write_bytes(logged.raw[: logged.ends()[first - 1]])
     assert run("verify", folder, "--unfinished")[0] == 0
-    assert run("verify", folder)[0] == 4
+    assert run("verify", folder)[0] == 8
     begun.write_bytes(logged.raw[: logged.ends()[first]])
     assert run("verify", folder, "--unfinished")[0] == 4
     with refused(TrustError, "session", value=begun.name):
@@ -390,10 +409,22 @@ def test_a_file_of_any_size_ends_in_one_line(run: Run, folder: Path, name: str) 
 def test_show_lists_rounds_survivors_and_dropouts(run: Run, folder: Path) -> None:
     code, out, _ = run("show", folder)
     assert code == 0
-    assert "round   1  produced adapter 1 (abababababab); in the sum: 3 of 4; dropped out: device-001 at plan\n" in out
-    assert "round   2  produced adapter 2 (abababababab); in the sum: 4 of 4; left later: device-002 at unmask\n" in out
-    assert "round   3  aborted (too-few); in the sum: 0 of 4; dropped out: device-000, device-001 at plan\n" in out
+    time = "2026-02-02T02:40:00Z"
+    assert out.startswith(f"{LOG}  {time}  {time}\n")
+    assert (
+        f"round   1  {time}  produced adapter 1 (abababababab); in the sum: 3 of 4; dropped out: device-001 at plan\n"
+        in out
+    )
+    assert (
+        f"round   2  {time}  produced adapter 2 (abababababab); in the sum: 4 of 4; left later: device-002 at unmask\n"
+        in out
+    )
+    assert (
+        f"round   3  {time}  aborted (too-few); in the sum: 0 of 4; dropped out: device-000, device-001 at plan\n"
+        in out
+    )
     rounds = json.loads(run("show", folder, "--json")[1])["sessions"][0]["rounds"]
+    assert {(each["began"], each["ended"]) for each in rounds} == {(time, time)}
     assert [each["dropouts_by_step"] for each in rounds] == [
         {"plan": ["device-001"]},
         {"unmask": ["device-002"]},

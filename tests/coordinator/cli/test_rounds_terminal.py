@@ -20,7 +20,15 @@ from coordinator.status import round_lines
 from tests.support.gateway import wait_until
 
 ROOT = Path(__file__).parents[3]
-ROW = {"round": 3, "version": None, "survivors": [], "dropped": {"a": "plan"}, "metrics": {}, "seconds": 1.25}
+ROW = {
+    "round": 3,
+    "version": None,
+    "survivors": [],
+    "dropped": {"a": "plan"},
+    "metrics": {},
+    "seconds": 1.25,
+    "ended": None,
+}
 NOTES = {"epsilon": 1.5, "aborted": "2 of 3 answers to the plan, and 3 are needed", "spoiled": None}
 
 
@@ -143,7 +151,7 @@ def test_ctrl_c_leaves_the_rounds_and_one_line(fleet_of: Callable[..., Any]) -> 
 
 def test_columns_that_do_not_fit_are_left_out_and_notes_follow() -> None:
     assert round_lines(ROW | NOTES) == [
-        "    3        -          0         1         -       -      1.2  epsilon 1.500  "
+        "    3        -          0         1         -       -      1.2                     -  epsilon 1.500  "
         "aborted: 2 of 3 answers to the plan, and 3 are needed"
     ]
     assert round_lines(ROW | NOTES, 40) == [

@@ -6,12 +6,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from aggregation.entropy import SystemEntropy
 from coordinator.dashboard.view import ChannelsView, Viewer, exposition
-from coordinator.gateway.snapshot import FILE, GatewaySnapshot, read, written
+from coordinator.runstate import GatewaySnapshot, Need
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.releases.repository import ChannelRepository
@@ -53,6 +52,8 @@ def test_the_rounds_of_a_fleet_are_counted_and_nobody_is_named(fleet_of: FleetOf
     ]
     assert view["dropouts_by_step"] == {"survivors": 1, "unmask": 1, "plan": 1}
     assert view["session"] == {
+        "began": view["session"]["began"],
+        "latest": view["session"]["latest"],
         "log": "session-000002.log",
         "devices": 6,
         "rounds": 1,
@@ -64,6 +65,8 @@ def test_the_rounds_of_a_fleet_are_counted_and_nobody_is_named(fleet_of: FleetOf
     assert not [name for name in records[0].survivors if name in shown]
     found = metrics(view)
     assert found["rounds_total", "sum"] == 3
+    assert found["round_timestamp_seconds",] == records[-1].ended
+    assert found["session_timestamp_seconds",] <= found["round_timestamp_seconds",]
     assert found["dropouts_total", "plan"] == 1
     assert found["bytes_total", "up"] == sum(record.bytes_up for record in records)
     assert found["metric", "loss"] == records[-1].metrics["loss"]
@@ -95,18 +98,20 @@ def test_the_step_under_way_is_read_from_a_log_that_grows(fleet_of: FleetOf) -> 
     assert whole["session"]["rounds"] == 2
 
 
-def test_a_gateway_keeps_its_numbers_in_a_file_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.gateway.snapshot.EVERY", 0.01)
-    now = [GatewaySnapshot("127.0.0.1:1")]
-    with written(tmp_path, lambda: now[0]):
-        wait_until(lambda: (tmp_path / FILE).exists())
-        now[0] = GatewaySnapshot("127.0.0.1:1", 3, 2, {"0.1.0": 3}, {"admitted": 3})
-        wait_until(lambda: (read(tmp_path) or {})["devices"] == 3)
-        assert read(tmp_path) == {
-            "address": "127.0.0.1:1",
-            "devices": 3,
-            "requests": 2,
-            "versions": {"0.1.0": 3},
-            "check_ins": {"admitted": 3},
-        }
-    assert read(tmp_path) is None
+def test_what_a_run_waits_for_is_shown_and_measured_without_a_devices_name(fleet_of: FleetOf) -> None:
+    state_dir = CoordinatorStateDir.open(fleet_of(3).out / "coordinator")
+    state_dir.run.waits(Need.SESSION, 2, 3, 4, 20)
+    state_dir.run.refused("certificate.revoked", "0.1.0", "certificate of kitchen is revoked")
+    state_dir.run.failed("last-sum", "waits for kitchen")
+    with state_dir.locked(), state_dir.run.observing(lambda: GatewaySnapshot("127.0.0.1:1", 2)):
+        viewer = Viewer(state_dir)
+        wait_until(lambda: viewer.look()["gateway"] is not None)
+        view = viewer.look()
+        assert viewer.look() == view  # nothing is sent while nothing changes
+    state_dir.registry.close()
+    assert "kitchen" not in json.dumps(view)
+    found = metrics(view)
+    assert (found["waits", "session"], found["waits", "devices"], found["gateway_devices",]) == (1, 0, 2)
+    assert (found["wait_devices",], found["wait_devices_needed",], found["wait_attempt",]) == (2, 3, 4)
+    assert found["wait_timestamp_seconds",] == datetime.fromisoformat(view["run"]["since"]).timestamp()
+    assert found["sessions_total", "last-sum"] == found["refusals_total", "certificate.revoked", "0.1.0"] == 1

@@ -30,6 +30,7 @@ class Site:
     answers: "queue.Queue[tuple[int, bytes | NoAnswer]]"
     roots: list[Root]  # the last one is in force
     carrier: str = GRPC  # of its devices, unless they say otherwise
+    refusals: list[tuple[str, str, str]] = field(default_factory=list)
     devices: list[LightDevice] = field(default_factory=list)
 
     def device(self, name: str, **changes: Any) -> LightDevice:
@@ -68,8 +69,17 @@ def site_of() -> Iterator[SiteOf]:
             answers.put((number, answer))
 
         browsers = BrowserSettings(f"{HOST}:0", origins)
-        gateway = Gateway(f"{HOST}:0", server_tls(authority), lambda at: roots[-1], answered, limits, browsers)
-        sites.append(Site(authority, gateway, answers, roots, carrier))
+        refusals = list[tuple[str, str, str]]()
+        gateway = Gateway(
+            f"{HOST}:0",
+            server_tls(authority),
+            lambda at: roots[-1],
+            answered,
+            limits,
+            browsers,
+            lambda *refusal: refusals.append(refusal),
+        )
+        sites.append(Site(authority, gateway, answers, roots, carrier, refusals))
         return sites[-1]
 
     yield make

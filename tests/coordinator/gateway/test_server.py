@@ -168,6 +168,12 @@ def test_only_the_key_of_a_certified_device_that_signs_this_host_and_this_nonce_
         talk.send(answer(talk.receive()))
         assert talk.ended().kind is Kind.REFUSED, what
     assert site.gateway.devices() == ()
+    assert site.gateway.service.check_ins == {"refused": len(cases)}
+    assert {(kind, version) for kind, version, _ in site.refusals} == {
+        ("hello.host", "1.2.3"),
+        ("signature", "1.2.3"),
+        ("certificate.issuer", "1.2.3"),
+    }
 
 
 def test_a_device_without_the_authoritys_certificate_as_its_root_does_not_speak_to_a_gateway(site_of: SiteOf) -> None:
@@ -325,6 +331,13 @@ def test_a_device_that_was_sent_away_and_comes_back_too_early_gets_the_rest_of_i
     assert early.window.earliest < first.window.earliest
     assert other.window.earliest > early.window.earliest  # another device has a later one
     assert site.gateway.service.check_ins == {"admitted": 1, "full": 2, "early": 1}
+
+
+def test_a_device_whose_clock_is_wrong_is_counted_while_it_is_connected(site: Site) -> None:
+    now = int(time.time())
+    for name, clock in {"kitchen": now, "garage": now - 600, "hall": now + 600, "attic": None}.items():
+        site.device(name, clock=clock).attend()
+    assert site.gateway.snapshot("here:1").skewed == 2
 
 
 def test_check_ins_above_the_target_are_sent_away_with_windows_of_their_own(site_of: SiteOf) -> None:

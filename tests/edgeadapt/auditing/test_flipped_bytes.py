@@ -29,7 +29,7 @@ READ = (
     "transcript/vectors/*.bin",
     "blobs/*.safetensors",
 )
-UNREAD = ("authority.pem", "coordinator.pem", "federation.toml", "run.lock", "signing.pem")
+UNREAD = ("authority.pem", "coordinator.pem", "federation.toml", "run.json", "run.lock", "signing.pem")
 DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "audit.md"
 
 

@@ -484,6 +484,10 @@ def test_a_log_that_was_cut_before_the_recorded_end_of_its_last_round_is_no_sess
 ) -> None:
     """Otherwise an adapter that comes from no logged sum passes as that of a round under way."""
     cut(state_dir, kind, 2)
+    for unfinished in (False, True):
+        with refused(TrustError, "session.cut", value=2):
+            require(state_dir, unfinished=unfinished)
+    monkeypatch.setattr(records, "_is_cut", lambda size, record: False)
     with refused(TrustError, "record", value=2):
         require(state_dir, unfinished=True)
     monkeypatch.setattr(records, "_agrees_so_far", lambda record, logged: True)

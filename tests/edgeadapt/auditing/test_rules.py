@@ -466,7 +466,7 @@ def test_an_entry_after_the_end_of_a_log_is_found(logged: LoggedSession, kind: t
     """The coordinator signed it, but a closed log says that nothing follows."""
     log, raw = logged.signed_anew()
     size = log.tree.size
-    offer = Entry(size, Offer.TAG, log.round, "*", b"")
+    offer = Entry(size, Offer.TAG, log.round, "*", b"", log.latest)
     after = log.checkpoint(logged.fleet.key) if kind is Checkpoint else append(log, offer)
     found = finding_of(logged.audit(raw + after), Check.LOG)
     assert (found.status, found.about) == (Status.FAIL, "checkpoint.stage")

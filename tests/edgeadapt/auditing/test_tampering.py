@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aggregation.errors import TrustError
-from aggregation.transcript import ENTRY, MAGIC, Entry
-from edgeadapt.auditing import Check, Report, audit
+from aggregation.transcript import ENTRY, MAGIC, Checkpoint, Entry
+from edgeadapt.auditing import Check, Report, Status, audit
 from tests.support import refused
 from tests.support.sessions import LoggedSession
 from tests.support.sessions import record as record_of
@@ -51,6 +51,10 @@ def test_a_flipped_bit_anywhere_is_found_in_its_entry(logged: LoggedSession, pla
     damaged = bytearray(logged.raw)
     damaged[at] ^= 1 << bit
     index = next(index for index, end in enumerate(logged.ends()) if at < end)
+    if logged.entries[index].at is not None and at >= logged.ends()[index] - 4:  # its time, which that signs
+        index = next(each.index for each in logged.entries[index:] if each.kind == Checkpoint.TAG)
+        assert first(logged.audit(bytes(damaged), vectors=False)) <= index
+        return
     assert first(logged.audit(bytes(damaged), vectors=False)) == index
 
 
@@ -77,11 +81,11 @@ def test_a_flipped_bit_in_every_field_of_an_entry_is_found(logged: LoggedSession
         assert first(logged.audit(bytes(damaged), vectors=False)) == index
 
 
-@pytest.mark.parametrize("index", range(ENTRIES))
+@pytest.mark.parametrize("index", range(ENTRIES - 1))
 def test_a_removed_entry_is_found(logged: LoggedSession, index: int) -> None:
     left = [entry for entry in logged.entries if entry.index != index]
     place = first(logged.audit(MAGIC + b"".join(map(record, left)), vectors=False))
-    assert place == (index if index < ENTRIES - 1 else index - 1)
+    assert place == index
 
 
 @pytest.mark.parametrize("index", range(ENTRIES - 1))
@@ -119,12 +123,15 @@ def test_numbering_the_entries_anew_does_not_hide_it(logged: LoggedSession, chan
 @settings(max_examples=40, deadline=None, suppress_health_check=QUIET)
 @given(place=st.floats(0, 1, exclude_max=True))
 def test_a_log_that_is_cut_off_anywhere_is_found(logged: LoggedSession, place: float) -> None:
-    assert logged.audit(logged.raw[: int(place * len(logged.raw))], vectors=False).failed
+    report = logged.audit(logged.raw[: int(place * len(logged.raw))], vectors=False)
+    assert report.findings[0].status in (Status.FAIL, Status.OPEN)
 
 
 def test_a_log_that_is_cut_off_between_entries_is_found(logged: LoggedSession) -> None:
     for end in logged.ends()[:-1]:
-        assert logged.audit(logged.raw[:end], vectors=False).findings[0].about == "checkpoint.stage"
+        report = logged.audit(logged.raw[:end], vectors=False)
+        assert (report.findings[0].status, report.findings[0].about, report.closed) == (Status.OPEN, "log.open", False)
+        assert logged.audit(logged.raw[:end], vectors=False, unfinished=True).findings[0].status is Status.PASS
 
 
 def test_a_log_that_goes_on_after_its_end_is_found(logged: LoggedSession) -> None:

@@ -245,3 +245,9 @@ def test_the_largest_cohort_with_the_longest_names_fits_into_a_record(record: Ro
     raw = record.sign(KEY)
     assert RoundRecord.accept(raw, [KEY.public]) == record
     assert MAX_ENVELOPE / 4 < len(raw) < MAX_ENVELOPE / 1.5
+
+
+def test_a_record_from_before_rounds_had_a_time_is_read(record: RoundRecord) -> None:
+    fields = {name: value for name, value in asdict(record).items() if name != "ended"}
+    raw = dsse.sign(jsontext.encode(fields), RoundRecord.payload_type(), KEY)
+    assert RoundRecord.accept(raw, [KEY.public]) == record

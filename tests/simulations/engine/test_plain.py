@@ -36,7 +36,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the fe
     "groups": ({"rounds": 2, "method": "fedper", "aggregation__groups": 2}, {"message_loss": 0.01}),
     "aborts": ({"rounds": 2}, {"message_loss": 0.0, "forced_dropouts": 4}),
 }
-OF_ITS_OWN = ("previous", "offer", "plan", "entries", "root", "seconds", "bytes_down")  # of records: see ``records``
+OF_ITS_OWN = ("previous", "offer", "plan", "entries", "root", "seconds", "ended", "bytes_down")  # see ``records``
 
 
 def run(fleet: Any, faults: dict[str, Any], *, plain: bool) -> GridLog:

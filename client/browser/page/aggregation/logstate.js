@@ -6,7 +6,7 @@ import { ProtocolError, TrustError } from "../errors.js";
 import { verifyConsistency, verifyInclusion } from "./merkle.js";
 import { COORDINATOR, DEVICE_ID, MAX_COHORT, OVERHEAD, message, openVerified } from "./messages.js";
 import { HEX, MAX_ROUNDS } from "./spec.js";
-import { blob, choice, decode, fixed, mapping, record, sequence, text, uint, uint64 } from "./wire.js";
+import { blob, choice, decode, fixed, last, mapping, record, sequence, text, uint, uint64 } from "./wire.js";
 
 const MIB = 2 ** 20;
 const DIGEST = fixed(32);
@@ -35,6 +35,7 @@ const ENTRY = record({
   round: uint(32),
   peer: text(`\\*|${DEVICE_ID}`),
   message: blob(2 ** 29),
+  at: last(uint(32)),
 });
 const CHECKPOINT = blob(Checkpoint.limit + OVERHEAD);
 const PROOFS = sequence(record({ leaf: blob(Result.limit + 2 * OVERHEAD + 64 * MAX_COHORT), path: PATH }), MAX_ROUNDS);

@@ -7,7 +7,7 @@
 import { concat, digest, encode as utf8, equal } from "../bytes.js";
 import { ConfigError, ProtocolError } from "../errors.js";
 import { COORDINATOR, MAX_CERTIFICATE } from "./messages.js";
-import { blob, decode, encode, fixed, mapping, record, text, uint, uint64 } from "./wire.js";
+import { blob, decode, encode, fixed, last, mapping, record, text, uint, uint64 } from "./wire.js";
 
 const NAME = text("[a-z_]{1,32}"); // of a step or a field
 const CHALLENGE = record({ nonce: fixed(32) });
@@ -16,6 +16,7 @@ const HELLO = record({
   host: text("[a-z0-9._:-]{1,253}"),
   signature: fixed(64),
   version: text("[0-9A-Za-z.+!-]{1,64}"),
+  clock: last(uint(32)),
 });
 const REQUEST = record({ id: uint64, step: NAME, fields: mapping(NAME, blob(2 ** 16), 8), blobs: mapping(NAME, uint(32), 8) });
 const ANSWER = record({ id: uint64, size: uint(32), code: uint(16), reason: blob(400) });
@@ -90,7 +91,7 @@ function connection({ device, answers, url, signal, shown }) {
 async function hello(device, { nonce }, name) {
   const host = name.replace(/^\[|\]$/g, "");
   const signature = await device.signChallenge(concat(nonce, utf8(host)));
-  return encode(HELLO, { certificate: device.certificate, host, signature, version: VERSION });
+  return encode(HELLO, { certificate: device.certificate, host, signature, version: VERSION, clock: Math.floor(Date.now() / 1000) });
 }
 
 /** A request whose blobs come in parts, in the order of their names. */

@@ -182,6 +182,16 @@ export function optional(item) {
   };
 }
 
+/** A last field of a message that earlier versions did not have: null if no bytes are left. */
+export function last(item) {
+  return {
+    write(out, value) {
+      if (value !== null) item.write(out, value);
+    },
+    read: (source) => (source.left ? item.read(source) : null),
+  };
+}
+
 /** At most `limit` items in the given order, after their count in 4 bytes. */
 export function sequence(item, limit) {
   return {

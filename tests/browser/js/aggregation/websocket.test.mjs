@@ -6,6 +6,8 @@ import test from "node:test";
 
 import { attend } from "../../../../client/browser/page/aggregation/websocket.js";
 
+Date.now = () => 1_770_000_000_000; // as in the hello that was made
+
 const made = JSON.parse(readFileSync(process.env.EDGEADAPT_CONVERSATION, "utf8"));
 const [messages, certificate, hello] = made.map((part) => part.map((hex) => Uint8Array.from(Buffer.from(hex, "hex"))));
 
