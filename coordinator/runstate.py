@@ -27,11 +27,21 @@ EVERY = 1.0  # seconds between two writes of what a gateway counts
 REMIND = 60.0  # seconds between two lines of the log while the run waits
 MAX_RECORD = 2**18  # bytes
 KINDS = 32  # of refusals: versions are what devices state
+_WAIT = (
+    "waits_for",
+    "since",
+    "devices",
+    "needed",
+    "attempt",
+    "attempts",
+    "reason",
+)  # of a wait
 log = logging.getLogger("edgeadapt.coordinator")
 
 
 class Need(StrEnum):
     LEASE = "lease"  # another coordinator leads, as it should
+    REVOCATIONS = "revocations"  # the newest revocation list has expired
     DEVICES = "devices"  # too few are connected for an attempt at a session
     SESSION = "session"  # attempts at one are made
 
@@ -109,7 +119,12 @@ def lines(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"gateway {gateway['address']}: {gateway['devices']} devices{clocks}, check-ins: {outcomes or 'none'}"
 
 
-_NAMES = {Need.LEASE: "the lease", Need.DEVICES: "devices", Need.SESSION: "a session"}
+_NAMES = {
+    Need.LEASE: "the lease",
+    Need.REVOCATIONS: "a newer revocation list",
+    Need.DEVICES: "devices",
+    Need.SESSION: "a session",
+}
 
 
 def read(folder: Path) -> RunState:
@@ -141,6 +156,16 @@ class RunRecord:
         if need is Need.DEVICES and (before.waits_for is not need or time.monotonic() >= self._remind):
             self._remind = time.monotonic() + REMIND
             log.info("%s", next(lines(state.row(datetime.now(UTC)))))
+
+    @contextmanager
+    def waiting(self, need: Need) -> Iterator[None]:
+        """Note a wait while the block runs, and after it what it interrupted."""
+        before = self._now()
+        self.waits(need)
+        try:
+            yield
+        finally:
+            self._update(**{name: getattr(before, name) for name in _WAIT})
 
     def failed(self, outcome: str, reason: str) -> None:
         """Count an attempt at a session that failed. ``outcome``: one of few; ``reason``: for the operator."""

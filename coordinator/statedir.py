@@ -163,17 +163,20 @@ class CoordinatorStateDir:
     def await_root(self, sleep: Callable[[float], None]) -> Root:
         """Read the authority for a round. A service waits while the newest revocation list has expired. Raises as
         ``read_root``, and what ``sleep`` raises."""
-        said = False
-        while True:
-            try:
-                return self.read_root(datetime.now(UTC))
-            except TrustError as error:
-                if error.about != EXPIRED or not self.is_service:
-                    raise
-                if not said:
-                    log.error("no round begins: %s", error)
-                said = True
-            sleep(LOOK)
+        try:
+            return self.read_root(datetime.now(UTC))
+        except TrustError as error:
+            if error.about != EXPIRED or not self.is_service:
+                raise
+            log.error("no round begins: %s", error)
+        with self.run.waiting(Need.REVOCATIONS):
+            while True:
+                sleep(LOOK)
+                try:
+                    return self.read_root(datetime.now(UTC))
+                except TrustError as error:
+                    if error.about != EXPIRED:
+                        raise
 
     def read_tls(self, at: datetime) -> tuple[bytes, bytes]:
         """Read the TLS key of what listens on this machine, and its certificate, both PEM.

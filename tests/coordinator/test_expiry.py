@@ -13,7 +13,7 @@ from aggregation.errors import TrustError
 from aggregation.pki import Authority
 from aggregation.pki.revocation import EXPIRED
 from aggregation.pki.tls import TlsKey
-from coordinator import expiry
+from coordinator import expiry, runstate
 from coordinator.cli import coordinator_group as coordinator
 from coordinator.dashboard.view import Viewer, exposition
 from coordinator.expiry import expiries
@@ -132,6 +132,7 @@ def test_a_service_waits_while_the_list_has_expired_and_a_run_without_one_ends(
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
+        assert runstate.read(state_dir.folder).waits_for is runstate.Need.REVOCATIONS
         if len(slept) == 3:
             give(state_dir.folder, signer, 1, 1)
 
@@ -141,7 +142,7 @@ def test_a_service_waits_while_the_list_has_expired_and_a_run_without_one_ends(
     with storage.locked(state_dir.folder / SERVICES_LOCK, timeout=0):
         root = state_dir.await_root(sleep)
         assert root.revoked is not None
-        assert (len(slept), len(caplog.records)) == (3, 1)
+        assert (len(slept), len(caplog.records), runstate.read(state_dir.folder).waits_for) == (3, 1, None)
         (state_dir.folder / REVOKED).write_bytes(b"damaged")
         with pytest.raises(TrustError):
             state_dir.await_root(sleep)
