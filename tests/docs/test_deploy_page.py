@@ -46,7 +46,7 @@ POD, COORDINATOR = JOB["containers"][0], COMPOSE["services"]["coordinator"]
 @pytest.fixture(scope="module")
 def page(reader: Any, blocks: Callable[[str], list[Any]], tiny_base: Any) -> Path:
     """The folder in which the blocks of the page were run."""
-    seed = ("--phrases", reader.folder / "phrases.tsv", "--rank", 2, "--out", reader.folder / "seed")
+    seed = ("--phrases", reader.folder / "phrases.tsv", "--rank", 2, "--out", reader.folder / "first")
     (reader.folder / "phrases.tsv").write_text("light_on\tturn on the light\nlight_off\tturn off the lamp\n")
     call("base", "start", "--base", tiny_base.folder, *seed)
     commands = "\n".join(block.commands for block in blocks("how-to/deploy.md"))

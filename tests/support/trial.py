@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgeadapt import program
 
-AUTHORITY, COORDINATOR, SEED = "authority", "coordinator", "seed"
+AUTHORITY, COORDINATOR, FIRST = "authority", "coordinator", "first"
 SCENARIO = """
 name = "tiny"
 base.model = '{base}'
@@ -54,9 +54,9 @@ def make_trial_fleet(
     changes = [part for setting in settings for part in ("--set", setting)]
     call("coordinator", "init", coordinator, "--authority", authority / "authority.pem", *changes)
     (folder / "phrases.tsv").write_text("".join(f"{label}\t{phrase}\n" for label, phrase in phrases))
-    made = ("--phrases", folder / "phrases.tsv", "--rank", rank, "--out", folder / SEED)
+    made = ("--phrases", folder / "phrases.tsv", "--rank", rank, "--out", folder / FIRST)
     call("base", "start", "--base", base, *made)
-    call("coordinator", "publish", coordinator, "--peft", folder / SEED, "--base", base)
+    call("coordinator", "publish", coordinator, "--peft", folder / FIRST, "--base", base)
     for device, rows in examples.items():
         state_dir, certificate = folder / device, folder / f"{device}.pem"
         own = (bundles or {}).get(device, base)
