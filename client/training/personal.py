@@ -94,7 +94,7 @@ class PersonalStep:
     scale: float  # logit of a score of 1, for "ridge" and "ensemble"; equal to the federation's rounds'
     method: str = FINE_TUNE
     share: float = 0.5
-    choice: Choice = Choice.SIGNIFICANT
+    choice: Choice = Choice.BEST
     patience: int = 0
 
 

@@ -77,7 +77,16 @@ def test_a_device_answers_no_plan_with_the_log_of_the_other_coordinator() -> Non
 def report(session: LoggedSession, start: Any) -> Any:
     """What ``auditor.chain`` reads of the report on a log."""
     newest = session.log.newest
-    return SimpleNamespace(previous=session.previous, last=session.end, start=start, newest=newest, base="base")
+    return SimpleNamespace(
+        previous=session.previous,
+        last=session.end,
+        start=start,
+        newest=newest,
+        base="base",
+        began=None,
+        latest=None,
+        closed=True,
+    )
 
 
 def test_an_auditor_who_has_both_logs_finds_the_fork_and_one_who_has_one_does_not() -> None:

@@ -195,9 +195,9 @@ def test_one_that_takes_over_when_all_rounds_are_done_serves_nobody(
     fleet = app_fleet_of(3, rounds=1)
     opened = CoordinatorStateDir.open(move(fleet, postgresql))
     with refused(ConfigError, "tls.key"):
-        _serve(opened, f"{HOST}:{free_port()}")
+        _serve(opened, f"{HOST}:{free_port()}", as_json=False)
     fleet.federate(fleet.grid())
-    _serve(opened, f"{HOST}:{free_port()}")
+    _serve(opened, f"{HOST}:{free_port()}", as_json=False)
 
 
 @pytest.fixture

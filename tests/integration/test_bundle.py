@@ -43,9 +43,13 @@ def test_flower_finds_both_apps_in_the_installed_package(sent: dict[str, str]) -
 
 
 def test_the_bundle_takes_the_coordinators_folder_and_gateway_as_the_app_reads_them(sent: dict[str, str]) -> None:
-    from coordinator.app import GATEWAY, STATE
+    from coordinator.launch import GATEWAY, JSON, STATE
 
-    assert tomllib.loads(sent["pyproject.toml"])["tool"]["flwr"]["app"]["config"] == {GATEWAY: "", STATE: ""}
+    assert tomllib.loads(sent["pyproject.toml"])["tool"]["flwr"]["app"]["config"] == {
+        GATEWAY: "",
+        STATE: "",
+        JSON: False,
+    }
 
 
 def test_the_bundles_version_is_the_packages() -> None:
