@@ -219,7 +219,7 @@ def optional(item: Codec[T]) -> Codec[T | None]:
 def last(item: Codec[T]) -> Codec[T | None]:
     """A last field of a message that earlier versions did not have: absent if no bytes are left.
 
-    >>> [last(uint(16)).decode(raw) for raw in (b"", b"\x00\x07")]
+    >>> [last(uint(16)).decode(raw) for raw in (b"", bytes([0, 7]))]
     [None, 7]
     """
 
