@@ -26,7 +26,8 @@ FILE = "run.json"
 EVERY = 1.0  # seconds between two writes of what a gateway counts
 REMIND = 60.0  # seconds between two lines of the log while the run waits
 MAX_RECORD = 2**18  # bytes
-KINDS = 32  # of refusals: versions are what devices state
+KINDS = 32  # of refusals
+VERSIONS = 4  # of one kind: peers that prove nothing state any, and must not push out what others are refused for
 _WAIT = (
     "waits_for",
     "since",
@@ -195,8 +196,11 @@ class RunRecord:
             same = [each for each in state.refusals if (each.kind, each.version) == (kind, version)]
             count = 1 + sum(each.count for each in same)
             first = Refusal(kind, version, count, timestamp(time.time()), text)
-            others = [each for each in state.refusals if each not in same]
-            self._state = replace(state, refusals=(first, *others)[:KINDS])
+            kept = [first]
+            for each in state.refusals:
+                if each not in same and sum(one.kind == each.kind for one in kept) < VERSIONS:
+                    kept.append(each)
+            self._state = replace(state, refusals=tuple(kept[:KINDS]))
 
     @contextmanager
     def observing(self, look: Callable[[], GatewaySnapshot]) -> Iterator[None]:
