@@ -37,6 +37,7 @@ from edgeadapt.methods.classifier import build, tensors
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
+from export.onnx.slotted import with_mean_head
 
 INSTALL = "llama.cpp does not take part: pip install 'edgeadapt[bench]' installs it, and compiles it for minutes"
 ARMS: dict[str, int | None] = {"base": None, "adapter": 0}  # → the place of the adapter to use
@@ -263,13 +264,13 @@ def phrase_ms(repeats: int) -> dict[str, float | int]:
     """Time MiniLM on one phrase as a device runs it: ``native-int8``, one thread, an adapter in use. The adapters are
     untrained, which does not change the time. ``swap_ms`` is the median of a switch between two of them."""
     base = find_base(MINILM)
-    model = build(base, len(LABELS), PeftConfig.lora())
-    values = tensors(model)
+    slotted = with_mean_head(base, ("query", "value"))
+    values = tensors(build(base, len(LABELS), PeftConfig.lora()))
     sources = [AdapterSource(name, values, LABELS, 1, Layout.of(values).digest) for name in ("one", "two")]
     key = IdentityKey.generate(SystemEntropy())
     with tempfile.TemporaryDirectory(prefix="edgeadapt-bench-") as folder:
         bundle = Path(folder) / "bundle"
-        write_bundle(bundle, export_classifier(model, base, Profile.NATIVE_INT8), sources, key=key)
+        write_bundle(bundle, export_classifier(slotted, base, Profile.NATIVE_INT8), sources, key=key)
         (bundle.parent / TRUST).write_bytes(key.public.to_pem())
         session = ClassificationSession.open(bundle)
         for name in ("one", "two") * 2:  # warm-up

@@ -217,7 +217,7 @@ def add_adapter(
 ) -> None:
     """Add or replace one adapter in a bundle, such as a household's private one, signed by the device's own key.
 
-    ``inputs``: of the model that the adapter was trained in (``find_adapter_inputs``). At an error the bundle is
+    ``inputs``: of the model that the adapter was trained in. At an error the bundle is
     unchanged.
     """
     with locked_folder(bundle) as whole:

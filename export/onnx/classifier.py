@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto, checker
-from peft import PeftModel
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -30,7 +29,7 @@ from export.onnx.training import answering_parts, training_graphs
 
 
 def export_classifier(
-    model: PeftModel | SlottedModel,
+    slotted: SlottedModel,
     base: Base,
     profile: Profile,
     max_rank: int = MAX_RANK,
@@ -38,11 +37,11 @@ def export_classifier(
     *,
     training: bool | None = False,
 ) -> ExportedBase:
-    """Export the base of ``model`` in a few seconds; no tensor of its adapter gets into the result.
+    """Export a base in a few seconds, with slots for the adapters of any task.
 
-    The adapter of ``model`` names the layers that get slots. ``training``: with a training graph; None: if it can have
-    one. Raises ConfigError: the model has block-sparse attention or cannot be exported; its graph does not run; nothing
-    limits the length of a text; or it cannot have the training graph that it shall have.
+    ``training``: with a training graph; None: if it can have one. Raises ConfigError: the model has
+    block-sparse attention or cannot be exported; its graph does not run; nothing limits the length of a text; or it
+    cannot have the training graph that it shall have.
     """
     if getattr(pretrained.configuration(base), "attention_type", None) == "block_sparse":
         # transformers reads short texts, and whatever follows them, with full attention: which answer is right depends.
@@ -53,7 +52,6 @@ def export_classifier(
         )
     tokenizer = pretrained.tokenizer(base)
     tokenizer.no_padding()  # a device does not need padding
-    slotted = SlottedModel.of(model) if isinstance(model, PeftModel) else model
     check_classifies(slotted.model, tokenizer.encode(SHORT_TEXT).ids)
     if slotted.inputs.virtual:
         check_reads_embeddings(slotted.model, tokenizer.encode(SHORT_TEXT).ids)

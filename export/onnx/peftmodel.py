@@ -1,8 +1,4 @@
-"""A PEFT model as a module whose adapter is an argument of its forward pass, ready to be traced (``graph.trace``).
-
-``find_adapter_inputs`` walks the module tree, independent of the architecture's names. What peft can attach to a model
-and a graph cannot express (DoRA, biases, methods other than LoRA, merged weights) is refused by name, because leaving
-it out would only show as worse answers on a device.
+"""A base as a module whose adapter is an argument of its forward pass, ready to be traced (``graph.trace``).
 
 Each adapted layer computes what ``edgeadapt.formats.graphinputs`` states, with slots from the arguments and a rank
 dimension of its own. Modules in ``modules_to_save`` read their parameters from arguments too.
@@ -11,20 +7,14 @@ dimension of its own. Modules in ``modules_to_save`` read their parameters from 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers.pytorch_utils import Conv1D
 
 from aggregation.errors import ConfigError
-from edgeadapt.bases.pretrained import is_linear
 from edgeadapt.formats.graphinputs import (
     GIVEN,
     INPUT_SCALE,
@@ -35,70 +25,14 @@ from edgeadapt.formats.graphinputs import (
     PROMPT,
     REPLACED,
     VIRTUAL,
-    input_name,
     layer_of,
     vector_site,
 )
 from edgeadapt.formats.layout import Floats, TensorSpec
-from edgeadapt.methods.peft.inputs import LABELS, AdapterInputs, LoraSlot, SavedSlot
+from edgeadapt.methods.peft.inputs import LABELS, AdapterInputs, SavedSlot
 
 TOKENS = ("input_ids", "attention_mask")
 EXAMPLE_RANK = 2  # torch.export treats a size of 0 or 1 as a constant
-
-
-def find_adapter_inputs(model: PeftModel) -> AdapterInputs:
-    """List the inputs of ``model``'s active adapter, with the scaling of each layer under its rank and alpha patterns.
-
-    Raises ConfigError: several adapters are active, a layer has what a graph cannot express, or a tensor of the adapter
-    belongs to no slot.
-    """
-    if len(active := model.active_adapters) != 1:
-        reason = f"exactly one adapter can be exported at a time, {len(active)} are active"
-        raise ConfigError(reason, about="active_adapters", value=len(active))
-    adapter = active[0]
-    loras, saved = [], []
-    for path, module in model.base_model.model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            loras.append(_lora(path, module, adapter))
-        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
-            saved.append(saved_slot(path, module.modules_to_save[adapter]))
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            kind = type(module).__name__
-            raise ConfigError(f"{path}: {kind} cannot be exported; train it in modules_to_save", about=kind, value=path)
-    inputs = AdapterInputs(adapter, tuple(loras), tuple(saved))
-    _check_complete(inputs, model)
-    return inputs
-
-
-def _lora(path: str, layer: Any, adapter: str) -> LoraSlot:
-    if type(layer) is not LoraLinear or not is_linear(layer.get_base_layer()):
-        within = type(layer.get_base_layer()).__name__ if isinstance(layer, LoraLayer) else "a layer"
-        module = type(layer).__module__.rpartition("peft.tuners.")[2]
-        raise ConfigError(
-            f"{path}: an adapter on {within} through peft's {module}.{type(layer).__name__} cannot be exported, only "
-            "LoRA on a linear layer",
-            about=within if isinstance(layer, LoraLayer) else module,
-            value=path,
-        )
-    if adapter not in layer.lora_A:
-        raise ConfigError(f"{path}: the adapter {adapter!r} has no weights in this layer", about="lora_A", value=path)
-    if variant := layer.lora_variant.get(adapter):
-        name = type(variant).__name__.removesuffix("LinearVariant")
-        raise ConfigError(f"{path}: {name} cannot be exported", about=name, value=path)
-    if layer.lora_bias[adapter]:
-        raise ConfigError(f"{path}: LoRA with a bias (lora_bias) cannot be exported", about="lora_bias", value=path)
-    if layer.merged or layer.disable_adapters:
-        reason = f"{path}: the adapter is merged or disabled; unmerge and enable it before the export"
-        raise ConfigError(reason, about="merged", value=path)
-    return LoraSlot(path, float(layer.scaling[adapter]))
-
-
-def _check_complete(inputs: AdapterInputs, model: PeftModel) -> None:
-    state = {input_name(name) for name in get_peft_model_state_dict(model, adapter_name=inputs.adapter)}
-    if odd := sorted(state.symmetric_difference(inputs.names)):
-        raise ConfigError(
-            f"tensor {odd[0]!r} of the adapter belongs to no slot of a graph and cannot be exported", about=odd[0]
-        )
 
 
 class _Values:
@@ -216,19 +150,6 @@ class SlottedModel:
     model: nn.Module
     inputs: AdapterInputs
     cut: bool = False  # whether devices train from the states of the layers below all slots
-
-    @classmethod
-    def of(cls, model: PeftModel) -> Self:
-        """Take the base of a PEFT model, with the slots of its adapter. Raises as ``find_adapter_inputs``."""
-        inputs = find_adapter_inputs(model)
-        inner: nn.Module = copy.deepcopy(model.base_model.model).eval()
-        for lora in inputs.loras:
-            layer: Any = inner.get_submodule(lora.path)
-            replace_module(inner, lora.path, layer.get_base_layer())
-        for saved in inputs.saved:
-            wrapper: Any = inner.get_submodule(saved.path)
-            replace_module(inner, saved.path, wrapper.modules_to_save[inputs.adapter])
-        return cls(inner, inputs)
 
 
 def with_inputs(slotted: SlottedModel) -> nn.Module:

@@ -23,6 +23,7 @@ from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
 from tests.support import models
 from tests.support.errors import refused
+from tests.support.models import slotted_of
 
 globals().update(models.FIXTURES)
 
@@ -76,7 +77,7 @@ def test_both_engines_train_the_adapter_and_its_loss_is_the_same(trains: Callabl
 def test_a_classifier_is_trained_by_both_engines_too(
     model: PeftModel, tiny_base: Base, vendor: IdentityKey, tmp_path: Path
 ) -> None:
-    exported = export_classifier(model, tiny_base, Profile.FP32, training=True)
+    exported = export_classifier(slotted_of(model), tiny_base, Profile.FP32, training=True)
     write_bundle(tmp_path / "bundle", exported, [], key=vendor)
     (tmp_path / TRUST).write_bytes(vendor.public.to_pem())
     given = {"bundle": str(tmp_path / "bundle"), "trust": None, "base": str(tiny_base.folder), "begun": 0.0}

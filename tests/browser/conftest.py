@@ -23,7 +23,7 @@ from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from tests.support import cdp, models, programs
-from tests.support.models import LABELS, draw
+from tests.support.models import LABELS, draw, slotted_of
 from tests.support.nodetab import NodeTab
 from tests.support.programs import need
 
@@ -106,7 +106,7 @@ def serve(libraries: None) -> Iterator[Serve]:
 
 @pytest.fixture(scope="module")
 def trainable(request: Any, model: PeftModel, tiny_base: Base) -> ExportedBase:
-    return export_classifier(model, tiny_base, getattr(request, "param", Profile.FP32), training=True)
+    return export_classifier(slotted_of(model), tiny_base, getattr(request, "param", Profile.FP32), training=True)
 
 
 @pytest.fixture(scope="module")

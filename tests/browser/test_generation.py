@@ -24,7 +24,7 @@ from edgeadapt.methods.causal import build
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import find_adapter_inputs
+from tests.support.models import adapter_inputs
 from tests.support.nodetab import NodeTab
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def sources(chatty: Base, drawn: Any) -> list[AdapterSource]:
     model = build(chatty, PeftConfig.lora(rank=4, alpha=8, targets=TARGETS))
     values: list[Tensors] = [drawn(model, seed) for seed in (0, 1)]
     return [
-        AdapterSource(name, tensors, (), 1, Layout.of(tensors).digest, adapter_inputs=find_adapter_inputs(model))
+        AdapterSource(name, tensors, (), 1, Layout.of(tensors).digest, adapter_inputs=adapter_inputs(model))
         for name, tensors in zip(("global", "other"), values, strict=True)
     ]
 

@@ -18,6 +18,7 @@ from tests.browser.test_classification import PHRASES, native, same
 from tests.browser.test_generation import greedy, ids_of
 from tests.browser.test_page import ask, shown
 from tests.support.exhaustive import few
+from tests.support.models import slotted_of
 
 pytestmark = pytest.mark.slow
 
@@ -126,7 +127,7 @@ def test_a_classifier_answers_as_natively_on_webgpu(
     profile: Profile,
 ) -> None:
     form: Format = "fp32" if profile is Profile.FP32 else "int8"
-    write_bundle(bundle, export_classifier(model, tiny_base, profile), [source()], key=vendor, form=form)
+    write_bundle(bundle, export_classifier(slotted_of(model), tiny_base, profile), [source()], key=vendor, form=form)
     page.goto(f"{serve(bundle)}?provider=webgpu")
     assert page.evaluate(RUNS_ON) == EMULATED
     answers = []

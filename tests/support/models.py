@@ -4,6 +4,7 @@ A conftest takes all of them, ``globals().update(models.FIXTURES)``, because the
 with a tokenizer like those of real bases; the language models, of several architectures, read single letters.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,11 +34,12 @@ from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods import causal
 from edgeadapt.methods.classifier import build, load, tensors
+from edgeadapt.methods.peft.inputs import AdapterInputs, LoraSlot
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.causal import export_causal
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import find_adapter_inputs
+from export.onnx.peftmodel import SlottedModel, saved_slot
 
 LABELS = ("Light", "Lock", "Music", "Timer")
 WORDS = (
@@ -75,6 +79,21 @@ def draw(model: PeftModel, seed: int, size: float = 0.3) -> Tensors:
     }
 
 
+def adapter_inputs(model: PeftModel) -> AdapterInputs:
+    """The slots of every layer and module that the model's adapter changes, with peft's own scaling."""
+    modules = dict(model.base_model.model.named_modules())
+    loras = [LoraSlot(path, float(m.scaling["default"])) for path, m in modules.items() if isinstance(m, LoraLayer)]
+    saved = {path: m for path, m in modules.items() if isinstance(m, ModulesToSaveWrapper)}
+    slots = [saved_slot(path, wrapper.modules_to_save["default"]) for path, wrapper in saved.items()]
+    return AdapterInputs("default", tuple(loras), tuple(slots))
+
+
+def slotted_of(model: PeftModel) -> SlottedModel:
+    """The base in ``model``, with slots for its adapter."""
+    inner: Any = copy.deepcopy(model).unload()
+    return SlottedModel(inner.eval(), adapter_inputs(model))
+
+
 def with_biases(base: Base, folder: Path) -> Base:
     """A copy of a base in ``folder``, whose biases are not zeros."""
     shutil.copytree(base.folder, folder, dirs_exist_ok=True)
@@ -100,12 +119,12 @@ def model(tiny_base: Base) -> PeftModel:
 
 @pytest.fixture(scope="session")
 def exported(model: PeftModel, tiny_base: Base) -> ExportedBase:
-    return export_classifier(model, tiny_base, Profile.FP32)
+    return export_classifier(slotted_of(model), tiny_base, Profile.FP32)
 
 
 @pytest.fixture(scope="session")
 def exported_int8(model: PeftModel, tiny_base: Base) -> ExportedBase:
-    return export_classifier(model, tiny_base, Profile.NATIVE_INT8)
+    return export_classifier(slotted_of(model), tiny_base, Profile.NATIVE_INT8)
 
 
 @pytest.fixture(scope="session")
@@ -265,9 +284,7 @@ def lm_source(lm_model: Callable[[int, int], Any]) -> Callable[..., AdapterSourc
     @cache
     def made(rank: int, seed: int) -> AdapterSource:
         model = lm_model(rank, seed)
-        return AdapterSource(
-            "global", causal.tensors(model), (), 3, "a" * 64, adapter_inputs=find_adapter_inputs(model)
-        )
+        return AdapterSource("global", causal.tensors(model), (), 3, "a" * 64, adapter_inputs=adapter_inputs(model))
 
     def make(name: str = "global", rank: int = 4, seed: int = 1, **fields: Any) -> AdapterSource:
         return replace(made(rank, seed), name=name, **fields)

@@ -1,7 +1,6 @@
 """The inputs of an exported graph that an adapter fills (``AdapterInputs``). Imports neither torch nor peft.
 
-``AdapterInputs.of_tensors`` reads them from the tensors of a registry version or a PEFT folder;
-``peftmodel.find_adapter_inputs`` reads them from a PEFT model in memory.
+``AdapterInputs.of_tensors`` reads them from the tensors of a registry version or a PEFT folder.
 """
 
 from collections.abc import Iterable, Sequence

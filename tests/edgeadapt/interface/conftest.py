@@ -10,6 +10,7 @@ from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from tests.support import models
 from tests.support.fleet import entropy
+from tests.support.models import slotted_of
 from tests.support.sessions import LoggedSession, logged
 
 __all__ = ["entropy", "logged"]
@@ -19,7 +20,7 @@ globals().update(models.FIXTURES)
 
 @pytest.fixture(scope="session")
 def trainable(model: Any, tiny_base: Any) -> ExportedBase:
-    return export_classifier(model, tiny_base, Profile.FP32, training=True)
+    return export_classifier(slotted_of(model), tiny_base, Profile.FP32, training=True)
 
 
 @pytest.fixture

@@ -32,10 +32,10 @@ from export.bundle.base import usual_task, wanted
 from export.bundle.sources import Origin
 from export.bundle.write import AdapterSource, add_adapter, copy_bundle, write_bundle
 from export.onnx.exported import ExportedBase
-from export.onnx.peftmodel import find_adapter_inputs
 from export.onnx.targets import Slots
 from export.parity.compare import OnnxRunner
 from tests.support import refused
+from tests.support.models import adapter_inputs
 
 Source = Callable[..., AdapterSource]
 
@@ -76,7 +76,7 @@ def test_a_household_adds_its_private_adapter_signed_by_its_own_key(
     bundle: Path, model: PeftModel, source: Source, household: IdentityKey
 ) -> None:
     before = contents(bundle)
-    add_adapter(bundle, find_adapter_inputs(model), source("anna", seed=1, parent="a" * 64), key=household)
+    add_adapter(bundle, adapter_inputs(model), source("anna", seed=1, parent="a" * 64), key=household)
     after = contents(bundle)
     assert {name: after[name] for name in before} == before
     assert AdapterManifest.accept(after["adapters/anna.json"], [household.public]).parent == "a" * 64

@@ -28,8 +28,8 @@ from edgeadapt.methods.causal import build
 from export.causal import export_causal
 from export.onnx import headers
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import find_adapter_inputs
 from tests.support import refused
+from tests.support.models import adapter_inputs
 from tests.support.trial import call
 
 ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
@@ -56,7 +56,7 @@ def test_every_layer_takes_an_adapter_and_gives_torchs_logits(
     base = make_lm(kind, **settings)
     onnx_side = runner(export_causal(base, every_layer, Profile.FP32))
     model = build(base, PeftConfig.lora(rank=5, alpha=7, targets=every_layer))
-    inputs = to_inputs(drawn(model, 0), find_adapter_inputs(model).scaling)
+    inputs = to_inputs(drawn(model, 0), adapter_inputs(model).scaling)
     tokens = ids(3, 9)
     expected = torch_logits(model, tokens)
     for first in (None, 1, 4):  # all at once, one by one, both
@@ -78,7 +78,7 @@ def test_layers_with_their_own_ranks_and_scalings(
     )
     inner = AutoModelForCausalLM.from_pretrained(llama.folder, dtype=torch.float32)
     model = get_peft_model(inner, config).eval()
-    inputs = to_inputs(drawn(model, 1), find_adapter_inputs(model).scaling)
+    inputs = to_inputs(drawn(model, 1), adapter_inputs(model).scaling)
     tokens = ids(2, 6)
     np.testing.assert_allclose(runner(exported).logits(tokens, inputs, 3), torch_logits(model, tokens), atol=1e-4)
 
@@ -87,7 +87,7 @@ def test_each_row_of_a_batch_has_its_own_adapter(
     llama: Base, exported: ExportedBase, every_layer: tuple[str, ...], drawn: Any, runner: Any
 ) -> None:
     model, side = build(llama, PeftConfig.lora(rank=3, targets=every_layer)), runner(exported)
-    inputs = [to_inputs(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(3)]
+    inputs = [to_inputs(drawn(model, seed), adapter_inputs(model).scaling) for seed in range(3)]
     tokens = ids(3, 5)
     found = side.logits(tokens, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}, 2)
     for row in range(3):

@@ -37,10 +37,10 @@ from export.causal.sample import Sample, sample_logits
 from export.onnx import graph as tracing
 from export.onnx import headers, segments
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import find_adapter_inputs
 from export.onnx.tensorstore import OnDisk
 from tests.support import refused
 from tests.support.exhaustive import few
+from tests.support.models import adapter_inputs
 from tests.support.traces import traced_anew
 
 GPT2 = ("c_attn", "c_proj", "c_fc")
@@ -93,7 +93,7 @@ def test_any_rank_gives_torchs_logits_with_and_without_the_cache(
     base, exported = made(case)
     side, tokens = runner(exported), ids(2, 9)
     for model in (build(base, PeftConfig.lora(rank=5, alpha=7, targets=case[2])), patterned(base, case[2])):
-        inputs = to_inputs(drawn(model, 0), find_adapter_inputs(model).scaling)
+        inputs = to_inputs(drawn(model, 0), adapter_inputs(model).scaling)
         assert set(inputs) == set(exported.slots)
         expected = torch_logits(model, tokens)
         for first in (None, 1, 4):  # all at once, one by one, both
@@ -123,7 +123,7 @@ def test_a_row_padded_on_the_right_gives_its_own_logits(gpt2: tuple[Base, Export
 def test_each_row_of_a_batch_has_its_own_adapter(gpt2: tuple[Base, ExportedBase], drawn: Any, runner: Any) -> None:
     base, exported = gpt2
     model, side, tokens = build(base, PeftConfig.lora(rank=3, targets=GPT2)), runner(exported), ids(2, 5)
-    inputs = [to_inputs(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(2)]
+    inputs = [to_inputs(drawn(model, seed), adapter_inputs(model).scaling) for seed in range(2)]
     found = side.logits(tokens, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}, 2)
     for row in range(2):
         np.testing.assert_allclose(found[row : row + 1], side.logits(tokens[row : row + 1], inputs[row], 2), atol=1e-4)
@@ -139,7 +139,7 @@ def test_a_quantized_base_gives_nearly_torchs_logits_and_leaves_no_weight_in_flo
     base, exact = gpt2
     exported = export_causal(base, GPT2, profile)
     model, tokens = build(base, PeftConfig.lora(rank=4, targets=GPT2)), ids(2, 12)
-    inputs, expected = to_inputs(drawn(model, 5), find_adapter_inputs(model).scaling), torch_logits(model, tokens)
+    inputs, expected = to_inputs(drawn(model, 5), adapter_inputs(model).scaling), torch_logits(model, tokens)
     error = np.square(runner(exported).logits(tokens, inputs, 8) - expected).sum() / np.square(expected).sum()
     assert 1e-9 < error < LIMITS[profile]
     assert exported.slots == exact.slots
@@ -183,7 +183,7 @@ def test_a_device_generates_torchs_text_with_and_without_an_adapter(
     model = build(base, PeftConfig.lora(rank=4, targets=case[2]))
     drawn(model, 3)
     key = IdentityKey.generate(SystemEntropy())
-    source = AdapterSource("global", tensors(model), (), 1, "a" * 64, adapter_inputs=find_adapter_inputs(model))
+    source = AdapterSource("global", tensors(model), (), 1, "a" * 64, adapter_inputs=adapter_inputs(model))
     write_bundle(tmp_path / "lm", exported, [source], key=key, form="fp32")
     (tmp_path / "trust.pem").write_bytes(key.public.to_pem())
     library = Library.open(tmp_path / "lm", None)
@@ -343,7 +343,7 @@ def test_rows_with_their_own_adapters_in_a_layer_that_flattens_the_batch_are_an_
 ) -> None:
     base, exported = made(OPT_CASE)  # fc1 and fc2
     model = build(base, PeftConfig.lora(rank=3, targets=OPT))
-    inputs = [to_inputs(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(2)]
+    inputs = [to_inputs(drawn(model, seed), adapter_inputs(model).scaling) for seed in range(2)]
     both = {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}
     with pytest.raises((Fail, InvalidArgument, RuntimeException)):
         runner(exported).logits(ids(2, 5), both)

@@ -23,9 +23,9 @@ from export.bundle.base import export_named, wanted
 from export.causal import export_causal
 from export.onnx import derivatives, gradients
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import find_adapter_inputs
 from export.onnx.targets import SlotKind, Slots
 from tests.support.exhaustive import few
+from tests.support.models import adapter_inputs
 from tests.support.training import check_shared_weights, round_as
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -64,7 +64,7 @@ def in_torch(base: Base, exported: ExportedBase, batch: TrainingBatch, values: T
     loss = (losses * torch.from_numpy(batch.shares)).sum()
     loss.backward()
     found = {name.replace(".default", ""): p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
-    return float(loss.detach()), found, find_adapter_inputs(model).scaling
+    return float(loss.detach()), found, adapter_inputs(model).scaling
 
 
 LENGTHS = ([1], [2, 1], [9, 4, 7], [33, 40])
@@ -91,7 +91,7 @@ def test_the_gradients_are_torchs_for_any_batch_and_length_over_the_weights_of_t
 def test_a_score_is_that_of_the_logits(lm_base: Base, trained: Exported) -> None:
     batch, model = batch_of([9, 4]), causal.build(lm_base, LORA)
     graph = opened(trained(Profile.FP32))
-    inputs = to_inputs(causal.tensors(model), find_adapter_inputs(model).scaling)
+    inputs = to_inputs(causal.tensors(model), adapter_inputs(model).scaling)
     logits = model(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)).logits
     learned = logits.flatten(0, 1)[torch.from_numpy(batch.positions)].detach()
     likely = TrainingBatch(batch.ids, batch.mask, learned.argmax(1).numpy(), batch.shares, batch.positions)

@@ -15,6 +15,7 @@ from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
 from export.parity.compare import OnnxRunner, log_softmax
 from tests.support import refused
+from tests.support.models import slotted_of
 
 TEXTS = ["turn on the kitchen lights", "lock the door", "set a timer for ten minutes"]
 BOTH = [Profile.NATIVE_INT8, Profile.NATIVE_INT4]
@@ -50,7 +51,7 @@ def _probabilities(base: Base, spec: PeftConfig, profile: Profile) -> np.ndarray
     rng = np.random.default_rng(2)
     head = {"classifier.weight": rng.standard_normal((4, 32)) * 3, "classifier.bias": np.zeros(4)}
     inputs = {name: value.astype(np.float32) for name, value in head.items()}
-    exported = export_classifier(model, base, profile)
+    exported = export_classifier(slotted_of(model), base, profile)
     empty = {
         name: np.zeros([int(d) if d.isdigit() else 0 for d in dimensions], np.float32)
         for name, dimensions in exported.slots.items()

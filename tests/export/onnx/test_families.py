@@ -33,6 +33,7 @@ from export.onnx.targets import Slots
 from export.parity.compare import OnnxRunner
 from tests.support import refused
 from tests.support.exhaustive import few
+from tests.support.models import slotted_of
 
 POSITIONS = 24  # rows of the position embedding
 SIZES = {
@@ -100,7 +101,7 @@ def test_each_family_gives_torchs_logits_up_to_its_longest_text(make_family: Mak
     model = build(base, 3, PeftConfig.lora(rank=4, alpha=6, targets=targets))
     rng = np.random.default_rng(0)
     load(model, {name: rng.standard_normal(v.shape, dtype=np.float32) for name, v in tensors(model).items()})
-    exported = export_classifier(model, base, Profile.FP32)
+    exported = export_classifier(slotted_of(model), base, Profile.FP32)
     tokenizer = OnnxRunner.open(exported.folder, exported.manifest).tokenizer
     assert len(tokenizer.encode("lock " * 100).ids) == longest
     inputs = to_inputs(tensors(model), exported.adapter_inputs.scaling)
@@ -175,7 +176,7 @@ def test_xlnet_is_refused_by_what_it_lacks(make_family: MakeFamily) -> None:
 @pytest.mark.exhaustive
 def test_a_family_that_takes_1_for_padding_whatever_it_states_reads_its_longest_text(make_family: MakeFamily) -> None:
     base = make_family("mpnet", SIZES | {"pad_token_id": 0})
-    exported = export_classifier(build(base, 3, PeftConfig.lora(targets=("q", "v"))), base, Profile.FP32)
+    exported = export_classifier(slotted_of(build(base, 3, PeftConfig.lora(targets=("q", "v")))), base, Profile.FP32)
     runner = OnnxRunner.open(exported.folder, exported.manifest)
     ids = runner.tokenizer.encode("lock " * 100).ids
     assert len(ids) == POSITIONS - 2

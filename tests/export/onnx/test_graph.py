@@ -23,9 +23,9 @@ from edgeadapt.methods.classifier import PhraseClassifier, build, load, tensors
 from export.bundle import adapter
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import find_adapter_inputs
 from export.parity.compare import OnnxRunner
 from tests.support import models
+from tests.support.models import adapter_inputs, slotted_of
 from tests.support.traces import traced_anew
 
 Ints = NDArray[np.int64]
@@ -76,7 +76,7 @@ def test_the_graph_gives_torchs_logits_for_any_rank_labels_batch_and_length(
     values = draw(model, rng)
     load(model, values)
     ids, mask = tokens(rng, batch, length)
-    found = onnx_logits(session, ids, mask, to_inputs(values, find_adapter_inputs(model).scaling))
+    found = onnx_logits(session, ids, mask, to_inputs(values, adapter_inputs(model).scaling))
     expected = torch_logits(model, ids, mask)
     np.testing.assert_allclose(found, expected, atol=3e-5 * max(1.0, float(np.abs(expected).max())))
 
@@ -85,7 +85,7 @@ def test_rank_0_gives_the_base_without_an_adapter(model: PeftModel, session: ort
     values = tensors(model)
     inputs = {
         name: value[:, :0] if "lora_A" in name else value[:0] if "lora_B" in name else value
-        for name, value in to_inputs(values, find_adapter_inputs(model).scaling).items()
+        for name, value in to_inputs(values, adapter_inputs(model).scaling).items()
     }
     ids, mask = tokens(np.random.default_rng(0), 3, 8)
     inner = model.base_model.model
@@ -104,7 +104,7 @@ def test_any_module_in_modules_to_save_is_an_input(make_base: Callable[..., Base
     rng = np.random.default_rng(3)
     values = draw(model, rng)
     load(model, values)
-    exported = export_classifier(model, base, Profile.FP32)
+    exported = export_classifier(slotted_of(model), base, Profile.FP32)
     assert exported.slots["encoder.embeddings.LayerNorm.weight"] == ("32",)
     ids, mask = tokens(rng, 2, 5)
     found = onnx_logits(
@@ -128,7 +128,9 @@ def test_each_layer_has_its_own_symbolic_rank_and_the_head_a_symbolic_number_of_
 
 def test_the_same_base_exports_to_the_same_bytes_whatever_the_adapter(tiny_base: Base, exported: ExportedBase) -> None:
     with traced_anew():
-        again = export_classifier(build(tiny_base, 4, PeftConfig.lora(rank=4, alpha=8)), tiny_base, Profile.FP32)
+        again = export_classifier(
+            slotted_of(build(tiny_base, 4, PeftConfig.lora(rank=4, alpha=8))), tiny_base, Profile.FP32
+        )
     assert again.digests == exported.digests
 
 

@@ -18,6 +18,7 @@ from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.tensorstore import OnDisk
 from tests.support.headers import check_headers
+from tests.support.models import slotted_of
 
 ABOUT = {"task": "text-classification"}
 SLOTS = {"A": ("64", "rank_0"), "B": ("rank_0", "32")}
@@ -113,7 +114,7 @@ def test_equal_graphs_give_equal_files_wherever_their_tensors_are(folder: Path, 
 @pytest.mark.parametrize("profile", Profile)
 def test_the_checker_accepts_both_headers_of_every_profile(model: PeftModel, tiny_base: Base, profile: Profile) -> None:
     """Language models are checked wherever a test of ``tests/export`` runs one (its conftest.py)."""
-    check_headers(export_classifier(model, tiny_base, profile))
+    check_headers(export_classifier(slotted_of(model), tiny_base, profile))
 
 
 def test_the_lowest_runtime_follows_from_the_operators() -> None:

@@ -25,7 +25,7 @@ from export.onnx.exported import ExportedBase, Profile
 from export.parity.compare import Limits, OnnxRunner, ParityError, compare, gate, torch_logits
 from tests.support import refused
 from tests.support.exhaustive import few
-from tests.support.models import draw
+from tests.support.models import draw, slotted_of
 
 LIMITS = Limits(0.995, 0.01)
 LABELS = ("Light", "Lock", "Music")
@@ -62,7 +62,7 @@ def family(
     base = find_base(str(folder))
     config = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), task_type="SEQ_CLS")
     peft = get_peft_model(pretrained.load(base, AutoModelForSequenceClassification), config).eval()
-    return export_classifier(peft, base, Profile.FP32), peft, independent
+    return export_classifier(slotted_of(peft), base, Profile.FP32), peft, independent
 
 
 @pytest.fixture

@@ -23,11 +23,12 @@ from export.bundle.write import write_bundle
 from export.onnx import classifier, derivatives, gradients, training
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import find_adapter_inputs, layer_weight
+from export.onnx.peftmodel import layer_weight
 from export.onnx.slotted import with_mean_head, with_own_head
 from export.onnx.targets import SlotKind, Slots
 from tests.support.errors import refused
 from tests.support.exhaustive import few
+from tests.support.models import adapter_inputs, slotted_of
 from tests.support.training import check_shared_weights, round_as
 
 Exported = Callable[[Profile], ExportedBase]
@@ -35,7 +36,7 @@ Exported = Callable[[Profile], ExportedBase]
 
 @pytest.fixture(scope="module")
 def trained(model: PeftModel, tiny_base: Base) -> Exported:
-    made = {profile: export_classifier(model, tiny_base, profile, training=True) for profile in Profile}
+    made = {profile: export_classifier(slotted_of(model), tiny_base, profile, training=True) for profile in Profile}
     return made.__getitem__
 
 
@@ -77,7 +78,7 @@ def test_the_gradients_are_torchs_for_any_rank_labels_batch_and_length_over_the_
     mask = (np.arange(length) < rng.integers(1, length + 1, (texts, 1))).astype(np.int64)
     shares = rng.random(texts, dtype=np.float32)
     batch = TrainingBatch(rng.integers(4, 60, mask.shape) * mask, mask, rng.integers(0, labels, texts), shares)
-    scaling = find_adapter_inputs(model).scaling
+    scaling = adapter_inputs(model).scaling
     check_shared_weights(trained(profile), 0)
     loss, found = opened(trained(profile)).gradients(batch, to_inputs(values, scaling))
     expected = in_torch(tiny_base, trained(profile), config, labels, values, batch)
@@ -89,7 +90,7 @@ def test_the_gradients_are_torchs_for_any_rank_labels_batch_and_length_over_the_
 
 def test_slots_of_rank_zero_have_empty_gradients(trained: Exported, model: PeftModel) -> None:
     exported = trained(Profile.NATIVE_INT8)
-    inputs = to_inputs(tensors(model), find_adapter_inputs(model).scaling)
+    inputs = to_inputs(tensors(model), adapter_inputs(model).scaling)
     empty = {
         name: value[:, :0] if "lora_A" in name else value[:0] if "lora_B" in name else value
         for name, value in inputs.items()
@@ -103,7 +104,7 @@ def test_slots_of_rank_zero_have_empty_gradients(trained: Exported, model: PeftM
 
 def test_a_batch_in_parts_has_the_gradients_of_the_whole(trained: Exported, model: PeftModel) -> None:
     opens = opened(trained(Profile.FP32))
-    inputs = to_inputs(tensors(model), find_adapter_inputs(model).scaling)
+    inputs = to_inputs(tensors(model), adapter_inputs(model).scaling)
     rng = np.random.default_rng(2)
     ids, ones = rng.integers(4, 60, (5, 7)), np.ones((5, 7), np.int64)
     targets, shares = rng.integers(0, 4, 5), np.full(5, 0.2, np.float32)
@@ -148,8 +149,8 @@ def test_a_graph_whose_gradients_are_one_percent_off_is_refused(
 
     monkeypatch.setattr(derivatives, "RULES", derivatives.RULES | {kind: off})
     with pytest.raises(ConfigError) as caught:
-        export_classifier(model, tiny_base, Profile.FP32, training=True)
-    assert caught.value.about in find_adapter_inputs(model).names
+        export_classifier(slotted_of(model), tiny_base, Profile.FP32, training=True)
+    assert caught.value.about in adapter_inputs(model).names
 
 
 @pytest.mark.parametrize("profile", few([Profile.NATIVE_INT4, Profile.WEB_INT8], Profile.NATIVE_INT4))
@@ -158,7 +159,7 @@ def test_a_graph_over_other_weights_is_refused(
 ) -> None:
     monkeypatch.setattr(classifier, "as_stored", lambda slotted, *_: slotted)  # torch keeps the weights in float
     with pytest.raises(ConfigError):
-        export_classifier(model, tiny_base, profile, training=True)
+        export_classifier(slotted_of(model), tiny_base, profile, training=True)
 
 
 def test_an_operator_without_a_derivative_is_refused_only_where_a_training_graph_is_demanded(
@@ -166,8 +167,8 @@ def test_an_operator_without_a_derivative_is_refused_only_where_a_training_graph
 ) -> None:
     monkeypatch.setattr(derivatives, "RULES", {k: rule for k, rule in derivatives.RULES.items() if k != "Softmax"})
     with refused(ConfigError, "Softmax"):
-        export_classifier(model, tiny_base, Profile.FP32, training=True)
-    made = export_classifier(model, tiny_base, Profile.FP32, training=None)
+        export_classifier(slotted_of(model), tiny_base, Profile.FP32, training=True)
+    made = export_classifier(slotted_of(model), tiny_base, Profile.FP32, training=None)
     assert "Softmax" in made.untrainable
     assert TRAINING not in made.digests
 
@@ -176,7 +177,7 @@ def test_a_base_whose_gradients_are_off_is_exported_without_a_training_graph_by_
     model: PeftModel, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gradients, "LIMIT", 0.0)
-    made = export_classifier(model, tiny_base, Profile.FP32, training=None)
+    made = export_classifier(slotted_of(model), tiny_base, Profile.FP32, training=None)
     assert made.untrainable
     assert TRAINING not in made.digests
     assert not (made.folder / TRAINING).exists()

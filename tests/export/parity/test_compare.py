@@ -19,9 +19,9 @@ from edgeadapt.methods.classifier import tensors
 from export.bundle import adapter
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import find_adapter_inputs
 from export.parity.compare import LIMITS, Limits, OnnxRunner, Parity, ParityError, compare, gate, limits_of
 from tests.support import refused
+from tests.support.models import adapter_inputs
 
 PHRASES = ("turn on the kitchen lights", "lock the door", "play music", "set a timer", "is the door open", "unlock")
 
@@ -133,7 +133,7 @@ def runner(llama: Base) -> OnnxRunner:
 
 
 def inputs_of(model: PeftModel) -> Tensors:
-    return adapter.decode(adapter.encode(causal.tensors(model), find_adapter_inputs(model), "fp32"), "fp32")
+    return adapter.decode(adapter.encode(causal.tensors(model), adapter_inputs(model), "fp32"), "fp32")
 
 
 def test_each_next_token_is_an_answer_and_the_losses_are_pefts_own(trained: PeftModel, runner: OnnxRunner) -> None:

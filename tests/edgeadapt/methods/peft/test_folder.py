@@ -30,8 +30,8 @@ from edgeadapt.methods.peft.folder import CONFIG, WEIGHTS, read_peft, to_peft
 from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.adapter import decode, encode
 from export.onnx.exported import ExportedBase
-from export.onnx.peftmodel import find_adapter_inputs
 from tests.support import refused
+from tests.support.models import adapter_inputs
 
 IDS = torch.tensor([[1, 5, 9, 3, 7], [2, 2, 4, 8, 6]])
 TEXTS = ["turn on the kitchen lights", "lock the door", "play music"]
@@ -103,11 +103,11 @@ def test_every_layer_is_scaled_as_peft_scales_it_whatever_the_patterns(
     model.save_pretrained(folder)
     read = read_peft(folder)
     found = AdapterInputs.of_tensors(read.peft_config, read.tensors)
-    assert found.scaling == find_adapter_inputs(model).scaling
-    assert set(found.names) == set(find_adapter_inputs(model).names)
+    assert found.scaling == adapter_inputs(model).scaling
+    assert set(found.names) == set(adapter_inputs(model).names)
     back = folder / "back"
     to_peft(read.tensors, read.peft_config, back)
-    assert find_adapter_inputs(PeftModel.from_pretrained(Net(), back)).scaling == find_adapter_inputs(model).scaling
+    assert adapter_inputs(PeftModel.from_pretrained(Net(), back)).scaling == adapter_inputs(model).scaling
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_the_digest_is_of_the_file_and_equal_adapters_give_equal_folders(saved: 
 
 def test_unfolding_the_scaling_inverts_folding_it(model: PeftModel) -> None:
     load(model, tensors(model))
-    scaling = find_adapter_inputs(model).scaling
+    scaling = adapter_inputs(model).scaling
     for name, value in from_inputs(to_inputs(tensors(model), scaling), scaling).items():
         np.testing.assert_allclose(value, tensors(model)[name], rtol=1e-6)
 
