@@ -36,7 +36,7 @@ from aggregation import envelope
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import MAX_REVOCATIONS
-from aggregation.transcript import ENTRY, LENGTH, MAGIC, Abort, Checkpoint, Entry, Result
+from aggregation.transcript.entries import ENTRY, LENGTH, MAGIC, Abort, Checkpoint, Entry, Result
 from coordinator.registry import Blobs, Head, Registry, database, transcripttable
 from coordinator.settings import SERVICES, SETTINGS
 from coordinator.statedir import (

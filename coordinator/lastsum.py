@@ -23,7 +23,7 @@ from aggregation.pki.revocation import RevocationList
 from aggregation.policy import Policy
 from aggregation.server import AbortReason
 from aggregation.spec import SessionSpec
-from aggregation.transcript import Entry, Result
+from aggregation.transcript.entries import Entry, Result
 from coordinator.registry import Registry, StoredAdapter
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import Transcripts

@@ -12,11 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aggregation import envelope, transcript
+from aggregation import envelope
 from aggregation.errors import EdgeAdaptError, ProtocolError
 from aggregation.messages import Shares
 from aggregation.steps import Step
-from aggregation.transcript import ANSWERS, MAGIC, REQUESTS, Abort, Checkpoint, Entry, Result, Stage
+from aggregation.transcript.entries import MAGIC, Abort, Checkpoint, Entry, Result, Stage, read
+from aggregation.transcript.log import ANSWERS, REQUESTS
 from coordinator import runstate
 from coordinator.expiry import expiries
 from coordinator.services import deployment
@@ -93,7 +94,7 @@ class LogFollower:
         with storage.opened(newest) as (file, size):
             file.seek(self._end)
             added = file.read(size - self._end)
-        reading = transcript.read(added if self._end == 0 else MAGIC + added)
+        reading = read(added if self._end == 0 else MAGIC + added)
         self._progress.add(reading.entries)
         self._end += reading.end - (len(MAGIC) if self._end else 0)
         return self._progress

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from aggregation import envelope, transcript
+from aggregation import envelope
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.messages import MaskedInput, Offer, Plan
 from aggregation.pki import Root
@@ -30,13 +30,11 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import RevocationList
 from aggregation.session import COORDINATOR as SENDER
 from aggregation.steps import Step
-from aggregation.transcript import (
+from aggregation.transcript.entries import (
     ENTRY,
     EVERYONE,
     LENGTH,
     MAGIC,
-    MAX_SESSIONS,
-    NO_SESSION,
     Abort,
     AdapterId,
     Checkpoint,
@@ -44,10 +42,10 @@ from aggregation.transcript import (
     Reading,
     Result,
     Stage,
-    Transcript,
-    receipts,
-    session_chain_proof,
+    read,
 )
+from aggregation.transcript.log import NO_SESSION, Transcript, logged_part, packed_vector, resume
+from aggregation.transcript.logstate import MAX_SESSIONS, receipts, session_chain_proof
 from coordinator.registry import Head, TranscriptTable
 from edgeadapt.auditing import Problem, checkpoints, history
 from edgeadapt.auditing.history import History
@@ -102,14 +100,14 @@ class Recorder:
     def received(self, step: Step, device: str, body: bytes) -> None:
         """Record a device's answer, which was accepted. Its vector comes first: no kill leaves a log that lacks one."""
         if self.vectors is not None and step is Step.PLAN:
-            header = envelope.unverified_body(transcript.logged_part(step, body))  # was verified when it was accepted
+            header = envelope.unverified_body(logged_part(step, body))  # was verified when it was accepted
             path = vector_path(self.vectors, MaskedInput.decode(header).vector)
-            storage.replace(path, transcript.packed_vector(body), PUBLIC)
+            storage.replace(path, packed_vector(body), PUBLIC)
         self.write(self.log.received(step, device, body))
 
     def receipts(self, devices: Iterable[str]) -> dict[str, bytes]:
-        """Prove to each device what the log has: see ``transcript.receipts``."""
-        return transcript.receipts(self.log, devices)
+        """Prove to each device what the log has: see ``logstate.receipts``."""
+        return receipts(self.log, devices)
 
     def synced(self) -> Transcript:
         """Return the log once all in it would survive a power cut: a record of the round may then refer to it."""
@@ -174,7 +172,7 @@ class StoredLog:
         """Read and verify a log. Raises DataError: it is too large, or not a file. Raises TrustError: it was altered
         after it was written."""
         raw = storage.read(path)
-        reading = _intact(transcript.read(raw), coordinator)
+        reading = _intact(read(raw), coordinator)
         rest = raw[reading.end :]
         try:
             signed = tuple(checkpoints(replace(reading, problem=""), coordinator))
@@ -223,7 +221,7 @@ class StoredLog:
         session started from, and ``previous`` the digest of the last checkpoint of the previous session."""
         if self.checkpoints:
             newest, previous = self.checkpoints[0].newest, self.checkpoints[0].previous
-        return transcript.resume(self.entries, newest, previous)
+        return resume(self.entries, newest, previous)
 
 
 def _intact(reading: Reading, coordinator: PublicKey) -> Reading:
@@ -385,7 +383,7 @@ class Transcripts:
                     wanted.remove(offer)
                     devices = [device for device, digest in last_offers.items() if digest == offer]
                     end = Checkpoint.decode(envelope.unverified_body(last)).newest
-                    log = transcript.resume(transcript.read(storage.read(path)).entries, end)
+                    log = resume(read(storage.read(path)).entries, end)
                     proofs = receipts(log, devices)
                     by_offer |= {
                         device: session_chain_proof(recorder.log, self.key, proofs[device], closed)

@@ -13,7 +13,7 @@ from aggregation.client import Device
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealed import ClientState
-from aggregation.transcript import LogState
+from aggregation.transcript.logstate import LogState
 from client.node.adapterstate import AdapterState
 from client.node.eligibility import EligibilitySettings
 from client.node.keptstates import StatesFile

@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar, cast
 import tomli_w
 from pydantic import ValidationInfo, field_validator
 
-from aggregation import sealed, transcript
+from aggregation import sealed
 from aggregation.client import Device
 from aggregation.entropy import Entropy, SystemEntropy
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError, of_file
@@ -26,7 +26,8 @@ from aggregation.masks import KEY
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealed import ClientState
-from aggregation.transcript import LogState
+from aggregation.transcript import logstate
+from aggregation.transcript.logstate import LogState
 from aggregation.wire import Codec
 from client.inference.trust import Trust
 from client.node.adapterstate import ADAPTER_STATE, AdapterState
@@ -73,7 +74,7 @@ LONGEST_STATE = 2**30  # bytes of a session's state, of the examples that it tra
 LARGE = (STATE, SNAPSHOT, ADAPTERS, PRIVATE, SUMS)
 # Kind of record → its file, and its codec; None: it is sealed.
 KEPT: Mapping[type[Any], tuple[str, Codec[Any] | None]] = {
-    LogState: (LOG_STATE, transcript.LOG_STATE),
+    LogState: (LOG_STATE, logstate.LOG_STATE),
     AdapterState: (ADAPTERS, ADAPTER_STATE),
     TaskLabels: (LABELS, TASK_LABELS),
     SumHistory: (SUMS, None),

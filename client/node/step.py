@@ -29,7 +29,8 @@ from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, BODY, PROOF, REVOCATIONS, Step
-from aggregation.transcript import LogState, logged_part
+from aggregation.transcript.log import logged_part
+from aggregation.transcript.logstate import LogState
 from client.node import adapterstate, privacyledger, sumhistory, tasklabels
 from client.node.adapterstate import AdapterState
 from client.node.devicestate import DeviceState

@@ -14,7 +14,7 @@ from aggregation.errors import TrustError
 from aggregation.messages import Offer, Survivors, Unmask
 from aggregation.privacy.accounting import NOTHING, Spent
 from aggregation.spec import SessionSpec
-from aggregation.transcript import Entry
+from aggregation.transcript.entries import Entry
 from edgeadapt.auditing.findings import Check, Finding, Report, Status, count
 from edgeadapt.formats.roundrecord import RoundRecord
 

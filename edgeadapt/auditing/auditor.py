@@ -18,7 +18,9 @@ from aggregation.pki import Root
 from aggregation.pki.certificates import load
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
-from aggregation.transcript import ENTRY, NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Reading, Result, merkle, read
+from aggregation.transcript import merkle
+from aggregation.transcript.entries import ENTRY, Abort, AdapterId, Checkpoint, Entry, Reading, Result, read
+from aggregation.transcript.log import NO_SESSION
 from edgeadapt.auditing import history as histories
 from edgeadapt.auditing import rules
 from edgeadapt.auditing.findings import Check, Finding, NotClosed, Problem, Report, RoundSummary, Skipped, Status, count

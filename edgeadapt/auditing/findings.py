@@ -8,7 +8,7 @@ from enum import Enum
 from aggregation.errors import EdgeAdaptError, TrustError
 from aggregation.groups import GroupSum
 from aggregation.spec import SessionSpec
-from aggregation.transcript import AdapterId, Place
+from aggregation.transcript.entries import AdapterId, Place
 
 
 class Check(Enum):

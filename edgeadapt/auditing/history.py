@@ -32,7 +32,8 @@ from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR, Session
 from aggregation.spec import Adversary
 from aggregation.steps import Step
-from aggregation.transcript import ENTRY, EVERYONE, Abort, Checkpoint, Entry, Place, Reading, Result, Stage, merkle
+from aggregation.transcript import merkle
+from aggregation.transcript.entries import ENTRY, EVERYONE, Abort, Checkpoint, Entry, Place, Reading, Result, Stage
 from edgeadapt.auditing.findings import Problem
 
 # The steps before the first round, and those of a round, in order: a log never goes back.

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
 from aggregation.groups import total
 from aggregation.policy import Policy
-from aggregation.transcript import AdapterId, Place
+from aggregation.transcript.entries import AdapterId, Place
 from edgeadapt.auditing.findings import Check, Finding, Problem, ProducedAdapter, Report, Status, count
 from edgeadapt.formats.layout import Layout
 from edgeadapt.formats.manifest import VersionManifest

@@ -14,7 +14,7 @@ from aggregation.errors import ProtocolError
 from aggregation.messages import Assignment, ConsistencySignature, Survivors, Unmask, UnmaskResponse
 from aggregation.session import Session
 from aggregation.spec import Adversary, SessionSpec
-from aggregation.transcript import EVERYONE, Abort, AdapterId, Checkpoint, Place, Result
+from aggregation.transcript.entries import EVERYONE, Abort, AdapterId, Checkpoint, Place, Result
 from edgeadapt.auditing.findings import Problem, count
 from edgeadapt.auditing.history import History, Round
 

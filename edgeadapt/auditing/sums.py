@@ -18,7 +18,7 @@ from aggregation.recovery import Recovery
 from aggregation.ring import Ring
 from aggregation.session import Session
 from aggregation.spec import CORRUPT_FRACTION, SessionSpec
-from aggregation.transcript import Result
+from aggregation.transcript.entries import Result
 from edgeadapt.auditing.findings import Problem, ProducedAdapter, Skipped, count
 from edgeadapt.auditing.history import History, Round
 from edgeadapt.rounds.taskkinds import kind_of

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from aggregation.errors import TrustError
-from aggregation.transcript import read
+from aggregation.transcript.entries import read
 from edgeadapt.auditing import AuditInput, AuditOptions, Finding, Report, Status
 from edgeadapt.auditing.findings import NotClosedError, count
 from edgeadapt.commandline import FOLDER, as_json

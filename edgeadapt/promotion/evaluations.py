@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from aggregation import envelope, transcript
+from aggregation import envelope
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import Assignment, Plan
+from aggregation.transcript.entries import read
 from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats import storage
 from edgeadapt.formats.registryfiles import TRANSCRIPT, RegistrySettings
@@ -121,7 +122,7 @@ def find_plan(state_dir: Path, digest: str) -> Plan:
     only read: where the database has the logs, its copy of them is not used."""
     with closing(_newest_logs(state_dir)) as logs:
         for log in logs:
-            for entry in transcript.read(log).entries:
+            for entry in read(log).entries:
                 if entry.kind != Assignment.TAG:
                     continue
                 try:

@@ -14,7 +14,6 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
-from aggregation import transcript
 from aggregation.client import Advertised, Device, Planned
 from aggregation.entropy import Entropy
 from aggregation.masks import KEY, Mask
@@ -29,7 +28,9 @@ from aggregation.session import Session
 from aggregation.shamir import SHARE
 from aggregation.sharing import Secrets, SharePair
 from aggregation.steps import Step
-from aggregation.transcript import MAGIC, NO_SESSION, Entry, LogState, Transcript
+from aggregation.transcript.entries import MAGIC, Entry, read
+from aggregation.transcript.log import NO_SESSION, Transcript
+from aggregation.transcript.logstate import LogState
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import Recorder, Transcripts
 from edgeadapt.auditing.transcripts import log_name, log_number, logs
@@ -189,7 +190,7 @@ class _SumsOfRun(Transcripts):
     def sessions(self, *, backwards: bool = False) -> Iterator[tuple[Entry, ...]]:
         paths = logs(self.folder)
         for path in reversed(paths) if backwards else paths:
-            yield transcript.read(storage.read(path)).entries
+            yield read(storage.read(path)).entries
 
     def session_chain_proofs(self, recorder: Recorder, last_offers: Mapping[str, bytes]) -> dict[str, bytes]:
         return dict.fromkeys(last_offers, b"")

@@ -8,7 +8,10 @@ import pytest
 
 from aggregation.errors import ProtocolError
 from aggregation.steps import Step
-from aggregation.transcript import NO_SESSION, Abort, LogState, logstate, merkle, session_chain_proof
+from aggregation.transcript import logstate, merkle
+from aggregation.transcript.entries import Abort
+from aggregation.transcript.log import NO_SESSION
+from aggregation.transcript.logstate import LogState, session_chain_proof
 from tests.support import refused
 from tests.support.logs import KEY, ME, OFFERS, OTHER, LoggedSession, chain, chain_proof, log_of, plan, result, seen
 

@@ -22,7 +22,7 @@ from flwr.app import Context, Message
 
 from aggregation.errors import EdgeAdaptError, TrustError
 from aggregation.messages import Shares
-from aggregation.transcript import ENTRY, MAGIC, Checkpoint
+from aggregation.transcript.entries import ENTRY, MAGIC, Checkpoint
 from client.node.app import app as client_app
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import StoredLog

@@ -20,7 +20,10 @@ from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki import PublicKey
 from aggregation.server import AbortReason, Established, RoundAborted, RoundResult
 from aggregation.steps import Step
-from aggregation.transcript import AdapterId, LogState, Transcript, logstate
+from aggregation.transcript import logstate
+from aggregation.transcript.entries import AdapterId
+from aggregation.transcript.log import Transcript
+from aggregation.transcript.logstate import LogState
 from client.node import adapterstate
 from client.node.adapterstate import AdapterState
 from client.node.app import app as client_app

@@ -23,7 +23,7 @@ from flwr.app import Context, Error, Message
 
 from aggregation.errors import TrustError
 from aggregation.steps import Step
-from aggregation.transcript import LogState
+from aggregation.transcript.logstate import LogState
 from client.node.app import app as client_app
 from client.node.statedir import LOG_STATE
 from coordinator import transcripts

@@ -24,7 +24,7 @@ from aggregation import envelope
 from aggregation.messages import UnmaskResponse
 from aggregation.spec import Adversary, SessionSpec
 from aggregation.steps import BODY, RECORD, Step
-from aggregation.transcript import Result, read
+from aggregation.transcript.entries import Result, read
 from client.node import adapterstate
 from client.node.app import app as client_app
 from client.node.statedir import SETTINGS as DEVICE_SETTINGS

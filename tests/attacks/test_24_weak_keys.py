@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from aggregation import client, envelope, server, transcript
+from aggregation import client, envelope, server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.messages import Advert, Offer
@@ -25,6 +25,7 @@ from aggregation.pki import Authority, Root, identity, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.server import Coordinator
 from aggregation.steps import BODY, Step
+from aggregation.transcript.entries import read
 from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR
 from edgeadapt.authority import AuthorityStore
 from tests.client.node.conftest import refusals
@@ -193,7 +194,7 @@ def test_the_coordinators_app_admits_no_device_with_a_weak_key(
         monkeypatch.setattr(identity, "_SMALL_ORDER", frozenset())
     (record,) = fleet.federate(fleet.grid())
     (log,) = (fleet.out / "coordinator" / "transcript").glob("*.log")
-    first = transcript.read(log.read_bytes()).entries[0]
+    first = read(log.read_bytes()).entries[0]
     cohort = Offer.decode(envelope.unverified_body(first.message)).certificates
     assert len(cohort) == (7 if checked else 8)
     assert len(record.survivors) == 7

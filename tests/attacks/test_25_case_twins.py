@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from aggregation import checks, client, envelope, transcript
+from aggregation import checks, client, envelope
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.messages import Offer
 from aggregation.pki import Authority
+from aggregation.transcript.entries import read
 from client.node.statedir import AUTHORITY, CERTIFICATE, IDENTITY
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.authority import store as authority_store
@@ -72,7 +73,7 @@ def test_the_coordinators_app_admits_the_first_of_two_twins(
         monkeypatch.setattr("coordinator.session.same_name", lambda device: device)
     (record,) = fleet.federate(fleet.grid())
     (log,) = (fleet.out / "coordinator" / "transcript").glob("*.log")
-    offer = Offer.decode(envelope.unverified_body(transcript.read(log.read_bytes()).entries[0].message))
+    offer = Offer.decode(envelope.unverified_body(read(log.read_bytes()).entries[0].message))
     assert len(offer.certificates) == len(record.survivors) == (7 if checked else 8)
     assert len({name.lower() for name in record.survivors}) == 7
     monkeypatch.undo()

@@ -15,11 +15,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from aggregation import client, envelope, transcript
+from aggregation import client, envelope
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.messages import Offer
 from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.transcript.entries import read
 from client.node.statedir import AUTHORITY, CERTIFICATE
 from edgeadapt.authority import AuthorityStore
 from tests.support import refused
@@ -72,7 +73,7 @@ def test_the_coordinators_app_admits_no_device_whose_certificate_is_not_understo
         monkeypatch.setattr(certificates, "constraints", any_extension)
     (record,) = fleet.federate(fleet.grid())
     (log,) = (fleet.out / "coordinator" / "transcript").glob("*.log")
-    first = transcript.read(log.read_bytes()).entries[0]
+    first = read(log.read_bytes()).entries[0]
     cohort = Offer.decode(envelope.unverified_body(first.message)).certificates
     assert len(cohort) == len(record.survivors) == (7 if checked else 8)
     monkeypatch.undo()

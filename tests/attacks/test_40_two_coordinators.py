@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aggregation.errors import ProtocolError, TrustError
-from aggregation.transcript import LogState, session_chain_proof
+from aggregation.transcript.logstate import LogState, session_chain_proof
 from edgeadapt.auditing import auditor
 from tests.support import refused
 from tests.support.logs import KEY, ME, OFFERS, LoggedSession, chain, joined, result, took_part

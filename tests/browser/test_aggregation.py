@@ -28,7 +28,7 @@ from aggregation.pki.identity import PublicKey
 from aggregation.policy import Policy
 from aggregation.sealed import reopened
 from aggregation.spec import Grouping, SessionSpec
-from aggregation.transcript import LogState
+from aggregation.transcript.logstate import LogState
 from aggregation.vector import Segment, VectorSpec
 from client.node import adapterstate
 from client.node.step import _dealing

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from flwr.app import Context, Error, Message
 
-from aggregation import envelope, transcript
+from aggregation import envelope
 from aggregation.errors import TrustError
 from aggregation.steps import Step
-from aggregation.transcript import Result
+from aggregation.transcript.entries import Result, read
 from client.node.app import app as client_app
 from coordinator.registry import Registry
 from coordinator.statedir import CoordinatorStateDir
@@ -121,7 +121,7 @@ def test_a_start_that_completes_nothing_leaves_a_version_that_no_log_made(
 def logged(out: Path) -> list[tuple[int, str]]:
     """The adapters of the results in all logs, in order."""
     paths = logs(out / "coordinator" / "transcript")
-    entries = [entry for path in paths for entry in transcript.read(path.read_bytes()).entries]
+    entries = [entry for path in paths for entry in read(path.read_bytes()).entries]
     return [
         Result.decode(envelope.unverified_body(entry.message)).produced for entry in entries if entry.kind == Result.TAG
     ]

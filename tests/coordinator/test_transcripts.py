@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
-from aggregation import envelope, transcript
+from aggregation import envelope
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.messages import Assignment, MaskedInput, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
-from aggregation.transcript import ENTRY, LENGTH, MAGIC, AdapterId, Entry, read
+from aggregation.transcript.entries import ENTRY, LENGTH, MAGIC, AdapterId, Entry, read
+from aggregation.transcript.log import Transcript, resume
+from aggregation.transcript.logstate import SESSION_CHAIN_PROOF
 from coordinator.registry import Head
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import TORN, Recorder, Transcripts
@@ -344,13 +346,13 @@ def test_a_device_that_names_a_session_too_long_ago_gets_no_receipt_and_stops_no
     fleet.federate(fleet.grid())
     state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
     first, second, third = logs(state_dir.folder / "transcript")
-    offers = [transcript.resume(read(path.read_bytes()).entries, SEED).offer for path in (first, second)]
-    recorder = Recorder(third, transcript.Transcript(bytes(32), SEED), state_dir.key)
+    offers = [resume(read(path.read_bytes()).entries, SEED).offer for path in (first, second)]
+    recorder = Recorder(third, Transcript(bytes(32), SEED), state_dir.key)
     named = dict(zip(("device-00", "device-01"), offers, strict=True))
 
     def with_receipt() -> set[str]:
         proofs = state_dir.transcripts.session_chain_proofs(recorder, named)
-        return {device for device, raw in proofs.items() if transcript.SESSION_CHAIN_PROOF.decode(raw).receipt}
+        return {device for device, raw in proofs.items() if SESSION_CHAIN_PROOF.decode(raw).receipt}
 
     assert with_receipt() == {"device-00", "device-01"}
     monkeypatch.setattr("coordinator.transcripts.MAX_SESSIONS", 0)

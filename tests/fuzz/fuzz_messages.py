@@ -19,22 +19,25 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from aggregation import envelope, ring, transcript  # noqa: E402
+from aggregation import envelope, ring  # noqa: E402
 from aggregation.errors import ProtocolError, TrustError  # noqa: E402
 from aggregation.messages import MESSAGES  # noqa: E402
 from aggregation.pki.identity import IdentityKey  # noqa: E402
 from aggregation.sealed import unseal  # noqa: E402
+from aggregation.transcript import entries  # noqa: E402
+from aggregation.transcript.entries import ENTRY, MAGIC, Abort, Checkpoint, Result  # noqa: E402
+from aggregation.transcript.logstate import LOG_STATE, RECEIPT, SESSION_CHAIN_PROOF  # noqa: E402
 from aggregation.wire import Codec  # noqa: E402
 from edgeadapt.formats.gateway import messages as gateway  # noqa: E402
 
 SIGNER = IdentityKey(bytes(32)).public
-LOGGED = (transcript.Result, transcript.Abort, transcript.Checkpoint)
+LOGGED = (Result, Abort, Checkpoint)
 READ: dict[str, Codec[Any]] = {
     **{kind.TAG: kind.codec() for kind in (*MESSAGES, *LOGGED)},
-    "entry": transcript.ENTRY,
-    "receipt": transcript.RECEIPT,
-    "session-chain-proof": transcript.SESSION_CHAIN_PROOF,
-    "log-state": transcript.LOG_STATE,
+    "entry": ENTRY,
+    "receipt": RECEIPT,
+    "session-chain-proof": SESSION_CHAIN_PROOF,
+    "log-state": LOG_STATE,
     "gateway-challenge": gateway.CHALLENGE,
     "gateway-hello": gateway.HELLO,
     "gateway-request": gateway.REQUEST,
@@ -72,7 +75,7 @@ def read(choice: int, body: bytes) -> None:
         if ring.pack(ring.unpack(packed, size, bits), bits) != packed:
             raise AssertionError(f"a vector of {bits} bits has a second encoding")
     elif choice == len(READ) + 3:
-        transcript.read(transcript.MAGIC + body)
+        entries.read(MAGIC + body)
     elif choice == len(READ) + 4:
         unseal(body, bytes(32))
     else:

@@ -2,21 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from aggregation import envelope, transcript
+from aggregation import envelope
 from aggregation.messages import ConsistencySignature, MaskedInput, Plan
 from aggregation.pki import IdentityKey
 from aggregation.steps import Step
-from aggregation.transcript import (
-    NO_SESSION,
-    Abort,
-    AdapterId,
-    Checkpoint,
-    LogState,
-    Result,
-    Stage,
-    Transcript,
-    session_chain_proof,
-)
+from aggregation.transcript.entries import Abort, AdapterId, Checkpoint, Result, Stage
+from aggregation.transcript.log import NO_SESSION, Transcript
+from aggregation.transcript.logstate import LogState, receipts, session_chain_proof
 
 KEY, STRANGER, DEVICE = IdentityKey(bytes(range(32))), IdentityKey(bytes(32)), IdentityKey(bytes([1]) * 32)
 ME, OTHER = "a", "b"
@@ -77,7 +69,7 @@ class LoggedSession:
         return self
 
     def receipt(self) -> bytes:
-        return transcript.receipts(self.log, [ME])[ME]
+        return receipts(self.log, [ME])[ME]
 
     def close(self) -> bytes:
         """Close the log; returns its last checkpoint, signed."""

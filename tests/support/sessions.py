@@ -10,25 +10,25 @@ from typing import Any
 
 import pytest
 
-from aggregation import envelope, transcript
+from aggregation import envelope
 from aggregation.messages import Assignment, Message
 from aggregation.policy import Policy
 from aggregation.server import Confirming, RoundAborted
 from aggregation.spec import Adversary
 from aggregation.steps import Step
-from aggregation.transcript import (
+from aggregation.transcript.entries import (
     ENTRY,
     LENGTH,
     MAGIC,
-    NO_SESSION,
     Abort,
     AdapterId,
     Checkpoint,
     Entry,
     Result,
     Stage,
-    Transcript,
+    read,
 )
+from aggregation.transcript.log import NO_SESSION, Transcript, packed_vector
 from edgeadapt.auditing import Check, Finding, Report, audit
 from tests.support.fleet import ADAPTER, Fleet, make_fleet, session_spec
 
@@ -75,7 +75,7 @@ class LoggedSession:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        return transcript.read(self.raw).entries
+        return read(self.raw).entries
 
     def ends(self) -> list[int]:
         """Where the record of each entry ends."""
@@ -178,7 +178,7 @@ class LoggedSession:
         for name in self._left(plans, dropouts, Step.PLAN):
             body = self.fleet.contribute(name, plans[name])
             state = self._received(Step.PLAN, state.on_masked_input, name, body)
-            self.vectors[state.vectors[name]] = transcript.packed_vector(body)
+            self.vectors[state.vectors[name]] = packed_vector(body)
         outcome = state.close()
         while not isinstance(outcome, RoundAborted) and isinstance(outcome[1], dict):
             state, bodies = outcome

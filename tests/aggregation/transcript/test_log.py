@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation import envelope, ring, transcript
+from aggregation import envelope, ring
 from aggregation.errors import ProtocolError
 from aggregation.messages import Assignment, EncryptedShares, MaskedInput, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
-from aggregation.transcript import (
+from aggregation.transcript.entries import (
     ENTRY,
     EVERYONE,
     MAGIC,
@@ -25,11 +25,9 @@ from aggregation.transcript import (
     Entry,
     Result,
     Stage,
-    Transcript,
-    packed_vector,
     read,
-    resume,
 )
+from aggregation.transcript.log import ANSWERS, NO_SESSION, Transcript, packed_vector, resume
 from aggregation.transcript.merkle import verify_consistency, verify_inclusion
 
 AT = 1_770_000_000  # 2026-02-02, in seconds since 1970
@@ -127,7 +125,7 @@ def test_of_a_masked_input_the_signed_header_is_logged(log: Transcript) -> None:
 @pytest.mark.parametrize("step", [step for step in Step if step not in (Step.CHECK_IN, Step.PLAN)])
 def test_every_other_answer_is_logged_as_it_arrived(log: Transcript, step: Step) -> None:
     (entry,) = entries(log.received(step, "a", b"answer"))
-    assert (entry.kind, entry.peer, entry.message) == (transcript.ANSWERS[step].TAG, "a", b"answer")
+    assert (entry.kind, entry.peer, entry.message) == (ANSWERS[step].TAG, "a", b"answer")
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -142,7 +140,7 @@ def test_a_checkpoint_signs_the_entries_before_it(log: Transcript) -> None:
     before = log.sent(Step.OFFER, {"a": b"offer"}, AT) + log.received(Step.OFFER, "a", b"advert")
     *_, entry = entries(before + log.checkpoint(KEY, Stage.CLOSED))
     found = envelope.open_verified(Checkpoint, entry.message, KEY.public, "coordinator")
-    assert (found.offer, found.size, found.stage, found.previous) == (OFFER, 2, Stage.CLOSED, transcript.NO_SESSION)
+    assert (found.offer, found.size, found.stage, found.previous) == (OFFER, 2, Stage.CLOSED, NO_SESSION)
     leaves = [ENTRY.encode(leaf) for leaf in entries(before)]
     verify_inclusion(found.root, 2, 1, leaves[1], log.tree.inclusion(1, 2))
     verify_consistency(found.root, 2, log.tree.root(), 3, log.tree.consistency(2))

@@ -10,18 +10,9 @@ from hypothesis import strategies as st
 from aggregation import envelope
 from aggregation.errors import ProtocolError
 from aggregation.steps import Step
-from aggregation.transcript import (
-    LOG_STATE,
-    NO_SESSION,
-    RECEIPT,
-    SESSION_CHAIN_PROOF,
-    Abort,
-    AdapterId,
-    Checkpoint,
-    LogState,
-    Stage,
-    session_chain_proof,
-)
+from aggregation.transcript.entries import Abort, AdapterId, Checkpoint, Stage
+from aggregation.transcript.log import NO_SESSION
+from aggregation.transcript.logstate import LOG_STATE, RECEIPT, SESSION_CHAIN_PROOF, LogState, session_chain_proof
 from tests.support import refused
 from tests.support.logs import (
     KEY,

@@ -14,7 +14,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation
-from aggregation.transcript import LogState
+from aggregation.transcript.logstate import LogState
 from client.cli import device
 from client.node.adapterstate import AdapterState
 from client.node.enrolment import REQUEST, TrustAnchors, enrol, install_certificate

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from aggregation import envelope, transcript
+from aggregation import envelope
 from aggregation.errors import EdgeAdaptError, TrustError
 from aggregation.messages import Challenge, CheckIn
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import BODY, PROOF, RECORD, Step
-from aggregation.transcript import LogState, Transcript, session_chain_proof
+from aggregation.transcript.log import Transcript
+from aggregation.transcript.logstate import LogState, receipts, session_chain_proof
 from client.node.app import STATE, app
 from client.node.statedir import LOG_STATE, DeviceStateDir
 from coordinator.statedir import CoordinatorStateDir
@@ -111,12 +112,12 @@ def run_with_false_receipts(
     fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, lie: Callable[..., Any]
 ) -> tuple[Any, Any]:
     """A run whose coordinator sends false receipts from the second round on."""
-    honest = transcript.receipts
+    honest = receipts
 
-    def receipts(log: Transcript, devices: Any) -> dict[str, bytes]:
+    def false(log: Transcript, devices: Any) -> dict[str, bytes]:
         return lie(honest, log, devices) if log.endings else honest(log, devices)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(transcript, "receipts", receipts)
+    monkeypatch.setattr("coordinator.transcripts.receipts", false)
     fleet = fleet_of(4, rounds=2)
     return fleet, fleet.federate(fleet.grid())
 

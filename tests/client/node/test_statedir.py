@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey
-from aggregation.transcript import LogState
+from aggregation.transcript.logstate import LogState
 from client.cli import device
 from client.node import statedir
 from client.node.policy import PolicySettings

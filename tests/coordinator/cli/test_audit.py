@@ -20,7 +20,7 @@ from aggregation.errors import TrustError
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation, RevocationList
-from aggregation.transcript import Checkpoint
+from aggregation.transcript.entries import Checkpoint
 from edgeadapt import program
 from edgeadapt.auditing import AuditInput, AuditOptions, Check
 from edgeadapt.auditing.transcripts import log_name, logs, vector_path

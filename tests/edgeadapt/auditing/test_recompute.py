@@ -16,7 +16,7 @@ from aggregation.errors import ConfigError, TrustError
 from aggregation.groups import GroupSum
 from aggregation.messages import MaskedInput
 from aggregation.pki.identity import IdentityKey
-from aggregation.transcript import ENTRY, LENGTH, Checkpoint, Result, read
+from aggregation.transcript.entries import ENTRY, LENGTH, Checkpoint, Result, read
 from coordinator.settings import SETTINGS
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.auditing import (

@@ -26,7 +26,8 @@ from aggregation.pki import Authority
 from aggregation.policy import Policy
 from aggregation.session import context_of
 from aggregation.steps import Step
-from aggregation.transcript import ENTRY, MAGIC, Abort, Checkpoint, Entry, Result, Stage, Transcript
+from aggregation.transcript.entries import ENTRY, MAGIC, Abort, Checkpoint, Entry, Result, Stage
+from aggregation.transcript.log import Transcript
 from edgeadapt.auditing import Check, Status, audit
 from tests.support.sessions import SEED, LoggedSession, append, failure, finding_of, record
 

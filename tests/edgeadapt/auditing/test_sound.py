@@ -8,7 +8,7 @@ from aggregation.messages import Advert, Message, Shares, Survivors, Unmask, Unm
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from aggregation.steps import Step
-from aggregation.transcript import EVERYONE
+from aggregation.transcript.entries import EVERYONE
 from edgeadapt.auditing import Check, Status
 from tests.support.fleet import BASE
 from tests.support.sessions import LoggedSession

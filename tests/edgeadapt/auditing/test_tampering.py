@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aggregation.errors import TrustError
-from aggregation.transcript import ENTRY, MAGIC, Checkpoint, Entry
+from aggregation.transcript.entries import ENTRY, MAGIC, Checkpoint, Entry
 from edgeadapt.auditing import Check, Report, Status, audit
 from tests.support import refused
 from tests.support.sessions import LoggedSession

@@ -12,8 +12,7 @@ from aggregation.messages import Advert, Offer, Roster
 from aggregation.pki import Root
 from aggregation.pki.certificates import serial
 from aggregation.pki.revocation import Revocation
-from aggregation.transcript import ENTRY, MAGIC, Checkpoint, Entry
-from aggregation.transcript.entries import UNTIMED
+from aggregation.transcript.entries import ENTRY, MAGIC, UNTIMED, Checkpoint, Entry
 from edgeadapt.auditing import AuditInput, AuditOptions, Check, Report, audit
 from edgeadapt.auditing.auditor import chain
 from edgeadapt.auditing.records import require_logged

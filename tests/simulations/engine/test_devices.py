@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from aggregation.errors import TrustError
 from aggregation.steps import Step
-from aggregation.transcript import LogState
+from aggregation.transcript.logstate import LogState
 from client.node.adapterstate import AdapterState
 from client.node.app import register
 from client.node.privacyledger import PrivacyLedger
