@@ -2,10 +2,9 @@
 
 import { byCodePoint } from "./bytes.js";
 import * as composition from "./composition.js";
-import { Conversation } from "./conversation.js";
+import { Conversation, Generation, cacheOutputs } from "./generate.js";
 import { MAX_ENVELOPE } from "./dsse.js";
 import { ConfigError, DataError, EdgeAdaptError, quoted } from "./errors.js";
-import { Generation, cacheOutputs } from "./generate.js";
 import { virtualTokens } from "./graphinputs.js";
 import { History } from "./learning/history.js";
 import { choose, fixedTexts } from "./provider.js";

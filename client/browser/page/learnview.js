@@ -1,8 +1,7 @@
 // The part of the page in which a person teaches the right answer to a phrase or a message, takes a lesson back, and saves
 // the private adapter to files.
 
-import { complain, create, element, leftOut, save, settle, words } from "./dom.js";
-import { readExamples } from "./examples.js";
+import { complain, create, element, leftOut, readExamples, save, settle, words } from "./dom.js";
 
 const MAX_SHOWN = 60; // characters of a text, as `edgeadapt device learn` prints
 

@@ -1,7 +1,6 @@
 // The part of the page in which this browser enrols as a device, takes part in rounds, and says what became of them.
 
-import { complain, create, element, fact, save, settle } from "./dom.js";
-import { readExamples } from "./examples.js";
+import { complain, create, element, fact, readExamples, save, settle } from "./dom.js";
 
 const LIMITS = ["minimum_cohort", "minimum_survivors", "minimum_noise_multiplier", "maximum_epsilon"];
 const STATES = {

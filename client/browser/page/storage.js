@@ -7,7 +7,7 @@ import { ConfigError } from "./errors.js";
 
 const DATABASE = "edgeadapt";
 const VERSION = 4; // to be raised with each new store
-export const VERSIONS = "versions"; // accepted versions of adapters (seen.js)
+export const VERSIONS = "versions"; // accepted versions of adapters (trust.js)
 export const IDENTITIES = "identities"; // of this browser as a device (identity.js)
 export const LEARNED = "learned"; // what a person taught (learning/history.js)
 const STORES = [VERSIONS, IDENTITIES, LEARNED];

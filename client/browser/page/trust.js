@@ -7,7 +7,8 @@
 // 4. The adapter is for this base, and its file has the stated size and digest.
 // 5. Its tensors are finite, fill exactly the slots of the graph, and have the stated layout, rank and labels; no rank is
 //    above the base's limit.
-// 6. Its version is not below the highest that was accepted here (seen.js).
+// 6. Its version is not below the highest that was accepted in this browser. Whoever clears its storage, or
+//    can write to it, can go back to an older version.
 
 import { sha256 } from "./bytes.js";
 import { parse } from "./container.js";
@@ -17,7 +18,7 @@ import { checkSlots, layoutDigest } from "./graphinputs.js";
 import { keySet, pinned } from "./keys.js";
 import * as manifests from "./manifests.js";
 import { restore } from "./quantization.js";
-import { SeenVersions } from "./seen.js";
+import { VERSIONS, transact } from "./storage.js";
 
 export const MODEL = "web.onnx";
 export const WEIGHTS = "model.onnx.data";
@@ -158,3 +159,58 @@ function checkLabels(name, labels, base) {
   const odd = labels.find((label) => !label.trim() || [...label].length > MAX_LABEL || !PRINTABLE.test(label));
   if (odd !== undefined) refuse(`has the label ${quoted(odd, 40)}, which is not a printable name`);
 }
+
+/** The highest version of each adapter that this browser has accepted, by set of pinned keys and by base. */
+class SeenVersions {
+  /** `keys` is the name of the set of pinned keys (`keySet`). */
+  constructor(keys) {
+    this.keys = keys;
+  }
+
+  /**
+   * Note the version of a verified manifest, if it is the highest so far.
+   *
+   * Throws TrustError: it is lower than the highest, the highest had another content, or what is stored is damaged. ConfigError: it cannot be stored.
+   */
+  async accept(manifest) {
+    const { name, version } = manifest;
+    const content = contentOf(manifest);
+    const place = this.#place(manifest);
+    const seen = await transact(VERSIONS, "readwrite", (store) => {
+      const request = store.get(place); // in one transaction, so that another tab's higher version stays
+      request.onsuccess = () => (request.result?.version >= version ? null : store.put({ version, content }, place));
+      return request;
+    });
+    if (seen !== undefined && !(Number.isSafeInteger(seen.version) && typeof seen.content === "string")) {
+      throw new TrustError("the noted versions are damaged; clear the page's data only if you trust the bundle", "seen");
+    }
+    if (version < seen?.version) {
+      throw new TrustError(
+        `adapter ${quoted(name)} is version ${version}, but version ${seen.version} was accepted here before; ` +
+          "copy the current bundle",
+        "adapter-manifest.version",
+      );
+    }
+    if (version === seen?.version && content !== seen.content) {
+      throw new TrustError(
+        `adapter ${quoted(name)} has another content than the version ${version} that was accepted here before; ` +
+          "copy the current bundle, or export the new content under the next version",
+        "adapter-manifest.source",
+      );
+    }
+  }
+
+  /** The highest version that was accepted of the adapter of a manifest; 0 if none was. Throws ConfigError. */
+  async highest(manifest) {
+    const seen = await transact(VERSIONS, "readonly", (store) => store.get(this.#place(manifest)));
+    return seen?.version ?? 0;
+  }
+
+  #place({ base_digest: base, name }) {
+    return [this.keys, base, name].join("/");
+  }
+}
+
+/** What the adapter is, whatever its name, version and number format. */
+const contentOf = ({ source, layout_digest, peft_config, parent, labels, temperature }) =>
+  JSON.stringify([source, layout_digest, peft_config, parent, labels, temperature]);

@@ -1,14 +1,13 @@
 // From an update to a clipped, weighted, rotated vector in fixed point, as edgeadapt/rounds/task.py and
-// aggregation/vector.py. The vector is all that a device sends of its data, and it is sent under the mask.
+// aggregation/vector.py and ring.py. The vector is all that a device sends of its data, and it is sent under the mask.
 
 import { unhex } from "../bytes.js";
 import { DataError, ProtocolError } from "../errors.js";
+import { roundWithin } from "./accounting.js";
 import { KEY, derivedEntropy, keystream, systemEntropy } from "./masks.js";
 import { COORDINATOR } from "./messages.js";
 import { draw } from "./noise.js";
-import { arrayType } from "./ring.js";
 import { peak, rotate, seedOf } from "./rotation.js";
-import { roundWithin } from "./rounding.js";
 import { COUNTS, maxSteps, sizeOf, stepOf } from "./spec.js";
 
 const SHRINK = 1 - 2 ** -40; // keeps a clipped coordinate within its bound however the division rounds
@@ -157,4 +156,29 @@ export async function encode(vector, values, entropy = systemEntropy) {
     }
   }
   return out;
+}
+
+/** The type of array that holds elements of the ring of integers mod 2^bits, up to 32 bits. */
+export const arrayType = (bits) => (bits <= 16 ? Uint16Array : Uint32Array);
+
+/** Returns if `values` is a vector of `size` elements of this ring; else throws DataError. */
+export function requireVector(values, size, bits) {
+  if (values instanceof arrayType(bits) && values.length === size) return;
+  throw new DataError(`a ring vector of ${size} elements of ${bits} bits is needed`, "ring.vector");
+}
+
+/** The low `bits` bits of each element; the first element is in the lowest bits of the first byte. */
+export function pack(values, bits) {
+  if (bits === 8 * values.BYTES_PER_ELEMENT) return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
+  const bytes = new Uint8Array(Math.ceil((values.length * bits) / 8));
+  let [held, left, at] = [0, 0, 0]; // bits that wait for a byte: fewer than 8, so that 8 + 32 of them are exact
+  for (const value of values) {
+    held += (value % 2 ** bits) * 2 ** left;
+    for (left += bits; left >= 8; left -= 8) {
+      bytes[at++] = held % 256;
+      held = Math.floor(held / 256);
+    }
+  }
+  if (left) bytes[at] = held;
+  return bytes;
 }

@@ -11,11 +11,10 @@
 import { digest, encode as utf8, equal } from "../bytes.js";
 import { ProtocolError, TrustError } from "../errors.js";
 import * as checks from "./checks.js";
-import { KEY, apply, derivable, derive, derivedEntropy, exchangeKey, pairKey, publicKey, selfKey, systemEntropy } from "./masks.js";
+import { commitment, maskPeers } from "./checks.js";
+import { pack, requireVector } from "./contribution.js";
+import { KEY, apply, deal, decrypt, derivable, derive, derivedEntropy, exchangeKey, pairKey, publicKey, selfKey, systemEntropy } from "./masks.js";
 import * as m from "./messages.js";
-import { pack, requireVector } from "./ring.js";
-import { commitment, maskPeers } from "./session.js";
-import { deal, decrypt } from "./sharing.js";
 import { ACTIVE, HONEST_BUT_CURIOUS, sizeOf } from "./spec.js";
 
 /**

@@ -1,9 +1,8 @@
 // The parameters of a session, as aggregation/spec.py and aggregation/vector.py. Contradictions are refused on reading.
 
 import { ConfigError } from "../errors.js";
-import { spentOn } from "./accounting.js";
+import { normSquared, spentOn } from "./accounting.js";
 import { DISCRETE_GAUSSIAN, MAX_DEVIATION, SKELLAM, reach } from "./noise.js";
-import { normSquared } from "./rounding.js";
 import { choice, optional, real, record, sequence, text, uint, uint64 } from "./wire.js";
 
 export const MAX_ROUNDS = 1024;

@@ -4,10 +4,9 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import test from "node:test";
 
-import { clip, contribution, encode, momentContribution, momentSegments, requireBounds, updateSegments } from "../../../../client/browser/page/aggregation/contribution.js";
+import { clip, contribution, encode, momentContribution, momentSegments, pack, requireBounds, updateSegments } from "../../../../client/browser/page/aggregation/contribution.js";
 import { momentsOf } from "../../../../client/browser/page/learning/moments.js";
 import { Offer } from "../../../../client/browser/page/aggregation/messages.js";
-import { pack } from "../../../../client/browser/page/aggregation/ring.js";
 import { peak, rotate, seedOf } from "../../../../client/browser/page/aggregation/rotation.js";
 import { DataError } from "../../../../client/browser/page/errors.js";
 import { given, hex, raw, read } from "./vectors.mjs";

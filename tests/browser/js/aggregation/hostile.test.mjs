@@ -5,7 +5,7 @@ import { readFileSync } from "node:fs";
 import test from "node:test";
 
 import { join } from "../../../../client/browser/page/aggregation/device.js";
-import { arrayType } from "../../../../client/browser/page/aggregation/ring.js";
+import { arrayType } from "../../../../client/browser/page/aggregation/contribution.js";
 import { ProtocolError } from "../../../../client/browser/page/errors.js";
 import { CASES, POLICY, deviceOf, given, hex, raw } from "./vectors.mjs";
 

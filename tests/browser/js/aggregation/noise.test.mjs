@@ -5,13 +5,12 @@ import { readFileSync, writeFileSync } from "node:fs";
 import test from "node:test";
 
 import { epsilonOf } from "../../../../client/browser/page/aggregation/accounting.js";
-import { momentSegments, noisyContribution, requireBounds, updateSegments } from "../../../../client/browser/page/aggregation/contribution.js";
+import { momentSegments, noisyContribution, pack, requireBounds, updateSegments } from "../../../../client/browser/page/aggregation/contribution.js";
 import { derivedEntropy } from "../../../../client/browser/page/aggregation/masks.js";
 import { Offer } from "../../../../client/browser/page/aggregation/messages.js";
 import { Table, draw, table } from "../../../../client/browser/page/aggregation/noise.js";
 import { Policy } from "../../../../client/browser/page/aggregation/policy.js";
 import * as privacyledger from "../../../../client/browser/page/aggregation/privacyledger.js";
-import { pack } from "../../../../client/browser/page/aggregation/ring.js";
 import { spentIn, stepOf } from "../../../../client/browser/page/aggregation/spec.js";
 import { sha256 } from "../../../../client/browser/page/bytes.js";
 import { ProtocolError } from "../../../../client/browser/page/errors.js";

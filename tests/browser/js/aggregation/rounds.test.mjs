@@ -7,7 +7,7 @@ import test from "node:test";
 import { checkIn, join } from "../../../../client/browser/page/aggregation/device.js";
 import { derivable, derive, exchangeKey, pairKey, publicKey, selfKey, sharedSecret } from "../../../../client/browser/page/aggregation/masks.js";
 import { CheckIn, unverifiedBody } from "../../../../client/browser/page/aggregation/messages.js";
-import { arrayType } from "../../../../client/browser/page/aggregation/ring.js";
+import { arrayType } from "../../../../client/browser/page/aggregation/contribution.js";
 import { ProtocolError } from "../../../../client/browser/page/errors.js";
 import { CASES, POLICY, deviceOf, given, hex, raw } from "./vectors.mjs";
 
