@@ -198,26 +198,18 @@ class Advertised:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Between rounds.
-
-    Args:
-        serials: Device id → serial of its certificate, of the whole cohort.
-        ends: When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
-        last_round: The last round begun; 0 before the first.
-        dealers: Devices whose encrypted shares arrived; None before they arrive.
-        share_key: Decrypts the shares; None once they are decrypted.
-        secrets: This device's own, of rounds still to come.
-        held: Round → dealer → shares that this device holds, of rounds still to come.
-    """
+    """Between rounds."""
 
     session: Session
-    serials: Mapping[str, int]
+    serials: Mapping[str, int]  # device id → serial of its certificate, of the whole cohort
+    # When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
     ends: datetime
     me: str
-    last_round: int
-    dealers: frozenset[str] | None
-    share_key: bytes | None = field(repr=False)
-    secrets: Mapping[int, Secrets] = field(repr=False)
+    last_round: int  # the last round begun; 0 before the first
+    dealers: frozenset[str] | None  # devices whose encrypted shares arrived; None before they arrive
+    share_key: bytes | None = field(repr=False)  # decrypts the shares; None once they are decrypted
+    secrets: Mapping[int, Secrets] = field(repr=False)  # this device's own, of rounds still to come
+    # Round → dealer → shares that this device holds, of rounds still to come.
     held: Mapping[int, Mapping[str, SharePair]] = field(repr=False)
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 

@@ -31,17 +31,12 @@ _PLANS = 4  # of which a process keeps the groups
 
 @dataclass(frozen=True, slots=True)
 class GroupSum:
-    """The sum of a group.
+    """The sum of a group."""
 
-    Args:
-        survivors: Devices whose contributions are in it, in ascending order.
-        values: Segment name → sum, float64 of shape ``(segment.size,)``, in the segment's unit.
-        spoiled: Why ``values`` are all zero: honest survivors cannot have the sum. None if it counts.
-    """
-
-    survivors: tuple[str, ...]
+    survivors: tuple[str, ...]  # devices whose contributions are in it, in ascending order
+    # Segment name → sum, float64 of shape ``(segment.size,)``, in the segment's unit.
     values: Mapping[str, NDArray[np.float64]] = field(repr=False)
-    spoiled: str | None = None
+    spoiled: str | None = None  # why ``values`` are all zero: honest survivors cannot have the sum. None if it counts
 
     @classmethod
     def of(cls, spec: SessionSpec, survivors: tuple[str, ...], total: Ring) -> "GroupSum":

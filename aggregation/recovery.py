@@ -23,21 +23,17 @@ MOST_SETS = 10_000  # of holders of a cheating dealer's shares that are tried: a
 
 @dataclass(slots=True)
 class Recovery:
-    """The secrets of one round.
-
-    Args:
-        encrypted_shares: Dealer → holder → shares, as the dealers signed them.
-        responses: Holder → its unmask response.
-        corrupt: Devices of the cohort that may be corrupt, and so may say that they have no share of an honest dealer;
-            None: a tenth of the roster, rounded up.
-        blamed: Devices found to have dealt or revealed a wrong share; grows as secrets are reconstructed.
-    """
+    """The secrets of one round."""
 
     session: Session
     plan: Plan
+    # Dealer → holder → shares, as the dealers signed them.
     encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]]
-    responses: Mapping[str, UnmaskResponse]
+    responses: Mapping[str, UnmaskResponse]  # holder → its unmask response
+    # Devices of the cohort that may be corrupt, and so may say that they have no share of an honest dealer; None: a
+    # tenth of the roster, rounded up.
     corrupt: int | None = None
+    # Devices found to have dealt or revealed a wrong share; grows as secrets are reconstructed.
     blamed: set[str] = field(default_factory=set)
     _coefficients: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
     _seeds: Mapping[str, Mapping[str, bytes]] = field(init=False, repr=False)

@@ -239,22 +239,16 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class Established:
-    """A session between rounds.
-
-    Args:
-        ends: When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
-        encrypted_shares: Dealer → holder → shares.
-        last_round: The last round begun.
-        delivered: Devices known to have their encrypted shares.
-        excluded: Devices whose secrets could not be reconstructed by their own fault: in no further round.
-    """
+    """A session between rounds."""
 
     coordinator: Coordinator
     session: Session
+    # When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
     ends: datetime
-    encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]]
-    last_round: int = 0
-    delivered: frozenset[str] = frozenset()
+    encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]]  # dealer → holder → shares
+    last_round: int = 0  # the last round begun
+    delivered: frozenset[str] = frozenset()  # devices known to have their encrypted shares
+    # Devices whose secrets could not be reconstructed by their own fault: in no further round.
     excluded: frozenset[str] = frozenset()
 
     @property

@@ -28,19 +28,13 @@ class Peer:
 class Session:
     """The public state of a session.
 
-    Args:
-        spec: As offered.
-        offer: Digest of the offer.
-        context: Digest of offer and roster; bound into every later message and every key.
-        peers: Device id → peer, in ascending order.
-
     Raises ConfigError: no graph of the spec's degree exists on so many devices.
     """
 
-    spec: SessionSpec
-    offer: bytes
-    context: bytes
-    peers: Mapping[str, Peer]
+    spec: SessionSpec  # as offered
+    offer: bytes  # digest of the offer
+    context: bytes  # digest of offer and roster; bound into every later message and every key
+    peers: Mapping[str, Peer]  # device id → peer, in ascending order
     _neighbors: Mapping[str, frozenset[str]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

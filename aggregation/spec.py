@@ -32,17 +32,12 @@ COUNTS = "counts"  # segment of the right answers that an evaluation counts; a d
 class Privacy:
     """Differential privacy of a session: each device adds noise to its vector, as much as the segment says.
 
-    Args:
-        mechanism: Distribution of the noise.
-        honest: Devices whose noise counts in the smallest sum, 1 or more: the others may be corrupt.
-        delta: The δ of the coordinator's account, between 0 and 1.
-
     Raises ConfigError: ``delta`` is out of range.
     """
 
-    mechanism: Mechanism
-    honest: int
-    delta: float
+    mechanism: Mechanism  # distribution of the noise
+    honest: int  # devices whose noise counts in the smallest sum, 1 or more: the others may be corrupt
+    delta: float  # the δ of the coordinator's account, between 0 and 1
 
     def __post_init__(self) -> None:
         if not 0 < self.delta < 1:
@@ -72,35 +67,22 @@ class Grouping:
 class SessionSpec:
     """Parameters of a session.
 
-    Args:
-        rounds: Rounds that the session's keys serve, 1 to ``MAX_ROUNDS``.
-        threshold: Shares that reconstruct a secret, and answers without which a round aborts; 2 to ``degree + 1``.
-        minimum_survivors: Contributions below which a sum is not unmasked, ``threshold`` or more.
-        degree: Neighbors of a device in the masking graph; the cohort size less one is the complete graph.
-        vector: Layout, fixed-point format and ring of a contribution.
-        clip_norm: L2 bound on a device's update before it is weighted, in weight units.
-        weight_cap: Largest weight of one device, in examples; 1 with noise, where every device has the weight 1.
-        privacy: Of the noise that devices add. None: they add none, and nothing bounds what a sum says about one.
-        base_digest: SHA-256 of the frozen base, 64 hex digits.
-        layout_digest: SHA-256 of the adapter's layout, 64 hex digits.
-        adversary: The model against which the session is secure; ``ACTIVE`` runs the consistency check.
-        grouping: Of the devices of a round; None: a round has one sum.
-
     Raises ConfigError: a value is out of range or contradicts another.
     """
 
-    rounds: int
-    threshold: int
-    minimum_survivors: int
-    degree: int
-    vector: VectorSpec
-    clip_norm: float
-    weight_cap: int
+    rounds: int  # rounds that the session's keys serve, 1 to ``MAX_ROUNDS``
+    threshold: int  # shares that reconstruct a secret, and answers without which a round aborts; 2 to ``degree + 1``
+    minimum_survivors: int  # contributions below which a sum is not unmasked, ``threshold`` or more
+    degree: int  # neighbors of a device in the masking graph; the cohort size less one is the complete graph
+    vector: VectorSpec  # layout, fixed-point format and ring of a contribution
+    clip_norm: float  # L2 bound on a device's update before it is weighted, in weight units
+    weight_cap: int  # largest weight of one device, in examples; 1 with noise, where every device has the weight 1
+    # Of the noise that devices add. None: they add none, and nothing bounds what a sum says about one.
     privacy: Privacy | None
-    base_digest: str
-    layout_digest: str
-    adversary: Adversary
-    grouping: Grouping | None = None
+    base_digest: str  # SHA-256 of the frozen base, 64 hex digits
+    layout_digest: str  # SHA-256 of the adapter's layout, 64 hex digits
+    adversary: Adversary  # the model against which the session is secure; ``ACTIVE`` runs the consistency check
+    grouping: Grouping | None = None  # of the devices of a round; None: a round has one sum
 
     def __post_init__(self) -> None:
         clients = self.vector.max_clients

@@ -96,17 +96,13 @@ class VectorSpec:
     >>> spec.decode(total, survivors=2)
     {'delta': array([ 2. , -1. ,  0.5]), 'weight': array([128.])}
 
-    Args:
-        segments: In wire order, 1 to ``MAX_SEGMENTS``, names unique, at most ``MAX_SIZE`` elements in all.
-        ring_bits: Width of an element, 1 to 64.
-        max_clients: Largest number of contributions in one sum, 1 to ``MAX_CLIENTS``.
-
     Raises ConfigError: the ring is too small for so many clients, a name is repeated, or a value is out of range.
     """
 
+    # In wire order, 1 to ``MAX_SEGMENTS``, names unique, at most ``MAX_SIZE`` elements in all.
     segments: tuple[Segment, ...]
-    ring_bits: int
-    max_clients: int
+    ring_bits: int  # width of an element, 1 to 64
+    max_clients: int  # largest number of contributions in one sum, 1 to ``MAX_CLIENTS``
 
     def __post_init__(self) -> None:
         ring.dtype(self.ring_bits)

@@ -43,22 +43,16 @@ class Mechanism(Enum):
 class NoisySum:
     """One segment of one sum over the survivors of a round.
 
-    Args:
-        mechanism: Of the noise.
-        size: Elements, 1 or more.
-        norm_squared: Largest squared L2 norm of one device's integers, in squared steps, 1 or more.
-        variance: Of the noise of one device on one element, in squared steps, above 0; of a discrete Gaussian its
-            parameter σ², 1/4 or more.
-        honest: Devices whose noise counts, 1 or more.
-
     Raises ConfigError: a number is out of range.
     """
 
-    mechanism: Mechanism
-    size: int
-    norm_squared: int
+    mechanism: Mechanism  # of the noise
+    size: int  # elements, 1 or more
+    norm_squared: int  # largest squared L2 norm of one device's integers, in squared steps, 1 or more
+    # Of the noise of one device on one element, in squared steps, above 0; of a discrete Gaussian its parameter σ², 1/4
+    # or more.
     variance: float
-    honest: int
+    honest: int  # devices whose noise counts, 1 or more
 
     def __post_init__(self) -> None:
         for name in ("size", "norm_squared", "variance", "honest"):
@@ -97,10 +91,6 @@ class NoisySum:
 class Spent:
     """What a number of sums reveal together: their curves add up, whatever was chosen in view of earlier ones.
 
-    Args:
-        curve: Rényi divergence at each of ``ORDERS``, in nats.
-        draws: Numbers that honest devices drew as noise, each within ``DISTANCE`` of its distribution.
-
     Raises:
         ConfigError: The curve is not one.
 
@@ -109,8 +99,8 @@ class Spent:
     (1.14, 1.66)
     """
 
-    curve: tuple[float, ...] = (0.0,) * len(ORDERS)
-    draws: int = 0
+    curve: tuple[float, ...] = (0.0,) * len(ORDERS)  # Rényi divergence at each of ``ORDERS``, in nats
+    draws: int = 0  # numbers that honest devices drew as noise, each within ``DISTANCE`` of its distribution
 
     def __post_init__(self) -> None:
         if len(self.curve) != len(ORDERS) or not all(0 <= value < math.inf for value in self.curve):

@@ -44,32 +44,21 @@ ANSWERS: dict[Step, type[Message]] = {
 
 @dataclass(slots=True)
 class Transcript:
-    """A log as it is written. Each method returns the records to append; the log begins with ``MAGIC``.
+    """A log as it is written. Each method returns the records to append; the log begins with ``MAGIC``."""
 
-    Args:
-        offer: Digest of the session's offer.
-        start: The adapter that the session starts from.
-        previous: Digest of the last checkpoint of the previous session, or ``NO_SESSION``.
-        tree: Of the entries so far.
-        latest: The greatest time of an entry; a new one has no earlier time.
-        round: Of the last plan, or 0.
-        plan: Digest of the plan of the current round; None between rounds.
-        produced: The adapter of the last ``Result``; None before the first.
-        endings: Round → index and leaf of its ``Result`` or ``Abort``.
-        checkpoints: Number of entries that a checkpoint covers → the checkpoint, signed.
-        contributions: Device → its last round, and index and leaf of its masked input and consistency signature.
-    """
-
-    offer: bytes
-    start: AdapterId
-    previous: bytes = NO_SESSION
-    tree: Tree = field(default_factory=Tree, repr=False)
-    latest: int = 0
-    round: int = 0
-    plan: bytes | None = None
-    produced: AdapterId | None = None
+    offer: bytes  # digest of the session's offer
+    start: AdapterId  # the adapter that the session starts from
+    previous: bytes = NO_SESSION  # digest of the last checkpoint of the previous session, or ``NO_SESSION``
+    tree: Tree = field(default_factory=Tree, repr=False)  # of the entries so far
+    latest: int = 0  # the greatest time of an entry; a new one has no earlier time
+    round: int = 0  # of the last plan, or 0
+    plan: bytes | None = None  # digest of the plan of the current round; None between rounds
+    produced: AdapterId | None = None  # the adapter of the last ``Result``; None before the first
+    # Round → index and leaf of its ``Result`` or ``Abort``.
     endings: dict[int, tuple[int, bytes]] = field(default_factory=dict, repr=False)
+    # Number of entries that a checkpoint covers → the checkpoint, signed.
     checkpoints: dict[int, bytes] = field(default_factory=dict, repr=False)
+    # Device → its last round, and index and leaf of its masked input and consistency signature.
     contributions: dict[str, tuple[int, tuple[tuple[int, bytes], ...]]] = field(default_factory=dict, repr=False)
 
     @property

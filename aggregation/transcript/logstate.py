@@ -37,18 +37,13 @@ _Proofs: TypeAlias = Annotated[tuple[Proof, ...], wire.sequence(wire.record(Proo
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Proofs about a log.
+    """Proofs about a log."""
 
-    Args:
-        checkpoint: The newest one, signed.
-        endings: ``Result`` or ``Abort`` of each round that may have been the device's last.
-        contributions: The device's masked input and consistency signature in the round to which it contributed last.
-        consistency: Number of entries that an earlier checkpoint covers → proof that the newest begins with them.
-    """
-
-    checkpoint: _SignedCheckpoint
-    endings: _Proofs
+    checkpoint: _SignedCheckpoint  # the newest one, signed
+    endings: _Proofs  # ``Result`` or ``Abort`` of each round that may have been the device's last
+    # The device's masked input and consistency signature in the round to which it contributed last.
     contributions: _Proofs
+    # Number of entries that an earlier checkpoint covers → proof that the newest begins with them.
     consistency: Annotated[Mapping[int, tuple[bytes, ...]], wire.mapping(wire.uint(64), _PATH, 2 * MAX_ROUNDS)]
 
 
@@ -57,17 +52,13 @@ RECEIPT: Codec[Receipt] = wire.record(Receipt)
 
 @dataclass(frozen=True, slots=True)
 class SessionChainProof:
-    """Proof that a new session follows the session that a device joined last.
+    """Proof that a new session follows the session that a device joined last."""
 
-    Args:
-        receipt: Of the closed log of the session that the device joined last; empty if it joined none.
-        closed: The last checkpoint of each session since, signed, in order.
-        start: The checkpoint of no entries, signed, that names the last of these as previous.
-    """
-
+    # Of the closed log of the session that the device joined last; empty if it joined none.
     receipt: Annotated[bytes, wire.blob(2**28)]
+    # The last checkpoint of each session since, signed, in order.
     closed: Annotated[tuple[bytes, ...], wire.sequence(_CHECKPOINT, MAX_SESSIONS)]
-    start: _SignedCheckpoint
+    start: _SignedCheckpoint  # the checkpoint of no entries, signed, that names the last of these as previous
 
 
 SESSION_CHAIN_PROOF: Codec[SessionChainProof] = wire.record(SessionChainProof)

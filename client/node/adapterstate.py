@@ -34,20 +34,17 @@ EARLIER = 1024  # adapters: 32 KiB
 
 @dataclass(frozen=True, slots=True)
 class AdapterState:
-    """The adapter that a device trained from last.
-
-    Args:
-        survivors: Whose updates are in the last of them: device id → serial of the certificate it had then.
-        earlier: SHA-256 of the files of the last ``EARLIER`` adapters before it for whose sums the device revealed
-            shares, the oldest first.
-    """
+    """The adapter that a device trained from last."""
 
     version: Uint64
     digest: HexDigest  # SHA-256 of its file, hex
     terms: Digest
     sums: Uint32 = 0  # sums from it for which the device revealed shares or, with groups, signed the survivor set
+    # Whose updates are in the last of them: device id → serial of the certificate it had then.
     survivors: Annotated[Mapping[str, int], SERIALS] = field(default_factory=dict)
     dealt: Digest = bytes(32)  # ``dealt`` of the last of them
+    # SHA-256 of the files of the last ``EARLIER`` adapters before it for whose sums the device revealed shares, the
+    # oldest first.
     earlier: Annotated[tuple[bytes, ...], wire.sequence(DIGESTS, EARLIER)] = field(default=(), repr=False)
 
 

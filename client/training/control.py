@@ -105,29 +105,25 @@ class TrainingCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class TrainingControl:
-    """The limits of a training.
-
-    Args:
-        duty_cycle: Share of the time in which it computes, above 0: after each step it pauses, so that a battery lasts
-            longer and a device stays cool.
-        unfailing: Whether a gradient that is not finite counts as zero, as in a round, which no example may end. On a
-            device of one's own it is an error, which says that the learning rate is too high.
-        tokens: Most tokens of one pass, with padding. A larger batch is run in parts, whose gradients add up to its own
-            (gradient accumulation), so that this bounds memory.
-        held_out: The loss of an adapter on held-out examples; needed with a patience.
-        step: Called before each batch; an exception that it raises ends the training.
-    """
+    """The limits of a training."""
 
     seconds: float = math.inf  # no step begins after them: the training ends with what it has
+    # Share of the time in which it computes, above 0: after each step it pauses, so that a battery lasts longer and a
+    # device stays cool.
     duty_cycle: float = 1.0
     gradient_norm: float = math.inf  # largest L2 norm of a step's gradient, to which it is clipped
+    # Whether a gradient that is not finite counts as zero, as in a round, which no example may end. On a device of
+    # one's own it is an error, which says that the learning rate is too high.
     unfailing: bool = False
+    # Most tokens of one pass, with padding. A larger batch is run in parts, whose gradients add up to its own (gradient
+    # accumulation), so that this bounds memory.
     tokens: int = TOKENS
     patience: int = 0  # epochs without a lower loss on held-out examples after which the training ends; 0: never
+    # The loss of an adapter on held-out examples; needed with a patience.
     held_out: Callable[[Tensors], float] | None = None
     until: Callable[[Tensors], bool] | None = None  # whether an adapter needs no further step
     checkpoint: TrainingCheckpoint | None = None
-    step: Callable[[], object] = lambda: None
+    step: Callable[[], object] = lambda: None  # called before each batch; an exception that it raises ends the training
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], object] = time.sleep
 
