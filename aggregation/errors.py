@@ -4,7 +4,7 @@ They are defined in the lowest package because every package raises them. An abo
 (``server.RoundAborted``), not an error: it is one of the expected ends of a round.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -61,6 +61,15 @@ class ConfigError(EdgeAdaptError):
     """A setting is unknown, out of range, or contradicts another."""
 
     exit_code = 2
+
+
+def check_fields(of: object, where: str, ranges: Iterable[tuple[str, object, str]], title: str = "") -> None:
+    """Check numbers of ``of``: the name of each, whether it is in its range, and what the range is. Raises ConfigError
+    for the first that is not, about its name after ``where``; ``title`` begins the message."""
+    for name, holds, expected in ranges:
+        if not holds:
+            value = getattr(of, name)
+            raise ConfigError(f"{title}{name} {value} is not {expected}", about=where + name, value=value)
 
 
 class DataError(EdgeAdaptError):

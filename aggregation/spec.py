@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, check_fields
 from aggregation.privacy.accounting import Mechanism, NoisySum, Spent
 from aggregation.privacy.rounding import norm_squared
 from aggregation.vector import VectorSpec
@@ -40,9 +40,7 @@ class Privacy:
     delta: float  # the δ of the coordinator's account, between 0 and 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.delta < 1:
-            text = f"privacy.delta {self.delta} is not between 0 and 1"
-            raise ConfigError(text, about="spec.privacy.delta", value=self.delta)
+        check_fields(self, "spec.privacy.", [("delta", 0 < self.delta < 1, "between 0 and 1")], "privacy.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +55,8 @@ class Grouping:
     minimum: int
 
     def __post_init__(self) -> None:
-        for name in ("count", "minimum"):
-            if getattr(self, name) < 2:
-                text = f"grouping.{name} {getattr(self, name)} is not 2 or more"
-                raise ConfigError(text, about=f"spec.grouping.{name}", value=getattr(self, name))
+        ranges = (("count", self.count >= 2, "2 or more"), ("minimum", self.minimum >= 2, "2 or more"))
+        check_fields(self, "spec.grouping.", ranges, "grouping.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +96,7 @@ class SessionSpec:
             ("base_digest", _DIGEST.fullmatch(self.base_digest), "a SHA-256 in 64 lower-case hex digits"),
             ("layout_digest", _DIGEST.fullmatch(self.layout_digest), "a SHA-256 in 64 lower-case hex digits"),
         )
-        for name, holds, expected in ranges:
-            if not holds:
-                value = getattr(self, name)
-                raise ConfigError(f"{name} {value} is not {expected}", about=f"spec.{name}", value=value)
+        check_fields(self, "spec.", ranges)
         self._require_groups()
         self._require_noise()
 

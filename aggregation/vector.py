@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregation import ring
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError, DataError, check_fields
 from aggregation.keystream import Keystream
 from aggregation.privacy import noise
 from aggregation.ring import Ring
@@ -48,25 +48,13 @@ class Segment:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.size <= MAX_SIZE:
-            raise ConfigError(
-                f"segment {self.name}: size {self.size} is not between 1 and {MAX_SIZE}",
-                about="segment.size",
-                value=self.size,
-            )
-        if not _SMALLEST_BOUND <= self.bound <= _LARGEST_BOUND:
-            raise ConfigError(
-                f"segment {self.name}: bound {self.bound} is not between {_SMALLEST_BOUND} and {_LARGEST_BOUND}",
-                about="segment.bound",
-                value=self.bound,
-            )
-        if self.noise != 0 and not _SMALLEST_BOUND <= self.noise <= _LARGEST_BOUND:
-            raise ConfigError(
-                f"segment {self.name}: noise {self.noise} is neither 0 nor between {_SMALLEST_BOUND} and "
-                f"{_LARGEST_BOUND}",
-                about="segment.noise",
-                value=self.noise,
-            )
+        between = f"between {_SMALLEST_BOUND} and {_LARGEST_BOUND}"
+        ranges = (
+            ("size", 1 <= self.size <= MAX_SIZE, f"between 1 and {MAX_SIZE}"),
+            ("bound", _SMALLEST_BOUND <= self.bound <= _LARGEST_BOUND, between),
+            ("noise", self.noise == 0 or _SMALLEST_BOUND <= self.noise <= _LARGEST_BOUND, f"0 or {between}"),
+        )
+        check_fields(self, "segment.", ranges, f"segment {self.name}: ")
 
     @property
     def largest(self) -> float:
@@ -113,18 +101,11 @@ class VectorSpec:
                 about="vector.segments",
                 value=len(names),
             )
-        if self.size > MAX_SIZE:
-            raise ConfigError(
-                f"a vector of {self.size} elements is over the limit of {MAX_SIZE}",
-                about="vector.size",
-                value=self.size,
-            )
-        if not 1 <= self.max_clients <= MAX_CLIENTS:
-            raise ConfigError(
-                f"max_clients {self.max_clients} is not between 1 and {MAX_CLIENTS}",
-                about="vector.max_clients",
-                value=self.max_clients,
-            )
+        ranges = (
+            ("size", self.size <= MAX_SIZE, f"at most {MAX_SIZE}"),
+            ("max_clients", 1 <= self.max_clients <= MAX_CLIENTS, f"between 1 and {MAX_CLIENTS}"),
+        )
+        check_fields(self, "vector.", ranges)
         if self.max_steps < 1:
             raise ConfigError(
                 f"a ring of {self.ring_bits} bits cannot hold a sum of {self.max_clients} clients: use more bits",

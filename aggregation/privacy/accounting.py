@@ -19,7 +19,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, check_fields
 
 # Orders of the Rényi divergence: whole numbers, for which the bound on Skellam noise is proved. The best order for a
 # small ε is near 2 log(1/δ) / ε.
@@ -55,10 +55,8 @@ class NoisySum:
     honest: int  # devices whose noise counts, 1 or more
 
     def __post_init__(self) -> None:
-        for name in ("size", "norm_squared", "variance", "honest"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} {value} of a noisy sum is not above 0", about=f"sum.{name}", value=value)
+        names = ("size", "norm_squared", "variance", "honest")
+        check_fields(self, "sum.", [(n, 0 < getattr(self, n) < math.inf, "above 0 and finite") for n in names])
         if self.mechanism is Mechanism.DISCRETE_GAUSSIAN and self.variance < 0.25:
             text = f"discrete Gaussian noise of variance {self.variance:g} is below 1/4 squared steps: take finer steps"
             raise ConfigError(text, about="sum.variance", value=self.variance)

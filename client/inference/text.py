@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError, DataError, check_fields
 from client.inference.guide import Guide
 
 MAX_TEXT = 2**16  # characters; most models accept far fewer tokens
@@ -67,7 +67,7 @@ class SamplingParams:
     guide: Guide | None = None  # what the answer must look like
 
     def __post_init__(self) -> None:
-        for name, holds, range_ in (
+        ranges = (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature <= 10, "between 0 and 10"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -79,10 +79,8 @@ class SamplingParams:
                 f"above 0 and at most {MAX_PENALTY:g}; 1 changes nothing",
             ),
             ("beams", 1 <= self.beams <= MAX_BEAMS, f"between 1 and {MAX_BEAMS}"),
-        ):
-            if not holds:
-                value = getattr(self, name)
-                raise ConfigError(f"{name} {value} is not {range_}", about=name, value=value)
+        )
+        check_fields(self, "", ranges)
         for text in self.stop:
             if not 0 < len(text) <= MAX_STOP:
                 reason = f"a stop string of {len(text)} characters is not between 1 and {MAX_STOP} characters long"

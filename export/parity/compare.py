@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from tokenizers import Encoding, Tokenizer
 
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, check_fields
 from edgeadapt.bases.base import find_base
 from edgeadapt.bases.classifiergraph import MAX_ROWS, ClassifierGraph, open_session
 from edgeadapt.formats.bundle import MODEL, TOKENIZER, Bundle, VerifiedAdapter
@@ -63,9 +63,7 @@ class Limits:
     perplexity_ratio: float = inf  # greatest perplexity, over torch's
 
     def __post_init__(self) -> None:
-        if not 0 <= self.agreement <= 1:
-            reason = f"the minimum agreement {self.agreement} is not between 0 and 1"
-            raise ConfigError(reason, about="agreement", value=self.agreement)
+        check_fields(self, "", [("agreement", 0 <= self.agreement <= 1, "between 0 and 1")], "the minimum ")
 
 
 LIMITS: dict[Task, dict[Profile, Limits]] = {

@@ -62,7 +62,7 @@ ROUND = f"""(async ({{ offer, blob, plan, examples: given, unchecked, limits = {
   if (unchecked) engine.trust.adapterManifest = async () => ({{ parent: null, labels: unchecked }});
   const load_ = (name) => load(`aggregation/${{name}}`);
   const {{ trainerOf }} = await load("learning/round");
-  const [{{ Offer }}, {{ pack }}] = await Promise.all([load_("messages"), load_("ring")]);
+  const [{{ Offer }}, {{ pack }}] = await Promise.all([load_("messages"), load_("contribution")]);
   const {{ spec }} = Offer.decode(Uint8Array.from(offer));
   const bytes = (base64) => Uint8Array.from(atob(base64), (sign) => sign.charCodeAt(0));
   const paused = [];
