@@ -63,6 +63,12 @@ class ConfigError(EdgeAdaptError):
     exit_code = 2
 
 
+class DataError(EdgeAdaptError):
+    """Examples, tensors or files that cannot be used: empty, not finite, truncated, of the wrong shape."""
+
+    exit_code = 5
+
+
 def check_fields(of: object, where: str, ranges: Iterable[tuple[str, object, str]], title: str = "") -> None:
     """Check numbers of ``of``: the name of each, whether it is in its range, and what the range is. Raises ConfigError
     for the first that is not, about its name after ``where``; ``title`` begins the message."""
@@ -72,7 +78,6 @@ def check_fields(of: object, where: str, ranges: Iterable[tuple[str, object, str
             raise ConfigError(f"{title}{name} {value} is not {expected}", about=where + name, value=value)
 
 
-class DataError(EdgeAdaptError):
-    """Examples, tensors or files that cannot be used: empty, not finite, truncated, of the wrong shape."""
-
-    exit_code = 5
+def one_line(error: BaseException) -> str:
+    """What a library's error says, on one line of at most 200 characters; its type if it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

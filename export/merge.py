@@ -22,7 +22,7 @@ from peft import __version__ as peft_version
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError, DataError, one_line
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import MERGED_ADAPTERS, Base, find_base
 from edgeadapt.bases.classifiergraph import ENCODER
@@ -217,7 +217,7 @@ def _merged(adapted: PeftModel, ids: Tensor, folder: Path) -> tuple[Tensor, Any]
 
 
 def _refusal(folder: Path, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = one_line(error)
     return ConfigError(f"peft cannot merge the adapter in {folder} into this base: {reason}", about="--peft")
 
 

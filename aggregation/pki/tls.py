@@ -82,7 +82,8 @@ def read_tls_request(raw: bytes) -> tuple[str, TlsPublicKey]:
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         kind = type(key).__name__
         raise TrustError(f"the request is for a {kind}, not a P-256 key", about="request.key", value=kind)
-    return name, _public(key)
+    info = serialization.PublicFormat.SubjectPublicKeyInfo
+    return name, TlsPublicKey(key.public_bytes(serialization.Encoding.DER, info))
 
 
 def extensions(hosts: Sequence[str]) -> tuple[x509.ExtensionType, ...]:
@@ -136,11 +137,6 @@ def hosts_of(der: bytes) -> tuple[str, ...]:
     except ValueError:
         raise TrustError("the names in the TLS certificate cannot be read", about="tls.hosts") from None
     return tuple(str(name.value) for name in names)
-
-
-def _public(key: ec.EllipticCurvePublicKey) -> TlsPublicKey:
-    info = serialization.PublicFormat.SubjectPublicKeyInfo
-    return TlsPublicKey(key.public_bytes(serialization.Encoding.DER, info))
 
 
 def _host(host: str) -> x509.GeneralName:

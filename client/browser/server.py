@@ -182,7 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif isinstance(content, bytes):
             kind = TYPES[".json" if self.path.partition("?")[0].endswith(".json") else ".html"]
             self._head(HTTPStatus.OK, len(content), {"Content-Type": kind})
-            self._body(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
         else:
             self._file(content)
 
@@ -212,10 +213,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(HTTPStatus.OK, status.st_size, {"ETag": tag, "Content-Type": kind} | coding)
             if self.command != "HEAD":
                 shutil.copyfileobj(stream, self.wfile)
-
-    def _body(self, blob: bytes) -> None:
-        if self.command != "HEAD":
-            self.wfile.write(blob)
 
     def _head(self, status: HTTPStatus, length: int, more: dict[str, str]) -> None:
         self.send_response(status)

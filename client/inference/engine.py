@@ -14,6 +14,7 @@ with SmolLM2's vocabulary.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -22,10 +23,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, one_line
 from client.inference.guide import Guide, GuidedAnswer, GuideFollower, required
 from client.inference.library import Adapter
-from client.inference.text import Detokenizer, SamplingParams, TextDecoder, first_line, special_tokens
+from client.inference.text import Detokenizer, SamplingParams, TextDecoder, special_tokens
 from edgeadapt.bases.states import KEPT_RANGE, KEPT_STATES, STATES
 from edgeadapt.formats.bundle import CHAT, GENERATION, TOKENIZER, VerifiedBase
 from edgeadapt.formats.graphinputs import empty_inputs
@@ -121,7 +122,7 @@ class GenerationEngine:
         try:
             text = self._tokenizer.apply_chat_template(messages=json.dumps(messages), add_generation_prompt=True)
         except RuntimeError as error:
-            reason = f"this model cannot chat ({first_line(error)})"
+            reason = f"this model cannot chat ({one_line(error)})"
             raise ConfigError(f"{reason}; use `edgeadapt device infer`", about="chat_template") from error
         return str(text)
 
@@ -153,7 +154,7 @@ class GenerationEngine:
             try:
                 self._adapters.load(str(path), name)
             except RuntimeError as error:
-                reason = f"adapter {shown!r} cannot be loaded: {first_line(error)}; export it again"
+                reason = f"adapter {shown!r} cannot be loaded: {one_line(error)}; export it again"
                 raise DataError(reason, about="adapter", value=shown) from error
             except KeyboardInterrupt:  # raised after the library has loaded it; free the name for the next attempt
                 self._adapters.unload(name)
@@ -182,7 +183,8 @@ class GenerationEngine:
         live.guided = guided
         # Without the last tokens: the last sampled one is not in the cache, and the prompt's last must be read once
         # more for its logits.
-        known = _common(live.tokens[:-1], prompt[:-1])
+        pairs = zip(live.tokens[:-1], prompt[:-1], strict=False)
+        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         cached = start = known if live.adapter == self._name(adapter) else 0
         if live.inner.token_count():
             live.inner.rewind_to(cached)
@@ -309,8 +311,3 @@ def genai() -> Any:
     og = required("onnxruntime_genai")
     og.disable_telemetry_events()
     return og
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Self
 
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError, DataError, one_line
 from client.inference.engine import GenerationEngine
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
-from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, first_line, require_plain
+from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, require_plain
 from edgeadapt.formats.bundle import MODEL
 from edgeadapt.formats.graphinputs import with_placeholders
 from edgeadapt.formats.storage import File
@@ -30,7 +30,7 @@ class Generator:
     a lesson or an update replaced is loaded again."""
 
     def __init__(self, library: Library, engine: GenerationEngine, loaded: int, loaded_bytes: int) -> None:
-        self._library, self._engine = library, engine
+        self.library, self._engine = library, engine
         self._loaded = AdapterCache[Adapter](
             loaded,
             loaded_bytes,
@@ -39,7 +39,7 @@ class Generator:
             lambda adapter: engine.unload(adapter.name),
         )
         self._busy = Lock()
-        self._last: Answer | None = None
+        self.last: Answer | None = None
 
     @classmethod
     def open(
@@ -69,16 +69,8 @@ class Generator:
         return generator
 
     @property
-    def library(self) -> Library:
-        return self._library
-
-    @property
     def context(self) -> int:
         return self._engine.context
-
-    @property
-    def last(self) -> Answer | None:
-        return self._last
 
     def load(self, adapter: Named) -> Adapter:
         """Verify an adapter or a composition, and keep it in memory, like ``ClassificationSession.load``. Raises
@@ -142,7 +134,7 @@ class Generator:
 
     def _get(self, composition: Composition) -> Adapter:
         if (adapter := self._loaded.get(composition)) is None:
-            loaded = self._library.load(composition)
+            loaded = self.library.load(composition)
             self._engine.load(loaded)
             adapter = self._loaded[composition] = replace(loaded, inputs={})  # the engine holds the tensors
         return adapter
@@ -188,13 +180,13 @@ class Generator:
             raise
         except RuntimeError as error:  # of onnxruntime-genai
             engine.forget()
-            reason = f"the model does not run with this adapter: {first_line(error)}"
+            reason = f"the model does not run with this adapter: {one_line(error)}"
             raise DataError(reason, about="adapter") from error
         except BaseException:
             engine.forget()
             raise
         finally:
-            self._last = Answer(text, finish, count, len(prompt), reused, params.guide)
+            self.last = Answer(text, finish, count, len(prompt), reused, params.guide)
 
 
 class Conversation:
@@ -215,16 +207,17 @@ class Conversation:
         (``Generator.tokens``).
         """
         self._generator, self._params = generator, params
-        self._adapter: Adapter | None = None
+        self.adapter: Adapter | None = None
         self.use(adapter)
-        if generator.max_prompt(params, self._adapter) < 1:
+        if generator.max_prompt(params, self.adapter) < 1:
             reason = f"an answer of {params.max_tokens} tokens leaves no room for a question: the model's limit is"
             reason = f"{reason} {generator.context} tokens; lower --max-tokens"
             raise ConfigError(reason, about="max_tokens", value=params.max_tokens)
         generator.check(params)
         self._system = [] if system is None else [ChatMessage("system", system)]
         self._messages: list[ChatMessage] = []
-        self._asked: str | None = None
+        # Last question, also if it was refused or its answer was empty, so that ``messages`` lacks it.
+        self.asked: str | None = None
         if self._system:
             generator.tokens([*self._system, ChatMessage("user", "?")])
 
@@ -237,29 +230,20 @@ class Conversation:
     def system(self) -> str | None:
         return self._system[0].content if self._system else None
 
-    @property
-    def asked(self) -> str | None:
-        """Last question, also if it was refused or its answer was empty, so that ``messages`` lacks it."""
-        return self._asked
-
-    @property
-    def adapter(self) -> Adapter | None:
-        return self._adapter
-
     def use(self, adapter: Named | None) -> None:
         """Let another adapter answer. After an error the conversation keeps its own. Raises as ``Generator.load``."""
-        self._adapter = None if adapter is None else self._generator.load(adapter)
+        self.adapter = None if adapter is None else self._generator.load(adapter)
 
     def reset(self) -> None:
         self._messages.clear()
-        self._asked = None
+        self.asked = None
 
     def ask(self, text: str) -> Iterator[str]:
         """Answer ``text``, piece by piece. If the answer is not read to its end, the part that was read is kept. Raises
         DataError: the text is not a valid message, or is too long even without the previous messages, which stay."""
-        self._asked = text
+        self.asked = text
         messages = self._fit([*self._messages, ChatMessage("user", text)])
-        adapter = None if self._adapter is None else self._adapter.composition
+        adapter = None if self.adapter is None else self.adapter.composition
         return self._record(messages, self._generator.answer([*self._system, *messages], self._params, adapter))
 
     def _record(self, messages: list[ChatMessage], pieces: Iterator[str]) -> Iterator[str]:
@@ -273,7 +257,7 @@ class Conversation:
                 self._messages = [*messages, ChatMessage("assistant", text)]
 
     def _fit(self, messages: list[ChatMessage]) -> list[ChatMessage]:
-        limit = self._generator.max_prompt(self._params, self._adapter)
+        limit = self._generator.max_prompt(self._params, self.adapter)
         while (needed := len(self._generator.tokens([*self._system, *messages]))) > limit:
             if len(messages) < 3:
                 reason = f"the text needs {needed} tokens, and an answer of {self._params.max_tokens} leaves {limit}"

@@ -11,10 +11,9 @@ from typing import Self
 
 import numpy as np
 
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError, DataError, one_line
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.phrases import PhraseReader
-from client.inference.text import first_line
 from edgeadapt.bases.classifiergraph import ClassifierGraph, Feeds
 from edgeadapt.formats.bundle import MODEL, TOKENIZER
 from edgeadapt.formats.layout import Floats
@@ -56,7 +55,7 @@ class ClassificationSession:
     """
 
     def __init__(self, library: Library, threads: int, loaded: AdapterCache[_Loaded]) -> None:
-        self._library, self._loaded = library, loaded
+        self.library, self._loaded = library, loaded
         self._reader = PhraseReader.of(library.base.files[TOKENIZER])
         base, manifest = library.base, library.manifest
         self._graph = ClassifierGraph.open(base.files, base.folder, manifest.slots, manifest.independent_rows, threads)
@@ -97,14 +96,10 @@ class ClassificationSession:
         try:
             session = cls(library, threads, cache)
         except Exception as error:  # tokenizers and onnxruntime raise classes without a common base
-            reason = f"this version cannot load the base in {library.bundle}: {first_line(error)}"
+            reason = f"this version cannot load the base in {library.bundle}: {one_line(error)}"
             raise DataError(reason, about=MODEL) from error
         library.base.check()
         return session
-
-    @property
-    def library(self) -> Library:
-        return self._library
 
     def load(self, adapter: Named) -> Adapter:
         """Verify an adapter or a composition, and keep it in memory.
@@ -163,7 +158,7 @@ class ClassificationSession:
 
     def _get(self, composition: Composition) -> _Loaded:
         if (loaded := self._loaded.get(composition)) is None:
-            adapter = self._library.load(composition)
+            adapter = self.library.load(composition)
             loaded = _Loaded(adapter, self._graph.feeds(adapter.inputs))
             self._loaded[composition] = loaded
         return loaded
@@ -181,7 +176,7 @@ class ClassificationSession:
         try:
             yield
         except Exception as error:  # onnxruntime raises classes without a common base
-            reason = f"the base in {self._library.bundle} does not run: {first_line(error)}; export it again"
+            reason = f"the base in {self.library.bundle} does not run: {one_line(error)}; export it again"
             raise DataError(reason, about=MODEL) from error
 
 

@@ -48,10 +48,6 @@ def require_plain(text: str, special: Sequence[str], about: str) -> None:
         raise DataError(reason, about=about, value=token)
 
 
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200] or type(error).__name__
-
-
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How an answer is sampled. By default greedily, so that equal questions get equal answers. Raises ConfigError."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError, DataError, one_line
 from client.training.denormals import without_denormals
 from client.training.encoding import Template, TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer
@@ -198,7 +198,7 @@ class GraphEngine:
             with without_denormals():
                 return run()
         except Exception as error:  # onnxruntime raises classes without a common base
-            reason = f"the training graph in {self.base.folder} does not run ({' '.join(str(error).split())[:200]})"
+            reason = f"the training graph in {self.base.folder} does not run ({one_line(error)})"
             raise DataError(f"{reason}: export the base again", about=TRAINING) from error
 
 
@@ -275,7 +275,7 @@ def _template(base: VerifiedBase) -> Template:
         try:
             text = tokenizer().apply_chat_template(messages=json.dumps(messages), add_generation_prompt=answer)
         except RuntimeError as error:
-            reason = f"the chat template does not accept the examples ({' '.join(str(error).split())[:200]})"
+            reason = f"the chat template does not accept the examples ({one_line(error)})"
             raise ConfigError(reason, about="chat_template") from error
         return str(text)
 
@@ -300,7 +300,7 @@ def require_mean_head(base: VerifiedBase) -> None:
 
 
 def _unusable(base: VerifiedBase, error: Exception) -> ConfigError:
-    reason = f"the base in {base.folder} cannot be loaded for training: {' '.join(str(error).split())[:200]}"
+    reason = f"the base in {base.folder} cannot be loaded for training: {one_line(error)}"
     return ConfigError(reason, about=TRAINING)
 
 

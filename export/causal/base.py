@@ -105,7 +105,8 @@ def export_causal(
             work.path, decoder.files
         )
         # With one scale for all activations of a MatMul, states depend on the tokens that were read together.
-        if wanted.first and profile is not Profile.WEB_INT8 and _shares_buffer(decoder.files[GENERATION]):
+        shared = json.loads(decoder.files[GENERATION])["search"].get("past_present_share_buffer")
+        if wanted.first and profile is not Profile.WEB_INT8 and shared:
             header = load_model_from_string((work.path / MODEL).read_bytes())
             if keep_states(header, list(inserted), sizes(model.config).hidden):
                 digests |= written(work.path, {CHAT: header.SerializeToString(deterministic=True)})
@@ -128,10 +129,6 @@ def export_causal(
             digests=digests,
             gradients=difference,
         )
-
-
-def _shares_buffer(settings: bytes) -> bool:
-    return bool(json.loads(settings)["search"].get("past_present_share_buffer"))
 
 
 def _insert_virtual(graph: ModelProto, wanted: Slots, embedding: virtualtokens.Embedding | None) -> virtualtokens.Slots:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, one_line
 from edgeadapt.formats.layout import Floats
 from export.onnx.calibrate import TEXT, TOKENS
 from export.onnx.exported import Report, counted
@@ -47,7 +47,7 @@ def sample_logits(model: Any, tokenizer: Tokenizer) -> Sample:
             logits, far = model(**text).logits.numpy(), _far(model, text)
     except (IndexError, RuntimeError) as error:
         raise ConfigError(
-            f"the base cannot read a text of its own tokenizer: {str(error).splitlines()[0]}", about="tokenizer.json"
+            f"the base cannot read a text of its own tokenizer: {one_line(error)}", about="tokenizer.json"
         ) from error
     return Sample(ids.numpy(), logits, far)
 

@@ -9,7 +9,7 @@ from onnx import ModelProto, checker
 from tokenizers import Tokenizer
 from torch import nn
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, one_line
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.classifiergraph import LABELS, ClassifierGraph
@@ -133,7 +133,6 @@ def _limit(base: Base, tokenizer: Tokenizer, model: nn.Module) -> int:
 RANK, ROWS = 4, 3  # rank and virtual tokens of the adapters that are tried; texts, and labels
 LONGEST = 1024  # tokens
 TOLERANCE = 2e-3  # difference of a logit, relative to the largest: rounding in int8 stays below a tenth of it
-MAX_REASON = 200  # characters of ONNX Runtime's message
 
 
 def open_base(
@@ -163,7 +162,7 @@ def independent_rows(
     try:
         alone = [graph.logits(text, graph.feeds(one)) for text, one in zip(texts, adapters, strict=True)]
     except Exception as error:  # onnxruntime raises classes without a common base
-        reason = " ".join(str(error).split())[:MAX_REASON]
+        reason = one_line(error)
         raise ConfigError(
             f"the exported graph does not run: {reason}; use another base", about="onnxruntime"
         ) from error

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, one_line
 from edgeadapt.bases.traininggraph import OWN_BIAS, WEIGHT_NORM, TrainingBatch, TrainingGraph, batch_of
 from edgeadapt.formats.bundle import LOWER, TRAINING
 from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OUTPUT_SCALE, PREFIX, PROMPT, VIRTUAL
@@ -29,7 +29,6 @@ LIMIT = 1e-4  # largest difference, relative to the largest gradient of its slot
 STATES_LIMIT = 0.2  # relative difference of states: with one scale for all activations of a MatMul, half of it
 LANGUAGE_LIMIT = 2e-3  # the same of a language model: thirty layers in float32 round off more (docs/decisions/0070)
 SMALL = 1e-2  # a gradient below it is rounding error in part: that by a query of a text with one token is 0 in truth
-MAX_REASON = 200  # characters of ONNX Runtime's message
 
 
 def check_gradients(
@@ -61,7 +60,7 @@ def check_gradients(
             norms = graph.weight_norms(inputs, graph.normed)
             biases = graph.own_biases()
         except Exception as error:  # onnxruntime raises classes without a common base
-            reason = " ".join(str(error).split())[:MAX_REASON]
+            reason = one_line(error)
             raise ConfigError(f"the training graph does not run: {reason}", about="training") from error
         try:
             with nullcontext() if states is None else _from_states(module, batch, inputs, states):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers.pytorch_utils import Conv1D
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, one_line
 from edgeadapt.bases.states import STATES
 from edgeadapt.bases.traininggraph import POSITIONS
 from edgeadapt.formats.graphinputs import PROMPT
@@ -80,7 +80,6 @@ def _transposed(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 OPSET = 20
 ANSWER = "logits"
-MAX_REASON = 200  # characters of torch's error message
 
 
 def trace(slotted: SlottedModel) -> onnx.ModelProto:
@@ -135,11 +134,9 @@ def export(
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())
+        reason = one_line(error.__cause__ or error)
         raise ConfigError(
-            f"torch cannot export this model, use a base of another architecture ({reason[:MAX_REASON]})",
-            about="torch.onnx",
+            f"torch cannot export this model, use a base of another architecture ({reason})", about="torch.onnx"
         ) from error
     assert program is not None  # noqa: S101  # only the legacy exporter returns None
     if isinstance(store, OnDisk):

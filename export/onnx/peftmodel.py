@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers.pytorch_utils import Conv1D
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, one_line
 from edgeadapt.formats.graphinputs import (
     GIVEN,
     INPUT_SCALE,
@@ -285,7 +285,7 @@ def _head(model: nn.Module, saved: SavedSlot) -> str | None:
             tokens = {name: torch.ones(1, 2, dtype=torch.int64) for name in TOKENS}
             answer = logits_of(model(**tokens))
     except Exception as error:  # whatever the code of a model raises
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise ConfigError(
             f"{type(model).__name__} cannot be exported: it does not read two tokens ({reason})", about="model_type"
         ) from error

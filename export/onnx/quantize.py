@@ -58,7 +58,9 @@ def in_blocks(
     summed: dict[str, int] = {}
     for node in result.graph.node:
         if (name := _weight(node, values)) is not None:
-            chosen = _bits(node, other.get(node.output[0], bits))
+            chosen = other.get(node.output[0], bits)
+            if node.op_type == "Gather" or (node.op_type == "FusedMatMul" and chosen != FLOAT):  # an embedding
+                chosen = 8
             if (key := (name, chosen)) not in quantized and chosen != FLOAT:
                 matrix = store.array(values[name])
                 rows = matrix.T if node.op_type == "MatMul" else matrix
@@ -117,11 +119,6 @@ def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
     """Count the dimensions of each value for which the graph states it."""
     stated = [(value.name, value.type.tensor_type) for value in (*graph.value_info, *graph.input)]
     return {name: len(kind.shape.dim) for name, kind in stated if kind.HasField("shape")}
-
-
-def _bits(node: onnx.NodeProto, bits: int) -> int:
-    embedding = node.op_type == "Gather" or (node.op_type == "FusedMatMul" and bits != FLOAT)
-    return 8 if embedding else bits
 
 
 def _stored_in_bytes(graph: onnx.GraphProto, blocks: Blocks, name: str, store: TensorStore) -> list[onnx.NodeProto]:

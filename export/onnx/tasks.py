@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, one_line
 
-MAX_REASON = 160  # characters of an error of a library
 CLOSE = 1e-3  # share of the largest logit
 OFFSETS = 8  # positions that a family may reserve; RoBERTa's numbering begins at 2
 
@@ -62,7 +61,7 @@ def check_classifies(model: Any, ids: Sequence[int]) -> None:
     except Exception as error:  # whatever the code of a model raises
         raise ConfigError(
             f"{type(model).__name__} cannot be exported: it does not read a text from its tokens and their mask "
-            f"({_first_line(error)}); use an encoder that does",
+            f"({one_line(error)}); use an encoder that does",
             about="model_type",
         ) from error
     logits = getattr(answer, "logits", answer)
@@ -85,7 +84,7 @@ def check_reads_embeddings(model: Any, ids: Sequence[int]) -> None:
         same = bool((embedded - expected).abs().max() <= CLOSE * expected.abs().max())
         reason = "it reads more of a token than its embedding"
     except Exception as error:  # whatever the code of a model raises
-        same, reason = False, _first_line(error)
+        same, reason = False, one_line(error)
     if not same:
         raise ConfigError(
             f"{type(model).__name__} cannot have virtual tokens ({reason}); use an adapter of another method",
@@ -105,7 +104,7 @@ def readable_length(model: Any, ids: Sequence[int], length: int) -> int:
         try:
             _read(model, np.resize(ids, tried).tolist())
         except Exception as error:  # whatever the code of a model raises
-            reason = _first_line(error)
+            reason = one_line(error)
             continue
         return tried
     raise ConfigError(
@@ -120,7 +119,3 @@ def _read(model: Any, ids: Sequence[int]) -> Any:
     tokens = torch.tensor([list(ids)])
     with torch.no_grad():
         return model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
