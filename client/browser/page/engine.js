@@ -7,6 +7,7 @@ import { MAX_ENVELOPE } from "./dsse.js";
 import { ConfigError, DataError, EdgeAdaptError, quoted } from "./errors.js";
 import { virtualTokens } from "./graphinputs.js";
 import { History } from "./learning/history.js";
+import { probabilities } from "./learning/tune.js";
 import { choose, fixedTexts } from "./provider.js";
 import * as runtime from "./runtime.js";
 import { Text } from "./text.js";
@@ -157,7 +158,11 @@ export class Engine {
     const ids = this.text.phrase(text, virtual);
     const tokens = { input_ids: runtime.int64(ids), attention_mask: runtime.int64(ids.map(() => 1)) };
     const { logits } = await runtime.run(this.session, { ...tokens, ...adapter.feeds });
-    const labels = best(softmax(logits.data, adapter), adapter.labels, top);
+    const found = probabilities(logits.data, adapter.temperature);
+    if (!found.every(Number.isFinite)) {
+      throw new DataError(`adapter ${quoted(adapter.name)} gives an answer that is not finite; use another adapter`, "logits");
+    }
+    const labels = best(found, adapter.labels, top);
     return { adapter: adapter.name, unknown: this.text.unknownShare(text), unread: this.text.unread(text, virtual), labels };
   }
 
@@ -220,19 +225,7 @@ async function loaded({ task, slots }, files, text, gpu) {
 
 const bare = ({ slots }) => ({ name: BARE, labels: [], rank: 0, inputs: runtime.emptyAdapter(slots) });
 
-/** Probabilities from logits, which the adapter's temperature divides. Throws DataError: one is not finite. */
-function softmax(logits, { name, temperature }) {
-  const largest = logits.reduce((a, b) => Math.max(a, b), -Infinity);
-  const exponentials = Array.from(logits, (logit) => Math.exp((logit - largest) / temperature));
-  const sum = exponentials.reduce((a, b) => a + b, 0);
-  const probabilities = exponentials.map((value) => value / sum);
-  if (!probabilities.every(Number.isFinite)) {
-    throw new DataError(`adapter ${quoted(name)} gives an answer that is not finite; use another adapter`, "logits");
-  }
-  return probabilities;
-}
-
-function best(probabilities, labels, top) {
-  const order = probabilities.map((_, i) => i).sort((a, b) => probabilities[b] - probabilities[a] || a - b);
-  return order.slice(0, top).map((i) => ({ label: labels[i], probability: probabilities[i] }));
+function best(shares, labels, top) {
+  const order = shares.map((_, i) => i).sort((a, b) => shares[b] - shares[a] || a - b);
+  return order.slice(0, top).map((i) => ({ label: labels[i], probability: shares[i] }));
 }

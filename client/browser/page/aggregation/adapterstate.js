@@ -2,14 +2,9 @@
 // one adapter are over one set of devices, and few. It is in memory, as long as the identity key that it belongs to.
 
 import { hex } from "../bytes.js";
-import { ProtocolError } from "../errors.js";
-import { COORDINATOR } from "./messages.js";
+import { refuse } from "./messages.js";
 
 export const EARLIER = 1024; // adapters
-
-function refuse(text, about) {
-  throw new ProtocolError(text, about, COORDINATOR);
-}
 
 /**
  * The state after the device trained for `plan`; `known` is null before the first one. `repeats`: the policy's maximum.

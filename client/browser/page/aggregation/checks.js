@@ -6,7 +6,7 @@ import { concat, digest, encode as utf8, equal, hex, unhex } from "../bytes.js";
 import { ConfigError, ProtocolError, TrustError } from "../errors.js";
 import { hararyNeighbors, hararyOrder } from "./graph.js";
 import { requirePublicKey } from "./masks.js";
-import { Advert, COORDINATOR, ConsistencySignature, Plan, Roster, Survivors, openVerified, unverifiedBody, verify } from "./messages.js";
+import { Advert, COORDINATOR, ConsistencySignature, Plan, Roster, Survivors, openVerified, refuse, unverifiedBody, verify } from "./messages.js";
 import { quorumOf } from "./spec.js";
 import { ascending, u32 } from "./wire.js";
 
@@ -39,7 +39,7 @@ export function sessionEnd(root, cohort) {
 export function beforeEnd(ends, at) {
   if (at === null || at <= ends) return;
   const text = `the session ended on ${new Date(ends).toISOString()}, when a certificate or the revocation list expired`;
-  throw new ProtocolError(text, "plan.time", COORDINATOR);
+  refuse(text, "plan.time");
 }
 
 /** The advert of `device` for the offer with this digest. */
@@ -62,7 +62,7 @@ async function advert(offer, rounds, signer, device, raw) {
 
 /** The session that a roster defines, and a Map of device → advert as signed. */
 export async function roster(spec, offer, cohort, message) {
-  if (!equal(message.offer, offer)) throw new ProtocolError("roster is for another offer", "roster.offer", COORDINATOR);
+  if (!equal(message.offer, offer)) refuse("roster is for another offer", "roster.offer");
   enoughDevices(spec, message.adverts.length, "adverts on the roster", "roster.size");
   const [signed, peers, keys] = [new Map(), new Map(), new Set()];
   let last = "";
@@ -70,11 +70,11 @@ export async function roster(spec, offer, cohort, message) {
     // Whose advert it claims to be; `advert` then requires that device's signature.
     const { device } = Advert.decode(unverifiedBody(raw));
     const identity = cohort.get(device)?.key;
-    if (!identity) throw new ProtocolError(`${device} is on the roster but not in the cohort`, "roster.members", COORDINATOR);
-    if (device <= last) throw new ProtocolError(`${device} is repeated on the roster, or out of order`, "roster.order", COORDINATOR);
+    if (!identity) refuse(`${device} is on the roster but not in the cohort`, "roster.members");
+    if (device <= last) refuse(`${device} is repeated on the roster, or out of order`, "roster.order");
     const found = await advert(offer, spec.rounds, identity, device, raw);
     for (const key of [found.share_key, ...found.mask_keys].map(hex)) {
-      if (keys.has(key)) throw new ProtocolError(`${device} has a key of another device on the roster`, "roster.keys", COORDINATOR);
+      if (keys.has(key)) refuse(`${device} has a key of another device on the roster`, "roster.keys");
       keys.add(key);
     }
     signed.set(device, raw);
@@ -92,48 +92,42 @@ export async function roster(spec, offer, cohort, message) {
 export function encryptedShares(session, me, received) {
   const near = new Set(session.neighbors(me, session.peers.keys()));
   for (const dealer of received.keys()) {
-    if (!near.has(dealer)) throw new ProtocolError(`shares of ${dealer}, which is not a neighbor`, "assignment.dealers", COORDINATOR);
+    if (!near.has(dealer)) refuse(`shares of ${dealer}, which is not a neighbor`, "assignment.dealers");
   }
   enoughNeighbors(session, me, received.keys(), "sent it shares", "assignment.neighbors");
 }
 
 /** Returns if a device may act on a plan. `dealers`: the Set of devices whose shares it has. */
 export async function plan(session, me, dealers, lastRound, message) {
-  const refuse = (text, field) => {
-    throw new ProtocolError(text, `plan.${field}`, COORDINATOR);
-  };
   const { context, round, members: named } = message;
-  if (!equal(context, session.context)) refuse("plan is for another session", "context");
+  if (!equal(context, session.context)) refuse("plan is for another session", "plan.context");
   if (round <= lastRound || round > session.spec.rounds) {
-    refuse(`round ${round} is not between ${lastRound + 1} and ${session.spec.rounds}`, "round");
+    refuse(`round ${round} is not between ${lastRound + 1} and ${session.spec.rounds}`, "plan.round");
   }
-  if (!ascending(named)) refuse("plan repeats a member, or is out of order", "order");
-  if (!named.includes(me)) refuse("plan does not include this device", "self");
+  if (!ascending(named)) refuse("plan repeats a member, or is out of order", "plan.order");
+  if (!named.includes(me)) refuse("plan does not include this device", "plan.self");
   const without = [
     ...named.filter((device) => !session.peers.has(device)),
     ...session.neighbors(me, named).filter((device) => !dealers.has(device)),
   ];
-  if (without.length) refuse(`${without.sort()[0]} is in the plan, but this device has no shares of it`, "members");
+  if (without.length) refuse(`${without.sort()[0]} is in the plan, but this device has no shares of it`, "plan.members");
   enoughDevices(session.spec, named.length, "members of the plan", "plan.size");
   enoughNeighbors(session, me, named, "are in the plan", "plan.neighbors");
   const { former } = message;
-  if (former.length && session.spec.grouping === null) refuse("plan names former members without groups", "former");
+  if (former.length && session.spec.grouping === null) refuse("plan names former members without groups", "plan.former");
   if (!ascending(former) || former.some((device) => named.includes(device))) {
-    refuse("plan repeats a former member, has it out of order, or also as a member", "former");
+    refuse("plan repeats a former member, has it out of order, or also as a member", "plan.former");
   }
   await requireMinimum(session.spec, message, named, "members of the plan", "plan.group");
 }
 
 /** Returns if a device may sign and unmask a survivor set. `vector`: digest of its own masked vector. */
 export async function survivors(session, current, me, vector, message) {
-  const refuse = (text, field) => {
-    throw new ProtocolError(text, `survivors.${field}`, COORDINATOR);
-  };
-  if (!equal(message.plan, await Plan.digest(current))) refuse("survivor set is for another plan", "plan");
+  if (!equal(message.plan, await Plan.digest(current))) refuse("survivor set is for another plan", "survivors.plan");
   const planned = new Set(current.members);
   const stranger = [...message.vectors.keys()].find((device) => !planned.has(device));
-  if (stranger) refuse(`survivor ${stranger} is not in the plan`, "members");
-  if (!equal(message.vectors.get(me) ?? [], vector)) refuse("survivor set does not include this device with its own vector", "self");
+  if (stranger) refuse(`survivor ${stranger} is not in the plan`, "survivors.members");
+  if (!equal(message.vectors.get(me) ?? [], vector)) refuse("survivor set does not include this device with its own vector", "survivors.self");
   enoughDevices(session.spec, message.vectors.size, "survivors", "survivors.size");
   enoughNeighbors(session, me, message.vectors.keys(), "survived", "survivors.neighbors");
   await requireMinimum(session.spec, current, message.vectors.keys(), "survivors", "survivors.group");
@@ -143,10 +137,8 @@ export async function survivors(session, current, me, vector, message) {
 export async function consistencySignatures(session, current, message, signatures) {
   const quorum = quorumOf(session.spec);
   const stranger = [...signatures.keys()].find((device) => !message.vectors.has(device));
-  if (stranger) throw new ProtocolError(`${stranger} signed the survivor set but is not in it`, "unmask.signers", COORDINATOR);
-  if (signatures.size < quorum) {
-    throw new ProtocolError(`${signatures.size} consistency signatures, ${quorum} are needed`, "unmask.quorum", COORDINATOR);
-  }
+  if (stranger) refuse(`${stranger} signed the survivor set but is not in it`, "unmask.signers");
+  if (signatures.size < quorum) refuse(`${signatures.size} consistency signatures, ${quorum} are needed`, "unmask.quorum");
   await requireMinimum(session.spec, current, signatures.keys(), "consistency signatures", "unmask.group");
   const signed = await Survivors.digest(message);
   for (const [device, signature] of signatures) {
@@ -161,13 +153,13 @@ export async function consistencySignatures(session, current, message, signature
 
 function enoughDevices(spec, count, what, about) {
   const least = Math.max(spec.threshold, spec.minimum_survivors);
-  if (count < least) throw new ProtocolError(`${count} ${what}, ${least} are needed`, about, COORDINATOR);
+  if (count < least) refuse(`${count} ${what}, ${least} are needed`, about);
 }
 
 function enoughNeighbors(session, me, present, what, about) {
   const [count, least] = [1 + session.neighbors(me, present).length, session.spec.threshold];
   if (count >= least) return;
-  throw new ProtocolError(`${count} devices of this device's neighborhood ${what}, ${least} are needed`, about, COORDINATOR);
+  refuse(`${count} devices of this device's neighborhood ${what}, ${least} are needed`, about);
 }
 
 /** The public state of a session: `peers` is a Map of device → { position, identity, shareKey, maskKeys }, ascending. */
@@ -227,6 +219,6 @@ export async function requireMinimum(spec, plan, present, what, about) {
   for (const [number, count] of counts.entries()) {
     if (count >= spec.grouping.minimum) continue;
     const text = `group ${number + 1} has ${count} ${what}, ${spec.grouping.minimum} are needed`;
-    throw new ProtocolError(text, about, COORDINATOR);
+    refuse(text, about);
   }
 }

@@ -2,10 +2,10 @@
 // aggregation/vector.py and ring.py. The vector is all that a device sends of its data, and it is sent under the mask.
 
 import { unhex } from "../bytes.js";
-import { DataError, ProtocolError } from "../errors.js";
+import { DataError } from "../errors.js";
 import { roundWithin } from "./accounting.js";
 import { KEY, derivedEntropy, keystream, systemEntropy } from "./masks.js";
-import { COORDINATOR } from "./messages.js";
+import { refuse } from "./messages.js";
 import { draw } from "./noise.js";
 import { peak, rotate, seedOf } from "./rotation.js";
 import { COUNTS, maxSteps, sizeOf, stepOf } from "./spec.js";
@@ -50,7 +50,7 @@ export function requireBounds(spec, fair) {
   const found = spec.vector.segments.map((segment) => [segment.name, segment.size, segment.bound]);
   if (JSON.stringify(found) === JSON.stringify(fair) && (spec.privacy || maxSteps(spec.vector) >= Number(spec.weight_cap))) return;
   const text = "the bounds of the vector in the offer do not follow from its clip norm and weight cap";
-  throw new ProtocolError(text, "offer.spec.vector", COORDINATOR);
+  refuse(text, "offer.spec.vector");
 }
 
 /**

@@ -66,7 +66,7 @@ export async function checkIn(device, challenge, node, lastOffer = null) {
   const message = await device.open(m.Challenge, challenge);
   if (message.node !== node) {
     const text = `the challenge is for node ${message.node}, this device runs as node ${node}`;
-    throw new ProtocolError(text, "challenge.node", m.COORDINATOR);
+    m.refuse(text, "challenge.node");
   }
   return device.sign(m.CheckIn, {
     challenge: await m.Challenge.digest(message),
@@ -107,7 +107,7 @@ async function findSelf(device, offer, at) {
     throw new ProtocolError(`this device's own certificate: ${error.message}`, "device.certificate");
   }
   if (!equal(own.key, device.publicKey) || !equal(cohort.get(own.device)?.key ?? [], own.key)) {
-    throw new ProtocolError("offer does not include this device with its own key", "offer.self", m.COORDINATOR);
+    m.refuse("offer does not include this device with its own key", "offer.self");
   }
   return [own.device, cohort];
 }
@@ -146,9 +146,7 @@ class Advertised {
     const message = await device.open(m.Roster, roster);
     const [session, adverts] = await checks.roster(spec, offer, cohort, message);
     device.policy.checkRoster(spec, cohort.size, adverts.size);
-    if (!equal(adverts.get(me) ?? [], this.#advert)) {
-      throw new ProtocolError("roster does not have this device's own advert", "roster.self", m.COORDINATOR);
-    }
+    if (!equal(adverts.get(me) ?? [], this.#advert)) m.refuse("roster does not have this device's own advert", "roster.self");
     this.#singleUse.take("shares");
     const { shareKey, dealing, secrets } = this.#own;
     const content = await digest(m.Roster.encode(message));
@@ -290,7 +288,7 @@ class Masked {
   #requireAdversary(expected, what) {
     const { adversary } = this.ready.session.spec;
     if (adversary === expected) return;
-    throw new ProtocolError(`a session against an ${adversary} coordinator has no step with a ${what}`, "session.adversary", m.COORDINATOR);
+    m.refuse(`a session against an ${adversary} coordinator has no step with a ${what}`, "session.adversary");
   }
 }
 
@@ -313,7 +311,7 @@ class Confirmed {
   async onUnmask(device, unmask) {
     const { survivors, consistency_signatures: signatures } = await device.open(m.Unmask, unmask);
     if (!equal(await m.Survivors.digest(survivors), this.signed)) {
-      throw new ProtocolError("unmask request is for another survivor set than this device signed", "unmask.survivors", m.COORDINATOR);
+      m.refuse("unmask request is for another survivor set than this device signed", "unmask.survivors");
     }
     await checks.consistencySignatures(this.ready.session, this.plan, survivors, signatures);
     this.#singleUse.take("unmask-response");

@@ -4,7 +4,7 @@
 
 import { concat, digest, encode as utf8, equal, hex } from "../bytes.js";
 import { ProtocolError, TrustError } from "../errors.js";
-import { COORDINATOR, DEVICE_ID, MAX_COHORT, OVERHEAD, message, openVerified } from "./messages.js";
+import { COORDINATOR, DEVICE_ID, MAX_COHORT, OVERHEAD, message, openVerified, refuse } from "./messages.js";
 import { HEX, MAX_ROUNDS } from "./spec.js";
 import { blob, choice, decode, fixed, last, mapping, record, sequence, text, uint, uint64 } from "./wire.js";
 
@@ -46,10 +46,6 @@ const RECEIPT = record({
   consistency: mapping(uint64, PATH, 2 * MAX_ROUNDS),
 });
 const SESSION_CHAIN_PROOF = record({ receipt: blob(2 ** 28), closed: sequence(CHECKPOINT, 10_000), start: CHECKPOINT });
-
-function refuse(why, about) {
-  throw new ProtocolError(why, about, COORDINATOR);
-}
 
 const openCheckpoint = (raw, coordinator) => openVerified(Checkpoint, raw, coordinator, COORDINATOR);
 

@@ -18,6 +18,11 @@ const MIB = 2 ** 20;
 const [MAGIC, VERSION] = ["EA", 1];
 const FRAME = utf8("edgeadapt/1\0");
 
+/** Throws ProtocolError: the coordinator sent what the protocol, or this device's policy, does not allow. */
+export function refuse(text, about) {
+  throw new ProtocolError(text, about, COORDINATOR);
+}
+
 const DIGEST = fixed(32);
 const DEVICE = text(DEVICE_ID);
 const DEVICES = sequence(DEVICE, MAX_COHORT);

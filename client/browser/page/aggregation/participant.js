@@ -4,7 +4,7 @@ import { ProtocolError, TrustError } from "../errors.js";
 import * as adapterstate from "./adapterstate.js";
 import { checkIn, join } from "./device.js";
 import { LogState } from "./logstate.js";
-import { COORDINATOR, Plan, Unmask, signedHeader, unverifiedBody } from "./messages.js";
+import { COORDINATOR, Plan, Unmask, refuse, signedHeader, unverifiedBody } from "./messages.js";
 import * as privacyledger from "./privacyledger.js";
 import * as sumhistory from "./sumhistory.js";
 import { newerThan, readRevocations, requireFresh } from "./revocations.js";
@@ -64,7 +64,7 @@ export class Participant {
   }
 
   async #step(step, { body, adapter, proof, revocations }, at) {
-    if (!body) throw new ProtocolError("the message has no body", "message.body", COORDINATOR);
+    if (!body) refuse("the message has no body", "message.body");
     const state = this.#state;
     if (step === "checkin") return checkIn(this.#device, body, this.#node, this.#known.log?.offer ?? null);
     if (step === "offer") return this.#offer(body, proof, revocations, at);
@@ -73,7 +73,7 @@ export class Participant {
     if (step === "survivors" && state?.onSurvivors) return this.#survivors(body);
     if (step === "unmask" && state?.onUnmask) return this.#unmask(body);
     const held = state ? `is in the state ${state.constructor.name}` : "has joined no session";
-    throw new ProtocolError(`unexpected ${step}: this device ${held}`, "step", COORDINATOR);
+    refuse(`unexpected ${step}: this device ${held}`, "step");
   }
 
   #after([state, answer]) {
@@ -98,7 +98,7 @@ export class Participant {
   async #afterOffer({ me, offer, spec }, proof) {
     const { policy, coordinator } = this.#device;
     if (!policy.demand_proofs) return null;
-    if (!proof) throw new ProtocolError("the message has no proof about the log", "message.proof", COORDINATOR);
+    if (!proof) refuse("the message has no proof about the log", "message.proof");
     const { log, sums } = this.#known;
     const other = (sums?.round?.point.base ?? spec.base_digest) !== spec.base_digest;
     return log ? log.onSessionChainProof(coordinator, proof, offer, other) : LogState.initial(coordinator, proof, offer, me);
@@ -108,7 +108,7 @@ export class Participant {
   async #afterReceipt(plan, proof) {
     const { policy, coordinator } = this.#device;
     if (!policy.demand_proofs) return null;
-    if (!proof) throw new ProtocolError("the message has no proof about the log", "message.proof", COORDINATOR);
+    if (!proof) refuse("the message has no proof about the log", "message.proof");
     const after = await this.#known.log.onReceipt(coordinator, proof);
     after.requireNewest(plan);
     return after;

@@ -5,10 +5,10 @@
 // knows the survivors, and their number takes the place of the smallest. `settled` and `pending` are as of accounting.js; `noisy`
 // and `bare` count contributions with and without noise, of which nothing bounds the latter.
 
-import { ProtocolError, TrustError } from "../errors.js";
+import { TrustError } from "../errors.js";
 import { NOTHING, ORDERS, epsilonOf, together } from "./accounting.js";
 import { countOf } from "./graph.js";
-import { COORDINATOR } from "./messages.js";
+import { refuse } from "./messages.js";
 import { spentIn } from "./spec.js";
 
 export const EMPTY = Object.freeze({ settled: NOTHING, pending: NOTHING, noisy: 0, bare: 0 });
@@ -47,7 +47,7 @@ export function onPlan(known, spec, cohort, { corrupt_fraction: fraction, maximu
   const after = epsilonOf(together(settled, cost), delta);
   if (limit && after > limit) {
     const text = `it would take the privacy that this device spends to an epsilon of ${after.toFixed(2)}, above its policy's`;
-    throw new ProtocolError(`plan refused: ${text} maximum_epsilon of ${limit} for delta ${delta}`, "plan.epsilon", COORDINATOR);
+    refuse(`plan refused: ${text} maximum_epsilon of ${limit} for delta ${delta}`, "plan.epsilon");
   }
   return { ...known, settled, pending: cost, noisy: known.noisy + 1 };
 }

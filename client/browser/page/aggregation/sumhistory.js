@@ -2,21 +2,16 @@
 // that hardly differs from another one counts as the same. Adapters are compared by sketches, as client/node/sketch.py.
 
 import { concat, digest, encode, hex } from "../bytes.js";
-import { ProtocolError } from "../errors.js";
 import { isPrivate } from "../learning/private.js";
 import { A, B, HEAD, R, VECTORS, adapterOf, decodeTask, isAnalytic, partOf } from "../learning/task.js";
 import { EARLIER, differing, termsOf } from "./adapterstate.js";
 import { keystream } from "./masks.js";
-import { COORDINATOR } from "./messages.js";
+import { refuse } from "./messages.js";
 
 const BUCKETS = 32;
 const PARTS = [A, B, VECTORS, HEAD, R, "frozen"];
 const LEAST_STEP = 0.1; // L2 norm, weight units
 const [UPDATES, MOMENTS] = ["updates", "moments"]; // kinds of sums
-
-function refuse(text, about) {
-  throw new ProtocolError(text, about, COORDINATOR);
-}
 
 /** The history of a device before its first round: `key` of the sketches, 32 secret bytes; the last sums of each kind; earlier ones. */
 export const newHistory = () => ({ key: crypto.getRandomValues(new Uint8Array(32)), last: [], earlier: [], round: null });

@@ -6,7 +6,7 @@
 
 import { concat, digest, encode as utf8, equal } from "../bytes.js";
 import { ConfigError, ProtocolError } from "../errors.js";
-import { COORDINATOR, MAX_CERTIFICATE } from "./messages.js";
+import { MAX_CERTIFICATE, refuse } from "./messages.js";
 import { blob, decode, encode, fixed, last, mapping, record, text, uint, uint64 } from "./wire.js";
 
 const NAME = text("[a-z_]{1,32}"); // of a step or a field
@@ -45,7 +45,7 @@ export async function attend({ device, participant, url, signal, shown = () => {
     shown({ state: "connecting" });
     const { code, reason, admitted } = await connection({ device, answers, url, signal, shown });
     if (signal?.aborted) return;
-    if (code === INVALID || code === VIOLATION) throw new ProtocolError(`the gateway refuses this device: ${reason}`, "gateway", COORDINATOR);
+    if (code === INVALID || code === VIOLATION) refuse(`the gateway refuses this device: ${reason}`, "gateway");
     attempt = admitted ? 0 : attempt + 1;
     const pause = windowOf(reason) ?? Math.min(FIRST_PAUSE * 2 ** attempt, LONGEST_PAUSE) * (0.5 + Math.random() / 2);
     shown({ state: "away", seconds: pause / 1000, released: code === RELEASED });
@@ -110,7 +110,7 @@ class Incoming {
 
   add(part) {
     const [name, left] = this.#left[0];
-    if (!part.length || part.length > Math.min(left, CHUNK)) throw new ProtocolError("a part of a request has another size", "part.size", COORDINATOR);
+    if (!part.length || part.length > Math.min(left, CHUNK)) refuse("a part of a request has another size", "part.size");
     const field = this.fields.get(name);
     field.set(part, field.length - left);
     if (left > part.length) this.#left[0] = [name, left - part.length];

@@ -3,8 +3,7 @@
 //
 // A part that was private once stays private: no later round shares a part in `ever`, whatever the labels and the layout are.
 
-import { COORDINATOR } from "../aggregation/messages.js";
-import { ProtocolError } from "../errors.js";
+import { refuse } from "../aggregation/messages.js";
 import { B, R, partOf } from "./task.js";
 
 /** What private parts belong to: the base, and the method, labels and layout of the adapter. */
@@ -30,7 +29,7 @@ export function checkUnshared(kept, { shared }) {
   const refused = everPrivate(kept).find((part) => changed.includes(part));
   if (!refused) return;
   const text = `task.shared: this device keeps the part ${refused} to itself, because it trained it without sharing it: take a method that does not share it, or ask its person to forget its identity`;
-  throw new ProtocolError(text, "task.shared", COORDINATOR);
+  refuse(text, "task.shared");
 }
 
 /** An older page kept no `ever`. */

@@ -3,7 +3,7 @@
 // The order of the two keeps a refusal from saying anything about the examples; so what fails once the examples matter counts as an
 // update of zero, with the weight of the examples.
 
-import { COORDINATOR } from "../aggregation/messages.js";
+import { COORDINATOR, refuse } from "../aggregation/messages.js";
 import {
   contribution,
   countSegments,
@@ -87,10 +87,6 @@ function withSquares(start, shapes) {
   }
 }
 
-function refuse(text, about) {
-  throw new ProtocolError(text, about, COORDINATOR);
-}
-
 /** The labels of each adapter in the bundle that was not made on this device. */
 async function signedLabels({ source, trust }) {
   const manifests = [];
@@ -117,7 +113,7 @@ async function opened(engine, task, tensors, limits) {
     return [answers ? GraphTrainer.answering(engine, adapter) : await kind.open(engine, adapter, valuesOf(inputs)), inputs];
   } catch (error) {
     if (!(error instanceof DataError || error instanceof ConfigError)) throw error;
-    throw new ProtocolError(`adapter and task: ${error.message}`, error.about || "plan.training", COORDINATOR);
+    refuse(`adapter and task: ${error.message}`, error.about || "plan.training");
   }
 }
 

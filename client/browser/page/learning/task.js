@@ -4,7 +4,7 @@ import { sha256 as digestOf } from "../bytes.js";
 import { isObject, parse } from "../dsse.js";
 import { ConfigError, DataError, ProtocolError, quoted } from "../errors.js";
 import { between, isPeftConfig, listOf, misfit, oneOf, sha256, string } from "../manifests.js";
-import { COORDINATOR } from "../aggregation/messages.js";
+import { COORDINATOR, refuse } from "../aggregation/messages.js";
 import { parse as tensorsOf } from "../safetensors.js";
 import { MAGNITUDE } from "./dora.js";
 
@@ -61,10 +61,6 @@ export const LIMITS = {
   maximum_batch_size: 64,
   moments: true, // whether to contribute to an analytic head
 };
-
-function refuse(text, about) {
-  throw new ProtocolError(text, about, COORDINATOR);
-}
 
 /**
  * The task in a plan, of one of the kinds of edgeadapt/rounds/taskkinds.py: `isAnalytic` and `isEvaluation` tell which. Throws
