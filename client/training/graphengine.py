@@ -56,8 +56,8 @@ class GraphEngine:
 
     answering: ClassifierGraph  # the graph with which the device classifies
 
-    def __init__(self, base: VerifiedBase, config: PeftConfig, head: Mapping[str, Sequence[int]], threads: int) -> None:
-        """Load the graph, to compute with ``threads``.
+    def __init__(self, base: VerifiedBase, config: PeftConfig, head: Mapping[str, Sequence[int]]) -> None:
+        """Load the graph, to compute with one thread.
 
         Args:
             config: Of the adapters: of a method for which the base has slots, without biases of the base.
@@ -80,7 +80,7 @@ class GraphEngine:
         lower = base.read(LOWER) if LOWER in base.manifest.files else None
         try:
             with without_denormals():  # the threads of the session inherit it
-                self.graph = TrainingGraph(content, base.folder, threads, lower)
+                self.graph = TrainingGraph(content, base.folder, lower=lower)
         except Exception as error:  # onnxruntime raises classes without a common base
             raise _unusable(base, error) from error
         self.states = self.graph.lower.cache if self.graph.lower else None
@@ -202,7 +202,7 @@ class GraphEngine:
             raise DataError(f"{reason}: export the base again", about=TRAINING) from error
 
 
-def classifier(base: VerifiedBase, labels: int, config: PeftConfig, threads: int = 1) -> ClassifierTrainer:
+def classifier(base: VerifiedBase, labels: int, config: PeftConfig) -> ClassifierTrainer:
     """Make a trainer of a classifier whose head, of ``labels`` rows, is the base's own or over the mean of its tokens.
 
     Raises ConfigError, TrustError: as ``GraphEngine``; or the tokenizer cannot be loaded.
@@ -212,12 +212,10 @@ def classifier(base: VerifiedBase, labels: int, config: PeftConfig, threads: int
         for name, shape in base.manifest.slots.items()
         if is_saved(name)
     }
-    engine, slots = GraphEngine(base, config, head, threads), base.manifest.slots
+    engine, slots = GraphEngine(base, config, head), base.manifest.slots
     try:
         with without_denormals():  # the threads of the session inherit it
-            engine.answering = ClassifierGraph.open(
-                base.files, base.folder, slots, base.manifest.independent_rows, threads
-            )
+            engine.answering = ClassifierGraph.open(base.files, base.folder, slots, base.manifest.independent_rows)
         tokenizer = Tokenizer.from_str(base.files[TOKENIZER].decode())
         longest = int((tokenizer.truncation or {"max_length": MAX_TOKENS})["max_length"])
         tokenizer.enable_truncation(min(MAX_TOKENS, longest))
@@ -228,7 +226,7 @@ def classifier(base: VerifiedBase, labels: int, config: PeftConfig, threads: int
     return ClassifierTrainer(engine, tokenizer)
 
 
-def language(base: VerifiedBase, config: PeftConfig, threads: int = 1) -> LanguageTrainer:
+def language(base: VerifiedBase, config: PeftConfig) -> LanguageTrainer:
     """Make a trainer of a language model.
 
     Raises:
@@ -236,7 +234,7 @@ def language(base: VerifiedBase, config: PeftConfig, threads: int = 1) -> Langua
             text; or a file cannot be loaded.
         TrustError: A file of the bundle changed since it was verified.
     """
-    engine = GraphEngine(base, config, {}, threads)
+    engine = GraphEngine(base, config, {})
     try:
         stated = json.loads(base.files[GENERATION])["model"]
         end, context, vocabulary = stated["eos_token_id"], int(stated["context_length"]), int(stated["vocab_size"])
