@@ -38,7 +38,7 @@ from aggregation.messages import (
 from aggregation.pki import Root
 from aggregation.pki.certificates import not_after, same_name, serial
 from aggregation.pki.identity import PublicKey
-from aggregation.session import COORDINATOR, Peer, Session, context_of
+from aggregation.session import COORDINATOR, Peer, Session, context_of, refused
 from aggregation.spec import SessionSpec
 
 COHORTS = 4  # of which a process keeps what it verified: the devices that it simulates are in one or two
@@ -66,7 +66,7 @@ def challenge(node: int, message: Challenge) -> None:
     Raises ProtocolError: it is for another node."""
     if message.node != node:
         text = f"the challenge is for node {message.node}, this device runs as node {node}"
-        raise ProtocolError(text, COORDINATOR, about="challenge.node", value=message.node)
+        raise refused(text, "challenge.node", message.node)
 
 
 def check_in(root: Root, asked: Challenge, raw: bytes, at: datetime) -> tuple[str, CheckIn]:
@@ -142,7 +142,7 @@ def before_end(ends: datetime, at: datetime | None) -> None:
     Raises ProtocolError: it is over."""
     if at is not None and at > ends:
         text = f"the session ended on {ends:%Y-%m-%d at %H:%M}, when a certificate or the revocation list expired"
-        raise ProtocolError(text, COORDINATOR, about="plan.time", value=ends)
+        raise refused(text, "plan.time", ends)
 
 
 def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes) -> Advert:
@@ -185,7 +185,7 @@ def _roster(
     """``roster``: a process that simulates many devices verifies one once, and they share the session."""
     cohort = dict(members)
     if message.offer != offer:
-        raise ProtocolError("roster is for another offer", COORDINATOR, about="roster.offer", value=message.offer.hex())
+        raise refused("roster is for another offer", "roster.offer", message.offer.hex())
     enough_devices(spec, len(message.adverts), "adverts on the roster", about="roster.size")
     signed: dict[str, bytes] = {}
     peers: dict[str, Peer] = {}
@@ -194,15 +194,12 @@ def _roster(
         # Whose advert it claims to be; ``advert`` then requires that device's signature.
         device = Advert.decode(envelope.unverified_body(raw)).device
         if device not in cohort:
-            text = f"{device} is on the roster but not in the cohort"
-            raise ProtocolError(text, COORDINATOR, about="roster.members", value=device)
+            raise refused(f"{device} is on the roster but not in the cohort", "roster.members", device)
         if peers and device <= next(reversed(peers)):
-            text = f"{device} is repeated on the roster, or out of order"
-            raise ProtocolError(text, COORDINATOR, about="roster.order", value=device)
+            raise refused(f"{device} is repeated on the roster, or out of order", "roster.order", device)
         found = advert(offer, spec.rounds, cohort[device], device, raw)
         if keys & found.keys:
-            text = f"{device} has a key of another device on the roster"
-            raise ProtocolError(text, COORDINATOR, about="roster.keys", value=device)
+            raise refused(f"{device} has a key of another device on the roster", "roster.keys", device)
         keys |= found.keys
         signed[device] = raw
         peers[device] = Peer(
@@ -219,28 +216,26 @@ def encrypted_shares(session: Session, me: str, received: Mapping[str, Encrypted
     ProtocolError."""
     strangers = set(received) - set(session.neighbors(me, session.peers))
     if strangers:
-        text = f"shares of {min(strangers)}, which is not a neighbor"
-        raise ProtocolError(text, COORDINATOR, about="assignment.dealers", value=min(strangers))
+        raise refused(f"shares of {min(strangers)}, which is not a neighbor", "assignment.dealers", min(strangers))
     enough_neighbors(session, me, received, "sent it shares", about="assignment.neighbors")
 
 
 def plan(session: Session, me: str, dealers: Collection[str], last_round: int, message: Plan) -> None:
     """Check that a device may act on a plan. ``dealers``: the devices whose shares it has. Raises ProtocolError."""
     if message.context != session.context:
-        raise ProtocolError("plan is for another session", COORDINATOR, about="plan.context")
+        raise refused("plan is for another session", "plan.context")
     if not last_round < message.round <= session.spec.rounds:
         text = f"round {message.round} is not between {last_round + 1} and {session.spec.rounds}"
-        raise ProtocolError(text, COORDINATOR, about="plan.round", value=message.round)
+        raise refused(text, "plan.round", message.round)
     if not ascending(message.members):
-        raise ProtocolError("plan repeats a member, or is out of order", COORDINATOR, about="plan.order")
+        raise refused("plan repeats a member, or is out of order", "plan.order")
     if me not in message.members:
-        raise ProtocolError("plan does not include this device", COORDINATOR, about="plan.self", value=me)
+        raise refused("plan does not include this device", "plan.self", me)
     strangers = set(message.members) - set(session.peers)
     without_shares = set(session.neighbors(me, message.members)) - set(dealers)
     if strangers or without_shares:
         device = min(strangers | without_shares)
-        text = f"{device} is in the plan, but this device has no shares of it"
-        raise ProtocolError(text, COORDINATOR, about="plan.members", value=device)
+        raise refused(f"{device} is in the plan, but this device has no shares of it", "plan.members", device)
     enough_devices(session.spec, len(message.members), "members of the plan", about="plan.size")
     enough_neighbors(session, me, message.members, "are in the plan", about="plan.neighbors")
     grouped(session.spec, message)
@@ -249,10 +244,9 @@ def plan(session: Session, me: str, dealers: Collection[str], last_round: int, m
 def grouped(spec: SessionSpec, message: Plan) -> None:
     """Check that the groups of a plan are well-formed, and each has its minimum of members. Raises ProtocolError."""
     if message.former and spec.grouping is None:
-        raise ProtocolError("plan names former members without groups", COORDINATOR, about="plan.former")
+        raise refused("plan names former members without groups", "plan.former")
     if not ascending(message.former) or not set(message.former).isdisjoint(message.members):
-        text = "plan repeats a former member, has it out of order, or also as a member"
-        raise ProtocolError(text, COORDINATOR, about="plan.former")
+        raise refused("plan repeats a former member, has it out of order, or also as a member", "plan.former")
     groups.require_minimum(spec, message, message.members, "members of the plan", about="plan.group")
 
 
@@ -280,14 +274,12 @@ def survivors(session: Session, current: Plan, me: str, vector: bytes, message: 
     """Check that a device may sign and unmask a survivor set. ``vector``: digest of its own masked vector. Raises
     ProtocolError."""
     if message.plan != current.digest():
-        raise ProtocolError("survivor set is for another plan", COORDINATOR, about="survivors.plan")
+        raise refused("survivor set is for another plan", "survivors.plan")
     strangers = set(message.vectors) - set(current.members)
     if strangers:
-        text = f"survivor {min(strangers)} is not in the plan"
-        raise ProtocolError(text, COORDINATOR, about="survivors.members", value=min(strangers))
+        raise refused(f"survivor {min(strangers)} is not in the plan", "survivors.members", min(strangers))
     if message.vectors.get(me) != vector:
-        text = "survivor set does not include this device with its own vector"
-        raise ProtocolError(text, COORDINATOR, about="survivors.self", value=me)
+        raise refused("survivor set does not include this device with its own vector", "survivors.self", me)
     enough_devices(session.spec, len(message.vectors), "survivors", about="survivors.size")
     enough_neighbors(session, me, message.vectors, "survived", about="survivors.neighbors")
     groups.require_minimum(session.spec, current, message.vectors, "survivors", about="survivors.group")
@@ -311,8 +303,7 @@ def consistency_signatures(
     """Check that a quorum of survivors signed this set. No other set has a quorum, since a device signs one. Raises
     ProtocolError: fewer signed, also in a group; one of them is not a survivor, or a signature is not valid."""
     if strangers := [device for device in signatures if device not in message.vectors]:
-        text = f"{strangers[0]} signed the survivor set but is not in it"
-        raise ProtocolError(text, COORDINATOR, about="unmask.signers", value=strangers[0])
+        raise refused(f"{strangers[0]} signed the survivor set but is not in it", "unmask.signers", strangers[0])
     quorum(session.spec, current, signatures)
     try:
         _signed(message.digest(), tuple((d, session.peers[d].identity, raw) for d, raw in signatures.items()))
@@ -323,8 +314,7 @@ def consistency_signatures(
 def quorum(spec: SessionSpec, current: Plan, signers: Collection[str]) -> None:
     """Check that enough survivors signed their set, in all and in each group. Raises ProtocolError."""
     if len(signers) < spec.quorum:
-        text = f"{len(signers)} consistency signatures, {spec.quorum} are needed"
-        raise ProtocolError(text, COORDINATOR, about="unmask.quorum", value=len(signers))
+        raise refused(f"{len(signers)} consistency signatures, {spec.quorum} are needed", "unmask.quorum", len(signers))
     groups.require_minimum(spec, current, signers, "consistency signatures", about="unmask.group")
 
 
@@ -340,7 +330,7 @@ def enough_devices(spec: SessionSpec, count: int, what: str, *, about: str = "de
     is. ``what`` names the counted devices."""
     least = max(spec.threshold, spec.minimum_survivors)
     if count < least:
-        raise ProtocolError(f"{count} {what}, {least} are needed", COORDINATOR, about=about, value=count)
+        raise refused(f"{count} {what}, {least} are needed", about, count)
 
 
 def enough_neighbors(session: Session, me: str, present: Iterable[str], what: str, *, about: str = "neighbors") -> None:
@@ -348,8 +338,7 @@ def enough_neighbors(session: Session, me: str, present: Iterable[str], what: st
     ProtocolError: they are fewer than the threshold. ``what`` says what they did."""
     count, least = 1 + len(session.neighbors(me, present)), session.spec.threshold
     if count < least:
-        text = f"{count} devices of this device's neighborhood {what}, {least} are needed"
-        raise ProtocolError(text, COORDINATOR, about=about, value=count)
+        raise refused(f"{count} devices of this device's neighborhood {what}, {least} are needed", about, count)
 
 
 def ascending(devices: Iterable[str]) -> bool:

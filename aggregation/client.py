@@ -42,7 +42,7 @@ from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.policy import Policy
 from aggregation.ring import Ring
-from aggregation.session import COORDINATOR, Session, commitment
+from aggregation.session import COORDINATOR, Session, commitment, refused
 from aggregation.sharing import Secrets, SharePair
 from aggregation.singleuse import SingleUse
 from aggregation.spec import Adversary, SessionSpec
@@ -157,8 +157,7 @@ def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, 
         text = f"this device's own certificate: {error}"
         raise ProtocolError(text, about="device.certificate", value=error.about) from None
     if key != device.identity.public or cohort.get(me) != key:
-        text = "offer does not include this device with its own key"
-        raise ProtocolError(text, COORDINATOR, about="offer.self", value=me)
+        raise refused("offer does not include this device with its own key", "offer.self", me)
     return me, cohort
 
 
@@ -187,8 +186,7 @@ class Advertised:
         session, adverts = checks.roster(self.spec, self.offer, self.cohort, message)
         device.policy.check_roster(self.spec, len(self.cohort), len(adverts))
         if adverts.get(self.me) != self.advert:
-            text = "roster does not have this device's own advert"
-            raise ProtocolError(text, COORDINATOR, about="roster.self", value=self.me)
+            raise refused("roster does not have this device's own advert", "roster.self", self.me)
         self.single_use.take("shares")
         own, encrypted = device.deal(session, self.me, self.share_key, self.secrets, entropy)
         held = {round_: {self.me: pair} for round_, pair in own.items()}
@@ -332,7 +330,7 @@ class Masked:
         model = self.ready.session.spec.adversary
         if model is not adversary:
             text = f"a session against an {model.value} coordinator has no step with a {what}"
-            raise ProtocolError(text, COORDINATOR, about="session.adversary", value=model)
+            raise refused(text, "session.adversary", model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,8 +351,7 @@ class Confirmed:
         Raises ProtocolError: not the coordinator's, another survivor set, or too few valid signatures on it."""
         message = device.open_verified(Unmask, unmask)
         if message.survivors != self.survivors:
-            text = "unmask request is for another survivor set than this device signed"
-            raise ProtocolError(text, COORDINATOR, about="unmask.survivors")
+            raise refused("unmask request is for another survivor set than this device signed", "unmask.survivors")
         session, signatures = self.ready.session, message.consistency_signatures
         checks.consistency_signatures(session, self.plan, message.survivors, signatures)
         self.single_use.take("unmask-response")

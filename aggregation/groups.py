@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregation import ring
-from aggregation.errors import DataError, ProtocolError
+from aggregation.errors import DataError
 from aggregation.messages import Plan
 from aggregation.ring import Ring
-from aggregation.session import COORDINATOR, Session
+from aggregation.session import Session, refused
 from aggregation.spec import SessionSpec
 
 _TAG, _SUMS = b"edgeadapt/group/1\x00", b"edgeadapt/sums/1\x00"
@@ -95,7 +95,7 @@ def require_minimum(spec: SessionSpec, plan: Plan, present: Iterable[str], what:
     for number, devices in enumerate(split(spec, plan, present)):
         if len(devices) < spec.grouping.minimum:
             text = f"group {number + 1} has {len(devices)} {what}, {spec.grouping.minimum} are needed"
-            raise ProtocolError(text, COORDINATOR, about=about, value=len(devices))
+            raise refused(text, about, len(devices))
 
 
 def digest_of(spec: SessionSpec, totals: Sequence[Ring]) -> bytes:

@@ -5,10 +5,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from aggregation import graph
+from aggregation.errors import ProtocolError
 from aggregation.pki.identity import PublicKey
 from aggregation.spec import SessionSpec
 
 COORDINATOR = "coordinator"  # its name in errors
+
+
+def refused(text: str, about: str, value: object = None) -> ProtocolError:
+    """What a device raises where the coordinator sent what the protocol, or the device's policy, does not allow."""
+    return ProtocolError(text, COORDINATOR, about=about, value=value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from aggregation import envelope, wire
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.messages import DIGESTS, MAX_COHORT, DeviceId, Digest, HexDigest, Plan, Uint64
 from aggregation.pki.identity import IdentityKey, PublicKey
-from aggregation.session import COORDINATOR
+from aggregation.session import COORDINATOR, refused
 from aggregation.spec import MAX_ROUNDS
 from aggregation.transcript import merkle
 from aggregation.transcript.entries import ENTRY, Abort, AdapterId, Checkpoint, Entry, Result, Stage
@@ -127,8 +127,7 @@ class LogState:
         proof = SESSION_CHAIN_PROOF.decode(raw)
         start = envelope.open_repeated(Checkpoint, proof.start, coordinator, COORDINATOR)
         if (start.offer, start.size, start.stage) != (offer, 0, Stage.OPEN):
-            text = "the session chain proof is for another session than the offer"
-            raise ProtocolError(text, COORDINATOR, about="proof.start")
+            raise refused("the session chain proof is for another session than the offer", "proof.start")
         return cls(device, offer, start.previous, *start.newest)
 
     def contributed(self, plan: bytes, message: bytes) -> "LogState":
@@ -156,13 +155,12 @@ class LogState:
         """Check that the plan distributes the newest adapter that the log names. Raises ProtocolError."""
         if (plan.adapter_version, plan.adapter_digest) != self.newest:
             text = f"adapter {plan.adapter_version} of the plan is not the newest one in the log, {self.version}"
-            raise ProtocolError(text, COORDINATOR, about="plan.adapter", value=plan.adapter_version)
+            raise refused(text, "plan.adapter", plan.adapter_version)
 
     def require_new(self, offer: bytes) -> None:
         """Check that an offer is not the one that the device joined last. Raises ProtocolError."""
         if offer == self.offer:
-            text = "this device has joined that session before: the offer is repeated"
-            raise ProtocolError(text, COORDINATOR, about="offer.repeated")
+            raise refused("this device has joined that session before: the offer is repeated", "offer.repeated")
 
     def on_session_chain_proof(
         self, coordinator: PublicKey, raw: bytes, offer: bytes, *, other_base: bool = False
@@ -176,32 +174,30 @@ class LogState:
         proof = SESSION_CHAIN_PROOF.decode(raw)
         self.require_new(offer)
         if not proof.receipt:
-            text = "the proof has no receipt for the session that this device joined last"
-            raise ProtocolError(text, COORDINATOR, about="proof.receipt")
+            raise refused("the proof has no receipt for the session that this device joined last", "proof.receipt")
         last = _closed(self._checked(coordinator, proof.receipt)[1])
         for signed in proof.closed:
             link = _closed(envelope.open_repeated(Checkpoint, signed, coordinator, COORDINATOR))
             if link.previous != last.digest():
-                text = "the proof omits a session between the last one and this one"
-                raise ProtocolError(text, COORDINATOR, about="proof.closed")
+                raise refused("the proof omits a session between the last one and this one", "proof.closed")
             if link.version < last.version or (link.version == last.version and link.adapter != last.adapter):
                 text = "a session that this device missed ended with an older or another adapter than it began with"
-                raise ProtocolError(text, COORDINATOR, about="proof.adapter")
+                raise refused(text, "proof.adapter")
             last = link
         fresh = LogState.initial(coordinator, raw, offer, self.device)
         if fresh.previous != last.digest():
             text = "the offer does not follow the last session that this device knows: it is old"
-            raise ProtocolError(text, COORDINATOR, about="proof.previous")
+            raise refused(text, "proof.previous")
         if fresh.newest != last.newest and not (other_base and fresh.version > last.version):
             text = "the session starts from another adapter than the session before it ended with"
-            raise ProtocolError(text, COORDINATOR, about="proof.adapter")
+            raise refused(text, "proof.adapter")
         return fresh
 
     def _checked(self, coordinator: PublicKey, raw: bytes) -> tuple["LogState", Checkpoint]:
         receipt = RECEIPT.decode(raw)
         checkpoint = envelope.open_repeated(Checkpoint, receipt.checkpoint, coordinator, COORDINATOR)
         if (checkpoint.offer, checkpoint.previous) != (self.offer, self.previous):
-            raise ProtocolError("the log is of another session", COORDINATOR, about="receipt.session")
+            raise refused("the log is of another session", "receipt.session")
         try:
             if self.size:
                 path = receipt.consistency.get(self.size, ())
@@ -230,19 +226,17 @@ def check_last_round(
         return
     ending = next((each for each in endings if each.plan == state.plan), None)
     if ending is None:
-        text = "the receipt does not show how this device's last round ended"
-        raise ProtocolError(text, COORDINATOR, about="receipt.endings")
+        raise refused("the receipt does not show how this device's last round ended", "receipt.endings")
     required = set(state.delivered)
     if isinstance(ending, Result):
         if state.survivors not in (None, digest_of(ending.survivors)):
-            text = "the log names other survivors than this device was shown"
-            raise ProtocolError(text, COORDINATOR, about="receipt.survivors")
+            raise refused("the log names other survivors than this device was shown", "receipt.survivors")
         if state.device in ending.survivors and state.unconfirmed is not None and state.survivors is None:
             required.add(state.unconfirmed)
     found = {_digest(_included(proof, checkpoint).message) for proof in receipt.contributions}
     if required - found:
         text = "the receipt does not show that the log has this device's messages of its last round"
-        raise ProtocolError(text, COORDINATOR, about="receipt.contributions")
+        raise refused(text, "receipt.contributions")
 
 
 def check_adapter(state: LogState, endings: Iterable[Result | Abort], checkpoint: Checkpoint) -> None:
@@ -262,11 +256,10 @@ def check_adapter(state: LogState, endings: Iterable[Result | Abort], checkpoint
         if isinstance(result, Result) and result.version == version + 1:
             version, adapter = result.produced
         elif isinstance(result, Result) and result.version == version and result.adapter != adapter:
-            text = f"the log has two results for adapter {version}"
-            raise ProtocolError(text, COORDINATOR, about="receipt.adapter", value=version)
+            raise refused(f"the log has two results for adapter {version}", "receipt.adapter", version)
     if checkpoint.newest != (version, adapter):
         text = f"the log names adapter {checkpoint.version} as its newest, its results show {version}"
-        raise ProtocolError(text, COORDINATOR, about="receipt.adapter", value=checkpoint.version)
+        raise refused(text, "receipt.adapter", checkpoint.version)
 
 
 def _endings(coordinator: PublicKey, receipt: Receipt, checkpoint: Checkpoint) -> list[Result | Abort]:
@@ -280,7 +273,7 @@ def _endings(coordinator: PublicKey, receipt: Receipt, checkpoint: Checkpoint) -
 
 def _closed(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.stage is not Stage.CLOSED:
-        raise ProtocolError("the log of an earlier session is not closed", COORDINATOR, about="proof.stage")
+        raise refused("the log of an earlier session is not closed", "proof.stage")
     return checkpoint
 
 

@@ -23,9 +23,8 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from aggregation import wire
-from aggregation.errors import ProtocolError
 from aggregation.messages import DIGESTS, SERIALS, Digest, HexDigest, Plan, Uint32, Uint64
-from aggregation.session import COORDINATOR
+from aggregation.session import refused
 from aggregation.spec import SessionSpec
 from aggregation.wire import Codec
 
@@ -75,24 +74,24 @@ def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_r
         return AdapterState(version, digest, now)
     if version < known.version:
         text = f"adapter {version} of the plan is older than adapter {known.version}, which this device trained from"
-        raise ProtocolError(text, COORDINATOR, about="plan.adapter_version", value=version)
+        raise refused(text, "plan.adapter_version", version)
     if version == known.version and digest != known.digest:
         text = f"this device trained from another adapter {version} than that of the plan"
-        raise ProtocolError(text, COORDINATOR, about="plan.adapter_version", value=version)
+        raise refused(text, "plan.adapter_version", version)
     if digest != known.digest:
         if bytes.fromhex(digest) in (before := earlier(known)):
             text = f"adapter {version} of the plan is an earlier one again, from which this device revealed shares"
-            raise ProtocolError(text, COORDINATOR, about="plan.adapter_digest", value=version)
+            raise refused(text, "plan.adapter_digest", version)
         return AdapterState(version, digest, now, earlier=before)
     if known.sums > maximum_repeats:
         text = f"this device revealed shares for {known.sums} sums from adapter {version}; its policy permits no other"
-        raise ProtocolError(text, COORDINATOR, about="plan.repeats", value=known.sums)
+        raise refused(text, "plan.repeats", known.sums)
     if known.sums and now != known.terms:
         text = f"adapter {version} was trained with other settings, clip norm or weight cap before its sum was unmasked"
-        raise ProtocolError(text, COORDINATOR, about="plan.terms")
+        raise refused(text, "plan.terms")
     if known.sums and dealt(plan, spec) != known.dealt:
         text = f"the last sum from adapter {version} had other groups: this device helps to no sum with others"
-        raise ProtocolError(text, COORDINATOR, about="plan.groups")
+        raise refused(text, "plan.groups")
     return replace(known, version=version, terms=now)
 
 
@@ -112,7 +111,7 @@ def on_survivors(
     """
     if known is None or known.digest != plan.adapter_digest:
         text = f"adapter {plan.adapter_version} of the sum is not the one that this device trained from last"
-        raise ProtocolError(text, COORDINATOR, about="survivors.adapter", value=plan.adapter_version)
+        raise refused(text, "survivors.adapter", plan.adapter_version)
     if known.sums:
         added, lacking = differing(known.survivors, survivors, revoked)
         if added or lacking:
@@ -120,7 +119,7 @@ def on_survivors(
                 f"the last sum from adapter {plan.adapter_version} was over other devices: this one has {added} "
                 f"more, and lacks {lacking} whose certificates are not revoked"
             )
-            raise ProtocolError(text, COORDINATOR, about="survivors.repeat", value=added + lacking)
+            raise refused(text, "survivors.repeat", added + lacking)
     return replace(known, sums=known.sums + 1, survivors=survivors, dealt=dealt(plan, spec))
 
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from aggregation import graph, sealed, wire
-from aggregation.errors import ProtocolError
 from aggregation.messages import Uint32
 from aggregation.policy import Policy
 from aggregation.privacy.accounting import NOTHING, ORDERS, Spent
-from aggregation.session import COORDINATOR
+from aggregation.session import refused
 from aggregation.spec import SessionSpec
 from aggregation.wire import Codec
 
@@ -52,7 +51,7 @@ def on_plan(known: PrivacyLedger, spec: SessionSpec, cohort: int, policy: Policy
     if limit and after > limit:
         text = f"plan refused: it would take the privacy that this device spends to an epsilon of {after:.2f}, above "
         text += f"its policy's maximum_epsilon of {limit:g} for delta {policy.delta:g}"
-        raise ProtocolError(text, COORDINATOR, about="plan.epsilon", value=after)
+        raise refused(text, "plan.epsilon", after)
     return replace(known, settled=settled, pending=cost, noisy=known.noisy + 1)
 
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from aggregation import sealed, wire
-from aggregation.errors import ProtocolError
 from aggregation.messages import Digest
-from aggregation.session import COORDINATOR
+from aggregation.session import refused
 from edgeadapt.methods.parts import Part
 from edgeadapt.rounds.roundtask import RoundTask
 
@@ -55,10 +54,10 @@ def ever_private(known: PrivateParts | None, base: str, parts: Iterable[Part]) -
 def check_unshared(known: PrivateParts | None, base: str, task: RoundTask) -> None:
     """Check that a task shares no part that this device ever trained and kept to itself on the base with this digest.
     Whether the task trains what it shares makes no difference. Raises ProtocolError: it shares one."""
-    if refused := sorted(task.changes & private_on(known, base)):
-        text = f"task.shared: this device keeps the part {refused[0]} to itself, because it trained it without sharing "
+    if shared := sorted(task.changes & private_on(known, base)):
+        text = f"task.shared: this device keeps the part {shared[0]} to itself, because it trained it without sharing "
         text += "it: take a method that does not share it, or ask the owner to run 'edgeadapt device forget'"
-        raise ProtocolError(text, COORDINATOR, about="task.shared", value=refused[0])
+        raise refused(text, "task.shared", shared[0])
 
 
 def private_on(known: PrivateParts | None, base: str) -> frozenset[Part]:

@@ -26,7 +26,7 @@ from aggregation.entropy import DerivedEntropy, SystemEntropy
 from aggregation.errors import DataError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.messages import Offer, Plan, Survivors, Unmask
 from aggregation.sealed import ClientState
-from aggregation.session import COORDINATOR
+from aggregation.session import COORDINATOR, refused
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, BODY, PROOF, REVOCATIONS, Step
 from aggregation.transcript.log import logged_part
@@ -95,7 +95,7 @@ def answer(
         # The lock is held while the answer waits: another message would be answered as soon as the training ended.
         with state_dir.locked(), _delayed(arrived, quantum):
             if BODY not in fields:
-                raise ProtocolError("the message has no body", COORDINATOR, about="message.body")
+                raise refused("the message has no body", "message.body")
             if step in JOINS:
                 reads = step in READS_EXAMPLES
                 require(conditions(state_dir, readings, datetime.now().astimezone(), count_examples=reads))
@@ -203,7 +203,7 @@ def _transition(
         log_state = log_state and log_state.on_survivors(survivors.vectors)
     else:
         held = "has joined no session" if state is None else f"is in the state {type(state).__name__}"
-        raise ProtocolError(f"unexpected {step.value}: this device {held}", COORDINATOR, about="step", value=step.value)
+        raise refused(f"unexpected {step.value}: this device {held}", "step", step.value)
     state_dir.save_state(after)
     if isinstance(after, Masked):
         _forget_round(state_dir, after)
@@ -345,7 +345,7 @@ def _forget_round(state_dir: DeviceState, masked: Masked) -> None:
 
 def _proof(fields: Mapping[str, bytes]) -> bytes:
     if PROOF not in fields:
-        raise ProtocolError("the message has no proof about the log", COORDINATOR, about="message.proof")
+        raise refused("the message has no proof about the log", "message.proof")
     return fields[PROOF]
 
 

@@ -21,7 +21,7 @@ from aggregation.client import Planned
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError
 from aggregation.messages import Plan
 from aggregation.ring import Ring
-from aggregation.session import COORDINATOR
+from aggregation.session import COORDINATOR, refused
 from aggregation.spec import SessionSpec
 from client.node.eligibility import EligibilityError
 from client.node.keptstates import StatesFile
@@ -80,9 +80,9 @@ def contribute(
         target = _target_of(device.base, task)
         trainer = device.choose(device.base, len(task.labels), task.peft_config)
     except (DataError, ConfigError) as error:  # adapter and task are the coordinator's, so it may receive the reason
-        raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
+        raise refused(f"adapter and task: {error}", error.about or "plan.training") from error
     if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:
-        raise ProtocolError("offer, task and adapter have different layouts", COORDINATOR, about="plan.layout")
+        raise refused("offer, task and adapter have different layouts", "plan.layout")
     check_bounds(spec, trainer.layout, task)
     check_unshared(device.kept, spec.base_digest, task)
 
@@ -118,12 +118,11 @@ def _target_of(base: FrozenBase, task: RoundTask) -> TargetOf | None:
 def adapter_of(plan: Plan, blob: bytes) -> Tensors:
     """Read the adapter of a plan from its file. Raises ProtocolError: the file is not the plan's, or damaged."""
     if files.sha256(blob) != plan.adapter_digest:
-        reason = "the adapter in the message does not match the digest in the plan"
-        raise ProtocolError(reason, COORDINATOR, about="plan.adapter_digest")
+        raise refused("the adapter in the message does not match the digest in the plan", "plan.adapter_digest")
     try:
         return files.decode(blob)
     except DataError as error:
-        raise ProtocolError(f"adapter: {error}", COORDINATOR, about=error.about) from error
+        raise refused(f"adapter: {error}", error.about) from error
 
 
 def check_bounds(spec: SessionSpec, layout: Layout, task: RoundTask) -> None:
@@ -138,10 +137,10 @@ def check_bounds(spec: SessionSpec, layout: Layout, task: RoundTask) -> None:
     except DataError as error:  # the adapter and the task are the coordinator's
         raise ProtocolError.of(error, COORDINATOR) from None
     except ConfigError as error:
-        raise ProtocolError(f"the vector in the offer: {error}", COORDINATOR, about="offer.spec.vector") from None
+        raise refused(f"the vector in the offer: {error}", "offer.spec.vector") from None
     if spec.vector != fair:
         reason = "the bounds of the vector in the offer do not follow from its clip norm and weight cap"
-        raise ProtocolError(reason, COORDINATOR, about="offer.spec.vector")
+        raise refused(reason, "offer.spec.vector")
 
 
 class LocalRound:
