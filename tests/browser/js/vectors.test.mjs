@@ -10,7 +10,7 @@ const VECTORS = new URL("../../vectors/bundle/", import.meta.url);
 const TRUST = new URL("trust.pem", VECTORS);
 const read = (name) => JSON.parse(readFileSync(new URL(name, VECTORS), "utf8"));
 const bytes = (content) => (typeof content === "string" ? Buffer.from(content) : Buffer.from(content.hex, "hex"));
-const SEEN = ["seen", "version", "content"]; // rules of another store than a file: seen.js
+const SEEN = ["seen", "version", "content"]; // rules of another store than a file: trust.js
 const NATIVE = [
   // The page gets the keys and the names of files from elsewhere, and runs web.onnx.
   "pinned keys inside the bundle alone", "no pinned keys", "an unlisted file", "no model.onnx is listed",
