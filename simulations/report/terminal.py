@@ -98,17 +98,12 @@ def print_scenario(
 
 
 def print_data(summary: DataSummary, console: Console) -> None:
-    """Print what a population is."""
     _print_lines(lines(summary), console)
     console.print()
 
 
 def print_clients(summary: DataSummary, console: Console) -> None:
-    """Print a row for each client."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
-    columns = ("client", "language", "train", "validation", "test", "labels", "unknown tokens", "")
-    for title in columns:
-        table.add_column(title, justify="left" if title in ("client", "language", "") else "right", no_wrap=True)
+    table = _table("client", ("train", "validation", "test", "labels", "unknown tokens"), names=("language",))
     for client in summary.clients:
         numbers = (client.train, client.validation, client.test, client.labels)
         names = (printable(client.name), printable(client.language))
@@ -194,13 +189,11 @@ def _price(federation: FederationSettings, devices: int) -> str:
     dealt = bounds.grouping(devices)
     if dealt is None:
         return "none"
-    noise = (
-        f", and the mean has about {dealt.count**0.5:.1f} × the noise of one sum" if federation.privacy.noisy else ""
-    )
-    hides = f"{devices // dealt.count} instead of {devices}, never of fewer than {dealt.minimum}{noise}"
-    return (
-        f"{dealt.count} sums a round, combined by {bounds.combine}: of {devices} devices, one hides in a sum of {hides}"
-    )
+    hides = f"{devices // dealt.count} instead of {devices}, never of fewer than {dealt.minimum}"
+    if federation.privacy.noisy:
+        hides += f", and the mean has about {dealt.count**0.5:.1f} × the noise of one sum"
+    combined = f"{dealt.count} sums a round, combined by {bounds.combine}"
+    return f"{combined}: of {devices} devices, one hides in a sum of {hides}"
 
 
 def _noise(federation: FederationSettings) -> str:
@@ -229,9 +222,10 @@ def print_result(result: RunResult, console: Console, program: str = "edgeadapt"
     _print_lines([*_facts(result), *_exported(result, result.exported, program)], console)
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
+def _table(title: str, columns: Iterable[str], names: Iterable[str] = ()) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
-    table.add_column(title)
+    for name in (title, *names):
+        table.add_column(name, no_wrap=bool(names))
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
