@@ -173,7 +173,6 @@ class RunRecord:
         self._update(reason=reason, sessions=_counted(self._now().sessions, outcome))
 
     def made(self) -> None:
-        """Count a session: the run waits no more."""
         self._update(waits_for=None, since=None, attempt=0, reason="", sessions=_counted(self._now().sessions, "made"))
 
     def leads(self) -> None:
@@ -182,11 +181,9 @@ class RunRecord:
             self.stopped()
 
     def stopped(self) -> None:
-        """Note that the run was ended on purpose."""
         self._update(waits_for=None, since=None)
 
     def save(self) -> None:
-        """Write what was not written yet."""
         self._update()
 
     def refused(self, kind: str, version: str, text: str) -> None:

@@ -405,11 +405,9 @@ class FederationSettings(Settings):
         return next(table for table, _ in self.kinds if table.KIND is kind)
 
     def rule(self, task: RoundTask) -> ServerOptimizer:
-        """What makes the next adapter from the sum of a task."""
         return task.RULE or self.server.rule()
 
     def weight_cap(self, task: RoundTask) -> int:
-        """Largest weight of one device in a session of a task."""
         return 1 if self._privacy(type(task), 0.0).noisy else self.aggregation.weight_cap
 
     def clip_norm(self, task: RoundTask) -> float:

@@ -208,7 +208,6 @@ class CoordinatorStateDir:
 
     @property
     def in_use(self) -> bool:
-        """Whether a run holds the directory."""
         return storage.is_locked(self.folder / LOCK)
 
     @property
@@ -434,7 +433,6 @@ def require(folder: Path, *names: str) -> None:
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:
-    """Open the registry of a coordinator's state directory."""
     stores = RegistrySettings.of(folder)
     return Registry.open(registry_url(folder), stores.blobs or str(folder / BLOBS), [key.public])
 

@@ -35,8 +35,6 @@ _ENDINGS = (Result.TAG, Abort.TAG)
 
 @dataclass(slots=True)
 class SessionProgress:
-    """What the log of a session says so far."""
-
     log: str  # file name
     began: int | None = None  # when it was offered, in seconds since 1970; None in a log of an earlier version
     latest: int | None = None  # last time in the log
@@ -300,7 +298,6 @@ def _version(manifest: VersionManifest) -> dict[str, Any]:
 
 
 def round_row(record: RoundRecord) -> dict[str, Any]:
-    """Describe a round as ``--json`` has it."""
     return {
         "groups": [asdict(group) for group in record.groups],
         "round": record.round,

@@ -215,7 +215,6 @@ class _View(CollectorRegistry):
 
 
 def exposition(view: dict[str, Any]) -> bytes:
-    """Format a view (``Viewer.look``)."""
     return generate_latest(_View(view))
 
 

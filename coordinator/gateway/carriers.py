@@ -59,8 +59,6 @@ class HangUp(Exception):  # noqa: N818
 
 
 class Carrier(Protocol):
-    """A connection of a peer."""
-
     host: str
     names: frozenset[str]  # names and addresses of this machine that the peer may have connected to
     call: traces.Span  # the span of the conversation until the peer is admitted

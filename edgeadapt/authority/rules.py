@@ -50,10 +50,6 @@ def require_unrevoked(events: Sequence[Event], name: str, serial: int) -> None:
         raise TrustError(f"a certificate of {name} was revoked: {ENROL_AGAIN}", about="renewal.revoked", value=name)
 
 
-def is_renewable(begin: datetime, end: datetime, now: datetime) -> bool:
-    return end - now < RENEWABLE * (end - begin)
-
-
 def require_redeemable(events: Sequence[Event], token: str, name: str, key_id: str, now: datetime) -> None:
     """Check that an invitation is for this name, and was not used for another key. The TrustError does not say whether
     such an invitation exists."""
@@ -82,7 +78,8 @@ def lasting_certificate_of(
     for certificate in issued_in(events):
         if (certificate.name, certificate.key) != (name, key_id) or certificate.serial in revoked:
             continue
-        if certificate.not_after >= end or not is_renewable(certificate.not_before, certificate.not_after, now):
+        left, whole = certificate.not_after - now, certificate.not_after - certificate.not_before
+        if certificate.not_after >= end or left >= RENEWABLE * whole:
             return base64.b64decode(certificate.certificate)
     return None
 

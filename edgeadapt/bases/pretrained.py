@@ -76,7 +76,11 @@ def load(
     level, placing = transformers_logging.get_verbosity(), logging.getLogger("accelerate.big_modeling")
     transformers_logging.set_verbosity_error()  # or it prints tables of missing weights
     placing.disabled = True  # or it says that some are not in memory
-    places = {"device_map": _layers_on_disk(config, kind), "offload_folder": str(offload)} if offload else {}
+    places: dict[str, Any] = {}
+    if offload:
+        with torch.device("meta"):
+            model = kind.from_config(config)
+        places = {"device_map": dict(_places(model, "")), "offload_folder": str(offload)}
     try:
         model, info = kind.from_pretrained(
             base.folder,
@@ -146,13 +150,6 @@ def tokenizer(base: Base) -> Tokenizer:
         return Tokenizer.from_file(str(base.folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain ones
         raise _refusal(base, error) from error
-
-
-def _layers_on_disk(config: Any, kind: Any) -> dict[str, str]:
-    """Return transformers' ``device_map`` for lists of layers on disk and other modules in memory."""
-    with torch.device("meta"):
-        model = kind.from_config(config)
-    return dict(_places(model, ""))
 
 
 def _places(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:

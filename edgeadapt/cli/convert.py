@@ -115,7 +115,6 @@ def _to_onnx(bundle: Path, name: str | None, trust: Path | None, out: Path, as_j
 
 
 def _of_bundle(bundle: Path, name: str, trust: Path | None, base: str | None) -> "tuple[Tensors, PeftConfig]":
-    """Read a bundle's adapter as peft has it."""
     from edgeadapt.formats.bundle import TRUST, Bundle
     from edgeadapt.formats.keyfiles import read_public_keys
     from edgeadapt.methods.peft.dora import scaled_layers

@@ -111,7 +111,6 @@ class ChannelRepository:
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        """Report whether a folder has a repository."""
         return (RoleMetadata(folder, datetime.min).place / "timestamp.json").is_file()
 
     @property

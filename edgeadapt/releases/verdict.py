@@ -146,9 +146,5 @@ class JudgedEvaluation:
             raise DataError(reason, about="evaluation", value=self.round)
         return self
 
-    def is_of_round(self, other: "JudgedEvaluation") -> bool:
-        """Check whether both are of one round, with any margin."""
-        return (self.round, self.version) == (other.round, other.version)
-
     def __str__(self) -> str:
         return f"round {self.round}, {self.survivors} survivors: {self.verdict}"

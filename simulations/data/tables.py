@@ -56,89 +56,62 @@ TEST, TRAIN, VALIDATION = "test", "train", "validation"
 class DataSettings(Settings):
     """Texts of one's own. Without files and without a function, the population is the households of [population]."""
 
-    files: tuple[str, ...] = Field(
-        default=(),
-        description="files (.csv, .tsv, .jsonl, .parquet) or folders (LABEL/*.txt, CLIENT/LABEL/*.txt, or one that "
-        "datasets' save_to_disk wrote), relative to the scenario file",
-    )
-    function: str = Field(
-        default="", description="MODULE:FUNCTION of Python that returns rows instead of files: objects with the columns"
-    )
-    public: tuple[str, ...] = Field(
-        default=(), description="files of public texts, which the first adapter's head is made from; see public_texts"
-    )
-    text: str = Field(default="text", min_length=1, description="column of the text")
-    label: str = Field(
-        default="label", description="column of the label; empty: the texts are for a language model, and have none"
-    )
-    task: Annotated[str, AfterValidator(TASKS.require)] = Field(
-        default=CLASSIFICATION,
-        description="what is learned of the label: classification, or a task that an installed package adds "
-        "(docs/how-to/extend.md)",
-    )
-    prompt: str = Field(
-        default="",
-        description="for a language model: column of what each text answers; without one, texts are continued",
-    )
-    client: str = Field(default="", description="column of the client; without one, partition makes the clients")
-    split: str = Field(
-        default="", description="column that says train, validation or test; without one, holdout splits"
-    )
-    time: str = Field(default="", description="column of a time, for holdout = time: numbers, or ISO 8601")
-    group: str = Field(
-        default="", description="column of texts that belong together, such as a thread: no group is split"
-    )
-    language: str = Field(default="", description="column of the language, for the tables")
-    broken: Literal["refuse", "skip"] = Field(
-        default="refuse", description="what a broken row does: refuse (the run ends) or skip (it is counted)"
-    )
-    long: Literal["broken", "cut"] = Field(
-        default="broken", description=f"what a text above {MAX_TEXT} characters is: broken, or cut there (and counted)"
-    )
-    sample: int = Field(
-        default=0,
-        ge=0,
-        description="largest number of rows that are used, which the seed chooses: whole clients where there is a "
-        "column of clients, else rows; 0: all rows",
-    )
-    partition: Literal["iid", "dirichlet", "shard", "linear", "exponential"] = Field(
-        default="dirichlet",
-        description="how flwr-datasets deals texts out where there is no column of clients: iid, dirichlet (mix of "
-        "labels), shard (few labels each), linear or exponential (sizes)",
-    )
-    clients: int = Field(default=20, ge=4, le=10_000, description="clients that partition makes")
-    concentration: float = Field(
-        default=0.5, gt=0, description="of partition = dirichlet: small is one-sided, large is even"
-    )
-    shards: int = Field(default=2, ge=1, le=1000, description="of partition = shard: shards of one label a client")
-    unseen: float = Field(
-        default=0.2, gt=0, lt=1, description="share of clients that take no part in training; rounded, at least one"
-    )
-    minimum_texts: int = Field(
-        default=10, ge=3, description="clients with fewer texts are left out; the table says how many"
-    )
-    holdout: Literal["hash", "time"] = Field(
-        default="hash",
-        description="which texts are for tests: hash (of their group, the same on every machine) or time (the latest)",
-    )
-    holdout_fraction: float = Field(default=0.25, gt=0, le=0.5, description="share of a client's texts for tests")
-    validation_fraction: float = Field(
-        default=0.2, gt=0, le=0.5, description="share of a client's other texts kept for its own validation"
-    )
-    near_duplicates: float = Field(
-        default=0.8,
-        ge=0.3,
-        le=1,
-        description="texts whose sets of three-character pieces overlap by this share (Jaccard) are one group; 1: only "
-        "equal ones",
-    )
-    public_texts: int = Field(
-        default=6,
-        ge=1,
-        le=1000,
-        description="without files of public texts: texts of each label that are taken from clients and made public, "
-        f"at most {PUBLIC_SHARE:.0%} of a label's, or one",
-    )
+    files: tuple[str, ...] = ()
+    """files (.csv, .tsv, .jsonl, .parquet) or folders (LABEL/*.txt, CLIENT/LABEL/*.txt, or one that datasets'
+    save_to_disk wrote), relative to the scenario file"""
+    function: str = ""
+    """MODULE:FUNCTION of Python that returns rows instead of files: objects with the columns"""
+    public: tuple[str, ...] = ()
+    """files of public texts, which the first adapter's head is made from; see public_texts"""
+    text: str = Field(default="text", min_length=1)
+    """column of the text"""
+    label: str = "label"
+    """column of the label; empty: the texts are for a language model, and have none"""
+    task: Annotated[str, AfterValidator(TASKS.require)] = CLASSIFICATION
+    """what is learned of the label: classification, or a task that an installed package adds (docs/how-to/extend.md)"""
+    prompt: str = ""
+    """for a language model: column of what each text answers; without one, texts are continued"""
+    client: str = ""
+    """column of the client; without one, partition makes the clients"""
+    split: str = ""
+    """column that says train, validation or test; without one, holdout splits"""
+    time: str = ""
+    """column of a time, for holdout = time: numbers, or ISO 8601"""
+    group: str = ""
+    """column of texts that belong together, such as a thread: no group is split"""
+    language: str = ""
+    """column of the language, for the tables"""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """what a broken row does: refuse (the run ends) or skip (it is counted)"""
+    long: Literal["broken", "cut"] = "broken"
+    """what a text above 2000 characters is: broken, or cut there (and counted)"""
+    sample: int = Field(default=0, ge=0)
+    """largest number of rows that are used, which the seed chooses: whole clients where there is a column of clients,
+    else rows; 0: all rows"""
+    partition: Literal["iid", "dirichlet", "shard", "linear", "exponential"] = "dirichlet"
+    """how flwr-datasets deals texts out where there is no column of clients: iid, dirichlet (mix of labels), shard (few
+    labels each), linear or exponential (sizes)"""
+    clients: int = Field(default=20, ge=4, le=10_000)
+    """clients that partition makes"""
+    concentration: float = Field(default=0.5, gt=0)
+    """of partition = dirichlet: small is one-sided, large is even"""
+    shards: int = Field(default=2, ge=1, le=1000)
+    """of partition = shard: shards of one label a client"""
+    unseen: float = Field(default=0.2, gt=0, lt=1)
+    """share of clients that take no part in training; rounded, at least one"""
+    minimum_texts: int = Field(default=10, ge=3)
+    """clients with fewer texts are left out; the table says how many"""
+    holdout: Literal["hash", "time"] = "hash"
+    """which texts are for tests: hash (of their group, the same on every machine) or time (the latest)"""
+    holdout_fraction: float = Field(default=0.25, gt=0, le=0.5)
+    """share of a client's texts for tests"""
+    validation_fraction: float = Field(default=0.2, gt=0, le=0.5)
+    """share of a client's other texts kept for its own validation"""
+    near_duplicates: float = Field(default=0.8, ge=0.3, le=1)
+    """texts whose sets of three-character pieces overlap by this share (Jaccard) are one group; 1: only equal ones"""
+    public_texts: int = Field(default=6, ge=1, le=1000)
+    """without files of public texts: texts of each label that are taken from clients and made public, at most 20% of a
+    label's, or one"""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -178,7 +151,6 @@ class DataSettings(Settings):
             )
 
     def located(self, folder: Path) -> Self:
-        """Take relative paths from ``folder``."""
         paths = {
             key: tuple(str((folder / name).resolve()) for name in getattr(self, key)) for key in ("files", "public")
         }
@@ -212,12 +184,6 @@ def read_rows(settings: DataSettings, seed: int) -> Rows:
     """Read the rows that ``settings`` name, of files and functions; of more than ``sample`` those the seed chooses."""
     placed = _called(settings.function) if settings.function else _chained(settings.files)
     return _rows(placed, settings, _Sample(settings.sample, bool(settings.client), seed))
-
-
-def read_public(settings: DataSettings) -> Rows:
-    """Read the files of public texts; their clients and splits do not matter. Raises as ``read_rows``."""
-    only = settings.model_copy(update={"client": "", "split": "", "time": "", "group": ""})
-    return _rows(_chained(settings.public), only, _Sample(0, False, 0))
 
 
 class _Sample:
@@ -370,7 +336,10 @@ def _csv(path: Path) -> Iterator[Placed]:
     csv.field_size_limit(MAX_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(file.readline())
+            # In place of a comma, spreadsheets of other languages write other marks.
+            marks = "\t" if path.suffix.lower() == ".tsv" else ",;\t"
+            first = file.readline()
+            delimiter = next((mark for mark in marks if mark in first), marks[0])
             file.seek(0)
             lines = csv.reader(file, delimiter=delimiter, strict=True)
             header = next(lines, [])
@@ -389,11 +358,6 @@ def _csv(path: Path) -> Iterator[Placed]:
         raise DataError(f"{path} is not UTF-8; convert it", about=path.name) from None
     except csv.Error as error:
         raise DataError(f"{path}:{lines.line_num}: not CSV: {error}", about=path.name) from error
-
-
-def _delimiter(header: str) -> str:
-    """The comma, or what spreadsheets of other languages write in its place if the header has no comma."""
-    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def _jsonl(path: Path) -> Iterator[Placed]:
@@ -609,8 +573,6 @@ def _root(parent: list[int], index: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """Says what became of the rows."""
-
     rows: int  # rows that are used, broken ones not counted
     broken: tuple[str, ...]  # a line for each broken row
     groups: int  # groups of near-duplicates among the rows
@@ -628,15 +590,15 @@ class DataFacts:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Holds a population and where it came from."""
-
     population: Population
     facts: DataFacts | None  # None if no rows were read
 
 
 def load_population(settings: DataSettings, seed: int) -> Loaded:
     """Read the texts and make a population of them; the same texts, settings and seed give the same ``digest``."""
-    rows, public, task = read_rows(settings, seed), read_public(settings), find_task(settings.task)
+    rows, task = read_rows(settings, seed), find_task(settings.task)
+    only = settings.model_copy(update={"client": "", "split": "", "time": "", "group": ""})  # of public texts
+    public = _rows(_chained(settings.public), only, _Sample(0, False, 0))
     names, targets = tuple[str, ...](), dict[str, Target]()
     if isinstance(task, OwnTask):
         rows, public, names, targets = _with_targets(rows, public, task)

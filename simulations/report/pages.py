@@ -262,7 +262,6 @@ def costs(arm: ArmSummary) -> tuple[str, ...]:
 
 
 def constants(arm: ArmSummary) -> str:
-    """Say what an arm's search chose, and what it cost."""
     chosen = ", ".join(f"{key} = {value}" for key, value in arm.constants.items())
     return f"{chosen} (of {count(arm.candidates, 'candidate')}, {duration(arm.search_cpu_seconds)} of CPU)"
 

@@ -254,7 +254,6 @@ def _clients(result: RunResult) -> Table:
 
 
 def _facts(result: RunResult) -> list[tuple[str, str | Text]]:
-    """List what the rounds cost, and what they revealed."""
     amount, meaning = privacy(result.epsilon, result.delta, len(result.rounds))
     private: list[tuple[str, str | Text]] = [("privacy", Text.assemble((amount, "bold"), f": {meaning}"))]
     if result.canaries:

@@ -241,7 +241,6 @@ class Plan:
         return RunFolder.resume(out, self.scenario) if resume else RunFolder.start(out, self.scenario)
 
     def run(self, folder: RunFolder, progress: RunProgress) -> RunResult:
-        """Run it. Raises as ``simulate``."""
         return simulate(folder, self.loaded.population, progress, self.engine)
 
 
@@ -502,7 +501,6 @@ def _evaluated(folder: RunFolder, population: Population, base: Base) -> list[tu
 
 
 def _arms(folder: RunFolder, population: Population, base: Base, progress: RunProgress) -> dict[str, TrialResult]:
-    """Return the default arms, each computed or read from the folder."""
     scenario, store = folder.scenario, Store(folder.path)
     groups = grouped(population, scenario.groups)
     fleets = fleet_folders(folder.path, groups)
@@ -523,7 +521,6 @@ def _arms(folder: RunFolder, population: Population, base: Base, progress: RunPr
 
 
 def _canary_bounds(folder: RunFolder, groups: Sequence[Group]) -> CanaryBounds | None:
-    """Return what ``canary_bounds`` finds, once."""
     path = folder.path / CANARIES
     if path.exists():
         return CanaryBounds(**json.loads(path.read_bytes()))

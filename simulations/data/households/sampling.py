@@ -8,7 +8,6 @@ the package's 42 intents.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import partial
 from itertools import chain
 from typing import Literal, Self
 
@@ -127,7 +126,6 @@ class _Speaker:
     cumulated: NDArray[np.float64]  # shape ``(labels,)``: the cumulative sum of its mix of intents, rising to 1
 
     def draw_label(self) -> int:
-        """Draw a label from its mix of intents."""
         label = int(np.searchsorted(self.cumulated, self.voice.rng.random(), side="right"))
         return min(label, len(self.splits) - 1)
 
@@ -191,7 +189,11 @@ def _public(book: _Phrasebook, count: int, used: _UsedTexts, rng: np.random.Gene
     """Say up to ``count`` different phrases a label (some intents have fewer), each with names of its own."""
     texts: list[LabelledText] = []
     for label, split in enumerate(book.splits):
-        phrases = _distinct(partial(_with_new_names, book, split.public, label, rng), count, used.has_label)
+
+        def draw(split: TemplateSplit = split, label: int = label) -> LabelledText:
+            return _utter(book.voice(rng), split.public, label)
+
+        phrases = _distinct(draw, count, used.has_label)
         if not phrases:
             raise ConfigError(
                 f"template {split.public[0].id} gives no public phrase that has one intent only: choose another seed",
@@ -199,12 +201,6 @@ def _public(book: _Phrasebook, count: int, used: _UsedTexts, rng: np.random.Gene
             )
         texts.extend(phrases)
     return texts
-
-
-def _with_new_names(
-    book: _Phrasebook, templates: Sequence[Template], label: int, rng: np.random.Generator
-) -> LabelledText:
-    return _utter(book.voice(rng), templates, label)
 
 
 def _utter(voice: Voice, templates: Sequence[Template], label: int) -> LabelledText:
