@@ -35,9 +35,8 @@ def main(grid: Grid, context: Context) -> None:
     _show_log(as_json=bool(context.run_config.get(JSON)))
     folder = context.run_config.get(STATE)
     if not isinstance(folder, str) or not folder:
-        raise ConfigError(
-            f"the run configuration needs {STATE!r}: the coordinator's state directory", about=STATE, value=folder
-        )
+        reason = f"the run configuration needs {STATE!r}: the coordinator's state directory"
+        raise ConfigError(reason, about=STATE, value=folder)
     state_dir = CoordinatorStateDir.open(Path(folder))
     address = context.run_config.get(GATEWAY)
     try:

@@ -168,9 +168,8 @@ def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> No
         raise Problem.of(error, place) from None
     for name in ("peft_config", "labels"):
         if getattr(task, name) != getattr(manifest, name):
-            raise Problem(
-                f"task.{name}", f"the task of the plan and the manifest of its adapter differ in {name}", place
-            )
+            reason = f"task.{name}"
+            raise Problem(reason, f"the task of the plan and the manifest of its adapter differ in {name}", place)
 
 
 def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None, parent: VersionManifest) -> VersionManifest:

@@ -38,17 +38,11 @@ def configuration(base: Base) -> Any:
                 tensors += len(file.keys())
         layers, length = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "max_position_embeddings"))
         if layers > tensors or length > LONGEST:
-            raise ConfigError(
-                f"{layers} layers of {tensors} tensors, for texts of {length} tokens, cannot be right",
-                about="config.json",
-                value=(layers, tensors, length),
-            )
+            reason = f"{layers} layers of {tensors} tensors, for texts of {length} tokens, cannot be right"
+            raise ConfigError(reason, about="config.json", value=(layers, tensors, length))
         if not isinstance(config.architectures or [], list):
-            raise ConfigError(
-                f"architectures are not a list: {config.architectures!r}",
-                about="config.json",
-                value=config.architectures,
-            )
+            reason = f"architectures are not a list: {config.architectures!r}"
+            raise ConfigError(reason, about="config.json", value=config.architectures)
     except Exception as error:  # of many classes, with no common base
         raise _refusal(base, error) from error
     return config
@@ -175,12 +169,9 @@ def _check_unused(model: Any, missing: list[str]) -> None:
                 state[name].copy_(size * torch.randn(state[name].shape, generator=generator))
             answers.append(model(input_ids=torch.arange(1, 4)[None])[0])
     if not torch.equal(*answers):
-        raise ConfigError(
-            f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}, and no adapter brings them: "
-            "take the base of the adapter's training, or train them with it (modules_to_save)",
-            about=WEIGHTS,
-            value=missing,
-        )
+        reason = f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}, and no adapter brings them: "
+        reason += "take the base of the adapter's training, or train them with it (modules_to_save)"
+        raise ConfigError(reason, about=WEIGHTS, value=missing)
 
 
 def _refusal(base: Base, error: Exception) -> ConfigError:

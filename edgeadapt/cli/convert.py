@@ -134,10 +134,8 @@ def _with_magnitudes(
 ) -> "Tensors":
     """Restore the tensors of a DoRA adapter as peft has them."""
     if base_name is None:
-        raise ConfigError(
-            "the magnitudes of DoRA are computed with the base's weights: name the base of the bundle with --base",
-            about="--base",
-        )
+        reason = "the magnitudes of DoRA are computed with the base's weights: name the base of the bundle with --base"
+        raise ConfigError(reason, about="--base")
     from edgeadapt.bases.base import find_base
 
     base = find_base(base_name)

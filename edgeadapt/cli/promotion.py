@@ -17,15 +17,8 @@ from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, print_resu
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.rollout import ALL
+from edgeadapt.promotion import gates
 from edgeadapt.promotion.evaluations import act, judge
-from edgeadapt.promotion.gates import (
-    GATES,
-    AssembledRelease,
-    GateError,
-    GateSettings,
-    PromotionTrial,
-    require_passed,
-)
 from edgeadapt.releases.actions import GateResult
 from edgeadapt.releases.prepared import RollbackCondition
 from edgeadapt.releases.repository import ChannelRepository, Published
@@ -93,9 +86,10 @@ def promote(
       edgeadapt release promote releases canary stable --share 10 --key vendor.key
     """
     opened = open_repository(folder)
-    if not (folder / GATES).is_file():
-        raise ConfigError(f"{folder} has no {GATES}: write one with 'edgeadapt release init {folder}'", about=GATES)
-    settings = GateSettings.read(folder / GATES)
+    if not (folder / gates.GATES).is_file():
+        reason = f"{folder} has no {gates.GATES}: write one with 'edgeadapt release init {folder}'"
+        raise ConfigError(reason, about=gates.GATES)
+    settings = gates.GateSettings.read(folder / gates.GATES)
     release, current = opened.release(source), opened.release(channel)
     if source == channel:
         raise ConfigError(f"FROM and TO are both {channel}: name two channels", about="channel", value=channel)
@@ -110,17 +104,17 @@ def promote(
     with traces.exporting(traces.GOVERNANCE), traces.span("promotion", **about):
         with tempfile.TemporaryDirectory(prefix=".promotion-", dir=folder) as work:  # there files can be linked
             keys = trust or folder / TRUST
-            candidate = AssembledRelease.of(opened, source, release, keys, Path(work) / "candidate")
+            candidate = gates.AssembledRelease.of(opened, source, release, keys, Path(work) / "candidate")
             before = None
             if current is not None:
-                before = AssembledRelease.of(opened, channel, current, keys, Path(work) / "current")
-            results = PromotionTrial(settings, folder, candidate, before).results()
+                before = gates.AssembledRelease.of(opened, channel, current, keys, Path(work) / "current")
+            results = gates.PromotionTrial(settings, folder, candidate, before).results()
         if not as_json:
             for result in results:
                 click.echo(f"{'passed' if result.passed else 'REFUSED'}  {result.gate}: {result.text}")
         if not all(result.passed for result in results):
             opened.refuse(source, release, channel, results)
-            require_passed(results, f"release {release.number} of {source}")
+            gates.require_passed(results, f"release {release.number} of {source}")
         with traces.span("publish"):
             published = opened.promote(source, release.number, channel, results, share=share, languages=languages)
     _print(published, results, as_json, _prepared(opened, channel, key, settings.accuracy.margin))
@@ -157,7 +151,7 @@ def rollout(
     opened, key, margin = open_repository(folder), None if key_file is None else read_key(key_file), 0.0
     release = opened.release(channel)
     if key is not None and release is not None:  # before anything is changed
-        margin = GateSettings.read(folder / GATES).accuracy.margin
+        margin = gates.GateSettings.read(folder / gates.GATES).accuracy.margin
         require_signer(opened, channel, release, key.public)
     published = opened.set_rollout(channel, share, languages, again=key is not None)
     _print(published, (), as_json, _prepared(opened, channel, key, margin))
@@ -261,13 +255,13 @@ def _verdict(releases: Path, state_dir: Path, trust: Path | None, channel: str, 
     """Print the verdict on the release that a channel rolls out. Raises GateError: it is worse."""
     repository = open_repository(releases)
     repository.compared(channel, adapter)
-    margin = GateSettings.read(releases / GATES).accuracy.margin
+    margin = gates.GateSettings.read(releases / gates.GATES).accuracy.margin
     evaluation, _ = judge(repository, state_dir, trust, channel, adapter, margin)
     row = {"round": evaluation.round, "metrics": evaluation.metrics, "worse": evaluation.worse}
     print_result(row | asdict(evaluation.verdict), str(evaluation), as_json)
     if evaluation.worse:
         reason = f"the newest release of {channel} is worse than the one before: take it back with "
-        raise GateError(f"{reason}'edgeadapt release rollback'", about="evaluation", value=evaluation.round)
+        raise gates.GateError(f"{reason}'edgeadapt release rollback'", about="evaluation", value=evaluation.round)
 
 
 def _prepared(

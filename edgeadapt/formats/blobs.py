@@ -45,9 +45,8 @@ class Blobs:
         try:
             fs, root = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"the blob store's address is not usable: {error}", about="blobs.url", value=url
-            ) from error
+            reason = f"the blob store's address is not usable: {error}"
+            raise ConfigError(reason, about="blobs.url", value=url) from error
         except OSError as error:  # some file systems connect at once
             raise EdgeAdaptError(f"blob store {url} cannot be opened: {error}", about="blobs.url", value=url) from error
         return cls(fs, root.rstrip("/") or root)
@@ -105,9 +104,8 @@ class Blobs:
         """Read the blob of that digest. Raises DataError if it is missing, TrustError for other content."""
         blob = self.read(digest)
         if _sha256(blob) != digest:
-            raise TrustError(
-                f"blob {digest} in {self.name} was altered: restore it from a copy", about="blob", value=digest
-            )
+            reason = f"blob {digest} in {self.name} was altered: restore it from a copy"
+            raise TrustError(reason, about="blob", value=digest)
         return blob
 
     def read(self, digest: str, size: int | None = None) -> bytes:
@@ -119,9 +117,8 @@ class Blobs:
                 stored = self.fs.size(place)
                 blob: bytes = self.fs.cat_file(place) if stored <= LARGEST and size in (None, stored) else b""
             except FileNotFoundError as error:
-                raise DataError(
-                    f"blob {digest} is missing from {self.name}: restore it from a copy", about="blob", value=digest
-                ) from error
+                reason = f"blob {digest} is missing from {self.name}: restore it from a copy"
+                raise DataError(reason, about="blob", value=digest) from error
         return blob
 
     @property

@@ -121,10 +121,8 @@ class HashedFile:
         except FileNotFoundError:
             same = False
         if not same:
-            raise TrustError(
-                f"{self.path} changed while it was being loaded: try again, or copy the bundle again",
-                about=self.path.name,
-            )
+            reason = f"{self.path} changed while it was being loaded: try again, or copy the bundle again"
+            raise TrustError(reason, about=self.path.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,16 +199,12 @@ class Bundle:
         path = self.folder / manifest_path(name)
         if not path.exists():
             present = ", ".join(adapter_names(self.folder)) or "none"
-            raise DataError(
-                f"{self.folder} has no manifest of an adapter {name!r}; it has: {present}", about=path.name, value=name
-            )
+            reason = f"{self.folder} has no manifest of an adapter {name!r}; it has: {present}"
+            raise DataError(reason, about=path.name, value=name)
         manifest = self._accept(AdapterManifest, path)
         if manifest.name != name:
-            raise TrustError(
-                f"{path} was signed for the adapter {manifest.name[:64]!r}: copy the bundle again",
-                about="adapter-manifest.name",
-                value=manifest.name,
-            )
+            reason = f"{path} was signed for the adapter {manifest.name[:64]!r}: copy the bundle again"
+            raise TrustError(reason, about="adapter-manifest.name", value=manifest.name)
         return manifest
 
     def adapter(self, name: str, base: BaseManifest) -> VerifiedAdapter:
@@ -248,11 +242,8 @@ def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest
     sizes = check_slots(inputs, base.slots)
     rank = max((size for symbol, size in sizes.items() if symbol.startswith("rank_")), default=0)
     if rank > base.max_rank:
-        raise DataError(
-            f"adapter {manifest.name!r} has rank {rank}, above the base's limit of {base.max_rank}",
-            about="adapter-manifest.rank",
-            value=rank,
-        )
+        reason = f"adapter {manifest.name!r} has rank {rank}, above the base's limit of {base.max_rank}"
+        raise DataError(reason, about="adapter-manifest.rank", value=rank)
     measured = {
         "layout_digest": layout_of(inputs).digest,
         "rank": rank,
@@ -260,16 +251,11 @@ def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest
     }
     stated = {"layout_digest": manifest.layout_digest, "rank": manifest.rank, "labels": len(manifest.labels)}
     if other := [field for field in measured if measured[field] != stated[field]]:
-        raise DataError(
-            f"adapter {manifest.name!r} does not have the {other[0]} that its manifest states: export it again",
-            about=f"adapter-manifest.{other[0]}",
-            value=stated[other[0]],
-        )
+        reason = f"adapter {manifest.name!r} does not have the {other[0]} that its manifest states: export it again"
+        raise DataError(reason, about=f"adapter-manifest.{other[0]}", value=stated[other[0]])
     if manifest.labels and base.task == "text-generation":
-        raise DataError(
-            f"adapter {manifest.name!r} names labels, and a base for text-generation has none: export it again",
-            about="adapter-manifest.labels",
-        )
+        reason = f"adapter {manifest.name!r} names labels, and a base for text-generation has none: export it again"
+        raise DataError(reason, about="adapter-manifest.labels")
     check_labels(manifest.name, manifest.labels)
 
 
@@ -278,10 +264,8 @@ def _check_listed(folder: Path, manifest: BaseManifest) -> None:
     belong to file managers, and no library reads them."""
     present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     if unlisted := sorted(present - set(manifest.files) - {BASE_MANIFEST.name}):
-        raise TrustError(
-            f"{folder / unlisted[0]} is not listed in the base manifest: remove it, or copy the bundle again",
-            about=unlisted[0],
-        )
+        reason = f"{folder / unlisted[0]} is not listed in the base manifest: remove it, or copy the bundle again"
+        raise TrustError(reason, about=unlisted[0])
 
 
 def _altered(path: Path) -> TrustError:
@@ -296,11 +280,8 @@ def _opened(path: Path, limit: int) -> Iterator[tuple[BufferedReader, Stamp]]:
         with path.open("rb") as file:
             stamp = Stamp.of(os.fstat(file.fileno()))
             if stamp.size > limit:
-                raise TrustError(
-                    f"{path} is larger than its limit of {limit} bytes: copy the bundle again",
-                    about=path.name,
-                    value=stamp.size,
-                )
+                reason = f"{path} is larger than its limit of {limit} bytes: copy the bundle again"
+                raise TrustError(reason, about=path.name, value=stamp.size)
             yield file, stamp
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: copy the bundle again", about=path.name) from error

@@ -33,9 +33,8 @@ def check_name(name: str) -> str:
     """Check that an adapter and its two files can have ``name`` on any system, and return it. Raises ConfigError: it is
     empty, longer than 64 characters, or has a character that could leave the folder."""
     if not ADAPTER_NAME.fullmatch(name):
-        raise ConfigError(
-            f"adapter name {name[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-'", about="name", value=name
-        )
+        reason = f"adapter name {name[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-'"
+        raise ConfigError(reason, about="name", value=name)
     return name
 
 
@@ -46,11 +45,8 @@ def check_labels(name: str, labels: Sequence[str]) -> None:
         raise DataError(f"adapter {name!r} names a label twice: export it again with other labels", about="labels")
     for label in labels:
         if not label.strip() or len(label) > MAX_LABEL or not label.isprintable():
-            raise DataError(
-                f"adapter {name!r}: label {label[:40]!r} is not a printable name: export it with another",
-                about="labels",
-                value=label,
-            )
+            reason = f"adapter {name!r}: label {label[:40]!r} is not a printable name: export it with another"
+            raise DataError(reason, about="labels", value=label)
 
 
 class Manifest:

@@ -197,11 +197,8 @@ def _ending(pattern: str) -> TypeAdapter[str]:
     try:
         re.compile(whole)  # peft refuses it too
     except (re.error, OverflowError, RecursionError) as error:
-        raise DataError(
-            f"the adapter's pattern {pattern[:40]!r} is not a regular expression: {error}",
-            about="pattern",
-            value=pattern,
-        ) from error
+        reason = f"the adapter's pattern {pattern[:40]!r} is not a regular expression: {error}"
+        raise DataError(reason, about="pattern", value=pattern) from error
     if OTHERWISE.search(pattern):
         raise _refusal(pattern)
     try:

@@ -140,12 +140,10 @@ class LocalFiles:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY_ROLLBACK:
                 text = f"a process was killed while it wrote to {path}: undo what it began"
                 command = f"edgeadapt coordinator status {self.folder}"
-                raise DataError(
-                    f"{text} with '{command}', or start the coordinator", about=f"{DATABASE}-journal"
-                ) from None
-            raise DataError(
-                f"{path} is not a registry or is damaged ({error}): restore it from a copy", about=DATABASE
-            ) from None
+                reason = f"{text} with '{command}', or start the coordinator"
+                raise DataError(reason, about=f"{DATABASE}-journal") from None
+            reason = f"{path} is not a registry or is damaged ({error}): restore it from a copy"
+            raise DataError(reason, about=DATABASE) from None
         return rows
 
 
@@ -187,9 +185,8 @@ class RegistryFiles:
                 raise TrustError("it is not one signed document", about="manifest")
             manifest = VersionManifest.accept(raw, self.trusted)
             if (manifest.version, manifest.sha256) != (number, digest):
-                raise TrustError(
-                    f"it is the manifest of version {manifest.version} ({manifest.sha256[:12]})", about="manifest"
-                )
+                reason = f"it is the manifest of version {manifest.version} ({manifest.sha256[:12]})"
+                raise TrustError(reason, about="manifest")
         except TrustError as error:
             place = f"{self.source.name}, manifest of version {number}"
             raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest", value=number) from None
@@ -219,9 +216,8 @@ class RegistryFiles:
         digest = manifest.sha256
         blob = self.source.file(digest, manifest.size)
         if hashlib.sha256(blob).hexdigest() != digest:
-            raise TrustError(
-                f"{self.source.place(digest)} was altered: restore it from a copy", about="blob", value=digest
-            )
+            reason = f"{self.source.place(digest)} was altered: restore it from a copy"
+            raise TrustError(reason, about="blob", value=digest)
         return blob
 
     def tensors(self, manifest: VersionManifest) -> Tensors:

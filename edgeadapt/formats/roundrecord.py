@@ -68,9 +68,8 @@ class RoundRecord(Manifest):
     def __post_init__(self) -> None:
         for name, value in {"seconds": self.seconds, "epsilon": self.epsilon or 0.0, **self.metrics}.items():
             if not math.isfinite(value):
-                raise DataError(
-                    f"round {self.round}: {name!r} is {value}, which no record can hold", about=name, value=value
-                )
+                reason = f"round {self.round}: {name!r} is {value}, which no record can hold"
+                raise DataError(reason, about=name, value=value)
         result = [value is not None for value in (self.version, self.adapter, self.sum)]
         if not all(result if self.aborted is None else [not each for each in result]) or (
             (self.reason is None) != (self.aborted is None)
@@ -91,10 +90,8 @@ class RoundRecord(Manifest):
     def require_agreement(self, manifest: VersionManifest) -> None:
         """Check that the manifest is that of the version which this round produced. Raises DataError."""
         if not self.made(manifest):
-            raise DataError(
-                f"the record of round {self.round} and the manifest of its version contradict each other",
-                about="record",
-            )
+            reason = f"the record of round {self.round} and the manifest of its version contradict each other"
+            raise DataError(reason, about="record")
 
 
 def accept_chain(

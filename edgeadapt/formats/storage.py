@@ -65,11 +65,8 @@ def opened(path: Path, limit: int = LARGEST) -> Iterator[tuple[BinaryIO, int]]:
         raise DataError(f"{path} is a device or a pipe: give a file", about=path.name)
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
-            raise DataError(
-                f"{path} has {size} bytes, more than the limit of {limit}: replace it by the right file",
-                about=path.name,
-                value=size,
-            )
+            reason = f"{path} has {size} bytes, more than the limit of {limit}: replace it by the right file"
+            raise DataError(reason, about=path.name, value=size)
         yield file, size
 
 

@@ -118,11 +118,8 @@ def read_held_out(path: Path) -> list[HeldOutPhrase]:
     for number, line in enumerate(read_lines(path, "phrase"), 1):
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) != 3 or not all(parts):
-            raise DataError(
-                f"phrase {number} of {path} does not have the form LABEL TAB PHRASE TAB LANGUAGE",
-                about=path.name,
-                value=number,
-            )
+            reason = f"phrase {number} of {path} does not have the form LABEL TAB PHRASE TAB LANGUAGE"
+            raise DataError(reason, about=path.name, value=number)
         phrases.append(HeldOutPhrase(*parts))
     return phrases
 

@@ -434,9 +434,6 @@ def _require_newer(new: AdapterManifest, current: AdapterManifest) -> None:
     if new.base_digest == current.base_digest and (
         new.version < current.version or (new.version == current.version and new.content != current.content)
     ):
-        raise ConfigError(
-            f"devices have version {current.version} of adapter {new.name!r} and would refuse this version "
-            f"{new.version}: export it under the version {current.version + 1} or later",
-            about="adapter-manifest.version",
-            value=new.version,
-        )
+        reason = f"devices have version {current.version} of adapter {new.name!r} and would refuse this version "
+        reason += f"{new.version}: export it under the version {current.version + 1} or later"
+        raise ConfigError(reason, about="adapter-manifest.version", value=new.version)

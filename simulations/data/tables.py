@@ -146,9 +146,8 @@ class DataSettings(Settings):
         """Check that there are texts of one's own, or no other key asks for some. Raises ConfigError."""
         idle = [key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default]
         if idle and not self.given:
-            raise ConfigError(
-                f"data.{idle[0]} is set, and there are no texts: name them with data.files", about="data.files"
-            )
+            reason = f"data.{idle[0]} is set, and there are no texts: name them with data.files"
+            raise ConfigError(reason, about="data.files")
 
     def located(self, folder: Path) -> Self:
         paths = {
@@ -326,9 +325,8 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Placed]]:
         return _saved_to_disk if saved else _folder
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
-        raise ConfigError(
-            f"{path} is of no known kind; use {', '.join(readers)}, or a folder", about="data.files", value=str(path)
-        )
+        reason = f"{path} is of no known kind; use {', '.join(readers)}, or a folder"
+        raise ConfigError(reason, about="data.files", value=str(path))
     return readers[path.suffix.lower()]
 
 
@@ -820,12 +818,9 @@ class _Maker:
         """Return the clients, those that take part first, under names that devices can have."""
         unseen = max(1, round(self.settings.unseen * len(clients)))
         if len(clients) - unseen < FEWEST_TRAINED:
-            raise ConfigError(
-                f"{len(clients)} clients have enough texts, of which {unseen} take no part in training; at least "
-                f"{FEWEST_TRAINED} must train: give more texts, or lower data.minimum_texts",
-                about="data.client",
-                value=len(clients),
-            )
+            reason = f"{len(clients)} clients have enough texts, of which {unseen} take no part in training; at least "
+            reason += f"{FEWEST_TRAINED} must train: give more texts, or lower data.minimum_texts"
+            raise ConfigError(reason, about="data.client", value=len(clients))
         order = sorted(clients, key=lambda client: _hashed(self.seed, "unseen", client.name))
         out = {client.name for client in order[:unseen]}
         usable = all(is_device_id(client.name) for client in clients)

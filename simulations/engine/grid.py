@@ -351,6 +351,13 @@ class InProcessGrid(OwnGrid):
                 self._arrived[flying.id] = flying.reply
         return set(self._arrived)
 
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        ids = set(self.push_messages(messages))
+        arrivals = [flying.arrives for flying in self._in_flight if flying.id in ids]
+        latest = max(arrivals, default=self.clock.now()) - self.clock.now()
+        self.clock.sleep(latest if timeout is None else min(latest, timeout))
+        return self.pull_messages(ids)
+
     def _begin(self, requests: Sequence[Message]) -> list[Callable[[], Message]]:
         """Return what gives each device's answer. The device works when it is called."""
         return [partial(self._app, each, self._contexts[each.metadata.dst_node_id]) for each in requests]

@@ -141,20 +141,10 @@ def test_the_probability_of_dropouts_is_the_frequency_of_outcomes(forced: int, l
 # Flower's contract.
 
 
-def exchange(grid: InProcessGrid, sent: list[Message], timeout: float = 1e6) -> list[Message]:
-    """Push messages, and pull the replies that arrive within ``timeout``."""
-    ids, end = set(grid.push_messages(sent)), grid.clock.now() + timeout
-    while (arrivals := [each.arrives for each in grid._in_flight if each.id in ids]) and min(arrivals) <= end:
-        grid.clock.sleep(min(arrivals) - grid.clock.now())
-        grid.arrived()
-    grid.clock.sleep(0 if not arrivals else end - grid.clock.now())
-    return list(grid.pull_messages(ids))
-
-
 def test_each_message_is_answered_once_in_another_order_than_sent() -> None:
     grid = grid_of(NO_FAULTS)
     sent = messages(grid, Step.PLAN)
-    replies = list(exchange(grid, sent))
+    replies = list(grid.send_and_receive(sent))
     assert sorted(senders(replies)) == list(NODES)
     assert senders(replies) != list(NODES)
     asked = {m.metadata.message_id: m.metadata.dst_node_id for m in sent}
@@ -178,9 +168,9 @@ def test_time_passes_only_by_sleeping_and_a_reply_arrives_after_its_delay() -> N
 def test_a_timeout_ends_the_wait_with_the_replies_that_arrived_in_time() -> None:
     grid = grid_of(NO_FAULTS)
     delays = sorted(outcome.delay for outcome in NO_FAULTS.outcomes("1", Step.PLAN, NODES).values())
-    assert len(list(exchange(grid, messages(grid, Step.PLAN), timeout=delays[3]))) == 4
+    assert len(list(grid.send_and_receive(messages(grid, Step.PLAN), timeout=delays[3]))) == 4
     assert grid.clock.now() == delays[3]
-    assert len(list(exchange(grid, messages(grid, Step.SURVIVORS), timeout=1e6))) == len(NODES)
+    assert len(list(grid.send_and_receive(messages(grid, Step.SURVIVORS), timeout=1e6))) == len(NODES)
     assert grid.clock.now() < 1e3
 
 
@@ -188,7 +178,7 @@ def test_a_lost_request_never_reaches_the_device_and_a_lost_reply_does() -> None
     faults = FaultModel(seed=11, message_loss=0.4, mean_delay=1.0)
     app = Echo()
     grid, outcomes = grid_of(faults, app), faults.outcomes("1", Step.PLAN, NODES)
-    replies = senders(exchange(grid, messages(grid, Step.PLAN)))
+    replies = senders(grid.send_and_receive(messages(grid, Step.PLAN)))
     assert sorted(app.asked) == [node for node in NODES if not outcomes[node].request_lost]
     assert sorted(replies) == [node for node in NODES if not lost(outcomes[node])]
     assert {(outcome.request_lost, outcome.reply_lost) for outcome in outcomes.values()} >= {
@@ -203,8 +193,8 @@ def test_the_log_counts_what_every_device_sent_also_in_answers_that_were_lost(tm
 
     faults, log = FaultModel(seed=1, message_loss=0.3, mean_delay=1.0), GridLog(tmp_path / "grid.json")
     grid = InProcessGrid(answer, {node: f"state-{node}" for node in NODES}, faults, log=log)
-    replies = list(exchange(grid, messages(grid, Step.PLAN, "3")))
-    again = list(exchange(grid, messages(grid, Step.PLAN, "3-2")))
+    replies = list(grid.send_and_receive(messages(grid, Step.PLAN, "3")))
+    again = list(grid.send_and_receive(messages(grid, Step.PLAN, "3-2")))
     groups = [faults.outcomes(group, Step.PLAN, NODES).values() for group in ("3", "3-2")]
     sent = sum(not outcome.request_lost for outcomes in groups for outcome in outcomes)
     assert len(replies) + len(again) < sent < 2 * len(NODES)
@@ -227,7 +217,7 @@ def test_a_device_keeps_its_context_from_message_to_message() -> None:
 
     grid = grid_of(NO_FAULTS, count)
     for _ in range(2):
-        list(exchange(grid, messages(grid, Step.PLAN)))
+        list(grid.send_and_receive(messages(grid, Step.PLAN)))
     assert seen == [1] * len(NODES) + [2] * len(NODES)
     assert list(grid.get_node_ids()) == list(NODES)
     grid.set_run(grid.run)
