@@ -22,11 +22,13 @@ from datetime import datetime
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 from pydantic import AfterValidator, Field, model_validator
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.certificates import is_device_id
@@ -446,48 +448,36 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0][:200]
 
 
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
-
-
 def partition(labels: Sequence[str], settings: DataSettings, seed: int) -> list[int]:
     """Return the client of each row, from 0; a client may get no row. Equal arguments give equal clients.
 
     Raises ConfigError if the rule cannot make that number of clients from these rows.
     """
     from datasets import Dataset
+    from flwr_datasets import partitioner as rules
 
-    order = np.random.default_rng(seed).permutation(len(labels))
-    rule = _partitioner(settings, seed)
+    order, count = np.random.default_rng(seed).permutation(len(labels)), settings.clients
+    rule: rules.Partitioner = {
+        "iid": lambda: rules.IidPartitioner(count),
+        "dirichlet": lambda: rules.DirichletPartitioner(
+            count, "label", settings.concentration, min_partition_size=0, seed=seed
+        ),
+        "shard": lambda: rules.ShardPartitioner(count, "label", num_shards_per_partition=settings.shards, seed=seed),
+        "linear": lambda: rules.LinearPartitioner(count),
+        "exponential": lambda: rules.ExponentialPartitioner(count),
+    }[settings.partition]()
     owner = [0] * len(labels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # each attempt at a Dirichlet draw
             rule.dataset = Dataset.from_dict({"row": order.tolist(), "label": [labels[row] for row in order]})
-            for client in range(settings.clients):
+            for client in range(count):
                 for row in rule.load_partition(client)["row"]:
                     owner[row] = client
     except ValueError as error:
         reason = f"{len(labels)} texts cannot be dealt out to {settings.clients} clients by {settings.partition}"
         raise ConfigError(f"{reason}: {' '.join(str(error).split())[:200]}", about="data.partition") from error
     return owner
-
-
-def _partitioner(settings: DataSettings, seed: int) -> "Partitioner":
-    from flwr_datasets import partitioner as rules
-
-    count = settings.clients
-    match settings.partition:
-        case "iid":
-            return rules.IidPartitioner(count)
-        case "dirichlet":
-            return rules.DirichletPartitioner(count, "label", settings.concentration, min_partition_size=0, seed=seed)
-        case "shard":
-            return rules.ShardPartitioner(count, "label", num_shards_per_partition=settings.shards, seed=seed)
-        case "linear":
-            return rules.LinearPartitioner(count)
-        case "exponential":
-            return rules.ExponentialPartitioner(count)
 
 
 def normalized(text: str) -> str:
@@ -530,20 +520,17 @@ def group_texts(texts: Sequence[str], keys: Sequence[str], threshold: float) -> 
     estimated from 64 hashes (Broder 1997; its standard deviation is at most 0.0625) for pairs that locality-sensitive
     hashing finds (Indyk and Motwani 1998); at 1, only texts that ``normalized`` makes equal are in one group.
     """
-    first: dict[str, int] = {}
-    parent = list(range(len(texts)))
-    for index, text in enumerate(texts):
-        parent[index] = first.setdefault(normalized(text), index)
-    if threshold < 1:
-        _join_similar(list(first.items()), parent, threshold)
-    keyed: dict[str, int] = {}
-    for index, key in enumerate(keys):
-        if key:
-            _join(parent, keyed.setdefault(key, index), index)
-    return [_root(parent, index) for index in range(len(texts))]
+    first, keyed, lowest = dict[str, int](), dict[str, int](), dict[int, int]()
+    pairs = [(first.setdefault(normalized(text), index), index) for index, text in enumerate(texts)]
+    pairs += [(keyed.setdefault(key, index), index) for index, key in enumerate(keys) if key]
+    pairs += _similar(list(first.items()), threshold) if threshold < 1 else ()
+    ends = np.array(pairs, np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(pairs)), (ends[0], ends[1])), shape=(len(texts), len(texts)))
+    _, components = connected_components(graph, directed=False) if texts else (0, [])
+    return [lowest.setdefault(number, index) for index, number in enumerate(components)]
 
 
-def _join_similar(distinct: Sequence[tuple[str, int]], parent: list[int], threshold: float) -> None:
+def _similar(distinct: Sequence[tuple[str, int]], threshold: float) -> Iterator[tuple[int, int]]:
     rows = 4 if threshold >= 0.7 else 2  # of a band: a pair at the threshold is found with a probability of 0.95
     index = MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // rows, rows))
     sketches: dict[int, MinHash] = {}
@@ -552,21 +539,9 @@ def _join_similar(distinct: Sequence[tuple[str, int]], parent: list[int], thresh
         sketch.update_batch(sorted({text[i : i + SHINGLE].encode() for i in range(max(1, len(text) - SHINGLE + 1))}))
         for other in index.query(sketch):
             if sketches[other].jaccard(sketch) >= threshold:
-                _join(parent, other, number)
+                yield other, number
         sketches[number] = sketch
         index.insert(number, sketch)
-
-
-def _join(parent: list[int], first: int, other: int) -> None:
-    low, high = sorted((_root(parent, first), _root(parent, other)))
-    parent[high] = low
-
-
-def _root(parent: list[int], index: int) -> int:
-    while parent[index] != index:
-        parent[index] = parent[parent[index]]
-        index = parent[index]
-    return index
 
 
 @dataclass(frozen=True, slots=True)
