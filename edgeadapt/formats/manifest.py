@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
@@ -49,12 +49,11 @@ def check_labels(name: str, labels: Sequence[str]) -> None:
             raise DataError(reason, about="labels", value=label)
 
 
-class Manifest:
+class Manifest(jsontext.Exact):
     """Signs and accepts every manifest. Law: ``accept(manifest.sign(key), [key.public]) == manifest``. A manifest is a
     flat object: a field that is missing, unknown or ill-formed is refused, also if it is signed."""
 
     __slots__ = ()
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     NAME: ClassVar[str]
 
     @classmethod
@@ -103,25 +102,21 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
-class ServerRule:
+class ServerRule(jsontext.Exact):
     """Names a rule that made a version, the server optimizer or the combination of groups, with its numbers.
     ``edgeadapt.rounds.optimizer`` and ``edgeadapt.rounds.combination`` have the rules."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     name: str
     numbers: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class PrivacyBound:
+class PrivacyBound(jsontext.Exact):
     """Bounds differential privacy of all sums that made an adapter, for everything that one device contributed.
 
     >>> print(PrivacyBound(6.071, 1e-6))
     epsilon 6.07 for delta 1e-06
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     delta: Annotated[float, Field(gt=0, lt=1)]

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import PublicKey
+from edgeadapt.formats.jsontext import Exact
 from edgeadapt.formats.manifest import Count, Manifest, Sha256, VersionManifest
 
 Time = Annotated[int, Field(ge=0, lt=2**32)]  # seconds since 1970, in UTC
@@ -22,10 +23,8 @@ INTERRUPTED = "interrupted"  # why a log aborts a round that was under way when 
 
 
 @dataclass(frozen=True, slots=True)
-class GroupRecord:
+class GroupRecord(Exact):
     """Describes a group: the devices in its sum, and its mean's distance from the combination, in weight units."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     survivors: tuple[str, ...]
     distance: Annotated[float, Field(ge=0, allow_inf_nan=False)]

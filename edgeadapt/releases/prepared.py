@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Targets
 
@@ -31,11 +31,9 @@ PREPARED = "prepared"  # folder
 
 
 @dataclass(frozen=True, slots=True)
-class RollbackCondition:
+class RollbackCondition(jsontext.Exact):
     """States on what a prepared rollback may be published: an evaluation found the newest release worse. ``adapters``:
     name → ``AdapterManifest.content`` in the two releases, newest first."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     release: Count  # number of the release that it takes back
     again: Count  # number of the one that it publishes again
