@@ -239,12 +239,9 @@ class RegistrySnapshot:
             if engine.dialect.name == "postgresql":  # by default each statement would see a moment of its own
                 connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with connection.begin():
-                rows = {
-                    table.name: tuple(
-                        dict(row) for row in connection.execute(table.select().order_by(*table.primary_key)).mappings()
-                    )
-                    for table in _tables()
-                }
+                queries = {table.name: table.select().order_by(*table.primary_key) for table in _tables()}
+                found = {name: connection.execute(query).mappings() for name, query in queries.items()}
+                rows = {name: tuple(map(dict, each)) for name, each in found.items()}
         return cls(rows)
 
     def insert(self, engine: Engine, transcript: Path | None = None) -> None:
@@ -488,10 +485,9 @@ def _require_registry(stage: Path, key: IdentityKey, manifest: BackupManifest) -
             try:
                 blobs.get(latest.manifest.sha256)
             except DataError:
-                text = (
-                    f"{blobs.name} does not have the newest adapter: is the folder mounted, or the bucket another one?"
-                )
-                raise DataError(text, about="blobs", value=blobs.name) from None
+                text = f"{blobs.name} does not have the newest adapter"
+                reason = f"{text}: is the folder mounted, or the bucket another one?"
+                raise DataError(reason, about="blobs", value=blobs.name) from None
 
 
 def _move(
@@ -548,9 +544,8 @@ def _logs(folder: Path, head: Head, key: IdentityKey) -> Iterator[ArchiveFile]:
             ended = cut.end < log.end
             if cut.entries:
                 kept.append(cut)
-                yield ArchiveFile(
-                    f"{registryfiles.TRANSCRIPT}/{path.name}", cut.end, partial(_beginning, path, cut.end)
-                )
+                name = f"{registryfiles.TRANSCRIPT}/{path.name}"
+                yield ArchiveFile(name, cut.end, partial(_beginning, path, cut.end))
     require_agreement(kept, head, key)
 
 

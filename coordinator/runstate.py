@@ -28,15 +28,7 @@ REMIND = 60.0  # seconds between two lines of the log while the run waits
 MAX_RECORD = 2**18  # bytes
 KINDS = 32  # of refusals
 VERSIONS = 4  # of one kind: peers that prove nothing state any, and must not push out what others are refused for
-_WAIT = (
-    "waits_for",
-    "since",
-    "devices",
-    "needed",
-    "attempt",
-    "attempts",
-    "reason",
-)  # of a wait
+_WAIT = ("waits_for", "since", "devices", "needed", "attempt", "attempts", "reason")  # of a wait
 log = logging.getLogger("edgeadapt.coordinator")
 
 

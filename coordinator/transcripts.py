@@ -30,6 +30,24 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import RevocationList
 from aggregation.session import COORDINATOR as SENDER
 from aggregation.steps import Step
+from aggregation.transcript import (
+    ENTRY,
+    EVERYONE,
+    LENGTH,
+    MAGIC,
+    MAX_SESSIONS,
+    NO_SESSION,
+    Abort,
+    AdapterId,
+    Checkpoint,
+    Entry,
+    Reading,
+    Result,
+    Stage,
+    Transcript,
+    receipts,
+    session_chain_proof,
+)
 from coordinator.registry import Head, TranscriptTable
 from edgeadapt.auditing import Problem, checkpoints, history
 from edgeadapt.auditing.history import History
@@ -48,20 +66,20 @@ from edgeadapt.formats.storage import PUBLIC
 LONGEST = 1.0  # seconds that records which need not be synced yet wait for those that follow them
 
 
-def ending_of(record: RoundRecord) -> transcript.Result | transcript.Abort | None:
+def ending_of(record: RoundRecord) -> Result | Abort | None:
     """Make the ending that the log of its session has for a recorded round; None if the round ended before its plan."""
     if record.plan is None:
         return None
     plan = bytes.fromhex(record.plan)
     if record.version is None or record.adapter is None or record.sum is None:
-        return transcript.Abort(plan, record.reason or "")
-    return transcript.Result(plan, record.survivors, bytes.fromhex(record.sum), record.version, record.adapter)
+        return Abort(plan, record.reason or "")
+    return Result(plan, record.survivors, bytes.fromhex(record.sum), record.version, record.adapter)
 
 
 @dataclass(slots=True)
 class Recorder:
     path: Path
-    log: transcript.Transcript
+    log: Transcript
     key: IdentityKey  # the coordinator's; signs endings and checkpoints
     vectors: Path | None = None  # folder of the masked vectors; None: they are not kept
     table: TranscriptTable | None = None  # where the log is, if machines share it; None: in the file
@@ -91,7 +109,7 @@ class Recorder:
         """Prove to each device what the log has: see ``transcript.receipts``."""
         return transcript.receipts(self.log, devices)
 
-    def synced(self) -> transcript.Transcript:
+    def synced(self) -> Transcript:
         """Return the log once all in it would survive a power cut: a record of the round may then refer to it."""
         self.write(b"", sync=True)
         return self.log
@@ -107,14 +125,14 @@ class Recorder:
         if record is not None:
             self.end(record)
         elif self.log.plan is not None:
-            self.write(self.log.ended(self.key, transcript.Abort(self.log.plan, INTERRUPTED), self.now()))
+            self.write(self.log.ended(self.key, Abort(self.log.plan, INTERRUPTED), self.now()))
         elif self.log.tree.size - 1 in {index for index, _ in self.log.endings.values()}:
             self.checkpoint()  # a kill came between the two
-        self.checkpoint(transcript.Stage.CLOSED)
+        self.checkpoint(Stage.CLOSED)
         last = self.log.checkpoints[max(self.log.checkpoints)]
-        return transcript.Checkpoint.decode(envelope.unverified_body(last)).digest()
+        return Checkpoint.decode(envelope.unverified_body(last)).digest()
 
-    def checkpoint(self, stage: transcript.Stage = transcript.Stage.OPEN) -> None:
+    def checkpoint(self, stage: Stage = Stage.OPEN) -> None:
         self.write(self.log.checkpoint(self.key, stage), sync=True)
 
     def write(self, records: bytes, *, sync: bool = False) -> None:
@@ -135,14 +153,8 @@ class Recorder:
                 storage.flush(file)
 
 
-_CHECKPOINT = (
-    bytes([len(transcript.Checkpoint.TAG)]) + transcript.Checkpoint.TAG.encode()
-)  # the kind, as an entry has it
-_ROUND, _PEER, _LENGTH = (
-    4,
-    1 + len(transcript.EVERYONE),
-    4,
-)  # bytes that follow the kind: round, peer, length of the message
+_CHECKPOINT = bytes([len(Checkpoint.TAG)]) + Checkpoint.TAG.encode()  # the kind, as an entry has it
+_ROUND, _PEER, _LENGTH = 4, 1 + len(EVERYONE), 4  # bytes that follow the kind: round, peer, length of the message
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +162,8 @@ class StoredLog:
     """The log of a session, as far as it can be read."""
 
     path: Path
-    entries: tuple[transcript.Entry, ...]  # signed by the coordinator, up to the last checkpoint
-    checkpoints: tuple[transcript.Checkpoint, ...]
+    entries: tuple[Entry, ...]  # signed by the coordinator, up to the last checkpoint
+    checkpoints: tuple[Checkpoint, ...]
     end: int  # bytes that the entries take
     rest: bytes  # what a kill or a power cut left after them: records that are incomplete, or not what was signed
 
@@ -183,17 +195,17 @@ class StoredLog:
         for match in re.finditer(re.escape(_CHECKPOINT), rest):
             at = match.end() + _ROUND + _PEER + _LENGTH
             size = int.from_bytes(rest[at - _LENGTH : at], "big")
-            if size > transcript.Checkpoint.LIMIT + envelope.OVERHEAD:
+            if size > Checkpoint.LIMIT + envelope.OVERHEAD:
                 continue
             with suppress(ProtocolError):
-                signed = envelope.open_verified(transcript.Checkpoint, rest[at : at + size], coordinator, SENDER)
+                signed = envelope.open_verified(Checkpoint, rest[at : at + size], coordinator, SENDER)
                 if signed.size >= len(self.entries) and offer in (b"", signed.offer):
                     return True
         return False
 
     @property
     def closed(self) -> bool:
-        return bool(self.checkpoints) and self.checkpoints[-1].stage is transcript.Stage.CLOSED
+        return bool(self.checkpoints) and self.checkpoints[-1].stage is Stage.CLOSED
 
     @property
     def offer(self) -> bytes:
@@ -201,10 +213,10 @@ class StoredLog:
         return Offer.decode(envelope.unverified_body(self.entries[0].message)).digest() if self.entries else b""
 
     @property
-    def endings(self) -> tuple[transcript.Entry, ...]:
-        return tuple(entry for entry in self.entries if entry.kind in (transcript.Result.TAG, transcript.Abort.TAG))
+    def endings(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.kind in (Result.TAG, Abort.TAG))
 
-    def resumed(self, newest: transcript.AdapterId, previous: bytes) -> transcript.Transcript:
+    def resumed(self, newest: AdapterId, previous: bytes) -> Transcript:
         """Restore the transcript that wrote it. For a log without a checkpoint, ``newest`` is the adapter that the
         session started from, and ``previous`` the digest of the last checkpoint of the previous session."""
         if self.checkpoints:
@@ -212,7 +224,7 @@ class StoredLog:
         return transcript.resume(self.entries, newest, previous)
 
 
-def _intact(reading: transcript.Reading, coordinator: PublicKey) -> transcript.Reading:
+def _intact(reading: Reading, coordinator: PublicKey) -> Reading:
     """Cut a log before the first message after its last checkpoint whose signature is not valid.
 
     Answers of devices are on the disk for certain only once the coordinator asks for the next ones: a power cut can
@@ -220,7 +232,7 @@ def _intact(reading: transcript.Reading, coordinator: PublicKey) -> transcript.R
     before a checkpoint are verified by it. Assignments that the log keeps without their body are not verified here.
     """
     entries = reading.entries
-    kept = max((entry.index + 1 for entry in entries if entry.kind == transcript.Checkpoint.TAG), default=0)
+    kept = max((entry.index + 1 for entry in entries if entry.kind == Checkpoint.TAG), default=0)
     if kept >= len(entries):
         return reading
     with suppress(Problem, ProtocolError, TrustError):
@@ -232,10 +244,8 @@ def _intact(reading: transcript.Reading, coordinator: PublicKey) -> transcript.R
             kept += 1
     if kept == len(entries):
         return reading
-    end = len(transcript.MAGIC) + sum(
-        transcript.LENGTH + len(transcript.ENTRY.encode(entry)) for entry in entries[:kept]
-    )
-    return transcript.Reading(entries[:kept], end, f"{entries[kept].place} is not what was signed")
+    end = len(MAGIC) + sum(LENGTH + len(ENTRY.encode(entry)) for entry in entries[:kept])
+    return Reading(entries[:kept], end, f"{entries[kept].place} is not what was signed")
 
 
 def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -> bool:
@@ -255,14 +265,11 @@ def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -
     if head.round is not None:
         since = tuple(entry for entry in since if entry.index > head.round.entries)
     for entry in (*since, *(entry for log in logs[1:] for entry in log.endings)):
-        if (
-            entry.kind != transcript.Abort.TAG
-            or transcript.Abort.decode(envelope.unverified_body(entry.message)).reason != INTERRUPTED
-        ):
+        if entry.kind != Abort.TAG or Abort.decode(envelope.unverified_body(entry.message)).reason != INTERRUPTED:
             raise _contradiction(f"the registry has no record of the round that ended with {entry.place}")
     has_version = missing and head.round is not None and head.round.version is not None
     expected = (head.newest, *head.earlier)
-    newest = logs[-1].resumed(head.newest, transcript.NO_SESSION).newest if logs else (0, expected[-1][1])
+    newest = logs[-1].resumed(head.newest, NO_SESSION).newest if logs else (0, expected[-1][1])
     if not has_version and newest not in expected:
         raise _contradiction(f"the newest adapter is {newest[0]} in the logs and {head.newest[0]} in the registry")
     return missing
@@ -272,7 +279,7 @@ def _lacks_ending(logs: Sequence[StoredLog], record: RoundRecord, key: IdentityK
     """Whether the log of a recorded round stops right before the round's ending."""
     if not logs or logs[0].offer.hex() != record.offer:
         raise _contradiction(f"the log of round {record.round} is missing")
-    log = logs[0].resumed((0, ""), transcript.NO_SESSION)
+    log = logs[0].resumed((0, ""), NO_SESSION)
     if log.tree.size < record.entries or log.tree.root(record.entries).hex() != record.root:
         raise _contradiction(f"{logs[0].path.name} lacks entries of round {record.round}")
     ending = ending_of(record)
@@ -333,9 +340,9 @@ class Transcripts:
         newest, (previous, latest) = self.head().newest, self._finish()
         paths = logs(self.folder)
         number = max(map(log_number, paths), default=0) + 1
-        log, path = transcript.Transcript(offer, newest, previous, latest=latest), self.folder / log_name(number)
+        log, path = Transcript(offer, newest, previous, latest=latest), self.folder / log_name(number)
         recorder = Recorder(path, log, self.key, vectors, self.table)
-        recorder.write(transcript.MAGIC)
+        recorder.write(MAGIC)
         storage.sync(self.folder)
         return recorder
 
@@ -351,7 +358,7 @@ class Transcripts:
         except TrustError:
             return -1
 
-    def sessions(self, *, backwards: bool = False) -> Iterator[tuple[transcript.Entry, ...]]:
+    def sessions(self, *, backwards: bool = False) -> Iterator[tuple[Entry, ...]]:
         """Read the entries of one log after the other. Raises TrustError: a log was altered."""
         paths = logs(self.folder)
         for path in reversed(paths) if backwards else paths:
@@ -366,7 +373,7 @@ class Transcripts:
         """
         wanted, closed, by_offer = set(last_offers.values()) - {b""}, list[bytes](), dict[str, bytes]()
         for path in reversed([path for path in logs(self.folder) if path != recorder.path]):
-            if not wanted or len(closed) > transcript.MAX_SESSIONS:
+            if not wanted or len(closed) > MAX_SESSIONS:
                 break
             try:
                 if path not in self.ends:
@@ -375,21 +382,18 @@ class Transcripts:
                 if offer in wanted:
                     wanted.remove(offer)
                     devices = [device for device, digest in last_offers.items() if digest == offer]
-                    end = transcript.Checkpoint.decode(envelope.unverified_body(last)).newest
+                    end = Checkpoint.decode(envelope.unverified_body(last)).newest
                     log = transcript.resume(transcript.read(storage.read(path)).entries, end)
-                    proofs = transcript.receipts(log, devices)
+                    proofs = receipts(log, devices)
                     by_offer |= {
-                        device: transcript.session_chain_proof(recorder.log, self.key, proofs[device], closed)
+                        device: session_chain_proof(recorder.log, self.key, proofs[device], closed)
                         for device in devices
                     }
             except EdgeAdaptError as error:  # a device's claim led here, and must not stop the others
                 logger.warning("%s and the logs before it prove nothing to devices: %s", path.name, error)
                 break
             closed.insert(0, last)
-        return {
-            device: by_offer.get(device) or transcript.session_chain_proof(recorder.log, self.key)
-            for device in last_offers
-        }
+        return {device: by_offer.get(device) or session_chain_proof(recorder.log, self.key) for device in last_offers}
 
     def finish(self) -> bytes:
         """Close the last log if it is open, as far as it is on the disk. Returns the digest of its last checkpoint.
@@ -418,10 +422,10 @@ class Transcripts:
             if not log.entries:
                 log.path.unlink()
         if not held:
-            return transcript.NO_SESSION, 0
+            return NO_SESSION, 0
         if held[-1].closed:
             return held[-1].checkpoints[-1].digest(), max(entry.at or 0 for entry in held[-1].entries)
-        previous = held[-2].checkpoints[-1].digest() if len(held) > 1 else transcript.NO_SESSION
+        previous = held[-2].checkpoints[-1].digest() if len(held) > 1 else NO_SESSION
         recorder = Recorder(held[-1].path, held[-1].resumed(head.newest, previous), self.key, table=self.table)
         return recorder.close(head.round if missing else None), recorder.log.latest
 
@@ -439,12 +443,12 @@ def _ends(path: Path) -> tuple[bytes, bytes]:
     """Read the digest of the offer, and the last checkpoint as signed, of a closed log: its first and last entry.
     Raises DataError: it is too large, or not a file. Raises TrustError: it was altered."""
     with storage.opened(path) as (file, size):
-        first = last = (len(transcript.MAGIC) + transcript.LENGTH, 0)
-        end = len(transcript.MAGIC)
+        first = last = (len(MAGIC) + LENGTH, 0)
+        end = len(MAGIC)
         while end < size:
             file.seek(end)
-            last = end + transcript.LENGTH, int.from_bytes(file.read(transcript.LENGTH), "big")
-            first = last if end == len(transcript.MAGIC) else first
+            last = end + LENGTH, int.from_bytes(file.read(LENGTH), "big")
+            first = last if end == len(MAGIC) else first
             end = sum(last)
         try:
             offer = Offer.decode(envelope.unverified_body(_entry(file, *first).message))
@@ -453,6 +457,6 @@ def _ends(path: Path) -> tuple[bytes, bytes]:
             raise altered(path, error) from None
 
 
-def _entry(file: BinaryIO, start: int, size: int) -> transcript.Entry:
+def _entry(file: BinaryIO, start: int, size: int) -> Entry:
     file.seek(start)
-    return transcript.ENTRY.decode(file.read(size))
+    return ENTRY.decode(file.read(size))

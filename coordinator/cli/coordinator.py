@@ -496,9 +496,8 @@ def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool)
         archived = back_up(opened, out, keys=keys, standby=standby, report=report)
     _print_backup(archived, "archive", out, as_json)
     if standby and is_local(url := opened.registry.engine.url):  # a proxy on both machines, or a mistake
-        click.echo(
-            f"{shown(url)} is an address of this machine: the other one must reach that database by it", err=True
-        )
+        line = f"{shown(url)} is an address of this machine: the other one must reach that database by it"
+        click.echo(line, err=True)
 
 
 @click.command()

@@ -110,11 +110,8 @@ def revision(connection: sa.Connection) -> str | None:
         raise DataError(f"{name} is damaged ({other!r} is not a table): restore it from a copy", about="database")
     if registryfiles.FIRST_TABLE in tables:
         return registryfiles.FIRST
-    stored = (
-        connection.scalar(sa.select(schemas.c[registryfiles.SCHEMA_COLUMN]))
-        if registryfiles.SCHEMAS in tables
-        else None
-    )
+    query = sa.select(schemas.c[registryfiles.SCHEMA_COLUMN])
+    stored = connection.scalar(query) if registryfiles.SCHEMAS in tables else None
     if stored is None and any(table.startswith(registryfiles.PREFIX) for table in tables):
         raise DataError(f"{name} is damaged (it has no revision): restore it from a copy", about="database")
     return stored

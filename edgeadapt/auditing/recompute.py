@@ -72,9 +72,8 @@ class Recomputation:
         except Problem as problem:
             return Finding(Check.ADAPTERS, Status.FAIL, str(problem), problem.place, problem.about)
         except (DataError, TrustError) as error:
-            return Finding(
-                Check.ADAPTERS, Status.FAIL, f"{place}: {error}" if place else str(error), place, error.about
-            )
+            text = f"{place}: {error}" if place else str(error)
+            return Finding(Check.ADAPTERS, Status.FAIL, text, place, error.about)
         finding = self._summary(reasons)
         return replace(finding, text=moved + finding.text)
 

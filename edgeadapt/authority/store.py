@@ -219,9 +219,8 @@ class AuthorityStore:
         """
         with self._writing() as writer:
             issued, serial = rules.issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")
-            matching = [each for each in issued if each.name == which] or [
-                each for each in issued if each.serial == serial
-            ]
+            matching = [each for each in issued if each.name == which]
+            matching = matching or [each for each in issued if each.serial == serial]
             if not matching:
                 text = f"there is no certificate with the name or serial {which}: 'edgeadapt authority list' shows all"
                 raise ConfigError(text, about="certificate", value=which)
@@ -248,9 +247,8 @@ class AuthorityStore:
         listed = rules.listed_revocations([*writer.events, *new], now)
         revoked = {int(serial, 16): Revocation(each.at, each.reason) for serial, each in listed.items()}
         signed = authority.revocations(number, revoked, now, now + timedelta(days))
-        self.root.revocations(
-            signed.to_pem()
-        )  # before the record has a line: a list that nobody reads would be the last
+        # Before the record has a line: a list that nobody reads would be the last.
+        self.root.revocations(signed.to_pem())
         # First the record: a kill in between leaves a number without a list, and no number with two lists.
         for each in new:
             writer.add(each)

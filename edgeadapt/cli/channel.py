@@ -59,9 +59,8 @@ def init(
         for channel in names:
             made.add_channel(channel, SystemEntropy())
     else:
-        made = ChannelRepository.create(
-            folder, SystemEntropy(), datetime.now(UTC), names or (CANARY, STABLE), by=login_name()
-        )
+        names = names or (CANARY, STABLE)
+        made = ChannelRepository.create(folder, SystemEntropy(), datetime.now(UTC), names, by=login_name())
         _write_root(folder, made)
     if not edited:
         storage.replace(gates, HEADER + settings.to_toml().encode(), storage.PUBLIC)

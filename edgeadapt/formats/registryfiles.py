@@ -202,10 +202,8 @@ class RegistryFiles:
             record = made.get(manifest.version)
             if record is None or not record.made(manifest):
                 text = f"{self.source.name}: no round is recorded that made version {manifest.version} as it is there"
-                reason = (
-                    f"{text}; check the coordinator with 'edgeadapt audit verify', or restore the registry from a copy"
-                )
-                raise TrustError(reason, about="record", value=manifest.version)
+                remedy = "check the coordinator with 'edgeadapt audit verify', or restore the registry from a copy"
+                raise TrustError(f"{text}; {remedy}", about="record", value=manifest.version)
         return manifest
 
     def rounds(self) -> tuple[RoundRecord, ...]:

@@ -239,9 +239,8 @@ def _parity(trial: PromotionTrial) -> Results:
         version = next((each.manifest for each in lineage.versions if is_from(manifest, each.manifest)), None)
         if version is None:
             raise DataError(f"{state} has no version that {name} {manifest.version} was exported from", about="source")
-        pair = open_pair(
-            trial.candidate.verified, name, base, from_registry(state, version.version, state / PUBLIC_KEY)
-        )
+        origin = from_registry(state, version.version, state / PUBLIC_KEY)
+        pair = open_pair(trial.candidate.verified, name, base, origin)
         measured = compare(pair.model, pair.runner, pair.adapter.inputs, lines)
         limits = limits_of(pair.base.profile, pair.base.task)
         generates = pair.base.task == "text-generation"

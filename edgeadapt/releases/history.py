@@ -155,9 +155,8 @@ def _require_all(records: Sequence[ActionRecord], versions: dict[str, int]) -> N
             signed[role] = version
     for role, version in versions.items():
         if signed[role] != version:
-            reason = (
-                f"{role} has version {version}, and the log accounts for {signed[role]}: something was done without it"
-            )
+            reason = f"{role} has version {version}, and the log accounts for {signed[role]}"
+            reason += ": something was done without it"
             raise TrustError(reason, about=role, value=version)
 
 

@@ -69,10 +69,8 @@ class RollbackCondition(jsontext.Exact):
         if self.adapters.get(evaluation.adapter) != (evaluation.newest, evaluation.previous):
             raise TrustError(f"{what} has an evaluation of other releases", about="evaluation")
         if evaluation.verdict.margin != self.margin:
-            reason = (
-                f"{what} has an evaluation with margin {evaluation.verdict.margin:g}, and {self.margin:g} is signed"
-            )
-            raise TrustError(reason, about="evaluation")
+            reason = f"{what} has an evaluation with margin {evaluation.verdict.margin:g}"
+            raise TrustError(f"{reason}, and {self.margin:g} is signed", about="evaluation")
         if not evaluation.worse:
             raise TrustError(f"{what} has an evaluation that did not find it worse", about="evaluation")
 

@@ -100,9 +100,7 @@ class RoundTask(jsontext.Exact, ABC):
     ``labels``: the device's examples have these; none for a language model."""
 
     __slots__ = ()
-    RULE: ClassVar[optimizer.ServerOptimizer | None] = (
-        None  # that makes the next adapter; None: the federation's optimizer
-    )
+    RULE: ClassVar[optimizer.ServerOptimizer | None] = None  # makes the next adapter; None: the federation's optimizer
     SEGMENT: ClassVar[str]  # of the sum with noise
     EXACT_SEGMENT: ClassVar[str | None]  # the first of the sum without noise; None: it has none
     EXACT: ClassVar[str | None]  # the kind of its sums without noise (``client.node.sumhistory``); None: it has none

@@ -152,9 +152,8 @@ class DataSettings(Settings):
             raise ConfigError(reason, about="data.files")
 
     def located(self, folder: Path) -> Self:
-        paths = {
-            key: tuple(str((folder / name).resolve()) for name in getattr(self, key)) for key in ("files", "public")
-        }
+        named = {"files": self.files, "public": self.public}
+        paths = {key: tuple(str((folder / name).resolve()) for name in names) for key, names in named.items()}
         return self.model_copy(update=paths)
 
 

@@ -61,18 +61,8 @@ METHODS: Mapping[MethodName, str] = {
     "prefix_tuning": "prefix tuning",
 }
 LABEL = 11  # columns
-SHORT = (
-    "base",
-    "rounds",
-    "sums",
-    "privacy",
-    "ATTACK",
-    "clients",
-    "texts",
-    "look at",
-    "broken",
-    "engine",
-)  # lines without --verbose
+# Lines without --verbose.
+SHORT = ("base", "rounds", "sums", "privacy", "ATTACK", "clients", "texts", "look at", "broken", "engine")
 
 
 def print_scenario(

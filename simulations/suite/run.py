@@ -335,13 +335,9 @@ def _federate(
     for client in population.clients:  # a client without data ends the run before the first round
         place = provision.device_folder(folder.path, client.name) / EXAMPLES
         parse_examples(encode_examples(provision.examples_of(client)), place, len(population.labels), target)
-    nodes = {
-        number: client.name for number, client in enumerate(population.clients, SERVER_NODE + 1) if not client.unseen
-    }
-    trained_on, liars = (
-        provision.device_base(folder.path, scenario, base, population),
-        attackers(scenario, nodes.values()),
-    )
+    nodes = {node: each.name for node, each in enumerate(population.clients, SERVER_NODE + 1) if not each.unseen}
+    trained_on = provision.device_base(folder.path, scenario, base, population)
+    liars = attackers(scenario, nodes.values())
     trace = {node: availability[name] for node, name in nodes.items() if name in availability}
     faults = faults_of(scenario, trace, folder.retries)
     trained, done, log = progress.training_seconds, len(provision.registry(folder.path).rounds()), _grid_log(folder)
@@ -485,9 +481,8 @@ def _evaluated(folder: RunFolder, population: Population, base: Base) -> list[tu
     for group in provision.grouped(population, scenario.groups):
         chosen = group.population.only(names)
         if chosen.clients:
-            provision.Enrolment.of(folder.of(group).path, scenario, group.population, base).enrol(
-                c.name for c in chosen.clients
-            )
+            enrolment = provision.Enrolment.of(folder.of(group).path, scenario, group.population, base)
+            enrolment.enrol(client.name for client in chosen.clients)
             evaluated.append((group, chosen))
     return evaluated
 

@@ -353,7 +353,7 @@ def test_a_device_that_names_a_session_too_long_ago_gets_no_receipt_and_stops_no
         return {device for device, raw in proofs.items() if transcript.SESSION_CHAIN_PROOF.decode(raw).receipt}
 
     assert with_receipt() == {"device-00", "device-01"}
-    monkeypatch.setattr("aggregation.transcript.MAX_SESSIONS", 0)
+    monkeypatch.setattr("coordinator.transcripts.MAX_SESSIONS", 0)
     assert with_receipt() == {"device-01"}
     state_dir.registry.close()
 

@@ -10,7 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from aggregation.errors import DataError
-from edgeadapt.formats import graphinputs
+from edgeadapt.formats.graphinputs import (
+    LORA_A,
+    LORA_B,
+    OFFSET,
+    OUTPUT_SCALE,
+    PEFT_PREFIX,
+    REPLACED,
+    input_name,
+    vector_site,
+)
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.peft.inputs import MAGNITUDE
@@ -20,7 +29,7 @@ NormsOf = Callable[[Tensors, Sequence[str]], Mapping[str, Floats]]  # tensors, l
 
 def magnitudes(tensors: Tensors) -> list[str]:
     """Name the paths of the layers of which an adapter has magnitudes."""
-    return sorted(graphinputs.input_name(name).removesuffix(MAGNITUDE) for name in tensors if name.endswith(MAGNITUDE))
+    return sorted(input_name(name).removesuffix(MAGNITUDE) for name in tensors if name.endswith(MAGNITUDE))
 
 
 def with_scales(tensors: Tensors, norms_of: NormsOf, biases: Mapping[str, Floats]) -> Tensors:
@@ -33,26 +42,22 @@ def with_scales(tensors: Tensors, norms_of: NormsOf, biases: Mapping[str, Floats
     paths = magnitudes(tensors)
     norms = norms_of(result, paths) if paths else {}
     for path in paths:
-        layer = graphinputs.PEFT_PREFIX + path
+        layer = PEFT_PREFIX + path
         magnitude, norm = tensors[layer + MAGNITUDE], _positive(norms[path], path)
         if magnitude.shape != norm.shape:
             raise DataError(f"{path!r} of the adapter has other sizes than the base's layer", about=path)
         scale = magnitude / norm
-        result[layer + graphinputs.LORA_B] = (scale[:, None] * tensors[layer + graphinputs.LORA_B]).astype(np.float32)
-        result[layer + graphinputs.OUTPUT_SCALE] = scale[None].astype(np.float32)
-        own = tensors.get(f"{layer}.bias{graphinputs.REPLACED}")  # the adapter's replaces the base's
+        result[layer + LORA_B] = (scale[:, None] * tensors[layer + LORA_B]).astype(np.float32)
+        result[layer + OUTPUT_SCALE] = scale[None].astype(np.float32)
+        own = tensors.get(f"{layer}.bias{REPLACED}")  # the adapter's replaces the base's
         if (bias := biases.get(path) if own is None else own[0]) is not None:
-            result[layer + graphinputs.OFFSET] = (bias * (1 - scale))[None].astype(np.float32)
+            result[layer + OFFSET] = (bias * (1 - scale))[None].astype(np.float32)
     return result
 
 
 def scaled_layers(tensors: Tensors, config: PeftConfig) -> list[str]:
     """Name the paths of the layers that ``with_scales`` gave scales: no other LoRA has any."""
-    scaled = [
-        graphinputs.input_name(graphinputs.vector_site(name))
-        for name in tensors
-        if name.endswith(graphinputs.OUTPUT_SCALE)
-    ]
+    scaled = [input_name(vector_site(name)) for name in tensors if name.endswith(OUTPUT_SCALE)]
     return sorted(scaled) if config.peft_type == "LORA" else []
 
 
@@ -61,15 +66,13 @@ def with_magnitudes(tensors: Tensors, config: PeftConfig, norms_of: NormsOf) -> 
     ``tensors`` have scales at ``scaled_layers``; ``norms_of`` is as ``weight_norms``."""
     result, scales = dict(tensors), dict[str, Floats]()
     for path in scaled_layers(tensors, config):
-        layer = graphinputs.PEFT_PREFIX + path
-        scale = scales[path] = result.pop(layer + graphinputs.OUTPUT_SCALE)[0].astype(np.float64)
-        result.pop(layer + graphinputs.OFFSET, None)
-        result[layer + graphinputs.LORA_B] = (
-            tensors[layer + graphinputs.LORA_B] / np.where(scale == 0, 1, scale)[:, None]
-        ).astype(np.float32)
+        layer = PEFT_PREFIX + path
+        scale = scales[path] = result.pop(layer + OUTPUT_SCALE)[0].astype(np.float64)
+        result.pop(layer + OFFSET, None)
+        result[layer + LORA_B] = (tensors[layer + LORA_B] / np.where(scale == 0, 1, scale)[:, None]).astype(np.float32)
     norms = norms_of(result, list(scales)) if scales else {}
     for path, scale in scales.items():
-        result[graphinputs.PEFT_PREFIX + path + MAGNITUDE] = (scale * _positive(norms[path], path)).astype(np.float32)
+        result[PEFT_PREFIX + path + MAGNITUDE] = (scale * _positive(norms[path], path)).astype(np.float32)
     return result
 
 
@@ -87,13 +90,13 @@ def gradients_of_magnitudes(
     """
     result = dict(gradients)
     for path in magnitudes(tensors):
-        layer = graphinputs.PEFT_PREFIX + path
-        by_scale = result.pop(layer + graphinputs.OUTPUT_SCALE)[0]
-        by_b, b = gradients[layer + graphinputs.LORA_B], tensors[layer + graphinputs.LORA_B]
+        layer = PEFT_PREFIX + path
+        by_scale = result.pop(layer + OUTPUT_SCALE)[0]
+        by_b, b = gradients[layer + LORA_B], tensors[layer + LORA_B]
         by_scale = by_scale + (by_b * b).sum(axis=1)
         if path in biases:
-            by_scale = by_scale - biases[path] * result.pop(layer + graphinputs.OFFSET)[0]
-        result[layer + graphinputs.LORA_B] = (tensors[layer + MAGNITUDE] / norms[path])[:, None] * by_b
+            by_scale = by_scale - biases[path] * result.pop(layer + OFFSET)[0]
+        result[layer + LORA_B] = (tensors[layer + MAGNITUDE] / norms[path])[:, None] * by_b
         result[layer + MAGNITUDE] = by_scale / norms[path]
     return result
 
@@ -108,7 +111,7 @@ def weight_norms(
     """
     norms = {}
     for path in paths:
-        a, b = (tensors[graphinputs.PEFT_PREFIX + path + kind] for kind in (graphinputs.LORA_A, graphinputs.LORA_B))
+        a, b = (tensors[PEFT_PREFIX + path + kind] for kind in (LORA_A, LORA_B))
         weight = weights[path].astype(np.float64)
         if (b.shape[0], a.shape[1]) != weight.shape:
             raise DataError(f"{path!r} of the adapter has other sizes than the base's layer", about=path)
