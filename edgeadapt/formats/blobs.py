@@ -66,7 +66,7 @@ class Blobs:
         It is written to a temporary name and moved to its place; a kill leaves at most a file that ends in ``.part``.
         A bucket takes an object whole or not at all.
         """
-        digest = _sha256(blob)
+        digest = hashlib.sha256(blob).hexdigest()
         place = self._place(digest)
         with self._explained("cannot be written to; nothing was changed"):
             if self._is_bucket:
@@ -75,7 +75,8 @@ class Blobs:
             try:
                 self._write(f"{place}.part", blob)
                 self.fs.mv(f"{place}.part", place)
-                self._settle()
+                if self._is_local:
+                    sync(Path(self.root))  # a move is durable only then
             except OSError:
                 with suppress(OSError):
                     self.fs.rm(f"{place}.part")
@@ -103,7 +104,7 @@ class Blobs:
     def get(self, digest: str) -> bytes:
         """Read the blob of that digest. Raises DataError if it is missing, TrustError for other content."""
         blob = self.read(digest)
-        if _sha256(blob) != digest:
+        if hashlib.sha256(blob).hexdigest() != digest:
             reason = f"blob {digest} in {self.name} was altered: restore it from a copy"
             raise TrustError(reason, about="blob", value=digest)
         return blob
@@ -147,11 +148,6 @@ class Blobs:
             if self._is_local:
                 flush(file)
 
-    def _settle(self) -> None:
-        # On a local disk a move is durable only once the folder is synced.
-        if self._is_local:
-            sync(Path(self.root))
-
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
         try:
@@ -163,7 +159,3 @@ class Blobs:
                 raise
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise EdgeAdaptError(f"blob store {self.name} {what}: {reason}", about="blobs") from error
-
-
-def _sha256(blob: bytes) -> str:
-    return hashlib.sha256(blob).hexdigest()

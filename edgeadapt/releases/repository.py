@@ -15,8 +15,8 @@ sign files under its name only; *snapshot* and *timestamp* share a key and say w
 the metadata that name them, and ``timestamp.json`` last: a kill leaves the old repository or the new one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -365,10 +365,8 @@ class ChannelRepository:
 
     # Files.
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        with storage.locked(self.folder / ".lock"):
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        return storage.locked(self.folder / ".lock")
 
     def _first_stage(
         self, channel: str, current: Release | None, share: int, languages: Sequence[str]

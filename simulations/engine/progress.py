@@ -7,7 +7,7 @@ stages of the run itself, so that the run's log goes on before and after the rou
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count as count_from
 from typing import Any, Self
 
@@ -155,11 +155,9 @@ class RunProgress(_Shown):
         log.info("%s", line)
         self._print(Text(line))
 
-    @contextmanager
-    def rounds(self, done: int, total: int) -> Iterator[None]:
+    def rounds(self, done: int, total: int) -> AbstractContextManager[None]:
         """Show the rounds while the block runs, of which ``done`` are in the registry already."""
-        with self._shown("round", done, total):
-            yield
+        return self._shown("round", done, total)
 
     @contextmanager
     def _shown(self, name: str, done: int, total: int | None) -> Iterator[None]:
