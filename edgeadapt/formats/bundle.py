@@ -80,24 +80,14 @@ def adapter_names(bundle: Path) -> list[str]:
 def read_file(path: Path, limit: int) -> bytes:
     """Read a file of a bundle. Raises DataError: it is missing, is not a regular file, or cannot be read; TrustError:
     it is larger than ``limit`` bytes. Nothing was read then."""
-    with _opened(path, limit) as (file, stamp):
-        return file.read(stamp.size)  # not the limit: a small machine would refuse that much memory
+    with _opened(path, limit) as (file, status):
+        return file.read(status.st_size)  # not the limit: a small machine would refuse that much memory
 
 
-@dataclass(frozen=True, slots=True)
-class Stamp:
-    """Identifies the content of an open file without reading it. The system sets ctime at every write, and it cannot be
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """Identify the content of an open file without reading it. The system sets ctime at every write, and it cannot be
     set back without setting the machine's clock."""
-
-    device: int
-    inode: int
-    size: int
-    modified: int  # nanoseconds
-    changed: int  # nanoseconds
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Self:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +96,18 @@ class HashedFile:
 
     path: Path
     digest: str
-    stamp: Stamp
+    stamp: tuple[int, ...]
 
     @classmethod
     def of(cls, path: Path) -> Self:
         """Hash a file without holding it in memory. Raises as ``read_file``."""
-        with _opened(path, MAX_BASE_FILE) as (file, stamp):
-            return cls(path, file_digest(file, "sha256").hexdigest(), stamp)
+        with _opened(path, MAX_BASE_FILE) as (file, status):
+            return cls(path, file_digest(file, "sha256").hexdigest(), _stamp(status))
 
     def check(self) -> None:
         """Check that the path still leads to the file that was hashed. Raises TrustError if it changed."""
         try:
-            same = Stamp.of(self.path.stat()) == self.stamp
+            same = _stamp(self.path.stat()) == self.stamp
         except FileNotFoundError:
             same = False
         if not same:
@@ -273,16 +263,16 @@ def _altered(path: Path) -> TrustError:
 
 
 @contextmanager
-def _opened(path: Path, limit: int) -> Iterator[tuple[BufferedReader, Stamp]]:
+def _opened(path: Path, limit: int) -> Iterator[tuple[BufferedReader, os.stat_result]]:
     try:
         if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for, and a device may never end
             raise DataError(f"{path} is not a regular file: copy the bundle again", about=path.name)
         with path.open("rb") as file:
-            stamp = Stamp.of(os.fstat(file.fileno()))
-            if stamp.size > limit:
+            status = os.fstat(file.fileno())
+            if status.st_size > limit:
                 reason = f"{path} is larger than its limit of {limit} bytes: copy the bundle again"
-                raise TrustError(reason, about=path.name, value=stamp.size)
-            yield file, stamp
+                raise TrustError(reason, about=path.name, value=status.st_size)
+            yield file, status
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: copy the bundle again", about=path.name) from error
     except OSError as error:
