@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import sqlite3
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,12 +166,6 @@ class RegistryFiles:
 
     source: RegistrySource
     trusted: tuple[PublicKey, ...]
-
-    @classmethod
-    def open(cls, state_dir: Path, trusted: Sequence[PublicKey]) -> Self:
-        """Open the registry in a coordinator's state directory, whose manifests one of ``trusted`` signed."""
-        require(state_dir)
-        return cls(LocalFiles(state_dir, state_dir / BLOBS), tuple(trusted))
 
     def manifest(self, version: int | None = None) -> VersionManifest | None:
         """Read the manifest of a version, by default of the newest; None if the registry does not have it."""
