@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -27,9 +26,6 @@ from edgeadapt import traces
 from edgeadapt.commandline import JsonLines
 from edgeadapt.formats.roundrecord import RoundRecord
 
-if TYPE_CHECKING:
-    from coordinator.gateway.grid import GatewayGrid, JoinedGrid
-
 log = logging.getLogger("edgeadapt.coordinator")
 app = ServerApp()
 
@@ -39,9 +35,8 @@ def main(grid: Grid, context: Context) -> None:
     _show_log(as_json=bool(context.run_config.get(JSON)))
     folder = context.run_config.get(STATE)
     if not isinstance(folder, str) or not folder:
-        raise ConfigError(
-            f"the run configuration needs {STATE!r}: the coordinator's state directory", about=STATE, value=folder
-        )
+        reason = f"the run configuration needs {STATE!r}: the coordinator's state directory"
+        raise ConfigError(reason, about=STATE, value=folder)
     state_dir = CoordinatorStateDir.open(Path(folder))
     address = context.run_config.get(GATEWAY)
     try:
@@ -49,8 +44,7 @@ def main(grid: Grid, context: Context) -> None:
             if not leader.has_rounds_left or not isinstance(address, str) or not address:
                 conduct(leader, grid)
                 return
-            with joined(grid, leader, address) as whole:
-                _await_devices(leader, whole)
+            with await_grid(leader, address, grid) as whole:
                 conduct(leader, whole)
     except Stopped as stopped:
         log.info("%s", stopped)
@@ -87,15 +81,6 @@ def _named(run: str) -> Iterator[None]:
             handler.removeFilter(fields)
 
 
-@contextmanager
-def joined(grid: Grid, state_dir: CoordinatorStateDir, address: str) -> Iterator["JoinedGrid"]:
-    """Join ``grid`` with light devices at a gateway at ``address``, while the block runs."""
-    from coordinator.gateway.grid import JoinedGrid, serving  # a coordinator without a gateway needs no gRPC services
-
-    with serving(state_dir, address, own_process=False) as light:
-        yield JoinedGrid(grid, light)
-
-
 def over_gateway(state_dir: CoordinatorStateDir, address: str) -> Iterator[RoundRecord]:
     """Run the rounds that are still to do over a gateway at ``address`` in this process, and yield each record.
 
@@ -111,23 +96,21 @@ def over_gateway(state_dir: CoordinatorStateDir, address: str) -> Iterator[Round
 
 
 @contextmanager
-def await_grid(leader: CoordinatorStateDir, address: str) -> Iterator[Grid]:
-    """Serve a gateway at ``address`` while the block runs, which begins once enough devices are there."""
-    from coordinator.gateway.grid import serving
+def await_grid(leader: CoordinatorStateDir, address: str, flower: Grid | None = None) -> Iterator[Grid]:
+    """Serve a gateway at ``address`` while the block runs, which begins once enough devices are there, with those of
+    ``flower``'s SuperNodes."""
+    from coordinator.gateway.grid import JoinedGrid, serving  # a coordinator without a gateway needs no gRPC services
 
-    with serving(leader, address) as grid:
-        _await_devices(leader, grid)
-        yield grid
-
-
-def _await_devices(leader: CoordinatorStateDir, grid: "GatewayGrid | JoinedGrid") -> None:
     needed = leader.settings.aggregation.minimum_devices
 
     def look(devices: int) -> None:
         leader.run.waits(Need.DEVICES, devices, needed)
         leader.require_goes_on()
 
-    grid.await_devices(needed, look)
+    with serving(leader, address, own_process=flower is None) as light:
+        grid = light if flower is None else JoinedGrid(flower, light)
+        grid.await_devices(needed, look)
+        yield grid
 
 
 def run(state_dir: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:

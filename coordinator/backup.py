@@ -50,24 +50,11 @@ from coordinator.statedir import (
 )
 from coordinator.transcripts import StoredLog, require_agreement
 from edgeadapt.auditing import transcripts
-from edgeadapt.formats import storage
+from edgeadapt.formats import registryfiles, storage
 from edgeadapt.formats.blobs import OBJECT_STORES
 from edgeadapt.formats.dsse import MAX_ENVELOPE
 from edgeadapt.formats.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from edgeadapt.formats.manifest import Count, Manifest, Sha256
-from edgeadapt.formats.registryfiles import (
-    AUTHORITY,
-    BLOBS,
-    DATABASE,
-    PUBLIC_KEY,
-    REGISTRY,
-    REVOKED,
-    TRANSCRIPT,
-    LocalFiles,
-    RegistryFiles,
-    RegistrySettings,
-    blob_name,
-)
 from edgeadapt.formats.registryreader import open_registry_files
 from edgeadapt.formats.registrystores import shown
 from edgeadapt.formats.roundrecord import INTERRUPTED
@@ -111,8 +98,8 @@ def write_archive(
     manifest: Callable[[str], BackupManifest],
     key: IdentityKey,
     report: Report,
-) -> None:
-    """Write an archive, readable by its owner only.
+) -> BackupManifest:
+    """Write an archive, readable by its owner only, and return its manifest.
 
     Args:
         out: Does not exist; a part of it is left where the disk is full.
@@ -126,9 +113,13 @@ def write_archive(
         digests.append(hashlib.sha256(entry.read()).hexdigest())
         report(entry.size, total)
     sums = "".join(f"{digest}  {entry.name}\n" for digest, entry in zip(digests, files, strict=True)).encode()
-    signed = manifest(hashlib.sha256(sums).hexdigest()).sign(key)
+    made = manifest(hashlib.sha256(sums).hexdigest())
     with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, storage.PRIVATE), "wb") as file:
-        for name, content in ((PUBLIC_KEY, key.public.to_pem()), (MANIFEST, signed), (SUMS, sums)):
+        for name, content in (
+            (registryfiles.PUBLIC_KEY, key.public.to_pem()),
+            (MANIFEST, made.sign(key)),
+            (SUMS, sums),
+        ):
             _append(file, name, content, storage.PUBLIC)
         for entry, digest in zip(files, digests, strict=True):
             content = entry.read()
@@ -138,6 +129,7 @@ def write_archive(
             report(entry.size, total)
         file.write(END)
         storage.flush(file)
+    return made
 
 
 def extract(
@@ -154,11 +146,11 @@ def extract(
     """
     with storage.opened(archive, 2**63) as (file, total):
         reader = _ArchiveReader(archive, file)
-        public = PublicKey.from_pem(reader.next(PUBLIC_KEY, MAX_PEM))
+        public = PublicKey.from_pem(reader.next(registryfiles.PUBLIC_KEY, MAX_PEM))
         if trusted not in (None, public):
             text = f"{archive} is of the coordinator {public.key_id}, and not of the one that was named"
-            raise TrustError(text, about=PUBLIC_KEY, value=public.key_id)
-        storage.create(folder / PUBLIC_KEY, public.to_pem(), storage.PUBLIC)
+            raise TrustError(text, about=registryfiles.PUBLIC_KEY, value=public.key_id)
+        storage.create(folder / registryfiles.PUBLIC_KEY, public.to_pem(), storage.PUBLIC)
         manifest = BackupManifest.accept(reader.next(MANIFEST, MAX_ENVELOPE), [public])
         sums = reader.next(SUMS, LARGEST_LIST)
         if hashlib.sha256(sums).hexdigest() != manifest.files:
@@ -197,7 +189,7 @@ class _ArchiveReader:
         except (tarfile.HeaderError, ValueError):
             size = -1
         if not 0 <= size <= limit or header != _header(name, size, mode):
-            if name == PUBLIC_KEY:
+            if name == registryfiles.PUBLIC_KEY:
                 raise DataError(f"{self.archive} is not a backup of a coordinator", about=self.archive.name)
             raise self.altered(name)
         content = self._read(size)
@@ -247,12 +239,9 @@ class RegistrySnapshot:
             if engine.dialect.name == "postgresql":  # by default each statement would see a moment of its own
                 connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with connection.begin():
-                rows = {
-                    table.name: tuple(
-                        dict(row) for row in connection.execute(table.select().order_by(*table.primary_key)).mappings()
-                    )
-                    for table in _tables()
-                }
+                queries = {table.name: table.select().order_by(*table.primary_key) for table in _tables()}
+                found = {name: connection.execute(query).mappings() for name, query in queries.items()}
+                rows = {name: tuple(map(dict, each)) for name, each in found.items()}
         return cls(rows)
 
     def insert(self, engine: Engine, transcript: Path | None = None) -> None:
@@ -286,15 +275,21 @@ def _tables() -> tuple[Table, ...]:
 
 SUPERLINK = "superlink.db"  # Flower's SuperLink keeps the public keys of the SuperNodes there
 SECRETS = (KEY, TLS_KEY, NEXT_TLS_KEY)
-SETTLED = (AUTHORITY, SETTINGS, SERVICES, TLS_CERTIFICATE, TLS_REQUEST)  # files that no run writes
+SETTLED = (registryfiles.AUTHORITY, SETTINGS, SERVICES, TLS_CERTIFICATE, TLS_REQUEST)  # files that no run writes
 MAX_FILE = 2 * MAX_REVOCATIONS  # bytes of a key, certificate, list or file of settings
-_SESSION = (AUTHORITY, PUBLIC_KEY, REVOKED)  # in TRANSCRIPT
+_SESSION = (registryfiles.AUTHORITY, registryfiles.PUBLIC_KEY, registryfiles.REVOKED)  # in TRANSCRIPT
 _NAMED = (
-    rf"{BLOBS}/[0-9a-f]{{64}}\.safetensors",
-    rf"{TRANSCRIPT}/session-\d{{6,9}}\.log",
-    rf"{TRANSCRIPT}/{transcripts.VECTORS}/[0-9a-f]{{64}}\.bin",
+    rf"{registryfiles.BLOBS}/[0-9a-f]{{64}}\.safetensors",
+    rf"{registryfiles.TRANSCRIPT}/session-\d{{6,9}}\.log",
+    rf"{registryfiles.TRANSCRIPT}/{transcripts.VECTORS}/[0-9a-f]{{64}}\.bin",
 )
-_PUBLIC = (*SETTLED, REVOKED, REGISTRY, DATABASE, *(f"{TRANSCRIPT}/{name}" for name in _SESSION))
+_PUBLIC = (
+    *SETTLED,
+    registryfiles.REVOKED,
+    registryfiles.REGISTRY,
+    registryfiles.DATABASE,
+    *(f"{registryfiles.TRANSCRIPT}/{name}" for name in _SESSION),
+)
 MODES = {
     "|".join(map(re.escape, (*SECRETS, SUPERLINK))): storage.PRIVATE,
     "|".join((*map(re.escape, _PUBLIC), *_NAMED)): storage.PUBLIC,
@@ -313,101 +308,85 @@ class Backup:
 
 
 def back_up(
-    state_dir: CoordinatorStateDir, out: Path, *, keys: bool, report: Report = lambda done, total: None
+    state_dir: CoordinatorStateDir,
+    out: Path,
+    *,
+    keys: bool,
+    standby: bool = False,
+    report: Report = lambda done, total: None,
 ) -> Backup:
     """Write an archive of a coordinator, which may run meanwhile.
 
     Args:
         out: Must not exist; its owner alone can read it. Nothing is left of it after an error.
         keys: Whether the archive has the signing key, the TLS key and the next TLS key.
+        standby: For a second machine that shares the registry: settings, certificates, and keys if asked for.
 
     Raises:
+        ConfigError: ``out`` exists; or, of a standby, the registry is where no other machine reaches it.
         DataError: A log, a blob or the database cannot be read.
         TrustError: A log, a version, a record or a blob was altered; or logs and registry contradict each other.
     """
     if out.exists():
         raise ConfigError(f"{out} exists: name a new file", about=out.name)
-    folder = state_dir.folder
-    snapshot = RegistrySnapshot.read(state_dir.registry.engine)
-    with closing(WorkFolder(out.parent)) as work, _stored(snapshot, work.path, state_dir.registry) as registry:
-        head = _verified(registry)
-        source = folder
-        if state_dir.transcripts.table is not None:  # the copy of a machine that does not lead may be older
-            source = work.path
-            state_dir.transcripts.table.copy_to(source / TRANSCRIPT)
-        files = [*_logs(source / TRANSCRIPT, head, state_dir.key)]
-        # The list in the directory is the newer of the two.
-        names = (*(f"{TRANSCRIPT}/{name}" for name in _SESSION), *SETTLED, REVOKED, *(SECRETS if keys else ()))
-        files += [_small(folder, name) for name in names if (folder / name).is_file()]
-        files += [_file(work.path, DATABASE)]
-        for manifest in (version.manifest for version in registry.versions()):
-            read = partial(registry.blobs.get, manifest.sha256)
-            files.append(ArchiveFile(f"{BLOBS}/{blob_name(manifest.sha256)}", manifest.size, read))
-        vectors = sorted((folder / TRANSCRIPT / transcripts.VECTORS).glob("*.bin"))
-        files += [_file(folder, str(path.relative_to(folder))) for path in vectors]
-        if (folder / SUPERLINK).is_file():
-            _copy_sqlite(folder / SUPERLINK, work.path / SUPERLINK)
-            files.append(_file(work.path, SUPERLINK, storage.PRIVATE))
-        unique = sorted({each.name: each for each in files}.values(), key=lambda each: each.name)
-        version = head.newest[0] if snapshot.rows[database.versions.name] else None
-        manifest_of = partial(
-            BackupManifest, registry=snapshot.digest(), version=version, round=head.round.round if head.round else 0
-        )
-        return _write(out, work.path, unique, manifest_of, state_dir.key, report)
-
-
-def back_up_for_standby(
-    state_dir: CoordinatorStateDir, out: Path, *, keys: bool, report: Report = lambda done, total: None
-) -> Backup:
-    """Write an archive for a second machine that shares the registry: settings, certificates, and keys if asked for.
-
-    Arguments and errors are those of ``back_up``. Raises ConfigError: ``out`` exists, or the registry is where no other
-    machine reaches it.
-    """
-    if out.exists():
-        raise ConfigError(f"{out} exists: name a new file", about=out.name)
-    _require_shared(RegistrySettings.of(state_dir.folder), state_dir.folder)
-    head, latest = _verified(state_dir.registry), state_dir.registry.latest()
-    names = (*SETTLED, REGISTRY, REVOKED, *(SECRETS if keys else ()))
-    files = [_small(state_dir.folder, name) for name in sorted(names) if (state_dir.folder / name).is_file()]
-    version = None if latest is None else latest.manifest.version
-    manifest_of = partial(BackupManifest, registry=None, version=version, round=head.round.round if head.round else 0)
+    secrets = SECRETS if keys else ()
     with closing(WorkFolder(out.parent)) as work:
-        return _write(out, work.path, files, manifest_of, state_dir.key, report)
+        if standby:
+            _require_shared(registryfiles.RegistrySettings.of(state_dir.folder), state_dir.folder)
+            head, digest = _verified(state_dir.registry), None
+            files = _small(state_dir.folder, *SETTLED, registryfiles.REGISTRY, registryfiles.REVOKED, *secrets)
+        else:
+            snapshot = RegistrySnapshot.read(state_dir.registry.engine)
+            with _stored(snapshot, work.path, state_dir.registry) as registry:
+                head, digest = _verified(registry), snapshot.digest()
+                files = [*_files(state_dir, registry, head, work.path)]
+            # The list in the directory is the newer of the two.
+            files += _small(
+                state_dir.folder,
+                *(f"{registryfiles.TRANSCRIPT}/{name}" for name in _SESSION),
+                *SETTLED,
+                registryfiles.REVOKED,
+                *secrets,
+            )
+        unique = sorted({each.name: each for each in files}.values(), key=lambda each: each.name)
+        version, number = None if head is EMPTY else head.newest[0], head.round.round if head.round else 0
+        manifest_of = partial(BackupManifest, registry=digest, version=version, round=number)
+        part = work.path / out.name
+        manifest = write_archive(part, unique, manifest_of, state_dir.key, report)
+        part.rename(out)
+        storage.sync(out.parent)
+    return Backup(manifest, len(unique), sum(each.size for each in unique), state_dir.key.public.key_id)
 
 
-def _write(
-    out: Path,
-    work: Path,
-    files: Sequence[ArchiveFile],
-    manifest: Callable[[str], BackupManifest],
-    key: IdentityKey,
-    report: Report,
-) -> Backup:
-    """Write an archive under its name when it is complete. ``manifest``: as for ``archive.write``."""
-    manifests = list[BackupManifest]()
-
-    def manifest_of(sums: str) -> BackupManifest:
-        manifests.append(manifest(sums))
-        return manifests[0]
-
-    part = work / out.name
-    write_archive(part, files, manifest_of, key, report)
-    part.rename(out)
-    storage.sync(out.parent)
-    return Backup(manifests[0], len(files), sum(each.size for each in files), key.public.key_id)
+def _files(state_dir: CoordinatorStateDir, registry: Registry, head: Head, work: Path) -> Iterator[ArchiveFile]:
+    """Yield what rounds write: logs, the ``registry`` that was copied to ``work``, and the SuperLink's database."""
+    folder = source = state_dir.folder
+    if state_dir.transcripts.table is not None:  # the copy of a machine that does not lead may be older
+        source = work
+        state_dir.transcripts.table.copy_to(source / registryfiles.TRANSCRIPT)
+    yield from _logs(source / registryfiles.TRANSCRIPT, head, state_dir.key)
+    yield _file(work, registryfiles.DATABASE)
+    for manifest in (version.manifest for version in registry.versions()):
+        read = partial(registry.blobs.get, manifest.sha256)
+        yield ArchiveFile(f"{registryfiles.BLOBS}/{registryfiles.blob_name(manifest.sha256)}", manifest.size, read)
+    for path in (folder / registryfiles.TRANSCRIPT / transcripts.VECTORS).glob("*.bin"):
+        yield _file(folder, str(path.relative_to(folder)))
+    if (folder / SUPERLINK).is_file():
+        _copy_sqlite(folder / SUPERLINK, work / SUPERLINK)
+        yield _file(work, SUPERLINK, storage.PRIVATE)
 
 
-def _require_shared(stores: RegistrySettings, folder: Path) -> None:
+def _require_shared(stores: registryfiles.RegistrySettings, folder: Path) -> None:
     """Check that another machine reaches the registry of a state directory."""
     if not stores.database:
         text = f"the registry of {folder} is SQLite, which machines cannot share: move it to PostgreSQL, with"
-        raise ConfigError(f"{text} 'edgeadapt coordinator backup' and 'restore --database'", about=REGISTRY)
+        reason = f"{text} 'edgeadapt coordinator backup' and 'restore --database'"
+        raise ConfigError(reason, about=registryfiles.REGISTRY)
     scheme, named, _ = stores.blobs.partition("://")
     if not (named and scheme in OBJECT_STORES) and not Path(stores.blobs).is_absolute():
-        place = stores.blobs or BLOBS
+        place = stores.blobs or registryfiles.BLOBS
         text = f"the adapters are in {place}, of this machine alone: move them to a bucket or a folder that both mount"
-        raise ConfigError(f"{text}, named in {REGISTRY} with its whole path", about="blobs", value=place)
+        raise ConfigError(f"{text}, named in {registryfiles.REGISTRY} with its whole path", about="blobs", value=place)
 
 
 def restore(
@@ -416,7 +395,7 @@ def restore(
     *,
     key: bytes | None = None,
     trusted: PublicKey | None = None,
-    stores: RegistrySettings | None = None,
+    stores: registryfiles.RegistrySettings | None = None,
     report: Report = lambda done, total: None,
 ) -> Backup:
     """Make a state directory from an archive. All of it is verified before the directory exists.
@@ -448,15 +427,15 @@ def restore(
         manifest = extract(source, stage, trusted or (signer.public if signer else None), MODES, done)
         if key is not None:
             storage.replace(stage / KEY, key)
-        public = PublicKey.from_pem((stage / PUBLIC_KEY).read_bytes())
+        public = PublicKey.from_pem((stage / registryfiles.PUBLIC_KEY).read_bytes())
         if not (stage / KEY).is_file():
             raise ConfigError(f"{source} has no signing key: name it with --key", about=KEY)
         with of_file(KEY):
             signing = IdentityKey.from_pem(storage.read(stage / KEY, MAX_PEM))
         if signing.public != public:
-            raise TrustError(f"the signing key is not the one of {PUBLIC_KEY}", about=KEY)
-        if (stage / REGISTRY).exists() != (manifest.registry is None):
-            raise DataError(f"{source} is neither a backup nor for a standby", about=REGISTRY)
+            raise TrustError(f"the signing key is not the one of {registryfiles.PUBLIC_KEY}", about=KEY)
+        if (stage / registryfiles.REGISTRY).exists() != (manifest.registry is None):
+            raise DataError(f"{source} is neither a backup nor for a standby", about=registryfiles.REGISTRY)
         if manifest.registry is not None:
             _restore_registry(source, stage, signing, manifest, stores)
         elif trusted is None and signer is None:
@@ -471,27 +450,27 @@ def restore(
 
 
 def _restore_registry(
-    source: Path, stage: Path, key: IdentityKey, manifest: BackupManifest, stores: RegistrySettings | None
+    source: Path, stage: Path, key: IdentityKey, manifest: BackupManifest, stores: registryfiles.RegistrySettings | None
 ) -> None:
     """Verify the registry and the logs of an archive, and put the registry where ``stores`` say."""
-    (stage / BLOBS).mkdir(exist_ok=True)  # a registry without a version has none
+    (stage / registryfiles.BLOBS).mkdir(exist_ok=True)  # a registry without a version has none
     # The database is not trusted: read it within limits, and nothing but tables, as an auditor does.
-    RegistryFiles(LocalFiles(stage, stage / BLOBS), (key.public,)).rounds()
+    registryfiles.RegistryFiles(registryfiles.LocalFiles(stage, stage / registryfiles.BLOBS), (key.public,)).rounds()
     with closing(open_registry(stage, key)) as registry:
         head = _verified(registry)
         snapshot = RegistrySnapshot.read(registry.engine)
         if snapshot.digest() != manifest.registry:
-            raise TrustError(f"{source}: the registry is not the one that was copied", about=DATABASE)
+            raise TrustError(f"{source}: the registry is not the one that was copied", about=registryfiles.DATABASE)
         for version in registry.versions():
             registry.blobs.get(version.manifest.sha256)
-        _require_logs(stage / TRANSCRIPT, head, key)
+        _require_logs(stage / registryfiles.TRANSCRIPT, head, key)
         if stores is not None:
             _move(stage, registry, snapshot, key, stores)
 
 
 def _require_registry(stage: Path, key: IdentityKey, manifest: BackupManifest) -> None:
     """Check that a standby reaches the registry that its archive is for, and the newest adapter. Creates nothing."""
-    stores = RegistrySettings.of(stage)
+    stores = registryfiles.RegistrySettings.of(stage)
     _require_shared(stores, stage)
     open_registry_files(stage, (key.public,)).rounds()  # within limits; a database without tables stays without
     engine, blobs = database.engine_of(registry_url(stage)), Blobs.at(stores.blobs)
@@ -506,25 +485,28 @@ def _require_registry(stage: Path, key: IdentityKey, manifest: BackupManifest) -
             try:
                 blobs.get(latest.manifest.sha256)
             except DataError:
-                text = (
-                    f"{blobs.name} does not have the newest adapter: is the folder mounted, or the bucket another one?"
-                )
-                raise DataError(text, about="blobs", value=blobs.name) from None
+                text = f"{blobs.name} does not have the newest adapter"
+                reason = f"{text}: is the folder mounted, or the bucket another one?"
+                raise DataError(reason, about="blobs", value=blobs.name) from None
 
 
 def _move(
-    stage: Path, registry: Registry, snapshot: RegistrySnapshot, key: IdentityKey, stores: RegistrySettings
+    stage: Path,
+    registry: Registry,
+    snapshot: RegistrySnapshot,
+    key: IdentityKey,
+    stores: registryfiles.RegistrySettings,
 ) -> None:
-    storage.replace(stage / REGISTRY, REGISTRY_HEADER + stores.to_toml().encode(), storage.PUBLIC)
+    storage.replace(stage / registryfiles.REGISTRY, REGISTRY_HEADER + stores.to_toml().encode(), storage.PUBLIC)
     with closing(open_registry(stage, key)) as elsewhere:
         if stores.blobs:
             for version in registry.versions():
                 elsewhere.blobs.put(registry.blobs.get(version.manifest.sha256))
-            shutil.rmtree(stage / BLOBS)
+            shutil.rmtree(stage / registryfiles.BLOBS)
         if stores.database:  # last: the database takes a registry only once
             registry.close()
-            (stage / DATABASE).unlink()
-            snapshot.insert(elsewhere.engine, stage / TRANSCRIPT)
+            (stage / registryfiles.DATABASE).unlink()
+            snapshot.insert(elsewhere.engine, stage / registryfiles.TRANSCRIPT)
 
 
 @contextmanager
@@ -556,13 +538,14 @@ def _logs(folder: Path, head: Head, key: IdentityKey) -> Iterator[ArchiveFile]:
     ended = False
     for path, log in _read(transcripts.logs(folder), head, key.public):
         if log is None:  # its session is before the last recorded round, so nothing is written to it any more
-            yield _file(folder.parent, f"{TRANSCRIPT}/{path.name}")
+            yield _file(folder.parent, f"{registryfiles.TRANSCRIPT}/{path.name}")
         elif not ended:
             cut = _cut(log, head)
             ended = cut.end < log.end
             if cut.entries:
                 kept.append(cut)
-                yield ArchiveFile(f"{TRANSCRIPT}/{path.name}", cut.end, partial(_beginning, path, cut.end))
+                name = f"{registryfiles.TRANSCRIPT}/{path.name}"
+                yield ArchiveFile(name, cut.end, partial(_beginning, path, cut.end))
     require_agreement(kept, head, key)
 
 
@@ -591,10 +574,11 @@ def _interrupted(ending: Entry) -> bool:
     return ending.kind != Result.TAG and Abort.decode(envelope.unverified_body(ending.message)).reason == INTERRUPTED
 
 
-def _small(folder: Path, name: str) -> ArchiveFile:
-    """Read a small file once: it may be replaced meanwhile."""
-    content = storage.read(folder / name, MAX_FILE)
-    return ArchiveFile(name, len(content), lambda: content, storage.PRIVATE if name in SECRETS else storage.PUBLIC)
+def _small(folder: Path, *names: str) -> list[ArchiveFile]:
+    """Read those small files that are there, once: they may be replaced meanwhile."""
+    contents = {name: storage.read(folder / name, MAX_FILE) for name in names if (folder / name).is_file()}
+    modes = {name: storage.PRIVATE if name in SECRETS else storage.PUBLIC for name in contents}
+    return [ArchiveFile(name, len(raw), partial(bytes, raw), modes[name]) for name, raw in contents.items()]
 
 
 def _file(folder: Path, name: str, mode: int = storage.PUBLIC) -> ArchiveFile:

@@ -87,9 +87,8 @@ class Connection:
             reply = {"error-message": done.stderr or done.stdout}
         if done.returncode or not reply.get("success"):
             reason = " ".join(str(reply.get("error-message", "")).split())
-            raise EdgeAdaptError(
-                f"Flower's command '{arguments[0]}' failed: {reason or 'it gave no reason'}", about="superlink"
-            )
+            text = f"Flower's command '{arguments[0]}' failed: {reason or 'it gave no reason'}"
+            raise EdgeAdaptError(text, about="superlink")
         return reply
 
 

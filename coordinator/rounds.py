@@ -297,8 +297,6 @@ class _Round:
 
 @dataclass(frozen=True, slots=True)
 class RoundOutcome:
-    """How a round ended."""
-
     of: _Round
     ended: Summed | RoundAborted  # its sum, or why there is none
     stepped: NextAdapter | None

@@ -28,15 +28,7 @@ REMIND = 60.0  # seconds between two lines of the log while the run waits
 MAX_RECORD = 2**18  # bytes
 KINDS = 32  # of refusals
 VERSIONS = 4  # of one kind: peers that prove nothing state any, and must not push out what others are refused for
-_WAIT = (
-    "waits_for",
-    "since",
-    "devices",
-    "needed",
-    "attempt",
-    "attempts",
-    "reason",
-)  # of a wait
+_WAIT = ("waits_for", "since", "devices", "needed", "attempt", "attempts", "reason")  # of a wait
 log = logging.getLogger("edgeadapt.coordinator")
 
 
@@ -173,7 +165,6 @@ class RunRecord:
         self._update(reason=reason, sessions=_counted(self._now().sessions, outcome))
 
     def made(self) -> None:
-        """Count a session: the run waits no more."""
         self._update(waits_for=None, since=None, attempt=0, reason="", sessions=_counted(self._now().sessions, "made"))
 
     def leads(self) -> None:
@@ -182,11 +173,9 @@ class RunRecord:
             self.stopped()
 
     def stopped(self) -> None:
-        """Note that the run was ended on purpose."""
         self._update(waits_for=None, since=None)
 
     def save(self) -> None:
-        """Write what was not written yet."""
         self._update()
 
     def refused(self, kind: str, version: str, text: str) -> None:

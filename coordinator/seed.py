@@ -40,12 +40,9 @@ def publish_first(
     """
     with state_dir.locked():
         if (latest := state_dir.registry.latest()) is not None:
-            raise ConfigError(
-                f"{state_dir.folder} has version {latest.manifest.version} already: the first adapter is published "
-                "once",
-                about="version",
-                value=latest.manifest.version,
-            )
+            text = f"{state_dir.folder} has version {latest.manifest.version} already: the first adapter is published "
+            text += "once"
+            raise ConfigError(text, about="version", value=latest.manifest.version)
         frozen = with_task(find_base(base), task)
         if task != CLASSIFICATION and state_dir.settings.analytic.rounds:
             reason = f"the analytic head is of classification, and the task is {task!r}: set analytic.rounds to 0"
@@ -117,11 +114,9 @@ def _require_fitting(tensors: Tensors, peft_config: PeftConfig, labels: Sequence
     if labels:
         _require_classifier(inputs, heads, labels)
     elif heads:
-        raise ConfigError(
-            f"the adapter trains {', '.join(sorted(heads))} in full, and has no labels: name them, or train "
-            "nothing else on a language model",
-            about="labels",
-        )
+        reason = f"the adapter trains {', '.join(sorted(heads))} in full, and has no labels: name them, or train "
+        reason += "nothing else on a language model"
+        raise ConfigError(reason, about="labels")
 
 
 def _require_classifier(
@@ -146,6 +141,5 @@ def _require_classifier(
         )
     rows = heads[HEAD]["weight"][0]
     if len(set(labels)) != len(labels) or len(labels) != rows:
-        raise ConfigError(
-            f"the adapter's head has {rows} labels, and {len(set(labels))} different ones are given", about="labels"
-        )
+        reason = f"the adapter's head has {rows} labels, and {len(set(labels))} different ones are given"
+        raise ConfigError(reason, about="labels")

@@ -43,14 +43,11 @@ CHECK_INS = 2  # challenges in an attempt, where a device is needed that did not
 
 @dataclass(frozen=True, slots=True)
 class CheckedIn:
-    """The devices that are there."""
-
     answers: Mapping[str, CheckIn]  # device → its answer to the challenge
     nodes: Mapping[str, int]  # device → Flower node, of the same devices
     at: datetime  # when all their certificates are valid
 
     def only(self, devices: Collection[str]) -> "CheckedIn":
-        """Keep ``devices`` only, in that order."""
         answers = {device: self.answers[device] for device in devices}
         return CheckedIn(answers, {device: self.nodes[device] for device in devices}, self.at)
 
@@ -266,8 +263,6 @@ class SessionRequest:
 
 
 class Lacked(Enum):
-    """What an attempt at a session lacked."""
-
     CHECK_INS = "check-ins"
     ANSWERS = "answers"  # to the offer or the roster
     LAST_SUM = "last-sum"  # survivors of it

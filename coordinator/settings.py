@@ -56,9 +56,8 @@ class PrivacySettings(Settings):
     def _names_the_noise(self) -> Self:
         noises = (self.epsilon > 0) + (self.noise_multiplier > 0)
         if noises != (self.mechanism != "none"):
-            raise ValueError(
-                "privacy takes a mechanism with epsilon or noise_multiplier, one of the two, or none of the three"
-            )
+            reason = "privacy takes a mechanism with epsilon or noise_multiplier, one of the two, or none of the three"
+            raise ValueError(reason)
         return self
 
     @property
@@ -187,11 +186,8 @@ class Aggregation(Settings):
         for count in range(max(chosen.threshold, signed, round(self.minimum_survivors * devices)), devices + 1):
             if graph.left_over(devices, corrupt, *chosen, count) >= graph.demanded(devices):
                 return count
-        raise ConfigError(
-            f"sums of {devices} devices could be combined to a few of them: lower corrupt_fraction",
-            about="aggregation.corrupt_fraction",
-            value=self.corrupt_fraction,
-        )
+        reason = f"sums of {devices} devices could be combined to a few of them: lower corrupt_fraction"
+        raise ConfigError(reason, about="aggregation.corrupt_fraction", value=self.corrupt_fraction)
 
     def masking_graph(self, devices: int) -> GraphParameters:
         """Choose the neighbors of a device and the shares that reconstruct its secrets, in a cohort of ``devices``.
@@ -212,12 +208,9 @@ class Aggregation(Settings):
             parameters = graph.graph_parameters(count, corrupt / count, gone / count, bits=bits)
             if all(graph.is_secure(present, corrupt, *parameters, bits) for present in (smallest, devices)):
                 return parameters
-        raise ConfigError(
-            f"no graph on {devices} devices is secure against {corrupt} corrupt devices and {gone} dropouts: "
-            "lower corrupt_fraction or dropout_fraction",
-            about="aggregation.corrupt_fraction",
-            value=self.corrupt_fraction,
-        )
+        reason = f"no graph on {devices} devices is secure against {corrupt} corrupt devices and {gone} dropouts: "
+        reason += "lower corrupt_fraction or dropout_fraction"
+        raise ConfigError(reason, about="aggregation.corrupt_fraction", value=self.corrupt_fraction)
 
 
 class Server(Settings):
@@ -405,11 +398,9 @@ class FederationSettings(Settings):
         return next(table for table, _ in self.kinds if table.KIND is kind)
 
     def rule(self, task: RoundTask) -> ServerOptimizer:
-        """What makes the next adapter from the sum of a task."""
         return task.RULE or self.server.rule()
 
     def weight_cap(self, task: RoundTask) -> int:
-        """Largest weight of one device in a session of a task."""
         return 1 if self._privacy(type(task), 0.0).noisy else self.aggregation.weight_cap
 
     def clip_norm(self, task: RoundTask) -> float:

@@ -10,7 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -208,7 +208,6 @@ class CoordinatorStateDir:
 
     @property
     def in_use(self) -> bool:
-        """Whether a run holds the directory."""
         return storage.is_locked(self.folder / LOCK)
 
     @property
@@ -328,12 +327,10 @@ class CoordinatorStateDir:
             self.require_goes_on()
             time.sleep(LOOK)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the directory for a run: two runs would write the same logs and registry. Raises EdgeAdaptError: another
         run holds it."""
-        with run_lock(self.folder):
-            yield
+        return run_lock(self.folder)
 
 
 @cache
@@ -344,12 +341,10 @@ def _warn_of_older(path: Path, number: int, newer: int) -> None:
     )
 
 
-@contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> AbstractContextManager[None]:
     """Lock a directory as ``CoordinatorStateDir.locked`` does, also one that cannot be opened."""
     refusal = EdgeAdaptError(f"another run is using {folder}: wait until it ends, or end it", about=LOCK)
-    with storage.locked_or(refusal, folder / LOCK, timeout=PATIENCE):
-        yield
+    return storage.locked_or(refusal, folder / LOCK, timeout=PATIENCE)
 
 
 def update_transcript(folder: Path) -> None:
@@ -434,7 +429,6 @@ def require(folder: Path, *names: str) -> None:
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:
-    """Open the registry of a coordinator's state directory."""
     stores = RegistrySettings.of(folder)
     return Registry.open(registry_url(folder), stores.blobs or str(folder / BLOBS), [key.public])
 

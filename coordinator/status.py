@@ -6,7 +6,7 @@ Nothing in a log is verified here; ``edgeadapt audit`` does that.
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,8 +36,6 @@ _ENDINGS = (Result.TAG, Abort.TAG)
 
 @dataclass(slots=True)
 class SessionProgress:
-    """What the log of a session says so far."""
-
     log: str  # file name
     began: int | None = None  # when it was offered, in seconds since 1970; None in a log of an earlier version
     latest: int | None = None  # last time in the log
@@ -136,26 +134,39 @@ COLUMNS = {  # name in the table of rounds → heading, which is as wide as the 
 def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
     """Collect the object that ``edgeadapt coordinator status --json`` prints. Raises EdgeAdaptError: as
     ``Registry.versions`` and ``Registry.rounds``; or the last log is too large, or not a file."""
-    rounds = state_dir.registry.rounds()
-    steps, running = Counter(step for record in rounds for step in record.dropped.values()), state_dir.in_use
+    rounds, progress = state_dir.registry.rounds(), LogFollower(state_dir.folder / TRANSCRIPT).look()
     return {
         "state": str(state_dir.folder),
         "key": state_dir.key.public.key_id,
         "authority": state_dir.root.fingerprint,
-        "running": running,
-        "run": runstate.read(state_dir.folder).row(datetime.now(UTC), running=running),
-        "lease": lease_of(state_dir),
-        "services": deployment.running(state_dir.folder),
-        "expiries": expiries(state_dir.folder, datetime.now(UTC)),
-        "rounds_done": len(rounds),
-        "rounds_wanted": state_dir.settings.rounds,
-        "rounds_aborted": sum(record.aborted is not None for record in rounds),
-        "device_rounds": sum(len({*record.survivors, *record.dropped}) for record in rounds),
-        "dropouts_by_step": dict(steps),
+        **operation_of(state_dir),
+        **counts_of(rounds),
         "versions": [_version(version.manifest) for version in state_dir.registry.versions()],
         "rounds": [round_row(record) for record in rounds],
         "farthest": farthest(rounds),
-        "last_session": _session(state_dir.folder / TRANSCRIPT),
+        "last_session": progress and progress.as_json(),
+    }
+
+
+def operation_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
+    """Describe what works on a fleet now, and until when it can."""
+    now, running = datetime.now(UTC), state_dir.in_use
+    return {
+        "running": running,
+        "run": runstate.read(state_dir.folder).row(now, running=running),
+        "lease": lease_of(state_dir),
+        "services": deployment.running(state_dir.folder),
+        "expiries": expiries(state_dir.folder, now),
+        "rounds_wanted": state_dir.settings.rounds,
+    }
+
+
+def counts_of(rounds: Sequence[RoundRecord]) -> dict[str, Any]:
+    return {
+        "rounds_done": len(rounds),
+        "rounds_aborted": sum(record.aborted is not None for record in rounds),
+        "device_rounds": sum(len({*record.survivors, *record.dropped}) for record in rounds),
+        "dropouts_by_step": dict(Counter(step for record in rounds for step in record.dropped.values())),
     }
 
 
@@ -272,9 +283,9 @@ def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
 def lease_of(state_dir: CoordinatorStateDir) -> dict[str, Any] | None:
     """Describe who leads, of several coordinators with one registry; None if nobody did. Raises as ``leadership``."""
     leader = state_dir.leadership()
-    return (
-        None if leader is None else asdict(leader) | {"own": leader.leader == state_dir.name and not state_dir.waits()}
-    )
+    if leader is None:
+        return None
+    return asdict(leader) | {"own": leader.leader == state_dir.name and not state_dir.waits()}
 
 
 def _version(manifest: VersionManifest) -> dict[str, Any]:
@@ -288,7 +299,6 @@ def _version(manifest: VersionManifest) -> dict[str, Any]:
 
 
 def round_row(record: RoundRecord) -> dict[str, Any]:
-    """Describe a round as ``--json`` has it."""
     return {
         "groups": [asdict(group) for group in record.groups],
         "round": record.round,
@@ -304,8 +314,3 @@ def round_row(record: RoundRecord) -> dict[str, Any]:
         "version": record.version,
         "ended": optional_timestamp(record.ended),
     }
-
-
-def _session(folder: Path) -> dict[str, Any] | None:
-    progress = LogFollower(folder).look()
-    return None if progress is None else progress.as_json()

@@ -76,8 +76,6 @@ def ending_of(record: RoundRecord) -> Result | Abort | None:
 
 @dataclass(slots=True)
 class Recorder:
-    """Writes the log of one session."""
-
     path: Path
     log: Transcript
     key: IdentityKey  # the coordinator's; signs endings and checkpoints

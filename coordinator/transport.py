@@ -9,7 +9,7 @@ them: one that it cannot read raises any kind of exception, and the other replie
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -77,6 +77,9 @@ class OwnGrid(Grid):
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError("push the messages, and pull the replies")  # as ``Transport`` does
 
     def arrived(self) -> Collection[str] | None:
         """The ids of the requests whose replies can be pulled now; None from a grid that has to be asked for each."""

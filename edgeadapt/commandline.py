@@ -220,9 +220,8 @@ class LazyGroup(HelpfulGroup):
         package = (error.name or "").partition(".")[0]
         if extra and package != module.partition(".")[0]:
             called = " ".join([*ctx.command_path.split()[1:], name])
-            raise click.ClickException(
-                f"{called!r} needs {package}, which is not installed: pip install 'edgeadapt[{extra}]'"
-            ) from error
+            reason = f"{called!r} needs {package}, which is not installed: pip install 'edgeadapt[{extra}]'"
+            raise click.ClickException(reason) from error
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete from the table, and options as every command does: no command is imported."""

@@ -111,8 +111,6 @@ class CanaryBounds:
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """Holds all that is measured of one arm on one seed."""
-
     clients: tuple[ClientScore, ...]  # in the order of the population
     cost: Cost
     rounds: tuple[RoundPoint, ...] = ()
@@ -219,8 +217,6 @@ class ReportedRound:
 
 @dataclass(frozen=True, slots=True)
 class GroupResult:
-    """Describes a federation of its own in a run with ``groups``."""
-
     name: str  # the language, or "common"
     folder: str  # of the federation, in that of the run
     clients: tuple[str, ...]  # unseen ones too

@@ -217,10 +217,9 @@ class Scenario(Settings):
     @model_validator(mode="after")
     def _attacks_training(self) -> Self:
         if self.attack.kind != "none" and (self.data.for_language_model or self.federation.analytic.rounds):
-            raise ValueError(
-                "attackers lie in the training rounds of classifiers: set attack.kind to none, or "
-                "federation.analytic.rounds to 0 in a scenario of a classifier"
-            )
+            reason = "attackers lie in the training rounds of classifiers: set attack.kind to none, or "
+            reason += "federation.analytic.rounds to 0 in a scenario of a classifier"
+            raise ValueError(reason)
         return self
 
     def located(self, folder: Path) -> Self:

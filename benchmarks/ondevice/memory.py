@@ -101,7 +101,7 @@ def measure(
         "mapped": [asdict(mapped) for _, mapped in processes],
         "bytes_per_tenant": round(growth / (most - fewest)) if most > fewest else None,
         "adapter_bytes": adapter.nbytes,
-        "base_bytes": sum(file.stamp.size for file in library.base.hashed),
+        "base_bytes": sum(file.path.stat().st_size for file in library.base.hashed),
     }
 
 

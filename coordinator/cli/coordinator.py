@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from logging import INFO, WARNING, LogRecord
 from pathlib import Path
 from types import FrameType
@@ -15,18 +16,34 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from aggregation.errors import ConfigError, EdgeAdaptError
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, EdgeAdaptError, of_file
+from aggregation.pki.identity import PublicKey
+from coordinator.settings import SETTINGS, FederationSettings, ServiceSettings, is_address, is_loopback
+from coordinator.statedir import HEADER, KEY, RELOAD, TLS_REQUEST, CoordinatorStateDir, registry_url, run_lock
+from coordinator.status import (
+    LogFollower,
+    SessionProgress,
+    StuckError,
+    heading,
+    lines_of,
+    require_moving,
+    round_lines,
+    round_row,
+    status_of,
+)
 from edgeadapt import commandline
 from edgeadapt.commandline import FILE, TERMINATED, FiniteRange, as_json, print_result
 from edgeadapt.formats import storage
+from edgeadapt.formats.keyfiles import MAX_PEM
+from edgeadapt.formats.registryfiles import PUBLIC_KEY, SCHEMA, TRANSCRIPT, RegistrySettings, require
+from edgeadapt.formats.registrystores import is_local, shown
 from edgeadapt.formats.settings import overridden
 
 if TYPE_CHECKING:
     from coordinator.backup import Backup, Report
     from coordinator.launch import Connection
     from coordinator.services.supervisor import ServiceEvent
-    from coordinator.statedir import CoordinatorStateDir
-    from coordinator.status import SessionProgress
 
 directory = click.argument("state_dir", type=click.Path(path_type=Path), metavar="DIR")
 
@@ -66,26 +83,15 @@ def init(
       edgeadapt coordinator init fleet --authority authority.pem --set rounds=20 --set server.optimizer=fedadam
       edgeadapt coordinator init fleet --authority authority.pem --gateway 0.0.0.0:9443 --superlink 0.0.0.0:8000
     """
-    from aggregation.entropy import SystemEntropy
-    from coordinator.settings import SETTINGS, FederationSettings, ServiceSettings
-    from coordinator.statedir import KEY, CoordinatorStateDir
-    from edgeadapt.formats.keyfiles import MAX_PEM
-    from edgeadapt.formats.registryfiles import PUBLIC_KEY, RegistrySettings
-
     settings = FederationSettings.parse(overridden({}, overrides), "--set")
     services = ServiceSettings.parse({"gateway": gateway, "superlink": superlink}, "--gateway and --superlink")
     stores = RegistrySettings.parse({"database": database, "blobs": blobs}, "--database and --blobs")
     pinned, elsewhere = storage.read(authority, MAX_PEM), stores if database or blobs else None
     opened = CoordinatorStateDir.create(state_dir, pinned, settings, SystemEntropy(), services, elsewhere)
     public, key, fingerprint = state_dir / PUBLIC_KEY, opened.key.public.key_id, opened.root.fingerprint
-    if as_json:
-        click.echo(
-            json.dumps({"state": str(state_dir), "key": key, "public_key": str(public), "authority": fingerprint})
-        )
-        return
-    click.echo(f"authority    {fingerprint}")
-    click.echo(f"coordinator  {key}")
-    click.echo(f"devices pin {public}; {state_dir / KEY} stays here; settings are in {state_dir / SETTINGS}")
+    row = {"state": str(state_dir), "key": key, "public_key": str(public), "authority": fingerprint}
+    line = f"devices pin {public}; {state_dir / KEY} stays here; settings are in {state_dir / SETTINGS}"
+    print_result(row, f"authority    {fingerprint}\ncoordinator  {key}\n{line}", as_json)
 
 
 @click.command()
@@ -115,16 +121,14 @@ def publish(state_dir: Path, folder: Path | None, base: str, labels: Path | None
       edgeadapt coordinator publish fleet --base words --labels labels.txt --task topics
     """
     from coordinator.seed import publish_first
-    from coordinator.statedir import CoordinatorStateDir
-    from edgeadapt.formats.storage import read_lines
 
-    names = read_lines(labels, "label") if labels else None
+    names = storage.read_lines(labels, "label") if labels else None
     manifest = publish_first(CoordinatorStateDir.open(state_dir), folder, base, names, task)
     row = {"version": 0, "sha256": manifest.sha256, "bytes": manifest.size, "base_digest": manifest.base_digest}
     digests = f"sha256 {manifest.sha256[:16]}, base {manifest.base_digest[:16]}"
     what = f"{len(manifest.labels)} labels" if manifest.labels else "language model"
     line = f"version 0: {what}, {manifest.size:,} bytes, {digests}"
-    click.echo(json.dumps({**row, "labels": list(manifest.labels)}) if as_json else line)
+    print_result({**row, "labels": list(manifest.labels)}, line, as_json)
 
 
 @click.command("tls-request")
@@ -145,9 +149,6 @@ def tls_request(state_dir: Path, name: str, as_json: bool) -> None:
       edgeadapt coordinator tls-request fleet
       edgeadapt authority issue authority --request fleet/tls.csr --host fleet.example --out fleet/tls.pem
     """
-    from aggregation.entropy import SystemEntropy
-    from coordinator.statedir import TLS_REQUEST, CoordinatorStateDir
-
     CoordinatorStateDir.open(state_dir).request_tls(name, SystemEntropy())
     request = state_dir / TLS_REQUEST
     print_result({"request": str(request)}, f"send {request} to the authority", as_json)
@@ -191,8 +192,6 @@ def run(
       edgeadapt coordinator run fleet --connection my-superlink
     """
     from coordinator.launch import Connection, connected
-    from coordinator.statedir import CoordinatorStateDir
-    from coordinator.status import lines_of, status_of
 
     if (superlink and connection) or not (gateway or superlink or connection):
         text = "give --gateway, --superlink or --connection; the first goes with one of the others"
@@ -207,7 +206,11 @@ def run(
         if superlink is not None:
             way = connected(superlink, root_certificates, insecure=insecure)
         if superlink is None and connection is None:
-            _serve(opened, gateway or "", as_json)
+            from coordinator.app import over_gateway
+
+            commandline.show_log(as_json)
+            for _ in over_gateway(opened, gateway or ""):
+                pass  # it is logged
         else:
             with way as flower:
                 _run(flower, state_dir, gateway, as_json)
@@ -215,15 +218,6 @@ def run(
     if state["rounds_done"] < state["rounds_wanted"]:  # another run did not finish, or 'rounds' was raised meanwhile
         raise EdgeAdaptError(f"rounds are left: repeat 'edgeadapt coordinator run {state_dir}'", about="rounds")
     click.echo(json.dumps(state) if as_json else "\n".join(lines_of(state)))
-
-
-def _serve(state_dir: "CoordinatorStateDir", address: str, as_json: bool) -> None:
-    """Run the rounds that are left over a gateway in this process."""
-    from coordinator.app import over_gateway
-
-    commandline.show_log(as_json)
-    for _ in over_gateway(state_dir, address):
-        pass  # it is logged
 
 
 def _run(flower: "Connection", state_dir: Path, gateway: str | None, as_json: bool) -> None:
@@ -271,9 +265,6 @@ def status(state_dir: Path, rounds: bool, follow: bool, stuck_after: float, as_j
       edgeadapt coordinator status fleet --rounds --follow
       edgeadapt coordinator status runs/demo/coordinator --json
     """
-    from coordinator.statedir import CoordinatorStateDir
-    from coordinator.status import StuckError, lines_of, require_moving, status_of
-
     opened = CoordinatorStateDir.open(state_dir)
     if rounds or follow:
         _show_rounds(opened, follow, as_json)
@@ -303,16 +294,12 @@ def upgrade(state_dir: Path, as_json: bool) -> None:
       edgeadapt coordinator upgrade fleet
     """
     from coordinator.registry import migrations
-    from coordinator.statedir import registry_url, run_lock
-    from edgeadapt.formats.registryfiles import SCHEMA, TRANSCRIPT, require
 
     require(state_dir)
     with run_lock(state_dir):
         before = migrations.upgrade(registry_url(state_dir), state_dir / TRANSCRIPT)
-    if as_json:
-        click.echo(json.dumps({"state": str(state_dir), "from": before, "to": SCHEMA}))
-        return
-    click.echo(f"revision {before} → {SCHEMA}" if before != SCHEMA else f"revision {SCHEMA}: nothing to do")
+    line = f"revision {before} → {SCHEMA}" if before != SCHEMA else f"revision {SCHEMA}: nothing to do"
+    print_result({"state": str(state_dir), "from": before, "to": SCHEMA}, line, as_json)
 
 
 @click.command()
@@ -341,10 +328,6 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
     Example:
       edgeadapt coordinator evaluate fleet --releases releases --channel stable
     """
-    from datetime import UTC, datetime
-
-    from coordinator.settings import SETTINGS
-    from coordinator.statedir import HEADER, CoordinatorStateDir
     from edgeadapt.releases.repository import ChannelRepository
 
     opened = CoordinatorStateDir.open(state_dir)
@@ -354,10 +337,8 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
         settings = opened.settings.with_evaluation(len(opened.registry.rounds()), newest, previous)
         storage.replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
     row = {"round": settings.rounds, "newest": newest, "previous": previous}
-    line = (
-        f"round {settings.rounds} compares {newest[:16]} with {previous[:16]}: run it with 'edgeadapt coordinator run'"
-    )
-    click.echo(json.dumps(row) if as_json else line)
+    line = f"round {settings.rounds} compares {newest[:16]} with {previous[:16]}"
+    print_result(row, f"{line}: run it with 'edgeadapt coordinator run'", as_json)
 
 
 @click.command()
@@ -381,12 +362,9 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None, as_json: bool
       edgeadapt coordinator dashboard fleet --listen fleet.example:9500 --channels releases
       edgeadapt coordinator dashboard fleet --json
     """
-    from aggregation.entropy import SystemEntropy
     from coordinator.dashboard.server import TOKEN, read_token, serve
     from coordinator.dashboard.view import ChannelsView, Viewer
     from coordinator.servertls import TlsFiles
-    from coordinator.settings import is_address, is_loopback
-    from coordinator.statedir import CoordinatorStateDir
 
     if not is_address(listen):
         raise ConfigError(f"{listen!r} is not HOST:PORT with a port from 1 to 65535", about="--listen", value=listen)
@@ -426,7 +404,6 @@ def up(state_dir: Path, as_json: bool) -> None:
       edgeadapt coordinator up fleet --json > fleet.jsonl
     """
     from coordinator.services.deployment import up
-    from coordinator.statedir import RELOAD
 
     log = commandline.show_log(as_json)
 
@@ -512,18 +489,15 @@ def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool)
       edgeadapt coordinator backup fleet --out /media/safe/fleet.tar --keys
       edgeadapt coordinator backup fleet --out standby.tar --standby --keys
     """
-    from coordinator.backup import back_up, back_up_for_standby
-    from coordinator.statedir import CoordinatorStateDir
-    from edgeadapt.formats.registrystores import is_local, shown
+    from coordinator.backup import back_up
 
     opened = CoordinatorStateDir.open(state_dir)
     with _progress(f"copying {state_dir}") as report:
-        archived = (back_up_for_standby if standby else back_up)(opened, out, keys=keys, report=report)
+        archived = back_up(opened, out, keys=keys, standby=standby, report=report)
     _print_backup(archived, "archive", out, as_json)
     if standby and is_local(url := opened.registry.engine.url):  # a proxy on both machines, or a mistake
-        click.echo(
-            f"{shown(url)} is an address of this machine: the other one must reach that database by it", err=True
-        )
+        line = f"{shown(url)} is an address of this machine: the other one must reach that database by it"
+        click.echo(line, err=True)
 
 
 @click.command()
@@ -564,11 +538,7 @@ def restore(
       edgeadapt coordinator restore fleet --archive standby.tar --coordinator coordinator.pem
       edgeadapt coordinator restore fleet --archive fleet.tar --database postgresql://edgeadapt@db.example/fleet
     """
-    from aggregation.errors import of_file
-    from aggregation.pki.identity import PublicKey
     from coordinator.backup import restore
-    from edgeadapt.formats.keyfiles import MAX_PEM
-    from edgeadapt.formats.registryfiles import RegistrySettings
 
     stores = RegistrySettings.parse({"database": database, "blobs": blobs}, "--database and --blobs")
     trusted = None
@@ -589,15 +559,12 @@ def restore(
 
 def _print_backup(made: "Backup", what: str, place: Path, as_json: bool) -> None:
     newest = made.manifest
-    row = {"version": newest.version, "round": newest.round, "files": made.files, "bytes": made.size}
-    if as_json:
-        click.echo(json.dumps({what: str(place), **row, "registry": newest.registry, "key": made.key_id}))
-        return
     version = "no version" if newest.version is None else f"version {newest.version}"
-    click.echo(f"{place}: {version}, round {newest.round}, {made.files} files, {made.size:,} bytes")
-    if newest.registry is not None:
-        click.echo(f"registry     {newest.registry}")
-    click.echo(f"coordinator  {made.key_id}")
+    lines = [f"{place}: {version}, round {newest.round}, {made.files} files, {made.size:,} bytes"]
+    lines += [] if newest.registry is None else [f"registry     {newest.registry}"]
+    counts = {"version": newest.version, "round": newest.round, "files": made.files, "bytes": made.size}
+    row = {what: str(place), **counts, "registry": newest.registry, "key": made.key_id}
+    print_result(row, "\n".join([*lines, f"coordinator  {made.key_id}"]), as_json)
 
 
 @contextmanager
@@ -615,10 +582,7 @@ def _progress(label: str) -> Iterator["Report"]:
 LOOK = 0.5  # seconds between two polls
 
 
-def _show_rounds(opened: "CoordinatorStateDir", follow: bool, as_json: bool) -> None:
-    from coordinator.status import LogFollower, heading, round_lines, round_row
-    from edgeadapt.formats.registryfiles import TRANSCRIPT
-
+def _show_rounds(opened: CoordinatorStateDir, follow: bool, as_json: bool) -> None:
     shown, follower, live = 0, LogFollower(opened.folder / TRANSCRIPT), _LiveLine(follow and sys.stderr.isatty())
     if not as_json:
         click.echo(heading(_width(sys.stdout)))
@@ -663,7 +627,7 @@ def _width(file: TextIO) -> int:
         return 0
 
 
-def _under_way(number: int, progress: "SessionProgress | None") -> str:
+def _under_way(number: int, progress: SessionProgress | None) -> str:
     """Name the step of a round, shorter than 40 columns up to 999 devices."""
     if progress is None or progress.step is None:
         return f"round {number}: waiting"

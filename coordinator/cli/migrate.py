@@ -19,13 +19,10 @@ if TYPE_CHECKING:
 
 def judged(command: Callable[..., None]) -> Callable[..., None]:
     """Add how long the next base is trained, and how good it has to be."""
-    rounds, margin = click.IntRange(1, 1000), FiniteRange(min=0.0, max=1.0)
-    command = click.option(
-        "--margin", default=0.01, show_default=True, type=margin, help="How far the accuracy may fall."
-    )(command)
-    return click.option("--rounds", default=4, show_default=True, type=rounds, help="Of training on the next base.")(
-        command
-    )
+    kind, text = FiniteRange(min=0.0, max=1.0), "How far the accuracy may fall."
+    margin = click.option("--margin", default=0.01, show_default=True, type=kind, help=text)
+    number, text = click.IntRange(1, 1000), "Of training on the next base."
+    return click.option("--rounds", default=4, show_default=True, type=number, help=text)(margin(command))
 
 
 @click.command()
@@ -73,11 +70,8 @@ def migrate(
     if back:
         with opened.leading() as leader:
             taken = take_back(leader)
-        commandline.print_result(
-            {"version": taken.version, "base_digest": taken.base_digest},
-            f"version {taken.version} is on the base {taken.base_digest[:12]} again",
-            as_json,
-        )
+        line = f"version {taken.version} is on the base {taken.base_digest[:12]} again"
+        commandline.print_result({"version": taken.version, "base_digest": taken.base_digest}, line, as_json)
         return
     if base is None or folder is None or gateway is None:
         raise ConfigError("name --base, --peft and --gateway; or --back", about="--base")

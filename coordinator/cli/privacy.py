@@ -97,9 +97,8 @@ def _row(settings: "FederationSettings", numbers: int, devices: int) -> CohortPl
     ungrouped = settings.model_copy(update={"aggregation": bounds.model_copy(update={"groups": 1})})
     (of_one_sum,) = ungrouped.session_spec(devices, layout, "0" * 64, 1).vector.segments
     (segment,), delta = spec.vector.segments, settings.privacy.delta
-    fewest, most = (
-        spec.spent(count).times(settings.rounds).epsilon(delta) for count in (spec.minimum_survivors, devices)
-    )
+    sizes = spec.minimum_survivors, devices
+    fewest, most = (spec.spent(count).times(settings.rounds).epsilon(delta) for count in sizes)
     return CohortPlan(
         devices=devices,
         minimum_survivors=spec.minimum_survivors,

@@ -198,8 +198,6 @@ def _host(headers: Headers) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """What is served at each path."""
-
     logins: Logins
     feed: Feed
     secure: bool  # whether it is served over TLS

@@ -13,11 +13,9 @@ from prometheus_client.exposition import generate_latest
 
 from aggregation.errors import DataError, TrustError
 from coordinator import runstate
-from coordinator.expiry import expiries
 from coordinator.registry import Head
-from coordinator.services import deployment
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.status import LogFollower, lease_of
+from coordinator.status import LogFollower, counts_of, operation_of
 from edgeadapt.formats import storage
 from edgeadapt.formats.jsontext import optional_timestamp
 from edgeadapt.formats.manifest import VersionManifest
@@ -144,17 +142,18 @@ class Viewer:
 
     def look(self) -> dict[str, Any]:
         """Read the fleet now. All values can be written in JSON. Raises EdgeAdaptError and OSError."""
-        running, progress = self.state_dir.in_use, self._follower.look()
-        run = runstate.read(self.state_dir.folder).row(datetime.now(UTC), running=running)
+        operation, progress = operation_of(self.state_dir), self._follower.look()
+        run = operation["run"]
+        # Texts may name devices, and a wait changes while nothing does.
+        run["refusals"] = [
+            {name: each[name] for name in ("kind", "version", "count", "at")} for each in run["refusals"]
+        ]
         return {
-            "running": running,
-            "lease": lease_of(self.state_dir),
-            "expiries": expiries(self.state_dir.folder, datetime.now(UTC)),
-            "rounds_wanted": self.state_dir.settings.rounds,
-            "services": (deployment.running(self.state_dir.folder) or {"services": []})["services"],
-            "session": None if progress is None else progress.as_json(),
-            "gateway": run.pop("gateway"),
-            "run": _nameless(run),
+            **operation,
+            "services": (operation["services"] or {"services": []})["services"],
+            "session": progress and progress.as_json(),
+            "gateway": run["gateway"],
+            "run": {name: value for name, value in run.items() if name not in ("gateway", "reason", "waited")},
             "epsilon_limit": self.state_dir.settings.privacy.epsilon or None,
             **({"channels": {}, "problem": None} if self.channels is None else self.channels.look()),
             **self._rounds(),
@@ -172,23 +171,13 @@ class Viewer:
         return self._history
 
 
-def _nameless(run: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the texts, which may name devices, and what changes while nothing does."""
-    refusals = [{name: each[name] for name in ("kind", "version", "count", "at")} for each in run["refusals"]]
-    return {name: value for name, value in run.items() if name not in ("reason", "waited")} | {"refusals": refusals}
-
-
 def _history(records: tuple[RoundRecord, ...], newest: VersionManifest | None) -> dict[str, Any]:
-    steps = Counter(step for record in records for step in record.dropped.values())
     last = records[-1] if records else None
     return {
         "version": None if newest is None else newest.version,
         "privacy": None if newest is None or newest.privacy is None else str(newest.privacy),
         "epsilon": None if last is None else last.epsilon,
-        "rounds_done": len(records),
-        "rounds_aborted": sum(record.aborted is not None for record in records),
-        "device_rounds": sum(len({*record.survivors, *record.dropped}) for record in records),
-        "dropouts_by_step": dict(steps),
+        **counts_of(records),
         "bytes_up": sum(record.bytes_up for record in records),
         "bytes_down": sum(record.bytes_down for record in records),
         "seconds": sum(record.seconds for record in records),
@@ -226,7 +215,6 @@ class _View(CollectorRegistry):
 
 
 def exposition(view: dict[str, Any]) -> bytes:
-    """Format a view (``Viewer.look``)."""
     return generate_latest(_View(view))
 
 

@@ -10,12 +10,13 @@ import asyncio
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import grpc
@@ -58,38 +59,36 @@ class HangUp(Exception):  # noqa: N818
     ...
 
 
-class Carrier(Protocol):
-    """A connection of a peer."""
-
+@dataclass(slots=True)
+class Carrier(ABC):
+    leave: Callable[[], None]
     host: str
     names: frozenset[str]  # names and addresses of this machine that the peer may have connected to
     call: traces.Span  # the span of the conversation until the peer is admitted
+    protocol: ClassVar[str]
 
-    @property
-    def protocol(self) -> str: ...
-
+    @abstractmethod
     async def receive(self) -> bytes:
         """Receive the next message. Raises HangUp, and ProtocolError: it is not one."""
 
+    @abstractmethod
     async def send(self, message: bytes) -> None:
         """Send a message once the peer has room for it. Raises HangUp."""
 
     def admit(self) -> None:
         """Give the peer's place back: it has proved who it is, and stays."""
+        self.leave()
+        self.call.end()
 
 
 Conversation: TypeAlias = Callable[[Carrier], Awaitable[None]]
 
 
 @dataclass(slots=True)
-class GrpcCarrier:
+class GrpcCarrier(Carrier):
+    protocol = "gRPC"
     parts: AsyncIterator[bytes]
     context: Any  # grpc.aio.ServicerContext, which has no types
-    leave: Callable[[], None]
-    host: str
-    names: frozenset[str]
-    call: traces.Span
-    protocol = "gRPC"
     _sending: asyncio.Task[None] | None = None
 
     async def receive(self) -> bytes:
@@ -110,19 +109,11 @@ class GrpcCarrier:
         done, _ = await asyncio.wait({self._sending}, timeout=SETTLING)
         return bool(done)
 
-    def admit(self) -> None:
-        self.leave()
-        self.call.end()
-
 
 @dataclass(slots=True)
-class SocketCarrier:
-    connection: ServerConnection
-    leave: Callable[[], None]
-    host: str
-    names: frozenset[str]
-    call: traces.Span
+class SocketCarrier(Carrier):
     protocol = "WebSocket"
+    connection: ServerConnection
 
     async def receive(self) -> bytes:
         try:
@@ -138,10 +129,6 @@ class SocketCarrier:
             await self.connection.send(message)
         except ConnectionClosed:
             raise HangUp from None
-
-    def admit(self) -> None:
-        self.leave()
-        self.call.end()
 
 
 class End(NamedTuple):
@@ -213,23 +200,15 @@ class GrpcCalls:
 
     async def listen(self, address: str, largest: int) -> tuple[aio.Server, int]:
         descriptors = raise_descriptors()
-        limits = {
-            "grpc.max_receive_message_length": largest,
-            "grpc.max_allowed_incoming_connections": descriptors // 2,
-        }
-        options = (*messages.GATEWAY_OPTIONS, *limits.items())
-        server = aio.server(options=options)
+        size, most = "grpc.max_receive_message_length", "grpc.max_allowed_incoming_connections"
+        server = aio.server(options=(*messages.GATEWAY_OPTIONS, (size, largest), (most, descriptors // 2)))
         calls = {
             path.rpartition("/")[2]: grpc.stream_stream_rpc_method_handler(partial(self._serve, path))
             for path in self.conversations.by_path
         }
         health = {"Check": grpc.stream_unary_rpc_method_handler(self._check)}  # gRPC waits for no message by itself
-        server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler(messages.SERVICE, calls),
-                grpc.method_handlers_generic_handler(HEALTH, health),
-            )
-        )
+        served = {messages.SERVICE: calls, HEALTH: health}
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(*each) for each in served.items()])
         port = server.add_secure_port(address, credentials(self.conversations.tls))
         self.connections = GrpcConnections(port, descriptors * 3 // 8)
         await server.start()
@@ -257,7 +236,7 @@ class GrpcCalls:
                     self.connections.proved.add(peer)
 
                 names = self.conversations.tls.newest().hosts
-                carrier = GrpcCarrier(parts, context, leave, host, names, call)
+                carrier = GrpcCarrier(leave, host, names, call, parts, context)
                 end = await self.conversations.run(path, carrier)
         except TimeoutError as error:
             end = end_of(error)
@@ -325,10 +304,9 @@ class SocketCalls:
                 server_header=None,
             )
         except (OSError, ValueError, OverflowError) as error:
-            text = (
-                f"cannot listen for browsers at {self.settings.address}: the port is in use, or the address not valid"
-            )
-            raise ConfigError(text, about="websocket", value=self.settings.address) from error
+            text = f"cannot listen for browsers at {self.settings.address}"
+            reason = f"{text}: the port is in use, or the address not valid"
+            raise ConfigError(reason, about="websocket", value=self.settings.address) from error
 
     @property
     def _names(self) -> frozenset[str]:
@@ -350,7 +328,7 @@ class SocketCalls:
         address, path = connection.remote_address, connection.request.path if connection.request else ""
         call = traces.begin(path[1:], protocol=SocketCarrier.protocol)
         leave = partial(self._entrance.prove, address)
-        end = await self.conversations.run(path, SocketCarrier(connection, leave, address[0], self._names, call))
+        end = await self.conversations.run(path, SocketCarrier(leave, address[0], self._names, call, connection))
         if end is not None:
             reason = end.reason if end.window is None else end.window.to_text()
             # A close reason has at most 123 bytes (RFC 6455, section 5.5).

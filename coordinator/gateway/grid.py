@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from aggregation.steps import BODY, RECORD
 from coordinator.expiry import ExpiryLog
@@ -177,9 +176,6 @@ class GatewayGrid(OwnGrid):
         with self._lock:
             return [self._replies.pop(number)[1] for number in message_ids if number in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return exchange(self, self.clock, messages, timeout)
-
     def _answered(self, number: int, answer: bytes | NoAnswer) -> None:
         with self._lock:
             message = self._asked.pop(number, None)
@@ -198,11 +194,12 @@ def _reply(message: Message, answer: bytes | NoAnswer) -> Message:
     return Message(Error(code, answer.reason), reply_to=message)
 
 
-class JoinedGrid(Grid):
+class JoinedGrid(OwnGrid):
     """Join SuperNodes and light devices in one cohort: a grid of Flower, and one over the gateway. Its clock is the
     gateway's: an answer of a light device ends a wait. SuperNodes are polled as often as on a grid of their own."""
 
     def __init__(self, flower: Grid, light: GatewayGrid) -> None:
+        super().__init__()
         self._flower, self._light = flower, light
         self.clock = light.clock
 
@@ -211,18 +208,6 @@ class JoinedGrid(Grid):
         while (devices := len([*self.get_node_ids()])) < count:
             look(devices)
             self.clock.sleep(LOOK_AT_LINK)
-
-    def set_run(self, run: Run) -> None:
-        self._flower.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        return self._flower.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return self._flower.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """List the nodes of both. A light device whose node is that of a SuperNode is not listed."""
@@ -241,19 +226,3 @@ class JoinedGrid(Grid):
         others = [number for number in ids if not number.startswith(PREFIX)]
         replies = [*self._light.pull_messages(number for number in ids if number.startswith(PREFIX))]
         return [*replies, *(self._flower.pull_messages(others) if others else ())]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return exchange(self, self.clock, messages, timeout)
-
-
-def exchange(grid: Grid, clock: ArrivalClock, messages: Iterable[Message], timeout: float | None) -> list[Message]:
-    """Send messages, and wait for the replies, at most ``timeout`` seconds."""
-    left, replies = set(grid.push_messages(messages)), list[Message]()
-    end = None if timeout is None else clock.now() + timeout
-    while left and (end is None or clock.now() < end):
-        arrived = [*grid.pull_messages(left)]
-        replies += arrived
-        left -= {reply.metadata.reply_to_message_id for reply in arrived}
-        if left:
-            clock.wait(1.0 if end is None else min(1.0, max(0.0, end - clock.now())))
-    return replies

@@ -105,7 +105,6 @@ class Hub:
         return mailbox.stream
 
     def end(self, stream: Stream, reason: EdgeAdaptError) -> None:
-        """Let the gateway end a stream with an error."""
         stream.over = reason
         self._mailboxes[stream.credentials.device].changed.set()
 

@@ -8,100 +8,67 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Connection,
-    DateTime,
-    Engine,
-    Integer,
-    LargeBinary,
-    MetaData,
-    PrimaryKeyConstraint,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    inspect,
-    select,
-)
+import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
-from edgeadapt.formats.registryfiles import (
-    FIRST,
-    FIRST_TABLE,
-    MANIFEST,
-    NOT_TABLES,
-    PREFIX,
-    RECORD,
-    ROUND,
-    ROUNDS,
-    SCHEMA,
-    SCHEMA_COLUMN,
-    SCHEMAS,
-    SHA256,
-    VERSION,
-    VERSIONS,
-    require_schema,
-)
+from edgeadapt.formats import registryfiles
 from edgeadapt.formats.registrystores import postgresql_engine, shown
 
 ONLY_ROW = 1  # id in a table of one row
-metadata = MetaData()
-versions = Table(
-    VERSIONS,
+metadata = sa.MetaData()
+versions = sa.Table(
+    registryfiles.VERSIONS,
     metadata,
-    Column(VERSION, BigInteger, primary_key=True, autoincrement=False),
-    Column(SHA256, String(64), nullable=False),  # of the blob
-    Column(MANIFEST, LargeBinary, nullable=False),  # signed
+    sa.Column(registryfiles.VERSION, sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column(registryfiles.SHA256, sa.String(64), nullable=False),  # of the blob
+    sa.Column(registryfiles.MANIFEST, sa.LargeBinary, nullable=False),  # signed
 )
-rounds = Table(
-    ROUNDS,
+rounds = sa.Table(
+    registryfiles.ROUNDS,
     metadata,
-    Column(ROUND, BigInteger, primary_key=True, autoincrement=False),
-    Column(RECORD, LargeBinary, nullable=False),  # signed
+    sa.Column(registryfiles.ROUND, sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column(registryfiles.RECORD, sa.LargeBinary, nullable=False),  # signed
 )
-optimizer = Table(  # one row
-    f"{PREFIX}optimizer",
+optimizer = sa.Table(  # one row
+    f"{registryfiles.PREFIX}optimizer",
     metadata,
-    Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("tensors", LargeBinary, nullable=False),  # safetensors; the last round's record has the digest
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("tensors", sa.LargeBinary, nullable=False),  # safetensors; the last round's record has the digest
 )
 # The next three are of a coordinator whose machine may be replaced by another one, in PostgreSQL.
-lease = Table(  # one row
-    f"{PREFIX}lease",
+lease = sa.Table(  # one row
+    f"{registryfiles.PREFIX}lease",
     metadata,
-    Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("epoch", BigInteger, nullable=False),  # how often it was taken
-    Column("leader", Text, nullable=False),  # for people
-    Column("ends", DateTime(timezone=True), nullable=False),  # by the server's clock
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False),  # how often it was taken
+    sa.Column("leader", sa.Text, nullable=False),  # for people
+    sa.Column("ends", sa.DateTime(timezone=True), nullable=False),  # by the server's clock
 )
-transcript = Table(
-    f"{PREFIX}transcript",
+transcript = sa.Table(
+    f"{registryfiles.PREFIX}transcript",
     metadata,
-    Column("session", BigInteger, primary_key=True, autoincrement=False),
-    Column("start", BigInteger, primary_key=True, autoincrement=False),  # of the bytes in the session's log
-    Column("records", LargeBinary, nullable=False),
+    sa.Column("session", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("start", sa.BigInteger, primary_key=True, autoincrement=False),  # of the bytes in the session's log
+    sa.Column("records", sa.LargeBinary, nullable=False),
 )
-revocations = Table(  # one row: the newest list that a coordinator has
-    f"{PREFIX}revocations",
+revocations = sa.Table(  # one row: the newest list that a coordinator has
+    f"{registryfiles.PREFIX}revocations",
     metadata,
-    Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("pem", LargeBinary, nullable=False),
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("pem", sa.LargeBinary, nullable=False),
 )
 # Alembic's own table is in no metadata of a program. A new database gets it with the others, and alembic is not needed.
-schemas = Table(
-    SCHEMAS,
-    MetaData(),
-    Column(SCHEMA_COLUMN, String(32), nullable=False),
-    PrimaryKeyConstraint(SCHEMA_COLUMN, name=f"{SCHEMAS}_pkc"),
+schemas = sa.Table(
+    registryfiles.SCHEMAS,
+    sa.MetaData(),
+    sa.Column(registryfiles.SCHEMA_COLUMN, sa.String(32), nullable=False),
+    sa.PrimaryKeyConstraint(registryfiles.SCHEMA_COLUMN, name=f"{registryfiles.SCHEMAS}_pkc"),
 )
 
 
-def connect(url: str | URL) -> Engine:
+def connect(url: str | URL) -> sa.Engine:
     """Open the database, and create the tables if it has none.
 
     Raises ConfigError: the URL is not usable, or the database is another program's, or has another schema. Raises
@@ -113,61 +80,57 @@ def connect(url: str | URL) -> Engine:
         if revision(connection) is None:
             metadata.create_all(connection)
             schemas.create(connection)
-            connection.execute(schemas.insert().values({SCHEMA_COLUMN: SCHEMA}))
+            connection.execute(schemas.insert().values({registryfiles.SCHEMA_COLUMN: registryfiles.SCHEMA}))
         else:
-            require_schema(revision(connection), shown(engine.url))
+            registryfiles.require_schema(revision(connection), shown(engine.url))
     return engine
 
 
-def engine_of(url: str | URL) -> Engine:
+def engine_of(url: str | URL) -> sa.Engine:
     """Connect to the database when a connection is needed. Raises as ``connect``."""
     try:
         parsed = make_url(url)
-        engine = postgresql_engine(parsed) if parsed.get_backend_name() == "postgresql" else create_engine(parsed)
+        engine = postgresql_engine(parsed) if parsed.get_backend_name() == "postgresql" else sa.create_engine(parsed)
     except (ArgumentError, ImportError) as error:
-        raise ConfigError(
-            f"the registry's database address is not usable: {_line(error)}", about="database.url"
-        ) from error
+        reason = f"the registry's database address is not usable: {_line(error)}"
+        raise ConfigError(reason, about="database.url") from error
     if engine.dialect.name == "sqlite":
         _prepare_sqlite(engine, parsed)
     return engine
 
 
-def revision(connection: Connection) -> str | None:
+def revision(connection: sa.Connection) -> str | None:
     """Read the revision of the database's schema; None for an empty database. Raises as ``connect``."""
     name = shown(connection.engine.url)
-    tables = inspect(connection).get_table_names()
-    if tables and not any(table.startswith(PREFIX) for table in tables):
-        raise ConfigError(
-            f"{name} is another program's database (it has a table {tables[0]!r}): name a new one", about="database"
-        )
-    if connection.dialect.name == "sqlite" and (other := connection.exec_driver_sql(NOT_TABLES).scalar()):
+    tables = sa.inspect(connection).get_table_names()
+    if tables and not any(table.startswith(registryfiles.PREFIX) for table in tables):
+        reason = f"{name} is another program's database (it has a table {tables[0]!r}): name a new one"
+        raise ConfigError(reason, about="database")
+    if connection.dialect.name == "sqlite" and (other := connection.exec_driver_sql(registryfiles.NOT_TABLES).scalar()):
         raise DataError(f"{name} is damaged ({other!r} is not a table): restore it from a copy", about="database")
-    if FIRST_TABLE in tables:
-        return FIRST
-    stored = connection.scalar(select(schemas.c[SCHEMA_COLUMN])) if SCHEMAS in tables else None
-    if stored is None and any(table.startswith(PREFIX) for table in tables):
+    if registryfiles.FIRST_TABLE in tables:
+        return registryfiles.FIRST
+    query = sa.select(schemas.c[registryfiles.SCHEMA_COLUMN])
+    stored = connection.scalar(query) if registryfiles.SCHEMAS in tables else None
+    if stored is None and any(table.startswith(registryfiles.PREFIX) for table in tables):
         raise DataError(f"{name} is damaged (it has no revision): restore it from a copy", about="database")
     return stored
 
 
 @contextmanager
-def explained(engine: Engine) -> Iterator[None]:
+def explained(engine: sa.Engine) -> Iterator[None]:
     """Turn a failure of the database into an error of one line. The transaction has been rolled back."""
     name = f"registry database {shown(engine.url)}"
     try:
         yield
     except IntegrityError as error:
-        raise DataError(
-            f"{name}: this round or version is already stored (by another coordinator?); nothing was changed",
-            about="database",
-        ) from error
+        text = f"{name}: this round or version is already stored (by another coordinator?); nothing was changed"
+        raise DataError(text, about="database") from error
     except DBAPIError as error:
         reason = _line(error.orig)
         if type(error) is DatabaseError:  # its subclasses are about the disk, the network or the statement
-            raise DataError(
-                f"{name} is damaged or not a database ({reason}): restore it from a copy", about="database"
-            ) from error
+            text = f"{name} is damaged or not a database ({reason}): restore it from a copy"
+            raise DataError(text, about="database") from error
         # A connection that is lost while it commits does not say whether the server did. A start compares with the log.
         outcome = "start again" if error.connection_invalidated else "nothing was changed"
         raise EdgeAdaptError(f"{name}: {reason}; {outcome}", about="database") from error
@@ -177,17 +140,16 @@ def explained(engine: Engine) -> Iterator[None]:
         raise DataError(f"{name} is damaged: restore it from a copy", about="database") from error
 
 
-def _prepare_sqlite(engine: Engine, url: URL) -> None:
+def _prepare_sqlite(engine: sa.Engine, url: URL) -> None:
     if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
         folder = Path(url.database).parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EdgeAdaptError(
-                f"folder {folder} cannot be created: {error.strerror or error}", about="database"
-            ) from error
-    event.listen(engine, "connect", _configure)
-    event.listen(engine, "begin", _begin)
+            reason = f"folder {folder} cannot be created: {error.strerror or error}"
+            raise EdgeAdaptError(reason, about="database") from error
+    sa.event.listen(engine, "connect", _configure)
+    sa.event.listen(engine, "begin", _begin)
 
 
 def _configure(connection: Any, _: object) -> None:
@@ -199,7 +161,7 @@ def _configure(connection: Any, _: object) -> None:
     connection.execute("PRAGMA synchronous = EXTRA")
 
 
-def _begin(connection: Connection) -> None:
+def _begin(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN")
 
 

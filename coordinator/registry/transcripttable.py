@@ -146,9 +146,8 @@ def insert(connection: Connection, folder: Path) -> None:
         if rows := _rows(log_number(path), 0, storage.read(path)):
             connection.execute(database.transcript.insert(), rows)
     if (folder / REVOKED).exists():
-        connection.execute(
-            database.revocations.insert().values(id=database.ONLY_ROW, pem=storage.read(folder / REVOKED))
-        )
+        row = {"id": database.ONLY_ROW, "pem": storage.read(folder / REVOKED)}
+        connection.execute(database.revocations.insert().values(row))
 
 
 def _rows(session: int, start: int, records: bytes) -> list[dict[str, int | bytes]]:

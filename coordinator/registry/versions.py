@@ -113,11 +113,8 @@ class Registry:
         """Keep the record of a round that produced no version. Raises DataError: the record names a version, or does
         not follow the last one. Raises EdgeAdaptError: the database failed; nothing was changed."""
         if record.version is not None:
-            raise DataError(
-                f"round {record.round} names version {record.version}: commit it with its manifest",
-                about="record.version",
-                value=record.version,
-            )
+            reason = f"round {record.round} names version {record.version}: commit it with its manifest"
+            raise DataError(reason, about="record.version", value=record.version)
         with fenced(self.engine, self.epoch) as connection:
             self._append(connection, record, key)
 
@@ -133,9 +130,8 @@ class Registry:
         record.require_agreement(manifest)
         state, digest = _encoded(optimizer_state), state_digest(optimizer_state)
         if record.optimizer != digest:
-            raise DataError(
-                f"the record of round {record.round} names another optimizer state", about="record.optimizer"
-            )
+            reason = f"the record of round {record.round} names another optimizer state"
+            raise DataError(reason, about="record.optimizer")
         version = self._prepare(manifest, blob, key)
         with fenced(self.engine, self.epoch) as connection:
             self._insert(connection, version)
@@ -205,12 +201,9 @@ class Registry:
         since = [record for record in records if record.round > newest.round] if begins else records
         produced = [(record.version, record.adapter) for record in since if record.version is not None]
         if produced != ([] if begins else [newest.id]):
-            raise TrustError(
-                f"the registry has version {newest.version} as its newest, and its rounds contradict that: "
-                "restore it from a copy",
-                about="record",
-                value=newest.version,
-            )
+            reason = f"the registry has version {newest.version} as its newest, and its rounds contradict that: "
+            reason += "restore it from a copy"
+            raise TrustError(reason, about="record", value=newest.version)
         earlier, before = list[tuple[int, str]](), newest
         while before.plan is None and before.version:
             before = self.version(before.version - 1).manifest
@@ -224,9 +217,8 @@ class Registry:
         with database.explained(self.engine), self.engine.connect() as connection:
             raw = connection.scalar(select(database.optimizer.c.tensors)) or b""
         if not isinstance(raw, bytes) or (files.sha256(raw) if raw else None) != (last and last.optimizer):
-            raise TrustError(
-                "the stored optimizer state was altered: restore the registry from a copy", about="optimizer"
-            )
+            reason = "the stored optimizer state was altered: restore the registry from a copy"
+            raise TrustError(reason, about="optimizer")
         return files.decode(raw) if raw else {}
 
     @property
@@ -237,9 +229,8 @@ class Registry:
     def _newest(self) -> Version:
         version = self.latest()
         if version is None:
-            raise EdgeAdaptError(
-                "the registry is empty: publish a first adapter with 'edgeadapt coordinator publish'", about="registry"
-            )
+            reason = "the registry is empty: publish a first adapter with 'edgeadapt coordinator publish'"
+            raise EdgeAdaptError(reason, about="registry")
         return version
 
     def _records(self, first: int) -> tuple[tuple[RoundRecord, ...], str | None]:
@@ -259,15 +250,11 @@ class Registry:
         number, digest = (last.round, digest_of(last.record)) if last else (0, None)
         state = RoundRecord.accept(last.record, self.trusted).optimizer if last else None
         if record.version is None and record.optimizer != state:
-            raise DataError(
-                f"round {record.round} made no version and left another optimizer state", about="record.optimizer"
-            )
+            reason = f"round {record.round} made no version and left another optimizer state"
+            raise DataError(reason, about="record.optimizer")
         if (record.round, record.previous) != (number + 1, digest):
-            raise DataError(
-                f"the record of round {record.round} does not follow that of round {number}",
-                about="record.previous",
-                value=record.round,
-            )
+            reason = f"the record of round {record.round} does not follow that of round {number}"
+            raise DataError(reason, about="record.previous", value=record.round)
         connection.execute(table.insert().values(round=record.round, record=record.sign(key)))
 
     def _prepare(self, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> Version:
@@ -278,9 +265,8 @@ class Registry:
         if manifest.sha256 != files.sha256(blob) or manifest.size != len(blob):
             raise DataError(f"version {number}: the manifest describes another file", about="manifest.sha256")
         if Layout.of(files.decode(blob)).digest != manifest.layout_digest:
-            raise DataError(
-                f"version {number}: the file does not have the manifest's layout", about="manifest.layout_digest"
-            )
+            reason = f"version {number}: the file does not have the manifest's layout"
+            raise DataError(reason, about="manifest.layout_digest")
         raw = manifest.sign(key)
         version = Version(VersionManifest.accept(raw, [key.public]), raw)
         self.blobs.put(blob)
@@ -291,17 +277,11 @@ class Registry:
         last = connection.execute(select(table).order_by(table.c.version.desc()).limit(1)).one_or_none()
         number, parent = (last.version, last.sha256) if last else (-1, None)
         if manifest.version != number + 1:
-            raise DataError(
-                f"version {manifest.version} is not the next one: the last is {number}",
-                about="manifest.version",
-                value=manifest.version,
-            )
+            reason = f"version {manifest.version} is not the next one: the last is {number}"
+            raise DataError(reason, about="manifest.version", value=manifest.version)
         if manifest.parent != parent:
-            raise DataError(
-                f"version {manifest.version} is not made from version {number}",
-                about="manifest.parent",
-                value=manifest.parent,
-            )
+            reason = f"version {manifest.version} is not made from version {number}"
+            raise DataError(reason, about="manifest.parent", value=manifest.parent)
         row = {"version": manifest.version, "sha256": manifest.sha256, "manifest": version.raw}
         connection.execute(table.insert().values(row))
 
@@ -311,9 +291,8 @@ class Registry:
         with of_file(f"version {row.version} of {shown(self.engine.url)}"):
             manifest = VersionManifest.accept(row.manifest, self.trusted)
         if (manifest.version, manifest.sha256) != (row.version, row.sha256):
-            raise TrustError(
-                f"version {row.version} of the registry holds the manifest of another version", about="manifest"
-            )
+            reason = f"version {row.version} of the registry holds the manifest of another version"
+            raise TrustError(reason, about="manifest")
         return Version(manifest, row.manifest)
 
 

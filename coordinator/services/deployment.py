@@ -181,9 +181,8 @@ def _superlink(folder: Path, address: str) -> ServiceProgram:
     }
     listed = [str(part) for option in options.items() for part in option]
     flags = ("--enable-supernode-auth", "--disable-runtime-dependency-installation")
-    path = os.pathsep.join(
-        [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
-    )  # Flower starts its programs by it
+    # Flower starts its programs by it.
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     own = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PATH": path}
     return ServiceProgram(
         name="superlink",

@@ -119,7 +119,6 @@ def require_recorded(records: Sequence[RoundRecord], reports: Mapping[str, Repor
         if record.epsilon is not None and expected is not None:
             same = abs(record.epsilon - expected) <= _TOLERANCE * expected
         if not same:
-            text = (
-                f"round {record.round} was recorded with an epsilon of {record.epsilon}, and its log gives {expected}"
-            )
+            text = f"round {record.round} was recorded with an epsilon of {record.epsilon}"
+            text += f", and its log gives {expected}"
             raise TrustError(text, about="record.epsilon", value=record.round)

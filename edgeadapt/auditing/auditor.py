@@ -144,17 +144,13 @@ class _Audit:
         return f"{size} entries, none missing, moved or altered since the coordinator signed them in {signed}"
 
     def _identities(self) -> str:
-        self.at = self.at or self._began
+        at = self.reading.entries[0].at if self.reading.entries else None
+        self.at = self.at or (None if at is None else datetime.fromtimestamp(at, UTC))
         self.root = _as_of(self.root, self.at)
         self.history = histories.begin(self._entries, self.root, self.coordinator, self.at)
         if any(checkpoint.offer != self.history.offer.digest() for checkpoint in self.checkpoints):
             raise Problem("checkpoint.offer", "the checkpoints are of another session", self._entries[0].place)
         return f"{len(self.history.cohort)} devices, each certified by the authority{self._certified()}"
-
-    @property
-    def _began(self) -> datetime | None:
-        at = self.reading.entries[0].at if self.reading.entries else None
-        return None if at is None else datetime.fromtimestamp(at, UTC)
 
     def _certified(self) -> str:
         crl = self.root.revoked

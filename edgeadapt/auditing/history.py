@@ -255,12 +255,8 @@ def follow(
         _demand(signed, "checkpoint.missing", "the round begins before the coordinator signed the log so far", entry)
         before = at
         places = _round_of(history, entry, message).places if entry.round else history.places
-        _demand(
-            (entry.kind, entry.peer) not in places,
-            f"{entry.kind}.repeated",
-            "the step is answered a second time",
-            entry,
-        )
+        first = (entry.kind, entry.peer) not in places
+        _demand(first, f"{entry.kind}.repeated", "the step is answered a second time", entry)
         places[entry.kind, entry.peer] = entry.place
         try:
             _take(history, entry, message)
@@ -295,9 +291,8 @@ def _round_of(history: History, entry: Entry, message: Message) -> Round:
 
 def _take(history: History, entry: Entry, message: Message) -> None:
     """Dispatch by type; each branch raises ``ProtocolError`` or ``Problem`` for what does not belong."""
-    _demand(
-        getattr(message, "device", entry.peer) == entry.peer, f"{entry.kind}.device", "it is of another device", entry
-    )
+    own = getattr(message, "device", entry.peer) == entry.peer
+    _demand(own, f"{entry.kind}.device", "it is of another device", entry)
     match message:
         case Offer():
             _demand(entry.index == 0, "offer.repeated", "a second offer", entry)

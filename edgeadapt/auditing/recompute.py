@@ -72,9 +72,8 @@ class Recomputation:
         except Problem as problem:
             return Finding(Check.ADAPTERS, Status.FAIL, str(problem), problem.place, problem.about)
         except (DataError, TrustError) as error:
-            return Finding(
-                Check.ADAPTERS, Status.FAIL, f"{place}: {error}" if place else str(error), place, error.about
-            )
+            text = f"{place}: {error}" if place else str(error)
+            return Finding(Check.ADAPTERS, Status.FAIL, text, place, error.about)
         finding = self._summary(reasons)
         return replace(finding, text=moved + finding.text)
 
@@ -168,9 +167,8 @@ def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> No
         raise Problem.of(error, place) from None
     for name in ("peft_config", "labels"):
         if getattr(task, name) != getattr(manifest, name):
-            raise Problem(
-                f"task.{name}", f"the task of the plan and the manifest of its adapter differ in {name}", place
-            )
+            reason = f"task.{name}"
+            raise Problem(reason, f"the task of the plan and the manifest of its adapter differ in {name}", place)
 
 
 def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None, parent: VersionManifest) -> VersionManifest:

@@ -108,9 +108,8 @@ def _agrees(record: RoundRecord, logged: RoundSummary) -> bool:
     groups = logged.groups if logged.result and logged.dealt else ()
     if tuple(each.survivors for each in record.groups) != groups or not _in_time(record, logged):
         return False
-    return (record.entries, record.root, record.reason, adapter, record.sum, record.survivors) == (
-        (logged.entries, logged.root, logged.reason, logged.result, logged.sum, survivors)
-    )
+    expected = logged.entries, logged.root, logged.reason, logged.result, logged.sum, survivors
+    return (record.entries, record.root, record.reason, adapter, record.sum, record.survivors) == expected
 
 
 def _in_time(record: RoundRecord, logged: RoundSummary) -> bool:

@@ -42,13 +42,11 @@ class Weaknesses:
         if report.failed or report.spec is None:
             return (Finding(Check.WEAKNESSES, Status.NOT_REACHED, ""),)
         texts = dict[str, str]()
-        for about, text in (
-            *_offered(report, report.spec),
-            *self._asked(report),
-            *self._weighed(report.produced),
-            *_stood(still),
-        ):
+        for about, text in (*_offered(report, report.spec), *self._asked(report), *self._weighed(report.produced)):
             texts.setdefault(about, text)  # the first round of each code: what it repeats is the same
+        for number, moved in still.items():
+            text = f"round {number} moved its adapter {moved}: a sum over other devices after it shows their difference"
+            texts.setdefault("adapter.movement", text)
         if texts:
             return tuple(Finding(Check.WEAKNESSES, Status.WARNING, text, about=about) for about, text in texts.items())
         text = "a device with the default policy accepts the offer and each task, and no round shows more than others"
@@ -88,12 +86,6 @@ def _offered(report: Report, spec: SessionSpec) -> Iterator[tuple[str, str]]:
         yield error.about, f"a device with the default policy refuses the offer ({error})"
 
 
-def _stood(still: Mapping[int, str]) -> Iterator[tuple[str, str]]:
-    for number, moved in still.items():
-        text = f"round {number} moved its adapter {moved}: a sum over other devices after it shows their difference"
-        yield "adapter.movement", text
-
-
 @dataclass(slots=True)
 class RepeatedSums:
     """Follows the sums through a coordinator's sessions, in order. ``seen``: digest of an adapter → log and round of
@@ -102,7 +94,6 @@ class RepeatedSums:
     seen: dict[str, list[tuple[str, RoundSummary]]] = field(default_factory=lambda: defaultdict(list))
 
     def check(self, log: str, rounds: Sequence[RoundSummary]) -> Finding:
-        """Check the rounds of one session in order, whose log has the name ``log``."""
         aborted, repeated = list[str](), list[str]()
         for current in rounds:
             if problem := self._dealt_otherwise(current):

@@ -24,29 +24,7 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.requests import read_request
 from aggregation.pki.revocation import MAX_REVOCATIONS, Reason, Revocation
 from aggregation.pki.tls import TlsPublicKey
-from edgeadapt.authority.record import (
-    AuthorityRecord,
-    CertificateIssued,
-    CertificateRevoked,
-    Event,
-    InvitationIssued,
-    InvitationUsed,
-    ListSigned,
-    Purpose,
-    RecordWriter,
-)
-from edgeadapt.authority.rules import (
-    ENROL_AGAIN,
-    certificate_of,
-    count_lists,
-    issued_in,
-    lasting_certificate_of,
-    listed_revocations,
-    require_new,
-    require_redeemable,
-    require_unrevoked,
-    revoked_in,
-)
+from edgeadapt.authority import record, rules
 from edgeadapt.formats import storage
 from edgeadapt.formats.gateway import invitation
 from edgeadapt.formats.gateway.messages import RENEWAL_TAG
@@ -124,11 +102,13 @@ class AuthorityStore:
         with self._writing() as writer:
             return self._issue(writer, authority, name, key, self._end(authority, name, days))
 
-    def _issue(self, writer: RecordWriter, authority: Authority, name: str, key: PublicKey, end: datetime) -> bytes:
-        require_new(writer, name, key, self.clock())
+    def _issue(
+        self, writer: record.RecordWriter, authority: Authority, name: str, key: PublicKey, end: datetime
+    ) -> bytes:
+        rules.require_new(writer, name, key, self.clock())
         begin, serial = self.clock() - SKEW, new_serial(SystemEntropy())
         der = authority.issue(name, key, not_before=begin, not_after=end, serial=serial)
-        self._add(writer, name, key.key_id, der, Purpose.IDENTITY)
+        self._add(writer, name, key.key_id, der, record.Purpose.IDENTITY)
         return der
 
     def issue_tls(self, authority: Authority, name: str, key: TlsPublicKey, hosts: Sequence[str], days: float) -> bytes:
@@ -137,7 +117,7 @@ class AuthorityStore:
         with self._writing() as writer:
             begin, end, serial = self.clock() - SKEW, self._end(authority, name, days), new_serial(SystemEntropy())
             der = authority.issue_tls(name, key, hosts, not_before=begin, not_after=end, serial=serial)
-            self._add(writer, name, key.key_id, der, Purpose.GATEWAY_TLS)
+            self._add(writer, name, key.key_id, der, record.Purpose.GATEWAY_TLS)
             return der
 
     def invite(self, name: str, invited: PublicKey, hours: float) -> datetime:
@@ -146,7 +126,7 @@ class AuthorityStore:
         now, name = self.clock(), require_device_id(name)
         expires = now + timedelta(hours=hours)
         with self._writing() as writer:
-            writer.add(InvitationIssued(at=now, name=name, token=invited.raw.hex(), expires=expires))
+            writer.add(record.InvitationIssued(at=now, name=name, token=invited.raw.hex(), expires=expires))
         return expires
 
     def redeem(
@@ -169,11 +149,11 @@ class AuthorityStore:
         name, key = read_request(request)
         admit(token)
         with self._writing() as writer:
-            require_redeemable(writer.events, token, name, key.key_id, self.clock())
-            if not any(isinstance(event, InvitationUsed) and event.token == token for event in writer.events):
-                require_new(writer, name, key, self.clock())
-                writer.add(InvitationUsed(at=self.clock(), token=token, key=key.key_id))
-            issued = certificate_of(writer.events, key.key_id)
+            rules.require_redeemable(writer.events, token, name, key.key_id, self.clock())
+            if not any(isinstance(event, record.InvitationUsed) and event.token == token for event in writer.events):
+                rules.require_new(writer, name, key, self.clock())
+                writer.add(record.InvitationUsed(at=self.clock(), token=token, key=key.key_id))
+            issued = rules.certificate_of(writer.events, key.key_id)
             return issued or self._issue(writer, authority, name, key, self._end(authority, name, days))
 
     def renew(self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Admit) -> bytes:
@@ -195,13 +175,13 @@ class AuthorityStore:
             name, key = authority.root.verify(certificate, now)
             key.verify(RENEWAL_TAG, certificate, signature)
         except TrustError as error:
-            raise TrustError(f"{error}: {ENROL_AGAIN}", about=error.about) from error
+            raise TrustError(f"{error}: {rules.ENROL_AGAIN}", about=error.about) from error
         admit(name)
         with self._writing() as writer:
-            require_unrevoked(writer.events, name, serial(certificate))
-            require_new(writer, name, key, now)
+            rules.require_unrevoked(writer.events, name, serial(certificate))
+            rules.require_new(writer, name, key, now)
             end = min(now + timedelta(days), authority.root.not_after)  # no person chooses fewer days
-            lasting = lasting_certificate_of(writer.events, name, key.key_id, now, end)
+            lasting = rules.lasting_certificate_of(writer.events, name, key.key_id, now, end)
             return lasting or self._issue(writer, authority, name, key, end)
 
     def _end(self, authority: Authority, name: str, days: float) -> datetime:
@@ -211,10 +191,10 @@ class AuthorityStore:
             raise ConfigError(text, about="--days", value=days)
         return end
 
-    def _add(self, writer: RecordWriter, name: str, key_id: str, der: bytes, purpose: Purpose) -> None:
+    def _add(self, writer: record.RecordWriter, name: str, key_id: str, der: bytes, purpose: record.Purpose) -> None:
         certificate = load(der)
         writer.add(
-            CertificateIssued(
+            record.CertificateIssued(
                 at=self.clock(),
                 name=name,
                 serial=f"{certificate.serial_number:x}",
@@ -226,7 +206,9 @@ class AuthorityStore:
             )
         )
 
-    def revoke(self, authority: Authority, which: str, reason: Reason, list_days: int) -> tuple[CertificateIssued, ...]:
+    def revoke(
+        self, authority: Authority, which: str, reason: Reason, list_days: int
+    ) -> tuple[record.CertificateIssued, ...]:
         """Revoke a device's certificates, or the one with a hex serial, and sign a new list (``sign_list``).
 
         Returns:
@@ -236,16 +218,15 @@ class AuthorityStore:
         Nothing is revoked.
         """
         with self._writing() as writer:
-            issued, serial = issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")
-            matching = [each for each in issued if each.name == which] or [
-                each for each in issued if each.serial == serial
-            ]
+            issued, serial = rules.issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")
+            matching = [each for each in issued if each.name == which]
+            matching = matching or [each for each in issued if each.serial == serial]
             if not matching:
                 text = f"there is no certificate with the name or serial {which}: 'edgeadapt authority list' shows all"
                 raise ConfigError(text, about="certificate", value=which)
-            before = revoked_in(writer.events)
+            before = rules.revoked_in(writer.events)
             new = tuple(each for each in matching if each.serial not in before)
-            lines = [CertificateRevoked(at=self.clock(), serial=each.serial, reason=reason) for each in new]
+            lines = [record.CertificateRevoked(at=self.clock(), serial=each.serial, reason=reason) for each in new]
             self._sign_list(writer, authority, list_days, lines)
         return new
 
@@ -255,55 +236,58 @@ class AuthorityStore:
             return self._sign_list(writer, authority, days)
 
     def _sign_list(
-        self, writer: RecordWriter, authority: Authority, days: int, new: Sequence[CertificateRevoked] = ()
+        self,
+        writer: record.RecordWriter,
+        authority: Authority,
+        days: int,
+        new: Sequence[record.CertificateRevoked] = (),
     ) -> int:
         now = self.clock()
-        number = count_lists(writer.events) + 1
-        listed = listed_revocations([*writer.events, *new], now)
+        number = rules.count_lists(writer.events) + 1
+        listed = rules.listed_revocations([*writer.events, *new], now)
         revoked = {int(serial, 16): Revocation(each.at, each.reason) for serial, each in listed.items()}
         signed = authority.revocations(number, revoked, now, now + timedelta(days))
-        self.root.revocations(
-            signed.to_pem()
-        )  # before the record has a line: a list that nobody reads would be the last
+        # Before the record has a line: a list that nobody reads would be the last.
+        self.root.revocations(signed.to_pem())
         # First the record: a kill in between leaves a number without a list, and no number with two lists.
         for each in new:
             writer.add(each)
-        writer.add(ListSigned(at=now, number=number, next_update=signed.next_update))
+        writer.add(record.ListSigned(at=now, number=number, next_update=signed.next_update))
         storage.replace(self.folder / REVOKED, signed.to_pem(), PUBLIC)
         return number
 
-    def certificates(self) -> tuple[tuple[CertificateIssued, str], ...]:
+    def certificates(self) -> tuple[tuple[record.CertificateIssued, str], ...]:
         """Return every certificate, in order, with its status: valid, expired, or revoked with the reason."""
         events, now = self._record().read(), self.clock()
-        revoked = revoked_in(events)
+        revoked = rules.revoked_in(events)
 
-        def status(each: CertificateIssued) -> str:
+        def status(each: record.CertificateIssued) -> str:
             if each.serial in revoked:
                 return f"revoked ({revoked[each.serial].reason.value})"
             return "valid" if now <= each.not_after else "expired"
 
-        return tuple((each, status(each)) for each in issued_in(events))
+        return tuple((each, status(each)) for each in rules.issued_in(events))
 
     @contextmanager
-    def _writing(self) -> Iterator[RecordWriter]:
+    def _writing(self) -> Iterator[record.RecordWriter]:
         with self._record().writing() as writer:
             self._require_complete(writer.events)
             yield writer
 
-    def _require_complete(self, events: Sequence[Event]) -> None:
+    def _require_complete(self, events: Sequence[record.Event]) -> None:
         """Check that the record has all of the newest list: a list from an older record would reinstate devices."""
         try:
             newest = self.root.revocations(self._read(REVOKED))
         except (ConfigError, TrustError):  # missing or damaged: the next list replaces it
             return
-        recorded = {int(serial, 16) for serial in revoked_in(events)}
-        if newest.number > count_lists(events) or newest.revoked.keys() - recorded:
+        recorded = {int(serial, 16) for serial in rules.revoked_in(events)}
+        if newest.number > rules.count_lists(events) or newest.revoked.keys() - recorded:
             text = f"{self.folder / RECORD} lacks lines that {REVOKED} depends on: restore it from a backup"
             raise DataError(text, about=RECORD)
 
-    def _record(self) -> AuthorityRecord:
+    def _record(self) -> record.AuthorityRecord:
         self._read(RECORD)
-        return AuthorityRecord(self.folder / RECORD)
+        return record.AuthorityRecord(self.folder / RECORD)
 
     def _read(self, name: str) -> bytes:
         try:

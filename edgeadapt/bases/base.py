@@ -84,10 +84,8 @@ class Base:
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise ConfigError(
-                f"{MERGED_ADAPTERS} in {self.folder / 'config.json'} is damaged: copy the base again",
-                about=MERGED_ADAPTERS,
-            )
+            reason = f"{MERGED_ADAPTERS} in {self.folder / 'config.json'} is damaged: copy the base again"
+            raise ConfigError(reason, about=MERGED_ADAPTERS)
         return dict(rows)
 
 
@@ -160,9 +158,8 @@ def find_base(where: str) -> Base:
         if not (folder / name).is_file():
             raise ConfigError(f"base model folder {folder} has no {name}", about=name)
         if not 0 < (size := (folder / name).stat().st_size) <= LONGEST.get(name, size):
-            raise ConfigError(
-                f"{folder / name} has {size} bytes and cannot be right: copy the base again", about=name, value=size
-            )
+            reason = f"{folder / name} has {size} bytes and cannot be right: copy the base again"
+            raise ConfigError(reason, about=name, value=size)
     return Base(folder, _digest(folder.resolve()))
 
 
@@ -194,11 +191,8 @@ def _converted(file: Path) -> Path:
         try:
             converter = importlib.import_module(CONVERTERS[file.suffix])
         except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"{file} needs {error.name} to be read: pip install 'edgeadapt[export]'",
-                about=file.name,
-                value=error.name,
-            ) from error
+            reason = f"{file} needs {error.name} to be read: pip install 'edgeadapt[export]'"
+            raise ConfigError(reason, about=file.name, value=error.name) from error
         converter.convert(file, folder)
 
     return cached(f"{file.suffix[1:]}-{CONVERSION}-{file_sha256(file)[:16]}", make)
@@ -222,10 +216,7 @@ def _identity_files(folder: Path) -> tuple[str, ...]:
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ConfigError(f"{index} is not an index of weights: copy the base again", about=INDEX) from error
     if odd is not None or not parts:
-        raise ConfigError(
-            f"{index} names {str(odd)[:80]!r}, which is not a file of weights in the same folder",
-            about=INDEX,
-            value=odd,
-        )
+        reason = f"{index} names {str(odd)[:80]!r}, which is not a file of weights in the same folder"
+        raise ConfigError(reason, about=INDEX, value=odd)
     config, _, tokenizer = IDENTITY_FILES
     return (config, INDEX, *parts, tokenizer)

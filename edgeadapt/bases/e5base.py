@@ -9,7 +9,6 @@ activations to 8 bits, and makes each unknown character a token, where a run of 
 """
 
 import itertools
-import json
 import math
 import re
 import struct
@@ -18,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from aggregation.errors import ConfigError, DataError
+from edgeadapt.bases.ggufbase import write_base
 from edgeadapt.formats.layout import Floats
 
 MAGIC = b"E5S1"
@@ -59,16 +60,9 @@ def convert(file: Path, folder: Path) -> None:
     reader = _Reader(file.name, file.read_bytes())
     config = _config(reader)
     tokenizer, special = _tokenizer(reader, config)
-    weights = dict(_weights(reader, config))
-    save_file(dict(sorted(weights.items())), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
-    _write(folder / "config.json", config)
-    tokenizer.save(str(folder / "tokenizer.json"))
     length = config["max_position_embeddings"]
-    _write(
-        folder / "tokenizer_config.json",
-        special | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length},
-    )
+    companion = special | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
+    write_base(folder, dict(_weights(reader, config)), tokenizer, config=config, tokenizer_config=companion)
 
 
 class _Reader:
@@ -234,7 +228,8 @@ def _weights(reader: _Reader, config: dict[str, Any]) -> Iterator[tuple[str, Flo
         left -= size
         if kind not in (FLOAT32, Q4_0) or values != math.prod(shape) or not size == expected == len(data) or left < 0:
             raise reader.unsound(f"tensor {stored!r} does not have {shape} values of a known kind")
-        value = np.frombuffer(data, "<f4") if kind == FLOAT32 else _dequantized(data)
+        blocks = np.frombuffer(data, np.uint8)
+        value = blocks.view("<f4") if kind == FLOAT32 else dequantize(blocks, GGMLQuantizationType.Q4_0)
         if not np.isfinite(value).all():
             raise reader.unsound(f"tensor {stored!r} has values that are not finite")
         yield name, np.ascontiguousarray(value.reshape(shape), np.float32)
@@ -268,14 +263,3 @@ def _name(stored: str) -> str:
         case [layer, part, kind] if layer[:1] == "l" and part in LAYER_PARTS and kind in KINDS:
             return f"encoder.layer.{layer[1:]}.{LAYER_PARTS[part]}.{KINDS[kind]}"
     return ""
-
-
-def _dequantized(data: bytes) -> Floats:
-    """Decode ``Q4_0``: a block has a scale, then 16 bytes: low halves are the first 16 weights, high the rest."""
-    blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("halves", "u1", BLOCK // 2)]))
-    halves = np.concatenate([blocks["halves"] & 15, blocks["halves"] >> 4], axis=1).astype(np.float32)
-    return ((halves - 8) * blocks["scale"].astype(np.float32)[:, None]).ravel()
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -60,23 +60,25 @@ def convert(file: Path, folder: Path) -> None:
     label = f"Converting {file.name} for the cache; this happens once"
     with click.progressbar(opened.tensors, label=label, file=sys.stderr) as tensors:
         weights = {names[tensor.name]: _ordered(tensor.name, opened.floats(tensor), config) for tensor in tensors}
+    special = {name: value for name, value in config.items() if name.endswith("_token_id")}
+    write_base(folder, weights, tokenizer, config=config, generation_config=special, tokenizer_config=companion)
+
+
+def write_base(folder: Path, weights: Mapping[str, Floats], tokenizer: Tokenizer, **tables: dict[str, Any]) -> None:
+    """Write a base folder; ``tables`` become JSON files of these names."""
     save_file(dict(sorted(weights.items())), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
-    special = {name: value for name, value in config.items() if name.endswith("_token_id")}
-    _write(folder / "config.json", config)
-    _write(folder / "generation_config.json", special)
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write(folder / "tokenizer_config.json", companion)
+    for name, table in tables.items():
+        text = json.dumps(table, indent=1, sort_keys=True) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 def _config(settings: Mapping[str, Any], tensors: int) -> dict[str, Any]:
     kind = settings.get("general.architecture")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise ConfigError(
-            f"a GGUF file of architecture {_shown(kind)} cannot be converted, only {', '.join(ARCHITECTURES)}",
-            about="general.architecture",
-            value=kind,
-        )
+        reason = f"a GGUF file of architecture {_shown(kind)} cannot be converted, only {', '.join(ARCHITECTURES)}"
+        raise ConfigError(reason, about="general.architecture", value=kind)
     if scaled := [name for name in settings if name.startswith(f"{kind}.rope.scaling.")]:
         raise ConfigError(f"the GGUF file sets {scaled[0]}, which cannot be converted", about=scaled[0])
     width, heads = (_size(settings, f"{kind}.{name}") for name in ("embedding_length", "attention.head_count"))
@@ -211,11 +213,8 @@ def _halves(value: Floats, heads: int) -> Floats:
 def _tokenizer(settings: Mapping[str, Any]) -> Tokenizer:
     words, model = _words(settings), settings.get("tokenizer.ggml.model")
     if model != "gpt2":
-        raise ConfigError(
-            f"a GGUF file with a tokenizer of kind {_shown(model)} cannot be converted, only 'gpt2'",
-            about="tokenizer.ggml.model",
-            value=model,
-        )
+        reason = f"a GGUF file with a tokenizer of kind {_shown(model)} cannot be converted, only 'gpt2'"
+        raise ConfigError(reason, about="tokenizer.ggml.model", value=model)
     vocabulary = {word: number for number, word in enumerate(words)}
     if len(vocabulary) < len(words):
         raise DataError("two tokens of the GGUF file are equal", about="tokenizer.ggml.tokens")
@@ -227,9 +226,8 @@ def _tokenizer(settings: Mapping[str, Any]) -> Tokenizer:
     if not isinstance(kinds, list) or len(kinds) != len(words):
         raise DataError("the GGUF file has not one type for each token", about="tokenizer.ggml.token_type")
     added = [(word, kind) for word, kind in zip(words, kinds, strict=True) if kind in (CONTROL, USER_DEFINED)]
-    tokenizer.add_special_tokens(
-        [AddedToken(word, special=True, normalized=False) for word, k in added if k == CONTROL]
-    )
+    special = [AddedToken(word, special=True, normalized=False) for word, k in added if k == CONTROL]
+    tokenizer.add_special_tokens(special)
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word, k in added if k == USER_DEFINED])
     return tokenizer
 
@@ -255,11 +253,8 @@ def _splitter(kind: str) -> pre_tokenizers.PreTokenizer:
     if kind == "qwen2":
         words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
         return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    raise ConfigError(
-        f"a GGUF file that cuts words as {_shown(kind)} cannot be converted, only gpt-2, smollm and qwen2",
-        about="tokenizer.ggml.pre",
-        value=kind,
-    )
+    reason = f"a GGUF file that cuts words as {_shown(kind)} cannot be converted, only gpt-2, smollm and qwen2"
+    raise ConfigError(reason, about="tokenizer.ggml.pre", value=kind)
 
 
 def _tokenizer_config(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,7 +271,3 @@ def _tokenizer_config(settings: Mapping[str, Any]) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": settings[f"{settings['general.architecture']}.context_length"],
     }
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")

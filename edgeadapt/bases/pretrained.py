@@ -38,17 +38,11 @@ def configuration(base: Base) -> Any:
                 tensors += len(file.keys())
         layers, length = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "max_position_embeddings"))
         if layers > tensors or length > LONGEST:
-            raise ConfigError(
-                f"{layers} layers of {tensors} tensors, for texts of {length} tokens, cannot be right",
-                about="config.json",
-                value=(layers, tensors, length),
-            )
+            reason = f"{layers} layers of {tensors} tensors, for texts of {length} tokens, cannot be right"
+            raise ConfigError(reason, about="config.json", value=(layers, tensors, length))
         if not isinstance(config.architectures or [], list):
-            raise ConfigError(
-                f"architectures are not a list: {config.architectures!r}",
-                about="config.json",
-                value=config.architectures,
-            )
+            reason = f"architectures are not a list: {config.architectures!r}"
+            raise ConfigError(reason, about="config.json", value=config.architectures)
     except Exception as error:  # of many classes, with no common base
         raise _refusal(base, error) from error
     return config
@@ -76,7 +70,11 @@ def load(
     level, placing = transformers_logging.get_verbosity(), logging.getLogger("accelerate.big_modeling")
     transformers_logging.set_verbosity_error()  # or it prints tables of missing weights
     placing.disabled = True  # or it says that some are not in memory
-    places = {"device_map": _layers_on_disk(config, kind), "offload_folder": str(offload)} if offload else {}
+    places: dict[str, Any] = {}
+    if offload:
+        with torch.device("meta"):
+            model = kind.from_config(config)
+        places = {"device_map": dict(_places(model, "")), "offload_folder": str(offload)}
     try:
         model, info = kind.from_pretrained(
             base.folder,
@@ -148,13 +146,6 @@ def tokenizer(base: Base) -> Tokenizer:
         raise _refusal(base, error) from error
 
 
-def _layers_on_disk(config: Any, kind: Any) -> dict[str, str]:
-    """Return transformers' ``device_map`` for lists of layers on disk and other modules in memory."""
-    with torch.device("meta"):
-        model = kind.from_config(config)
-    return dict(_places(model, ""))
-
-
 def _places(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(module, nn.ModuleList):
         yield path, "disk"
@@ -178,12 +169,9 @@ def _check_unused(model: Any, missing: list[str]) -> None:
                 state[name].copy_(size * torch.randn(state[name].shape, generator=generator))
             answers.append(model(input_ids=torch.arange(1, 4)[None])[0])
     if not torch.equal(*answers):
-        raise ConfigError(
-            f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}, and no adapter brings them: "
-            "take the base of the adapter's training, or train them with it (modules_to_save)",
-            about=WEIGHTS,
-            value=missing,
-        )
+        reason = f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}, and no adapter brings them: "
+        reason += "take the base of the adapter's training, or train them with it (modules_to_save)"
+        raise ConfigError(reason, about=WEIGHTS, value=missing)
 
 
 def _refusal(base: Base, error: Exception) -> ConfigError:

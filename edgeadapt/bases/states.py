@@ -27,7 +27,6 @@ AT_A_TIME = 512  # texts
 
 
 def key_of(tokens: Tokens) -> str:
-    """Return the SHA-256 of a text's tokens."""
     return hashlib.sha256(np.array(tokens, np.int64).tobytes()).hexdigest()
 
 

@@ -63,9 +63,8 @@ class TrainingGraph:
         options.enable_mem_pattern = False
         providers = ["CPUExecutionProvider"]
         # Folding would store each weight once more: in float, or transposed.
-        self._session = ort.InferenceSession(
-            model, options, providers=providers, disabled_optimizers=["ConstantFolding"]
-        )
+        off = ["ConstantFolding"]
+        self._session = ort.InferenceSession(model, options, providers=providers, disabled_optimizers=off)
         self.lower: LowerLayers | None = None
         if lower is not None:
             self.lower = LowerLayers(ort.InferenceSession(lower, options, providers=providers), MAX_STATES)

@@ -72,12 +72,10 @@ def init(
         raise ConfigError("--unencrypted and --passphrase-file exclude each other: give one", about="--unencrypted")
     passphrase = None if unencrypted else _passphrase(passphrase_file, new=True)
     store = AuthorityStore.create(folder, name, days, list_days, passphrase)
-    print_result(
-        {"authority": store.root.fingerprint, "certificate": str(folder / CERTIFICATE), "key": str(folder / KEY)},
-        f"authority {store.root.fingerprint}\n"
-        f"pin {folder / CERTIFICATE} on the devices and the coordinator; keep {folder / KEY} here",
-        as_json,
-    )
+    certificate, key = folder / CERTIFICATE, folder / KEY
+    row = {"authority": store.root.fingerprint, "certificate": str(certificate), "key": str(key)}
+    line = f"pin {certificate} on the devices and the coordinator; keep {key} here"
+    print_result(row, f"authority {store.root.fingerprint}\n{line}", as_json)
 
 
 @click.command()

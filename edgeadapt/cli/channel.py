@@ -1,9 +1,11 @@
 """``edgeadapt release``: releases for devices, by channel, in a repository of static files."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,7 +14,7 @@ from aggregation.errors import ConfigError
 from edgeadapt import commandline
 from edgeadapt.commandline import FILE, FOLDER, as_json, print_result
 from edgeadapt.formats import storage
-from edgeadapt.formats.release import CANARY, STABLE
+from edgeadapt.formats.release import CANARY, STABLE, Release
 from edgeadapt.formats.settings import overridden
 from edgeadapt.releases.actions import login_name
 from edgeadapt.releases.repository import ChannelRepository, Published, pinned_keys
@@ -53,11 +55,12 @@ def init(
     if ChannelRepository.exists(folder):
         if edited and (overrides or not names):
             raise ConfigError(f"{gates} is there already: edit it, or name a CHANNEL to add", about=GATES)
-        made = _open(folder)
+        made = open_repository(folder)
         for channel in names:
             made.add_channel(channel, SystemEntropy())
     else:
-        made = ChannelRepository.create(folder, SystemEntropy(), _now(), names or (CANARY, STABLE), by=login_name())
+        names = names or (CANARY, STABLE)
+        made = ChannelRepository.create(folder, SystemEntropy(), datetime.now(UTC), names, by=login_name())
         _write_root(folder, made)
     if not edited:
         storage.replace(gates, HEADER + settings.to_toml().encode(), storage.PUBLIC)
@@ -84,7 +87,9 @@ def publish(folder: Path, channel: str, bundle: Path, trust: Path | None, as_jso
       edgeadapt release publish releases canary --bundle runs/demo/bundle
       edgeadapt release publish releases canary --bundle bundle --trust vendor.pub.pem
     """
-    _print(_open(folder).publish(channel, bundle, pinned_keys(bundle, trust)), as_json)
+    published = open_repository(folder).publish(channel, bundle, pinned_keys(bundle, trust))
+    left_out = [f"left out, because private: {', '.join(published.private)}"] if published.private else []
+    print_published(published, {"left_out": published.private}, left_out, as_json)
 
 
 @click.command()
@@ -102,7 +107,7 @@ def protect(folder: Path, channel: str, off: bool, as_json: bool) -> None:
       edgeadapt release protect releases stable-de
       edgeadapt release protect releases stable --off
     """
-    _open(folder).protect(channel, on=not off)
+    open_repository(folder).protect(channel, on=not off)
     line = f"channel {channel} is {'not ' if off else ''}protected"
     print_result({"channel": channel, "protected": not off}, line, as_json)
 
@@ -129,7 +134,7 @@ def renew(folder: Path, role: str | None, everything: bool, new_key: bool, as_js
     """
     if new_key != (role is not None) or (new_key and everything):
         raise ConfigError("--new-key goes with one ROLE or CHANNEL, and not with --all", about="--new-key")
-    opened = _open(folder)
+    opened = open_repository(folder)
     if role is not None:
         discarded = opened.rotate(role, SystemEntropy())
         line, row = f"{role} has a new key", {"role": role, "discarded": discarded}
@@ -157,7 +162,7 @@ def show(folder: Path, as_json: bool) -> None:
     Example:
       edgeadapt release show releases
     """
-    opened = _open(folder)
+    opened = open_repository(folder)
     releases = {each: opened.release(each) for each in opened.channels}
     rollouts = {each: opened.rollout(each) for each in opened.channels}
     staged = {each: found for each, found in releases.items() if found and rollouts[each]}
@@ -184,8 +189,7 @@ def show(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps(row))
         return
     for each, found in releases.items():
-        adapters = ", ".join(f"{key} {version}" for key, version in sorted(found.adapters.items())) if found else ""
-        text = f"release {found.number} of {found.made}: {adapters}" if found else "no release"
+        text = f"release {found.number} of {found.made}: {_adapters(found)}" if found else "no release"
         click.echo(f"{each:<12} {text}{'; protected' if each in opened.protected else ''}")
         if rollout := rollouts[each]:
             click.echo(f"{'':<12} for {rollout}; release {rollout.previous} for the others")
@@ -193,29 +197,25 @@ def show(folder: Path, as_json: bool) -> None:
             click.echo(f"{'':<12} {f'rollback to release {ready.again}: prepared' if ready else problem}")
     for role, version, expires, keys in roles:
         places = ", ".join(f"{path.name}{'' if path.is_file() else ' (not here)'}" for path in keys)
-        late = " EXPIRED" if expires <= _now() else ""
+        late = " EXPIRED" if expires <= datetime.now(UTC) else ""
         click.echo(f"{role:<12} version {version}, until {expires:%Y-%m-%d}{late}, key {places}")
 
 
-def _open(folder: Path) -> ChannelRepository:
-    return ChannelRepository.open(folder, _now(), by=login_name())
+def open_repository(folder: Path) -> ChannelRepository:
+    return ChannelRepository.open(folder, datetime.now(UTC), by=login_name())
 
 
 def _write_root(folder: Path, opened: ChannelRepository) -> None:
     storage.replace(folder / ROOT, opened.root(), storage.PUBLIC)
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
-def _print(published: Published, as_json: bool) -> None:
+def print_published(published: Published, more: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:
+    """Print the release that a channel has now, and ``more`` of it in JSON, or ``lines``."""
     release = published.release
-    if as_json:
-        row = {"channel": published.channel, "release": release.number, "adapters": release.adapters}
-        click.echo(json.dumps({**row, "files": release.files, "left_out": published.private}))
-        return
-    adapters = ", ".join(f"{key} {version}" for key, version in sorted(release.adapters.items()))
-    click.echo(f"{published.channel}, release {release.number}: {adapters}; {len(release.files)} files")
-    if published.private:
-        click.echo(f"left out, because private: {', '.join(published.private)}")
+    row = {"channel": published.channel, "release": release.number, "adapters": release.adapters}
+    text = f"{published.channel}, release {release.number}: {_adapters(release)}; {len(release.files)} files"
+    print_result({**row, "files": release.files, **more}, "\n".join([text, *lines]), as_json)
+
+
+def _adapters(release: Release) -> str:
+    return ", ".join(f"{key} {version}" for key, version in sorted(release.adapters.items()))

@@ -115,7 +115,6 @@ def _to_onnx(bundle: Path, name: str | None, trust: Path | None, out: Path, as_j
 
 
 def _of_bundle(bundle: Path, name: str, trust: Path | None, base: str | None) -> "tuple[Tensors, PeftConfig]":
-    """Read a bundle's adapter as peft has it."""
     from edgeadapt.formats.bundle import TRUST, Bundle
     from edgeadapt.formats.keyfiles import read_public_keys
     from edgeadapt.methods.peft.dora import scaled_layers
@@ -135,10 +134,8 @@ def _with_magnitudes(
 ) -> "Tensors":
     """Restore the tensors of a DoRA adapter as peft has them."""
     if base_name is None:
-        raise ConfigError(
-            "the magnitudes of DoRA are computed with the base's weights: name the base of the bundle with --base",
-            about="--base",
-        )
+        reason = "the magnitudes of DoRA are computed with the base's weights: name the base of the bundle with --base"
+        raise ConfigError(reason, about="--base")
     from edgeadapt.bases.base import find_base
 
     base = find_base(base_name)

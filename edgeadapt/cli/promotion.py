@@ -4,7 +4,6 @@ import json
 import tempfile
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,18 @@ import click
 from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from edgeadapt import commandline, traces
+from edgeadapt.cli.channel import name, open_repository, print_published, repository
 from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, print_result
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.rollout import ALL
+from edgeadapt.promotion import gates
 from edgeadapt.promotion.evaluations import act, judge
-from edgeadapt.promotion.gates import (
-    GATES,
-    AssembledRelease,
-    GateError,
-    GateSettings,
-    PromotionTrial,
-    require_passed,
-)
-from edgeadapt.releases.actions import GateResult, login_name
+from edgeadapt.releases.actions import GateResult
 from edgeadapt.releases.prepared import RollbackCondition
 from edgeadapt.releases.repository import ChannelRepository, Published
 from edgeadapt.releases.rollback import prepare, require_signer, roll_back
 
-repository = click.argument("folder", type=FOLDER, metavar="REPO")
 language = click.option(
     "--language",
     "languages",
@@ -93,10 +85,11 @@ def promote(
       edgeadapt release promote releases canary stable
       edgeadapt release promote releases canary stable --share 10 --key vendor.key
     """
-    opened = _open(folder)
-    if not (folder / GATES).is_file():
-        raise ConfigError(f"{folder} has no {GATES}: write one with 'edgeadapt release init {folder}'", about=GATES)
-    settings = GateSettings.read(folder / GATES)
+    opened = open_repository(folder)
+    if not (folder / gates.GATES).is_file():
+        reason = f"{folder} has no {gates.GATES}: write one with 'edgeadapt release init {folder}'"
+        raise ConfigError(reason, about=gates.GATES)
+    settings = gates.GateSettings.read(folder / gates.GATES)
     release, current = opened.release(source), opened.release(channel)
     if source == channel:
         raise ConfigError(f"FROM and TO are both {channel}: name two channels", about="channel", value=channel)
@@ -111,17 +104,17 @@ def promote(
     with traces.exporting(traces.GOVERNANCE), traces.span("promotion", **about):
         with tempfile.TemporaryDirectory(prefix=".promotion-", dir=folder) as work:  # there files can be linked
             keys = trust or folder / TRUST
-            candidate = AssembledRelease.of(opened, source, release, keys, Path(work) / "candidate")
-            before = (
-                None if current is None else AssembledRelease.of(opened, channel, current, keys, Path(work) / "current")
-            )
-            results = PromotionTrial(settings, folder, candidate, before).results()
+            candidate = gates.AssembledRelease.of(opened, source, release, keys, Path(work) / "candidate")
+            before = None
+            if current is not None:
+                before = gates.AssembledRelease.of(opened, channel, current, keys, Path(work) / "current")
+            results = gates.PromotionTrial(settings, folder, candidate, before).results()
         if not as_json:
             for result in results:
                 click.echo(f"{'passed' if result.passed else 'REFUSED'}  {result.gate}: {result.text}")
         if not all(result.passed for result in results):
             opened.refuse(source, release, channel, results)
-            require_passed(results, f"release {release.number} of {source}")
+            gates.require_passed(results, f"release {release.number} of {source}")
         with traces.span("publish"):
             published = opened.promote(source, release.number, channel, results, share=share, languages=languages)
     _print(published, results, as_json, _prepared(opened, channel, key, settings.accuracy.margin))
@@ -129,7 +122,7 @@ def promote(
 
 @click.command()
 @repository
-@click.argument("channel", metavar="CHANNEL")
+@name
 @click.option(
     "--share",
     type=click.IntRange(0, ALL),
@@ -155,10 +148,10 @@ def rollout(
       edgeadapt release rollout releases stable --share 20 --language de --language fr
       edgeadapt release rollout releases stable --share 100
     """
-    opened, key, margin = _open(folder), None if key_file is None else read_key(key_file), 0.0
+    opened, key, margin = open_repository(folder), None if key_file is None else read_key(key_file), 0.0
     release = opened.release(channel)
     if key is not None and release is not None:  # before anything is changed
-        margin = GateSettings.read(folder / GATES).accuracy.margin
+        margin = gates.GateSettings.read(folder / gates.GATES).accuracy.margin
         require_signer(opened, channel, release, key.public)
     published = opened.set_rollout(channel, share, languages, again=key is not None)
     _print(published, (), as_json, _prepared(opened, channel, key, margin))
@@ -166,7 +159,7 @@ def rollout(
 
 @click.command()
 @repository
-@click.argument("channel", metavar="CHANNEL")
+@name
 @click.option("--to", "number", type=click.IntRange(min=1), required=True, metavar="N", help="Number of the release.")
 @click.option("--key", type=FILE, required=True, metavar="FILE", help="The vendor's key, which signs bundles.")
 @as_json
@@ -179,7 +172,7 @@ def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) 
     Example:
       edgeadapt release rollback releases stable --to 3 --key vendor.key
     """
-    opened, vendor = _open(folder), read_key(key)
+    opened, vendor = open_repository(folder), read_key(key)
     with traces.exporting(traces.GOVERNANCE), traces.span("rollback", channel=channel, again=number):
         published = roll_back(opened, channel, number, vendor)
     _print(published, (), as_json)
@@ -187,7 +180,7 @@ def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) 
 
 @click.command()
 @click.argument("state_dir", type=FOLDER, metavar="DIR")
-@click.argument("channel", metavar="CHANNEL")
+@name
 @releases
 @trusted
 @adapter_name
@@ -237,7 +230,7 @@ def watch(
         while True:
             try:
                 with traces.span("watch", channel=channel) as span:
-                    step = act(_open(releases), state_dir, trust, channel, adapter)
+                    step = act(open_repository(releases), state_dir, trust, channel, adapter)
                     span.set(outcome=step.outcome)
                 row = {
                     "outcome": step.outcome,
@@ -260,19 +253,15 @@ def watch(
 
 def _verdict(releases: Path, state_dir: Path, trust: Path | None, channel: str, adapter: str, as_json: bool) -> None:
     """Print the verdict on the release that a channel rolls out. Raises GateError: it is worse."""
-    repository = _open(releases)
+    repository = open_repository(releases)
     repository.compared(channel, adapter)
-    margin = GateSettings.read(releases / GATES).accuracy.margin
+    margin = gates.GateSettings.read(releases / gates.GATES).accuracy.margin
     evaluation, _ = judge(repository, state_dir, trust, channel, adapter, margin)
     row = {"round": evaluation.round, "metrics": evaluation.metrics, "worse": evaluation.worse}
     print_result(row | asdict(evaluation.verdict), str(evaluation), as_json)
     if evaluation.worse:
         reason = f"the newest release of {channel} is worse than the one before: take it back with "
-        raise GateError(f"{reason}'edgeadapt release rollback'", about="evaluation", value=evaluation.round)
-
-
-def _open(folder: Path) -> ChannelRepository:
-    return ChannelRepository.open(folder, datetime.now(UTC), by=login_name())
+        raise gates.GateError(f"{reason}'edgeadapt release rollback'", about="evaluation", value=evaluation.round)
 
 
 def _prepared(
@@ -288,15 +277,9 @@ def _prepared(
 def _print(
     published: Published, results: tuple[GateResult, ...], as_json: bool, ready: RollbackCondition | None = None
 ) -> None:
-    release = published.release
-    if as_json:
-        row: dict[str, Any] = {"channel": published.channel, "release": release.number, "adapters": release.adapters}
-        row |= {"files": release.files, "gates": [asdict(each) for each in results]}
-        row |= {"rollout": published.rollout and asdict(published.rollout), "prepared": ready and asdict(ready)}
-        click.echo(json.dumps(row))
-        return
-    adapters = ", ".join(f"{name} {version}" for name, version in sorted(release.adapters.items()))
-    click.echo(f"{published.channel}, release {release.number}: {adapters}; {len(release.files)} files")
-    if published.rollout is not None:
-        click.echo(f"for {published.rollout}; release {published.rollout.previous} for the others")
-        click.echo(f"rollback to release {ready.again}: prepared" if ready else "rollback: not prepared, name --key")
+    rollout, lines = published.rollout, []
+    if rollout is not None:
+        lines.append(f"for {rollout}; release {rollout.previous} for the others")
+        lines.append(f"rollback to release {ready.again}: prepared" if ready else "rollback: not prepared, name --key")
+    row = {"gates": [asdict(each) for each in results], "rollout": rollout and asdict(rollout)}
+    print_published(published, row | {"prepared": ready and asdict(ready)}, lines, as_json)

@@ -45,9 +45,8 @@ class Blobs:
         try:
             fs, root = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"the blob store's address is not usable: {error}", about="blobs.url", value=url
-            ) from error
+            reason = f"the blob store's address is not usable: {error}"
+            raise ConfigError(reason, about="blobs.url", value=url) from error
         except OSError as error:  # some file systems connect at once
             raise EdgeAdaptError(f"blob store {url} cannot be opened: {error}", about="blobs.url", value=url) from error
         return cls(fs, root.rstrip("/") or root)
@@ -67,7 +66,7 @@ class Blobs:
         It is written to a temporary name and moved to its place; a kill leaves at most a file that ends in ``.part``.
         A bucket takes an object whole or not at all.
         """
-        digest = _sha256(blob)
+        digest = hashlib.sha256(blob).hexdigest()
         place = self._place(digest)
         with self._explained("cannot be written to; nothing was changed"):
             if self._is_bucket:
@@ -76,7 +75,8 @@ class Blobs:
             try:
                 self._write(f"{place}.part", blob)
                 self.fs.mv(f"{place}.part", place)
-                self._settle()
+                if self._is_local:
+                    sync(Path(self.root))  # a move is durable only then
             except OSError:
                 with suppress(OSError):
                     self.fs.rm(f"{place}.part")
@@ -104,10 +104,9 @@ class Blobs:
     def get(self, digest: str) -> bytes:
         """Read the blob of that digest. Raises DataError if it is missing, TrustError for other content."""
         blob = self.read(digest)
-        if _sha256(blob) != digest:
-            raise TrustError(
-                f"blob {digest} in {self.name} was altered: restore it from a copy", about="blob", value=digest
-            )
+        if hashlib.sha256(blob).hexdigest() != digest:
+            reason = f"blob {digest} in {self.name} was altered: restore it from a copy"
+            raise TrustError(reason, about="blob", value=digest)
         return blob
 
     def read(self, digest: str, size: int | None = None) -> bytes:
@@ -119,9 +118,8 @@ class Blobs:
                 stored = self.fs.size(place)
                 blob: bytes = self.fs.cat_file(place) if stored <= LARGEST and size in (None, stored) else b""
             except FileNotFoundError as error:
-                raise DataError(
-                    f"blob {digest} is missing from {self.name}: restore it from a copy", about="blob", value=digest
-                ) from error
+                reason = f"blob {digest} is missing from {self.name}: restore it from a copy"
+                raise DataError(reason, about="blob", value=digest) from error
         return blob
 
     @property
@@ -150,11 +148,6 @@ class Blobs:
             if self._is_local:
                 flush(file)
 
-    def _settle(self) -> None:
-        # On a local disk a move is durable only once the folder is synced.
-        if self._is_local:
-            sync(Path(self.root))
-
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
         try:
@@ -166,7 +159,3 @@ class Blobs:
                 raise
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise EdgeAdaptError(f"blob store {self.name} {what}: {reason}", about="blobs") from error
-
-
-def _sha256(blob: bytes) -> str:
-    return hashlib.sha256(blob).hexdigest()

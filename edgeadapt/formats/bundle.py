@@ -80,24 +80,14 @@ def adapter_names(bundle: Path) -> list[str]:
 def read_file(path: Path, limit: int) -> bytes:
     """Read a file of a bundle. Raises DataError: it is missing, is not a regular file, or cannot be read; TrustError:
     it is larger than ``limit`` bytes. Nothing was read then."""
-    with _opened(path, limit) as (file, stamp):
-        return file.read(stamp.size)  # not the limit: a small machine would refuse that much memory
+    with _opened(path, limit) as (file, status):
+        return file.read(status.st_size)  # not the limit: a small machine would refuse that much memory
 
 
-@dataclass(frozen=True, slots=True)
-class Stamp:
-    """Identifies the content of an open file without reading it. The system sets ctime at every write, and it cannot be
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """Identify the content of an open file without reading it. The system sets ctime at every write, and it cannot be
     set back without setting the machine's clock."""
-
-    device: int
-    inode: int
-    size: int
-    modified: int  # nanoseconds
-    changed: int  # nanoseconds
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Self:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,25 +96,23 @@ class HashedFile:
 
     path: Path
     digest: str
-    stamp: Stamp
+    stamp: tuple[int, ...]
 
     @classmethod
     def of(cls, path: Path) -> Self:
         """Hash a file without holding it in memory. Raises as ``read_file``."""
-        with _opened(path, MAX_BASE_FILE) as (file, stamp):
-            return cls(path, file_digest(file, "sha256").hexdigest(), stamp)
+        with _opened(path, MAX_BASE_FILE) as (file, status):
+            return cls(path, file_digest(file, "sha256").hexdigest(), _stamp(status))
 
     def check(self) -> None:
         """Check that the path still leads to the file that was hashed. Raises TrustError if it changed."""
         try:
-            same = Stamp.of(self.path.stat()) == self.stamp
+            same = _stamp(self.path.stat()) == self.stamp
         except FileNotFoundError:
             same = False
         if not same:
-            raise TrustError(
-                f"{self.path} changed while it was being loaded: try again, or copy the bundle again",
-                about=self.path.name,
-            )
+            reason = f"{self.path} changed while it was being loaded: try again, or copy the bundle again"
+            raise TrustError(reason, about=self.path.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,16 +189,12 @@ class Bundle:
         path = self.folder / manifest_path(name)
         if not path.exists():
             present = ", ".join(adapter_names(self.folder)) or "none"
-            raise DataError(
-                f"{self.folder} has no manifest of an adapter {name!r}; it has: {present}", about=path.name, value=name
-            )
+            reason = f"{self.folder} has no manifest of an adapter {name!r}; it has: {present}"
+            raise DataError(reason, about=path.name, value=name)
         manifest = self._accept(AdapterManifest, path)
         if manifest.name != name:
-            raise TrustError(
-                f"{path} was signed for the adapter {manifest.name[:64]!r}: copy the bundle again",
-                about="adapter-manifest.name",
-                value=manifest.name,
-            )
+            reason = f"{path} was signed for the adapter {manifest.name[:64]!r}: copy the bundle again"
+            raise TrustError(reason, about="adapter-manifest.name", value=manifest.name)
         return manifest
 
     def adapter(self, name: str, base: BaseManifest) -> VerifiedAdapter:
@@ -248,11 +232,8 @@ def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest
     sizes = check_slots(inputs, base.slots)
     rank = max((size for symbol, size in sizes.items() if symbol.startswith("rank_")), default=0)
     if rank > base.max_rank:
-        raise DataError(
-            f"adapter {manifest.name!r} has rank {rank}, above the base's limit of {base.max_rank}",
-            about="adapter-manifest.rank",
-            value=rank,
-        )
+        reason = f"adapter {manifest.name!r} has rank {rank}, above the base's limit of {base.max_rank}"
+        raise DataError(reason, about="adapter-manifest.rank", value=rank)
     measured = {
         "layout_digest": layout_of(inputs).digest,
         "rank": rank,
@@ -260,16 +241,11 @@ def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest
     }
     stated = {"layout_digest": manifest.layout_digest, "rank": manifest.rank, "labels": len(manifest.labels)}
     if other := [field for field in measured if measured[field] != stated[field]]:
-        raise DataError(
-            f"adapter {manifest.name!r} does not have the {other[0]} that its manifest states: export it again",
-            about=f"adapter-manifest.{other[0]}",
-            value=stated[other[0]],
-        )
+        reason = f"adapter {manifest.name!r} does not have the {other[0]} that its manifest states: export it again"
+        raise DataError(reason, about=f"adapter-manifest.{other[0]}", value=stated[other[0]])
     if manifest.labels and base.task == "text-generation":
-        raise DataError(
-            f"adapter {manifest.name!r} names labels, and a base for text-generation has none: export it again",
-            about="adapter-manifest.labels",
-        )
+        reason = f"adapter {manifest.name!r} names labels, and a base for text-generation has none: export it again"
+        raise DataError(reason, about="adapter-manifest.labels")
     check_labels(manifest.name, manifest.labels)
 
 
@@ -278,10 +254,8 @@ def _check_listed(folder: Path, manifest: BaseManifest) -> None:
     belong to file managers, and no library reads them."""
     present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     if unlisted := sorted(present - set(manifest.files) - {BASE_MANIFEST.name}):
-        raise TrustError(
-            f"{folder / unlisted[0]} is not listed in the base manifest: remove it, or copy the bundle again",
-            about=unlisted[0],
-        )
+        reason = f"{folder / unlisted[0]} is not listed in the base manifest: remove it, or copy the bundle again"
+        raise TrustError(reason, about=unlisted[0])
 
 
 def _altered(path: Path) -> TrustError:
@@ -289,19 +263,16 @@ def _altered(path: Path) -> TrustError:
 
 
 @contextmanager
-def _opened(path: Path, limit: int) -> Iterator[tuple[BufferedReader, Stamp]]:
+def _opened(path: Path, limit: int) -> Iterator[tuple[BufferedReader, os.stat_result]]:
     try:
         if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for, and a device may never end
             raise DataError(f"{path} is not a regular file: copy the bundle again", about=path.name)
         with path.open("rb") as file:
-            stamp = Stamp.of(os.fstat(file.fileno()))
-            if stamp.size > limit:
-                raise TrustError(
-                    f"{path} is larger than its limit of {limit} bytes: copy the bundle again",
-                    about=path.name,
-                    value=stamp.size,
-                )
-            yield file, stamp
+            status = os.fstat(file.fileno())
+            if status.st_size > limit:
+                reason = f"{path} is larger than its limit of {limit} bytes: copy the bundle again"
+                raise TrustError(reason, about=path.name, value=status.st_size)
+            yield file, status
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: copy the bundle again", about=path.name) from error
     except OSError as error:

@@ -32,9 +32,6 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
             make(stage)
     except OSError as error:
         if not target.is_dir():  # else another process was faster, and its folder is as good
-            raise ConfigError(
-                f"cannot write {target} ({error.strerror}): free some space, or set {VARIABLE} to another folder",
-                about=VARIABLE,
-                value=str(target),
-            ) from error
+            reason = f"cannot write {target} ({error.strerror}): free some space, or set {VARIABLE} to another folder"
+            raise ConfigError(reason, about=VARIABLE, value=str(target)) from error
     return target

@@ -44,9 +44,8 @@ def sign(payload: bytes, payload_type: str, key: IdentityKey) -> bytes:
         "signatures": [{"keyid": key.public.key_id, "sig": base64.b64encode(signature).decode()}],
     }
     if (size := len(raw := jsontext.encode(envelope))) > MAX_ENVELOPE:
-        raise DataError(
-            f"a signed document of {size} bytes is above the limit of {MAX_ENVELOPE}", about=payload_type, value=size
-        )
+        reason = f"a signed document of {size} bytes is above the limit of {MAX_ENVELOPE}"
+        raise DataError(reason, about=payload_type, value=size)
     return raw
 
 
@@ -83,11 +82,8 @@ def _holds(key: PublicKey, signature: bytes, signed: bytes) -> bool:
 def _parse(raw: bytes, payload_type: str) -> tuple[bytes, list[tuple[str, bytes]]]:
     """Return the payload, and the key id and the bytes of each signature; nothing is verified."""
     if len(raw) > MAX_ENVELOPE:
-        raise TrustError(
-            f"a signed document of {len(raw)} bytes is above the limit of {MAX_ENVELOPE}",
-            about="envelope",
-            value=len(raw),
-        )
+        reason = f"a signed document of {len(raw)} bytes is above the limit of {MAX_ENVELOPE}"
+        raise TrustError(reason, about="envelope", value=len(raw))
     try:
         payload, stated, signatures = _values(jsontext.decode(raw), "payload", "payloadType", "signatures")
         if not isinstance(signatures, list) or not 1 <= len(signatures) <= MAX_SIGNATURES:
@@ -99,9 +95,8 @@ def _parse(raw: bytes, payload_type: str) -> tuple[bytes, list[tuple[str, bytes]
     except ValueError as error:
         raise TrustError(f"not a signed document (DSSE): {error}", about="envelope") from None
     if stated != payload_type:
-        raise TrustError(
-            f"a document of type {stated[:80]!r}, where {payload_type!r} is needed", about="payloadType", value=stated
-        )
+        reason = f"a document of type {stated[:80]!r}, where {payload_type!r} is needed"
+        raise TrustError(reason, about="payloadType", value=stated)
     return decoded
 
 

@@ -29,11 +29,8 @@ def decode(blob: bytes, layout: Layout | None = None) -> Tensors:
     """Read what ``encode`` wrote: ``decode(encode(t)) == t``. Without ``layout``, any finite float32 tensors are
     accepted. Raises DataError: truncated, oversized or damaged bytes, another layout, NaN or infinity."""
     if len(blob) > MAX_ADAPTER:
-        raise DataError(
-            f"an adapter file of {len(blob)} bytes is above the limit of {MAX_ADAPTER}",
-            about="adapter",
-            value=len(blob),
-        )
+        reason = f"an adapter file of {len(blob)} bytes is above the limit of {MAX_ADAPTER}"
+        raise DataError(reason, about="adapter", value=len(blob))
     try:
         tensors: Tensors = load(blob)
     except (SafetensorError, KeyError, ValueError) as error:

@@ -127,9 +127,8 @@ def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str
     graph does not take, or a vector is there more than once; about the tensor.
     """
     if odd := sorted(set(inputs).symmetric_difference(slots)):
-        raise DataError(
-            f"tensor {odd[0]!r} is missing from the adapter or has no slot in the base's graph", about=odd[0]
-        )
+        reason = f"tensor {odd[0]!r} is missing from the adapter or has no slot in the base's graph"
+        raise DataError(reason, about=odd[0])
     sizes: dict[str, int] = {}
     for name, dimensions in slots.items():
         shape = inputs[name].shape
@@ -139,9 +138,8 @@ def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str
         )
         fits = fits and not (dimensions[0].startswith(GIVEN) and shape[0] > 1)
         if not fits:
-            raise DataError(
-                f"tensor {name!r} is {list(shape)}, its slot takes [{', '.join(dimensions)}]", about=name, value=shape
-            )
+            reason = f"tensor {name!r} is {list(shape)}, its slot takes [{', '.join(dimensions)}]"
+            raise DataError(reason, about=name, value=shape)
     return sizes
 
 

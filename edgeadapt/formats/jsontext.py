@@ -10,9 +10,9 @@ import re
 from collections.abc import Hashable
 from datetime import UTC, datetime
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # may be half of a pair
 T = TypeVar("T")
@@ -51,6 +51,13 @@ def decode(raw: bytes) -> Any:
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
     return value
+
+
+class Exact:
+    """Base of dataclasses of which ``decode_as`` refuses unknown fields."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
 def decode_as(kind: type[T], raw: bytes | str) -> T:

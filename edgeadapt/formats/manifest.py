@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
@@ -33,9 +33,8 @@ def check_name(name: str) -> str:
     """Check that an adapter and its two files can have ``name`` on any system, and return it. Raises ConfigError: it is
     empty, longer than 64 characters, or has a character that could leave the folder."""
     if not ADAPTER_NAME.fullmatch(name):
-        raise ConfigError(
-            f"adapter name {name[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-'", about="name", value=name
-        )
+        reason = f"adapter name {name[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-'"
+        raise ConfigError(reason, about="name", value=name)
     return name
 
 
@@ -46,19 +45,15 @@ def check_labels(name: str, labels: Sequence[str]) -> None:
         raise DataError(f"adapter {name!r} names a label twice: export it again with other labels", about="labels")
     for label in labels:
         if not label.strip() or len(label) > MAX_LABEL or not label.isprintable():
-            raise DataError(
-                f"adapter {name!r}: label {label[:40]!r} is not a printable name: export it with another",
-                about="labels",
-                value=label,
-            )
+            reason = f"adapter {name!r}: label {label[:40]!r} is not a printable name: export it with another"
+            raise DataError(reason, about="labels", value=label)
 
 
-class Manifest:
+class Manifest(jsontext.Exact):
     """Signs and accepts every manifest. Law: ``accept(manifest.sign(key), [key.public]) == manifest``. A manifest is a
     flat object: a field that is missing, unknown or ill-formed is refused, also if it is signed."""
 
     __slots__ = ()
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     NAME: ClassVar[str]
 
     @classmethod
@@ -107,25 +102,21 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
-class ServerRule:
+class ServerRule(jsontext.Exact):
     """Names a rule that made a version, the server optimizer or the combination of groups, with its numbers.
     ``edgeadapt.rounds.optimizer`` and ``edgeadapt.rounds.combination`` have the rules."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     name: str
     numbers: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class PrivacyBound:
+class PrivacyBound(jsontext.Exact):
     """Bounds differential privacy of all sums that made an adapter, for everything that one device contributed.
 
     >>> print(PrivacyBound(6.071, 1e-6))
     epsilon 6.07 for delta 1e-06
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     delta: Annotated[float, Field(gt=0, lt=1)]

@@ -10,11 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Annotated, ClassVar, Final, Literal, Self, TypeVar
+from typing import Annotated, Final, Literal, Self, TypeVar
 
-from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
 from aggregation.errors import ConfigError, DataError
+from edgeadapt.formats.jsontext import Exact
 
 Rank = Annotated[int, Field(ge=0, lt=2**63)]
 Alpha = Rank | Annotated[float, Field(ge=0, lt=2**63)]  # a whole number to peft's types, any number in its files
@@ -41,7 +42,7 @@ MethodName = Literal[
 
 
 @dataclass(frozen=True, slots=True)
-class PeftConfig:
+class PeftConfig(Exact):
     """Names the method of an adapter, and the layers at which it is, as ``target_modules`` name them.
 
     ``LORA`` is low-rank adaptation (Hu et al. 2021). ``ADALORA`` (Zhang et al. 2023), ``LOHA`` (Hyeon-Woo et al. 2022)
@@ -53,8 +54,6 @@ class PeftConfig:
     values; they are at no layer. Methods without low rank have rank and alpha 0. The fields are those of peft's own
     configurations.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     peft_type: Method
     r: Rank
@@ -197,11 +196,8 @@ def _ending(pattern: str) -> TypeAdapter[str]:
     try:
         re.compile(whole)  # peft refuses it too
     except (re.error, OverflowError, RecursionError) as error:
-        raise DataError(
-            f"the adapter's pattern {pattern[:40]!r} is not a regular expression: {error}",
-            about="pattern",
-            value=pattern,
-        ) from error
+        reason = f"the adapter's pattern {pattern[:40]!r} is not a regular expression: {error}"
+        raise DataError(reason, about="pattern", value=pattern) from error
     if OTHERWISE.search(pattern):
         raise _refusal(pattern)
     try:

@@ -45,8 +45,7 @@ def _pairs(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
     for number, line in enumerate(lines, 1):
         label, _, phrase = (part.strip() for part in line.partition(TAB))
         if not label or not phrase:
-            raise DataError(
-                f"phrase {number} of {path} does not have the form LABEL TAB PHRASE", about=path.name, value=number
-            )
+            reason = f"phrase {number} of {path} does not have the form LABEL TAB PHRASE"
+            raise DataError(reason, about=path.name, value=number)
         pairs.append((label, phrase))
     return pairs

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import sqlite3
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,12 +139,10 @@ class LocalFiles:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY_ROLLBACK:
                 text = f"a process was killed while it wrote to {path}: undo what it began"
                 command = f"edgeadapt coordinator status {self.folder}"
-                raise DataError(
-                    f"{text} with '{command}', or start the coordinator", about=f"{DATABASE}-journal"
-                ) from None
-            raise DataError(
-                f"{path} is not a registry or is damaged ({error}): restore it from a copy", about=DATABASE
-            ) from None
+                reason = f"{text} with '{command}', or start the coordinator"
+                raise DataError(reason, about=f"{DATABASE}-journal") from None
+            reason = f"{path} is not a registry or is damaged ({error}): restore it from a copy"
+            raise DataError(reason, about=DATABASE) from None
         return rows
 
 
@@ -170,12 +167,6 @@ class RegistryFiles:
     source: RegistrySource
     trusted: tuple[PublicKey, ...]
 
-    @classmethod
-    def open(cls, state_dir: Path, trusted: Sequence[PublicKey]) -> Self:
-        """Open the registry in a coordinator's state directory, whose manifests one of ``trusted`` signed."""
-        require(state_dir)
-        return cls(LocalFiles(state_dir, state_dir / BLOBS), tuple(trusted))
-
     def manifest(self, version: int | None = None) -> VersionManifest | None:
         """Read the manifest of a version, by default of the newest; None if the registry does not have it."""
         rows = self.source.rows(_NEWEST, ()) if version is None else self.source.rows(_BY_VERSION, (version,))
@@ -187,9 +178,8 @@ class RegistryFiles:
                 raise TrustError("it is not one signed document", about="manifest")
             manifest = VersionManifest.accept(raw, self.trusted)
             if (manifest.version, manifest.sha256) != (number, digest):
-                raise TrustError(
-                    f"it is the manifest of version {manifest.version} ({manifest.sha256[:12]})", about="manifest"
-                )
+                reason = f"it is the manifest of version {manifest.version} ({manifest.sha256[:12]})"
+                raise TrustError(reason, about="manifest")
         except TrustError as error:
             place = f"{self.source.name}, manifest of version {number}"
             raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest", value=number) from None
@@ -205,10 +195,8 @@ class RegistryFiles:
             record = made.get(manifest.version)
             if record is None or not record.made(manifest):
                 text = f"{self.source.name}: no round is recorded that made version {manifest.version} as it is there"
-                reason = (
-                    f"{text}; check the coordinator with 'edgeadapt audit verify', or restore the registry from a copy"
-                )
-                raise TrustError(reason, about="record", value=manifest.version)
+                remedy = "check the coordinator with 'edgeadapt audit verify', or restore the registry from a copy"
+                raise TrustError(f"{text}; {remedy}", about="record", value=manifest.version)
         return manifest
 
     def rounds(self) -> tuple[RoundRecord, ...]:
@@ -219,9 +207,8 @@ class RegistryFiles:
         digest = manifest.sha256
         blob = self.source.file(digest, manifest.size)
         if hashlib.sha256(blob).hexdigest() != digest:
-            raise TrustError(
-                f"{self.source.place(digest)} was altered: restore it from a copy", about="blob", value=digest
-            )
+            reason = f"{self.source.place(digest)} was altered: restore it from a copy"
+            raise TrustError(reason, about="blob", value=digest)
         return blob
 
     def tensors(self, manifest: VersionManifest) -> Tensors:

@@ -12,7 +12,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from aggregation.errors import ConfigError, TrustError
 from edgeadapt.formats import jsontext
@@ -51,10 +51,8 @@ def previous(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class Release(jsontext.Exact):
     """Says what the bundle of a channel is."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     number: Count  # of the channel, from 1
     made: Annotated[str, Field(max_length=40)]  # when, ISO 8601

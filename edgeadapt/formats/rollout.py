@@ -12,9 +12,9 @@ another release begins with other devices.
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from aggregation.errors import ConfigError, TrustError
 from edgeadapt.formats import jsontext
@@ -39,11 +39,9 @@ def check_language(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
+class Rollout(jsontext.Exact):
     """Says who gets the newest release. ``languages``: only devices with one of these, of which ``share`` is then a
     part; empty: all devices."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     release: Count
     previous: Count  # number of the release that the others get

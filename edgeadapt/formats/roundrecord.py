@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import PublicKey
+from edgeadapt.formats.jsontext import Exact
 from edgeadapt.formats.manifest import Count, Manifest, Sha256, VersionManifest
 
 Time = Annotated[int, Field(ge=0, lt=2**32)]  # seconds since 1970, in UTC
@@ -22,10 +23,8 @@ INTERRUPTED = "interrupted"  # why a log aborts a round that was under way when 
 
 
 @dataclass(frozen=True, slots=True)
-class GroupRecord:
+class GroupRecord(Exact):
     """Describes a group: the devices in its sum, and its mean's distance from the combination, in weight units."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     survivors: tuple[str, ...]
     distance: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -68,9 +67,8 @@ class RoundRecord(Manifest):
     def __post_init__(self) -> None:
         for name, value in {"seconds": self.seconds, "epsilon": self.epsilon or 0.0, **self.metrics}.items():
             if not math.isfinite(value):
-                raise DataError(
-                    f"round {self.round}: {name!r} is {value}, which no record can hold", about=name, value=value
-                )
+                reason = f"round {self.round}: {name!r} is {value}, which no record can hold"
+                raise DataError(reason, about=name, value=value)
         result = [value is not None for value in (self.version, self.adapter, self.sum)]
         if not all(result if self.aborted is None else [not each for each in result]) or (
             (self.reason is None) != (self.aborted is None)
@@ -91,10 +89,8 @@ class RoundRecord(Manifest):
     def require_agreement(self, manifest: VersionManifest) -> None:
         """Check that the manifest is that of the version which this round produced. Raises DataError."""
         if not self.made(manifest):
-            raise DataError(
-                f"the record of round {self.round} and the manifest of its version contradict each other",
-                about="record",
-            )
+            reason = f"the record of round {self.round} and the manifest of its version contradict each other"
+            raise DataError(reason, about="record")
 
 
 def accept_chain(

@@ -25,7 +25,6 @@ PUBLIC, PRIVATE = 0o644, 0o600
 PUBLIC_FOLDER, PRIVATE_FOLDER = 0o755, 0o700
 LARGEST = 2**32  # bytes of a file that is read whole
 LONGEST_LIST = 2**24  # bytes of a file of texts or labels
-CHUNK = 2**20  # bytes
 POLL = 0.02  # seconds between two attempts to take a lock
 File = str | os.PathLike[str]  # how a caller of the public interface names a file or folder
 _POWER_CUTS: ContextVar[bool] = ContextVar("power_cuts", default=True)  # whether to survive them
@@ -50,11 +49,8 @@ def read(path: Path, limit: int = LARGEST) -> bytes:
 
 def file_sha256(path: Path) -> str:
     """Hash a file's content (SHA-256, hex), read in pieces. Raises OSError."""
-    state = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            state.update(chunk)
-    return state.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -65,11 +61,8 @@ def opened(path: Path, limit: int = LARGEST) -> Iterator[tuple[BinaryIO, int]]:
         raise DataError(f"{path} is a device or a pipe: give a file", about=path.name)
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
-            raise DataError(
-                f"{path} has {size} bytes, more than the limit of {limit}: replace it by the right file",
-                about=path.name,
-                value=size,
-            )
+            reason = f"{path} has {size} bytes, more than the limit of {limit}: replace it by the right file"
+            raise DataError(reason, about=path.name, value=size)
         yield file, size
 
 

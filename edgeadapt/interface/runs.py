@@ -238,9 +238,7 @@ def _written(rows: Any, path: Path) -> Path:
         if not isinstance(row, Mapping):
             reason = f"row {number} is a {type(row).__name__}: give dictionaries with a text and a label"
             raise DataError(reason, about="rows", value=number)
-        known = {
-            name: value for name, value in row.items() if value == value
-        }  # NaN is how pandas marks what is missing
+        known = {name: value for name, value in row.items() if value == value}  # pandas marks what is missing by NaN
         try:
             lines.append(json.dumps(known, ensure_ascii=False, default=str, allow_nan=False))
         except ValueError as error:

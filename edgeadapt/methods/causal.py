@@ -35,11 +35,9 @@ def require_private(model: PeftModel) -> None:
     for path, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer) and (layer is output or layer.get_base_layer() is output):
             name = path.removeprefix(PEFT_PREFIX)
-            raise ConfigError(
-                f"target_modules name {name}, which has a row for each token: an adapter of it would show which "
-                "tokens the examples have; name other layers",
-                about="target_modules",
-            )
+            reason = f"target_modules name {name}, which has a row for each token: an adapter of it would show which "
+            reason += "tokens the examples have; name other layers"
+            raise ConfigError(reason, about="target_modules")
     if output is not None and any(value.requires_grad for value in output.parameters()):
         raise ConfigError(
             "bias is 'all', and the base's output layer has a bias with a number for each token: it would show which "

@@ -61,10 +61,8 @@ class LexicalFeatures(nn.Module):
         except (KeyError, TypeError):
             sound = False
         if not sound:
-            raise ConfigError(
-                f"{LEXICAL} in config.json is damaged: make it again with 'base change --lexical'",
-                about=LEXICAL,
-            )
+            reason = f"{LEXICAL} in config.json is damaged: make it again with 'base change --lexical'"
+            raise ConfigError(reason, about=LEXICAL)
         return cls(size, skipped)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -129,6 +129,5 @@ class FrozenLayers:
 
 
 def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    return pad_sequence(list(rows), batch_first=True), pad_sequence(
-        [torch.ones_like(r) for r in rows], batch_first=True
-    )
+    ones = [torch.ones_like(row) for row in rows]
+    return pad_sequence(list(rows), batch_first=True), pad_sequence(ones, batch_first=True)

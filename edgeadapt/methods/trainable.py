@@ -127,11 +127,8 @@ def _named(kind: str, architecture: str, base: Base) -> Sequence[str]:
     for names in PROJECTIONS:
         if present.issuperset(names):
             return names
-    raise ConfigError(
-        f"peft names no modules of {architecture!r} for {kind}; name them with targets",
-        about="target_modules",
-        value=architecture,
-    )
+    reason = f"peft names no modules of {architecture!r} for {kind}; name them with targets"
+    raise ConfigError(reason, about="target_modules", value=architecture)
 
 
 def _matrices(base: Base) -> list[str]:
@@ -238,12 +235,9 @@ def _targets(model: nn.Module, config: PeftConfig) -> Sequence[str]:
     paths = [path for path, _ in model.named_modules() if path.endswith(tuple(f".{t}" for t in config.target_modules))]
     present = {layer_number(path) for path in paths} - {None}
     if odd := sorted(set(config.layers_to_transform) - present):
-        raise ConfigError(
-            f"layers_to_transform names layer {odd[0]}; the base has {len(present)} with these target modules, "
-            "counted from 0",
-            about="layers_to_transform",
-            value=odd[0],
-        )
+        reason = f"layers_to_transform names layer {odd[0]}; the base has {len(present)} with these target modules, "
+        reason += "counted from 0"
+        raise ConfigError(reason, about="layers_to_transform", value=odd[0])
     return [path for path in paths if layer_number(path) in config.layers_to_transform]
 
 

@@ -52,9 +52,7 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     if channel in repository.channels and repository.rollout(channel) is None:
         return WatchStep("no rollout", f"channel {channel} rolls nothing out")
     repository.compared(channel, adapter)
-    current = repository.release(channel)
-    if current is None:
-        raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
+    current = repository.released(channel)
     condition = repository.prepared.accept(channel, current).condition
     try:
         judged, noted = judge(repository, state_dir, trust, channel, adapter, condition.margin)

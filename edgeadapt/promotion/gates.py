@@ -118,11 +118,8 @@ def read_held_out(path: Path) -> list[HeldOutPhrase]:
     for number, line in enumerate(read_lines(path, "phrase"), 1):
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) != 3 or not all(parts):
-            raise DataError(
-                f"phrase {number} of {path} does not have the form LABEL TAB PHRASE TAB LANGUAGE",
-                about=path.name,
-                value=number,
-            )
+            reason = f"phrase {number} of {path} does not have the form LABEL TAB PHRASE TAB LANGUAGE"
+            raise DataError(reason, about=path.name, value=number)
         phrases.append(HeldOutPhrase(*parts))
     return phrases
 
@@ -242,9 +239,8 @@ def _parity(trial: PromotionTrial) -> Results:
         version = next((each.manifest for each in lineage.versions if is_from(manifest, each.manifest)), None)
         if version is None:
             raise DataError(f"{state} has no version that {name} {manifest.version} was exported from", about="source")
-        pair = open_pair(
-            trial.candidate.verified, name, base, from_registry(state, version.version, state / PUBLIC_KEY)
-        )
+        origin = from_registry(state, version.version, state / PUBLIC_KEY)
+        pair = open_pair(trial.candidate.verified, name, base, origin)
         measured = compare(pair.model, pair.runner, pair.adapter.inputs, lines)
         limits = limits_of(pair.base.profile, pair.base.task)
         generates = pair.base.task == "text-generation"

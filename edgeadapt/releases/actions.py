@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from tuf.api.metadata import Snapshot
 
 from aggregation.errors import DataError
+from edgeadapt.formats.jsontext import Exact
 from edgeadapt.formats.manifest import Count, Manifest, Sha256
 from edgeadapt.formats.rollout import Rollout
 from edgeadapt.releases.verdict import Figure, JudgedEvaluation
@@ -34,9 +35,7 @@ Text = Annotated[str, Field(max_length=1000)]
 
 
 @dataclass(frozen=True, slots=True)
-class GateResult:
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
+class GateResult(Exact):
     gate: Text
     passed: bool  # it lets the release pass
     measured: Figure | None  # the figure; None if it could not be measured, which never passes
@@ -45,7 +44,7 @@ class GateResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Action:
+class Action(Exact):
     """Says what was done.
 
     Args:
@@ -60,8 +59,6 @@ class Action:
         rollout: Who gets the release, if not all devices.
         evaluation: A prepared rollback was published for it, or the release stayed after it.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     kind: Kind
     subject: Text | None = None

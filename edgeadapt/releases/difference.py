@@ -74,18 +74,14 @@ def difference(old: VersionManifest, new: VersionManifest, before: Tensors, afte
     changes = tuple(TensorChange.of(name, before[name], after[name]) for name in both)
     flat = [np.concatenate([each[name].ravel() for name in both]) if both else None for each in (before, after)]
     total = None if flat[0] is None or flat[1] is None else TensorChange.of("all", flat[0], flat[1])
-    updates = (_updates(old, before), _updates(new, after))
-    layers = [
-        TensorChange.of(name, value, updates[1][name])
-        for name, value in updates[0].items()
-        if name in updates[1] and value.shape == updates[1][name].shape
-    ]
+    first, second = _updates(old, before), _updates(new, after)
+    alike = [name for name in first if name in second and first[name].shape == second[name].shape]
     return VersionDifference(
         before=old.version,
         after=new.version,
         same_base=old.base_digest == new.base_digest,
         tensors=changes,
-        updates=tuple(layers),
+        updates=tuple(TensorChange.of(name, first[name], second[name]) for name in alike),
         total=total,
         added=tuple(sorted(after.keys() - set(both))),
         removed=tuple(sorted(before.keys() - set(both))),
@@ -100,10 +96,9 @@ def difference(old: VersionManifest, new: VersionManifest, before: Tensors, afte
 
 def _updates(manifest: VersionManifest, tensors: Tensors) -> dict[str, Floats]:
     """Map the path of each layer with LoRA to its update, ``(out, in)``."""
-    layers = [name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)]
-    return {
-        input_name(layer): np.float32(manifest.peft_config.scaling_of(input_name(layer)))
-        * (tensors[layer + LORA_B] @ tensors[layer + LORA_A])
-        for layer in layers
-        if layer + LORA_B in tensors and tensors[layer + LORA_A].ndim == tensors[layer + LORA_B].ndim == 2
-    }
+    updates = {}
+    for layer in (name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)):
+        a, b, path = tensors[layer + LORA_A], tensors.get(layer + LORA_B), input_name(layer)
+        if b is not None and a.ndim == b.ndim == 2:
+            updates[path] = np.float32(manifest.peft_config.scaling_of(path)) * (b @ a)
+    return updates

@@ -75,7 +75,9 @@ def audit_repository(folder: Path, root: Path | None) -> RepositoryAudit:
         head = LogHead.of(snapshot.signed)
     except DataError as error:
         raise TrustError(str(error), about=error.about) from error
-    records = _records(folder, head, _snapshot_keys(roots))
+    keys = {keyid: root.signed.keys[keyid] for root in roots for keyid in root.signed.roles[SNAPSHOT].keyids}
+    signers = [PublicKey(bytes.fromhex(key.keyval["public"])) for key in keys.values()]
+    records = _records(folder, head, signers)
     _require_all(records, versions)
     for record in records:
         _require_release(place, record)
@@ -89,8 +91,9 @@ def audit_repository(folder: Path, root: Path | None) -> RepositoryAudit:
 def rollback_after(evaluation: JudgedEvaluation, records: Sequence[ActionRecord]) -> ActionRecord | None:
     """Return the first rollback that an evaluation led to, among ``records``; None if it led to none."""
     for record in records:
-        judged = record.action.evaluation
-        if record.action.kind == "rollback" and judged is not None and judged.is_of_round(evaluation):
+        judged = record.action.evaluation  # of the same round, with any margin
+        same = judged is not None and (judged.round, judged.version) == (evaluation.round, evaluation.version)
+        if record.action.kind == "rollback" and same:
             return record
     return None
 
@@ -113,11 +116,6 @@ def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
         reason = "the repository does not have the pinned root: it is another repository, or its roots were replaced"
         raise TrustError(reason, about=ROOT)
     return roots
-
-
-def _snapshot_keys(roots: Sequence[Metadata[Root]]) -> list[PublicKey]:
-    keys = {keyid: root.signed.keys[keyid] for root in roots for keyid in root.signed.roles[SNAPSHOT].keyids}
-    return [PublicKey(bytes.fromhex(key.keyval["public"])) for key in keys.values()]
 
 
 def _records(folder: Path, head: LogHead, keys: Sequence[PublicKey]) -> tuple[ActionRecord, ...]:
@@ -157,9 +155,8 @@ def _require_all(records: Sequence[ActionRecord], versions: dict[str, int]) -> N
             signed[role] = version
     for role, version in versions.items():
         if signed[role] != version:
-            reason = (
-                f"{role} has version {version}, and the log accounts for {signed[role]}: something was done without it"
-            )
+            reason = f"{role} has version {version}, and the log accounts for {signed[role]}"
+            reason += ": something was done without it"
             raise TrustError(reason, about=role, value=version)
 
 

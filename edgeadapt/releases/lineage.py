@@ -61,9 +61,8 @@ class Lineage:
         registryfiles.require(state_dir)
         keys = read_public_keys(trust or state_dir / PUBLIC_KEY)
         if len(keys) > 1:
-            raise DataError(
-                f"{trust} has {len(keys)} keys, and a coordinator has one", about="--trust", value=len(keys)
-            )
+            reason = f"{trust} has {len(keys)} keys, and a coordinator has one"
+            raise DataError(reason, about="--trust", value=len(keys))
         registry = open_registry_files(state_dir, keys)
         manifests, records = _manifests(state_dir, registry), registry.rounds()
         released = None if repository is None else releases_of(repository)
@@ -115,10 +114,8 @@ def _manifests(state_dir: Path, registry: RegistryFiles) -> Sequence[VersionMani
     """Read the manifests of all versions, from version 0 on. Raises DataError if there is no version."""
     newest = registry.manifest()
     if newest is None:
-        raise DataError(
-            f"the registry in {state_dir} is empty: publish a first adapter with 'edgeadapt coordinator publish'",
-            about="registry",
-        )
+        reason = f"the registry in {state_dir} is empty: publish a first adapter with 'edgeadapt coordinator publish'"
+        raise DataError(reason, about="registry")
     manifests = []
     for number in range(newest.version):
         manifest = registry.manifest(number)

@@ -13,19 +13,8 @@ from typing import Any, TypeVar, cast
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner
+from tuf.api import metadata as tuf
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import (
-    DelegatedRole,
-    Delegations,
-    Metadata,
-    MetaFile,
-    Root,
-    Signed,
-    Snapshot,
-    TargetFile,
-    Targets,
-    Timestamp,
-)
 
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, DataError
@@ -42,7 +31,7 @@ PUBLIC, KEYS = "public", "keys"
 MAX_METADATA = 2**22  # bytes
 PROTECTED = "x-edgeadapt-protected"  # field of a channel in the targets: only promotions make its releases
 ROLLBACK = "x-edgeadapt-rollback"  # field of a channel's metadata that were prepared: on what they may be published
-S = TypeVar("S", bound=Signed)
+S = TypeVar("S", bound=tuf.Signed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +45,14 @@ class TargetFiles:
         folder, _, last = target(channel, name).rpartition("/")
         return self.folder / folder / f"{digest}.{last}"
 
-    def stored(self, channel: str, name: str, digest: str) -> TargetFile:
+    def stored(self, channel: str, name: str, digest: str) -> tuf.TargetFile:
         """Describe a file that is there. Raises DataError if it is not."""
         place = self.path(channel, name, digest)
         if not place.is_file():
             raise DataError(f"{place} is missing: restore the repository", about=place.name)
-        return TargetFile(place.stat().st_size, {"sha256": digest}, target(channel, name))
+        return tuf.TargetFile(place.stat().st_size, {"sha256": digest}, target(channel, name))
 
-    def store(self, channel: str, name: str, path: Path) -> TargetFile:
+    def store(self, channel: str, name: str, path: Path) -> tuf.TargetFile:
         """Copy a file, up to the size of a bundle's file, among the targets, under the digest of what was copied."""
         work = self.folder / ".incoming"
         shutil.copyfile(path, work)  # a link would change with a file that is written again
@@ -77,10 +66,10 @@ class TargetFiles:
             storage.flush(file)
         work.replace(place)
         storage.sync(place.parent)
-        return TargetFile(size, {"sha256": digest}, target(channel, name))
+        return tuf.TargetFile(size, {"sha256": digest}, target(channel, name))
 
-    def write(self, channel: str, name: str, content: bytes) -> TargetFile:
-        described = TargetFile.from_data(target(channel, name), content, ["sha256"])
+    def write(self, channel: str, name: str, content: bytes) -> tuf.TargetFile:
+        described = tuf.TargetFile.from_data(target(channel, name), content, ["sha256"])
         place = self.path(channel, name, described.hashes["sha256"])
         place.parent.mkdir(parents=True, exist_ok=True)
         storage.replace(place, content, storage.PUBLIC)
@@ -110,13 +99,13 @@ class RoleMetadata:
             return max((int(path.name.partition(".")[0]) for path in self.place.glob("*.root.json")), default=0)
         if not self.path(TIMESTAMP, 0).exists():
             return 0
-        timestamp = _read(Timestamp, self.path(TIMESTAMP, 0))
+        timestamp = _read(tuf.Timestamp, self.path(TIMESTAMP, 0))
         if role == TIMESTAMP:
             return timestamp.version
         version = timestamp.snapshot_meta.version
         if role == SNAPSHOT:
             return version
-        stated = _read(Snapshot, self.path(SNAPSHOT, version)).meta.get(f"{role}.json")
+        stated = _read(tuf.Snapshot, self.path(SNAPSHOT, version)).meta.get(f"{role}.json")
         return stated.version if stated else 0
 
     def load(self, kind: type[S], role: str, version: int | None = None) -> S:
@@ -125,21 +114,21 @@ class RoleMetadata:
 
     def roles(self) -> Iterator[tuple[str, int, datetime, tuple[Path, ...]]]:
         """Yield role, version, when its metadata expire, and the files of its keys."""
-        root, delegated = self.load(Root, ROOT), delegations(self.load(Targets, TOP))
+        root, delegated = self.load(tuf.Root, ROOT), delegations(self.load(tuf.Targets, TOP))
         for role in (ROOT, TOP, SNAPSHOT, TIMESTAMP, *sorted(delegated)):
             keyids = (delegated[role] if role in delegated else root.roles[role]).keyids
-            signed = self.load(Signed, role)  # type: ignore[type-abstract]
+            signed = self.load(tuf.Signed, role)  # type: ignore[type-abstract]
             yield role, signed.version, signed.expires, tuple(map(self.key_file, keyids))
 
     def commit(
         self,
         action: Action,
-        channels: Mapping[str, Targets],
-        root: Root | None = None,
-        top: Targets | None = None,
+        channels: Mapping[str, tuf.Targets],
+        root: tuf.Root | None = None,
+        top: tuf.Targets | None = None,
         also: Sequence[CryptoSigner] = (),
         *,
-        prepared: Mapping[str, Metadata[Targets]] | None = None,
+        prepared: Mapping[str, tuf.Metadata[tuf.Targets]] | None = None,
     ) -> None:
         """Sign and write the next version of each role that is given, then of snapshot and timestamp.
 
@@ -151,45 +140,45 @@ class RoleMetadata:
             also: Further signers of the root, whose keys it no longer names.
             prepared: Name → the next version of a channel's metadata, which are signed already.
         """
-        keys, delegated = root or self.load(Root, ROOT), delegations(top or self.load(Targets, TOP))
-        snapshot = self.load(Snapshot, SNAPSHOT) if self.version(SNAPSHOT) else Snapshot()
-        timestamp = self.load(Timestamp, TIMESTAMP) if self.version(TIMESTAMP) else Timestamp()
-        changed: list[tuple[str, Signed]] = [(ROOT, root)] if root else []
+        keys, delegated = root or self.load(tuf.Root, ROOT), delegations(top or self.load(tuf.Targets, TOP))
+        snapshot = self.load(tuf.Snapshot, SNAPSHOT) if self.version(SNAPSHOT) else tuf.Snapshot()
+        timestamp = self.load(tuf.Timestamp, TIMESTAMP) if self.version(TIMESTAMP) else tuf.Timestamp()
+        changed: list[tuple[str, tuf.Signed]] = [(ROOT, root)] if root else []
         changed += [*([(TOP, top)] if top else []), *channels.items(), (SNAPSHOT, snapshot), (TIMESTAMP, timestamp)]
         signers = []
         for role, signed in changed:
             signed.unrecognized_fields.pop(ROLLBACK, None)  # from the previous version
             signed.version, signed.expires = self.version(role) + 1, self._expiry(role)
             if role not in (ROOT, SNAPSHOT, TIMESTAMP):
-                snapshot.meta[f"{role}.json"] = MetaFile(signed.version)
+                snapshot.meta[f"{role}.json"] = tuf.MetaFile(signed.version)
             signers.append(self.signers((delegated[role] if role in delegated else keys.roles[role]).keyids))
         ready = {} if prepared is None else prepared
         for role, metadata in ready.items():
-            snapshot.meta[f"{role}.json"] = MetaFile(metadata.signed.version)
-        timestamp.snapshot_meta = MetaFile(snapshot.version)
+            snapshot.meta[f"{role}.json"] = tuf.MetaFile(metadata.signed.version)
+        timestamp.snapshot_meta = tuf.MetaFile(snapshot.version)
         versions = {role: metadata.signed.version for role, metadata in ready.items()}
         versions |= {ROOT: self.version(ROOT), **{role: signed.version for role, signed in changed}}
         self._log(action, snapshot, versions, keys)
         for role, metadata in ready.items():
             storage.replace(self.path(role, metadata.signed.version), metadata.to_bytes(), storage.PUBLIC)
         for (role, signed), own in zip(changed, signers, strict=True):  # all keys are there
-            document: Metadata[Any] = Metadata(cast(Any, signed))
+            document: tuf.Metadata[Any] = tuf.Metadata(cast(Any, signed))
             for signer in (*own, *(also if role == ROOT else ())):
                 document.sign(signer, append=True)
             storage.replace(self.path(role, signed.version), document.to_bytes(), storage.PUBLIC)
 
-    def prepare(self, channel: str, signed: Targets) -> Metadata[Targets]:
+    def prepare(self, channel: str, signed: tuf.Targets) -> tuf.Metadata[tuf.Targets]:
         """Sign the next version of a channel's metadata by its key, for a later ``commit``."""
         signed.version, signed.expires = self.version(channel) + 1, self._expiry(channel)
-        document = Metadata(signed)
-        for signer in self.signers(delegations(self.load(Targets, TOP))[channel].keyids):
+        document = tuf.Metadata(signed)
+        for signer in self.signers(delegations(self.load(tuf.Targets, TOP))[channel].keyids):
             document.sign(signer, append=True)
         return document
 
     def _expiry(self, role: str) -> datetime:
         return self.now.replace(microsecond=0) + timedelta(days=DAYS.get(role, LONG_DAYS))
 
-    def _log(self, action: Action, snapshot: Snapshot, versions: Mapping[str, int], keys: Root) -> None:
+    def _log(self, action: Action, snapshot: tuf.Snapshot, versions: Mapping[str, int], keys: tuf.Root) -> None:
         last = LogHead.of(snapshot)
         moment = self.now.isoformat(timespec="seconds")
         record = ActionRecord(last.number + 1, last.sha256, moment, self.by, dict(versions), action)
@@ -217,24 +206,24 @@ class RoleMetadata:
             keys.append(_signer(read_key(self.key_file(keyid))))
         return keys
 
-    def delegate(self, top: Targets, channel: str, entropy: Entropy) -> Targets:
+    def delegate(self, top: tuf.Targets, channel: str, entropy: Entropy) -> tuf.Targets:
         """Let a new channel sign its files; return its first, empty metadata. ``stable`` is protected."""
         key = self.new_key(entropy)
         patterns = [target(channel, pattern) for pattern in ("*", "*/*")]  # a star does not match a slash
         fields = {PROTECTED: True} if channel == STABLE else {}
-        role = DelegatedRole(channel, [], 1, terminating=True, paths=patterns, unrecognized_fields=fields)
-        delegations = top.delegations or Delegations({}, {})
+        role = tuf.DelegatedRole(channel, [], 1, terminating=True, paths=patterns, unrecognized_fields=fields)
+        delegations = top.delegations or tuf.Delegations({}, {})
         delegations.roles = {**(delegations.roles or {}), channel: role}
         top.delegations = delegations
         top.add_key(key.public_key, channel)
-        return Targets()
+        return tuf.Targets()
 
 
-def delegations(top: Targets) -> Mapping[str, DelegatedRole]:
+def delegations(top: tuf.Targets) -> Mapping[str, tuf.DelegatedRole]:
     return (top.delegations and top.delegations.roles) or {}
 
 
-def protected(top: Targets) -> frozenset[str]:
+def protected(top: tuf.Targets) -> frozenset[str]:
     """List the channels whose releases only promotions make."""
     return frozenset(name for name, role in delegations(top).items() if role.unrecognized_fields.get(PROTECTED) is True)
 
@@ -246,7 +235,7 @@ def _signer(key: IdentityKey) -> CryptoSigner:
 def _read(kind: type[S], path: Path) -> S:
     """Read metadata that this repository wrote; signatures are for those who get them from elsewhere."""
     try:
-        signed = Metadata.from_bytes(storage.read(path, MAX_METADATA)).signed
+        signed = tuf.Metadata.from_bytes(storage.read(path, MAX_METADATA)).signed
     except (OSError, RepositoryError) as error:
         raise DataError(f"{path} is missing or damaged: restore the repository", about=path.name) from error
     if not isinstance(signed, kind):

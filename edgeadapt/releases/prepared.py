@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Targets
 
@@ -31,11 +31,9 @@ PREPARED = "prepared"  # folder
 
 
 @dataclass(frozen=True, slots=True)
-class RollbackCondition:
+class RollbackCondition(jsontext.Exact):
     """States on what a prepared rollback may be published: an evaluation found the newest release worse. ``adapters``:
     name → ``AdapterManifest.content`` in the two releases, newest first."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     release: Count  # number of the release that it takes back
     again: Count  # number of the one that it publishes again
@@ -71,10 +69,8 @@ class RollbackCondition:
         if self.adapters.get(evaluation.adapter) != (evaluation.newest, evaluation.previous):
             raise TrustError(f"{what} has an evaluation of other releases", about="evaluation")
         if evaluation.verdict.margin != self.margin:
-            reason = (
-                f"{what} has an evaluation with margin {evaluation.verdict.margin:g}, and {self.margin:g} is signed"
-            )
-            raise TrustError(reason, about="evaluation")
+            reason = f"{what} has an evaluation with margin {evaluation.verdict.margin:g}"
+            raise TrustError(f"{reason}, and {self.margin:g} is signed", about="evaluation")
         if not evaluation.worse:
             raise TrustError(f"{what} has an evaluation that did not find it worse", about="evaluation")
 

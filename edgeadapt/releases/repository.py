@@ -15,8 +15,8 @@ sign files under its name only; *snapshot* and *timestamp* share a key and say w
 the metadata that name them, and ``timestamp.json`` last: a kill leaves the old repository or the new one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -111,7 +111,6 @@ class ChannelRepository:
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        """Report whether a folder has a repository."""
         return (RoleMetadata(folder, datetime.min).place / "timestamp.json").is_file()
 
     @property
@@ -148,6 +147,12 @@ class ChannelRepository:
             if number is None or (current and current.number == number):
                 return current
         raise ConfigError(f"channel {channel} has no release {number}", about="release", value=number)
+
+    def released(self, channel: str, number: int | None = None) -> Release:
+        """Read a release as ``release`` does. Raises ConfigError if the channel has none."""
+        if (release := self.release(channel, number)) is None:
+            raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
+        return release
 
     def releases(self, channel: str) -> tuple[Release, ...]:
         versions = range(1, self.metadata.version(channel) + 1)
@@ -237,10 +242,7 @@ class ChannelRepository:
     def compared(self, channel: str, name: str) -> tuple[str, str]:
         """Return an adapter's ``AdapterManifest.content`` in the release that a channel rolls out, and in the previous
         one. Raises ConfigError: it rolls nothing out, or the adapter is not in both or is the same in both."""
-        current, rollout = self.release(channel), self.rollout(channel)
-        if current is None or rollout is None:
-            reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt release promote … --share'"
-            raise ConfigError(reason, about="rollout", value=channel)
+        _, rollout = self.rolled_out(channel)
         both = [self.release(channel, number) for number in (rollout.release, rollout.previous)]
         contents = [self.manifest(channel, each, name).content for each in both if each and name in each.adapters]
         if len(contents) < len(both) or contents[0] == contents[1]:
@@ -255,6 +257,14 @@ class ChannelRepository:
             return None
         return Rollout.decode(storage.read(self.targets.path(channel, FLAGS, listed.hashes["sha256"]), MAX_FLAGS))
 
+    def rolled_out(self, channel: str) -> tuple[Release, Rollout]:
+        """Read the current release of a channel, and who gets it. Raises ConfigError: all devices do."""
+        release, rollout = self.release(channel), self.rollout(channel)
+        if release is None or rollout is None:
+            reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt release promote … --share'"
+            raise ConfigError(reason, about="rollout", value=channel)
+        return release, rollout
+
     def set_rollout(self, channel: str, share: int, languages: Sequence[str] = (), *, again: bool = False) -> Published:
         """Change who gets the release that a channel rolls out. No device that has it goes back.
 
@@ -262,11 +272,7 @@ class ChannelRepository:
         will be prepared again, and is not read. Raises ConfigError if the channel rolls nothing out.
         """
         with self.locked():
-            release = self.release(channel)
-            before = self.rollout(channel)
-            if release is None or before is None:
-                reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt release promote … --share'"
-                raise ConfigError(reason, about="rollout", value=channel)
+            release, before = self.rolled_out(channel)
             ready = None if again else self.prepared.read(channel)
             rollout = Rollout.of(before.release, before.previous, share, languages)
             signed = self.metadata.load(Targets, channel)
@@ -359,10 +365,8 @@ class ChannelRepository:
 
     # Files.
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        with storage.locked(self.folder / ".lock"):
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        return storage.locked(self.folder / ".lock")
 
     def _first_stage(
         self, channel: str, current: Release | None, share: int, languages: Sequence[str]
@@ -435,9 +439,6 @@ def _require_newer(new: AdapterManifest, current: AdapterManifest) -> None:
     if new.base_digest == current.base_digest and (
         new.version < current.version or (new.version == current.version and new.content != current.content)
     ):
-        raise ConfigError(
-            f"devices have version {current.version} of adapter {new.name!r} and would refuse this version "
-            f"{new.version}: export it under the version {current.version + 1} or later",
-            about="adapter-manifest.version",
-            value=new.version,
-        )
+        reason = f"devices have version {current.version} of adapter {new.name!r} and would refuse this version "
+        reason += f"{new.version}: export it under the version {current.version + 1} or later"
+        raise ConfigError(reason, about="adapter-manifest.version", value=new.version)

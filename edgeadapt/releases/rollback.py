@@ -50,11 +50,8 @@ def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margi
     is rolled out.
     """
     with repository.locked():
-        current, rollout = repository.release(channel), repository.rollout(channel)
-        old = None if rollout is None else repository.release(channel, rollout.previous)
-        if current is None or old is None:
-            reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt release promote … --share'"
-            raise ConfigError(reason, about="rollout", value=channel)
+        current, rollout = repository.rolled_out(channel)
+        old = repository.released(channel, rollout.previous)
         require_signer(repository, channel, current, key.public)
         prepared, served = repository.prepared, repository.targets
         prepared.discard(channel)
@@ -90,9 +87,7 @@ def publish_prepared(repository: ChannelRepository, channel: str, evaluation: Ju
     pass its audit.
     """
     with repository.locked():
-        current = repository.release(channel)
-        if current is None:
-            raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
+        current = repository.released(channel)
         prepared = repository.prepared.accept(channel, current)
         prepared.condition.require(evaluation)
         before = rollback_after(evaluation, audit_repository(repository.folder, None).records)
@@ -113,9 +108,7 @@ def publish_prepared(repository: ChannelRepository, channel: str, evaluation: Ju
 def note_evaluation(repository: ChannelRepository, channel: str, evaluation: JudgedEvaluation) -> None:
     """Note in the log an evaluation after which the channel's release stays. Raises ConfigError if it has none."""
     with repository.locked():
-        current = repository.release(channel)
-        if current is None:
-            raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
+        current = repository.released(channel)
         adapters = dict(current.adapters)
         action = Action("evaluate", channel, None, current.number, adapters=adapters, evaluation=evaluation)
         repository.metadata.commit(action, {})

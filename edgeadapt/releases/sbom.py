@@ -4,7 +4,6 @@ The adapter, each version before it and each exported file in a release have the
 state. The packages are those that edgeadapt requires, and what these require in turn, as they are installed here.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -16,6 +15,7 @@ from cyclonedx.model.component import Component, ComponentType, Pedigree
 from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from edgeadapt.releases.lineage import GovernedVersion
 
@@ -64,12 +64,8 @@ def installed(name: str) -> Iterator[Distribution]:
 def _required(package: Distribution) -> list[str]:
     """Return the canonical names of what a distribution requires on this system, without extras."""
     wanted = [Requirement(line) for line in package.requires or ()]
-    return [_canonical(each.name) for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
-
-
-def _canonical(name: str) -> str:
-    """Normalize a name as PEP 503 does."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+    needed = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
+    return [canonicalize_name(each.name) for each in needed]
 
 
 def _adapter(version: GovernedVersion) -> Component:
@@ -112,7 +108,7 @@ def _exported(version: GovernedVersion) -> Iterator[Component]:
 
 
 def _package(distribution: Distribution) -> Component:
-    name = _canonical(distribution.name)
+    name = canonicalize_name(distribution.name)
     url = PackageURL("pypi", None, name, distribution.version)
     return Component(name=name, type=LIBRARY, version=distribution.version, bom_ref=str(url), purl=url)
 

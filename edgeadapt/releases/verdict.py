@@ -10,11 +10,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from aggregation.errors import DataError
+from edgeadapt.formats.jsontext import Exact
 from edgeadapt.formats.manifest import Count, Sha256
 from edgeadapt.formats.rollout import NEWEST, PREVIOUS
 from edgeadapt.rounds.evaluation import ACCURACY, DEVIATION, EXAMPLES
@@ -70,11 +71,9 @@ def difference_interval(
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Exact):
     """Says what an evaluation finds about the newest release. ``low``, ``high``: limits of the difference, with
     ``CONFIDENCE``."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     difference: Figure  # its accuracy less that of the previous release
     low: Figure
@@ -112,7 +111,7 @@ def verdict(metrics: Mapping[str, float], margin: float) -> Verdict | None:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedEvaluation:
+class JudgedEvaluation(Exact):
     """Holds a round of evaluation with its verdict, as the log of a repository has it.
 
     Args:
@@ -121,8 +120,6 @@ class JudgedEvaluation:
         adapter: Name of the adapter that was compared.
         newest, previous: ``AdapterManifest.content`` of it in the two releases.
     """
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     round: Count
     version: Sha256
@@ -145,10 +142,6 @@ class JudgedEvaluation:
             reason = f"the figures of round {self.round} do not give the stated verdict, but: {expected}"
             raise DataError(reason, about="evaluation", value=self.round)
         return self
-
-    def is_of_round(self, other: "JudgedEvaluation") -> bool:
-        """Check whether both are of one round, with any margin."""
-        return (self.round, self.version) == (other.round, other.version)
 
     def __str__(self) -> str:
         return f"round {self.round}, {self.survivors} survivors: {self.verdict}"

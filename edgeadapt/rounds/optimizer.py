@@ -93,9 +93,8 @@ class FedAdam:
         _positive("learning_rate", self.learning_rate)
         _positive("tau", self.tau)
         if np.float32(self.tau) ** 2 == 0:
-            raise ConfigError(
-                f"tau = {self.tau} is too small: its square is zero in float32", about="tau", value=self.tau
-            )
+            reason = f"tau = {self.tau} is too small: its square is zero in float32"
+            raise ConfigError(reason, about="tau", value=self.tau)
         _decay("beta1", self.beta1)
         _decay("beta2", self.beta2)
 
@@ -300,11 +299,9 @@ def restore(settings: ServerOptimizer, stored: State, size: int) -> State:
     if not stored or isinstance(settings, _NoStep):
         return begun
     if stored.keys() != begun.keys() or any(v.shape != (size,) or v.dtype != np.float32 for v in stored.values()):
-        raise ConfigError(
-            f"the stored optimizer state is not that of {type(settings).__name__} over {size} elements:"
-            " keep the optimizer that wrote it, or start a new registry",
-            about="optimizer",
-        )
+        reason = f"the stored optimizer state is not that of {type(settings).__name__} over {size} elements:"
+        reason += " keep the optimizer that wrote it, or start a new registry"
+        raise ConfigError(reason, about="optimizer")
     return stored
 
 
@@ -322,10 +319,8 @@ def _checked(state: State, size: int) -> State:
 def _finite(vector: Floats, size: int) -> Floats:
     _require_flat(vector, size)
     if not np.isfinite(vector).all():
-        raise DataError(
-            "the server's update is not finite: a delta holds NaN or infinity, or the learning rate is too high",
-            about="update",
-        )
+        reason = "the server's update is not finite: a delta holds NaN or infinity, or the learning rate is too high"
+        raise DataError(reason, about="update")
     return vector
 
 

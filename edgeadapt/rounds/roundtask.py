@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from aggregation.errors import ProtocolError
 from aggregation.groups import GroupSum
@@ -95,15 +95,12 @@ class ServerStep:
     combination: Combination | None = None
 
 
-class RoundTask(ABC):
+class RoundTask(jsontext.Exact, ABC):
     """Describes a round, the same for every device of the cohort. A kind is a frozen dataclass that derives from this.
     ``labels``: the device's examples have these; none for a language model."""
 
     __slots__ = ()
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-    RULE: ClassVar[optimizer.ServerOptimizer | None] = (
-        None  # that makes the next adapter; None: the federation's optimizer
-    )
+    RULE: ClassVar[optimizer.ServerOptimizer | None] = None  # makes the next adapter; None: the federation's optimizer
     SEGMENT: ClassVar[str]  # of the sum with noise
     EXACT_SEGMENT: ClassVar[str | None]  # the first of the sum without noise; None: it has none
     EXACT: ClassVar[str | None]  # the kind of its sums without noise (``client.node.sumhistory``); None: it has none

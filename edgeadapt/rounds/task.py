@@ -23,18 +23,9 @@ from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.lorasb import folded, unfolded, with_squares
 from edgeadapt.methods.parts import Part, mask, only
+from edgeadapt.rounds import roundtask
 from edgeadapt.rounds.combination import combine, distances
 from edgeadapt.rounds.optimizer import LARGEST, State, advance
-from edgeadapt.rounds.roundtask import (
-    LEAST_STEP,
-    DeviceRound,
-    KindSettings,
-    Outcome,
-    RoundOf,
-    RoundTask,
-    ServerStep,
-    SummedRound,
-)
 from edgeadapt.rounds.sums import DECIMALS as DECIMALS
 from edgeadapt.rounds.sums import (
     LEAST_RING_BITS,
@@ -89,7 +80,7 @@ def is_stable(learning_rate: float, proximal: float, weight_decay: float) -> boo
 
 
 @dataclass(frozen=True, slots=True)
-class Task(RoundTask):
+class Task(roundtask.RoundTask):
     SEGMENT: ClassVar[str] = "delta"
     EXACT_SEGMENT: ClassVar[str | None] = "delta"
     EXACT: ClassVar[str | None] = "updates"
@@ -151,7 +142,7 @@ class Task(RoundTask):
             step = self.learning_rate * math.sqrt(size)
         else:
             step = self.learning_rate * min(self.gradient_norm or 1.0, 1.0) / (1 - self.momentum)
-        return share * max(min(clip_norm, step), LEAST_STEP)
+        return share * max(min(clip_norm, step), roundtask.LEAST_STEP)
 
     def noisy_size(self, layout: Layout) -> int:
         return shared_layout(layout, self).size
@@ -166,10 +157,10 @@ class Task(RoundTask):
     def check_exact(cls, spec: SessionSpec, values: Sums, survivors: int) -> None:
         require_reach(spec, values, survivors)
 
-    def contribute(self, device: DeviceRound) -> Ring:
+    def contribute(self, device: roundtask.DeviceRound) -> Ring:
         shared = shared_layout(device.layout, self)
 
-        def encoded(outcome: Outcome) -> Ring:
+        def encoded(outcome: roundtask.Outcome) -> Ring:
             if Part.R in self.shared:
                 outcome = replace(outcome, start=unfolded(outcome.start))
             if device.spec.privacy is None:
@@ -182,30 +173,30 @@ class Task(RoundTask):
     def state_size(self, layout: Layout) -> int:
         return shared_layout(layout, self).size
 
-    def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[State, Tensors]:
+    def next_adapter(self, summed: roundtask.SummedRound, step: roundtask.ServerStep) -> tuple[State, Tensors]:
         shared, means = self._means(summed)
         mean = means[0] if step.combination is None else combine(step.combination, means)
         begin = unfolded(summed.tensors) if Part.R in self.shared else summed.tensors
         state, after = advance(step.rule, step.state, begin, shared, mean)
         return state, folded(after, LARGEST)
 
-    def distances(self, summed: SummedRound, step: ServerStep) -> tuple[float, ...]:
+    def distances(self, summed: roundtask.SummedRound, step: roundtask.ServerStep) -> tuple[float, ...]:
         if step.combination is None:
             return ()
         _, means = self._means(summed)
         return distances(means, combine(step.combination, means))
 
-    def _means(self, summed: SummedRound) -> tuple[Layout, list[Floats]]:
+    def _means(self, summed: roundtask.SummedRound) -> tuple[Layout, list[Floats]]:
         spec, shared = summed.spec, shared_layout(Layout.of(summed.tensors), self)
         mean_of = weighted_mean if spec.privacy is None else noisy_mean
         digest, sums = summed.digest, summed.groups
         return shared, [mean_of(spec, self, shared, each.values, len(each.survivors), digest) for each in sums]
 
 
-class Training(KindSettings):
+class Training(roundtask.KindSettings):
     """Training on a device, in one round."""
 
-    KIND: ClassVar[type[RoundTask]] = Task
+    KIND: ClassVar[type[roundtask.RoundTask]] = Task
 
     epochs: Epochs = 1
     """passes over the device's examples in a round"""
@@ -233,7 +224,7 @@ class Training(KindSettings):
             raise ValueError(f"training.proximal is {self.proximal:g}: {UNSTABLE}")
         return self
 
-    def task(self, of: RoundOf) -> Task:
+    def task(self, of: roundtask.RoundOf) -> Task:
         config, method = of.peft_config, of.method
         if method.splits_factors and (config.peft_type != "LORA" or config.use_dora or config.bias != "none"):
             kind = "DoRA" if config.use_dora else "LoRA with biases" if config.bias != "none" else config.peft_type
@@ -281,7 +272,9 @@ def least_ring_bits(layout: Layout, bounds: Bounds) -> int:
     raise ConfigError(f"{text}{bounds.clip_norm}", about="clip_norm", value=bounds.clip_norm)
 
 
-def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, adapter: bytes, rng: np.random.Generator) -> Ring:
+def contribution(
+    outcome: roundtask.Outcome, layout: Layout, spec: SessionSpec, adapter: bytes, rng: np.random.Generator
+) -> Ring:
     """Encode the outcome of a round as the vector that is masked and summed.
 
     Returns:
@@ -304,7 +297,7 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, adapter: b
     return spec.vector.encode(values | counted(weight, outcome.held_out), rng)
 
 
-def update_of(outcome: Outcome, layout: Layout) -> Vector:
+def update_of(outcome: roundtask.Outcome, layout: Layout) -> Vector:
     """Return what training changed of the shared tensors, before it is clipped. Raises as ``Layout.check``."""
     trained, start = (layout.flatten(layout.select(tensors)) for tensors in (outcome.trained, outcome.start))
     return trained.astype(np.float64) - start

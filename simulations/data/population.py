@@ -62,7 +62,6 @@ class Population:
         return dataclasses.replace(self, clients=tuple(self.clients[i] for i in chosen))
 
     def only(self, names: Container[str]) -> Self:
-        """Keep the clients that have one of these names."""
         return dataclasses.replace(self, clients=tuple(client for client in self.clients if client.name in names))
 
     @property

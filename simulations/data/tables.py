@@ -22,11 +22,13 @@ from datetime import datetime
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 from pydantic import AfterValidator, Field, model_validator
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.certificates import is_device_id
@@ -56,89 +58,62 @@ TEST, TRAIN, VALIDATION = "test", "train", "validation"
 class DataSettings(Settings):
     """Texts of one's own. Without files and without a function, the population is the households of [population]."""
 
-    files: tuple[str, ...] = Field(
-        default=(),
-        description="files (.csv, .tsv, .jsonl, .parquet) or folders (LABEL/*.txt, CLIENT/LABEL/*.txt, or one that "
-        "datasets' save_to_disk wrote), relative to the scenario file",
-    )
-    function: str = Field(
-        default="", description="MODULE:FUNCTION of Python that returns rows instead of files: objects with the columns"
-    )
-    public: tuple[str, ...] = Field(
-        default=(), description="files of public texts, which the first adapter's head is made from; see public_texts"
-    )
-    text: str = Field(default="text", min_length=1, description="column of the text")
-    label: str = Field(
-        default="label", description="column of the label; empty: the texts are for a language model, and have none"
-    )
-    task: Annotated[str, AfterValidator(TASKS.require)] = Field(
-        default=CLASSIFICATION,
-        description="what is learned of the label: classification, or a task that an installed package adds "
-        "(docs/how-to/extend.md)",
-    )
-    prompt: str = Field(
-        default="",
-        description="for a language model: column of what each text answers; without one, texts are continued",
-    )
-    client: str = Field(default="", description="column of the client; without one, partition makes the clients")
-    split: str = Field(
-        default="", description="column that says train, validation or test; without one, holdout splits"
-    )
-    time: str = Field(default="", description="column of a time, for holdout = time: numbers, or ISO 8601")
-    group: str = Field(
-        default="", description="column of texts that belong together, such as a thread: no group is split"
-    )
-    language: str = Field(default="", description="column of the language, for the tables")
-    broken: Literal["refuse", "skip"] = Field(
-        default="refuse", description="what a broken row does: refuse (the run ends) or skip (it is counted)"
-    )
-    long: Literal["broken", "cut"] = Field(
-        default="broken", description=f"what a text above {MAX_TEXT} characters is: broken, or cut there (and counted)"
-    )
-    sample: int = Field(
-        default=0,
-        ge=0,
-        description="largest number of rows that are used, which the seed chooses: whole clients where there is a "
-        "column of clients, else rows; 0: all rows",
-    )
-    partition: Literal["iid", "dirichlet", "shard", "linear", "exponential"] = Field(
-        default="dirichlet",
-        description="how flwr-datasets deals texts out where there is no column of clients: iid, dirichlet (mix of "
-        "labels), shard (few labels each), linear or exponential (sizes)",
-    )
-    clients: int = Field(default=20, ge=4, le=10_000, description="clients that partition makes")
-    concentration: float = Field(
-        default=0.5, gt=0, description="of partition = dirichlet: small is one-sided, large is even"
-    )
-    shards: int = Field(default=2, ge=1, le=1000, description="of partition = shard: shards of one label a client")
-    unseen: float = Field(
-        default=0.2, gt=0, lt=1, description="share of clients that take no part in training; rounded, at least one"
-    )
-    minimum_texts: int = Field(
-        default=10, ge=3, description="clients with fewer texts are left out; the table says how many"
-    )
-    holdout: Literal["hash", "time"] = Field(
-        default="hash",
-        description="which texts are for tests: hash (of their group, the same on every machine) or time (the latest)",
-    )
-    holdout_fraction: float = Field(default=0.25, gt=0, le=0.5, description="share of a client's texts for tests")
-    validation_fraction: float = Field(
-        default=0.2, gt=0, le=0.5, description="share of a client's other texts kept for its own validation"
-    )
-    near_duplicates: float = Field(
-        default=0.8,
-        ge=0.3,
-        le=1,
-        description="texts whose sets of three-character pieces overlap by this share (Jaccard) are one group; 1: only "
-        "equal ones",
-    )
-    public_texts: int = Field(
-        default=6,
-        ge=1,
-        le=1000,
-        description="without files of public texts: texts of each label that are taken from clients and made public, "
-        f"at most {PUBLIC_SHARE:.0%} of a label's, or one",
-    )
+    files: tuple[str, ...] = ()
+    """files (.csv, .tsv, .jsonl, .parquet) or folders (LABEL/*.txt, CLIENT/LABEL/*.txt, or one that datasets'
+    save_to_disk wrote), relative to the scenario file"""
+    function: str = ""
+    """MODULE:FUNCTION of Python that returns rows instead of files: objects with the columns"""
+    public: tuple[str, ...] = ()
+    """files of public texts, which the first adapter's head is made from; see public_texts"""
+    text: str = Field(default="text", min_length=1)
+    """column of the text"""
+    label: str = "label"
+    """column of the label; empty: the texts are for a language model, and have none"""
+    task: Annotated[str, AfterValidator(TASKS.require)] = CLASSIFICATION
+    """what is learned of the label: classification, or a task that an installed package adds (docs/how-to/extend.md)"""
+    prompt: str = ""
+    """for a language model: column of what each text answers; without one, texts are continued"""
+    client: str = ""
+    """column of the client; without one, partition makes the clients"""
+    split: str = ""
+    """column that says train, validation or test; without one, holdout splits"""
+    time: str = ""
+    """column of a time, for holdout = time: numbers, or ISO 8601"""
+    group: str = ""
+    """column of texts that belong together, such as a thread: no group is split"""
+    language: str = ""
+    """column of the language, for the tables"""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """what a broken row does: refuse (the run ends) or skip (it is counted)"""
+    long: Literal["broken", "cut"] = "broken"
+    """what a text above 2000 characters is: broken, or cut there (and counted)"""
+    sample: int = Field(default=0, ge=0)
+    """largest number of rows that are used, which the seed chooses: whole clients where there is a column of clients,
+    else rows; 0: all rows"""
+    partition: Literal["iid", "dirichlet", "shard", "linear", "exponential"] = "dirichlet"
+    """how flwr-datasets deals texts out where there is no column of clients: iid, dirichlet (mix of labels), shard (few
+    labels each), linear or exponential (sizes)"""
+    clients: int = Field(default=20, ge=4, le=10_000)
+    """clients that partition makes"""
+    concentration: float = Field(default=0.5, gt=0)
+    """of partition = dirichlet: small is one-sided, large is even"""
+    shards: int = Field(default=2, ge=1, le=1000)
+    """of partition = shard: shards of one label a client"""
+    unseen: float = Field(default=0.2, gt=0, lt=1)
+    """share of clients that take no part in training; rounded, at least one"""
+    minimum_texts: int = Field(default=10, ge=3)
+    """clients with fewer texts are left out; the table says how many"""
+    holdout: Literal["hash", "time"] = "hash"
+    """which texts are for tests: hash (of their group, the same on every machine) or time (the latest)"""
+    holdout_fraction: float = Field(default=0.25, gt=0, le=0.5)
+    """share of a client's texts for tests"""
+    validation_fraction: float = Field(default=0.2, gt=0, le=0.5)
+    """share of a client's other texts kept for its own validation"""
+    near_duplicates: float = Field(default=0.8, ge=0.3, le=1)
+    """texts whose sets of three-character pieces overlap by this share (Jaccard) are one group; 1: only equal ones"""
+    public_texts: int = Field(default=6, ge=1, le=1000)
+    """without files of public texts: texts of each label that are taken from clients and made public, at most 20% of a
+    label's, or one"""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -173,15 +148,12 @@ class DataSettings(Settings):
         """Check that there are texts of one's own, or no other key asks for some. Raises ConfigError."""
         idle = [key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default]
         if idle and not self.given:
-            raise ConfigError(
-                f"data.{idle[0]} is set, and there are no texts: name them with data.files", about="data.files"
-            )
+            reason = f"data.{idle[0]} is set, and there are no texts: name them with data.files"
+            raise ConfigError(reason, about="data.files")
 
     def located(self, folder: Path) -> Self:
-        """Take relative paths from ``folder``."""
-        paths = {
-            key: tuple(str((folder / name).resolve()) for name in getattr(self, key)) for key in ("files", "public")
-        }
+        named = {"files": self.files, "public": self.public}
+        paths = {key: tuple(str((folder / name).resolve()) for name in names) for key, names in named.items()}
         return self.model_copy(update=paths)
 
 
@@ -212,12 +184,6 @@ def read_rows(settings: DataSettings, seed: int) -> Rows:
     """Read the rows that ``settings`` name, of files and functions; of more than ``sample`` those the seed chooses."""
     placed = _called(settings.function) if settings.function else _chained(settings.files)
     return _rows(placed, settings, _Sample(settings.sample, bool(settings.client), seed))
-
-
-def read_public(settings: DataSettings) -> Rows:
-    """Read the files of public texts; their clients and splits do not matter. Raises as ``read_rows``."""
-    only = settings.model_copy(update={"client": "", "split": "", "time": "", "group": ""})
-    return _rows(_chained(settings.public), only, _Sample(0, False, 0))
 
 
 class _Sample:
@@ -360,9 +326,8 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Placed]]:
         return _saved_to_disk if saved else _folder
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
-        raise ConfigError(
-            f"{path} is of no known kind; use {', '.join(readers)}, or a folder", about="data.files", value=str(path)
-        )
+        reason = f"{path} is of no known kind; use {', '.join(readers)}, or a folder"
+        raise ConfigError(reason, about="data.files", value=str(path))
     return readers[path.suffix.lower()]
 
 
@@ -370,7 +335,10 @@ def _csv(path: Path) -> Iterator[Placed]:
     csv.field_size_limit(MAX_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(file.readline())
+            # In place of a comma, spreadsheets of other languages write other marks.
+            marks = "\t" if path.suffix.lower() == ".tsv" else ",;\t"
+            first = file.readline()
+            delimiter = next((mark for mark in marks if mark in first), marks[0])
             file.seek(0)
             lines = csv.reader(file, delimiter=delimiter, strict=True)
             header = next(lines, [])
@@ -389,11 +357,6 @@ def _csv(path: Path) -> Iterator[Placed]:
         raise DataError(f"{path} is not UTF-8; convert it", about=path.name) from None
     except csv.Error as error:
         raise DataError(f"{path}:{lines.line_num}: not CSV: {error}", about=path.name) from error
-
-
-def _delimiter(header: str) -> str:
-    """The comma, or what spreadsheets of other languages write in its place if the header has no comma."""
-    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def _jsonl(path: Path) -> Iterator[Placed]:
@@ -484,48 +447,36 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0][:200]
 
 
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
-
-
 def partition(labels: Sequence[str], settings: DataSettings, seed: int) -> list[int]:
     """Return the client of each row, from 0; a client may get no row. Equal arguments give equal clients.
 
     Raises ConfigError if the rule cannot make that number of clients from these rows.
     """
     from datasets import Dataset
+    from flwr_datasets import partitioner as rules
 
-    order = np.random.default_rng(seed).permutation(len(labels))
-    rule = _partitioner(settings, seed)
+    order, count = np.random.default_rng(seed).permutation(len(labels)), settings.clients
+    rule: rules.Partitioner = {
+        "iid": lambda: rules.IidPartitioner(count),
+        "dirichlet": lambda: rules.DirichletPartitioner(
+            count, "label", settings.concentration, min_partition_size=0, seed=seed
+        ),
+        "shard": lambda: rules.ShardPartitioner(count, "label", num_shards_per_partition=settings.shards, seed=seed),
+        "linear": lambda: rules.LinearPartitioner(count),
+        "exponential": lambda: rules.ExponentialPartitioner(count),
+    }[settings.partition]()
     owner = [0] * len(labels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # each attempt at a Dirichlet draw
             rule.dataset = Dataset.from_dict({"row": order.tolist(), "label": [labels[row] for row in order]})
-            for client in range(settings.clients):
+            for client in range(count):
                 for row in rule.load_partition(client)["row"]:
                     owner[row] = client
     except ValueError as error:
         reason = f"{len(labels)} texts cannot be dealt out to {settings.clients} clients by {settings.partition}"
         raise ConfigError(f"{reason}: {' '.join(str(error).split())[:200]}", about="data.partition") from error
     return owner
-
-
-def _partitioner(settings: DataSettings, seed: int) -> "Partitioner":
-    from flwr_datasets import partitioner as rules
-
-    count = settings.clients
-    match settings.partition:
-        case "iid":
-            return rules.IidPartitioner(count)
-        case "dirichlet":
-            return rules.DirichletPartitioner(count, "label", settings.concentration, min_partition_size=0, seed=seed)
-        case "shard":
-            return rules.ShardPartitioner(count, "label", num_shards_per_partition=settings.shards, seed=seed)
-        case "linear":
-            return rules.LinearPartitioner(count)
-        case "exponential":
-            return rules.ExponentialPartitioner(count)
 
 
 def normalized(text: str) -> str:
@@ -568,20 +519,17 @@ def group_texts(texts: Sequence[str], keys: Sequence[str], threshold: float) -> 
     estimated from 64 hashes (Broder 1997; its standard deviation is at most 0.0625) for pairs that locality-sensitive
     hashing finds (Indyk and Motwani 1998); at 1, only texts that ``normalized`` makes equal are in one group.
     """
-    first: dict[str, int] = {}
-    parent = list(range(len(texts)))
-    for index, text in enumerate(texts):
-        parent[index] = first.setdefault(normalized(text), index)
-    if threshold < 1:
-        _join_similar(list(first.items()), parent, threshold)
-    keyed: dict[str, int] = {}
-    for index, key in enumerate(keys):
-        if key:
-            _join(parent, keyed.setdefault(key, index), index)
-    return [_root(parent, index) for index in range(len(texts))]
+    first, keyed, lowest = dict[str, int](), dict[str, int](), dict[int, int]()
+    pairs = [(first.setdefault(normalized(text), index), index) for index, text in enumerate(texts)]
+    pairs += [(keyed.setdefault(key, index), index) for index, key in enumerate(keys) if key]
+    pairs += _similar(list(first.items()), threshold) if threshold < 1 else ()
+    ends = np.array(pairs, np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(pairs)), (ends[0], ends[1])), shape=(len(texts), len(texts)))
+    _, components = connected_components(graph, directed=False) if texts else (0, [])
+    return [lowest.setdefault(number, index) for index, number in enumerate(components)]
 
 
-def _join_similar(distinct: Sequence[tuple[str, int]], parent: list[int], threshold: float) -> None:
+def _similar(distinct: Sequence[tuple[str, int]], threshold: float) -> Iterator[tuple[int, int]]:
     rows = 4 if threshold >= 0.7 else 2  # of a band: a pair at the threshold is found with a probability of 0.95
     index = MinHashLSH(num_perm=PERMUTATIONS, params=(PERMUTATIONS // rows, rows))
     sketches: dict[int, MinHash] = {}
@@ -590,27 +538,13 @@ def _join_similar(distinct: Sequence[tuple[str, int]], parent: list[int], thresh
         sketch.update_batch(sorted({text[i : i + SHINGLE].encode() for i in range(max(1, len(text) - SHINGLE + 1))}))
         for other in index.query(sketch):
             if sketches[other].jaccard(sketch) >= threshold:
-                _join(parent, other, number)
+                yield other, number
         sketches[number] = sketch
         index.insert(number, sketch)
 
 
-def _join(parent: list[int], first: int, other: int) -> None:
-    low, high = sorted((_root(parent, first), _root(parent, other)))
-    parent[high] = low
-
-
-def _root(parent: list[int], index: int) -> int:
-    while parent[index] != index:
-        parent[index] = parent[parent[index]]
-        index = parent[index]
-    return index
-
-
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """Says what became of the rows."""
-
     rows: int  # rows that are used, broken ones not counted
     broken: tuple[str, ...]  # a line for each broken row
     groups: int  # groups of near-duplicates among the rows
@@ -628,15 +562,15 @@ class DataFacts:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Holds a population and where it came from."""
-
     population: Population
     facts: DataFacts | None  # None if no rows were read
 
 
 def load_population(settings: DataSettings, seed: int) -> Loaded:
     """Read the texts and make a population of them; the same texts, settings and seed give the same ``digest``."""
-    rows, public, task = read_rows(settings, seed), read_public(settings), find_task(settings.task)
+    rows, task = read_rows(settings, seed), find_task(settings.task)
+    only = settings.model_copy(update={"client": "", "split": "", "time": "", "group": ""})  # of public texts
+    public = _rows(_chained(settings.public), only, _Sample(0, False, 0))
     names, targets = tuple[str, ...](), dict[str, Target]()
     if isinstance(task, OwnTask):
         rows, public, names, targets = _with_targets(rows, public, task)
@@ -858,12 +792,9 @@ class _Maker:
         """Return the clients, those that take part first, under names that devices can have."""
         unseen = max(1, round(self.settings.unseen * len(clients)))
         if len(clients) - unseen < FEWEST_TRAINED:
-            raise ConfigError(
-                f"{len(clients)} clients have enough texts, of which {unseen} take no part in training; at least "
-                f"{FEWEST_TRAINED} must train: give more texts, or lower data.minimum_texts",
-                about="data.client",
-                value=len(clients),
-            )
+            reason = f"{len(clients)} clients have enough texts, of which {unseen} take no part in training; at least "
+            reason += f"{FEWEST_TRAINED} must train: give more texts, or lower data.minimum_texts"
+            raise ConfigError(reason, about="data.client", value=len(clients))
         order = sorted(clients, key=lambda client: _hashed(self.seed, "unseen", client.name))
         out = {client.name for client in order[:unseen]}
         usable = all(is_device_id(client.name) for client in clients)

@@ -132,9 +132,8 @@ class Arms(ABC):
 @dataclass
 class ClassifierArms(Arms):
     mine: ClassifierTrainer
-    _embedded: tuple[str, dict[str, Floats]] = field(
-        default_factory=lambda: ("", {})
-    )  # digest of the last adapter, and what it made of texts
+    # Digest of the last adapter, and what it made of texts.
+    _embedded: tuple[str, dict[str, Floats]] = field(default_factory=lambda: ("", {}))
 
     def _personal(self, client: Client, start: Tensors, task: Task, arm: str) -> Kept:
         own, examples = self.inputs.scenario.personal, provision.examples_of(client)

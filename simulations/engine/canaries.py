@@ -63,8 +63,6 @@ class Guesses:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """Describes one sum that a device was in."""
-
     spec: SessionSpec  # of a session with noise, whose vector has at least as many numbers as ``devices``
     devices: int  # that add their noise, 1 to ``spec.vector.max_clients``
 

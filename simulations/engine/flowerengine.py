@@ -32,7 +32,6 @@ PARTITION = "partition-id"  # Flower's number of a simulated node, from 0
 
 
 def require_ray() -> None:
-    """Check that Ray is installed. Raises ConfigError."""
     if find_spec("ray") is None:
         raise ConfigError("--engine ray needs Ray: pip install 'edgeadapt[ray]'", about="--engine", value="ray")
 

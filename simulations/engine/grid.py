@@ -172,13 +172,10 @@ class FaultModel:
         number = round_of(group)
         share = self.availability[number % len(self.availability)] if self.availability else 1.0
         return {
-            node: self._outcome(group, step, node, node in dropouts, self._there(node, number, share)) for node in nodes
+            node: self._outcome(group, step, node, node in dropouts, share if own is None else own)
+            for node in nodes
+            for own in [self.trace[node].at(number) if node in self.trace else None]
         }
-
-    def _there(self, node: int, number: int, share: float) -> float:
-        """Return the share at which a node is there in a round, or in the first one of a session."""
-        own = self.trace[node].at(number) if node in self.trace else None
-        return share if own is None else own
 
     def _outcome(self, group: str, step: Step | None, node: int, forced: bool, there: float) -> DeliveryOutcome:
         rng = self._rng(group, [*Step, None].index(step), node)

@@ -7,9 +7,8 @@ stages of the run itself, so that the run's log goes on before and after the rou
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count as count_from
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -52,9 +51,7 @@ class _Shown:
         self._say = self._plain.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._plain.__exit__(None, None, None)
         self._display.stop()  # shows the cursor again
 
@@ -72,10 +69,8 @@ class SuiteProgress(_Shown):
     """Shows how much of a suite is done: one bar over all jobs, and a line for each process."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None, clock: Clock = time.monotonic) -> None:
-        percentage, note = (
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("left  {task.fields[note]}", markup=False),
-        )
+        percentage = TextColumn("{task.percentage:>3.0f} %")
+        note = TextColumn("left  {task.fields[note]}", markup=False)
         columns = (BarColumn(BAR), percentage, TimeElapsedColumn(), TimeRemainingColumn(), note)
         super().__init__(columns, quiet, console, clock)
         self._task = self._display.add_task("suite", total=None, note="")
@@ -160,11 +155,9 @@ class RunProgress(_Shown):
         log.info("%s", line)
         self._print(Text(line))
 
-    @contextmanager
-    def rounds(self, done: int, total: int) -> Iterator[None]:
+    def rounds(self, done: int, total: int) -> AbstractContextManager[None]:
         """Show the rounds while the block runs, of which ``done`` are in the registry already."""
-        with self._shown("round", done, total):
-            yield
+        return self._shown("round", done, total)
 
     @contextmanager
     def _shown(self, name: str, done: int, total: int | None) -> Iterator[None]:

@@ -220,9 +220,8 @@ def with_shared_states(out: Path, scenario: Scenario, population: Population, ba
         if not place.exists():
             mine = cast(ClassifierTrainer, open_trainer(base, len(population.labels), config))
             asked = population.sampled(scenario.evaluation.clients, scenario.seed).clients
-            parts = [
-                part for client in population.clients if not client.unseen for part in (client.train, client.validation)
-            ]
+            seen = [client for client in population.clients if not client.unseen]
+            parts = [part for client in seen for part in (client.train, client.validation)]
             parts += [part for client in asked for part in (client.train, client.validation, client.test)]
             texts = {text.text: None for part in [released_texts(population), *parts] for text in part}
             cast(TorchEngine, mine.engine).share_states(mine.tokens([*texts]), place)
@@ -464,10 +463,8 @@ def released_texts(population: Population) -> list[LabelledText]:
     """Return the public texts that a release carries, with plain phrases in the languages of the clients."""
     if any(text.target for text in population.public):  # outputs of a task, which may have the name of an intent
         return [*population.public]
-    numbers, languages = (
-        {label: i for i, label in enumerate(population.labels)},
-        {c.language for c in population.clients},
-    )
+    numbers = {label: i for i, label in enumerate(population.labels)}
+    languages = {client.language for client in population.clients}
     return [*population.public] + [
         LabelledText(text, numbers[intent], f"{code}/plain")
         for code in sorted(languages & released_phrases().keys())

@@ -98,13 +98,18 @@ def _publish(out: Path, scenario: Scenario, population: Population, base: Base) 
     origin = resolved(source, base)
     model = model_of(classifier_trainer(base, len(population.labels), source.peft_config))
     profile, slots = Profile(scenario.export.profile), wanted(base, origin).slots
-    exported = _with_phrases(export_classifier(with_mean_head(base, slots), base, profile, training=None), population)
+    exported = export_classifier(with_mean_head(base, slots), base, profile, training=None)
+    # A device rehearses the release's public texts when it learns.
+    if pairs := [(population.labels[one.label], one.text) for one in provision.released_texts(population)]:
+        exported = exported.with_file(PHRASES, encode_phrases(pairs))
     runner = OnnxRunner.open(exported.folder, exported.manifest)
     classifier.load(model, provision.registry(out).tensors(origin.version))
     tests = [example for client in population.clients for example in client.test]
     inputs, texts, labels = device_inputs(origin, exported.manifest, "int8"), _texts(tests), _labels(tests)
     parity = compare.compare(model, runner, inputs, texts, labels=labels.tolist())
-    compare.gate(parity, _limits(scenario), privacy=origin.privacy)
+    least = scenario.export.minimum_agreement
+    limits = limits_of(scenario.export.profile, "text-classification") if least == "profile" else Limits(least)
+    compare.gate(parity, limits, privacy=origin.privacy)
     logits = runner.classify(texts, inputs)
     key = IdentityKey.from_pem((out / provision.COORDINATOR / coordinator_files.KEY).read_bytes())
     write_bundle(out / BUNDLE, exported, [source_of(GLOBAL, origin)], key=key)
@@ -132,12 +137,6 @@ def _publish(out: Path, scenario: Scenario, population: Population, base: Base) 
         },
         next(filter(None, lessons), None),
     )
-
-
-def _with_phrases(exported: ExportedBase, population: Population) -> ExportedBase:
-    """Add the release's public texts, which a device rehearses when it learns."""
-    pairs = [(population.labels[one.label], one.text) for one in provision.released_texts(population)]
-    return exported.with_file(PHRASES, encode_phrases(pairs)) if pairs else exported
 
 
 def reliability(logits: Floats, labels: Labels, temperatures: Floats) -> Reliability:
@@ -172,11 +171,6 @@ def _texts(examples: Sequence[LabelledText]) -> list[str]:
 
 def _labels(examples: Sequence[LabelledText]) -> Labels:
     return np.array([example.label for example in examples], np.int64)
-
-
-def _limits(scenario: Scenario) -> Limits:
-    minimum = scenario.export.minimum_agreement
-    return limits_of(scenario.export.profile, "text-classification") if minimum == "profile" else Limits(minimum)
 
 
 def _personal(out: Path, client: Client, origin: Origin, base: Base) -> Origin:

@@ -22,7 +22,6 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -171,17 +170,12 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for worker in self._workers:
             worker.close()
         if isinstance(error, WorkerKilledError):
-            raise EdgeAdaptError(
-                "a process of the devices was killed, as happens where memory runs out: continue with --resume, and "
-                "with fewer --workers",
-                about="--workers",
-            ) from error
+            text = "a process of the devices was killed, as happens where memory runs out: continue with --resume, and"
+            raise EdgeAdaptError(f"{text} with fewer --workers", about="--workers") from error
 
     def answer(self, requests: Sequence[Message]) -> list[Callable[[], Message]]:
         """Let devices work on requests. Returns functions that wait for the answers (``Process.call``), in that order.

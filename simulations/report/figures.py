@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from io import BytesIO, StringIO
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,33 +88,26 @@ def svg(key: str, title: str, description: str, height: float, paint: Callable[[
 
     ``key`` has letters only, different for each figure of the page. A screen reader says title and description.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    out = StringIO()
-    with mpl.rc_context({**STYLE, "svg.hashsalt": key}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=(WIDTH / POINTS, height / POINTS))
-        FigureCanvasSVG(figure)
-        paint(figure)
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return _inline(out.getvalue(), key, title, description)
+    drawn = _drawn(height, paint, {"svg.hashsalt": key}, format="svg", metadata={"Date": None})
+    return _inline(drawn.decode(), key, title, description)
 
 
 def png(height: float, paint: Callable[["Figure"], None]) -> bytes:
     """Draw a picture of ``WIDTH`` by ``height`` as on the light page, at ``SHARPNESS`` pixels a unit."""
+    form = {"format": "png", "dpi": SHARPNESS * POINTS, "metadata": {"Software": None}}
+    return _drawn(height, paint, {"figure.facecolor": "white"}, **form)
+
+
+def _drawn(height: float, paint: Callable[["Figure"], None], style: dict[Any, object], **form: Any) -> bytes:
     import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     out = BytesIO()
-    with mpl.rc_context({**STYLE, "figure.facecolor": "white"}), warnings.catch_warnings():
+    with mpl.rc_context(STYLE | style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(WIDTH / POINTS, height / POINTS))
-        FigureCanvasAgg(figure)
         paint(figure)
-        figure.savefig(out, format="png", dpi=SHARPNESS * POINTS, metadata={"Software": None})
+        figure.savefig(out, **form)
     return out.getvalue()
 
 
@@ -170,7 +163,8 @@ def clients(result: RunResult) -> str:
 
 
 def _dumbbells(figure: "Figure", rows: Sequence[ClientResult], places: Sequence[float], height: float) -> None:
-    labels = [_label(h) for h in rows]
+    languages = ["" if h.name.startswith(h.language) else f" · {short(h.language)}" for h in rows]
+    labels = [short(h.name) + language for h, language in zip(rows, languages, strict=True)]
     left = 12 + CHARACTER * max(map(len, labels))
     ax = axes(figure, left=left, top=42, width=WIDTH - left - 40, height=height - 84)
     values = {arm: np.array([h.arms[arm] for h in rows]) for arm in ARMS}
@@ -197,12 +191,10 @@ def _dumbbells(figure: "Figure", rows: Sequence[ClientResult], places: Sequence[
             "took no part in training", (0, first - 1), (2, 0), ("axes fraction", "data"), "offset points",
             va="center", color=MUTED, style="italic",
         )  # fmt: skip
-    _client_key(figure)
-
-
-def _label(client: ClientResult) -> str:
-    name = short(client.name)
-    return name if client.name.startswith(client.language) else f"{name} · {short(client.language)}"
+    key = _key(figure, 24)
+    for x, arm in zip((14, 90, 170, 260), ARMS, strict=True):
+        _marks(key, arm, [x], [0])
+        key.text(x + 10, 0, arm, va="center", color=ARM_COLORS[arm])
 
 
 def _marks(ax: "Axes", arm: str, x: Iterable[float], y: Iterable[float]) -> None:
@@ -220,13 +212,6 @@ def _key(figure: "Figure", height: float) -> "Axes":
     ax.set_axis_off()
     ax.set(xlim=(0, WIDTH), ylim=(-1, 1))
     return ax
-
-
-def _client_key(figure: "Figure") -> None:
-    ax = _key(figure, 24)
-    for place, arm in zip((14, 90, 170, 260), ARMS, strict=True):
-        _marks(ax, arm, [place], [0])
-        ax.text(place + 10, 0, arm, va="center", color=ARM_COLORS[arm])
 
 
 # Accuracy and loss by round.

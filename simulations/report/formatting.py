@@ -149,11 +149,9 @@ def evaluated(clients: int, population: int) -> str:
 
 def command(exported: ExportResult, program: str) -> str:
     """Return the command that asks the exported bundle a phrase, quoted for a shell."""
-    return f"{program} device infer --bundle {shlex.quote(exported.bundle)} {_quoted(exported.phrase)}"
-
-
-def _quoted(phrase: str) -> str:
-    return shlex.quote(phrase) if set(phrase) & set('"$`\\!') else f'"{phrase}"'
+    phrase = exported.phrase
+    quoted = shlex.quote(phrase) if set(phrase) & set('"$`\\!') else f'"{phrase}"'
+    return f"{program} device infer --bundle {shlex.quote(exported.bundle)} {quoted}"
 
 
 def next_commands(result: RunResult, exported: ExportResult, program: str) -> list[tuple[str, str]]:
@@ -232,12 +230,9 @@ def reliability(by_arm: Mapping[str, Reliability]) -> tuple[str, str]:
     """Say how often each arm is right when it says 90 %, and the calibration errors; the personal arm comes first."""
     arms = list(by_arm.items())[::-1]
     says = (f"{arm} is right {percent(one.right_near_ninety, 1)} of {one.near_ninety} times" for arm, one in arms)
-    errors = (f"{arm} {percent(one.after, 1)}{_uncalibrated(one)}" for arm, one in arms)
+    before = {arm: "" if one.before == one.after else f" ({percent(one.before, 1)} uncalibrated)" for arm, one in arms}
+    errors = (f"{arm} {percent(one.after, 1)}{before[arm]}" for arm, one in arms)
     return "; ".join(says), f"calibration error: {'; '.join(errors)}"
-
-
-def _uncalibrated(one: Reliability) -> str:
-    return "" if one.before == one.after else f" ({percent(one.before, 1)} uncalibrated)"
 
 
 def accuracies(parity: Mapping[str, float]) -> str:

@@ -6,7 +6,7 @@ The words of a page are in ``templates``, which escape every value; the numbers 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace as with_changes
 from pathlib import Path
 
@@ -123,7 +123,8 @@ def sentences(summary: SuiteSummary) -> Iterator[str]:
 
     They are about the arm that most pairs are compared with, and leave out arms that are void, unless all are.
     """
-    metric, sound = summary.compared_by, [pair for pair in summary.pairs if not _is_void(summary, pair)]
+    metric, void = summary.compared_by, {name for name, arm in summary.arms.items() if arm.is_void}
+    sound = [pair for pair in summary.pairs if not void & {pair.first, pair.second}]
     others = Counter(pair.second for pair in sound or summary.pairs)
     pairs = [
         with_changes(pair, first=marked(summary, pair.first), second=marked(summary, pair.second))
@@ -160,10 +161,6 @@ def sentences(summary: SuiteSummary) -> Iterator[str]:
         yield f"{text[0].upper()}{text[1:]}."
 
 
-def _is_void(summary: SuiteSummary, pair: PairSummary) -> bool:
-    return any(name in summary.arms and summary.arms[name].is_void for name in (pair.first, pair.second))
-
-
 def pair_rows(summary: SuiteSummary) -> list[list[str]]:
     """Tabulate every pair: its name, and each difference of ``PLACES``, with what is noise or may be chance."""
     return [
@@ -195,37 +192,29 @@ def notes(summary: SuiteSummary) -> list[str]:
     for name, arm in summary.arms.items():
         if arm.failed:
             lines.append(_failed(name, arm))
-        for said, text in (
-            (_aborted, "{arm}, {seeds}: {what}."),
-            (_void, "{arm}, {seeds}: {what}, so its figures are not those of its method."),
-            (_retried, "{arm}, {seeds}: {what}."),
-            (interrupted, "{arm}, {seeds}: {what}."),
-        ):
-            words = {seed: found for seed, tally in arm.round_tallies.items() if (found := said(tally))}
-            for what in dict.fromkeys(words.values()):
-                seeds = tuple(seed for seed, each in words.items() if each == what)
-                named = f"seed{'s' if len(seeds) > 1 else ''} {_list(seeds)}"
-                lines.append(text.format(arm=marked(summary, name), what=what, seeds=named))
+        words: dict[str, list[int]] = {}
+        for seed, tally in arm.round_tallies.items():
+            for what in _said(tally):
+                words.setdefault(what, []).append(seed)
+        for what, seeds in words.items():
+            lines.append(f"{marked(summary, name)}, seed{'s' if len(seeds) > 1 else ''} {_list(seeds)}: {what}.")
     if not all(arm.complete for arm in summary.arms.values()):
         lines.append(RETRY)
     return lines
 
 
-def _aborted(tally: RoundTally) -> str:
-    return "" if tally.is_void else aborted(tally)
-
-
-def _void(tally: RoundTally) -> str:
-    return aborted(tally) if tally.is_void else ""
-
-
-def _retried(tally: RoundTally) -> str:
-    return f"the rounds began again {count(tally.retries, 'time')}, because some had aborted" if tally.retries else ""
+def _said(tally: RoundTally) -> Iterator[str]:
+    if said := aborted(tally):
+        yield f"{said}, so its figures are not those of its method" if tally.is_void else said
+    if tally.retries:
+        yield f"the rounds began again {count(tally.retries, 'time')}, because some had aborted"
+    if said := interrupted(tally):
+        yield said
 
 
 def _failed(name: str, arm: ArmSummary) -> str:
     seed, reason = next(iter(arm.failed.items()))
-    where = f"seeds {_list(tuple(arm.failed))}" if len(arm.failed) > 1 else f"seed {seed}"
+    where = f"seeds {_list(arm.failed)}" if len(arm.failed) > 1 else f"seed {seed}"
     text = f"{name} (!) failed with {where} and has no figures: {reason.rstrip('.')}"
     done = ", ".join(f"{share(mean)} with seed {seed}" for seed, mean in arm.means.items())
     return f"{text}; its mean is {done}." if done else f"{text}."
@@ -273,7 +262,6 @@ def costs(arm: ArmSummary) -> tuple[str, ...]:
 
 
 def constants(arm: ArmSummary) -> str:
-    """Say what an arm's search chose, and what it cost."""
     chosen = ", ".join(f"{key} = {value}" for key, value in arm.constants.items())
     return f"{chosen} (of {count(arm.candidates, 'candidate')}, {duration(arm.search_cpu_seconds)} of CPU)"
 
@@ -350,7 +338,7 @@ def _places(metric: Metric) -> list[str]:
     return [metric.titles[title] for title in PLACES]
 
 
-def _list(seeds: tuple[int, ...]) -> str:
+def _list(seeds: Iterable[int]) -> str:
     return ", ".join(map(str, seeds))
 
 

@@ -9,7 +9,7 @@ intervals that are too narrow. The tests measure both.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -144,10 +144,10 @@ class ArmSummary:
     constants: Overrides  # that its search chose
     candidates: int
     search_cpu_seconds: float
-    means: dict[int, float] = field(default_factory=dict)  # seed → mean over the clients of the seeds that finished
-    failed: dict[int, str] = field(default_factory=dict)  # seed → why it failed; then the arm has no figures
-    round_tallies: dict[int, RoundTally] = field(default_factory=dict)  # seed → how its rounds ended
-    complete: bool = True  # whether no seed failed, and no round is missing for good
+    means: dict[int, float]  # seed → mean over the clients of the seeds that finished
+    failed: dict[int, str]  # seed → why it failed; then the arm has no figures
+    round_tallies: dict[int, RoundTally]  # seed → how its rounds ended
+    complete: bool  # whether no seed failed, and no round is missing for good
 
     @property
     def is_void(self) -> bool:
@@ -214,12 +214,9 @@ def summarize(settings: SuiteSettings, outcomes: Found) -> SuiteSummary:
     for title in FIGURES:
         if samples := samples_of(whole, settings.seeds, unseen=title == "unseen"):
             figures[title] = _Figure.of(list(whole), samples, STATISTICS["mean" if title == "unseen" else title])
-    base = next((name for name in whole if settings.arms[name].kind is Kind.BASE), None)
     clients = [c for result in next(iter(whole.values()))[1].values() for c in result.clients]
-    arms = {
-        name: _arm(settings, name, whole, figures, base) if name in whole else _failed(settings, name, outcomes, metric)
-        for name in outcomes
-    }
+    base = next((results for name, (_, results) in whole.items() if settings.arms[name].kind is Kind.BASE), None)
+    arms = {name: _arm(settings, name, outcomes[name], figures, metric, base) for name in outcomes}
     return SuiteSummary(
         name=settings.name,
         metric=metric.name,
@@ -259,54 +256,38 @@ def _standing(arms: Mapping[str, ArmSummary], means: "_Figure", metric: Metric) 
     return Standing(best, min([best, *noise], key=price), noise, comparable)
 
 
-def _failed(settings: SuiteSettings, name: str, outcomes: Found, metric: Metric) -> ArmSummary:
-    chosen, by_seed = outcomes[name]
-    nan = math.nan
-    return ArmSummary(
-        kind=settings.arms[name].kind,
-        figures={title: Estimate(nan, nan, nan) for title in FIGURES},
-        public=nan,
-        forgotten=nan,
-        aggregation_error=nan,
-        epsilon=nan,
-        canaries=nan,
-        cost=Cost(0, 0, nan, nan, nan),
-        reached=None,
-        constants=chosen.constants,
-        candidates=len(chosen.scores),
-        search_cpu_seconds=chosen.cpu_seconds,
-        means={seed: _seed_mean(o, metric) for seed, o in by_seed.items() if isinstance(o, TrialResult)},
-        failed={seed: outcome for seed, outcome in by_seed.items() if isinstance(outcome, str)},
-        complete=False,
-    )
-
-
-def _seed_mean(result: TrialResult, metric: Metric) -> float:
-    return _mean([metric.of(client.test) for client in result.clients if not client.unseen])
-
-
 def _arm(
-    settings: SuiteSettings, name: str, outcomes: Whole, figures: Mapping[str, "_Figure"], base: str | None
+    settings: SuiteSettings,
+    name: str,
+    found: tuple[SearchOutcome, Mapping[int, Outcome]],
+    figures: Mapping[str, "_Figure"],
+    metric: Metric,
+    base: Mapping[int, TrialResult] | None,
 ) -> ArmSummary:
-    kind, metric, (chosen, results) = settings.arms[name].kind, compared_by(outcomes), outcomes[name]
+    kind, (chosen, by_seed) = settings.arms[name].kind, found
+    failed = {seed: outcome for seed, outcome in by_seed.items() if isinstance(outcome, str)}
+    finished = {seed: outcome for seed, outcome in by_seed.items() if isinstance(outcome, TrialResult)}
+    results = [] if failed else list(finished.values())
     nothing = Estimate(math.nan, math.nan, math.nan)
-    targeted = settings.target and kind.federated
+    shown = figures if results else {}
+    targeted = results and settings.target and kind.federated
     return ArmSummary(
         kind=kind,
-        figures={title: figures[title].estimate(metric, name) if title in figures else nothing for title in FIGURES},
-        public=_mean([metric.of(c.public) for r in results.values() for c in r.clients]),
-        forgotten=_forgotten(outcomes[base][1], results) if base else math.nan,
-        aggregation_error=_mean([e for r in results.values() if (e := r.aggregation_error) is not None]),
-        epsilon=_mean([e for r in results.values() if (e := r.epsilon) is not None]),
-        canaries=_mean([r.canaries.gaussian for r in results.values() if r.canaries]),
-        cost=_cost([result.cost for result in results.values()]),
-        reached=_reached([r.rounds for r in results.values()], settings.target, metric) if targeted else None,
+        figures={title: shown[title].estimate(metric, name) if title in shown else nothing for title in FIGURES},
+        public=_mean([metric.of(c.public) for r in results for c in r.clients]),
+        forgotten=_forgotten(base, finished) if base and results else math.nan,
+        aggregation_error=_mean([e for r in results if (e := r.aggregation_error) is not None]),
+        epsilon=_mean([e for r in results if (e := r.epsilon) is not None]),
+        canaries=_mean([r.canaries.gaussian for r in results if r.canaries]),
+        cost=_cost([result.cost for result in results]),
+        reached=_reached([r.rounds for r in results], settings.target, metric) if targeted else None,
         constants=chosen.constants,
         candidates=len(chosen.scores),
         search_cpu_seconds=chosen.cpu_seconds,
-        means={seed: _seed_mean(result, metric) for seed, result in results.items()},
-        round_tallies={seed: result.round_tally for seed, result in results.items() if kind.federated},
-        complete=not any(result.round_tally.is_short for result in results.values()),
+        means={s: _mean([metric.of(c.test) for c in r.clients if not c.unseen]) for s, r in finished.items()},
+        failed=failed,
+        round_tallies={seed: r.round_tally for seed, r in finished.items() if kind.federated and not failed},
+        complete=not failed and not any(result.round_tally.is_short for result in results),
     )
 
 
@@ -333,10 +314,8 @@ class _Figure:
         """Return the difference of two arms' scores, not yet adjusted."""
         i, j = self.names.index(first), self.names.index(second)
         draws = self.draws[i] - self.draws[j]
-        interval, p = (
-            estimate(float(self.values[i] - self.values[j]), draws, self.clients),
-            p_value(draws, self.clients),
-        )
+        interval = estimate(float(self.values[i] - self.values[j]), draws, self.clients)
+        p = p_value(draws, self.clients)
         return Difference(interval.value, interval.low, interval.high, p, p)
 
 
@@ -396,6 +375,8 @@ def _forgotten(base: Mapping[int, TrialResult], results: Mapping[int, TrialResul
 
 
 def _cost(costs: Sequence[Cost]) -> Cost:
+    if not costs:
+        return Cost(0, 0, math.nan, math.nan, math.nan)
     return Cost(
         epochs=costs[0].epochs,
         steps=round(_mean([cost.steps for cost in costs])),

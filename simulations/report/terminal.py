@@ -61,18 +61,8 @@ METHODS: Mapping[MethodName, str] = {
     "prefix_tuning": "prefix tuning",
 }
 LABEL = 11  # columns
-SHORT = (
-    "base",
-    "rounds",
-    "sums",
-    "privacy",
-    "ATTACK",
-    "clients",
-    "texts",
-    "look at",
-    "broken",
-    "engine",
-)  # lines without --verbose
+# Lines without --verbose.
+SHORT = ("base", "rounds", "sums", "privacy", "ATTACK", "clients", "texts", "look at", "broken", "engine")
 
 
 def print_scenario(
@@ -98,17 +88,12 @@ def print_scenario(
 
 
 def print_data(summary: DataSummary, console: Console) -> None:
-    """Print what a population is."""
     _print_lines(lines(summary), console)
     console.print()
 
 
 def print_clients(summary: DataSummary, console: Console) -> None:
-    """Print a row for each client."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
-    columns = ("client", "language", "train", "validation", "test", "labels", "unknown tokens", "")
-    for title in columns:
-        table.add_column(title, justify="left" if title in ("client", "language", "") else "right", no_wrap=True)
+    table = _table("client", ("train", "validation", "test", "labels", "unknown tokens"), names=("language",))
     for client in summary.clients:
         numbers = (client.train, client.validation, client.test, client.labels)
         names = (printable(client.name), printable(client.language))
@@ -194,13 +179,11 @@ def _price(federation: FederationSettings, devices: int) -> str:
     dealt = bounds.grouping(devices)
     if dealt is None:
         return "none"
-    noise = (
-        f", and the mean has about {dealt.count**0.5:.1f} × the noise of one sum" if federation.privacy.noisy else ""
-    )
-    hides = f"{devices // dealt.count} instead of {devices}, never of fewer than {dealt.minimum}{noise}"
-    return (
-        f"{dealt.count} sums a round, combined by {bounds.combine}: of {devices} devices, one hides in a sum of {hides}"
-    )
+    hides = f"{devices // dealt.count} instead of {devices}, never of fewer than {dealt.minimum}"
+    if federation.privacy.noisy:
+        hides += f", and the mean has about {dealt.count**0.5:.1f} × the noise of one sum"
+    combined = f"{dealt.count} sums a round, combined by {bounds.combine}"
+    return f"{combined}: of {devices} devices, one hides in a sum of {hides}"
 
 
 def _noise(federation: FederationSettings) -> str:
@@ -229,9 +212,10 @@ def print_result(result: RunResult, console: Console, program: str = "edgeadapt"
     _print_lines([*_facts(result), *_exported(result, result.exported, program)], console)
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
+def _table(title: str, columns: Iterable[str], names: Iterable[str] = ()) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
-    table.add_column(title)
+    for name in (title, *names):
+        table.add_column(name, no_wrap=bool(names))
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
@@ -260,7 +244,6 @@ def _clients(result: RunResult) -> Table:
 
 
 def _facts(result: RunResult) -> list[tuple[str, str | Text]]:
-    """List what the rounds cost, and what they revealed."""
     amount, meaning = privacy(result.epsilon, result.delta, len(result.rounds))
     private: list[tuple[str, str | Text]] = [("privacy", Text.assemble((amount, "bold"), f": {meaning}"))]
     if result.canaries:

@@ -292,9 +292,8 @@ def _finish(worker: _Running, outcome: "Future[None]") -> float:
         outcome.result()
     except (WorkerKilledError, Exception) as error:
         killed = isinstance(error, WorkerKilledError)
-        reason = (
-            f"its process ended with code {worker.process.close()}" if killed else f"{type(error).__name__}: {error}"
-        )
+        reason = f"its process ended with code {worker.process.close()}" if killed else ""
+        reason = reason or f"{type(error).__name__}: {error}"
         cause = error
     else:
         return job.weight

@@ -58,6 +58,5 @@ def migrate_run(
 
 
 def _next(scenario: Scenario, to: Scenario) -> Scenario:
-    """Return a run's scenario with the base of another one."""
     federation = scenario.federation.model_copy(update={"training": to.federation.training})
     return scenario.model_copy(update={"base": to.base, "adapter": to.adapter, "federation": federation})

@@ -56,16 +56,6 @@ from simulations.engine.grid import (
 )
 from simulations.engine.plain import is_plain, open_coordinator
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import (
-    Enrolment,
-    Group,
-    device_base,
-    fleet_folders,
-    forget_states,
-    grouped,
-    training_base,
-    with_shared_states,
-)
 from simulations.engine.publish import export_all
 from simulations.engine.workers import Fleet, WorkerGrid, Workers
 from simulations.plan import default_trials
@@ -143,9 +133,8 @@ class RunFolder:
         """Continue the run of this scenario in ``path``. Raises ConfigError if it has none, or another one's."""
         stored = cls.stored(path)
         if scenario != stored:
-            raise ConfigError(
-                f"{path} contains a run of another scenario or with other settings: choose another --out", about="--out"
-            )
+            reason = f"{path} contains a run of another scenario or with other settings: choose another --out"
+            raise ConfigError(reason, about="--out")
         times = path / SECONDS
         return cls(path, stored, json.loads(times.read_bytes()) if times.exists() else {})
 
@@ -178,7 +167,7 @@ class RunFolder:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         replace(self.path / SECONDS, json.dumps(self.seconds).encode())
 
-    def of(self, group: Group) -> "RunFolder":
+    def of(self, group: provision.Group) -> "RunFolder":
         """Return the folder of a group's federation, with the same times."""
         path = self.path / group.folder
         path.mkdir(parents=True, exist_ok=True)
@@ -193,7 +182,7 @@ class Plan:
     engine: Engine
     loaded: Loaded
     base: Base
-    groups: Sequence[Group]
+    groups: Sequence[provision.Group]
 
     @classmethod
     def of(cls, scenario: Scenario, engine: Engine = HERE) -> Self:
@@ -213,7 +202,7 @@ class Plan:
                 raise ConfigError(text, about="attack.kind", value=scenario.attack.kind)
         loaded = populate(scenario.data, scenario.population, scenario.seed)
         base = provision.unrounded_base(scenario)
-        return cls(scenario, engine, loaded, base, grouped(loaded.population, scenario.groups))
+        return cls(scenario, engine, loaded, base, provision.grouped(loaded.population, scenario.groups))
 
     @property
     def devices(self) -> int:
@@ -241,20 +230,19 @@ class Plan:
         return RunFolder.resume(out, self.scenario) if resume else RunFolder.start(out, self.scenario)
 
     def run(self, folder: RunFolder, progress: RunProgress) -> RunResult:
-        """Run it. Raises as ``simulate``."""
         return simulate(folder, self.loaded.population, progress, self.engine)
 
 
 def simulate(folder: RunFolder, population: Population, progress: RunProgress, engine: Engine = HERE) -> RunResult:
     """Run the stages that are not finished. One that fails leaves the outcomes of those before it in the folder."""
-    scenario, groups = folder.scenario, grouped(population, folder.scenario.groups)
+    scenario, groups = folder.scenario, provision.grouped(population, folder.scenario.groups)
     torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
     exported: ExportResult | None = None
     progress.metric = find_task(scenario.data.task).metric
     with _logged(folder.log), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
-            base = training_base(folder.path, scenario, population)
-            base = with_shared_states(folder.path, scenario, population, base)
+            base = provision.training_base(folder.path, scenario, population)
+            base = provision.with_shared_states(folder.path, scenario, population, base)
             prepare(folder, groups, base)
         federate(folder, population, base, progress, engine)
         with folder.timed("personal"):
@@ -269,7 +257,7 @@ def simulate(folder: RunFolder, population: Population, progress: RunProgress, e
     if exported:
         write_report(result, folder.path / REPORT, program())
     replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
-    forget_states(folder.path)
+    provision.forget_states(folder.path)
     return result
 
 
@@ -295,7 +283,7 @@ def _logged(log: Path) -> Iterator[None]:
         handler.close()
 
 
-def prepare(folder: RunFolder, groups: Sequence[Group], base: Base) -> None:
+def prepare(folder: RunFolder, groups: Sequence[provision.Group], base: Base) -> None:
     """Make the fleets of a run, unless they are there.
 
     Raises ConfigError if they are of another population, base or trace, or as ``device_base``.
@@ -310,14 +298,12 @@ def _prepare(out: Path, scenario: Scenario, population: Population, base: Base) 
         digests["trace"] = trace_digest(Path(scenario.network.trace))
     if marker.exists():
         if json.loads(marker.read_bytes()) != digests:
-            raise ConfigError(
-                f"{out} contains a run with another population, base model or trace: choose another --out",
-                about="--out",
-            )
+            reason = f"{out} contains a run with another population, base model or trace: choose another --out"
+            raise ConfigError(reason, about="--out")
         return
     for name in (provision.AUTHORITY, provision.COORDINATOR, provision.DEVICES):  # what an interrupted run left
         shutil.rmtree(out / name, ignore_errors=True)
-    device_base(out, scenario, base, population)
+    provision.device_base(out, scenario, base, population)
     provision.provision(out, scenario, population, base)
     replace(marker, json.dumps(digests).encode())
 
@@ -328,7 +314,7 @@ def federate(
     """Run the rounds that are left, of one federation after the other, all of them prepared."""
     trace = folder.scenario.network.trace
     availability = read_trace(Path(trace), population.clients) if trace else {}
-    for group in grouped(population, folder.scenario.groups):
+    for group in provision.grouped(population, folder.scenario.groups):
         _federate(folder.of(group), group.population, base, progress, availability, engine)
 
 
@@ -344,15 +330,14 @@ def _federate(
     scenario, coordinator = folder.scenario, folder.path / provision.COORDINATOR
     masks = engine.masks(scenario, coordinator)
     _require_same_engine(coordinator, masks)
-    enrolment = Enrolment.of(folder.path, scenario, population, base)
+    enrolment = provision.Enrolment.of(folder.path, scenario, population, base)
     target = partial(base.task.target, outputs=population.labels) if isinstance(base.task, OwnTask) else None
     for client in population.clients:  # a client without data ends the run before the first round
         place = provision.device_folder(folder.path, client.name) / EXAMPLES
         parse_examples(encode_examples(provision.examples_of(client)), place, len(population.labels), target)
-    nodes = {
-        number: client.name for number, client in enumerate(population.clients, SERVER_NODE + 1) if not client.unseen
-    }
-    trained_on, liars = device_base(folder.path, scenario, base, population), attackers(scenario, nodes.values())
+    nodes = {node: each.name for node, each in enumerate(population.clients, SERVER_NODE + 1) if not each.unseen}
+    trained_on = provision.device_base(folder.path, scenario, base, population)
+    liars = attackers(scenario, nodes.values())
     trace = {node: availability[name] for node, name in nodes.items() if name in availability}
     faults = faults_of(scenario, trace, folder.retries)
     trained, done, log = progress.training_seconds, len(provision.registry(folder.path).rounds()), _grid_log(folder)
@@ -488,29 +473,29 @@ def faults_of(scenario: Scenario, trace: Mapping[int, Steps], retries: int) -> F
     )
 
 
-def _evaluated(folder: RunFolder, population: Population, base: Base) -> list[tuple[Group, Population]]:
+def _evaluated(folder: RunFolder, population: Population, base: Base) -> list[tuple[provision.Group, Population]]:
     """Return the groups with those of their clients that are evaluated after the rounds, all of them enrolled."""
     scenario = folder.scenario
     names = {client.name for client in population.sampled(scenario.evaluation.clients, scenario.seed).clients}
     evaluated = []
-    for group in grouped(population, scenario.groups):
+    for group in provision.grouped(population, scenario.groups):
         chosen = group.population.only(names)
         if chosen.clients:
-            Enrolment.of(folder.of(group).path, scenario, group.population, base).enrol(c.name for c in chosen.clients)
+            enrolment = provision.Enrolment.of(folder.of(group).path, scenario, group.population, base)
+            enrolment.enrol(client.name for client in chosen.clients)
             evaluated.append((group, chosen))
     return evaluated
 
 
 def _arms(folder: RunFolder, population: Population, base: Base, progress: RunProgress) -> dict[str, TrialResult]:
-    """Return the default arms, each computed or read from the folder."""
     scenario, store = folder.scenario, Store(folder.path)
-    groups = grouped(population, scenario.groups)
-    fleets = fleet_folders(folder.path, groups)
+    groups = provision.grouped(population, scenario.groups)
+    fleets = provision.fleet_folders(folder.path, groups)
 
     def keep(client: Client, adapter: Tensors) -> None:
         replace(provision.device_folder(fleets[client.name], client.name) / PERSONAL, files.encode(adapter))
 
-    trained = device_base(folder.of(groups[0]).path, scenario, base, population)
+    trained = provision.device_base(folder.of(groups[0]).path, scenario, base, population)
     material = Material(population, base, trained, folder.path, folder.seconds["training"])
     results = {}
     for name, trial in default_trials(scenario).items():
@@ -522,8 +507,7 @@ def _arms(folder: RunFolder, population: Population, base: Base, progress: RunPr
     return results
 
 
-def _canary_bounds(folder: RunFolder, groups: Sequence[Group]) -> CanaryBounds | None:
-    """Return what ``canary_bounds`` finds, once."""
+def _canary_bounds(folder: RunFolder, groups: Sequence[provision.Group]) -> CanaryBounds | None:
     path = folder.path / CANARIES
     if path.exists():
         return CanaryBounds(**json.loads(path.read_bytes()))
@@ -541,7 +525,7 @@ def _result(
     canaries: CanaryBounds | None,
 ) -> RunResult:
     scenario, metric = folder.scenario, metric_of(arms.values())
-    groups = grouped(population, scenario.groups)
+    groups = provision.grouped(population, scenario.groups)
     registry = provision.registry(folder.of(groups[0]).path)
     last = (registry.latest() or registry.version(0)).manifest
     evaluated = population.sampled(scenario.evaluation.clients, scenario.seed).clients
@@ -583,7 +567,7 @@ def _result(
     )
 
 
-def _group_result(folder: RunFolder, group: Group) -> GroupResult:
+def _group_result(folder: RunFolder, group: provision.Group) -> GroupResult:
     registry = provision.registry(folder.of(group).path)
     last = (registry.latest() or registry.version(0)).manifest
     names = tuple(client.name for client in group.population.clients)

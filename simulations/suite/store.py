@@ -64,7 +64,6 @@ class Store:
         replace(self._parts(trial) / f"{score.name}.json", json.dumps([asdict(score), cpu_seconds]).encode(), PUBLIC)
 
     def forget(self, trial: Trial) -> None:
-        """Remove what ``put`` kept, if it is there."""
         self._outcomes.pop(trial.digest, None)
         self._file(trial).unlink(missing_ok=True)
 
@@ -145,7 +144,6 @@ def results(suite: Suite, store: Store) -> dict[str, tuple[SearchOutcome, Mappin
 
 
 def failed(outcomes: Mapping[str, tuple[SearchOutcome, Mapping[int, Outcome]]]) -> list[tuple[str, int, str]]:
-    """List what failed: arm, seed and reason."""
     return [
         (name, seed, outcome)
         for name, (_, by_seed) in outcomes.items()

@@ -68,12 +68,12 @@ HEADS: dict[Kind, tuple[FitHead, str]] = {
 }
 
 
-def _same_run(scenario: Scenario, population: Population, base: Base) -> object:
-    return scenario.model_dump_json(), population.labels, tuple(population.public), base
-
-
 # Each arm of a run begins with it.
-_first_adapter = cached(LRUCache(maxsize=2), key=_same_run, lock=Lock())(provision.first_adapter)
+_first_adapter = cached(
+    LRUCache(maxsize=2),
+    key=lambda scenario, people, base: (scenario.model_dump_json(), people.labels, tuple(people.public), base),
+    lock=Lock(),
+)(provision.first_adapter)
 
 
 class _Stopped(Exception):  # noqa: N818  # no error: the run has ended
@@ -306,13 +306,11 @@ def one_thread() -> Iterator[None]:
 
 def rounds_of(out: Path, groups: Sequence[Group]) -> tuple[ReportedRound, ...]:
     """Read the rounds of a run; a federation that repeated some has more of them than another one."""
-    rows = [_reported_rounds(out / group.folder) for group in groups]
+    rows = []
+    for folder in (out / group.folder for group in groups):
+        log = GridLog.open(folder / GRID_LOG)
+        rows.append([_reported(record, log) for record in provision.registry(folder).rounds()])
     return tuple(joined_rounds([each for each in same if each is not None]) for same in zip_longest(*rows))
-
-
-def _reported_rounds(folder: Path) -> list[ReportedRound]:
-    log = GridLog.open(folder / GRID_LOG)
-    return [_reported(record, log) for record in provision.registry(folder).rounds()]
 
 
 def _reported(record: RoundRecord, log: GridLog) -> ReportedRound:
@@ -332,7 +330,6 @@ def _reported(record: RoundRecord, log: GridLog) -> ReportedRound:
 
 
 def tally_of(out: Path, groups: Sequence[Group], scenario: Scenario) -> RoundTally:
-    """Count how the rounds of a run ended."""
     total = RoundTally()
     for group in groups:
         folder = out / group.folder

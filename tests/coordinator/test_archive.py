@@ -11,6 +11,7 @@ from aggregation.errors import DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator import backup
 from coordinator.backup import ArchiveFile, BackupManifest
+from edgeadapt.formats.registryfiles import PUBLIC_KEY
 
 KEY = IdentityKey.generate(SystemEntropy())
 MODES = {r"[a-z]+\.txt": 0o644}
@@ -31,7 +32,7 @@ def file(name: str, content: bytes = b"text", mode: int = 0o644) -> ArchiveFile:
 def extracted(made: Path, folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     backup.extract(made, folder, KEY.public, MODES, quiet)
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != backup.PUBLIC_KEY}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != PUBLIC_KEY}
 
 
 def test_what_was_put_in_comes_out(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_a_link_or_a_device_is_refused(tmp_path: Path, kind: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(raw)
     with pytest.raises(TrustError):
         extracted(tmp_path / "a.tar", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [backup.PUBLIC_KEY]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [PUBLIC_KEY]
 
 
 @pytest.mark.parametrize("size", [2**62, -1, 2**28 + 1])

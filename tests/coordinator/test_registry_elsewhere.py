@@ -15,9 +15,8 @@ from sqlalchemy import text
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError
-from coordinator.app import run
+from coordinator.app import over_gateway, run
 from coordinator.cli import coordinator_group as coordinator
-from coordinator.cli.coordinator import _serve
 from coordinator.registry import Lease, lease
 from coordinator.services.deployment import _serves_or_waits
 from coordinator.settings import FederationSettings
@@ -195,9 +194,9 @@ def test_one_that_takes_over_when_all_rounds_are_done_serves_nobody(
     fleet = app_fleet_of(3, rounds=1)
     opened = CoordinatorStateDir.open(move(fleet, postgresql))
     with refused(ConfigError, "tls.key"):
-        _serve(opened, f"{HOST}:{free_port()}", as_json=False)
+        list(over_gateway(opened, f"{HOST}:{free_port()}"))
     fleet.federate(fleet.grid())
-    _serve(opened, f"{HOST}:{free_port()}", as_json=False)
+    list(over_gateway(opened, f"{HOST}:{free_port()}"))
 
 
 @pytest.fixture

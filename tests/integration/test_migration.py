@@ -37,7 +37,8 @@ from edgeadapt.formats.bundle import Bundle, adapter_names
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.peftconfig import PeftConfig
-from edgeadapt.formats.registryfiles import TRANSCRIPT, RegistryFiles
+from edgeadapt.formats.registryfiles import TRANSCRIPT
+from edgeadapt.formats.registryreader import open_registry_files
 from edgeadapt.methods.peft.folder import LABELS
 from edgeadapt.releases.lineage import Lineage
 from export.seed import write_seed
@@ -266,7 +267,7 @@ def test_a_version_of_no_round_on_the_same_base_is_found_by_whoever_reads_the_re
     with refused(TrustError, "record"):
         Lineage.read(folder, None, None)
     with refused(TrustError, "record"):
-        RegistryFiles.open(folder, [opened.key.public]).recorded()
+        open_registry_files(folder, [opened.key.public]).recorded()
 
 
 def test_a_release_on_the_new_base_answers_and_can_be_rolled_back(

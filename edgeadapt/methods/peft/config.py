@@ -89,18 +89,12 @@ def config_of(settings: Settings) -> PeftConfig:
             value=kind,
         )
     if (bias := settings.get("bias", "none")) not in BIASES:
-        raise ConfigError(
-            f"the adapter was trained with bias={bias!r:.40}; choose among {', '.join(BIASES)}",
-            about="bias",
-            value=bias,
-        )
+        reason = f"the adapter was trained with bias={bias!r:.40}; choose among {', '.join(BIASES)}"
+        raise ConfigError(reason, about="bias", value=bias)
     if (start := settings.get("init_lora_weights")) not in KEEPS_THE_BASE:
-        raise ConfigError(
-            f"the adapter was made with init_lora_weights={start!r}, which changes the base: "
-            "convert it to plain LoRA first (path_initial_model_for_weight_conversion of save_pretrained)",
-            about="init_lora_weights",
-            value=start,
-        )
+        reason = f"the adapter was made with init_lora_weights={start!r}, which changes the base: "
+        reason += "convert it to plain LoRA first (path_initial_model_for_weight_conversion of save_pretrained)"
+        raise ConfigError(reason, about="init_lora_weights", value=start)
     if (stacks := settings.get("num_transformer_submodules")) not in (None, 1):
         raise ConfigError(
             f"the adapter has virtual tokens for {stacks!r:.40} stacks of layers; only a single stack can be exported",
@@ -110,11 +104,8 @@ def config_of(settings: Settings) -> PeftConfig:
     for name in sorted(settings.keys() - HARMLESS[kind]):
         if (value := settings[name]) not in OFF:
             remedy = ", or merge the adapter into its base with 'edgeadapt base merge'" if name in MERGEABLE else ""
-            raise ConfigError(
-                f"the adapter uses {name[:40]!r}: {value!r:.40}, which cannot be exported: train without it{remedy}",
-                about=name,
-                value=value,
-            )
+            text = f"the adapter uses {name[:40]!r}: {value!r:.40}, which cannot be exported: train without it{remedy}"
+            raise ConfigError(text, about=name, value=value)
     return _config(kind, settings)
 
 

@@ -60,9 +60,8 @@ def read_peft(folder: Path) -> PeftFolder:
     _check_saved(tensors, saved_modules(settings))
     count = virtual_tokens({input_name(name): value for name, value in tensors.items()})
     if count != (stated := settings.get("num_virtual_tokens") or 0):
-        raise DataError(
-            f"the adapter has {count} virtual tokens, but {CONFIG} states {stated!r:.40}", about="num_virtual_tokens"
-        )
+        reason = f"the adapter has {count} virtual tokens, but {CONFIG} states {stated!r:.40}"
+        raise DataError(reason, about="num_virtual_tokens")
     _check_magnitudes(tensors, bool(settings.get("use_dora")))
     inputs = AdapterInputs.of_tensors(*as_lora(config, tensors))
     if not isinstance(settings.get("target_modules"), list) or any(map(settings.get, CHOOSING)):
@@ -79,9 +78,8 @@ def read_settings(folder: Path) -> Settings:
         raise ConfigError(f"{folder} is not a PEFT folder: it has no {CONFIG}{hint}", about=CONFIG, value=below)
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLE).exists():
-            raise ConfigError(
-                f"{folder} has only {PICKLE}, a pickle, which is not read: save it again with safetensors", about=PICKLE
-            )
+            reason = f"{folder} has only {PICKLE}, a pickle, which is not read: save it again with safetensors"
+            raise ConfigError(reason, about=PICKLE)
         raise ConfigError(f"{folder} has no {WEIGHTS}", about=WEIGHTS)
     return _settings(read(folder / CONFIG, MAX_CONFIG))
 
@@ -160,33 +158,25 @@ def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:
     names = sorted(map(input_name, tensors))
     for name in names:
         if EMBEDDING in name:  # before the embedding itself, which peft saves too and which is refused below
-            raise ConfigError(
-                f"tensor {name!r} is of LoRA on an embedding, which cannot be exported: train without it in "
-                "target_modules, or merge the adapter into its base with 'edgeadapt base merge'",
-                about=name,
-            )
+            reason = f"tensor {name!r} is of LoRA on an embedding, which cannot be exported: train without it in "
+            reason += "target_modules, or merge the adapter into its base with 'edgeadapt base merge'"
+            raise ConfigError(reason, about=name)
     for name in names:
         if "base_layer" in name.split("."):
-            raise ConfigError(
-                f"tensor {name!r} is a copy of the base's, and a base is not changed: save the adapter with "
-                "save_pretrained(folder, save_embedding_layers=False)",
-                about=name,
-            )
+            reason = f"tensor {name!r} is a copy of the base's, and a base is not changed: save the adapter with "
+            reason += "save_pretrained(folder, save_embedding_layers=False)"
+            raise ConfigError(reason, about=name)
         if is_saved(name) and not in_modules(name, saved):
-            raise ConfigError(
-                f"tensor {name!r} belongs to no module in modules_to_save and cannot be exported", about=name
-            )
+            reason = f"tensor {name!r} belongs to no module in modules_to_save and cannot be exported"
+            raise ConfigError(reason, about=name)
 
 
 def _check_magnitudes(tensors: Tensors, dora: bool) -> None:
     """Check that peft would read the magnitudes, and that DoRA's layers have some."""
     layers = magnitudes(tensors)
     if layers and not dora:
-        raise DataError(
-            f"{layers[0]!r} has magnitudes, and adapter_config.json does not say use_dora: the adapter is damaged",
-            about=layers[0],
-        )
+        reason = f"{layers[0]!r} has magnitudes, and adapter_config.json does not say use_dora: the adapter is damaged"
+        raise DataError(reason, about=layers[0])
     if dora and (lacking := sorted(lora_paths(map(input_name, tensors)).symmetric_difference(layers))):
-        raise ConfigError(
-            f"{lacking[0]!r} lacks either its magnitudes or its matrices, and use_dora needs both", about="use_dora"
-        )
+        reason = f"{lacking[0]!r} lacks either its magnitudes or its matrices, and use_dora needs both"
+        raise ConfigError(reason, about="use_dora")

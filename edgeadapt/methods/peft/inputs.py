@@ -82,9 +82,8 @@ def lora_paths(names: Iterable[str]) -> set[str]:
     added a tensor that is not of LoRA on a linear layer."""
     added = [name for name in names if LORA in name and not name.endswith(MAGNITUDE)]
     if odd := sorted(name for name in added if not name.endswith((LORA_A, LORA_B))):
-        raise DataError(
-            f"tensor {odd[0]!r} is not of plain LoRA on a linear layer and cannot be exported", about=odd[0]
-        )
+        reason = f"tensor {odd[0]!r} is not of plain LoRA on a linear layer and cannot be exported"
+        raise DataError(reason, about=odd[0])
     return {name.removesuffix(LORA_A).removesuffix(LORA_B) for name in added}
 
 
@@ -106,12 +105,9 @@ def summary(paths: Sequence[str]) -> str:
 def _lora(path: str, config: PeftConfig, values: Tensors) -> LoraSlot:
     a, b = values.get(path + LORA_A), values.get(path + LORA_B)
     if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise DataError(
-            f"{path!r} does not have a pair of LoRA matrices of one rank: the adapter is damaged or of another kind",
-            about=path,
-        )
+        text = f"{path!r} does not have a pair of LoRA matrices of one rank: the adapter is damaged or of another kind"
+        raise DataError(text, about=path)
     if (rank := config.rank_of(path)) != a.shape[0]:
-        raise DataError(
-            f"{path!r} has rank {a.shape[0]}, but the adapter's configuration says {rank}", about=path, value=a.shape[0]
-        )
+        reason = f"{path!r} has rank {a.shape[0]}, but the adapter's configuration says {rank}"
+        raise DataError(reason, about=path, value=a.shape[0])
     return LoraSlot(path, config.scaling_of(path))

@@ -51,16 +51,11 @@ def as_lora(config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
         except (ValueError, IndexError, TypeError, AttributeError):  # of numpy: a value is missing or of another shape
             fits = False
         if not fits:
-            raise DataError(
-                f"{input_name(layer)!r} does not have tensors of {method} that fit together: the adapter is damaged",
-                about=input_name(layer),
-            )
+            text = f"{input_name(layer)!r} does not have tensors of {method} that fit together: the adapter is damaged"
+            raise DataError(text, about=input_name(layer))
         if own != (stated := config.rank_of(input_name(layer))):
-            raise DataError(
-                f"{input_name(layer)!r} has rank {own}, but the adapter's configuration says {stated}",
-                about=input_name(layer),
-                value=own,
-            )
+            reason = f"{input_name(layer)!r} has rank {own}, but the adapter's configuration says {stated}"
+            raise DataError(reason, about=input_name(layer), value=own)
         if (rank := a.shape[0]) > MAX_RANK:
             raise ConfigError(
                 f"{input_name(layer)}: {method} of this rank is LoRA of rank {rank}, above {MAX_RANK}; train it with a "
@@ -137,10 +132,8 @@ def _converter(config: PeftConfig, tensors: Tensors) -> Callable[..., tuple[int,
         return lambda path, *parts: (len(parts[2]), *_adalora(alpha / (start + EPSILON), *parts))
     a, b = (tensors.get(name) for name in FROZEN)
     if a is None or b is None:
-        raise ConfigError(
-            "the adapter lacks the matrices that all layers of VeRA share: save it with save_projection=True",
-            about="save_projection",
-        )
+        reason = "the adapter lacks the matrices that all layers of VeRA share: save it with save_projection=True"
+        raise ConfigError(reason, about="save_projection")
     return lambda path, *parts: (len(parts[1]), *_vera(a, b, *parts))
 
 

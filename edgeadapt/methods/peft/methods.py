@@ -132,10 +132,8 @@ def _to_peft(name: str, value: Floats, config: PeftConfig, tensors: Tensors) -> 
             return path + NORM + parameter, value[0]
         case None:
             return name, value
-    raise ConfigError(
-        f"{input_name(site)}: a scale has no place in a LoRA folder of peft; keep the folder that it came from",
-        about=name,
-    )
+    reason = f"{input_name(site)}: a scale has no place in a LoRA folder of peft; keep the folder that it came from"
+    raise ConfigError(reason, about=name)
 
 
 def _row(name: str, value: Floats) -> Floats:

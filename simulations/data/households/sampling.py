@@ -8,7 +8,6 @@ the package's 42 intents.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import partial
 from itertools import chain
 from typing import Literal, Self
 
@@ -18,17 +17,7 @@ from pydantic import Field, model_validator
 
 from aggregation.errors import ConfigError
 from edgeadapt.formats.settings import Settings
-from simulations.data.households.speech import (
-    Language,
-    Template,
-    TemplateSplit,
-    Voice,
-    draw_names,
-    load_language,
-    pick,
-    split_templates,
-    stream,
-)
+from simulations.data.households import speech
 from simulations.data.population import Client, LabelledText, Population
 
 
@@ -95,11 +84,11 @@ class _Stream(IntEnum):
 class _Phrasebook:
     """Holds a language with the template split of each label, in the order of the labels."""
 
-    language: Language
-    splits: Sequence[TemplateSplit]
+    language: speech.Language
+    splits: Sequence[speech.TemplateSplit]
 
-    def voice(self, rng: np.random.Generator) -> Voice:
-        return Voice(self.language, draw_names(self.language.words, rng), rng)
+    def voice(self, rng: np.random.Generator) -> speech.Voice:
+        return speech.Voice(self.language, speech.draw_names(self.language.words, rng), rng)
 
 
 @dataclass(slots=True)
@@ -122,12 +111,11 @@ class _UsedTexts:
 class _Speaker:
     name: str
     language: str
-    voice: Voice
-    splits: Sequence[TemplateSplit]
+    voice: speech.Voice
+    splits: Sequence[speech.TemplateSplit]
     cumulated: NDArray[np.float64]  # shape ``(labels,)``: the cumulative sum of its mix of intents, rising to 1
 
     def draw_label(self) -> int:
-        """Draw a label from its mix of intents."""
         label = int(np.searchsorted(self.cumulated, self.voice.rng.random(), side="right"))
         return min(label, len(self.splits) - 1)
 
@@ -143,7 +131,7 @@ def sample_population(settings: PopulationSettings, seed: int) -> Population:
     public = tuple(
         phrase
         for number, code in enumerate(settings.public_languages)
-        for phrase in _public(books[code], settings.public_phrases, used, stream(seed, _Stream.PUBLIC, number))
+        for phrase in _public(books[code], settings.public_phrases, used, speech.stream(seed, _Stream.PUBLIC, number))
     )
     speakers = [_speaker(number, settings, books, seed) for number in range(settings.households)]
     said = [_say(speaker, settings, used) for speaker in speakers]
@@ -163,25 +151,22 @@ def sample_population(settings: PopulationSettings, seed: int) -> Population:
 def _phrasebooks(settings: PopulationSettings, seed: int) -> tuple[tuple[str, ...], dict[str, _Phrasebook]]:
     """Return the labels, and a phrasebook for each language."""
     codes = sorted({*settings.languages, *settings.public_languages})
-    languages = {code: load_language(code) for code in codes}
+    languages = {code: speech.load_language(code) for code in codes}
     splits = {code: _splits(code, languages[code], seed, public=code in settings.public_languages) for code in codes}
     labels = tuple(sorted(set.intersection(*(set(usable) for usable in splits.values()))))
     if len(labels) < _FEWEST_LABELS:
         counts = ", ".join(f"{code} {len(usable)}" for code, usable in splits.items())
-        raise ConfigError(
-            f"the languages share {len(labels)} intents with enough templates, {_FEWEST_LABELS} are needed; "
-            f"remove the languages with the fewest intents: {counts}",
-            about="population.languages",
-            value=codes,
-        )
+        reason = f"the languages share {len(labels)} intents with enough templates, {_FEWEST_LABELS} are needed; "
+        reason += f"remove the languages with the fewest intents: {counts}"
+        raise ConfigError(reason, about="population.languages", value=codes)
     books = {code: _Phrasebook(languages[code], [splits[code][label] for label in labels]) for code in codes}
     return labels, books
 
 
-def _splits(code: str, language: Language, seed: int, *, public: bool) -> dict[str, TemplateSplit]:
+def _splits(code: str, language: speech.Language, seed: int, *, public: bool) -> dict[str, speech.TemplateSplit]:
     """Split each intent that has enough templates."""
     splits = {
-        intent: split_templates(templates, f"{code}/{intent}", seed, public=public)
+        intent: speech.split_templates(templates, f"{code}/{intent}", seed, public=public)
         for intent, templates in language.templates.items()
     }
     return {intent: split for intent, split in splits.items() if split is not None}
@@ -191,7 +176,11 @@ def _public(book: _Phrasebook, count: int, used: _UsedTexts, rng: np.random.Gene
     """Say up to ``count`` different phrases a label (some intents have fewer), each with names of its own."""
     texts: list[LabelledText] = []
     for label, split in enumerate(book.splits):
-        phrases = _distinct(partial(_with_new_names, book, split.public, label, rng), count, used.has_label)
+
+        def draw(split: speech.TemplateSplit = split, label: int = label) -> LabelledText:
+            return _utter(book.voice(rng), split.public, label)
+
+        phrases = _distinct(draw, count, used.has_label)
         if not phrases:
             raise ConfigError(
                 f"template {split.public[0].id} gives no public phrase that has one intent only: choose another seed",
@@ -201,21 +190,15 @@ def _public(book: _Phrasebook, count: int, used: _UsedTexts, rng: np.random.Gene
     return texts
 
 
-def _with_new_names(
-    book: _Phrasebook, templates: Sequence[Template], label: int, rng: np.random.Generator
-) -> LabelledText:
-    return _utter(book.voice(rng), templates, label)
-
-
-def _utter(voice: Voice, templates: Sequence[Template], label: int) -> LabelledText:
-    template = pick(voice.rng, templates)
+def _utter(voice: speech.Voice, templates: Sequence[speech.Template], label: int) -> LabelledText:
+    template = speech.pick(voice.rng, templates)
     return LabelledText(voice.speak(template), label, template.id)
 
 
 def _speaker(number: int, settings: PopulationSettings, books: Mapping[str, _Phrasebook], seed: int) -> _Speaker:
     """Make a household. Languages take turns, so the unseen ones, which are the last, are spread over them."""
     code = settings.languages[number % len(settings.languages)]
-    rng = stream(seed, _Stream.HOUSEHOLD, number)
+    rng = speech.stream(seed, _Stream.HOUSEHOLD, number)
     mix = rng.dirichlet(np.full(len(books[code].splits), settings.concentration))
     name = f"{code}-{number + 1:02d}"
     return _Speaker(name, code, books[code].voice(rng), books[code].splits, np.cumsum(mix))
@@ -249,7 +232,7 @@ def _household(
 
 
 def _utterances(
-    speaker: _Speaker, templates: Sequence[Sequence[Template]], count: int, accept: _Accept
+    speaker: _Speaker, templates: Sequence[Sequence[speech.Template]], count: int, accept: _Accept
 ) -> tuple[LabelledText, ...]:
     """Say ``count`` different utterances in the household's mix of intents."""
 
@@ -259,12 +242,9 @@ def _utterances(
 
     said = _distinct(draw, count, accept)
     if len(said) < count:
-        raise ConfigError(
-            f"household {speaker.name} has only {len(said)} of {count} different utterances: "
-            "ask for fewer utterances or raise population.concentration",
-            about="population.concentration",
-            value=speaker.name,
-        )
+        reason = f"household {speaker.name} has only {len(said)} of {count} different utterances: "
+        reason += "ask for fewer utterances or raise population.concentration"
+        raise ConfigError(reason, about="population.concentration", value=speaker.name)
     return tuple(said)
 
 

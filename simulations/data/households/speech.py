@@ -370,12 +370,9 @@ class Voice:
         if name == "name":
             return pick(self.rng, self.names.of_kind(pick(self.rng, domains or ("light",))))
         if name not in self.language.lists:
-            raise ConfigError(
-                f"a sentence template uses the list {{{name}}}, which home-assistant-intents does not define; "
-                "install the version that edgeadapt[simulations] names",
-                about="home-assistant-intents",
-                value=name,
-            )
+            reason = f"a sentence template uses the list {{{name}}}, which home-assistant-intents does not define; "
+            reason += "install the version that edgeadapt[simulations] names"
+            raise ConfigError(reason, about="home-assistant-intents", value=name)
         return self._listed(name, self.language.lists[name], domains)
 
     def _listed(self, name: str, entries: Mapping[str, Any], domains: tuple[str, ...]) -> str:

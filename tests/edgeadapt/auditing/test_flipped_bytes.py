@@ -18,7 +18,8 @@ from aggregation.errors import EdgeAdaptError
 from aggregation.pki import Authority, Root
 from aggregation.pki.identity import PublicKey
 from edgeadapt.auditing import AuditInput, AuditOptions, Check, Status
-from edgeadapt.formats.registryfiles import DATABASE, REVOKED, RegistryFiles
+from edgeadapt.formats.registryfiles import DATABASE, REVOKED
+from edgeadapt.formats.registryreader import open_registry_files
 
 SEED, FLIPS = 20261126, 12  # flips in each file of a kind that is read
 READ = (
@@ -105,7 +106,7 @@ def test_a_flipped_byte_in_a_file_that_is_read_is_noticed(state_dir: Path) -> No
 def test_a_flipped_byte_in_the_database_is_noticed_or_changes_nothing_that_is_read(state_dir: Path) -> None:
     """The rest are costs, what a coordinator resumes from, names of columns and free space."""
     path, key = state_dir / DATABASE, PublicKey.from_pem((state_dir / "coordinator.pem").read_bytes())
-    registry = RegistryFiles.open(state_dir, [key])
+    registry = open_registry_files(state_dir, [key])
 
     def read() -> list[Any]:
         return [registry.rounds(), *(registry.manifest(number) for number in (None, 0, 1, 2))]

@@ -34,6 +34,7 @@ from edgeadapt.auditing import (
 from edgeadapt.auditing.transcripts import VECTORS, log_name, logs, vector_path
 from edgeadapt.formats.manifest import PeftConfig, PrivacyBound, ServerRule, VersionManifest
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, SIGNING_KEY, RegistryFiles
+from edgeadapt.formats.registryreader import open_registry_files
 from edgeadapt.formats.roundrecord import RoundRecord, digest_of
 from edgeadapt.rounds.optimizer import FedAdam, FedAvg, ServerOptimizer, to_rule
 from edgeadapt.rounds.task import Task
@@ -93,7 +94,7 @@ def test_without_the_masked_updates_only_the_publishing_is_checked(state_dir_of:
 def resign(state_dir: Path, version: int, **changes: Any) -> None:
     """Change the manifest of a version, signed by the coordinator."""
     key = IdentityKey.from_pem((state_dir / SIGNING_KEY).read_bytes())
-    manifest = RegistryFiles.open(state_dir, [key.public]).manifest(version)
+    manifest = open_registry_files(state_dir, [key.public]).manifest(version)
     assert manifest is not None
     with database(state_dir) as connection:
         raw = replace(manifest, **changes).sign(key)
@@ -362,7 +363,7 @@ def require(state_dir: Path, *, unfinished: bool = False) -> None:
 def sign(state_dir: Path, change: Change) -> None:
     """Put other records in the place of a coordinator's, numbered, chained and signed by it."""
     key = CoordinatorStateDir.open(state_dir).key
-    found, previous, rows = change(list(RegistryFiles.open(state_dir, [key.public]).rounds())), None, []
+    found, previous, rows = change(list(open_registry_files(state_dir, [key.public]).rounds())), None, []
     for number, record in enumerate(found, 1):
         rows.append((number, replace(record, round=number, previous=previous).sign(key)))
         previous = digest_of(rows[-1][1])
@@ -374,7 +375,7 @@ def sign(state_dir: Path, change: Change) -> None:
 def resign_newest(state_dir: Path, survivors: tuple[str, ...] | None) -> None:
     """Sign the newest manifest again, over these survivors if there are some to put in."""
     key = CoordinatorStateDir.open(state_dir).key
-    manifest = RegistryFiles.open(state_dir, [key.public]).manifest()
+    manifest = open_registry_files(state_dir, [key.public]).manifest()
     assert manifest is not None
     signed = replace(manifest, survivors=manifest.survivors if survivors is None else survivors).sign(key)
     with closing(sqlite3.connect(state_dir / DATABASE)) as database, database:
@@ -436,7 +437,7 @@ def test_a_manifest_that_says_something_else_than_the_records_is_found(
     state_dir: Path, version: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = CoordinatorStateDir.open(state_dir).key
-    manifest = RegistryFiles.open(state_dir, [key.public]).manifest(version)
+    manifest = open_registry_files(state_dir, [key.public]).manifest(version)
     assert manifest is not None
     with closing(sqlite3.connect(state_dir / DATABASE)) as database, database:
         row = (replace(manifest, **changes).sign(key), version)

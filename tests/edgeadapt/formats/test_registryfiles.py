@@ -22,6 +22,7 @@ from aggregation.pki.identity import IdentityKey
 from coordinator.statedir import open_registry
 from edgeadapt.formats import files, registryfiles
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, SCHEMA, RegistryFiles, blob_name, float32_tensors
+from edgeadapt.formats.registryreader import open_registry_files
 from tests.support import refused
 from tests.support.registry import Rounds, commit
 
@@ -42,7 +43,7 @@ def state_dir(tmp_path: Path, key: IdentityKey) -> Path:
 
 @pytest.fixture
 def registry(state_dir: Path, key: IdentityKey) -> RegistryFiles:
-    return RegistryFiles.open(state_dir, [key.public])
+    return open_registry_files(state_dir, [key.public])
 
 
 @contextmanager
@@ -95,12 +96,12 @@ def test_reading_changes_no_file_and_needs_no_right_to_write(state_dir: Path, re
 def test_a_folder_that_lacks_a_part_is_not_a_state_directory(state_dir: Path, key: IdentityKey, part: str) -> None:
     (state_dir / part).rename(state_dir / "elsewhere")
     with refused(ConfigError, part, value=str(state_dir)):
-        RegistryFiles.open(state_dir, [key.public])
+        open_registry_files(state_dir, [key.public])
 
 
 def test_a_registry_without_a_version_has_no_newest(tmp_path: Path, key: IdentityKey) -> None:
     open_registry(tmp_path, key).close()
-    assert RegistryFiles.open(tmp_path, [key.public]).manifest() is None
+    assert open_registry_files(tmp_path, [key.public]).manifest() is None
 
 
 @pytest.mark.parametrize("content", [b"", b"no database"])
@@ -174,7 +175,7 @@ def test_a_flipped_bit_anywhere_in_the_database_is_refused_in_one_line_or_change
         connection.execute("CREATE TABLE edgeadapt_versions (version INTEGER, sha256 TEXT, manifest BLOB)")
         connection.execute("INSERT INTO edgeadapt_schema VALUES ('2')")
         connection.execute("INSERT INTO edgeadapt_versions VALUES (1, ?, ?)", (manifest(1).sha256, signed))
-    sound, registry, lines = path.read_bytes(), RegistryFiles.open(tmp_path, [key.public]), []
+    sound, registry, lines = path.read_bytes(), open_registry_files(tmp_path, [key.public]), []
     start = sound.index(signed)
     inside = range(start + 20, start + len(signed))  # one byte of the manifest is like another
     for at in [at for at, byte in enumerate(sound) if byte and at not in inside]:
@@ -197,7 +198,7 @@ def test_what_is_not_a_manifest_is_refused(state_dir: Path, key: IdentityKey, va
         connection.execute("DROP TABLE edgeadapt_versions")
         connection.execute("ALTER TABLE loose RENAME TO edgeadapt_versions")
     with refused(TrustError, "manifest", value=1) as caught:
-        RegistryFiles.open(state_dir, [key.public]).manifest(1)
+        open_registry_files(state_dir, [key.public]).manifest(1)
     assert str(caught.value).startswith(f"{state_dir / DATABASE}, manifest of version 1: ")
 
 
@@ -239,12 +240,12 @@ def test_two_signed_manifests_of_one_version_are_refused(tmp_path: Path, key: Id
         rows = [(each.version, each.sha256, each.sign(key)) for each in others]
         connection.executemany("INSERT INTO edgeadapt_versions VALUES (?, ?, ?)", rows)
     with refused(TrustError, "manifest", value=1):
-        RegistryFiles.open(tmp_path, [key.public]).manifest(1)
+        open_registry_files(tmp_path, [key.public]).manifest(1)
 
 
 def test_a_manifest_of_another_signer_is_refused(state_dir: Path, stranger: IdentityKey) -> None:
     with refused(TrustError, "manifest", value=LAST):
-        RegistryFiles.open(state_dir, [stranger.public]).manifest()
+        open_registry_files(state_dir, [stranger.public]).manifest()
 
 
 @pytest.mark.parametrize("change", [lambda raw: raw[:-1] + b"\x01", lambda raw: raw[:-1], lambda raw: raw + b"\0"])

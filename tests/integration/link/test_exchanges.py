@@ -10,7 +10,8 @@ from flwr.app import Message
 
 from aggregation.steps import Step
 from client.node.statedir import SETTINGS
-from coordinator.app import joined, run
+from coordinator.app import run
+from coordinator.gateway.grid import JoinedGrid, serving
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import LAST_POLL
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
@@ -79,9 +80,10 @@ def test_supernodes_and_light_devices_make_rounds_together(fleet_of: Callable[..
     state_dir = CoordinatorStateDir.open(folder)
     with (
         living(link, map(str, everyone[:3])),
-        joined(link.grid, state_dir, f"{HOST}:{port}") as grid,
+        serving(state_dir, f"{HOST}:{port}", own_process=False) as light,
         attending(port, everyone[3:]),
     ):
+        grid = JoinedGrid(link.grid, light)
         wait_until(lambda: len([*grid.get_node_ids()]) == 5)
         records = list(run(state_dir, grid))
     state_dir.registry.close()

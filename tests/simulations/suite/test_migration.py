@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from aggregation.errors import ConfigError
 from edgeadapt.bases.base import Base
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import registry
+from simulations.engine.provision import grouped, registry, training_base
 from simulations.scenario import Scenario
 from simulations.suite.migration import migrate_run
-from simulations.suite.run import Plan, RunFolder, federate, grouped, prepare, training_base
+from simulations.suite.run import Plan, RunFolder, federate, prepare
 from tests.support import refused
 from tests.support.trial import call
 
