@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from aggregation.errors import ConfigError, DataError
-from benchmarks.__main__ import bench
+from aggregation.errors import DataError
 from benchmarks.ondevice import compare, inputs, report, sharing
 from benchmarks.ondevice.compare import race
 from benchmarks.ondevice.eager import TorchEngine
@@ -179,15 +176,6 @@ def test_the_peer_continues_a_prompt_as_torch_does(tiny: Base, text: TokenWindow
     assert completions[0] == completions[1]
 
 
-def test_a_tensor_without_a_name_in_llama_cpp_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    from benchmarks.ondevice.ggufadapter import write_gguf
-
-    odd = {"base_model.model.lm_head.lora_A.weight": np.zeros((2, 4), np.float32)}
-    with refused(DataError, "tensors", value="lm_head.lora_A.weight"):
-        write_gguf(tmp_path / "odd.gguf", odd, alpha=1, heads=1, kv_heads=1)
-
-
 def test_training_again_uses_the_cached_adapter_and_another_recipe_makes_another(
     tiny: Base, text: TokenWindows, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,12 +226,6 @@ def test_the_order_changes_every_round_and_the_first_round_only_warms_up() -> No
     assert results["a"].decode.base == [10, 10]  # of the median token: the one of nine seconds does not count
     assert results["a"].prefill.adapter == [4, 4]
     assert results["a"].swap == [0.5, 0.5]
-
-
-def test_a_contender_that_cannot_load_is_refused(tmp_path: Path) -> None:
-    spec = ContenderSpec("fp32", str(tmp_path / "none"), (), 1, 1, 8, 1, 1, ())
-    with refused(DataError, "fp32"):
-        Contender(spec, [1])
 
 
 PAGES = {"rss": 105 * 10**6, "shared": 40 * 10**6, "private": 65 * 10**6}
@@ -320,48 +302,6 @@ def test_without_a_peer_the_goals_relative_to_it_are_left_out() -> None:
     judged = report.judged(result)
     assert not [row for row in judged["goals"] if "llama.cpp" in row["goal"]]
     assert "/ peer" not in report.table(judged)
-
-
-def test_json_and_picture_are_written_and_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    result = report.judged(_result({"native-int4": 125.0, "native-int8": 50.0}))
-    report.make_folder(tmp_path / "new")
-    report.keep(result, tmp_path / "new")
-    assert json.loads((tmp_path / "new" / report.RESULT).read_text())["goals_profile"] == "native-int4"
-    assert (tmp_path / "new" / report.PICTURE).read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "file").write_text("")
-    with refused(DataError, "--out", value=str(tmp_path / "file" / "new")):
-        report.make_folder(tmp_path / "file" / "new")
-    with refused(DataError, "--out", value=str(tmp_path / "missing")) as caught:
-        report.keep(result, tmp_path / "missing")
-    assert str(caught.value).endswith("missing: No such file or directory; choose another --out")
-
-
-def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
-    assert compare.profiles(None) == list(Profile)
-    assert compare.profiles("fp32, native-int8") == [Profile.FP32, Profile.NATIVE_INT8]
-    with refused(ConfigError, "--profiles", value="int3") as caught:
-        compare.profiles("fp32,int3")
-    assert str(caught.value).startswith("--profiles 'int3' is unknown: choose from fp32, ")
-
-
-def test_without_the_peer_a_line_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "has_peer", lambda: False)
-    monkeypatch.setattr(compare, "compare", lambda *given: _stop())
-    result = CliRunner().invoke(bench, ["ondevice", "--quick"])
-    assert "pip install 'edgeadapt[bench]'" in result.stderr
-    assert isinstance(result.exception, ConfigError)
-
-
-def _stop() -> None:
-    raise ConfigError("far enough")
-
-
-def test_help_imports_no_framework() -> None:
-    script = "import sys; from benchmarks.__main__ import bench; bench(['ondevice', '--help'], standalone_mode=False); "
-    script += "print(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "native-int4" in done.stdout
-    assert not {"torch", "onnxruntime", "llama_cpp", "transformers"} & set(done.stderr.split())
 
 
 def test_a_contender_shows_no_warnings_and_ends_at_an_interrupt(

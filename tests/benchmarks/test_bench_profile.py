@@ -60,12 +60,3 @@ def test_the_stages_of_a_start_and_the_operators_of_a_token_are_shown(lm_bundle:
     shown = CliRunner().invoke(bench, given).stdout
     assert "GroupQueryAttention" in shown
     assert "not attributed" in shown
-
-
-@pytest.mark.parametrize("arguments", [["--bundle", "missing"], ["--adapter", "nobody"]], ids=["bundle", "adapter"])
-def test_what_cannot_be_opened_is_refused_with_the_clients_own_message(lm_bundle: Path, arguments: list[str]) -> None:
-    result = CliRunner().invoke(bench, ["profile", "--bundle", str(lm_bundle), *arguments])
-    assert type(result.exception).__name__ == "DataError"
-    assert ("is not a bundle" in str(result.exception)) or (
-        "no manifest of an adapter 'nobody'" in str(result.exception)
-    )

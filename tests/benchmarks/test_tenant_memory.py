@@ -1,22 +1,18 @@
 """Another tenant takes the memory of its adapter, and a second process shares the base."""
 
 import json
-import mmap
-import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from benchmarks.ondevice import memory
 from client.inference.library import Library
 from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
-from tests.support import models, refused
+from tests.support import models
 
 globals().update(models.FIXTURES)
 
@@ -43,24 +39,6 @@ def test_a_tenant_takes_about_the_memory_of_its_adapter(request: pytest.FixtureR
         assert pages["rss"] == pytest.approx(pages["shared"] + pages["private"], rel=0.05)
     for pages in found["mapped"] if kind == "int8_bundle" else ():  # its embeddings, which are not copied
         assert pages["rss"] == pages["shared"] > 0  # both processes look the same pages up
-
-
-def test_a_mapping_is_found_by_the_name_of_its_file(tmp_path: Path) -> None:
-    (tmp_path / "weights").write_bytes(bytes(2**20))
-    (tmp_path / "other-weights").write_bytes(bytes(2**21))
-    with ExitStack() as stack:
-        for name in ("weights", "other-weights"):
-            file = stack.enter_context((tmp_path / name).open("rb"))
-            mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            assert sum(mapped[:: mmap.PAGESIZE]) == 0  # touches every page
-        found = memory.Pages.mapping(os.getpid(), "weights")
-        assert found.rss == found.shared + found.private == 2**20
-        assert memory.Pages.mapping(os.getpid(), "no-such-file").rss == 0
-
-
-def test_without_smaps_rollup_memory_is_not_measured() -> None:
-    with refused(ConfigError, "smaps_rollup"):
-        memory.Pages.of(2**31 - 1)
 
 
 def test_the_temporary_bundle_is_removed(bundle: Path, tmp_path: Path) -> None:

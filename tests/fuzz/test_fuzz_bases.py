@@ -2,15 +2,11 @@
 
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation.errors import DataError
-from aggregation.messages import ConsistencySignature
-from aggregation.wire import Codec
 from tests.fuzz import fuzz_bases, fuzz_messages
 
 TIMES = 150
@@ -23,16 +19,6 @@ def test_the_seeds_are_read_and_what_is_made_of_them_is_read_or_refused(capsys: 
     for data in [b"", *(fuzz_bases.some_input(rng, known) for _ in range(TIMES))]:
         fuzz_bases.one_input(data)
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("error", [DataError("two\nlines"), DataError("x" * 1001), ValueError("another")])
-def test_another_error_and_a_long_refusal_are_findings(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def read(raw: bytes) -> Any:
-        raise error
-
-    monkeypatch.setattr(fuzz_bases, "READ", (read,))
-    with pytest.raises((AssertionError, ValueError)):
-        fuzz_bases.one_input(b"\0")
 
 
 # The fuzz target of messages
@@ -58,12 +44,3 @@ def test_damaged_messages_of_the_gateway_are_refused_quietly_or_are_others(data:
 @given(data=st.binary(max_size=200))
 def test_junk_is_refused_quietly(data: bytes) -> None:
     fuzz_messages.one_input(data)
-
-
-def test_a_second_encoding_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = ConsistencySignature(bytes(32), "unit").encode()
-    index = list(fuzz_messages.READ).index(ConsistencySignature.TAG)
-    other = Codec(lambda out, value: out.extend(b"other"), ConsistencySignature.codec().read)
-    monkeypatch.setitem(fuzz_messages.READ, ConsistencySignature.TAG, other)
-    with pytest.raises(AssertionError, match="second encoding"):
-        fuzz_messages.one_input(bytes([index]) + body)

@@ -69,37 +69,6 @@ def test_a_language_that_the_base_cannot_read_is_said(
     assert ("this base hardly reads them" in out) is bool(words)
 
 
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (["nowhere.csv"], "there is no file or folder nowhere.csv"),
-        (["{table}", "--set", "data.client=usr"], "no column usr, only text, label, user"),
-        (["{empty}"], "there are no rows of texts"),
-        (["{table}", "--set", "data.clint=user"], "did you mean 'data.client'?"),
-        (["{table}", "--set", "data.client=user", "--set", "data.minimum_texts=50"], "lower data.minimum_texts"),
-    ],
-)
-def test_a_mistake_is_one_line(run: Callable[..., Outcome], table: Path, words: list[str], reason: str) -> None:
-    empty, short = table.with_name("empty.csv"), table.with_name("short.csv")
-    empty.write_text("text,label,user\n")
-    short.write_text("text,label,user\nhello")
-    code, _, err = run("simulate", "run", *(word.format(table=table, empty=empty, short=short) for word in words))
-    assert code != 0
-    assert err.count("\n") == 1
-    assert reason in err
-
-
-def test_relative_paths_of_a_scenario_are_taken_from_its_folder(
-    run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_csv(tmp_path / "texts.csv", rows())
-    (tmp_path / "mine.toml").write_text('[data]\nfiles = ["texts.csv"]\nclient = "user"\n')
-    monkeypatch.chdir("/")
-    code, out, _ = run("simulate", "look", tmp_path / "mine.toml")
-    assert code == 0
-    assert "8, 2 of them unseen" in out
-
-
 def test_what_is_shipped_is_listed_and_named_where_a_name_is_mistyped(run: Callable[..., Outcome]) -> None:
     code, out, err = run("simulate", "look", "--json")
     assert (code, err) == (0, "")

@@ -4,9 +4,7 @@ The module shares one finished run; each test that damages something works on it
 """
 
 import json
-import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from simulations.engine import provision, publish
 from simulations.scenario import read_scenario
 from tests.simulations.data.test_tables import rows, write_csv
 from tests.support import refused
-from tests.support.bundles import flip, stated
+from tests.support.bundles import stated
 from tests.support.trial import SCENARIO
 
 Outcome = tuple[int, str, str]
@@ -209,14 +207,6 @@ def test_the_phrase_to_teach_is_one_that_its_bundle_gets_wrong(finished: tuple[P
     assert lesson["label"] not in out
 
 
-def test_only_adapters_leave_the_devices(finished: tuple[Path, Result], minilm: Path) -> None:
-    _, result = finished
-    elements = result["adapter"]["elements"]
-    for entry in result["rounds"]:
-        assert entry["bytes_up"] <= 3 * elements + 8_000  # a session's keys and shares are in its first round
-    assert (minilm / "model.safetensors").stat().st_size > 40 * max(e["bytes_up"] for e in result["rounds"])
-
-
 def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], scenario: Path, run: Command) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
     code, _, err = run("simulate", "run", scenario, "--out", finished[0])
@@ -289,57 +279,6 @@ def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_cu
     rounds = json.loads(printed)["rounds"]
     assert [(entry["round"], entry["aborted"]) for entry in rounds] == [(1, None), (2, None)]
     assert {step for entry in rounds for step in entry["dropped"].values()} == {"plan", "unmask"}
-
-
-@pytest.mark.parametrize(  # wrong keys and values: test_scenario.py
-    ("change", "named"),
-    [
-        ('population.languages=["xx"]', "xx"),
-        ("base.model=/no/such/folder", "/no/such/folder"),
-        ("adapter.targets=['nothing']", "nothing"),
-    ],
-)
-def test_a_wrong_setting_is_named_in_one_line(
-    change: str, named: str, tmp_path: Path, scenario: Path, run: Command
-) -> None:
-    code, _, err = run("simulate", "run", scenario, "--out", tmp_path / "run", "--set", change)
-    assert code == 2
-    assert named in _one_line(err)
-
-
-def test_a_damaged_adapter_in_the_registry_is_refused(copy: Path, scenario: Path, run: Command) -> None:
-    _undo(copy, "results")
-    state_dir = CoordinatorStateDir.open(copy / "coordinator")
-    newest = state_dir.registry.latest()
-    assert newest is not None
-    blob = next((copy / "coordinator" / "blobs").rglob(f"*{newest.manifest.sha256}*"))
-    flip(blob, 0.5)
-    code, _, err = run("simulate", "run", scenario, "--out", copy, "--resume")
-    assert code in (4, 5)
-    _one_line(err)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for the scenario and little more."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(words, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("this user cannot mount a small file system")
-    yield folder
-    # Lazy: this process may still hold the registry's database open.
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def test_a_full_disk_is_reported_in_one_line(small_disk: Path, scenario: Path, run: Command) -> None:
-    code, _, err = run("simulate", "run", scenario, "--out", small_disk / "run")
-    assert code == 1
-    assert re.search("space|disk is full", _one_line(err))
 
 
 def test_a_table_becomes_a_report_in_one_command(run: Command, minilm: Path, tmp_path: Path) -> None:

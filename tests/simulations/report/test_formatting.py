@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from simulations.report.formatting import context, duration, headline, percent, printable, share, size
+from simulations.report.formatting import duration, percent, printable, share, size
 from simulations.result import RunResult, dropouts_by_step
 
 
@@ -42,14 +42,6 @@ def test_dropouts_are_counted_in_the_order_of_the_protocol_unknown_steps_last(re
     dropped = {str(number): step for number, step in enumerate(["unmask", "x", "plan", "unmask", "offer"])}
     counts = dropouts_by_step([replace(result.rounds[0], dropped=dropped)])
     assert list(counts.items()) == [("offer", 1), ("plan", 1), ("unmask", 2), ("x", 1)]
-
-
-def test_the_headline_compares_the_same_clients_together_and_alone(result: RunResult) -> None:
-    assert headline(result) == (
-        "86 % right together, 81 % alone; clients that took no part in training: 89 %, alone 86 %."
-    )
-    assert headline(replace(result, clients=result.clients[:12])) == "86 % right together, 81 % alone."
-    assert context(result, "edgeadapt").startswith("12 clients trained, 3 took no part; 3 languages. One seed")
 
 
 def test_control_characters_are_not_printed() -> None:

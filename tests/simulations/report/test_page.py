@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from simulations.report.pages import page
-from simulations.result import CanaryBounds, RunResult
+from simulations.result import RunResult
 from tests.support.pages import outline
 
 HOSTILE = "<script>$\\frac$</script>&\"' onload=alert(1) \x1b[31m"  # a figure shows the first sixteen characters
@@ -25,12 +25,6 @@ def test_the_page_states_epsilon_by_round_and_in_bold_where_nothing_is_bounded(r
     found = page(replace(result, rounds=rounds, delta=1e-6))
     assert "<dd><strong>epsilon 5.00</strong><small>for delta 1e-06 after 10 rounds" in found
     assert all(f"<td>{0.5 * number:.2f}</td>" in found for number in range(1, 11))
-
-
-def test_the_page_has_the_bound_of_canaries_with_the_account(result: RunResult, html: str) -> None:
-    assert "canaries" not in html
-    found = page(replace(result, canaries=CanaryBounds(1000, 712, 8.0, 0.61, 6.52, 0.95)))
-    assert "<dt>canaries</dt><dd>epsilon at least 6.52, below the account of 8.00<small>at 95 % for Gaussian" in found
 
 
 def test_the_page_loads_nothing_and_runs_nothing(html: str) -> None:
