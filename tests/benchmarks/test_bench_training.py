@@ -21,8 +21,7 @@ from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
-from tests.support import models
-from tests.support.errors import refused
+from tests.support import models, refused
 
 globals().update(models.FIXTURES)
 

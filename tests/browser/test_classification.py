@@ -1,7 +1,6 @@
 """A tab gives the answers of the native session, for every adapter and number format."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import pytest
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
 from edgeadapt.formats.manifest import Format
-from export.bundle.write import AdapterSource, write_bundle
+from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
+from tests.support.models import Source
 from tests.support.nodetab import NodeTab
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def test_an_adapter_of_any_format_answers_as_natively(
     tab: NodeTab,
     bundle: Path,
     exported: ExportedBase,
-    source: Callable[..., AdapterSource],
+    source: Source,
     vendor: IdentityKey,
 ) -> None:
     write_bundle(bundle, exported, [source()], key=vendor, form=form)
@@ -57,7 +57,7 @@ def test_an_adapter_of_any_format_answers_as_natively(
 
 
 def test_the_temperature_of_an_adapter_divides_its_logits_as_natively(
-    tab: NodeTab, bundle: Path, exported: ExportedBase, source: Callable[..., AdapterSource], vendor: IdentityKey
+    tab: NodeTab, bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
     before = native(bundle, "global", list(PHRASES))
     write_bundle(bundle, exported, [replace(source(version=4), temperature=2.5)], key=vendor)
@@ -68,7 +68,7 @@ def test_the_temperature_of_an_adapter_divides_its_logits_as_natively(
 
 
 def test_a_base_in_int8_answers_as_natively_up_to_the_rounding_of_activations(
-    tab: NodeTab, bundle: Path, exported_int8: ExportedBase, source: Callable[..., AdapterSource], vendor: IdentityKey
+    tab: NodeTab, bundle: Path, exported_int8: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
     write_bundle(bundle, exported_int8, [source()], key=vendor)
     tab.open(bundle)

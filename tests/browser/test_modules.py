@@ -40,8 +40,9 @@ from edgeadapt.formats.manifest import BaseManifest, Format
 from edgeadapt.formats.phrases import parse_phrases
 from edgeadapt.formats.quantization import quantize, restore
 from export.bundle import adapter
-from export.bundle.write import AdapterSource, add_adapter
+from export.bundle.write import add_adapter
 from export.onnx.exported import ExportedBase
+from tests.support.models import Source
 from tests.support.programs import other_reader
 from tests.support.tokenizers import TOKENIZERS, UNREADABLE, WRITERS
 from tests.vectors.make_bundle import in_hex
@@ -132,7 +133,7 @@ def envelopes(key: IdentityKey, stranger: IdentityKey) -> Iterator[bytes]:
     yield json.dumps(document, indent=3).encode()
 
 
-def stored(source: Callable[..., AdapterSource], exported: ExportedBase, form: Format) -> dict[str, Any]:
+def stored(source: Source, exported: ExportedBase, form: Format) -> dict[str, Any]:
     tensors = source().tensors
     inputs: Tensors = restore(quantize(to_inputs(tensors, exported.adapter_inputs.scaling), form), form)
     return {
@@ -404,7 +405,7 @@ def pairs(raw: bytes) -> tuple[Any, str | None]:
 def made(
     tmp_path: Path,
     exported: ExportedBase,
-    source: Callable[..., AdapterSource],
+    source: Source,
     vendor: IdentityKey,
     readers: dict[str, Any],
     compositions: dict[str, Any],
@@ -445,7 +446,7 @@ def test_the_modules_do_what_the_native_device_does(made: Path, site: Path, node
 
 
 def test_a_reader_that_shares_no_code_reads_what_the_exporter_writes_for_a_transformer(
-    bundle: Path, exported: ExportedBase, source: Callable[..., AdapterSource], vendor: IdentityKey
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
     """tests/vectors has the same for a base that is written by hand."""
     for number, form in enumerate(FORMATS):

@@ -2,7 +2,7 @@
 
 import contextlib
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from edgeadapt.authority.store import CERTIFICATE, KEY, RECORD
 from export.bundle.sources import from_registry
 from export.bundle.write import create
 from export.onnx.exported import ExportedBase
-from tests.support import cdp
+from tests.support import FleetOf, cdp
 from tests.support.flowerlink import Link, link_of, living
 from tests.support.gateway import HOST, attending, authority_of, free_port, server_tls
 from tests.support.hostile import audit_failures
@@ -138,7 +138,7 @@ class MixedFleet:
 
 @pytest.mark.slow
 def test_a_node_of_flower_a_light_device_and_two_tabs_train_an_adapter_together(
-    fleet_of: Callable[..., Any],
+    fleet_of: FleetOf,
     trainable: ExportedBase,
     vendor: IdentityKey,
     libraries: None,

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from aggregation.steps import Step
@@ -11,8 +10,8 @@ from coordinator.settings import CohortSettings
 from coordinator.transport import Enough, Transport
 from simulations.engine.grid import FaultModel, InProcessGrid
 from tests.coordinator.test_transport import answer
+from tests.support import FleetOf
 
-FleetOf = Callable[..., Any]
 NODES = tuple(range(2, 202))
 
 

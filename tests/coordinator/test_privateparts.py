@@ -1,17 +1,14 @@
 """A coordinator that begins rounds which its devices would refuse, because they keep a part to themselves."""
 
-from collections.abc import Callable
-from typing import Any
-
 from aggregation.errors import ConfigError
 from edgeadapt.methods.parts import Part
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 DEVICES = 4
 
 
 def test_a_method_that_shares_what_devices_keep_to_themselves_is_refused_before_they_are_asked(
-    fleet_of: Callable[..., Any],
+    fleet_of: FleetOf,
 ) -> None:
     fleet = fleet_of(DEVICES, rounds=1, method="fedsa", aggregation__session_rounds=1)
     fleet.federate(fleet.grid())

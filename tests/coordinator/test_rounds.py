@@ -26,11 +26,9 @@ from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.auditing import audit
 from edgeadapt.auditing.transcripts import logs
 from simulations.engine.grid import DeliveryOutcome, InProcessGrid
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.fleet import session_spec
 from tests.support.hostile import audit_failures
-
-FleetOf = Callable[..., Any]
 
 
 class Spoiled:

@@ -1,7 +1,6 @@
 """What a run waits for, as it writes it down, and as everybody else reads it."""
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from coordinator.runstate import FILE, GatewaySnapshot, Need, RunRecord, read
 from coordinator.statedir import LOCK, CoordinatorStateDir, Stopped
 from coordinator.status import status_of
 from edgeadapt.formats import jsontext
+from tests.support import FleetOf
 from tests.support.gateway import wait_until
 
-FleetOf = Callable[..., Any]
 HOUR = timedelta(hours=1)
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from coordinator.statedir import REVOKED, CoordinatorStateDir
 from edgeadapt.formats import storage
 from edgeadapt.formats.registryfiles import TRANSCRIPT
 from tests.coordinator.test_registry_elsewhere import move
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.gateway import HOST, authority_of, server_tls, wait_until
 from tests.support.lightdevice import Kind, LightDevice
 
@@ -48,7 +48,7 @@ def warned(caplog: pytest.LogCaptureFixture, of: str) -> bool:
 
 
 def test_an_older_list_that_is_copied_over_a_newer_one_is_reported_once(
-    fleet_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet = fleet_of(3)
     folder = fleet.out / "coordinator"
@@ -68,7 +68,7 @@ def test_an_older_list_that_is_copied_over_a_newer_one_is_reported_once(
 
 
 @pytest.fixture
-def pair(app_fleet_of: Callable[..., Any], postgresql: str, monkeypatch: pytest.MonkeyPatch) -> Pair:
+def pair(app_fleet_of: FleetOf, postgresql: str, monkeypatch: pytest.MonkeyPatch) -> Pair:
     """The fleet, and the state directories of two machines."""
     monkeypatch.setattr(lease, "RENEWAL", 0.1)
     fleet = app_fleet_of(3)

@@ -3,7 +3,6 @@
 import json
 import logging
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import lines_of, status_of
 from edgeadapt.formats import storage
 from edgeadapt.formats.jsontext import timestamp
-
-FleetOf = Callable[..., Any]
+from tests.support import FleetOf
 
 
 def status(fleet: Any) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from aggregation.steps import Step
 from client.node.app import app as client_app
 from coordinator import lastsum
 from edgeadapt.rounds.roundtask import distance
-from tests.support import refused
+from tests.support import FleetOf, refused
 
-FleetOf = Callable[..., Any]
 STILL = {"server__learning_rate": 1e-6, "training__optimizer": "sgd", "aggregation__session_rounds": 9}
 HELD_UP = "devices help to another sum with all of the last one only"
 

@@ -2,17 +2,17 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import pytest
 
 from client.gateway.agent import Agent
 from client.node.readings import SystemReadings
 from coordinator.gateway.server import GatewayLimits
+from tests.support import FleetOf
 from tests.support.gateway import HOST, attending, gateway, wait_until
 from tests.support.machine import Machine
 
@@ -56,9 +56,7 @@ def demand(folder: str | Path, table: str) -> None:
         settings.write(f"\n[eligibility]\n{table}\n")
 
 
-def test_an_agent_waits_says_why_once_comes_and_leaves_as_the_power_does(
-    app_fleet_of: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_an_agent_waits_says_why_once_comes_and_leaves_as_the_power_does(app_fleet_of: FleetOf, tmp_path: Path) -> None:
     fleet = app_fleet_of(3, rounds=1)
     machine, folder = Machine(tmp_path / "machine"), Path(fleet.nodes[next(iter(fleet.nodes))])
     demand(folder, "charging = true\nminimum_battery = 30")
@@ -99,7 +97,7 @@ class Unplugged(SystemReadings):
 
 
 def test_a_device_that_is_unplugged_while_it_trains_drops_out_and_comes_back(
-    app_fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("client.node.step.LOOK", 0.0)
     fleet = app_fleet_of(4, rounds=2)
@@ -122,7 +120,7 @@ def test_a_device_that_is_unplugged_while_it_trains_drops_out_and_comes_back(
 
 
 def test_a_device_that_took_part_today_checks_in_to_no_other_session(
-    app_fleet_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    app_fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet = app_fleet_of(4, rounds=1)
     demand([*fleet.nodes.values()][-1], "minimum_separation_hours = 20.0")

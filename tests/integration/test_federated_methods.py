@@ -1,6 +1,5 @@
 """Federated methods through the real apps: what is trained moves, what is not shared stays, and audits agree."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.methods.lorasb import with_squares
 from edgeadapt.methods.parts import Part, part_of
 from edgeadapt.rounds.federatedmethods import METHODS
+from tests.support import FleetOf
 
-FleetOf = Callable[..., Any]
 DEVICES = 4
 
 

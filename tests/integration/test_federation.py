@@ -30,9 +30,8 @@ from edgeadapt.rounds import task
 from edgeadapt.rounds.sums import clip
 from edgeadapt.rounds.task import contribution
 from simulations.engine import provision as provisioned
+from tests.support import FleetOf
 from tests.support.seededapp import app as client_app
-
-FleetOf = Callable[..., Any]
 
 
 def settings_of(fleet: Any) -> FederationSettings:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from coordinator.gateway.server import GatewayLimits
 from coordinator.settings import GatewaySettings
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.formats.gateway.messages import node_of
+from tests.support import FleetOf
 from tests.support.gateway import HOST, attending, authority_of, free_port, gateway, server_tls, wait_until
 from tests.support.trial import call
 
@@ -72,7 +73,7 @@ class AskingTwice(GatewayGrid):
         return found
 
 
-def test_an_agent_that_is_asked_again_answers_as_before(app_fleet_of: Callable[..., Any]) -> None:
+def test_an_agent_that_is_asked_again_answers_as_before(app_fleet_of: FleetOf) -> None:
     def bodies(replies: Iterable[Message]) -> list[str]:
         return sorted(str(reply.content.config_records[RECORD][BODY]) for reply in replies)
 
@@ -88,7 +89,7 @@ def test_an_agent_that_is_asked_again_answers_as_before(app_fleet_of: Callable[.
 
 
 def test_a_device_that_is_killed_while_it_trains_drops_out_and_the_others_finish(
-    app_fleet_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    app_fleet_of: FleetOf, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fleet = app_fleet_of(4, rounds=2)
     *others, last = fleet.nodes.values()
@@ -118,7 +119,7 @@ def test_a_device_that_is_killed_while_it_trains_drops_out_and_the_others_finish
 
 
 def test_an_agent_that_finds_the_gateway_full_comes_back_when_there_is_room(
-    app_fleet_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    app_fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet = app_fleet_of(2, rounds=1)
     first, second = fleet.nodes.values()
@@ -135,7 +136,7 @@ def test_an_agent_that_finds_the_gateway_full_comes_back_when_there_is_room(
 
 
 def test_an_agent_goes_to_the_next_address_when_a_gateway_is_away_and_back_when_that_one_is(
-    app_fleet_of: Callable[..., Any],
+    app_fleet_of: FleetOf,
 ) -> None:
     fleet = app_fleet_of(1, rounds=1)
     (folder,) = fleet.nodes.values()
@@ -150,7 +151,7 @@ def test_an_agent_goes_to_the_next_address_when_a_gateway_is_away_and_back_when_
                 grid.close()
 
 
-def test_an_agent_of_a_version_that_is_too_old_ends_with_one_line(app_fleet_of: Callable[..., Any]) -> None:
+def test_an_agent_of_a_version_that_is_too_old_ends_with_one_line(app_fleet_of: FleetOf) -> None:
     fleet = app_fleet_of(1, rounds=1)
     (folder,) = fleet.nodes.values()
     with (

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from aggregation import graph
 from aggregation.server import AbortReason, Established, RoundAborted
 from aggregation.spec import CORRUPT_FRACTION, Adversary
+from tests.support import FleetOf
 
-FleetOf = Callable[..., Any]
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 STEPS = ("input", "survivors", "unmask")
 

@@ -14,14 +14,14 @@ from aggregation.messages import Shares, Survivors, Unmask
 from aggregation.policy import Policy
 from aggregation.server import AbortReason, Established, RoundAborted
 from aggregation.spec import Adversary
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 STEPS = ("input", "survivors", "unmask")
 
 
 def sparse_fleet(
-    fleet_of: Callable[..., Any],
+    fleet_of: FleetOf,
     spec_of: Callable[..., Any],
     count: int = 11,
     adversary: Adversary = Adversary.ACTIVE,
@@ -51,7 +51,7 @@ def holders(session: Established, device: str, among: set[str]) -> set[str]:
 @settings(max_examples=60, deadline=None, suppress_health_check=QUIET)
 @given(data=st.data())
 def test_a_round_on_a_sparse_graph_gives_the_plain_sum_of_its_survivors_or_aborts(
-    fleet_of: Callable[..., Any], spec_of: Callable[..., Any], data: st.DataObject
+    fleet_of: FleetOf, spec_of: Callable[..., Any], data: st.DataObject
 ) -> None:
     adversary = data.draw(st.sampled_from(Adversary), "adversary")
     fleet = sparse_fleet(fleet_of, spec_of, data.draw(st.integers(8, 12), "devices"), adversary)
@@ -82,7 +82,7 @@ def check(fleet: Any, session: Established, outcome: Any, dropouts: dict[str, se
 
 @pytest.mark.parametrize("adversary", Adversary)
 def test_few_dropouts_in_a_sparse_round_leave_its_sum(
-    fleet_of: Callable[..., Any], spec_of: Callable[..., Any], adversary: Adversary
+    fleet_of: FleetOf, spec_of: Callable[..., Any], adversary: Adversary
 ) -> None:
     fleet = sparse_fleet(fleet_of, spec_of, 12, adversary)
     session = fleet.establish()
@@ -92,7 +92,7 @@ def test_few_dropouts_in_a_sparse_round_leave_its_sum(
     fleet.assert_sum(fleet.round(session)[1])
 
 
-def test_a_device_deals_shares_to_its_neighbors_only(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> None:
+def test_a_device_deals_shares_to_its_neighbors_only(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
     fleet = sparse_fleet(fleet_of, spec_of)
     session = fleet.establish()
     for dealer, encrypted_shares in session.encrypted_shares.items():
@@ -100,9 +100,7 @@ def test_a_device_deals_shares_to_its_neighbors_only(fleet_of: Callable[..., Any
         assert set(encrypted_shares) == set(session.session.neighbors(dealer, session.devices))
 
 
-def test_shares_for_devices_that_are_not_neighbors_are_refused(
-    fleet_of: Callable[..., Any], spec_of: Callable[..., Any]
-) -> None:
+def test_shares_for_devices_that_are_not_neighbors_are_refused(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
     fleet = sparse_fleet(fleet_of, spec_of)
     state, offer = fleet.offer()
     for name in sorted(fleet.devices):
@@ -117,7 +115,7 @@ def test_shares_for_devices_that_are_not_neighbors_are_refused(
         sharing.on_shares("device-000", envelope.sign(device.identity, more))
 
 
-def test_a_sparse_session_survives_a_restart(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> None:
+def test_a_sparse_session_survives_a_restart(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
     fleet = sparse_fleet(fleet_of, spec_of)
     session = fleet.establish()
     key = bytes(32)
@@ -125,9 +123,7 @@ def test_a_sparse_session_survives_a_restart(fleet_of: Callable[..., Any], spec_
     fleet.assert_sum(fleet.round(session)[1])
 
 
-def test_a_cohort_shrunk_to_the_degree_has_the_complete_graph(
-    fleet_of: Callable[..., Any], spec_of: Callable[..., Any]
-) -> None:
+def test_a_cohort_shrunk_to_the_degree_has_the_complete_graph(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
     fleet = sparse_fleet(fleet_of, spec_of, 9)
     session = fleet.establish({"advert": ["device-000", "device-001"]})
     assert {len(encrypted_shares) for encrypted_shares in session.encrypted_shares.values()} == {6}
@@ -136,7 +132,7 @@ def test_a_cohort_shrunk_to_the_degree_has_the_complete_graph(
 
 @pytest.mark.parametrize("degree", [5, 7, 11])
 def test_a_degree_without_a_graph_is_not_offered(
-    fleet_of: Callable[..., Any], spec_of: Callable[..., Any], vector_of: Callable[..., Any], degree: int
+    fleet_of: FleetOf, spec_of: Callable[..., Any], vector_of: Callable[..., Any], degree: int
 ) -> None:
     fleet = sparse_fleet(fleet_of, spec_of, 11, degree=degree, vector=vector_of(20))
     with refused(ConfigError, "spec.degree"):
@@ -147,7 +143,7 @@ def test_a_degree_without_a_graph_is_not_offered(
 
 
 @pytest.fixture
-def fleet(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Any:
+def fleet(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> Any:
     return sparse_fleet(fleet_of, spec_of, 12)
 
 
@@ -179,9 +175,7 @@ def test_a_round_without_a_quorum_is_aborted(fleet: Any) -> None:
     fleet.assert_sum(fleet.round(aborted.session)[1])
 
 
-def test_a_minimum_that_two_groups_can_reach_is_refused(
-    fleet_of: Callable[..., Any], spec_of: Callable[..., Any]
-) -> None:
+def test_a_minimum_that_two_groups_can_reach_is_refused(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
     with refused(ProtocolError, "offer.quorum", peer="coordinator", value=6):
         sparse_fleet(fleet_of, spec_of, 12, minimum_survivors=6).establish()
     curious = Adversary.HONEST_BUT_CURIOUS  # has no step 7, which a device must allow
@@ -203,7 +197,7 @@ def test_a_plan_or_survivor_set_that_leaves_a_device_too_few_neighbors_is_refuse
         fleet.states[me].on_survivors(fleet.devices[me], lie)
 
 
-def test_shares_of_too_few_neighbors_are_refused(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> None:
+def test_shares_of_too_few_neighbors_are_refused(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
     fleet = sparse_fleet(fleet_of, spec_of, 12)
     session = fleet.establish()
     silent = session.session.neighbors("device-000", session.devices)[:3]

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from aggregation.errors import EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
 from edgeadapt.formats.bundle import BASE, TOKENIZER
-from export.bundle.write import AdapterSource, write_bundle
+from export.bundle.write import write_bundle
 from export.cli import bundle_group
 from export.onnx.exported import ExportedBase
 from tests.support.bundles import resign
+from tests.support.models import Source
 
 Done = subprocess.CompletedProcess[str]
 
@@ -100,7 +100,7 @@ def test_the_end_of_a_text_that_is_not_read_is_stated(bundle: Path) -> None:
 
 
 def test_a_person_sees_labels_as_words_and_a_program_as_they_are(
-    bundle: Path, exported: ExportedBase, source: Callable[..., AdapterSource], vendor: IdentityKey
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
     names = ("light_on", "LABEL_0", "_", "Timer")
     write_bundle(bundle, exported, [replace(source(), labels=names, version=9)], key=vendor)

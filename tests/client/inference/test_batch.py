@@ -1,6 +1,5 @@
 """A mixed batch answers each row as it is answered alone."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from edgeadapt.bases.classifiergraph import MAX_ROWS, group_rows, stack
 from edgeadapt.formats.layout import Tensors
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
+from tests.support.models import Source
 
-Source = Callable[..., AdapterSource]
 LABELS = ("Light", "Lock", "Music", "Timer")
 ROWS = [
     ("turn on the kitchen lights", "global"),

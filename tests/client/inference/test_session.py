@@ -24,8 +24,8 @@ from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase, written
 from export.parity.compare import torch_logits
 from tests.support import refused
+from tests.support.models import Source
 
-Source = Callable[..., AdapterSource]
 Add = Callable[[AdapterSource], None]
 PHRASES = ["turn on the kitchen lights", "lock the door", "play music", "set a timer for ten minutes", "unlock"]
 

@@ -9,6 +9,7 @@ import pytest
 
 from client.inference.session import ClassificationSession, Prediction
 from export.bundle.write import AdapterSource
+from tests.support.models import Source
 
 TENANTS = tuple(f"tenant-{number}" for number in range(8))
 TEXT = "lock the door"
@@ -29,9 +30,7 @@ class Selecting:
 
 
 @pytest.fixture
-def session(
-    bundle: Path, source: Callable[..., AdapterSource], add: Callable[[AdapterSource], None]
-) -> ClassificationSession:
+def session(bundle: Path, source: Source, add: Callable[[AdapterSource], None]) -> ClassificationSession:
     for number, name in enumerate(TENANTS):
         add(source(name, seed=20 + number))
     return ClassificationSession.open(bundle, loaded=5)  # fewer than there are tenants: some are always loaded anew

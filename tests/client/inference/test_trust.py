@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,11 @@ from aggregation.pki.identity import IdentityKey
 from client.inference.trust import SeenVersions, Trust
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.bundle import VerifiedAdapter
-from export.bundle.write import AdapterSource, write_bundle
+from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support import refused
 from tests.support.bundles import resign
-
-Source = Callable[..., AdapterSource]
+from tests.support.models import Source
 
 
 def accept(bundle: Path, name: str = "global", pinned: Path | None = None) -> VerifiedAdapter:

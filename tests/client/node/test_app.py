@@ -5,7 +5,7 @@ The tests act as the coordinator, with its key, so that they can sign what an ho
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -33,6 +33,7 @@ from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.formats import files, storage
 from edgeadapt.formats.layout import Layout
 from edgeadapt.rounds.task import Task
+from tests.support import FleetOf
 
 FIRST = "device-00"
 NODE = 2
@@ -126,7 +127,7 @@ class Talk:
 
 
 @pytest.fixture
-def talk(request: pytest.FixtureRequest, fleet_of: Callable[..., Any], refusals: list[str]) -> Iterator[Talk]:
+def talk(request: pytest.FixtureRequest, fleet_of: FleetOf, refusals: list[str]) -> Iterator[Talk]:
     fleet = fleet_of(DEVICES, **getattr(request, "param", {}))
     for state_dir in (fleet.out / "devices").iterdir():  # these tests have no log; test_log_proofs.py has one
         with (state_dir / "device.toml").open("a") as file:
@@ -327,7 +328,7 @@ def test_bounds_that_tell_devices_apart_are_refused_by_every_device(
     assert name != "weight" or refused == {device: number > 1 for number, device in enumerate(sorted(plans))}
 
 
-def test_a_coordinator_with_another_key_is_refused(talk: Talk, fleet_of: Callable[..., Any]) -> None:
+def test_a_coordinator_with_another_key_is_refused(talk: Talk, fleet_of: FleetOf) -> None:
     stranger = CoordinatorStateDir.open(fleet_of(DEVICES).out / "coordinator")
     _, offer = Talk(talk.fleet, replace(talk.coordinator, key=stranger.key)).offer()
     talk.refused(FIRST, Step.OFFER, {BODY: offer}, "signature")

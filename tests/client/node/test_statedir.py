@@ -24,7 +24,7 @@ from client.node import statedir
 from client.node.policy import PolicySettings
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from edgeadapt.formats.bundle import BASE_MANIFEST
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = DeviceSettings(base="some_base", policy=PolicySettings(minimum_cohort=5))
@@ -106,7 +106,7 @@ def test_a_folder_that_is_not_a_state_directory_is_refused(tmp_path: Path) -> No
         assert "edgeadapt device enrol" in str(caught.value)
 
 
-def test_a_missing_key_or_certificate_is_named(fleet_of: Callable[..., Any]) -> None:
+def test_a_missing_key_or_certificate_is_named(fleet_of: FleetOf) -> None:
     state_dir = fleet_of().state_dir("device-00")
     state_dir.device("b" * 64)
     for name in ("identity.pem", *FILES):
@@ -118,7 +118,7 @@ def test_a_missing_key_or_certificate_is_named(fleet_of: Callable[..., Any]) -> 
 
 
 @pytest.mark.parametrize("name", ["identity.pem", "authority.pem", "coordinator.pem", "revoked.crl"])
-def test_a_damaged_file_is_named(fleet_of: Callable[..., Any], name: str) -> None:
+def test_a_damaged_file_is_named(fleet_of: FleetOf, name: str) -> None:
     state_dir = fleet_of().state_dir("device-00")
     (state_dir.folder / name).write_bytes(b"no key")
     with pytest.raises(TrustError) as caught:
@@ -130,7 +130,7 @@ def test_a_damaged_file_is_named(fleet_of: Callable[..., Any], name: str) -> Non
 
 
 @pytest.fixture
-def joined(fleet_of: Callable[..., Any]) -> DeviceStateDir:
+def joined(fleet_of: FleetOf) -> DeviceStateDir:
     """A state directory in the middle of a session."""
     fleet = fleet_of(rounds=1)
     fleet.federate(fleet.grid())

@@ -2,7 +2,7 @@
 
 import http.server
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,11 +20,11 @@ from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support import models
 from tests.support.bundles import resign
+from tests.support.models import Source
 
 globals().update(models.FIXTURES)
 
 NOW = datetime.now(UTC)
-Source = Callable[..., AdapterSource]
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

@@ -6,7 +6,6 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ from coordinator import launch
 from coordinator.cli import coordinator_group as coordinator
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
-
-FleetOf = Callable[..., Any]
+from tests.support import FleetOf
 
 
 def call(*arguments: object) -> Result:

@@ -13,7 +13,7 @@ from aggregation.errors import ConfigError, TrustError
 from coordinator.dashboard import server
 from coordinator.dashboard.server import COOKIE, TOKEN, Feed, application, read_token, serve
 from coordinator.settings import is_loopback
-from tests.support.errors import refused
+from tests.support import refused
 
 SECRET = "a" * 64
 VIEW: dict[str, Any] = {"rounds_done": 3}

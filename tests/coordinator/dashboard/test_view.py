@@ -1,7 +1,6 @@
 """What the dashboard shows of a fleet: the numbers of its records, as JSON and as metrics, and nobody's name."""
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from coordinator.runstate import GatewaySnapshot, Need
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.releases.repository import ChannelRepository
+from tests.support import FleetOf
 from tests.support.gateway import wait_until
-
-FleetOf = Callable[..., Any]
 
 
 def metrics(view: dict[str, Any]) -> dict[tuple[str, ...], float]:

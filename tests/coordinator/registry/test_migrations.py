@@ -2,9 +2,8 @@
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from alembic import command, op
@@ -21,7 +20,7 @@ from coordinator.cli import coordinator_group as coordinator
 from coordinator.registry import Registry, TranscriptTable, database, migrations
 from edgeadapt.formats.registryfiles import DATABASE, SCHEMA, SCHEMAS
 from edgeadapt.formats.registrystores import postgresql_url
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.registry import Rounds
 
 REVISIONS = [str(number) for number in range(1, int(SCHEMA) + 1)]
@@ -136,7 +135,7 @@ def test_an_upgrade_that_fails_leaves_what_was_there(
         assert database.revision(connection) == "1"
 
 
-def test_an_older_registry_is_refused_until_it_is_upgraded(app_fleet_of: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_older_registry_is_refused_until_it_is_upgraded(app_fleet_of: FleetOf, tmp_path: Path) -> None:
     folder = app_fleet_of(3).out / "coordinator"
     with sqlite3.connect(folder / DATABASE) as connection:
         for table in (SCHEMAS, "edgeadapt_lease", "edgeadapt_transcript", "edgeadapt_revocations"):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from coordinator.statedir import AUTHORITY, SERVICES_LOCK, CoordinatorStateDir
 from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
 from edgeadapt.formats.registryfiles import REGISTRY
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.gateway import authority_of, certify, free_port, wait_until
 
 ROOT = Path(__file__).parents[3]
@@ -33,7 +32,7 @@ BOTH = {"gateway": "127.0.0.1:9443", "superlink": "127.0.0.1:8000"}
 
 
 @pytest.fixture
-def state_dir(fleet_of: Callable[..., Any]) -> Any:
+def state_dir(fleet_of: FleetOf) -> Any:
     """Of a coordinator with TLS files for 127.0.0.1."""
     fleet = fleet_of(3)
     folder = fleet.out / "coordinator"
@@ -131,7 +130,7 @@ def test_a_certificate_for_another_host_is_refused_before_flower_fails(state_dir
         services_of(state_dir, ServiceSettings(superlink="localhost:8000"))
 
 
-def test_up_says_what_is_missing_and_leaves_nothing(fleet_of: Callable[..., Any]) -> None:
+def test_up_says_what_is_missing_and_leaves_nothing(fleet_of: FleetOf) -> None:
     folder = fleet_of(3).out / "coordinator"
     before = {path.name for path in folder.iterdir()}
     with refused(ConfigError, SERVICES):

@@ -4,16 +4,15 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edgeadapt.cli import doctor
 from edgeadapt.cli.doctor import FAIL, OK, PURPOSES, clock_row, import_errors
+from tests.support import Run
 
 ROOT = Path(__file__).parents[3]
-Run = Callable[..., tuple[int, str, str]]
 
 
 def test_each_extra_has_a_row_and_a_purpose_and_a_broken_package_fails(

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from simulations.data import populate
 from simulations.engine.grid import FaultModel, InProcessGrid
 from simulations.scenario import read_scenario
 from simulations.suite.run import abort_warning
-
-Run = Callable[..., tuple[int, str, str]]
+from tests.support import Run
 
 
 def test_the_scenario_is_of_eight_clients_whose_rounds_need_not_abort(run: Run, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """What is wrong with a bundle besides the cases of tests/vectors/test_bundle.py is refused before anything is used."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,16 @@ from edgeadapt.formats.bundle import (
     adapter_names,
 )
 from edgeadapt.formats.graphinputs import to_inputs
-from export.bundle.write import AdapterSource, add_adapter, write_bundle
+from export.bundle.write import add_adapter, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support import models, refused
 from tests.support.bundles import flip, resign_base
+from tests.support.models import Source
 
 tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
 exported = models.exported
 vendor, household = models.vendor, models.household
 
-Source = Callable[..., AdapterSource]
 BASE_FILES = [f"base/{name}" for name in ("manifest.json", MODEL, WEIGHTS, WEB_MODEL, TOKENIZER)]
 FILES = [*BASE_FILES, "adapters/global.json", "adapters/global.onnx_adapter"]
 

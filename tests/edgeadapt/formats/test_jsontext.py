@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aggregation.errors import DataError
 from edgeadapt.formats import jsontext
 from edgeadapt.formats.phrases import encode_phrases, parse_phrases
-from tests.support.errors import refused
+from tests.support import refused
 
 values = st.recursive(
     st.none()

@@ -20,7 +20,7 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.releases.repository import ChannelRepository
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
-from tests.support.errors import refused
+from tests.support import refused
 from tests.support.models import LABELS, draw
 
 PHRASE = "turn on the kitchen lights"

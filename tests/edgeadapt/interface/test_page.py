@@ -3,7 +3,6 @@
 import re
 import runpy
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.gateway import HOST, authority_of, certify, free_port
 from tests.support.models import draw
 
@@ -107,7 +106,7 @@ def test_a_peft_folder_answers(
 
 
 def test_devices_and_a_coordinator_run_rounds(
-    app_fleet_of: Callable[..., Any],
+    app_fleet_of: FleetOf,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

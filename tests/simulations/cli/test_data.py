@@ -1,15 +1,13 @@
 """`edgeadapt simulate look`, and mistakes in a table of one's own."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import simulations
 from tests.simulations.data.test_tables import rows, write_csv
-
-Outcome = tuple[int, str, str]
+from tests.support import Run
 
 
 @pytest.fixture
@@ -17,7 +15,7 @@ def table(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "My Texts.csv", rows())
 
 
-def test_the_clients_of_a_table_are_shown(run: Callable[..., Outcome], table: Path) -> None:
+def test_the_clients_of_a_table_are_shown(run: Run, table: Path) -> None:
     code, out, err = run(
         "simulate", "look", table, "--set", "data.client=user", "--set", "data.language=lang", "--clients"
     )
@@ -29,9 +27,7 @@ def test_the_clients_of_a_table_are_shown(run: Callable[..., Outcome], table: Pa
     assert ["dealt out to them: name the column" in text for text in (out, dealt)] == [False, True]
 
 
-def test_with_json_the_same_is_one_object_and_broken_rows_are_listed(
-    run: Callable[..., Outcome], tmp_path: Path
-) -> None:
+def test_with_json_the_same_is_one_object_and_broken_rows_are_listed(run: Run, tmp_path: Path) -> None:
     made = rows()
     made[5]["text"] = ""
     path = write_csv(tmp_path / "texts.csv", made)
@@ -56,9 +52,7 @@ GERMAN = "schalte bitte das Licht im Wohnzimmer aus und mach die Heizung im Schl
     ],
     ids=["unknown letters", "unknown words", "English"],
 )
-def test_a_language_that_the_base_cannot_read_is_said(
-    run: Callable[..., Outcome], tmp_path: Path, sentence: str, said: str
-) -> None:
+def test_a_language_that_the_base_cannot_read_is_said(run: Run, tmp_path: Path, sentence: str, said: str) -> None:
     made, words = rows(each=20), sentence.split()
     for number, row in enumerate(made if words else ()):
         row["text"] = " ".join(words[(number * step) % len(words)] for step in (1, 2, 4, 7, 11))
@@ -69,7 +63,7 @@ def test_a_language_that_the_base_cannot_read_is_said(
     assert ("this base hardly reads them" in out) is bool(words)
 
 
-def test_what_is_shipped_is_listed_and_named_where_a_name_is_mistyped(run: Callable[..., Outcome]) -> None:
+def test_what_is_shipped_is_listed_and_named_where_a_name_is_mistyped(run: Run) -> None:
     code, out, err = run("simulate", "look", "--json")
     assert (code, err) == (0, "")
     for kind, command in (("scenarios", "run"), ("suites", "suite")):

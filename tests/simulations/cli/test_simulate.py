@@ -5,7 +5,7 @@ The module shares one finished run; each test that damages something works on it
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,11 @@ from export.parity.compare import Parity
 from simulations.engine import provision, publish
 from simulations.scenario import read_scenario
 from tests.simulations.data.test_tables import rows, write_csv
-from tests.support import refused
+from tests.support import Run, refused
 from tests.support.bundles import stated
 from tests.support.trial import SCENARIO
 
-Outcome = tuple[int, str, str]
 Result = dict[str, Any]
-Command = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def copy(finished: tuple[Path, Result], tmp_path: Path) -> Path:
 
 
 def test_only_so_many_clients_are_evaluated_and_no_other_one_gets_a_bundle(
-    scenario: Path, tmp_path: Path, run: Command
+    scenario: Path, tmp_path: Path, run: Run
 ) -> None:
     keys = ("evaluation.clients=3", "population.households=12", "federation.cohort.size=5", "federation.rounds=1")
     options = [word for key in keys for word in ("--set", key)]
@@ -98,7 +96,7 @@ def test_only_so_many_clients_are_evaluated_and_no_other_one_gets_a_bundle(
 
 
 def test_each_language_has_a_federation_and_an_adapter_of_its_own_and_one_report_has_them_all(
-    scenario: Path, tmp_path: Path, run: Command
+    scenario: Path, tmp_path: Path, run: Run
 ) -> None:
     keys = (
         "population.households=12",
@@ -129,7 +127,7 @@ def test_each_language_has_a_federation_and_an_adapter_of_its_own_and_one_report
 
 
 def test_a_trace_is_read_next_to_the_scenario_and_a_wrong_one_ends_the_run_before_the_first_round(
-    scenario: Path, tmp_path: Path, run: Command
+    scenario: Path, tmp_path: Path, run: Run
 ) -> None:
     copy = Path(shutil.copy(scenario, tmp_path / "copy.toml"))
     trace = copy.with_name("trace.csv")
@@ -144,7 +142,7 @@ def test_a_trace_is_read_next_to_the_scenario_and_a_wrong_one_ends_the_run_befor
     [((), 0.5, 5), (("network.forced_dropouts=2",), 0.75, 9), (("network.forced_dropouts=0",), None, 0)],
 )
 def test_a_run_of_which_most_rounds_would_abort_says_so_before_it_starts(
-    scenario: Path, tmp_path: Path, run: Command, keys: tuple[str, ...], share: float | None, enough: int
+    scenario: Path, tmp_path: Path, run: Run, keys: tuple[str, ...], share: float | None, enough: int
 ) -> None:
     (tmp_path / "run").write_text("a file, at which the run ends")
     chosen = ("population.households=4", *keys)  # one of them is unseen
@@ -200,14 +198,14 @@ def test_the_result_has_every_promised_key(finished: tuple[Path, Result]) -> Non
     assert json.loads((out / "result.json").read_text()) == result
 
 
-def test_the_phrase_to_teach_is_one_that_its_bundle_gets_wrong(finished: tuple[Path, Result], run: Command) -> None:
+def test_the_phrase_to_teach_is_one_that_its_bundle_gets_wrong(finished: tuple[Path, Result], run: Run) -> None:
     lesson = finished[1]["lesson"]
     code, out, err = run("device", "infer", "--bundle", lesson["bundle"], lesson["phrase"], "--json")
     assert (code, err) == (0, "")
     assert lesson["label"] not in out
 
 
-def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], scenario: Path, run: Command) -> None:
+def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], scenario: Path, run: Run) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
     code, _, err = run("simulate", "run", scenario, "--out", finished[0])
     assert code == 2
@@ -217,7 +215,7 @@ def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], s
 
 @pytest.mark.slow
 def test_resuming_a_finished_run_trains_nothing_and_gives_the_same_result_and_another_scenario_is_refused(
-    copy: Path, finished: tuple[Path, Result], scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+    copy: Path, finished: tuple[Path, Result], scenario: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, _, err = run("simulate", "run", scenario, "--out", copy, "--resume", "--set", "federation.rounds=4")
     assert code == 2
@@ -232,7 +230,7 @@ def test_resuming_a_finished_run_trains_nothing_and_gives_the_same_result_and_an
 
 @pytest.mark.slow
 def test_a_run_with_noise_has_the_bound_of_its_canaries_which_a_resumed_one_keeps(
-    tmp_path: Path, scenario: Path, run: Command
+    tmp_path: Path, scenario: Path, run: Run
 ) -> None:
     noise = ("privacy.mechanism=skellam", "privacy.noise_multiplier=0.8", "aggregation.clip_norm=0.1", "rounds=1")
     keys = (*(f"federation.{key}" for key in noise), "evaluation.clients=2", "evaluation.canaries=50")
@@ -254,7 +252,7 @@ def test_a_run_with_noise_has_the_bound_of_its_canaries_which_a_resumed_one_keep
 
 @pytest.mark.slow
 def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_curious_session(
-    tmp_path: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, scenario: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = ("federation.aggregation.adversary=honest-but-curious", "federation.rounds=2", "personal.epochs=0")
     changes = [word for change in (*short, "adapter.layers=1") for word in ("--set", change)]
@@ -281,7 +279,7 @@ def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_cu
     assert {step for entry in rounds for step in entry["dropped"].values()} == {"plan", "unmask"}
 
 
-def test_a_table_becomes_a_report_in_one_command(run: Command, minilm: Path, tmp_path: Path) -> None:
+def test_a_table_becomes_a_report_in_one_command(run: Run, minilm: Path, tmp_path: Path) -> None:
     out, table = tmp_path / "run", write_csv(tmp_path / "My Texts.csv", rows())
     words = ("--set", "data.client=user", "--set", f"base.model={minilm}", "--set", "federation.rounds=2")
     more = ("--set", "network.forced_dropouts=0", "--set", "export.minimum_agreement=0.5", "--out", out)
@@ -297,7 +295,7 @@ def test_a_table_becomes_a_report_in_one_command(run: Command, minilm: Path, tmp
 
 @pytest.mark.slow
 def test_a_pair_below_the_parity_gate_is_not_published(
-    copy: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+    copy: Path, scenario: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _undo(copy)
     monkeypatch.setattr(publish.compare, "compare", lambda *_, **__: Parity(0.4, 0.9, 36))

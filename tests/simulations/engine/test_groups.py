@@ -1,9 +1,7 @@
 """Cohorts by language: who is in which group, and that no device takes part in another one."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +13,7 @@ from simulations.data.population import Client, Population
 from simulations.engine.provision import COMMON, describe, fleet_folders, grouped
 from simulations.result import ReportedRound, joined_rounds
 from simulations.scenario import GroupSettings, Scenario
+from tests.support import FleetOf
 
 
 def _population(*clients: tuple[str, bool]) -> Population:
@@ -64,9 +63,7 @@ def test_each_client_is_in_one_group_and_no_group_but_a_lone_one_is_too_small(
     assert all(".." not in path.parts for path in folders.values())  # a language is a user's text
 
 
-def test_a_coordinator_gets_no_device_of_another_group(
-    fleet_of: Callable[..., Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_coordinator_gets_no_device_of_another_group(fleet_of: FleetOf, caplog: pytest.LogCaptureFixture) -> None:
     """Both federations are reached over one grid, as over one SuperLink."""
     mine, other = fleet_of(4, rounds=1), fleet_of(4, rounds=1)
     mine.nodes |= {node + 100: folder for node, folder in other.nodes.items()}

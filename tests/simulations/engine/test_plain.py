@@ -1,6 +1,5 @@
 """Rounds without masks make the adapters, records and accounts of the protocol, bit for bit."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,9 @@ from simulations.engine.grid import FaultModel, GridLog, InProcessGrid
 from simulations.engine.plain import PlainCoordinator, PlainDevice, PlainRoot, UnsignedKey
 from simulations.engine.provision import COORDINATOR, Enrolment
 from simulations.suite.run import Engine, _on_grid, _require_same_engine
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.fleet import BASE, Fleet, make_fleet, session_spec
 
-FleetOf = Callable[..., Any]
 LOST = {"message_loss": 0.04, "forced_dropouts": 1}  # at every step in turn
 WIDE = {"aggregation__ring_bits": 48}
 NOISE = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 0.8, "aggregation__clip_norm": 0.5}
