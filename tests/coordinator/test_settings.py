@@ -51,24 +51,6 @@ def _table(key: str, value: object) -> dict[str, Any]:
     return value  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("section", ["", "training", "server", "aggregation"])
-def test_an_unknown_key_is_refused_by_name(tmp_path: Path, section: str) -> None:
-    settings = {section: {"extra": 1}} if section else {"extra": 1}
-    with refused(ConfigError, f"{section}.extra".removeprefix(".")):
-        FederationSettings.read(write(tmp_path, settings))
-
-
-def test_a_missing_or_damaged_file_is_refused(tmp_path: Path) -> None:
-    with refused(ConfigError, "federation.toml"):
-        FederationSettings.read(tmp_path / "federation.toml")
-    for text in ("rounds", "[training", '{"rounds": 3}', "rounds = 3\nrounds = 4"):
-        with refused(ConfigError, "federation.toml"):
-            FederationSettings.read(write(tmp_path, text))
-    (tmp_path / "federation.toml").write_bytes(b"rounds = 3 # \xff")
-    with refused(ConfigError, "federation.toml"):
-        FederationSettings.read(tmp_path / "federation.toml")
-
-
 def test_settings_are_read_as_they_were_written(tmp_path: Path) -> None:
     for settings in (
         FederationSettings(),

@@ -117,20 +117,3 @@ def test_a_device_that_is_unplugged_while_it_trains_drops_out_and_comes_back(
     assert (first.dropped, first.version) == ({"device-03": "plan"}, 1)
     assert (second.dropped, second.version, len(second.survivors)) == ({}, 2, 4)
     assert readings.calls > 5
-
-
-def test_a_device_that_took_part_today_checks_in_to_no_other_session(
-    app_fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
-) -> None:
-    fleet = app_fleet_of(4, rounds=1)
-    demand([*fleet.nodes.values()][-1], "minimum_separation_hours = 20.0")
-    with gateway(fleet, LIMITS) as grid, attending(grid.port, [*fleet.nodes.values()]):
-        grid.await_devices(4)
-        fleet.federate(grid)
-        fleet.configure({"rounds": 2})
-        with caplog.at_level("INFO", "edgeadapt"):
-            first, second = fleet.federate(grid)
-    assert (len(first.survivors), len(second.survivors), second.dropped) == (4, 3, {})
-    declined = [line for line in caplog.messages if "declined" in line]
-    assert len(declined) == 1
-    assert "minimum_separation_hours" in declined[0]

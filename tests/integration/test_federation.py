@@ -148,24 +148,6 @@ def test_federated_training_lowers_the_loss(fleet_of: FleetOf, learning_rate: fl
     assert (losses[-1] < 0.6 * losses[0]) is learns
 
 
-def test_devices_with_unusable_examples_answer_and_the_adapter_is_the_mean_of_the_others(
-    fleet_of: FleetOf, orders: Orders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(task, "dither", lambda key, size: np.zeros(size))
-    bounds = {"aggregation__clip_norm": 2.0, "aggregation__weight_cap": 16, "aggregation__ring_bits": 22}
-    fleet = fleet_of(8, rounds=2, **bounds)
-    fleet.state_dir("device-02").examples.write_text('{"text": "the code of the safe is 4711"')
-    fleet.state_dir("device-05").examples.unlink()
-    for record in fleet.federate(fleet.grid(app=orders)):
-        assert (record.dropped, len(record.survivors), record.version) == ({}, 8, record.round)
-        before, after = (fleet.registry().tensors(record.round - 1 + step) for step in range(2))
-        usable = tuple(name for name in record.survivors if name not in ("device-02", "device-05"))
-        mean, _ = plain_mean(fleet, before, record.round - 1, usable, orders)
-        layout = Layout.of(before)
-        found = layout.flatten(after).astype(np.float64) - layout.flatten(before)
-        assert np.abs(found - mean).max() < 0.02 * np.abs(mean).max()
-
-
 # The messages.
 
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
@@ -52,14 +50,6 @@ def test_every_file_of_a_state_directory_is_readable_by_its_owner_only(folder: P
     assert len(modes) == 6
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
-def test_a_base_of_any_name_is_read_back_as_it_was_written(tmp_path: Path, base: str) -> None:
-    identity = IdentityKey(bytes(32))
-    made = DeviceStateDir.create(tmp_path, DeviceSettings(base=base), identity, {}, SystemEntropy())
-    assert made.settings.base == base
-
-
 @pytest.mark.parametrize(
     ("content", "about"),
     [
@@ -88,13 +78,6 @@ def test_an_address_without_a_port_is_refused_before_anything_connects(folder: P
     done = CliRunner().invoke(device, [*command.split(), "--state", str(folder), option, "fleet.example"])
     assert isinstance(done.exception, ConfigError)
     assert done.exception.about == option
-
-
-def test_an_error_in_the_settings_names_file_and_key(folder: Path) -> None:
-    (folder / "device.toml").write_text('base = "x"\nbasis = 1\n')
-    with refused(ConfigError, "basis", value=1) as caught:
-        DeviceStateDir.open(folder)
-    assert str(caught.value) == f"{folder / 'device.toml'}: unknown key 'basis'; did you mean 'base'?"
 
 
 def test_a_folder_that_is_not_a_state_directory_is_refused(tmp_path: Path) -> None:
