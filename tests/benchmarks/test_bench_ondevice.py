@@ -9,19 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from aggregation.errors import DataError
-from benchmarks.ondevice import compare, inputs, report, sharing
+from aggregation.pki.identity import IdentityKey
+from benchmarks.__main__ import bench
+from benchmarks.ondevice import compare, inputs, memory, report, sharing
 from benchmarks.ondevice.compare import race
 from benchmarks.ondevice.eager import TorchEngine
 from benchmarks.ondevice.inputs import TokenWindows
 from benchmarks.ondevice.process import PEER, TORCH, Completion, Contender, ContenderSpec, loss
+from benchmarks.ondevice.profile import operators
+from client.inference.library import Library
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.states import LowerLayers
 from edgeadapt.formats.bundle import UPPER
 from edgeadapt.methods import causal
-from export.onnx.exported import Profile
+from export.bundle.write import write_bundle
+from export.onnx.exported import ExportedBase, Profile
 from tests.support import models, refused
 
 globals().update(models.FIXTURES)
@@ -343,3 +349,84 @@ def test_answers_from_wrong_states_are_no_result(tiny_base: Base, monkeypatch: p
     monkeypatch.setattr(sharing, "write_bundle", spoilt)
     with refused(DataError, UPPER):
         sharing.measure(tiny_base, sharing.SharingWorkload(1, (1,), 1, Profile.FP32), lambda _: None)
+
+
+# `python -m benchmarks profile` on a tiny language model: stages, operators, and what is subtracted.
+def event(name: str, kind: str, microseconds: int, size: int = 1) -> dict[str, Any]:
+    arguments = {"op_name": kind, "output_size": str(size)}
+    return {"cat": "Node", "name": f"{name}_kernel_time", "dur": microseconds, "args": arguments}
+
+
+def test_the_profilers_own_time_is_subtracted_and_the_prompts_run_does_not_count() -> None:
+    prompt = [event("q", "MatMul", 900), event("shape", "Reshape", 5)]
+    token = [
+        event("q", "MatMul", 24),
+        event("q.lora_A", "MatMul", 9),
+        event("head", "MatMul", 104, size=100),
+        event("attention", "Attention", 34, size=1000),
+        event("shape", "Reshape", 4),
+    ]
+    found = operators([{"cat": "Session", "name": "model_run", "dur": 7}, *prompt, *token, *token], 2)
+    assert [(one.name, one.nodes, round(1e6 * one.seconds)) for one in found] == [
+        ("MatMul, of the logits", 1, 100),
+        ("Attention", 1, 30),
+        ("MatMul", 1, 20),
+        ("MatMul, of the adapter", 1, 5),
+        ("Reshape", 1, 0),
+    ]
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_start_and_the_operators_of_a_token_are_shown(lm_bundle: Path) -> None:
+    given = ["profile", "--bundle", str(lm_bundle), "--adapter", "anna", "--tokens", "5", "--threads", "1"]
+    result = CliRunner().invoke(bench, [*given, "--json"])
+    assert result.exception is None, result.output
+    found = json.loads(result.stdout)
+    stages = [stage["name"] for stage in found["stages"]]
+    assert stages[1:5] == ["imports", "verification", "model and tokenizer", "adapter"]
+    assert stages[-1] == "5 tokens"
+    assert all(stage["seconds"] > 0 for stage in found["stages"])
+    if sys.platform == "linux":
+        assert all(stage["resident"] > 10**6 for stage in found["stages"])
+    nodes = {one["name"]: one["nodes"] for one in found["operators"]}
+    assert nodes["GroupQueryAttention"] == 2
+    assert nodes["MatMul, of the adapter"] == 2 * nodes["Add, of the adapter"] > 0
+    assert sum(name.endswith(", of the logits") for name in nodes) == 1
+    assert found["token_s"] > 0 < found["profiled_s"]
+    assert 0 < found["library"]["resident"] < found["stages"][-1]["resident"]
+    shown = CliRunner().invoke(bench, given).stdout
+    assert "GroupQueryAttention" in shown
+    assert "not attributed" in shown
+
+
+# Another tenant takes the memory of its adapter, and a second process shares the base.
+@pytest.fixture
+def int8_bundle(tmp_path: Path, exported_int8: ExportedBase, source: Any, vendor: IdentityKey) -> Path:
+    write_bundle(tmp_path / "bundle", exported_int8, [source()], key=vendor)
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    return tmp_path / "bundle"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/PID/smaps_rollup")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8_bundle", "lm_bundle"])
+def test_a_tenant_takes_about_the_memory_of_its_adapter(request: pytest.FixtureRequest, kind: str) -> None:
+    found: Any = json.loads(json.dumps(memory.measure(request.getfixturevalue(kind), counts=(1, 100))))
+    assert list(found["tenants"]) == ["1", "100"]
+    assert len(found["processes"]) == 2
+    # Besides the tensors, of some kilobytes, there are their names, shapes and the signed manifest.
+    assert 0.8 * found["adapter_bytes"] < found["bytes_per_tenant"] < found["adapter_bytes"] + 40_000
+    for pages in (*found["tenants"].values(), *found["processes"]):
+        assert 0 < pages["private"] <= pages["pss"] <= pages["rss"]
+        assert pages["rss"] == pytest.approx(pages["shared"] + pages["private"], rel=0.05)
+    for pages in found["mapped"] if kind == "int8_bundle" else ():  # its embeddings, which are not copied
+        assert pages["rss"] == pages["shared"] > 0  # both processes look the same pages up
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/PID/smaps_rollup")
+def test_the_temporary_bundle_is_removed(bundle: Path, tmp_path: Path) -> None:
+    with memory.with_tenants(Library.open(bundle, None), "global", 3) as copy:
+        library = Library.open(copy, None)
+        assert library.names() == ["tenant-0", "tenant-1", "tenant-2"]
+        assert {library.trust.adapter(n, library.base).manifest.rank for n in library.names()} == {4}
+    assert not copy.exists()
