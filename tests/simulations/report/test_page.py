@@ -1,5 +1,6 @@
 """The page: it needs nothing but a browser, has the numbers, survives any name and run, and is written atomically."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -190,33 +191,20 @@ def test_a_run_whose_rounds_were_all_aborted_has_no_traffic(result: RunResult) -
 
 # Numbers as text.
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.8884, ".888"), (1.0, "1.000"), (0.0, ".000"), (0.9996, "1.000"), (float("nan"), "–")]
+    ("shown", "text"),
+    [
+        *zip(map(share, (0.8884, 1.0, 0.0, 0.9996, math.nan)), (".888", "1.000", ".000", "1.000", "–"), strict=True),
+        *zip(map(size, (999, 9996, 999_600, 2.5e15)), ("999 B", "10.0 kB", "1.00 MB", "2500 TB"), strict=True),
+        *zip(map(duration, (9.94, 9.96, 59.6, 3899.7)), ("9.9 s", "10 s", "1 min 00 s", "1 h 05 min"), strict=True),
+        (duration(math.nan), "–"),
+        (percent(263, 90_868), "0.29 %"),
+        (percent(1, 1), "100 %"),
+        (percent(9.96, 100), "10 %"),
+        (percent(1, 0), "–"),
+    ],
 )
-def test_a_share_has_three_digits_and_no_zero(value: float, text: str) -> None:
-    assert share(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(999, "999 B"), (9996, "10.0 kB"), (999_600, "1.00 MB"), (2.5e15, "2500 TB")],
-)  # fmt: skip
-def test_a_size_has_three_digits_and_its_unit(value: float, text: str) -> None:
-    assert size(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (3899.7, "1 h 05 min"), (float("nan"), "–")],
-)  # fmt: skip
-def test_a_duration_is_in_hours_minutes_and_seconds(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("part", "whole", "text"), [(263, 90_868, "0.29 %"), (1, 1, "100 %"), (9.96, 100, "10 %"), (1, 0, "–")]
-)
-def test_a_percentage_has_two_digits(part: float, whole: float, text: str) -> None:
-    assert percent(part, whole) == text
+def test_a_number_has_three_digits_or_what_a_person_reads_at_once(shown: str, text: str) -> None:
+    assert shown == text
 
 
 def test_dropouts_are_counted_in_the_order_of_the_protocol_unknown_steps_last(result: RunResult) -> None:
