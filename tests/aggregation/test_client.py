@@ -13,9 +13,8 @@ from aggregation.client import Advertised, Confirmed, Masked, Planned, Ready
 from aggregation.errors import DataError, ProtocolError
 from aggregation.messages import Assignment, EncryptedShares, Offer, Roster, Survivors, Unmask
 from aggregation.spec import Adversary
-from tests.support import refused
+from tests.support import FleetOf, refused
 
-FleetOf = Callable[..., Any]
 ME = "device-000"
 
 

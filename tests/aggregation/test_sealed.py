@@ -1,6 +1,5 @@
 """Sealed state: a restarted device continues where it stopped, and never answers a step twice."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,11 +10,10 @@ from aggregation import ring
 from aggregation.client import Ready
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.sealed import reopened, seal, unseal
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 KEY = bytes(range(32))
 ME = "device-000"
-FleetOf = Callable[..., Any]
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ from aggregation import envelope, masks, ring, server
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.messages import Advert, ConsistencySignature, Shares, UnmaskResponse
 from aggregation.server import AbortReason, Coordinator, Established, RoundAborted
-from tests.support import refused
+from tests.support import FleetOf, refused
 
-FleetOf = Callable[..., Any]
 ME, OTHER = "device-000", "device-001"
 
 

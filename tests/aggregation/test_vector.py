@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from aggregation import ring, vector
 from aggregation.errors import ConfigError, DataError
 from aggregation.vector import MAX_SIZE, Segment, VectorSpec
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 BOUNDS = st.floats(1e-6, 1e6)
 
@@ -249,7 +249,7 @@ CONSTANT = 3 * 2**20  # bytes: blocks, keys, messages
 
 @pytest.mark.parametrize("bits", [16, 22, 24, 32])
 def test_a_device_needs_three_times_its_vector(
-    fleet_of: Callable[..., Any], spec_of: Callable[..., Any], vector_of: Callable[..., Any], bits: int
+    fleet_of: FleetOf, spec_of: Callable[..., Any], vector_of: Callable[..., Any], bits: int
 ) -> None:
     size = 2 * 10**6
     fleet = fleet_of(4, spec=spec_of(4, vector=vector_of(4, size=size, bits=bits)))
@@ -264,7 +264,7 @@ def test_a_device_needs_three_times_its_vector(
 
 
 def test_the_coordinator_holds_one_vector_however_many_arrive(
-    fleet_of: Callable[..., Any], spec_of: Callable[..., Any], vector_of: Callable[..., Any]
+    fleet_of: FleetOf, spec_of: Callable[..., Any], vector_of: Callable[..., Any]
 ) -> None:
     size = 10**6
     fleet = fleet_of(6, spec=spec_of(6, vector=vector_of(6, size=size)))

@@ -1,7 +1,6 @@
 """A process that simulates many devices verifies once what all of them receive, and nothing passes for verified."""
 
 import datetime as dt
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +13,9 @@ from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import Revocation
 from aggregation.session import COORDINATOR
+from tests.support import FleetOf
 from tests.support.fleet import BEGIN, END, CountedEntropy
 
-FleetOf = Callable[..., Any]
 NOW = BEGIN + dt.timedelta(days=1)
 
 

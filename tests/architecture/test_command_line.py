@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 from typing import Any
 
@@ -18,8 +18,8 @@ import pytest
 
 from edgeadapt import program
 from edgeadapt.commandline import JsonLines, LogHandler, RenamedOption, relayed
+from tests.support import Run
 
-Outcome = tuple[int, str, str]
 Path = tuple[str, ...]  # the words of a command, without the program's own
 
 
@@ -41,7 +41,7 @@ LEAVES = [path for path in ALL if path not in GROUPS]
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=" ".join)
-def test_help_has_an_example_of_the_command_and_a_word_on_each_option(path: Path, run: Callable[..., Outcome]) -> None:
+def test_help_has_an_example_of_the_command_and_a_word_on_each_option(path: Path, run: Run) -> None:
     code, out, err = run(*path, "--help")
     assert (code, err) == (0, "")
     assert f"\n    edgeadapt {' '.join(path)} " in out or f"\n    edgeadapt {' '.join(path)}\n" in out
@@ -63,9 +63,7 @@ def test_no_option_is_a_range_that_admits_nan() -> None:
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=lambda path: " ".join(path) or "edgeadapt")
-def test_a_group_without_a_command_lists_its_commands_each_in_a_whole_line(
-    path: Path, run: Callable[..., Outcome]
-) -> None:
+def test_a_group_without_a_command_lists_its_commands_each_in_a_whole_line(path: Path, run: Run) -> None:
     code, out, err = run(*path)
     assert (code, err) == (0, "")
     listed = re.findall(r"^  [a-z].*", re.split(r"^(?:Commands|Start):$", out, flags=re.MULTILINE)[1], re.MULTILINE)
@@ -82,7 +80,7 @@ def wrong_calls() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("words", wrong_calls())
-def test_a_wrong_call_ends_in_one_line_that_names_the_help(words: Path, run: Callable[..., Outcome]) -> None:
+def test_a_wrong_call_ends_in_one_line_that_names_the_help(words: Path, run: Run) -> None:
     code, out, err = run(*words)
     assert (code, out) == (2, "")
     assert err.startswith("edgeadapt: ")
@@ -92,7 +90,7 @@ def test_a_wrong_call_ends_in_one_line_that_names_the_help(words: Path, run: Cal
 
 
 @pytest.mark.parametrize("old", program.RENAMED)
-def test_a_call_of_a_former_version_is_the_new_one_and_says_so(old: str, run: Callable[..., Outcome]) -> None:
+def test_a_call_of_a_former_version_is_the_new_one_and_says_so(old: str, run: Run) -> None:
     new = program.RENAMED[old]
     named = [word for word in new.split() if not word.startswith("-")]
     assert tuple(named) in ALL
@@ -101,9 +99,7 @@ def test_a_call_of_a_former_version_is_the_new_one_and_says_so(old: str, run: Ca
     assert "--keys" in old or out.startswith(f"Usage: edgeadapt {' '.join(named)} ")
 
 
-def test_an_option_of_a_former_version_is_the_new_one_and_in_no_help(
-    run: Callable[..., Outcome], tmp_path: pathlib.Path
-) -> None:
+def test_an_option_of_a_former_version_is_the_new_one_and_in_no_help(run: Run, tmp_path: pathlib.Path) -> None:
     for path, command in ALL.items():
         for option in command.params:
             if isinstance(option, RenamedOption):
@@ -113,7 +109,7 @@ def test_an_option_of_a_former_version_is_the_new_one_and_in_no_help(
                 assert str(context.params[option.name or ""]) in ("x", "('x',)")
 
 
-def test_a_mistyped_command_is_told_the_one_that_was_meant(run: Callable[..., Outcome]) -> None:
+def test_a_mistyped_command_is_told_the_one_that_was_meant(run: Run) -> None:
     line = "edgeadapt: No such command 'devise'; did you mean 'device'? see 'edgeadapt --help'\n"
     assert run("devise") == (2, "", line)
     line = "edgeadapt: No such command 'lsit'; did you mean 'list'? see 'edgeadapt bundle --help'\n"
@@ -121,7 +117,7 @@ def test_a_mistyped_command_is_told_the_one_that_was_meant(run: Callable[..., Ou
 
 
 def test_the_bundle_is_the_named_one_or_that_of_the_environment_or_the_one_here(
-    run: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("EDGEADAPT_BUNDLE", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -136,7 +132,7 @@ def test_the_bundle_is_the_named_one_or_that_of_the_environment_or_the_one_here(
 
 
 def test_what_a_script_of_a_fleet_calls_prints_one_object(
-    run: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [path for path in LEAVES if not any("--json" in each.opts for each in ALL[path].params)] == []
     monkeypatch.chdir(tmp_path)
@@ -186,7 +182,7 @@ def test_what_a_script_of_a_fleet_calls_prints_one_object(
     ],
 )
 def test_options_of_the_two_uses_of_a_command_exclude_each_other(
-    words: str, named: str, run: Callable[..., Outcome], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    words: str, named: str, run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = run(*words.split())
@@ -195,7 +191,7 @@ def test_options_of_the_two_uses_of_a_command_exclude_each_other(
 
 
 def test_a_service_prints_its_log_as_objects_on_standard_output_and_its_end_too(
-    run: Callable[..., Outcome], tmp_path: pathlib.Path
+    run: Run, tmp_path: pathlib.Path
 ) -> None:
     run("authority", "init", str(tmp_path), "--unencrypted")
     words = ("authority", "serve", str(tmp_path), "--listen", "127.0.0.1:0", "--host", "127.0.0.1", "--json")
@@ -252,7 +248,7 @@ def test_a_log_that_nobody_reads_any_more_is_one_line(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == "edgeadapt: the log cannot be written (Broken pipe): this goes on without\n"
 
 
-def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Outcome]) -> None:
+def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Run) -> None:
     code, out, err = run("audit", "verify", "--json")
     assert code == 2
     assert json.loads(out) == {"error": err.removeprefix("edgeadapt: ").rstrip("\n")}
@@ -305,9 +301,7 @@ def test_a_folder_that_hides_a_package_is_named(tmp_path: pathlib.Path, root: pa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file's name is always text")
-def test_a_folder_whose_name_is_no_text_is_printed_with_its_bytes_escaped(
-    run: Callable[..., Outcome], tmp_path: pathlib.Path
-) -> None:
+def test_a_folder_whose_name_is_no_text_is_printed_with_its_bytes_escaped(run: Run, tmp_path: pathlib.Path) -> None:
     code, out, err = run("authority", "init", str(tmp_path / "fleet\udcff"), "--unencrypted")
     assert (code, err) == (0, "")
     assert "fleet\\udcff/authority.pem" in out
@@ -326,7 +320,7 @@ def test_an_output_that_cannot_be_written_is_one_line(words: list[str]) -> None:
     assert done.stderr.count("\n") == 1, done.stderr
 
 
-def test_too_little_memory_is_said_in_one_line(run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_said_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(**_options: object) -> None:
         raise MemoryError
 
@@ -335,7 +329,7 @@ def test_too_little_memory_is_said_in_one_line(run: Callable[..., Outcome], monk
 
 
 def test_who_terminates_a_command_reads_so_also_while_a_library_is_kept_quiet(
-    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def quietly(**_options: object) -> None:
         with redirect_stderr(io.StringIO()):

@@ -108,13 +108,6 @@ def test_every_call_of_the_program_in_a_document_is_one(path: Path) -> None:
     assert [" ".join(words) for words in calls(path.read_text()) if unknown(words)] == []
 
 
-def test_an_unknown_call_is_found() -> None:
-    block = "```\n$ edgeadapt device infer \\\n  --bundel b x\nedgeadapt nonsense --json\n```"
-    bench = "```\n$ python -m benchmarks secagg --quik\n```"
-    text = f"{block}\n{bench}\nSee `edgeadapt audit verify RUN --json`, `edgeadapt bundle --help`."
-    assert [unknown(words) for words in calls(text)] == ["--bundel", "nonsense", "--quik", "", ""]
-
-
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
 def test_every_link_of_a_document_leads_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):

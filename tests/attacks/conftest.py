@@ -18,6 +18,7 @@ from aggregation.recovery import Recovery
 from aggregation.spec import Adversary
 from client.node import sumhistory
 from coordinator import lastsum
+from tests.support import FleetOf
 from tests.support.fleet import entropy, fleet_of, spec_of, vector_of
 
 __all__ = ["entropy", "fleet_of", "spec_of", "vector_of"]
@@ -139,7 +140,7 @@ class Coordinator:
 
 
 @pytest.fixture
-def malicious(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Callable[..., Coordinator]:
+def malicious(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> Callable[..., Coordinator]:
     """Make a malicious coordinator over five honest devices."""
 
     def make(adversary: Adversary = Adversary.HONEST_BUT_CURIOUS, **changes: Any) -> Coordinator:
@@ -149,7 +150,7 @@ def malicious(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Call
 
 
 @pytest.fixture
-def sparse(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Callable[..., Coordinator]:
+def sparse(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> Callable[..., Coordinator]:
     """Make a malicious coordinator over honest devices that allow a small sparse graph."""
 
     def make(devices: int, *, degree: int, threshold: int, minimum_survivors: int) -> Coordinator:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime as dt
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,14 +14,14 @@ from aggregation.pki import Authority, Root
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation
 from aggregation.session import Peer, Session, commitment, context_of
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 VICTIM = "device-002"
 BEGIN, END = dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2036, 1, 1, tzinfo=dt.UTC)
 
 
 @pytest.fixture
-def fleet(fleet_of: Callable[..., Any]) -> Any:
+def fleet(fleet_of: FleetOf) -> Any:
     return fleet_of(5)
 
 
@@ -143,7 +142,7 @@ def test_with_certificates_unchecked_the_victim_joins_a_cohort_of_sybils(
     assert "zed" in state.cohort
 
 
-def test_a_device_outside_the_cohort_cannot_be_put_on_the_roster(fleet: Any, fleet_of: Callable[..., Any]) -> None:
+def test_a_device_outside_the_cohort_cannot_be_put_on_the_roster(fleet: Any, fleet_of: FleetOf) -> None:
     state, adverts, _ = advertised(fleet)
     genuine = Advert.decode(envelope.unverified_body(adverts["device-004"]))
     adverts["zed"] = envelope.sign(fleet.key, dataclasses.replace(genuine, device="zed"))

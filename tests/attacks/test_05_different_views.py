@@ -16,7 +16,7 @@ from aggregation.errors import DataError, ProtocolError
 from aggregation.masks import Mask
 from aggregation.messages import Assignment, Plan, Survivors, Unmask, UnmaskResponse
 from aggregation.spec import Adversary
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 VICTIM = "device-002"
 
@@ -106,7 +106,7 @@ def test_devices_shown_different_models_never_form_a_quorum(malicious: Callable[
         coordinator.ask(VICTIM, "on_unmask", Unmask(Survivors(other.digest(), digests), signatures))
 
 
-def test_a_victim_with_its_own_roster_is_in_no_other_session(fleet_of: Callable[..., Any]) -> None:
+def test_a_victim_with_its_own_roster_is_in_no_other_session(fleet_of: FleetOf) -> None:
     fleet = fleet_of(6)
     state, offer = fleet.offer()
     for name in sorted(fleet.devices):

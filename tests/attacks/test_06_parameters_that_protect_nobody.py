@@ -13,7 +13,7 @@ from aggregation.policy import Policy
 from aggregation.spec import Adversary, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from tests.client.node.conftest import refusals
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 __all__ = ["refusals"]
 VICTIM = "device-002"
@@ -33,7 +33,7 @@ EVIL: dict[str, tuple[dict[str, Any], str]] = {  # name → changes of the spec,
 
 
 @pytest.fixture
-def fleet(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Any:
+def fleet(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> Any:
     policy = Policy(known_bases=frozenset({spec_of(10).base_digest}), maximum_ring_bits=40)
     return fleet_of(10, policy=policy)
 
@@ -94,7 +94,7 @@ def test_a_sum_in_which_too_few_honest_devices_may_be_left_is_refused_and_withou
 
 @pytest.mark.parametrize(("share", "takes_part"), [(0.5, False), (0.9, True)])
 def test_in_a_federation_the_device_waits_for_a_larger_share_of_survivors(
-    app_fleet_of: Callable[..., Any], refusals: list[str], share: float, takes_part: bool
+    app_fleet_of: FleetOf, refusals: list[str], share: float, takes_part: bool
 ) -> None:
     fleet = app_fleet_of(8, rounds=1, aggregation__minimum_survivors=share)
     with (fleet.state_dir("device-02").folder / "device.toml").open("r+") as file:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from aggregation import envelope, masks, ring
 from aggregation.masks import Mask
 from aggregation.vector import Segment, VectorSpec
+from tests.support import FleetOf
 
 ME = "device-000"
 SIZE = 2**16
@@ -30,7 +31,7 @@ def upload(fleet: Any) -> NDArray[np.uint32]:
 
 
 @pytest.fixture
-def fleet(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Any:
+def fleet(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> Any:
     return fleet_of(3, spec=spec_of(3, vector=VectorSpec((Segment("delta", SIZE, 1.0),), 24, 3)))
 
 
@@ -146,9 +147,7 @@ def times_used(used: list[list[bytes]]) -> dict[bytes, int]:
     return counts
 
 
-def test_no_key_serves_two_rounds_two_sessions_or_two_pairs(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_key_serves_two_rounds_two_sessions_or_two_pairs(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet, used = fleet_of(4), spied(monkeypatch)
     rounds(fleet, sessions=2)
     counts = times_used(used)
@@ -156,9 +155,7 @@ def test_no_key_serves_two_rounds_two_sessions_or_two_pairs(
     assert sorted(counts.values()) == [1] * (6 * 4) + [2] * (6 * 6)
 
 
-def test_the_search_for_a_key_used_twice_finds_one(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_search_for_a_key_used_twice_finds_one(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet, used = fleet_of(4), spied(monkeypatch)
     genuine = masks.derive
     monkeypatch.setattr(masks, "derive", lambda secret, *bound: genuine(b"one secret for all", bound[0]))
@@ -168,7 +165,7 @@ def test_the_search_for_a_key_used_twice_finds_one(
     assert max(times_used(used).values()) > 2
 
 
-def test_every_bit_of_a_key_varies(fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_bit_of_a_key_varies(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet, used = fleet_of(12), spied(monkeypatch)
     rounds(fleet, sessions=2)
     keys = list(times_used(used))
@@ -178,7 +175,7 @@ def test_every_bit_of_a_key_varies(fleet_of: Callable[..., Any], monkeypatch: py
     assert narrow([bytes(28) + key[:4] for key in keys])  # 32-bit seeds
 
 
-def test_secrets_of_the_devices_have_256_bits(fleet_of: Callable[..., Any]) -> None:
+def test_secrets_of_the_devices_have_256_bits(fleet_of: FleetOf) -> None:
     fleet = fleet_of(12)
     for _ in range(8):
         fleet.establish()

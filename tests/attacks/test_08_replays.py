@@ -1,6 +1,5 @@
 """Replays of a masked input, shares or unmask responses of another round or session."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,13 +7,13 @@ import pytest
 from aggregation import checks
 from aggregation.errors import ProtocolError
 from aggregation.messages import Plan
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 ME = "device-000"
 
 
 @pytest.fixture
-def fleet(fleet_of: Callable[..., Any]) -> Any:
+def fleet(fleet_of: FleetOf) -> Any:
     return fleet_of(5)
 
 

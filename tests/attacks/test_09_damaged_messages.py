@@ -1,14 +1,11 @@
 """Shows that the tests of damaged messages (tests/properties/test_tampering.py) can fail."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from aggregation import envelope, wire
 from aggregation.errors import ProtocolError
 from aggregation.messages import Assignment
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 ME = "device-000"
 
@@ -19,7 +16,7 @@ def flipped_training(plan: bytes) -> bytes:
 
 
 def test_a_flipped_bit_in_the_settings_is_refused_and_without_signatures_accepted(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = fleet_of(4)
     _, plans = fleet.begin(fleet.establish())
@@ -31,7 +28,7 @@ def test_a_flipped_bit_in_the_settings_is_refused_and_without_signatures_accepte
 
 
 def test_trailing_bytes_are_refused_and_without_the_check_accepted(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = fleet_of(4)
     _, plans = fleet.begin(fleet.establish())
@@ -43,7 +40,7 @@ def test_trailing_bytes_are_refused_and_without_the_check_accepted(
 
 
 def test_an_oversized_message_is_refused_before_its_signature_is_verified(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[str] = []
     monkeypatch.setattr(envelope, "verify", lambda *given: looked.append("signature"))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from aggregation.server import AbortReason, RoundAborted, Unmasking
 from aggregation.sharing import SharePair
 from aggregation.steps import BODY, RECORD, Step
 from client.node.app import app as client_app
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.hostile import audit_failures
 
 SMALL = "device-000"  # first in order: its shares are among the first t
@@ -47,7 +47,7 @@ def round_with_liars(fleet: Any, liars: Collection[str], dropouts: Collection[st
 
 @pytest.mark.parametrize("dropouts", [(), ("device-003",)])
 def test_a_device_that_reveals_wrong_shares_is_blamed_and_the_sum_is_right(
-    fleet_of: Callable[..., Any], dropouts: tuple[str, ...]
+    fleet_of: FleetOf, dropouts: tuple[str, ...]
 ) -> None:
     fleet = fleet_of(8)
     _, result = round_with_liars(fleet, [SMALL], dropouts)
@@ -55,7 +55,7 @@ def test_a_device_that_reveals_wrong_shares_is_blamed_and_the_sum_is_right(
     fleet.assert_sum(result)
 
 
-def test_as_many_liars_as_leave_a_threshold_of_good_shares_are_all_blamed(fleet_of: Callable[..., Any]) -> None:
+def test_as_many_liars_as_leave_a_threshold_of_good_shares_are_all_blamed(fleet_of: FleetOf) -> None:
     fleet = fleet_of(10)
     liars = sorted(fleet.devices)[: 10 - fleet.spec.threshold]
     _, result = round_with_liars(fleet, liars)
@@ -63,7 +63,7 @@ def test_as_many_liars_as_leave_a_threshold_of_good_shares_are_all_blamed(fleet_
     fleet.assert_sum(result)
 
 
-def test_one_liar_more_aborts_the_round_and_all_are_blamed(fleet_of: Callable[..., Any]) -> None:
+def test_one_liar_more_aborts_the_round_and_all_are_blamed(fleet_of: FleetOf) -> None:
     fleet = fleet_of(10)
     liars = sorted(fleet.devices)[: 11 - fleet.spec.threshold]
     outcome = round_with_liars(fleet, liars)
@@ -75,7 +75,7 @@ def test_one_liar_more_aborts_the_round_and_all_are_blamed(fleet_of: Callable[..
 
 
 def test_with_commitments_unchecked_a_wrong_share_produces_a_wrong_seed(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matched: list[bool] = []
     genuine = recovery.commitment
@@ -117,7 +117,7 @@ def deal_badly(fleet: Any, dealer: str, cheated: Collection[str], *, digests: bo
 
 
 def test_a_dealer_of_inconsistent_shares_is_blamed_and_not_its_holders(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = fleet_of(8)
     session = deal_badly(fleet, "device-005", ["device-000"], digests=True, monkeypatch=monkeypatch)
@@ -127,7 +127,7 @@ def test_a_dealer_of_inconsistent_shares_is_blamed_and_not_its_holders(
 
 
 def test_a_dealer_that_cheats_its_holders_aborts_one_round_and_is_excluded(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = fleet_of(8)
     others = sorted(set(fleet.devices) - {"device-005"})
@@ -142,7 +142,7 @@ def test_a_dealer_that_cheats_its_holders_aborts_one_round_and_is_excluded(
 
 @pytest.mark.parametrize(("devices", "cheated"), [(10, (0, 2, 9)), (24, tuple(range(9)))])
 def test_the_sum_is_right_if_a_dealer_left_a_threshold_of_good_shares(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, devices: int, cheated: tuple[int, ...]
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, devices: int, cheated: tuple[int, ...]
 ) -> None:
     fleet = fleet_of(devices)
     assert devices - len(cheated) >= fleet.spec.threshold
@@ -155,7 +155,7 @@ def test_the_sum_is_right_if_a_dealer_left_a_threshold_of_good_shares(
 
 @pytest.mark.parametrize("dropouts", [(), ("device-005",)])
 def test_a_dealer_whose_shares_do_not_decrypt_costs_one_round(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, dropouts: tuple[str, ...]
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, dropouts: tuple[str, ...]
 ) -> None:
     fleet = fleet_of(8)
     others = sorted(set(fleet.devices) - {"device-005"})
@@ -168,7 +168,7 @@ def test_a_dealer_whose_shares_do_not_decrypt_costs_one_round(
     fleet.assert_sum(result)
 
 
-def test_a_device_that_withholds_its_shares_excludes_no_other_device(fleet_of: Callable[..., Any]) -> None:
+def test_a_device_that_withholds_its_shares_excludes_no_other_device(fleet_of: FleetOf) -> None:
     fleet = fleet_of(8)
     threshold = fleet.spec.threshold
     state, bodies = fleet.confirm(*fleet.collect(fleet.establish()))
@@ -192,7 +192,7 @@ WITHHOLD = ("device-05", "device-06")  # as many as the policy of a device assum
 
 @pytest.mark.parametrize("weakened", [False, True])
 def test_as_many_devices_as_may_be_corrupt_frame_no_dealer(
-    app_fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, weakened: bool
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, weakened: bool
 ) -> None:
     """They say that they have no share of it. The roster lacks a device, and so does the unmasking.
 
@@ -228,7 +228,7 @@ def test_as_many_devices_as_may_be_corrupt_frame_no_dealer(
 
 @pytest.mark.parametrize("dropouts", [(), ("device-005",)])
 def test_a_dealer_whose_shares_do_not_match_their_digests_stops_no_round(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, dropouts: tuple[str, ...]
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, dropouts: tuple[str, ...]
 ) -> None:
     # The holder finds out when it decrypts; it then has no share of that dealer, and no device is blamed.
     fleet = fleet_of(8)
@@ -238,7 +238,7 @@ def test_a_dealer_whose_shares_do_not_match_their_digests_stops_no_round(
     fleet.assert_sum(result)
 
 
-def test_shares_that_do_not_decrypt_stop_no_round(fleet_of: Callable[..., Any]) -> None:
+def test_shares_that_do_not_decrypt_stop_no_round(fleet_of: FleetOf) -> None:
     fleet = fleet_of(8)
     state, offer = fleet.offer()
     for name in sorted(fleet.devices):
@@ -262,7 +262,7 @@ def test_shares_that_do_not_decrypt_stop_no_round(fleet_of: Callable[..., Any]) 
 
 
 @pytest.mark.parametrize("rounds", [(1, 2), (1, 2, 3, 4)])
-def test_shares_for_another_number_of_rounds_are_dropped(fleet_of: Callable[..., Any], rounds: tuple[int, ...]) -> None:
+def test_shares_for_another_number_of_rounds_are_dropped(fleet_of: FleetOf, rounds: tuple[int, ...]) -> None:
     """The dealer encrypted and digested them correctly; the coordinator forwards them against the rules."""
     fleet = fleet_of(4)
     established = fleet.establish()
@@ -275,7 +275,7 @@ def test_shares_for_another_number_of_rounds_are_dropped(fleet_of: Callable[...,
 
 
 @pytest.mark.parametrize("cut", [{"ciphertext": b""}, {"digests": ()}])
-def test_shares_of_another_size_are_dropped(fleet_of: Callable[..., Any], cut: dict[str, Any]) -> None:
+def test_shares_of_another_size_are_dropped(fleet_of: FleetOf, cut: dict[str, Any]) -> None:
     fleet = fleet_of(4)
     established = fleet.establish()
     encrypted = dataclasses.replace(established.encrypted_shares["device-001"][SMALL], **cut)
@@ -285,7 +285,7 @@ def test_shares_of_another_size_are_dropped(fleet_of: Callable[..., Any], cut: d
 
 @pytest.mark.parametrize("dealt", [True, False])
 def test_a_share_outside_the_field_is_a_wrong_share(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, dealt: bool
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, dealt: bool
 ) -> None:
     monkeypatch.setitem(globals(), "spoiled_share", lambda share: b"\xff" * len(share))
     fleet = fleet_of(8)

@@ -41,8 +41,8 @@ from edgeadapt.rounds.roundtask import Outcome
 from edgeadapt.rounds.task import contribution, weighted_mean
 from simulations.engine import provision
 from simulations.engine.grid import VirtualClock
+from tests.support import FleetOf
 
-FleetOf = Callable[..., Any]
 DEVICES = tuple(f"device-{number:02d}" for number in range(8))
 HOLDERS = frozenset({"device-01", "device-04"})
 PHRASE = "play the song"

@@ -9,7 +9,7 @@ adapter are equal, up to rounding.
 """
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +31,10 @@ from client.node.statedir import ADAPTERS
 from coordinator.settings import Aggregation
 from edgeadapt.cli import audit_group
 from tests.client.node.conftest import refusals
+from tests.support import FleetOf
 from tests.support.subtracting import Subtracting, any_set, fleet_without_proofs
 
 __all__ = ["refusals"]
-FleetOf = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("by_bytes_only")
 
 

@@ -7,7 +7,6 @@ the adapter are changed; the devices run the real ClientApp, and most demand no 
 under test stops the coordinator.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,9 @@ from client.node.adapterstate import AdapterState
 from client.node.snapshot import Draw, Snapshot
 from coordinator import rounds
 from coordinator.registry import Registry, StoredAdapter
+from tests.support import FleetOf
 from tests.support.subtracting import DEVICES, VICTIM, Subtracting, any_set, fleet_without_proofs
 
-FleetOf = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("by_bytes_only")
 
 

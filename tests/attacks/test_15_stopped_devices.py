@@ -5,7 +5,7 @@ adapter of the first sum. It no longer knows which sums from that one it helped 
 the plan between two steps of that round, and each device is stopped once. The devices run the real ClientApp.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,10 +23,10 @@ from client.node.statedir import DeviceStateDir
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.formats import files
 from tests.client.node.conftest import refusals
+from tests.support import FleetOf
 from tests.support.subtracting import Subtracting, fleet_without_proofs
 
 __all__ = ["refusals"]
-FleetOf = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("by_bytes_only")
 on_survivors = adapterstate.on_survivors
 

@@ -8,7 +8,6 @@ checks: only the device can refuse.
 """
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ from client.node import step as device_step
 from client.node.snapshot import Snapshot
 from client.node.statedir import EXAMPLES, SNAPSHOT, DeviceStateDir
 from client.training.examples import Example, write_examples
+from tests.support import FleetOf
 from tests.support.hostile import audit_failures
 
-FleetOf = Callable[..., Any]
 VICTIM = "device-00"
 OTHER_EXAMPLES = [Example("play music", 1), Example("stop the music", 1), Example("ten minutes", 2)]
 

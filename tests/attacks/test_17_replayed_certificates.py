@@ -22,9 +22,8 @@ from client.node.statedir import DeviceStateDir
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.auditing import audit
 from edgeadapt.auditing.transcripts import logs
-from tests.support import refused
+from tests.support import FleetOf, refused
 
-FleetOf = Callable[..., Any]
 DEVICES, HOSTILE = 14, 5
 ATTACKERS = [f"device-{number:02d}" for number in range(HOSTILE)]
 CHOSEN = [f"device-{number:02d}" for number in range(HOSTILE, 2 * HOSTILE)]

@@ -20,9 +20,9 @@ from client.node import app as node
 from client.node.policy import TrainingLimits
 from coordinator import rounds
 from edgeadapt.rounds import optimizer, task
+from tests.support import FleetOf
 from tests.support.hostile import audit_failures
 
-FleetOf = Callable[..., Any]
 DEVICES, LIAR = 8, "device-03"
 CLIP = 2.0
 KEPT = {"aggregation__keep_masked_inputs": True, "aggregation__ring_bits": 32}

@@ -6,7 +6,6 @@ adapters, whose coordinates differ by multiples of (rounding step / total), or o
 after a round in which every device trained one step of AdamW; or it is the denominator of an accuracy.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -23,9 +22,9 @@ from edgeadapt.formats.manifest import PeftConfig
 from edgeadapt.methods.parts import PARTS
 from edgeadapt.rounds import sums, task
 from edgeadapt.rounds.sums import Bounds
+from tests.support import FleetOf
 from tests.support.fleet import session_spec
 
-FleetOf = Callable[..., Any]
 DEVICES = 10
 
 

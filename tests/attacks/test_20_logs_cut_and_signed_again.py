@@ -11,7 +11,6 @@ kill says that more than the last record was damaged, and devices know earlier c
 """
 
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +28,10 @@ from coordinator.transcripts import StoredLog
 from edgeadapt.auditing import AuditInput, AuditOptions
 from edgeadapt.auditing.transcripts import log_name, logs
 from edgeadapt.formats.registryfiles import DATABASE
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.fleet import make_fleet, session_spec
 from tests.support.hostile import continues_from_anything
 from tests.support.sessions import LoggedSession, record, run_session
-
-FleetOf = Callable[..., Any]
 
 
 @pytest.fixture

@@ -33,10 +33,9 @@ from coordinator import rounds
 from coordinator.registry import Head, Registry, StoredAdapter
 from edgeadapt.auditing import AuditInput, AuditOptions, chain
 from edgeadapt.formats import files
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.hostile import continues_from_anything
 
-FleetOf = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("by_bytes_only")
 ATTACKED = 3  # the round whose plan has the adapter
 newest_adapter, head = Registry.newest_adapter, Registry.head

@@ -36,11 +36,10 @@ from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats import files
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, SIGNING_KEY, RegistryFiles, blob_name
 from edgeadapt.rounds.task import Task
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.hostile import continues_from_anything
 from tests.support.trial import call
 
-FleetOf = Callable[..., Any]
 Audit = Callable[[Path], tuple[int, dict[str, Any]]]
 
 

@@ -34,11 +34,11 @@ from edgeadapt import program
 from edgeadapt.auditing import Check, Finding, Status, history, rules, sums
 from edgeadapt.auditing.transcripts import VECTORS, logs, vector_path
 from edgeadapt.auditing.weaknesses import RepeatedSums
+from tests.support import FleetOf
 from tests.support.hostile import plans_for_anyone
 from tests.support.subtracting import any_set
 
 pytestmark = pytest.mark.usefixtures("by_bytes_only")
-FleetOf = Callable[..., Any]
 Run = Callable[[Path], tuple[int, dict[str, Any], str]]
 DEVICES, VICTIM = 5, "device-02"
 

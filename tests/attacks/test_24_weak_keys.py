@@ -5,7 +5,6 @@ et al. 2020, "Taming the many EdDSAs"). Whoever gets such a key certified is a d
 request for its certificate proves no possession. A device that pins it as the coordinator's obeys everyone.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,7 +30,7 @@ from edgeadapt.authority import AuthorityStore
 from tests.client.node.conftest import refusals
 from tests.client.node.test_app import FIRST, Talk, talk
 from tests.conftest import fleet_of
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.authority import store
 from tests.support.fleet import BEGIN, END, make_fleet
 from tests.support.hostile import audit_failures
@@ -177,7 +176,7 @@ class Stranger:
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_the_coordinators_app_admits_no_device_with_a_weak_key(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, checked: bool
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, checked: bool
 ) -> None:
     fleet = fleet_of(8, rounds=1)
     authority = Authority.from_pem((fleet.out / "authority" / AUTHORITY).read_bytes())

@@ -4,11 +4,9 @@ A stranger who gets ``Device-02`` certified next to ``device-02`` is counted as 
 reader of the transcript, a spreadsheet or a folder of certificates finds one.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -20,7 +18,7 @@ from aggregation.transcript.entries import read
 from client.node.statedir import AUTHORITY, CERTIFICATE, IDENTITY
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.authority import store as authority_store
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.authority import new_key, signer, store
 from tests.support.fleet import BEGIN, END, Fleet, make_fleet
 from tests.support.hostile import audit_failures
@@ -61,7 +59,7 @@ def test_a_device_joins_no_cohort_with_twins_and_without_the_check_it_does(monke
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_the_coordinators_app_admits_the_first_of_two_twins(
-    app_fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, checked: bool
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, checked: bool
 ) -> None:
     fleet, now = app_fleet_of(8, rounds=1), datetime.now(UTC)
     authority = Authority.from_pem((fleet.out / "authority" / AUTHORITY).read_bytes())
@@ -82,7 +80,7 @@ def test_the_coordinators_app_admits_the_first_of_two_twins(
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_device_with_two_names_takes_part_as_one_and_does_not_end_the_run(
-    app_fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, checked: bool
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, checked: bool
 ) -> None:
     """An authority that certified its key twice; ours does not."""
     fleet, now = app_fleet_of(8, rounds=1), datetime.now(UTC)

@@ -24,7 +24,7 @@ from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.auditing import audit
 from tests.client.node.conftest import refusals
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.fleet import ADAPTER, BEGIN, Fleet, make_fleet
 from tests.support.hostile import audit_failures
 
@@ -80,7 +80,7 @@ def test_a_certificate_that_expires_while_others_check_in_does_not_end_the_run(
 
 
 @pytest.fixture
-def fleet(app_fleet_of: Callable[..., Any]) -> Any:
+def fleet(app_fleet_of: FleetOf) -> Any:
     """Eight devices and a session of four rounds; the certificate of one of them expires in an hour."""
     made, now = app_fleet_of(8, rounds=2, aggregation__session_rounds=4), datetime.now(UTC)
     authority = Authority.from_pem((made.out / "authority" / AUTHORITY).read_bytes())

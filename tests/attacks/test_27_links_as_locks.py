@@ -3,7 +3,6 @@
 A process that opens its lock through the link empties, creates or holds a file of somebody else's choice.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ from client.node.statedir import LOCK as DEVICE_LOCK
 from coordinator.statedir import LOCK as RUN_LOCK
 from edgeadapt.formats import storage
 from tests.client.node.conftest import refusals
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 __all__ = ["refusals"]
 VICTIM = "device-02"
 
 
 @pytest.fixture
-def fleet(app_fleet_of: Callable[..., Any]) -> Any:
+def fleet(app_fleet_of: FleetOf) -> Any:
     return app_fleet_of(8, rounds=1)
 
 

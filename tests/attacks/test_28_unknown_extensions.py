@@ -4,7 +4,6 @@ RFC 5280, section 4.2: whoever does not understand such an extension must refuse
 authority certified for something else takes part otherwise, and hides nobody that it should.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,7 +22,7 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.transcript.entries import read
 from client.node.statedir import AUTHORITY, CERTIFICATE
 from edgeadapt.authority import AuthorityStore
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.authority import store
 from tests.support.fleet import make_fleet
 from tests.support.hostile import audit_failures
@@ -61,7 +60,7 @@ def any_extension(of: Any, what: str) -> x509.BasicConstraints | None:
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_the_coordinators_app_admits_no_device_whose_certificate_is_not_understood(
-    app_fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, checked: bool
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, checked: bool
 ) -> None:
     fleet = app_fleet_of(8, rounds=1)
     authority, state_dir = (

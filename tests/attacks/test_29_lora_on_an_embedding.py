@@ -4,7 +4,7 @@ The LoRA matrix of an embedding has a column for each token of the vocabulary. A
 leaves its column as it was. So a column of the sum is zero if and only if no survivor has the token.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,8 @@ from edgeadapt.formats.manifest import PeftConfig, VersionManifest
 from edgeadapt.formats.peftconfig import TRAINABLE
 from edgeadapt.methods import classifier, trainable
 from simulations.engine import provision
-from tests.support import refused
+from tests.support import FleetOf, refused
 
-FleetOf = Callable[..., Any]
 DEVICES, RANK = 8, 2
 EMBEDDING = ("word_embeddings",)
 ADAPTED = ".embeddings.word_embeddings.lora_embedding_A"

@@ -10,7 +10,7 @@ The coordinator runs its own ServerApp, without the check of an honest one; the 
 session from the files that the one before left.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,10 @@ from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.methods.parts import Part, only
 from edgeadapt.rounds.task import Task, weighted_mean
 from tests.attacks.test_14_answers_that_depend_on_data import Observer
+from tests.support import FleetOf
 from tests.support.hostile import plans_anything
 from tests.support.subtracting import DEVICES, VICTIM, Subtracting, fleet_without_proofs
 
-FleetOf = Callable[..., Any]
 RATE, DECAY = 0.05, 1.0
 SETTINGS = {
     "training__optimizer": "sgd",

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from aggregation import rotation
 from client.node import sumhistory
 from coordinator import lastsum, rounds
+from tests.support import FleetOf
 from tests.support.subtracting import VICTIM, Subtracting, fleet_without_proofs
 
-FleetOf = Callable[..., Any]
 Floats = NDArray[np.float64]
 FINE = {
     "aggregation__ring_bits": 40,  # so that rounding hides nothing

@@ -26,9 +26,8 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import DeviceStateDir
 from simulations.engine import devices as seeded
-from tests.support import refused
+from tests.support import FleetOf, refused
 
-FleetOf = Callable[..., Any]
 Open = Callable[[Path], DeviceStateDir]
 DEVICES, LATER = 8, 3  # sessions
 

@@ -4,7 +4,6 @@ A copy has the device's key and certificate, and what the device knew when it wa
 """
 
 import shutil
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from client.node.app import STATE, register
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceStateDir
 from tests.client.node.test_revocations import install, list_of, replaced
-from tests.support import refused
+from tests.support import FleetOf, refused
 
-FleetOf = Callable[..., Any]
 VICTIM = "device-00"
 NOISE = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 2.0, "aggregation__clip_norm": 0.5}
 

@@ -34,7 +34,7 @@ from export.bundle.sources import from_registry
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.fleet import BASE
 from tests.support.hostile import audit_failures
 from tests.support.rollout import StagedFleet, louder, run
@@ -99,7 +99,7 @@ class HostileFleet(StagedFleet):
 
 
 @pytest.fixture
-def hostile(app_fleet_of: Callable[..., Any], exported: ExportedBase) -> HostileFleet:
+def hostile(app_fleet_of: FleetOf, exported: ExportedBase) -> HostileFleet:
     multiplier = {"evaluation__noise_multiplier": BARE, "aggregation__ring_bits": 32}
     made = HostileFleet.of(app_fleet_of(DEVICES, rounds=1, **multiplier), exported)
     made.rolled_out()

@@ -7,7 +7,6 @@ the round was the update of the device with the fewest examples. The attack runs
 
 import math
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +22,8 @@ from edgeadapt.formats.layout import Layout
 from edgeadapt.rounds.roundtask import Outcome
 from edgeadapt.rounds.task import Task, contribution, is_stable, weighted_mean
 from tests.attacks.test_14_answers_that_depend_on_data import DEVICES, Observer
+from tests.support import FleetOf
 
-FleetOf = Callable[..., Any]
 VICTIM = DEVICES[3]
 OFTEN = (Example("turn on the light", 0), Example("stop the music", 1), Example("set a timer", 2)) * 4
 ONCE = (Example("play the song", 1), Example("start the timer", 2))

@@ -8,7 +8,7 @@ plan, whose answers leave at a multiple of a fixed time (``test_14_answers_that_
 import gc
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from client.node.app import app
 from client.node.statedir import EXAMPLES, PRIVATE, SNAPSHOT
 from client.node.step import READS_EXAMPLES
 from client.training.examples import Example, Split, read_examples, write_examples
+from tests.support import FleetOf
 
-FleetOf = Callable[..., Any]
 DEVICES = tuple(f"device-{number:02d}" for number in range(8))
 OTHERS = frozenset(DEVICES[::2])
 FEW = (Example("turn on the light", 0), Example("kitchen light off", 0, Split.VALIDATION))

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregation.errors import EdgeAdaptError
 from benchmarks.faults import measure, postgresql
-from benchmarks.faults.postgresql import PostgresServer
 from tests.support.postgresql import REQUIRED
 from tests.support.programs import need
 
@@ -21,39 +19,6 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         Path(folder).chmod(0o755)
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
-
-
-def refusal(error: pytest.ExceptionInfo[EdgeAdaptError]) -> str:
-    assert error.value.about == "postgresql"
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_a_cluster_that_cannot_be_made_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgresql, "USER", "pg_fleet")  # a name that PostgreSQL keeps for itself
-    with pytest.raises(EdgeAdaptError) as error:
-        PostgresServer.create()
-    assert "pg_fleet" in refusal(error)
-    assert not [*place.iterdir()]
-
-
-def test_a_server_that_does_not_start_says_why_and_is_ended(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = PostgresServer.create()
-    assert server.process is not None
-    assert not [path for path in server.folder.iterdir() if path.name == "password"]
-    server.stop()
-    monkeypatch.setattr(postgresql, "DEADLINE", -1.0)
-    with pytest.raises(EdgeAdaptError) as error:
-        server.start()
-    refusal(error)
-    assert server.process.poll() is not None
-    monkeypatch.undo()
-    (server.data / "postgresql.conf").write_text("nonsense = 1\n", encoding="ascii")
-    with pytest.raises(EdgeAdaptError) as error:
-        server.start()
-    assert "configuration file" in refusal(error)
-    server.remove()
-    assert not server.folder.exists()
 
 
 @pytest.mark.usefixtures("place")

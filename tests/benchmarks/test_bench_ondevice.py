@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,22 @@ import torch
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import DataError
+from aggregation.pki.identity import IdentityKey
 from benchmarks.__main__ import bench
-from benchmarks.ondevice import compare, inputs, report, sharing
+from benchmarks.ondevice import compare, inputs, memory, report, sharing
 from benchmarks.ondevice.compare import race
 from benchmarks.ondevice.eager import TorchEngine
 from benchmarks.ondevice.inputs import TokenWindows
 from benchmarks.ondevice.process import PEER, TORCH, Completion, Contender, ContenderSpec, loss
+from benchmarks.ondevice.profile import operators
+from client.inference.library import Library
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.states import LowerLayers
 from edgeadapt.formats.bundle import UPPER
 from edgeadapt.methods import causal
-from export.onnx.exported import Profile
+from export.bundle.write import write_bundle
+from export.onnx.exported import ExportedBase, Profile
 from tests.support import models, refused
 
 globals().update(models.FIXTURES)
@@ -179,15 +182,6 @@ def test_the_peer_continues_a_prompt_as_torch_does(tiny: Base, text: TokenWindow
     assert completions[0] == completions[1]
 
 
-def test_a_tensor_without_a_name_in_llama_cpp_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    from benchmarks.ondevice.ggufadapter import write_gguf
-
-    odd = {"base_model.model.lm_head.lora_A.weight": np.zeros((2, 4), np.float32)}
-    with refused(DataError, "tensors", value="lm_head.lora_A.weight"):
-        write_gguf(tmp_path / "odd.gguf", odd, alpha=1, heads=1, kv_heads=1)
-
-
 def test_training_again_uses_the_cached_adapter_and_another_recipe_makes_another(
     tiny: Base, text: TokenWindows, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,12 +232,6 @@ def test_the_order_changes_every_round_and_the_first_round_only_warms_up() -> No
     assert results["a"].decode.base == [10, 10]  # of the median token: the one of nine seconds does not count
     assert results["a"].prefill.adapter == [4, 4]
     assert results["a"].swap == [0.5, 0.5]
-
-
-def test_a_contender_that_cannot_load_is_refused(tmp_path: Path) -> None:
-    spec = ContenderSpec("fp32", str(tmp_path / "none"), (), 1, 1, 8, 1, 1, ())
-    with refused(DataError, "fp32"):
-        Contender(spec, [1])
 
 
 PAGES = {"rss": 105 * 10**6, "shared": 40 * 10**6, "private": 65 * 10**6}
@@ -322,48 +310,6 @@ def test_without_a_peer_the_goals_relative_to_it_are_left_out() -> None:
     assert "/ peer" not in report.table(judged)
 
 
-def test_json_and_picture_are_written_and_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    result = report.judged(_result({"native-int4": 125.0, "native-int8": 50.0}))
-    report.make_folder(tmp_path / "new")
-    report.keep(result, tmp_path / "new")
-    assert json.loads((tmp_path / "new" / report.RESULT).read_text())["goals_profile"] == "native-int4"
-    assert (tmp_path / "new" / report.PICTURE).read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "file").write_text("")
-    with refused(DataError, "--out", value=str(tmp_path / "file" / "new")):
-        report.make_folder(tmp_path / "file" / "new")
-    with refused(DataError, "--out", value=str(tmp_path / "missing")) as caught:
-        report.keep(result, tmp_path / "missing")
-    assert str(caught.value).endswith("missing: No such file or directory; choose another --out")
-
-
-def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
-    assert compare.profiles(None) == list(Profile)
-    assert compare.profiles("fp32, native-int8") == [Profile.FP32, Profile.NATIVE_INT8]
-    with refused(ConfigError, "--profiles", value="int3") as caught:
-        compare.profiles("fp32,int3")
-    assert str(caught.value).startswith("--profiles 'int3' is unknown: choose from fp32, ")
-
-
-def test_without_the_peer_a_line_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "has_peer", lambda: False)
-    monkeypatch.setattr(compare, "compare", lambda *given: _stop())
-    result = CliRunner().invoke(bench, ["ondevice", "--quick"])
-    assert "pip install 'edgeadapt[bench]'" in result.stderr
-    assert isinstance(result.exception, ConfigError)
-
-
-def _stop() -> None:
-    raise ConfigError("far enough")
-
-
-def test_help_imports_no_framework() -> None:
-    script = "import sys; from benchmarks.__main__ import bench; bench(['ondevice', '--help'], standalone_mode=False); "
-    script += "print(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "native-int4" in done.stdout
-    assert not {"torch", "onnxruntime", "llama_cpp", "transformers"} & set(done.stderr.split())
-
-
 def test_a_contender_shows_no_warnings_and_ends_at_an_interrupt(
     tiny: Base, adapter: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -403,3 +349,84 @@ def test_answers_from_wrong_states_are_no_result(tiny_base: Base, monkeypatch: p
     monkeypatch.setattr(sharing, "write_bundle", spoilt)
     with refused(DataError, UPPER):
         sharing.measure(tiny_base, sharing.SharingWorkload(1, (1,), 1, Profile.FP32), lambda _: None)
+
+
+# `python -m benchmarks profile` on a tiny language model: stages, operators, and what is subtracted.
+def event(name: str, kind: str, microseconds: int, size: int = 1) -> dict[str, Any]:
+    arguments = {"op_name": kind, "output_size": str(size)}
+    return {"cat": "Node", "name": f"{name}_kernel_time", "dur": microseconds, "args": arguments}
+
+
+def test_the_profilers_own_time_is_subtracted_and_the_prompts_run_does_not_count() -> None:
+    prompt = [event("q", "MatMul", 900), event("shape", "Reshape", 5)]
+    token = [
+        event("q", "MatMul", 24),
+        event("q.lora_A", "MatMul", 9),
+        event("head", "MatMul", 104, size=100),
+        event("attention", "Attention", 34, size=1000),
+        event("shape", "Reshape", 4),
+    ]
+    found = operators([{"cat": "Session", "name": "model_run", "dur": 7}, *prompt, *token, *token], 2)
+    assert [(one.name, one.nodes, round(1e6 * one.seconds)) for one in found] == [
+        ("MatMul, of the logits", 1, 100),
+        ("Attention", 1, 30),
+        ("MatMul", 1, 20),
+        ("MatMul, of the adapter", 1, 5),
+        ("Reshape", 1, 0),
+    ]
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_start_and_the_operators_of_a_token_are_shown(lm_bundle: Path) -> None:
+    given = ["profile", "--bundle", str(lm_bundle), "--adapter", "anna", "--tokens", "5", "--threads", "1"]
+    result = CliRunner().invoke(bench, [*given, "--json"])
+    assert result.exception is None, result.output
+    found = json.loads(result.stdout)
+    stages = [stage["name"] for stage in found["stages"]]
+    assert stages[1:5] == ["imports", "verification", "model and tokenizer", "adapter"]
+    assert stages[-1] == "5 tokens"
+    assert all(stage["seconds"] > 0 for stage in found["stages"])
+    if sys.platform == "linux":
+        assert all(stage["resident"] > 10**6 for stage in found["stages"])
+    nodes = {one["name"]: one["nodes"] for one in found["operators"]}
+    assert nodes["GroupQueryAttention"] == 2
+    assert nodes["MatMul, of the adapter"] == 2 * nodes["Add, of the adapter"] > 0
+    assert sum(name.endswith(", of the logits") for name in nodes) == 1
+    assert found["token_s"] > 0 < found["profiled_s"]
+    assert 0 < found["library"]["resident"] < found["stages"][-1]["resident"]
+    shown = CliRunner().invoke(bench, given).stdout
+    assert "GroupQueryAttention" in shown
+    assert "not attributed" in shown
+
+
+# Another tenant takes the memory of its adapter, and a second process shares the base.
+@pytest.fixture
+def int8_bundle(tmp_path: Path, exported_int8: ExportedBase, source: Any, vendor: IdentityKey) -> Path:
+    write_bundle(tmp_path / "bundle", exported_int8, [source()], key=vendor)
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    return tmp_path / "bundle"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/PID/smaps_rollup")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8_bundle", "lm_bundle"])
+def test_a_tenant_takes_about_the_memory_of_its_adapter(request: pytest.FixtureRequest, kind: str) -> None:
+    found: Any = json.loads(json.dumps(memory.measure(request.getfixturevalue(kind), counts=(1, 100))))
+    assert list(found["tenants"]) == ["1", "100"]
+    assert len(found["processes"]) == 2
+    # Besides the tensors, of some kilobytes, there are their names, shapes and the signed manifest.
+    assert 0.8 * found["adapter_bytes"] < found["bytes_per_tenant"] < found["adapter_bytes"] + 40_000
+    for pages in (*found["tenants"].values(), *found["processes"]):
+        assert 0 < pages["private"] <= pages["pss"] <= pages["rss"]
+        assert pages["rss"] == pytest.approx(pages["shared"] + pages["private"], rel=0.05)
+    for pages in found["mapped"] if kind == "int8_bundle" else ():  # its embeddings, which are not copied
+        assert pages["rss"] == pages["shared"] > 0  # both processes look the same pages up
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/PID/smaps_rollup")
+def test_the_temporary_bundle_is_removed(bundle: Path, tmp_path: Path) -> None:
+    with memory.with_tenants(Library.open(bundle, None), "global", 3) as copy:
+        library = Library.open(copy, None)
+        assert library.names() == ["tenant-0", "tenant-1", "tenant-2"]
+        assert {library.trust.adapter(n, library.base).manifest.rank for n in library.names()} == {4}
+    assert not copy.exists()

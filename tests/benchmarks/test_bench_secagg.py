@@ -10,13 +10,11 @@ import pytest
 from click.testing import CliRunner
 from flwr.common import bytes_to_ndarray
 
-from aggregation.errors import DataError
 from benchmarks.__main__ import bench
 from benchmarks.secagg import compare, ours, peer
 from benchmarks.secagg.compare import QUICK, dropouts, memory
-from benchmarks.timing import Call, Timing, interleaved, measure
+from benchmarks.timing import Call, interleaved
 from edgeadapt.formats.cores import cores
-from tests.support import refused
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +54,6 @@ def test_memory_does_not_grow_with_the_uploads_that_come() -> None:
     assert peak["both_vectors"] < peak["client_vectors"] + 1.1 < peak["uploads"]  # the server adds its sum only
 
 
-def test_a_missing_folder_is_refused_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("measured"))
-    arguments = ["secagg", "--quick", "--out", str(tmp_path / "missing" / "x.png")]
-    with refused(DataError, "--out", value=arguments[-1]):
-        CliRunner().invoke(bench, arguments, standalone_mode=False, catch_exceptions=False)
-
-
 def test_the_timed_vector_of_the_peer_is_the_one_that_its_client_sends() -> None:
     theirs, values = peer.make(12, 4, 4), np.random.default_rng(1).uniform(-1, 1, 500)
     sent = bytes_to_ndarray(theirs.upload(0, values)).astype(np.int64)
@@ -79,14 +68,6 @@ def test_the_timed_vector_of_ours_is_the_one_that_a_device_sends() -> None:
     body = fleet.upload(fleet.planned(name, begun.plan), values, np.random.default_rng(2))
     masked = fleet.masked(fleet.planned(name, begun.plan), values, np.random.default_rng(2))
     assert body.startswith(masked.tobytes())
-
-
-def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    line = {"at": [1, 2], "cpu_ms": {"client": [1.0, 2.0]}, "growth": {"client": 1.0}}
-    missing = tmp_path / "missing" / "x.png"
-    with refused(DataError, "--out", value=str(missing)) as caught:
-        compare.draw({"devices": line, "elements": line}, missing)
-    assert str(caught.value) == f"cannot write {missing}: No such file or directory; choose another --out"
 
 
 def test_the_timed_round_gives_the_right_sum() -> None:
@@ -106,23 +87,8 @@ def test_the_timed_round_gives_the_right_sum() -> None:
 # What timings mean
 
 
-def test_each_repeat_has_a_new_input() -> None:
-    inputs = iter(range(10))
-    seen: list[int] = []
-    timing = measure(seen.append, lambda: next(inputs), 3)
-    assert seen == [0, 1, 2]
-    assert len(timing.wall) == len(timing.cpu) == 3
-    assert Timing((1.0, 9.0, 2.0), (1.0, 1.0, 1.0)).ms == 2.0
-
-
 def test_calls_are_timed_alternately() -> None:
     seen: list[str] = []
     ran = interleaved(Call(seen.append, lambda: "ours", 3), Call(seen.append, lambda: "peer", 1))
     assert seen == ["ours", "peer", "ours", "ours"]
     assert [len(timing.wall) for timing in ran] == [3, 1]
-
-
-def test_quartiles_are_those_of_the_repeats() -> None:
-    assert Timing((4.0, 1.0, 3.0, 2.0, 5.0), (0.0,) * 5).quartiles == (2.0, 4.0)
-    assert Timing((7.0,), (0.0,)).quartiles == (7.0, 7.0)
-    assert (Timing((1.0, 2.0), (3.0, 4.0)) + Timing((10.0, 20.0), (0.0, 1.0))).wall == (11.0, 22.0)

@@ -21,8 +21,7 @@ from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
-from tests.support import models
-from tests.support.errors import refused
+from tests.support import models, refused
 from tests.support.models import slotted_of
 
 globals().update(models.FIXTURES)
@@ -44,15 +43,6 @@ def trains(lm_base: Base, vendor: IdentityKey, tmp_path_factory: pytest.TempPath
 
 def side(value: float) -> dict[str, dict[str, float]]:
     return {name: {"median": value, "min": value / 2, "max": value * 2} for name in training.FIGURES}
-
-
-def test_the_table_has_medians_spread_and_ratio() -> None:
-    found = {"work": {"texts": 24, "words": 48, "batch": 4, "rank": 8, "repeats": 3}, "task": "text-generation"}
-    found |= {"profile": "native-int8", "onnx": side(3 * 2**20), "torch": side(4 * 2**20)}
-    text = training.table(found | {"ratios": {"memory": 0.75}})
-    row = next(line for line in text.splitlines() if line.startswith("peak memory"))
-    assert row.split() == ["peak", "memory,", "MiB", "3", "(1.5–6)", "4", "(2–8)", "0.750"]
-    assert "3 runs of each engine" in text
 
 
 def test_the_process_that_trains_with_a_graph_imports_no_torch() -> None:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from edgeadapt.releases.actions import GateResult, action_path
 from edgeadapt.releases.repository import ChannelRepository
 from edgeadapt.releases.rollback import note_evaluation, prepare
 from edgeadapt.releases.verdict import JudgedEvaluation, verdict
+from tests.support import FleetOf
 from tests.support.gateway import HOST, authority_of, certify, free_port, wait_until
 
 pytestmark = pytest.mark.slow
@@ -52,7 +53,7 @@ def dashboard(folder: Path, *words: object) -> Iterator[tuple[str, subprocess.Po
         served.wait()
 
 
-def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: Callable[..., Any], page: Any) -> None:
+def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: FleetOf, page: Any) -> None:
     fleet = fleet_of(5, rounds=3)
     folder = fleet.out / "coordinator"
     soon = datetime.now(UTC) + timedelta(hours=5)
@@ -92,7 +93,7 @@ def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: Callable[...,
 
 
 def test_an_operator_sees_a_rollout_its_gates_and_a_log_that_was_altered(
-    fleet_of: Callable[..., Any], page: Any, phone: Path, vendor: IdentityKey, tmp_path: Path
+    fleet_of: FleetOf, page: Any, phone: Path, vendor: IdentityKey, tmp_path: Path
 ) -> None:
     folder = fleet_of(5).out / "coordinator"
     releases = ChannelRepository.create(

@@ -17,6 +17,7 @@ from edgeadapt.formats.manifest import AdapterManifest
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support.bundles import flip, resign
+from tests.support.models import Source
 from tests.support.nodetab import NodeTab
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ VISIBLE = "getComputedStyle(document.getElementById('answers')).visibility"
 
 
 @pytest.fixture
-def both(bundle: Path, exported: ExportedBase, source: Callable[..., AdapterSource], household: IdentityKey) -> Path:
+def both(bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey) -> Path:
     """A bundle with the global adapter and a personal one."""
     add_adapter(bundle, exported.adapter_inputs, source("anna", seed=1, parent="a" * 64), key=household)
     return bundle
@@ -131,7 +132,7 @@ def test_a_composition_answers_as_natively_and_the_answer_names_it(
     serve: Callable[[Path], str],
     both: Path,
     exported: ExportedBase,
-    source: Callable[..., AdapterSource],
+    source: Source,
     household: IdentityKey,
 ) -> None:
     other = replace(source("other"), labels=("W", "X", "Y", "Z"))
@@ -295,7 +296,7 @@ def test_labels_wrap_between_words_and_nothing_is_cut_off_on_a_phone(
     serve: Callable[[Path], str],
     bundle: Path,
     exported: ExportedBase,
-    source: Callable[..., AdapterSource],
+    source: Source,
     vendor: IdentityKey,
 ) -> None:
     write_bundle(bundle, exported, [replace(source(), labels=LONG)], key=vendor)
@@ -446,9 +447,7 @@ class Device:
 
 
 @pytest.fixture
-def device(
-    tab: NodeTab, bundle: Path, exported: ExportedBase, source: Callable[..., AdapterSource], household: IdentityKey
-) -> Device:
+def device(tab: NodeTab, bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey) -> Device:
     """With a private adapter in its bundle, which it has not used yet."""
     add_adapter(bundle, exported.adapter_inputs, source("anna", seed=1, parent="a" * 64), key=household)
     return Device(tab, bundle)
@@ -494,7 +493,7 @@ def test_an_older_version_or_another_content_is_refused_even_after_the_page_was_
     serve: Callable[[Path], str],
     bundle: Path,
     exported: ExportedBase,
-    source: Callable[..., AdapterSource],
+    source: Source,
     vendor: IdentityKey,
 ) -> None:
     """Versions are noted for each set of pinned keys."""

@@ -26,7 +26,7 @@ from client.node import privacyledger
 from client.node.privacyledger import PrivacyLedger
 from edgeadapt.formats import files
 from tests.browser.test_aggregation import JS
-from tests.client.node.test_sumhistory import TASK, adapter
+from tests.client.node.test_adapterstate import TASK, adapter
 from tests.support import programs
 from tests.support.fleet import BASE, BEGIN, END, Fleet, make_fleet, session_spec, vector_spec
 

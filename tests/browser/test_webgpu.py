@@ -11,14 +11,14 @@ from peft import PeftModel
 from aggregation.pki.identity import IdentityKey
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.manifest import Format
-from export.bundle.write import AdapterSource, write_bundle
+from export.bundle.write import write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
 from tests.browser.test_classification import PHRASES, native, same
 from tests.browser.test_generation import greedy, ids_of
 from tests.browser.test_page import ask, shown
 from tests.support.exhaustive import few
-from tests.support.models import slotted_of
+from tests.support.models import Source, slotted_of
 
 pytestmark = pytest.mark.slow
 
@@ -122,7 +122,7 @@ def test_a_classifier_answers_as_natively_on_webgpu(
     bundle: Path,
     model: PeftModel,
     tiny_base: Base,
-    source: Callable[..., AdapterSource],
+    source: Source,
     vendor: IdentityKey,
     profile: Profile,
 ) -> None:

@@ -5,7 +5,6 @@ import re
 import shutil
 import stat
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from edgeadapt.auditing import AuditInput, AuditOptions
 from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_KEY, TLS_LOCK
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, RegistrySettings
 from edgeadapt.formats.registrystores import is_local, postgresql_url
+from tests.support import FleetOf
 
 
 def call(*arguments: object) -> Result:
@@ -65,7 +65,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def fleet(kept: Path, app_fleet_of: Callable[..., Any], tmp_path: Path) -> Path:
+def fleet(kept: Path, app_fleet_of: FleetOf, tmp_path: Path) -> Path:
     """The state directory of a coordinator after two rounds."""
     if not kept.exists():
         done = app_fleet_of(3, rounds=2, aggregation__keep_masked_inputs=True)
@@ -184,7 +184,7 @@ def test_a_log_that_went_on_after_the_registry_was_read_is_cut(
 
 @pytest.mark.slow
 def test_a_copy_at_any_instant_goes_on_where_it_was(
-    app_fleet_of: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    app_fleet_of: FleetOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Devices included: what they have seen of the log is in it."""
     fleet = app_fleet_of(3, rounds=2)

@@ -21,6 +21,7 @@ from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import Recorder
 from edgeadapt.auditing import AuditInput, AuditOptions
 from edgeadapt.auditing.transcripts import logs
+from tests.support import FleetOf
 from tests.support.hostile import continues_from_anything
 
 KILLED = "2"  # the round
@@ -42,7 +43,7 @@ def aborted(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def copies(
-    app_fleet_of: Callable[..., Any], tmp_path: Path, aborted: bool, monkeypatch: pytest.MonkeyPatch
+    app_fleet_of: FleetOf, tmp_path: Path, aborted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Any, Callable[[str], Path]]:
     """A fleet, and its folder as it was at an instant of the end of the second of three rounds."""
     fleet = app_fleet_of(4, rounds=3, aggregation__keep_masked_inputs=True)

@@ -25,10 +25,9 @@ from coordinator import lastsum
 from coordinator.registry import Blobs
 from coordinator.transcripts import Recorder
 from simulations.engine.grid import DeliveryOutcome, InProcessGrid
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.hostile import plans_for_anyone
 
-FleetOf = Callable[..., Any]
 Lost = Callable[[str, Step, int], bool]
 NOW = datetime.now(UTC).replace(microsecond=0)
 ABSENT, SPOILER = "device-01", "device-02"

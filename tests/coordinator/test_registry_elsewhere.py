@@ -5,7 +5,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from edgeadapt.auditing.transcripts import log_name, logs
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, REGISTRY, TRANSCRIPT, RegistrySettings
 from edgeadapt.formats.registrystores import postgresql_url
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.gateway import HOST, free_port, wait_until
 from tests.support.postgresql import Server
 
@@ -48,7 +47,7 @@ def move(fleet: Any, postgresql: str) -> Path:
 
 
 def test_a_federation_runs_and_goes_on_with_its_registry_in_postgresql(
-    app_fleet_of: Callable[..., Any], postgresql: str, postgresql_server: Server
+    app_fleet_of: FleetOf, postgresql: str, postgresql_server: Server
 ) -> None:
     fleet = app_fleet_of(3, rounds=1)
     folder = move(fleet, postgresql)
@@ -77,7 +76,7 @@ def test_init_makes_the_tables_and_keeps_the_password_out_of_the_directory(
 
 
 def test_a_new_coordinator_does_not_take_over_the_registry_of_another(
-    app_fleet_of: Callable[..., Any], tmp_path: Path, postgresql: str
+    app_fleet_of: FleetOf, tmp_path: Path, postgresql: str
 ) -> None:
     folder = move(app_fleet_of(3), postgresql)
     pinned = (folder / "authority.pem").read_bytes()
@@ -93,9 +92,7 @@ def test_a_new_coordinator_does_not_take_over_the_registry_of_another(
     assert len(CoordinatorStateDir.open(folder).registry.versions()) == 1
 
 
-def test_up_takes_a_run_that_waits_for_one_that_works_unless_it_hangs(
-    app_fleet_of: Callable[..., Any], postgresql: str
-) -> None:
+def test_up_takes_a_run_that_waits_for_one_that_works_unless_it_hangs(app_fleet_of: FleetOf, postgresql: str) -> None:
     """Also where the leader's name is the same: two containers may have one host name and one folder."""
     folder = move(app_fleet_of(3), postgresql)
     opened, nowhere = CoordinatorStateDir.open(folder), f"{HOST}:{free_port()}"
@@ -125,9 +122,7 @@ def test_up_takes_a_run_that_waits_for_one_that_works_unless_it_hangs(
         assert _serves_or_waits(opened, nowhere, 1.0) == waits
 
 
-def test_a_directory_knows_who_leads(
-    app_fleet_of: Callable[..., Any], postgresql: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_directory_knows_who_leads(app_fleet_of: FleetOf, postgresql: str, caplog: pytest.LogCaptureFixture) -> None:
     opened = CoordinatorStateDir.open(move(app_fleet_of(3), postgresql))
     assert status_of(opened)["lease"] is None
     other = Lease.take(opened.registry.engine, "elsewhere")
@@ -148,7 +143,7 @@ def test_a_directory_knows_who_leads(
 
 
 def test_a_leader_that_was_paused_through_rounds_of_another_one_says_who_leads(
-    app_fleet_of: Callable[..., Any], postgresql: str, monkeypatch: pytest.MonkeyPatch
+    app_fleet_of: FleetOf, postgresql: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its transcript lacks these rounds, and nothing is damaged."""
     monkeypatch.setattr(lease, "RENEWAL", 3600.0)
@@ -172,7 +167,7 @@ def test_a_leader_that_was_paused_through_rounds_of_another_one_says_who_leads(
 
 
 def test_a_log_that_a_full_disk_has_cut_is_made_complete_from_the_database(
-    app_fleet_of: Callable[..., Any], postgresql: str
+    app_fleet_of: FleetOf, postgresql: str
 ) -> None:
     fleet = app_fleet_of(3, rounds=2)
     folder = move(fleet, postgresql)
@@ -188,9 +183,7 @@ def test_a_log_that_a_full_disk_has_cut_is_made_complete_from_the_database(
     checked.require(checked.audit(unfinished=False), unfinished=False)
 
 
-def test_one_that_takes_over_when_all_rounds_are_done_serves_nobody(
-    app_fleet_of: Callable[..., Any], postgresql: str
-) -> None:
+def test_one_that_takes_over_when_all_rounds_are_done_serves_nobody(app_fleet_of: FleetOf, postgresql: str) -> None:
     fleet = app_fleet_of(3, rounds=1)
     opened = CoordinatorStateDir.open(move(fleet, postgresql))
     with refused(ConfigError, "tls.key"):

@@ -1,7 +1,7 @@
 """The rounds of a federation: who is admitted, where devices drop out, what a record holds, how a round fails."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -18,19 +18,19 @@ from aggregation.messages import CheckIn
 from aggregation.server import RoundResult
 from aggregation.steps import BODY, RECORD, Step
 from client.node.app import app as client_app
-from coordinator import runstate
+from coordinator import lastsum, runstate
 from coordinator.app import main
 from coordinator.registry import Blobs
 from coordinator.rounds import within_reach
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.auditing import audit
 from edgeadapt.auditing.transcripts import logs
+from edgeadapt.methods.parts import Part
+from edgeadapt.rounds.roundtask import distance
 from simulations.engine.grid import DeliveryOutcome, InProcessGrid
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.fleet import session_spec
 from tests.support.hostile import audit_failures
-
-FleetOf = Callable[..., Any]
 
 
 class Spoiled:
@@ -314,3 +314,89 @@ def test_a_state_directory_that_is_not_named_or_lacks_a_file_or_has_a_damaged_on
             with refused(ConfigError, name):
                 CoordinatorStateDir.open(path.parent)
             path.write_bytes(content)
+
+
+# A coordinator that begins rounds which its devices would refuse, because they keep a part to themselves.
+DEVICES = 4
+
+
+def test_a_method_that_shares_what_devices_keep_to_themselves_is_refused_before_they_are_asked(
+    fleet_of: FleetOf,
+) -> None:
+    fleet = fleet_of(DEVICES, rounds=1, method="fedsa", aggregation__session_rounds=1)
+    fleet.federate(fleet.grid())
+    fleet.configure({"method": "head", "rounds": 2})  # shares another part, in a log of its own
+    fleet.federate(fleet.grid())
+    for method in ("fedit", "fedsb", "fedper"):
+        fleet.configure({"method": method, "rounds": 3})
+        with refused(ConfigError, "method", value=Part.B):
+            fleet.federate(None)
+    fleet.configure({"method": "fedsa", "rounds": 3})
+    fleet.federate(fleet.grid())
+    fleet.configure({"method": "fedit", "rounds": 4, "analytic.rounds": 1})  # nothing is left to train
+    assert [record.version for record in fleet.federate(fleet.grid())] == [1, 2, 3, 4]
+
+
+# A server's step so short that devices take each adapter for the one before: the coordinator keeps the cohort.
+STILL = {"server__learning_rate": 1e-6, "training__optimizer": "sgd", "aggregation__session_rounds": 9}
+HELD_UP = "devices help to another sum with all of the last one only"
+
+
+def absent(first: int, rounds: Container[str]) -> Callable[[Message, Context], Message]:
+    """The real devices, of which the first is away when some rounds are planned."""
+
+    def call(message: Message, context: Context) -> Message:
+        planned = message.metadata.message_type == Step.PLAN.message_type and message.metadata.group_id in rounds
+        if planned and context.node_id == first:
+            return Message(Error(7, "lost"), reply_to=message)
+        return client_app(message, context)
+
+    return call
+
+
+def test_a_round_that_lacks_a_device_is_repeated_with_it_and_a_restart_changes_nothing(
+    app_fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = app_fleet_of(8, rounds=3, **STILL)
+    with caplog.at_level(logging.WARNING, "edgeadapt.coordinator"):
+        records = fleet.federate(fleet.grid(app=absent(fleet.node("device-00"), {"2"})))
+    assert [record.version for record in records] == [1, None, 2]
+    assert HELD_UP in records[1].aborted
+    lines = [each.getMessage() for each in caplog.records if "server.learning_rate" in each.getMessage()]
+    assert len(lines) == 1
+    assert "1e-06 moves the adapter by at most 1.2e-05 in a round" in lines[0]
+    fleet.configure({"rounds": 6})
+    records = fleet.federate(fleet.grid(app=absent(fleet.node("device-01"), {"4"})))
+    assert [record.version for record in records[3:]] == [None, 3, 4]  # more sums than ``maximum_repeats`` permits
+    fleet.configure({"rounds": 7, "training.learning_rate": 0.02})
+    with refused(ConfigError, "training.learning_rate", value=0.02):
+        fleet.federate(fleet.grid())
+    fleet.configure({"rounds": 8, "training.learning_rate": 0.01, "server.learning_rate": 1.0})
+    records = fleet.federate(fleet.grid(app=absent(fleet.node("device-02"), {"8"})))
+    assert [record.version for record in records[6:]] == [5, 6]  # it moved, and others may be missing
+
+
+def test_rounds_of_moments_are_over_the_same_devices(app_fleet_of: FleetOf) -> None:
+    fleet = app_fleet_of(8, rounds=3, analytic__rounds=3, aggregation__session_rounds=3)
+    records = fleet.federate(fleet.grid(app=absent(fleet.node("device-00"), {"2"})))
+    assert [record.version for record in records] == [1, None, 2]
+    assert HELD_UP in records[1].aborted
+
+
+@pytest.mark.parametrize(
+    "server", [{"server__optimizer": "fedadam", "server__learning_rate": 0.01}, {"method": "rolora"}], ids=str
+)
+def test_an_honest_adapter_moves_three_times_as_far_as_devices_demand(
+    app_fleet_of: FleetOf, server: dict[str, Any]
+) -> None:
+    fleet = app_fleet_of(8, rounds=3, aggregation__session_rounds=3, **server)
+    records = fleet.federate(fleet.grid(app=absent(fleet.node("device-00"), {"2"})))
+    assert [record.version for record in records] == [1, 2, 3]
+    from coordinator.statedir import CoordinatorStateDir
+
+    settings, registry = CoordinatorStateDir.open(fleet.out / "coordinator").settings, fleet.registry()
+    newest = registry.newest_adapter()
+    task = settings.task(newest.manifest)
+    for number in range(3):
+        far = distance(registry.tensors(number), registry.tensors(number + 1), task.influencing())
+        assert far > 3 * lastsum._least(newest, task, settings)

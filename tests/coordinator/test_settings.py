@@ -1,26 +1,35 @@
 """The settings of a federation: each key has a description and bounds, and a wrong value is refused before a round."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli_w
 
 from aggregation import graph
-from aggregation.errors import ConfigError, ProtocolError
+from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Adversary, Privacy, SessionSpec
+from aggregation.steps import Step
+from coordinator.seed import seed_version
+from coordinator.session import choose
 from coordinator.settings import Aggregation, Analytic, CohortSettings, FederationSettings, PrivacySettings, Server
-from edgeadapt.formats.layout import Layout, TensorSpec
+from coordinator.transport import Enough, Transport
+from edgeadapt.formats import files
+from edgeadapt.formats.layout import Layout, Tensors, TensorSpec
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import PARTS, Part
 from edgeadapt.rounds.analytic import AnalyticTask
 from edgeadapt.rounds.evaluation import EvaluationTask
 from edgeadapt.rounds.task import Task
-from tests.support import refused
+from simulations.engine.grid import FaultModel, InProcessGrid
+from tests.coordinator.test_transport import answer
+from tests.support import FleetOf, refused
 
 LAYOUT = Layout((TensorSpec("a", (100, 10)),))
 BASE = "b" * 64
@@ -49,24 +58,6 @@ def _table(key: str, value: object) -> dict[str, Any]:
     for name in reversed(key.split(".")):
         value = {name: value}
     return value  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize("section", ["", "training", "server", "aggregation"])
-def test_an_unknown_key_is_refused_by_name(tmp_path: Path, section: str) -> None:
-    settings = {section: {"extra": 1}} if section else {"extra": 1}
-    with refused(ConfigError, f"{section}.extra".removeprefix(".")):
-        FederationSettings.read(write(tmp_path, settings))
-
-
-def test_a_missing_or_damaged_file_is_refused(tmp_path: Path) -> None:
-    with refused(ConfigError, "federation.toml"):
-        FederationSettings.read(tmp_path / "federation.toml")
-    for text in ("rounds", "[training", '{"rounds": 3}', "rounds = 3\nrounds = 4"):
-        with refused(ConfigError, "federation.toml"):
-            FederationSettings.read(write(tmp_path, text))
-    (tmp_path / "federation.toml").write_bytes(b"rounds = 3 # \xff")
-    with refused(ConfigError, "federation.toml"):
-        FederationSettings.read(tmp_path / "federation.toml")
 
 
 def test_settings_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -224,3 +215,177 @@ def test_between_two_rounds_only_what_binds_no_device_and_no_record_may_change()
     assert old.changes(newer) == ["rounds", "deadline", "attempts", "cohort"]
     with refused(ConfigError, "aggregation"):
         old.changes(newer.model_copy(update={"aggregation": Aggregation(session_rounds=5)}))
+
+
+# Cohorts of a population: chosen at random, of one size, and closed when enough devices have answered.
+NODES = tuple(range(2, 202))
+
+
+def test_every_node_is_as_likely_to_be_chosen_as_any_other() -> None:
+    cohort = CohortSettings(size=20, over_selection=1.5, seed=1)
+    chosen = [choose(NODES, cohort, f"session-{n}-1") for n in range(1, 401)]
+    assert {len(nodes) for nodes in chosen} == {30}
+    assert all(sorted(set(nodes)) == list(nodes) for nodes in chosen)
+    times = Counter(node for nodes in chosen for node in nodes)
+    expected, sd = 400 * 30 / 200, math.sqrt(400 * 0.15 * 0.85)
+    assert all(abs(times[node] - expected) < 5 * sd for node in NODES)
+
+
+def test_the_seed_and_the_session_determine_the_choice_and_without_a_seed_nothing_does() -> None:
+    seeded, free = CohortSettings(size=20, seed=1), CohortSettings(size=20)
+    assert choose(NODES, seeded, "session-1-1") == choose(NODES, seeded, "session-1-1")
+    others = {
+        choose(NODES, CohortSettings(size=20, seed=seed), group) for seed in (1, 2) for group in ("session-1-1", "b")
+    }
+    assert len(others) == 4
+    assert choose(NODES, free, "session-1-1") != choose(NODES, free, "session-1-1")
+    assert choose(NODES[:5], seeded, "session-1-1") == NODES[:5]
+
+
+def test_an_exchange_ends_a_grace_time_after_enough_answers() -> None:
+    delays = FaultModel(0, 0.0, 1.0).outcomes("1", Step.PLAN, NODES)
+    arrivals = sorted(outcome.delay for outcome in delays.values())
+    for answers, grace in ((100, 0.0), (100, 0.5), (200, 0.0)):
+        grid = InProcessGrid(answer, dict.fromkeys(NODES, ""), FaultModel(0, 0.0, 1.0))
+        transport = Transport(grid, grid.clock, 60.0)
+        replies = list(transport.ask(Step.PLAN, dict.fromkeys(NODES, b"x"), "1", enough=Enough(answers, grace)))
+        found = [reply for reply in replies if reply.body is not None]
+        assert len(replies) == len(NODES)
+        assert answers <= len(found) <= sum(delay < arrivals[answers - 1] + grace + 0.6 for delay in arrivals)
+        assert {reply.silent for reply in replies if reply.body is None} <= {True}
+        assert grid.clock.now() < arrivals[answers - 1] + grace + 0.6
+
+
+def test_a_session_has_a_cohort_of_the_size_and_the_next_one_another(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(12, rounds=3, aggregation__session_rounds=2, cohort__size=8, cohort__seed=5)
+    sets = [set(record.survivors) for record in fleet.federate(fleet.grid())]
+    assert [len(devices) for devices in sets] == [8, 8, 8]
+    assert sets[0] == sets[1] != sets[2]
+
+
+def test_slow_devices_are_left_out(fleet_of: FleetOf) -> None:
+    clocks = []
+    for changes in ({"cohort__quorum": 0.75, "cohort__grace": 0.2}, {}):
+        fleet = fleet_of(12, rounds=1, **changes)
+        grid = fleet.grid(mean_delay=60.0)
+        (record,) = fleet.federate(grid)
+        assert record.version == 1
+        assert 6 <= len(record.survivors) < 12 if changes else len(record.survivors) == 12
+        clocks.append(grid.clock.now())
+    assert clocks[0] < clocks[1]
+
+
+def test_a_quorum_below_what_the_protocol_needs_is_raised_to_it(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(9, rounds=3, cohort__quorum=0.01)
+    records = fleet.federate(fleet.grid())
+    assert [record.version for record in records] == [1, 2, 3]
+
+
+def test_after_a_sum_without_a_result_the_next_cohort_has_all_of_its_survivors(fleet_of: FleetOf) -> None:
+    """The rule of one survivor set for each adapter holds although cohorts are chosen at random."""
+    from client.node.app import app
+
+    fleet = fleet_of(16, rounds=2, aggregation__session_rounds=1, cohort__size=8, cohort__seed=5, attempts=1)
+
+    def deaf(message: Any, context: Any) -> Any:
+        if (message.metadata.message_type, message.metadata.group_id) == (Step.UNMASK.message_type, "1"):
+            raise ConnectionError
+        return app(message, context)
+
+    first, second = fleet.federate(fleet.grid(app=deaf))
+    assert first.version is None
+    assert second.version == 1
+    asked = fleet_of(16, rounds=1, aggregation__session_rounds=1, cohort__size=8, cohort__seed=5)
+    (undisturbed,) = asked.federate(asked.grid())
+    assert set(second.survivors) == set(undisturbed.survivors)
+
+
+# Version 0: what devices can train is published, anything else is refused before it is signed.
+LABELS = ("on", "off", "dim")
+CONFIG = PeftConfig("LORA", 2, 4, ("query",))
+PATH = "base_model.model.encoder.layer.0.query"
+
+
+def tensors(rows: int = 3, head: str = "classifier", path: str = PATH) -> Tensors:
+    rng = np.random.default_rng(0)
+    shapes = {
+        f"{path}.lora_A.weight": (2, 5),
+        f"{path}.lora_B.weight": (5, 2),
+        f"base_model.model.{head}.weight": (rows, 5),
+        f"base_model.model.{head}.bias": (rows,),
+    }
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_the_manifest_describes_the_file_and_the_base() -> None:
+    manifest, blob = seed_version(tensors(), CONFIG, LABELS, "b" * 64)
+    assert (manifest.version, manifest.round, manifest.parent, manifest.survivors) == (0, 0, None, ())
+    assert (manifest.sha256, manifest.size) == (files.sha256(blob), len(blob))
+    assert (manifest.base_digest, manifest.labels, manifest.peft_config) == ("b" * 64, LABELS, CONFIG)
+    assert manifest.layout_digest == Layout.of(files.decode(blob)).digest
+    assert all(np.array_equal(files.decode(blob)[name], value) for name, value in tensors().items())
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [("on", "off"), ("on", "off", "dim", "blink"), ("on", "off", "on"), ()],
+    ids=["few", "many", "twice", "none"],
+)
+def test_labels_that_are_not_the_heads_are_refused(labels: tuple[str, ...]) -> None:
+    with refused(ConfigError, "labels"):
+        seed_version(tensors(), CONFIG, labels, "b" * 64)
+
+
+def test_an_adapter_that_devices_cannot_train_is_refused() -> None:
+    headless = {name: value for name, value in tensors().items() if "classifier" not in name}
+    unbiased = {name: value for name, value in tensors().items() if not name.endswith("bias")}
+    for found in (tensors(head="score"), headless, unbiased, tensors(path="base_model.model.layer.0.query")):
+        with refused(ConfigError, "classifier"):
+            seed_version(found, CONFIG, LABELS, "b" * 64)
+
+
+def test_the_version_of_another_method_has_the_names_of_peft() -> None:
+    layer = PATH.replace("query", "output.dense")
+    found = {name: value for name, value in tensors().items() if "lora" not in name}
+    found |= {f"{PATH}.ia3_l": np.ones((5, 1), np.float32), f"{layer}.ia3_l": np.ones((1, 5), np.float32)}
+    config = PeftConfig("IA3", 0, 0, ("query", "output.dense"), feedforward_modules=("output.dense",))
+    manifest, blob = seed_version(found, config, LABELS, "b" * 64)
+    assert files.decode(blob).keys() == found.keys()
+    assert manifest.peft_config == config
+    elsewhere = {name.replace(".encoder.", "."): value for name, value in found.items()}
+    with refused(ConfigError, "classifier"):
+        seed_version(elsewhere, config, LABELS, "b" * 64)
+
+
+def adalora(*ranks: int) -> Tensors:
+    """An adapter of AdaLoRA whose layers have these ranks."""
+    found = {name: value for name, value in tensors().items() if "lora" not in name}
+    for layer, rank in enumerate(ranks):
+        path = PATH.replace("layer.0", f"layer.{layer}")
+        shapes = {"A": (rank, 5), "B": (5, rank), "E": (rank, 1)}
+        found |= {f"{path}.lora_{part}": np.ones(shape, np.float32) for part, shape in shapes.items()}
+    return found
+
+
+def test_adalora_is_published_with_its_first_rank_in_each_layer() -> None:
+    config = PeftConfig("ADALORA", 3, 4, ("query",))
+    manifest, blob = seed_version(adalora(3, 3), config, LABELS, "b" * 64)
+    assert manifest.peft_config == config
+    assert files.decode(blob).keys() == adalora(3, 3).keys()
+    with refused(DataError, "encoder.layer.1.query", value=2):
+        seed_version(adalora(3, 2), config, LABELS, "b" * 64)
+
+
+def test_virtual_tokens_are_for_a_language_model() -> None:
+    config = PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=2)
+    found = {"prompt_embeddings": np.ones((2, 5), np.float32)}
+    assert seed_version(found, config, (), "b" * 64)[0].labels == ()
+    with refused(ConfigError, "classifier"):
+        seed_version(found, config, LABELS, "b" * 64)
+
+
+@pytest.mark.parametrize("changes", [{"rank_pattern": (("query", 3),)}, {"lora_alpha": 0.5}], ids=str)
+def test_an_adapter_that_devices_could_build_in_several_ways_is_refused(changes: dict[str, Any]) -> None:
+    plain: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ("query",)}
+    with pytest.raises(ConfigError):
+        seed_version(tensors(), PeftConfig(**{**plain, **changes}), LABELS, "b" * 64)

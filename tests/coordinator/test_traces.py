@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt import traces
 from edgeadapt.traces import PROTOCOL, PROTOCOLS
+from tests.support import FleetOf
 from tests.support.gateway import attending, free_port, gateway
 from tests.support.otlp import attributes, receiving
 
@@ -31,7 +31,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rounds_over_the_gateway_are_one_trace_a_session_and_no_span_names_a_device(
-    app_fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = app_fleet_of(3, rounds=2)
     with receiving() as receiver:
@@ -80,7 +80,7 @@ def require_nameless(bodies: list[bytes], fleet: Any) -> None:
 
 
 def test_what_went_wrong_is_in_the_spans_by_its_kind_without_its_text(
-    app_fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = app_fleet_of(3, rounds=1)
     device = Path(next(iter(fleet.nodes.values()))).name
@@ -95,7 +95,7 @@ def test_what_went_wrong_is_in_the_spans_by_its_kind_without_its_text(
 
 
 def test_rounds_go_on_without_a_receiver_and_one_line_says_so(
-    app_fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet = app_fleet_of(3, rounds=2)
     monkeypatch.setenv(ENDPOINT, f"http://127.0.0.1:{free_port()}")
@@ -108,7 +108,7 @@ def test_rounds_go_on_without_a_receiver_and_one_line_says_so(
     ]
 
 
-def test_without_a_receiver_nothing_of_opentelemetry_is_imported(app_fleet_of: Callable[..., Any]) -> None:
+def test_without_a_receiver_nothing_of_opentelemetry_is_imported(app_fleet_of: FleetOf) -> None:
     fleet = app_fleet_of(3, rounds=1)
     program = """
 import json, sys

@@ -25,7 +25,7 @@ from coordinator.transcripts import TORN, Recorder, Transcripts
 from edgeadapt.auditing import Report, audit, chain, checkpoints
 from edgeadapt.auditing.transcripts import VECTORS, logs, vector_path
 from edgeadapt.formats.roundrecord import RoundRecord, digest_of
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.fleet import make_fleet
 
 SEED: AdapterId = (0, "ab" * 32)
@@ -340,7 +340,7 @@ def audited(fleet: Any) -> dict[str, Report]:
 
 
 def test_a_device_that_names_a_session_too_long_ago_gets_no_receipt_and_stops_nobody(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = fleet_of(3, rounds=3, aggregation__session_rounds=1)
     fleet.federate(fleet.grid())
@@ -362,7 +362,7 @@ def test_a_device_that_names_a_session_too_long_ago_gets_no_receipt_and_stops_no
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b""], ids=["cut in half", "empty"])
 def test_an_old_log_that_cannot_be_read_makes_a_claim_unknown_and_stops_nobody(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
 ) -> None:
     fleet = fleet_of(4, rounds=2, aggregation__session_rounds=1)
     fleet.federate(fleet.grid())
@@ -379,7 +379,7 @@ def test_an_old_log_that_cannot_be_read_makes_a_claim_unknown_and_stops_nobody(
 
 
 def test_zeros_that_a_power_cut_left_in_the_last_answer_are_cut_off_and_not_signed(
-    fleet_of: Callable[..., Any],
+    fleet_of: FleetOf,
 ) -> None:
     from client.node.app import app
 
@@ -417,7 +417,7 @@ def sizes_of(entries: tuple[Entry, ...]) -> list[int]:
     return list(itertools.accumulate((LENGTH + len(ENTRY.encode(each)) for each in entries), initial=len(MAGIC)))[1:]
 
 
-def test_a_run_that_was_interrupted_in_a_round_leaves_a_closed_log(fleet_of: Callable[..., Any]) -> None:
+def test_a_run_that_was_interrupted_in_a_round_leaves_a_closed_log(fleet_of: FleetOf) -> None:
     from client.node.app import app
 
     fleet = fleet_of(4)

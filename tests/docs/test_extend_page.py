@@ -31,7 +31,7 @@ from edgeadapt.rounds.optimizer import OPTIMIZERS
 from edgeadapt.rounds.task import Task
 from simulations.engine import provision
 from simulations.scenario import Scenario
-from tests.support import refused
+from tests.support import FleetOf, Run, refused
 
 PAGE = (Path(__file__).parents[2] / "docs/how-to/extend.md").read_text()
 
@@ -76,7 +76,7 @@ def audited(fleet: Any) -> list[tuple[Status, str]]:
 
 
 def test_the_rule_moves_the_adapter_and_is_audited_and_the_step_makes_it_personal(
-    mine: None, fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    mine: None, fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = {"server__optimizer": "nesterov", "server__numbers": {"momentum": 0.5}}
     fleet = fleet_of(4, rounds=2, aggregation__keep_masked_inputs=True, **rule)
@@ -139,7 +139,7 @@ def test_the_model_with_its_loop_learns_in_rounds_of_masked_updates_with_the_own
 def test_its_parameters_are_published_and_a_machine_without_it_refuses(
     mine: None,
     tmp_path: Path,
-    run: Callable[..., tuple[int, str, str]],
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
     tiny_base: Any,
 ) -> None:

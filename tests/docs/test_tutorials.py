@@ -38,13 +38,6 @@ def test_the_tutorials_do_what_they_say(reader: Any, blocks: Callable[[str], lis
     assert accuracy["personal"]["mean"] > accuracy["local"]["mean"] + 0.03
 
 
-def test_a_line_that_is_not_printed_is_found() -> None:
-    assert (
-        shape("HassTurnOn   73.7%  personal") == shape("HassTurnOn 9.1% personal") != shape("HassTurnOff 9.1% personal")
-    )
-    assert shape("version 5, sha 92bb9207299d, .78") == shape("version 2, sha aabb9207299dff, .7")
-
-
 # The page on enrolment
 
 

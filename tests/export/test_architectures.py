@@ -37,6 +37,7 @@ from export.onnx.peftmodel import replace_conv1d
 from export.onnx.slotted import with_own_head
 from export.onnx.targets import ALL, SlotKind, Slots
 from tests.support.exhaustive import few
+from tests.support.models import MakeLm
 from tests.support.processor import saturates
 from tests.support.slotkinds import KINDS, TOKENS, by_torch, drawn
 
@@ -276,7 +277,7 @@ def generated(base: Base, runner: Any) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", few(GENERATION, "llama", "gpt2"))  # builder and traced path
-def test_a_language_model_is_exported_as_the_page_says(make_lm: Callable[..., Base], runner: Any, kind: str) -> None:
+def test_a_language_model_is_exported_as_the_page_says(make_lm: MakeLm, runner: Any, kind: str) -> None:
     assert generated(make_lm(kind, **GENERATION[kind]), runner) == rows("language models")[kind]
 
 

@@ -29,7 +29,7 @@ from export.causal import export_causal
 from export.merge import merge
 from export.onnx.exported import Profile
 from tests.support import refused
-from tests.support.models import LABELS
+from tests.support.models import LABELS, MakeLm
 from tests.support.recipes import CLI, TEXTS, by_torch, infer, randomize
 
 LAYERS = {"target_modules": ["q_proj", "v_proj"]}
@@ -108,7 +108,7 @@ def test_what_was_merged_is_in_the_configuration_and_the_digest(llama: Base, tmp
     ids=lambda settings: next(reversed(settings)),
 )
 def test_lora_that_cannot_be_exported_is_referred_to_merging_and_merges(
-    make_lm: Callable[..., Base], tmp_path: Path, settings: dict[str, Any]
+    make_lm: MakeLm, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     base = make_lm(num_hidden_layers=2)
     model = adapted(base, configured("LORA", **settings), tmp_path / "peft")
@@ -126,7 +126,7 @@ def test_lora_that_cannot_be_exported_is_referred_to_merging_and_merges(
 )
 @pytest.mark.filterwarnings("ignore")
 def test_modules_that_an_adapter_brings_whole_are_merged(
-    make_lm: Callable[..., Base], tmp_path: Path, tied: bool, whole: list[str]
+    make_lm: MakeLm, tmp_path: Path, tied: bool, whole: list[str]
 ) -> None:
     base = make_lm(tie_word_embeddings=tied)
     model = adapted(base, configured("LORA", modules_to_save=whole), tmp_path / "peft")
@@ -137,7 +137,7 @@ def test_modules_that_an_adapter_brings_whole_are_merged(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_new_tokens_come_with_the_tokenizer_of_the_adapter(make_lm: Callable[..., Base], tmp_path: Path) -> None:
+def test_new_tokens_come_with_the_tokenizer_of_the_adapter(make_lm: MakeLm, tmp_path: Path) -> None:
     base, folder = make_lm(tie_word_embeddings=False), tmp_path / "peft"
     inner = pretrained.load(base, AutoModelForCausalLM)
     inner.resize_token_embeddings(inner.config.vocab_size + 2)
@@ -227,7 +227,7 @@ def test_settings_that_do_not_fit_end_in_one_line(llama: Base, tmp_path: Path, c
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_of_another_base_is_refused(make_lm: Callable[..., Base], llama: Base, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(make_lm: MakeLm, llama: Base, tmp_path: Path) -> None:
     adapted(make_lm(hidden_size=32, head_dim=8), configured("LOKR"), tmp_path / "peft")
     with refused(ConfigError, "--peft"):
         merge(llama, tmp_path / "peft", tmp_path / "out")

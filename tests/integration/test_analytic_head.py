@@ -3,7 +3,6 @@
 The apps are the real ones and the base is tiny. The tests compute the head a second time, from all texts in one place.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,9 @@ from edgeadapt.rounds.analytic import NOISE, AnalyticTask, ClassifierHead
 from edgeadapt.rounds.ridge import EmbeddingMoments, Matrix, cross_validated
 from edgeadapt.rounds.sums import UNIFORMS
 from simulations.engine import provision as provisioned
+from tests.support import FleetOf
 from tests.support.hostile import audit_failures
 
-FleetOf = Callable[..., Any]
 DEVICES = 8
 CLIP = 0.3
 PRIVATE = {"privacy__mechanism": "skellam", "analytic__dimensions": 512, "analytic__clip_norm": CLIP}

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from coordinator.statedir import PUBLIC_KEY, STOPPING, CoordinatorStateDir
 from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
 from edgeadapt.formats.registryfiles import REVOKED
+from tests.support import FleetOf
 from tests.support.gateway import HOST, attending, authority_of, free_port, server_tls, wait_until
 from tests.support.trial import call
 
@@ -95,7 +96,7 @@ def coordinator_of(fleet: Any, *, superlink: bool = False, dashboard: str = "") 
 
 
 def test_rounds_that_are_killed_go_on_from_the_last_one_and_up_ends_when_all_are_done(
-    app_fleet_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    app_fleet_of: FleetOf, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fleet = app_fleet_of(3, rounds=6)
     folder, port = coordinator_of(fleet)
@@ -139,7 +140,7 @@ def test_rounds_that_are_killed_go_on_from_the_last_one_and_up_ends_when_all_are
 
 
 def test_services_run_once_are_shown_and_stop_by_command_or_when_up_is_killed(
-    app_fleet_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    app_fleet_of: FleetOf, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, port = coordinator_of(app_fleet_of(3, rounds=1))
     with going_up(folder) as up:
@@ -168,7 +169,7 @@ def test_services_run_once_are_shown_and_stop_by_command_or_when_up_is_killed(
 
 
 def test_a_run_on_a_superlink_closes_its_log_before_the_superlink_is_stopped(
-    app_fleet_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    app_fleet_of: FleetOf, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fleet = app_fleet_of(3, rounds=1000)
     folder, port = coordinator_of(fleet, superlink=True)
@@ -189,7 +190,7 @@ def test_a_run_on_a_superlink_closes_its_log_before_the_superlink_is_stopped(
     assert json.loads(capsys.readouterr().out)["ok"]  # without --unfinished
 
 
-def test_an_expired_revocation_list_holds_rounds_back_and_nothing_else(app_fleet_of: Callable[..., Any]) -> None:
+def test_an_expired_revocation_list_holds_rounds_back_and_nothing_else(app_fleet_of: FleetOf) -> None:
     fleet = app_fleet_of(3, rounds=2)
     authority, now = authority_of(fleet), datetime.now(UTC)
     shown = f"{HOST}:{free_port()}"
@@ -210,7 +211,7 @@ def test_an_expired_revocation_list_holds_rounds_back_and_nothing_else(app_fleet
     assert up.count("started") == 1
 
 
-def test_sighup_has_settings_read_again_between_two_rounds(app_fleet_of: Callable[..., Any]) -> None:
+def test_sighup_has_settings_read_again_between_two_rounds(app_fleet_of: FleetOf) -> None:
     fleet = app_fleet_of(3, rounds=1000)
     folder, port = coordinator_of(fleet)
     with going_up(folder) as up, attending(port, [*fleet.nodes.values()]):

@@ -28,7 +28,7 @@ from export.bundle.sources import from_registry
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.bundles import stated
 from tests.support.hostile import audit_failures
 from tests.support.rollout import NOISE, StagedFleet, louder, permuted, run
@@ -84,7 +84,7 @@ class Channel(StagedFleet):
 
 
 @pytest.fixture
-def channel_of(app_fleet_of: Callable[..., Any], exported: ExportedBase) -> Callable[..., Channel]:
+def channel_of(app_fleet_of: FleetOf, exported: ExportedBase) -> Callable[..., Channel]:
     def make(**settings: Any) -> Channel:
         fleet = app_fleet_of(DEVICES, evaluation__noise_multiplier=NOISE, **KEPT, **settings)
         for client in fleet.population.clients:

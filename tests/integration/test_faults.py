@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from aggregation.steps import Step
-from benchmarks.faults import measure, postgresql
-from benchmarks.faults.faults import FAULTS, empty, fill, refused, small_disk
+from benchmarks.faults import measure
+from benchmarks.faults.faults import FAULTS
 from benchmarks.faults.fleet import FaultFleet, running_fleet
 from benchmarks.faults.measure import losses
 from benchmarks.faults.postgresql import missing
@@ -64,16 +64,6 @@ def test_another_coordinator_takes_over_from_one_that_cannot_lead_and_nothing_is
     assert row.lost == ()
 
 
-def test_a_fault_that_needs_what_is_not_installed_is_named_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(postgresql, "PROGRAMS", tmp_path)
-    (row,) = measure.measure(["kill-leader"], print)
-    assert (row.stage, row.lost, row.seconds) == ("-", (), None)
-    assert "apt install postgresql" in row.happened
-    assert len(measure.table([row]).split("\n\n")[0].splitlines()) == 2  # the head, and this one
-
-
 def test_a_contribution_that_a_ledger_lacks_and_a_record_that_has_changed_are_found(fleet: FaultFleet) -> None:
     if not fleet.records():
         fleet.start()
@@ -87,25 +77,3 @@ def test_a_contribution_that_a_ledger_lacks_and_a_record_that_has_changed_are_fo
     assert [line.split()[0] for line in losses(fleet, records)] == [fleet.names[0]] * 2
     ledger.write_bytes(kept)
     assert losses(fleet, (*records, records[0])) == ["finished rounds are not as they were"]
-
-
-def test_a_small_disk_is_full_to_the_last_byte_and_gives_back_the_folder(tmp_path: Path) -> None:
-    if why := refused():
-        pytest.skip(why)
-    folder = tmp_path / "state"
-    folder.mkdir()
-    (folder / "kept").write_bytes(b"before")
-    with small_disk(folder):
-        fill(folder)
-        for write in (b"x", bytes(2**20)):
-            with pytest.raises(OSError, match="No space left"):
-                (folder / "more").write_bytes(write)
-        empty(folder)
-        (folder / "kept").write_bytes(b"after")
-        (folder / "more").unlink()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"kept": b"after"}
-    with pytest.raises(KeyError), small_disk(folder):
-        raise KeyError
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"kept": b"after"}
-    assert not folder.is_mount()
-    assert [path.name for path in tmp_path.iterdir()] == ["state"]

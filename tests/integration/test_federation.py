@@ -19,20 +19,24 @@ from aggregation.messages import MaskedInput
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, Step
 from client.node.app import STATE
 from client.node.policy import TrainingLimits
+from client.node.privateparts import PrivateParts
 from client.node.snapshot import Draw, Snapshot
 from client.training.engine import classifier_trainer
 from client.training.examples import Split, in_split, read_examples
 from coordinator.settings import Aggregation, FederationSettings
+from edgeadapt.auditing import AuditInput, AuditOptions, Check, Status
 from edgeadapt.bases.base import find_base
 from edgeadapt.formats import files
 from edgeadapt.formats.layout import Layout, Tensors, TensorSpec
+from edgeadapt.methods.lorasb import with_squares
+from edgeadapt.methods.parts import Part, part_of
 from edgeadapt.rounds import task
+from edgeadapt.rounds.federatedmethods import METHODS
 from edgeadapt.rounds.sums import clip
 from edgeadapt.rounds.task import contribution
 from simulations.engine import provision as provisioned
+from tests.support import FleetOf
 from tests.support.seededapp import app as client_app
-
-FleetOf = Callable[..., Any]
 
 
 def settings_of(fleet: Any) -> FederationSettings:
@@ -147,24 +151,6 @@ def test_federated_training_lowers_the_loss(fleet_of: FleetOf, learning_rate: fl
     grid = fleet.grid(forced_dropouts=int(learns))  # from an adapter that stands still, sums are over the same devices
     losses = [record.metrics["loss"] for record in fleet.federate(grid)]
     assert (losses[-1] < 0.6 * losses[0]) is learns
-
-
-def test_devices_with_unusable_examples_answer_and_the_adapter_is_the_mean_of_the_others(
-    fleet_of: FleetOf, orders: Orders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(task, "dither", lambda key, size: np.zeros(size))
-    bounds = {"aggregation__clip_norm": 2.0, "aggregation__weight_cap": 16, "aggregation__ring_bits": 22}
-    fleet = fleet_of(8, rounds=2, **bounds)
-    fleet.state_dir("device-02").examples.write_text('{"text": "the code of the safe is 4711"')
-    fleet.state_dir("device-05").examples.unlink()
-    for record in fleet.federate(fleet.grid(app=orders)):
-        assert (record.dropped, len(record.survivors), record.version) == ({}, 8, record.round)
-        before, after = (fleet.registry().tensors(record.round - 1 + step) for step in range(2))
-        usable = tuple(name for name in record.survivors if name not in ("device-02", "device-05"))
-        mean, _ = plain_mean(fleet, before, record.round - 1, usable, orders)
-        layout = Layout.of(before)
-        found = layout.flatten(after).astype(np.float64) - layout.flatten(before)
-        assert np.abs(found - mean).max() < 0.02 * np.abs(mean).max()
 
 
 # The messages.
@@ -349,3 +335,59 @@ def test_each_adapter_is_the_plain_mean_with_noise_of_the_calibrated_scale(fleet
         assert found @ total > 0  # the mean is in it
         moved += 1
     assert moved == 2
+
+
+# Federated methods through the real apps: what is trained moves, what is not shared stays, and audits agree.
+FLEET_SIZE = 4
+
+
+def differs(before: Tensors, after: Tensors) -> set[Part]:
+    """The parts in which two adapters differ, be it by the noise of a mean."""
+    return {part_of(name) for name in before if not np.array_equal(after[name], before[name])}
+
+
+def private_parts(fleet: Any) -> dict[str, PrivateParts]:
+    found = {f"device-{number:02d}": None for number in range(FLEET_SIZE)}
+    return {name: parts for name in found if (parts := fleet.state_dir(name).load(PrivateParts)) is not None}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_moves_its_parts_and_an_audit_recomputes_its_adapters(fleet_of: FleetOf, method: str) -> None:
+    fleet, rule = fleet_of(FLEET_SIZE, method=method, aggregation__keep_masked_inputs=True), METHODS[method]
+    records = fleet.federate(fleet.grid())
+    assert [record.version for record in records] == [1, 2, 3]
+    adapters = [fleet.registry().tensors(version) for version in range(4)]
+    for version in range(3):
+        turn = {*rule.trained(version)} & {*rule.shared} - {Part.VECTORS}  # LoRA has none of these
+        turn = {Part.B if part is Part.R else part for part in turn}  # into which R is folded
+        assert differs(adapters[version], adapters[version + 1]) == turn
+    offered = with_squares(Layout.of(adapters[0]))
+    shared = Layout(tuple(spec for spec in offered.tensors if part_of(spec.name) in rule.shared))
+    masked = records[-1].bytes_up / FLEET_SIZE
+    assert 22 / 8 * shared.size < masked < 22 / 8 * shared.size + 2_000  # the ring's bits, and signatures
+    reports = AuditInput.open(fleet.out / "coordinator", AuditOptions()).audit(unfinished=False)
+    (finding,) = (each for report in reports.values() for each in report.findings if each.check is Check.ADAPTERS)
+    assert finding.status is Status.PASS, finding
+    assert "3 of 3 recomputed" in finding.text
+
+
+@pytest.mark.parametrize(("method", "private"), [("fedper", {Part.HEAD}), ("fedsa", {Part.B})])
+def test_what_is_not_shared_is_trained_on_from_round_to_round(
+    fleet_of: FleetOf, method: str, private: set[Part]
+) -> None:
+    fleet, kept = fleet_of(FLEET_SIZE, method=method), list[dict[str, PrivateParts]]()
+    for rounds in (1, 2, 3):  # each in a session of its own
+        fleet.configure({"rounds": rounds})
+        fleet.federate(fleet.grid())
+        kept.append(private_parts(fleet))
+    seed = fleet.registry().tensors(0)
+    for device, first in kept[0].items():
+        begin, end = (files.decode(blob) for blob in (first.before, first.after))
+        assert {part_of(name) for name in begin} == private
+        assert all(np.array_equal(begin[name], seed[name]) for name in begin)  # the seed's, in the first round
+        assert differs(begin, end) == private
+        second, third = kept[1][device], kept[2][device]
+        assert second.before == first.after
+        assert third.before == second.after
+    ends = {files.sha256(parts.after) for parts in kept[-1].values()}
+    assert len(ends) == FLEET_SIZE

@@ -1,6 +1,5 @@
 """A federation with groups, from the devices to the audit: the apps and files are the real ones."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +17,9 @@ from edgeadapt.auditing.findings import Check
 from edgeadapt.auditing.transcripts import AuditInput, AuditOptions
 from edgeadapt.rounds import task
 from tests.attacks.test_18_one_lying_device import LIAR, OneLiar, put
+from tests.support import FleetOf
 from tests.support.hostile import audit_failures
 
-FleetOf = Callable[..., Any]
 DEVICES = 14  # of which 2 may be corrupt, and 4 honest ones must be in each sum: 6 of the 7 in a group
 GROUPS = {"aggregation__groups": 2, "aggregation__keep_masked_inputs": True, "aggregation__session_rounds": 2}
 

@@ -1,6 +1,5 @@
 """Each adapter method that is trained, through the real apps: secure aggregation, an audit, plain peft and a bundle."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head
 from export.parity import compare
 from export.parity.compare import OnnxRunner
+from tests.support import FleetOf
 from tests.support.authors import AUTHORS, fleet_of_authors, texts
 from tests.support.exhaustive import few
 from tests.support.models import llama, make_lm
 
 __all__ = ["llama", "make_lm"]  # fixtures
 
-FleetOf = Callable[..., Any]
 DEVICES = 4
 TEXTS = ["turn on the light", "stop the music"]
 METHODS: dict[str, dict[str, Any]] = {

@@ -42,7 +42,7 @@ from edgeadapt.formats.registryreader import open_registry_files
 from edgeadapt.methods.peft.folder import LABELS
 from edgeadapt.releases.lineage import Lineage
 from export.seed import write_seed
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.gateway import HOST, attending, authority_of, certify, free_port
 from tests.support.hostile import audit_failures
 from tests.support.trial import call
@@ -113,7 +113,7 @@ class Migrating:
 
 
 @pytest.fixture
-def migrating(fleet_of: Callable[..., Any], make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Migrating]:
+def migrating(fleet_of: FleetOf, make_base: Callable[..., Any], tmp_path: Path) -> Callable[..., Migrating]:
     def make(**settings: Any) -> Migrating:
         fleet = fleet_of(DEVICES, **(KEPT | {"rounds": 1} | settings))
         fleet.federate(fleet.grid())
@@ -250,7 +250,7 @@ def test_the_command_migrates_a_fleet_behind_its_gateway(
 
 
 def test_a_version_of_no_round_on_the_same_base_is_found_by_whoever_reads_the_registry(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = fleet_of(DEVICES, rounds=1, **KEPT)
     fleet.federate(fleet.grid())

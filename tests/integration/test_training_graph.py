@@ -25,8 +25,8 @@ from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
 from export.onnx.targets import SlotKind, Slots
 from simulations.engine import provision
+from tests.support import refused
 from tests.support.authors import AUTHORS, fleet_of_authors, train_with_bundle
-from tests.support.errors import refused
 from tests.support.models import llama, make_lm, vendor
 
 __all__ = ["llama", "make_lm", "vendor"]  # fixtures

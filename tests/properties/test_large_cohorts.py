@@ -8,6 +8,7 @@ import pytest
 from aggregation.policy import Policy
 from coordinator.settings import Aggregation
 from edgeadapt.formats.layout import Layout, TensorSpec
+from tests.support import FleetOf
 
 DEVICES = 150
 LAYOUT = Layout((TensorSpec("a", (10, 10)),))
@@ -16,7 +17,7 @@ LAYOUT = Layout((TensorSpec("a", (10, 10)),))
 @pytest.mark.slow
 @pytest.mark.parametrize("adversary", ["active", pytest.param("honest-but-curious", marks=pytest.mark.exhaustive)])
 def test_a_session_of_150_devices_gives_the_plain_sum_with_a_tenth_dropping_out_twice(
-    fleet_of: Callable[..., Any], spec_of: Callable[..., Any], adversary: Any
+    fleet_of: FleetOf, spec_of: Callable[..., Any], adversary: Any
 ) -> None:
     settings = Aggregation(adversary=adversary)
     degree, threshold = settings.masking_graph(DEVICES)

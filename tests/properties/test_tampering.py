@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from aggregation.messages import MESSAGES
 from aggregation.spec import Adversary
+from tests.support import FleetOf
 
-FleetOf = Callable[..., Any]
 Damage = Callable[[bytes], list[bytes]]
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 LARGEST = max(message.LIMIT for message in MESSAGES)

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError
 from simulations.scenario import Scenario, describe
@@ -61,19 +59,6 @@ def test_a_wrong_key_or_value_is_refused_in_one_line_that_names_the_file(tmp_pat
     assert key in str(error.value)
 
 
-def test_an_unknown_key_is_refused_with_the_closest_one(tmp_path: Path) -> None:
-    with refused(ConfigError, "federation.round") as error:
-        read(tmp_path, "[federation]\nround = 3")
-    assert str(error.value).endswith("unknown key 'federation.round'; did you mean 'federation.rounds'?")
-
-
-def test_a_missing_file_a_folder_and_a_binary_file_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    for path in (tmp_path / "gone.toml", tmp_path, tmp_path / "binary.toml"):
-        with refused(ConfigError, path.name):
-            Scenario.read(path)
-
-
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
@@ -88,32 +73,6 @@ def test_a_key_is_set_from_the_command_line(tmp_path: Path, override: str, key: 
     for name in key.split("."):
         found = getattr(found, name)
     assert found == value
-
-
-@pytest.mark.parametrize(
-    ("override", "about", "value"),
-    [
-        ("seed", "--set", "seed"),
-        ("=7", "--set", "=7"),
-        ("seed.x=7", "--set", "seed.x=7"),
-        ("federation.rond=7", "federation.rond", 7),
-        ("seed=7\nname = 'x'", "seed", "7\nname = 'x'"),
-    ],
-)
-def test_a_wrong_override_is_refused(tmp_path: Path, override: str, about: str, value: object) -> None:
-    with refused(ConfigError, about, value=value):
-        read(tmp_path, "seed = 1", override)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.text(max_size=20), st.text(max_size=20))
-def test_any_override_is_accepted_or_refused_in_one_line(tmp_path: Path, key: str, value: str) -> None:
-    path = tmp_path / "scenario.toml"
-    path.touch()
-    try:
-        Scenario.read(path, [f"{key}={value}"])
-    except ConfigError as error:
-        assert "\n" not in str(error)  # noqa: PT017
 
 
 def test_every_key_is_described_with_its_default() -> None:

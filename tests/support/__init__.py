@@ -1,5 +1,29 @@
-"""What tests of several packages share. Import it as ``tests.support``; fixtures are in the ``conftest.py`` files."""
+"""What tests of several packages share. Fixtures are in the ``conftest.py`` files.
 
-from tests.support.errors import refused
+Errors are matched by what they are about, never by their sentences.
+"""
 
-__all__ = ["refused"]
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import pytest
+
+from aggregation.errors import EdgeAdaptError
+
+Error = TypeVar("Error", bound=EdgeAdaptError)
+FleetOf = Callable[..., Any]  # makes a fleet of so many devices; keywords are its settings
+Outcome = tuple[int, str, str]  # of a command: exit code, standard output, standard error
+Run = Callable[..., Outcome]
+
+
+@contextmanager
+def refused(kind: type[Error], about: str, **fields: object) -> Iterator[pytest.ExceptionInfo[Error]]:
+    """The block raises exactly ``kind``, about ``about``, with these ``fields`` (``peer``, ``value``), in one line."""
+    with pytest.raises(kind) as caught:
+        yield caught
+    error = caught.value
+    assert type(error) is kind
+    assert error.about == about, f"about {error.about!r}: {error}"
+    assert {name: getattr(error, name) for name in fields} == fields
+    assert "\n" not in str(error)

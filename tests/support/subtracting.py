@@ -1,6 +1,6 @@
 """A coordinator that keeps the sums of its rounds: what it can subtract from each other is the attack."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from aggregation.steps import Step
 from client.node import app as device_app
 from client.node import step as device_step
 from client.node.adapterstate import AdapterState
+from tests.support import FleetOf
 
-FleetOf = Callable[..., Any]
 VICTIM, DEVICES = "device-00", 6
 
 

@@ -1,7 +1,6 @@
 """The log as it is written and read: what becomes an entry, what a checkpoint covers, where reading ends."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +28,7 @@ from aggregation.transcript.entries import (
 )
 from aggregation.transcript.log import ANSWERS, NO_SESSION, Transcript, packed_vector, resume
 from aggregation.transcript.merkle import verify_consistency, verify_inclusion
+from tests.support import FleetOf
 
 AT = 1_770_000_000  # 2026-02-02, in seconds since 1970
 START: AdapterId = (4, "ef" * 32)
@@ -146,7 +146,7 @@ def test_a_checkpoint_signs_the_entries_before_it(log: Transcript) -> None:
     verify_consistency(found.root, 2, log.tree.root(), 3, log.tree.consistency(2))
 
 
-def test_a_resumed_log_continues_where_it_stopped(fleet_of: Callable[..., Any]) -> None:
+def test_a_resumed_log_continues_where_it_stopped(fleet_of: FleetOf) -> None:
     offering, offer = fleet_of(3).offer()
     log = Transcript(offering.offer, START, bytes([7]) * 32)
     raw = log.sent(Step.OFFER, {"a": offer}, AT)
@@ -204,7 +204,7 @@ def test_messages_of_the_log_have_one_encoding(message: Any) -> None:
         type(message).decode(raw + b"\x00")
 
 
-def test_the_coordinators_result_names_the_sum_by_digest(fleet_of: Callable[..., Any]) -> None:
+def test_the_coordinators_result_names_the_sum_by_digest(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4)
     _, result = fleet.round(fleet.establish())
     whole = {segment.name: result.values[segment.name] for segment in fleet.spec.vector.segments}

@@ -1,7 +1,6 @@
 """A chat that changes its adapter keeps what the layers below all slots read, and answers as a fresh one."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from export.onnx.exported import ExportedBase, Profile
 from export.onnx.targets import Slots
 from tests.support import refused
 from tests.support.bundles import flip, resign_base
-from tests.support.models import TEMPLATE
+from tests.support.models import TEMPLATE, MakeLm
 
 CONFIG = PeftConfig.lora(4, 8, ("q_proj", "v_proj"))
 PARAMS = SamplingParams(max_tokens=24)
@@ -48,7 +47,7 @@ def source(name: str, exported: ExportedBase, seed: int) -> AdapterSource:
 
 
 @pytest.fixture(scope="module")
-def three_layers(make_lm: Callable[..., Base]) -> Base:
+def three_layers(make_lm: MakeLm) -> Base:
     base = make_lm(num_hidden_layers=3, max_position_embeddings=512)
     settings = base.folder / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))

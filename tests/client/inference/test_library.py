@@ -18,8 +18,8 @@ from edgeadapt.formats.layout import Tensors
 from export.bundle.write import AdapterSource
 from export.onnx.exported import ExportedBase
 from tests.support import refused
+from tests.support.models import Source
 
-Source = Callable[..., AdapterSource]
 Add = Callable[[AdapterSource], None]
 PHRASES = ["turn on the kitchen lights", "lock the door", "play music"]
 

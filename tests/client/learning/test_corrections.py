@@ -6,8 +6,8 @@ import pytest
 
 from aggregation.errors import DataError, TrustError
 from client.learning.corrections import MAX_CORRECTIONS, MAX_LESSONS, Before, Correction, Lesson, LessonHistory
+from tests.support import refused
 from tests.support.bundles import LENGTHS
-from tests.support.errors import refused
 
 KEY = bytes(range(32))
 

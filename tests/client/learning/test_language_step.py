@@ -29,9 +29,8 @@ from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.targets import SlotKind, Slots
 from tests.client.learning.test_learner import run
-from tests.support import virtual
+from tests.support import refused, virtual
 from tests.support.blocked import without_torch
-from tests.support.errors import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = PeftConfig.lora(rank=4, alpha=8, targets=("q_proj", "v_proj"))

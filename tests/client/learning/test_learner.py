@@ -31,8 +31,8 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
+from tests.support import refused
 from tests.support.bundles import flip, resign_base, stated
-from tests.support.errors import refused
 from tests.support.models import LABELS, draw, slotted_of
 
 __all__ = ["drawn", "phone", "trainable"]  # fixtures

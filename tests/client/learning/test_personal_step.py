@@ -20,8 +20,8 @@ from edgeadapt.formats import storage
 from edgeadapt.formats.bundle import BASE, PHRASES, adapter_names, adapter_path
 from export.onnx.exported import ExportedBase
 from tests.client.learning.test_learner import OTHERS, TAUGHT, answer, drawn, phone, run, teach, trainable
+from tests.support import refused
 from tests.support.bundles import resign_base, stated
-from tests.support.errors import refused
 from tests.support.models import LABELS
 
 __all__ = ["drawn", "phone", "trainable"]  # fixtures

@@ -19,7 +19,6 @@ from client.node.statedir import ADAPTERS, DeviceSettings, DeviceStateDir
 from tests.support import refused
 from tests.support.machine import Machine
 
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "reference" / "device-policy.md"
 NIGHT = datetime(2026, 1, 2, 2, 30, tzinfo=timezone(timedelta(hours=5)))
 
 
@@ -239,7 +238,3 @@ def test_the_command_shows_each_condition_with_its_reading(tmp_path: Path) -> No
     text = CliRunner().invoke(device, ["policy", "--state", str(folder)], catch_exceptions=False).stdout
     assert text.splitlines()[-3] == "not eligible now"
     assert text.splitlines()[-2].startswith("- minimum_examples")
-
-
-def test_the_reference_lists_every_condition() -> None:
-    assert "\n<!-- generated: eligibility -->\n" in DOCUMENT.read_text()

@@ -19,9 +19,8 @@ from client.node.app import STATE, app
 from client.node.statedir import LOG_STATE, DeviceStateDir
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.auditing.transcripts import logs
-from tests.support import refused
+from tests.support import FleetOf, refused
 
-FleetOf = Callable[..., Any]
 FIRST = "device-00"
 
 

@@ -1,6 +1,5 @@
 """A device counts what its contributions reveal, and refuses a plan that would exceed its limit, whoever sends it."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from client.node import privacyledger, step
 from client.node.adapterstate import AdapterState
 from client.node.privacyledger import PrivacyLedger, on_plan, on_survivors
 from client.node.statedir import LEDGER, DeviceSettings, DeviceStateDir
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.fleet import session_spec
 
 COHORT = 10
-FleetOf = Callable[..., Any]
 
 
 def spec_of(deviation: float = 0.5) -> SessionSpec:

@@ -15,10 +15,9 @@ from aggregation.pki.revocation import Revocation, RevocationList
 from aggregation.steps import RECORD, REVOCATIONS, Step
 from client.node.app import app
 from coordinator.statedir import CoordinatorStateDir
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.subtracting import VICTIM, Subtracting
 
-FleetOf = Callable[..., Any]
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
 GONE = "device-01"

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
@@ -24,7 +22,7 @@ from client.node import statedir
 from client.node.policy import PolicySettings
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from edgeadapt.formats.bundle import BASE_MANIFEST
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = DeviceSettings(base="some_base", policy=PolicySettings(minimum_cohort=5))
@@ -50,14 +48,6 @@ def test_every_file_of_a_state_directory_is_readable_by_its_owner_only(folder: P
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     assert set(modes.values()) == {0o600}
     assert len(modes) == 6
-
-
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
-def test_a_base_of_any_name_is_read_back_as_it_was_written(tmp_path: Path, base: str) -> None:
-    identity = IdentityKey(bytes(32))
-    made = DeviceStateDir.create(tmp_path, DeviceSettings(base=base), identity, {}, SystemEntropy())
-    assert made.settings.base == base
 
 
 @pytest.mark.parametrize(
@@ -90,13 +80,6 @@ def test_an_address_without_a_port_is_refused_before_anything_connects(folder: P
     assert done.exception.about == option
 
 
-def test_an_error_in_the_settings_names_file_and_key(folder: Path) -> None:
-    (folder / "device.toml").write_text('base = "x"\nbasis = 1\n')
-    with refused(ConfigError, "basis", value=1) as caught:
-        DeviceStateDir.open(folder)
-    assert str(caught.value) == f"{folder / 'device.toml'}: unknown key 'basis'; did you mean 'base'?"
-
-
 def test_a_folder_that_is_not_a_state_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path, tmp_path / "gone", tmp_path / "file"):
@@ -106,7 +89,7 @@ def test_a_folder_that_is_not_a_state_directory_is_refused(tmp_path: Path) -> No
         assert "edgeadapt device enrol" in str(caught.value)
 
 
-def test_a_missing_key_or_certificate_is_named(fleet_of: Callable[..., Any]) -> None:
+def test_a_missing_key_or_certificate_is_named(fleet_of: FleetOf) -> None:
     state_dir = fleet_of().state_dir("device-00")
     state_dir.device("b" * 64)
     for name in ("identity.pem", *FILES):
@@ -118,7 +101,7 @@ def test_a_missing_key_or_certificate_is_named(fleet_of: Callable[..., Any]) -> 
 
 
 @pytest.mark.parametrize("name", ["identity.pem", "authority.pem", "coordinator.pem", "revoked.crl"])
-def test_a_damaged_file_is_named(fleet_of: Callable[..., Any], name: str) -> None:
+def test_a_damaged_file_is_named(fleet_of: FleetOf, name: str) -> None:
     state_dir = fleet_of().state_dir("device-00")
     (state_dir.folder / name).write_bytes(b"no key")
     with pytest.raises(TrustError) as caught:
@@ -130,7 +113,7 @@ def test_a_damaged_file_is_named(fleet_of: Callable[..., Any], name: str) -> Non
 
 
 @pytest.fixture
-def joined(fleet_of: Callable[..., Any]) -> DeviceStateDir:
+def joined(fleet_of: FleetOf) -> DeviceStateDir:
     """A state directory in the middle of a session."""
     fleet = fleet_of(rounds=1)
     fleet.federate(fleet.grid())

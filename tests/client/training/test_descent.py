@@ -18,7 +18,7 @@ from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import PARTS
 from edgeadapt.rounds.task import OptimizerName, RateSchedule, Task, is_stable
-from tests.support.errors import refused
+from tests.support import refused
 
 ADAMW = Task(PeftConfig.lora(2, 4), ("off", "on"), 1, 1, 0.05, 0.1, 0.0, PARTS, PARTS)
 SGD = replace(ADAMW, optimizer=OptimizerName.SGD)

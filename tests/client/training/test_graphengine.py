@@ -30,7 +30,7 @@ from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head, with_own_head
 from export.onnx.targets import SlotKind, Slots
-from tests.support.errors import refused
+from tests.support import refused
 from tests.support.models import with_biases
 
 LABELS = ("Light", "Music", "Timer")

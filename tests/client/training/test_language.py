@@ -1,7 +1,6 @@
 """Training of a language model on the device: what is learned, what a score says, and refusals."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from edgeadapt.methods import causal
 from edgeadapt.methods.parts import PARTS
 from edgeadapt.rounds.task import MAX_LOSS, Task
 from tests.support import refused
+from tests.support.models import MakeLm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TASK = Task(PeftConfig("LORA", 4, 8, ("q_proj", "v_proj")), (), 1, 4, 0.02, 0.0, 0.0, PARTS, PARTS)
@@ -43,7 +43,7 @@ def start(trainer: LanguageTrainer) -> Tensors:
 
 
 @pytest.fixture
-def chatty(make_lm: Callable[..., Base]) -> LanguageTrainer:
+def chatty(make_lm: MakeLm) -> LanguageTrainer:
     base = make_lm()
     path = base.folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
@@ -133,13 +133,13 @@ def test_no_example_weighs_more_than_the_bound_of_its_metric(trainer: LanguageTr
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_lora_on_layers_with_a_row_for_each_token_is_refused(make_lm: Callable[..., Base], target: str) -> None:
+def test_lora_on_layers_with_a_row_for_each_token_is_refused(make_lm: MakeLm, target: str) -> None:
     """Their updates name the tokens of the examples."""
     with refused(ConfigError, "target_modules"):
         torchengine.language(make_lm(tie_word_embeddings=False), PeftConfig.lora(2, 4, ("q_proj", target)))
 
 
-def test_what_the_output_layers_update_would_show(make_lm: Callable[..., Base]) -> None:
+def test_what_the_output_layers_update_would_show(make_lm: MakeLm) -> None:
     """The alive half of the test above: after one step, the rows of the examples' tokens have another sign."""
     model = causal.build(make_lm(tie_word_embeddings=False), PeftConfig.lora(1, 1, ("lm_head",)))
     start = causal.initial(model, torch.Generator().manual_seed(1))

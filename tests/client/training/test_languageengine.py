@@ -25,7 +25,7 @@ from export.causal import export_causal
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.targets import SlotKind, Slots
-from tests.support.errors import refused
+from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = PeftConfig.lora(4, 8, ("q_proj", "v_proj"))

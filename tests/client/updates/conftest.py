@@ -2,7 +2,7 @@
 
 import http.server
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -16,15 +16,15 @@ from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
 from client.updates import ChannelSource, Updated, follow, update
 from edgeadapt.releases.repository import ChannelRepository
-from export.bundle.write import AdapterSource, write_bundle
+from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
 from tests.support import models
 from tests.support.bundles import resign
+from tests.support.models import Source
 
 globals().update(models.FIXTURES)
 
 NOW = datetime.now(UTC)
-Source = Callable[..., AdapterSource]
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -39,6 +39,8 @@ class Place:
     repository: ChannelRepository
     address: str
     vendor: IdentityKey
+    source: Source
+    exported: ExportedBase
     made: Path
     device: Path
 
@@ -46,8 +48,10 @@ class Place:
     def bundle(self) -> Path:
         return self.device / "bundle"
 
-    def publish(self, version: int, source: AdapterSource, exported: ExportedBase, channel: str = "stable") -> None:
-        write_bundle(self.made, exported, [source], key=self.vendor)
+    def publish(
+        self, version: int, *, seed: int = 0, channel: str = "stable", exported: ExportedBase | None = None
+    ) -> None:
+        write_bundle(self.made, exported or self.exported, [self.source("global", seed)], key=self.vendor)
         resign(self.made, self.vendor, version=version)
         self.repository.publish(channel, self.made, [self.vendor.public])
 
@@ -65,7 +69,9 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, vendor: IdentityKey, household: IdentityKey) -> Iterator[Place]:
+def place(
+    tmp_path: Path, vendor: IdentityKey, household: IdentityKey, source: Source, exported: ExportedBase
+) -> Iterator[Place]:
     repository = ChannelRepository.create(tmp_path / "releases", SystemEntropy(), NOW)
     repository.protect("stable", on=False)
     server = http.server.ThreadingHTTPServer(
@@ -77,15 +83,15 @@ def place(tmp_path: Path, vendor: IdentityKey, household: IdentityKey) -> Iterat
     (device / "trust.pem").write_bytes(vendor.public.to_pem() + household.public.to_pem())
     made = tmp_path / "made" / "bundle"
     address = f"http://127.0.0.1:{server.server_address[1]}"
-    yield Place(tmp_path, repository, address, vendor, made, device)
+    yield Place(tmp_path, repository, address, vendor, source, exported, made, device)
     server.shutdown()
     server.server_close()
 
 
 @pytest.fixture
-def following(place: Place, source: Source, exported: ExportedBase) -> Place:
+def following(place: Place) -> Place:
     """The device has release 1, with version 1 of the adapter."""
-    place.publish(1, source("global"), exported)
+    place.publish(1)
     place.follow()
     assert place.update().changed
     assert place.version() == 1

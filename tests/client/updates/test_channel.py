@@ -28,7 +28,7 @@ from edgeadapt.releases.repository import ChannelRepository
 from edgeadapt.releases.rollback import roll_back
 from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
-from tests.client.updates.conftest import NOW, Place, Source
+from tests.client.updates.conftest import NOW, Place
 from tests.support import refused
 from tests.support.bundles import flip, resign, stated
 
@@ -47,30 +47,26 @@ def stays(place: Place, kind: type[EdgeAdaptError], word: str) -> None:
 # --- what works
 
 
-def test_a_device_gets_each_release_and_fetches_only_what_is_new(
-    following: Place, source: Source, exported: ExportedBase
-) -> None:
+def test_a_device_gets_each_release_and_fetches_only_what_is_new(following: Place) -> None:
     assert not following.update().changed
-    following.publish(2, source("global", seed=5), exported)
+    following.publish(2, seed=5)
     found = following.update()
     assert (found.release.number, found.changed, following.version()) == (2, True, 2)
     new = (adapter_path("global"), manifest_path("global"))
     assert found.fetched == sum((following.bundle / path).stat().st_size for path in new)
 
 
-def test_a_release_goes_through_the_canary_to_stable(following: Place, source: Source, exported: ExportedBase) -> None:
-    following.publish(2, source("global", seed=5), exported, channel="canary")
+def test_a_release_goes_through_the_canary_to_stable(following: Place) -> None:
+    following.publish(2, seed=5, channel="canary")
     assert not following.update().changed
     following.repository.promote("canary", 1, "stable", ())
     assert following.update().release.number == 2
     assert following.version() == 2
 
 
-def test_a_rollback_brings_the_old_content_back_under_a_new_version(
-    following: Place, source: Source, exported: ExportedBase, vendor: IdentityKey
-) -> None:
+def test_a_rollback_brings_the_old_content_back_under_a_new_version(following: Place, vendor: IdentityKey) -> None:
     before = stated(following.bundle)
-    following.publish(2, source("global", seed=5), exported)
+    following.publish(2, seed=5)
     following.update()
     following.version()  # the device has used it: it would refuse version 1 now
     roll_back(following.repository, "stable", 1, vendor)
@@ -80,11 +76,11 @@ def test_a_rollback_brings_the_old_content_back_under_a_new_version(
 
 
 def test_private_adapters_stay_and_are_never_published(
-    following: Place, source: Source, exported: ExportedBase, household: IdentityKey, with_anna: Path
+    following: Place, household: IdentityKey, with_anna: Path
 ) -> None:
     for path in (manifest_path("anna"), adapter_path("anna")):
         shutil.copyfile(with_anna / path, following.bundle / path)
-    following.publish(2, source("global", seed=5), exported)
+    following.publish(2, seed=5)
     following.update()
     assert adapter_names(following.bundle) == ["anna", "global"]
     resign(following.bundle, following.vendor, "global", version=3)
@@ -94,12 +90,12 @@ def test_private_adapters_stay_and_are_never_published(
 
 
 def test_a_private_adapter_for_another_base_is_set_aside(
-    following: Place, source: Source, exported_int8: ExportedBase, household: IdentityKey, with_anna: Path
+    following: Place, exported_int8: ExportedBase, household: IdentityKey, with_anna: Path
 ) -> None:
     for path in (manifest_path("anna"), adapter_path("anna")):
         shutil.copyfile(with_anna / path, following.bundle / path)
     resign(following.bundle, household, "anna", base_digest="0" * 64)
-    following.publish(2, source("global", seed=5), exported_int8)
+    following.publish(2, seed=5, exported=exported_int8)
     private = (following.bundle / manifest_path("anna")).read_bytes()
     (aside,) = following.update().set_aside
     assert aside.read_bytes() == private
@@ -108,18 +104,16 @@ def test_a_private_adapter_for_another_base_is_set_aside(
 
 
 @pytest.mark.parametrize("role", ["root", "targets", "snapshot", "stable"])
-def test_devices_follow_a_rotated_key(following: Place, source: Source, exported: ExportedBase, role: str) -> None:
+def test_devices_follow_a_rotated_key(following: Place, role: str) -> None:
     old = {path.name for path in (following.folder / "releases" / "keys").iterdir()}
     following.repository.rotate(role, SystemEntropy())
     assert len({path.name for path in (following.folder / "releases" / "keys").iterdir()} - old) == 1
-    following.publish(2, source("global", seed=5), exported)
+    following.publish(2, seed=5)
     assert following.update().release.number == 2
 
 
-def test_an_update_that_was_killed_goes_on_with_what_it_has(
-    following: Place, source: Source, exported: ExportedBase
-) -> None:
-    following.publish(2, source("global", seed=5), exported)
+def test_an_update_that_was_killed_goes_on_with_what_it_has(following: Place) -> None:
+    following.publish(2, seed=5)
     code = (
         "import os, signal, sys; from pathlib import Path; from aggregation.entropy import SystemEntropy;"
         "from client.updates import update; seen = [];"
@@ -138,10 +132,10 @@ def test_an_update_that_was_killed_goes_on_with_what_it_has(
 # --- attacks, by the names of the TUF specification
 
 
-def test_rollback_attack(following: Place, source: Source, exported: ExportedBase) -> None:
+def test_rollback_attack(following: Place) -> None:
     old = following.folder / "old"
     shutil.copytree(metadata(following), old)
-    following.publish(2, source("global", seed=5), exported)
+    following.publish(2, seed=5)
     following.update()
     shutil.rmtree(metadata(following))
     shutil.copytree(old, metadata(following))
@@ -150,9 +144,9 @@ def test_rollback_attack(following: Place, source: Source, exported: ExportedBas
     assert following.version() == 2
 
 
-def test_freeze_attack(place: Place, source: Source, exported: ExportedBase) -> None:
+def test_freeze_attack(place: Place) -> None:
     place.repository = ChannelRepository(place.repository.folder, NOW - timedelta(days=8))
-    place.publish(1, source("global"), exported)
+    place.publish(1)
     place.follow()
     with refused(TrustError, "repository.expired"):
         place.update()
@@ -161,24 +155,24 @@ def test_freeze_attack(place: Place, source: Source, exported: ExportedBase) -> 
     assert place.update().release.number == 1
 
 
-def test_mix_and_match_attack(following: Place, source: Source, exported: ExportedBase) -> None:
+def test_mix_and_match_attack(following: Place) -> None:
     """Metadata of the channel from another state of the repository, under the name of the current one."""
-    following.publish(2, source("global", seed=5), exported)
+    following.publish(2, seed=5)
     newest = max(metadata(following).glob("*.stable.json"), key=lambda path: int(path.name.split(".")[0]))
     shutil.copyfile(metadata(following) / "2.stable.json", newest)
     stays(following, TrustError, "stays")
 
 
-def test_endless_data_attack(following: Place, source: Source, exported: ExportedBase) -> None:
-    following.publish(2, source("global", seed=5), exported)
+def test_endless_data_attack(following: Place) -> None:
+    following.publish(2, seed=5)
     digest = stated(following.made).sha256
     (path,) = following.repository.targets.folder.rglob(f"{digest}.*")
     path.write_bytes(path.read_bytes() + bytes(2**20))
     stays(following, TrustError, "a file is not what the repository has signed")
 
 
-def test_arbitrary_software_attack(following: Place, source: Source, exported: ExportedBase) -> None:
-    following.publish(2, source("global", seed=5), exported)
+def test_arbitrary_software_attack(following: Place) -> None:
+    following.publish(2, seed=5)
     (path,) = following.repository.targets.folder.rglob(f"{stated(following.made).sha256}.*")
     flip(path, 0.5)
     stays(following, TrustError, "a file is not what the repository has signed")
@@ -194,10 +188,10 @@ def test_metadata_that_nobody_signed(following: Place, role: str) -> None:
     stays(following, TrustError, "stays")
 
 
-def test_a_channel_cannot_sign_for_another_one(following: Place, source: Source, exported: ExportedBase) -> None:
+def test_a_channel_cannot_sign_for_another_one(following: Place) -> None:
     """A stolen canary key: a file that it signs under the name of stable is not looked at."""
     repository = following.repository
-    following.publish(2, source("global", seed=5), exported, channel="canary")
+    following.publish(2, seed=5, channel="canary")
     signed = repository.metadata.load(Targets, "canary")
     for path in list(signed.targets):
         signed.targets[path.replace("canary/", "stable/")] = signed.targets[path]
@@ -206,7 +200,7 @@ def test_a_channel_cannot_sign_for_another_one(following: Place, source: Source,
     assert following.version() == 1
 
 
-def test_a_repository_of_another_vendor(following: Place, source: Source, exported: ExportedBase) -> None:
+def test_a_repository_of_another_vendor(following: Place) -> None:
     other = ChannelRepository.create(following.folder / "other", SystemEntropy(), NOW)
     shutil.rmtree(following.repository.folder / "public")
     shutil.copytree(other.folder / "public", following.repository.folder / "public")
@@ -217,11 +211,11 @@ def test_a_repository_of_another_vendor(following: Place, source: Source, export
 
 
 def test_a_release_whose_bundle_the_vendor_did_not_sign(
-    following: Place, source: Source, exported: ExportedBase, household: IdentityKey, tmp_path: Path
+    following: Place, household: IdentityKey, tmp_path: Path
 ) -> None:
     """Whoever has the channel's key, and not the vendor's, cannot bring an adapter to a device."""
     stranger = IdentityKey.generate(SystemEntropy())
-    write_bundle(following.made, exported, [source("global", seed=5)], key=stranger)
+    write_bundle(following.made, following.exported, [following.source("global", seed=5)], key=stranger)
     resign(following.made, stranger, version=2)
     following.repository.publish("stable", following.made, [stranger.public])
     with refused(TrustError, "keyid"):
@@ -232,18 +226,14 @@ def test_a_release_whose_bundle_the_vendor_did_not_sign(
 # --- bad input and bad luck
 
 
-def test_a_release_that_devices_would_refuse_is_not_published(
-    following: Place, source: Source, exported: ExportedBase
-) -> None:
+def test_a_release_that_devices_would_refuse_is_not_published(following: Place) -> None:
     with pytest.raises(ConfigError, match="under the version 2 or later"):
-        following.publish(1, source("global", seed=5), exported)
+        following.publish(1, seed=5)
     assert not following.update().changed
 
 
-def test_a_full_disk_leaves_the_bundle_in_use(
-    following: Place, source: Source, exported: ExportedBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    following.publish(2, source("global", seed=5), exported)
+def test_a_full_disk_leaves_the_bundle_in_use(following: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    following.publish(2, seed=5)
 
     def full(old: object, new: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new))
@@ -303,27 +293,25 @@ def test_a_release_names_no_file_outside_of_a_bundle(path: str) -> None:
         Release.decode(raw)
 
 
-def test_a_key_that_is_kept_elsewhere_is_named(following: Place, source: Source, exported: ExportedBase) -> None:
+def test_a_key_that_is_kept_elsewhere_is_named(following: Place) -> None:
     (keys,) = [keys for role, _, _, keys in following.repository.metadata.roles() if role == "stable"]
     away = keys[0].rename(following.folder / "away.pem")
     before = sorted(path.name for path in metadata(following).iterdir())
     with pytest.raises(ConfigError, match="bring the key back"):
-        following.publish(2, source("global", seed=5), exported)
+        following.publish(2, seed=5)
     assert sorted(path.name for path in metadata(following).iterdir()) == before
     following.repository.renew()  # needs the keys of snapshot and timestamp only
     away.rename(keys[0])
-    following.publish(2, source("global", seed=5), exported)
+    following.publish(2, seed=5)
     assert following.update().changed
 
 
 # --- the commands
 
 
-def test_the_commands_from_a_repository_to_a_device(
-    place: Place, source: Source, exported: ExportedBase, tmp_path: Path
-) -> None:
+def test_the_commands_from_a_repository_to_a_device(place: Place, tmp_path: Path) -> None:
     key, public = make_key(tmp_path / "vendor.key", SystemEntropy())
-    write_bundle(place.made, exported, [source("global")], key=key)
+    write_bundle(place.made, place.exported, [place.source("global")], key=key)
 
     def run(*words: object) -> str:
         found = CliRunner().invoke(cli, [str(word) for word in words], catch_exceptions=False)
@@ -351,11 +339,9 @@ def test_the_commands_from_a_repository_to_a_device(
     assert (done[1]["subject"], done[1]["release"], done[2]["source"]) == ("canary", 1, "canary")
 
 
-def test_a_release_that_was_put_in_the_place_of_the_one_in_the_log(
-    following: Place, source: Source, exported: ExportedBase
-) -> None:
+def test_a_release_that_was_put_in_the_place_of_the_one_in_the_log(following: Place) -> None:
     """Whoever has the channel's key alone replaces the file of a release: the log states its digest."""
-    following.publish(2, source("global", seed=5), exported)
+    following.publish(2, seed=5)
     place = following.repository.metadata
     path = place.path("stable", place.version("stable"))
     document = Metadata[Targets].from_bytes(path.read_bytes())

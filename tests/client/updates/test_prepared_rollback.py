@@ -42,11 +42,11 @@ def made(
     folder = tmp_path_factory.mktemp("made")
     repository = ChannelRepository.create(folder / "releases", SystemEntropy(), NOW)
     repository.protect("stable", on=False)
-    place = place_in(folder, vendor)
+    place = place_in(folder, vendor, source, exported)
     place.device.mkdir()
     (place.device / "trust.pem").write_bytes(vendor.public.to_pem())
-    place.publish(1, source("global"), exported)
-    place.publish(2, source("global", seed=5), exported, channel="canary")
+    place.publish(1)
+    place.publish(2, seed=5, channel="canary")
     repository.promote("canary", 1, "stable", (), share=99)
     prepare(repository, "stable", vendor, MARGIN)
     repository.set_rollout("stable", 100, ("de",))
@@ -56,15 +56,19 @@ def made(
     return place
 
 
-def place_in(folder: Path, vendor: IdentityKey) -> Place:
+def place_in(folder: Path, vendor: IdentityKey, source: Source, exported: ExportedBase) -> Place:
     repository = ChannelRepository.open(folder / "releases", NOW)
     public = str(repository.folder / "public")
-    return Place(folder, repository, public, vendor, folder / "made" / "bundle", folder / "device")
+    return Place(folder, repository, public, vendor, source, exported, folder / "made" / "bundle", folder / "device")
+
+
+def copy_of(place: Place, folder: Path) -> Place:
+    return place_in(Path(shutil.copytree(place.folder, folder)), place.vendor, place.source, place.exported)
 
 
 @pytest.fixture
 def staged(made: Place, tmp_path: Path) -> Place:
-    copied = place_in(Path(shutil.copytree(made.folder, tmp_path / "place")), made.vendor)
+    copied = copy_of(made, tmp_path / "place")
     copied.follow()
     return copied
 
@@ -157,19 +161,19 @@ def test_the_snapshots_key_alone_takes_a_release_back_and_devices_have_the_one_b
     assert not repository.prepared.path("stable").exists()
 
 
-def test_after_it_the_channel_goes_on(staged: Place, source: Source, exported: ExportedBase) -> None:
+def test_after_it_the_channel_goes_on(staged: Place) -> None:
     publish_prepared(staged.repository, "stable", evaluation(staged))
     assert staged.update().release.number == 3
-    staged.publish(4, source("global", seed=6), exported)
+    staged.publish(4, seed=6)
     assert staged.update().release.number == 4
     audit_repository(staged.repository.folder, None)
     assert ROLLBACK not in staged.repository.metadata.load(Targets, "stable").unrecognized_fields
 
 
-def test_one_evaluation_takes_back_one_release(staged: Place, source: Source, exported: ExportedBase) -> None:
+def test_one_evaluation_takes_back_one_release(staged: Place) -> None:
     judged = evaluation(staged)
     publish_prepared(staged.repository, "stable", judged)
-    staged.publish(4, source("global", seed=5), exported, channel="canary")  # the same adapter again
+    staged.publish(4, seed=5, channel="canary")  # the same adapter again
     staged.repository.promote("canary", 2, "stable", (), share=99)
     prepare(staged.repository, "stable", staged.vendor, MARGIN)
     assert evaluation(staged) == judged
@@ -212,12 +216,12 @@ def test_a_new_key_of_the_channel_signs_no_rollback_that_a_thief_of_the_old_one_
     assert publish_prepared(repository, "stable", evaluation(staged)).release.number == 3
 
 
-def test_it_ends_with_the_rollout(staged: Place, source: Source, exported: ExportedBase) -> None:
+def test_it_ends_with_the_rollout(staged: Place) -> None:
     judged = evaluation(staged)
     staged.repository.set_rollout("stable", 100)
     with refused(ConfigError, "prepared"):
         publish_prepared(staged.repository, "stable", judged)
-    staged.publish(3, source("global", seed=6), exported, channel="canary")
+    staged.publish(3, seed=6, channel="canary")
     staged.repository.promote("canary", 2, "stable", (), share=50)
     prepare(staged.repository, "stable", staged.vendor, MARGIN)
     roll_back(staged.repository, "stable", 1, staged.vendor)
@@ -247,7 +251,7 @@ def test_one_that_is_out_of_date(staged: Place) -> None:
     assert not staged.update().changed
 
 
-def test_one_that_was_used_already(staged: Place, tmp_path: Path, source: Source, exported: ExportedBase) -> None:
+def test_one_that_was_used_already(staged: Place, tmp_path: Path) -> None:
     judged = evaluation(staged)
     kept = shutil.copytree(staged.repository.folder / "prepared", tmp_path / "kept")
     publish_prepared(staged.repository, "stable", judged)
@@ -255,7 +259,7 @@ def test_one_that_was_used_already(staged: Place, tmp_path: Path, source: Source
     with refused(ConfigError, "prepared.version"):
         publish_prepared(staged.repository, "stable", judged)
     assert staged.update().release.number == 3
-    staged.publish(4, source("global", seed=6), exported)
+    staged.publish(4, seed=6)
     shutil.copytree(kept, staged.repository.folder / "prepared", dirs_exist_ok=True)
     with refused(ConfigError, "prepared.version"):
         publish_prepared(staged.repository, "stable", judged)
@@ -383,10 +387,10 @@ def test_a_rollback_without_an_evaluation_is_found(staged: Place) -> None:
         audit_repository(staged.repository.folder, None)
 
 
-def test_a_second_rollback_for_one_evaluation_is_found(staged: Place, source: Source, exported: ExportedBase) -> None:
+def test_a_second_rollback_for_one_evaluation_is_found(staged: Place) -> None:
     judged = evaluation(staged)
     publish_prepared(staged.repository, "stable", judged)
-    staged.publish(4, source("global", seed=5), exported, channel="canary")
+    staged.publish(4, seed=5, channel="canary")
     staged.repository.promote("canary", 2, "stable", (), share=99)
     prepare(staged.repository, "stable", staged.vendor, MARGIN)
     audit_repository(staged.repository.folder, None)
@@ -499,8 +503,7 @@ def years_later(patch: pytest.MonkeyPatch) -> None:
 
 def thief(staged: Place, tmp_path: Path) -> Any:
     """Who copied the repository with its prepared rollback, and the key of snapshot and timestamp."""
-    copied = place_in(Path(shutil.copytree(staged.folder, tmp_path / "stolen")), staged.vendor)
-    return copied.repository
+    return copy_of(staged, tmp_path / "stolen").repository
 
 
 def show_old_rollback(repository: Any, staged: Place, times: int = 1) -> None:

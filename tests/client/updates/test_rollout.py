@@ -18,8 +18,7 @@ from client.updates.channel import TARGETING, Targeting
 from edgeadapt.formats.rollout import FLAGS, Rollout
 from edgeadapt.releases.actions import Action
 from edgeadapt.releases.history import audit_repository
-from export.onnx.exported import ExportedBase
-from tests.client.updates.conftest import Handler, Place, Source
+from tests.client.updates.conftest import Handler, Place
 from tests.support import refused
 from tests.support.bundles import flip, stated
 from tests.support.rollout import run
@@ -62,10 +61,10 @@ class Device:
 
 
 @pytest.fixture
-def canary(place: Place, source: Source, exported: ExportedBase) -> Place:
+def canary(place: Place) -> Place:
     """Stable has release 1; a better one is in the canary channel."""
-    place.publish(1, source("global"), exported)
-    place.publish(2, source("global", seed=5), exported, channel="canary")
+    place.publish(1)
+    place.publish(2, seed=5, channel="canary")
     return place
 
 
@@ -312,9 +311,7 @@ def test_a_damaged_key_is_named_and_the_bundle_stays(staged: Place, content: byt
     assert device.update().release.number == 2  # under another key, and it does not go back
 
 
-def test_what_cannot_be_rolled_out_is_refused_and_changes_nothing(
-    canary: Place, source: Source, exported: ExportedBase
-) -> None:
+def test_what_cannot_be_rolled_out_is_refused_and_changes_nothing(canary: Place) -> None:
     repository = canary.repository
     with refused(ConfigError, "rollout"):
         run("release", "rollout", repository.folder, "stable", "--share", 50)
@@ -328,7 +325,7 @@ def test_what_cannot_be_rolled_out_is_refused_and_changes_nothing(
     assert repository.release("beta") is None
     stage(canary, 10)
     before = repository.metadata.version("stable")
-    canary.publish(3, source("global", seed=6), exported, channel="canary")
+    canary.publish(3, seed=6, channel="canary")
     with refused(ConfigError, "rollout"):
         repository.promote("canary", 2, "stable", (), share=10)
     assert repository.metadata.version("stable") == before

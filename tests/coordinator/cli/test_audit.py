@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,10 +23,9 @@ from aggregation.transcript.entries import Checkpoint
 from edgeadapt import program
 from edgeadapt.auditing import AuditInput, AuditOptions, Check
 from edgeadapt.auditing.transcripts import log_name, logs, vector_path
-from tests.support import refused
+from tests.support import Run, refused
 from tests.support.sessions import LoggedSession
 
-Run = Callable[..., tuple[int, str, str]]
 LOG = log_name(1)
 
 

@@ -1,6 +1,7 @@
 """`edgeadapt coordinator` as an operator calls it."""
 
 import json
+import math
 import socket
 import stat
 import subprocess
@@ -16,14 +17,17 @@ from click.testing import CliRunner, Result
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
-from aggregation.pki import Authority
+from aggregation.pki import Authority, Root, certificates, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator import launch
+from coordinator.cli import authority_group as group
 from coordinator.cli import coordinator_group as coordinator
-from coordinator.settings import FederationSettings
+from coordinator.cli.privacy import privacy
+from coordinator.settings import FederationSettings, PrivacySettings
 from coordinator.statedir import CoordinatorStateDir
-
-FleetOf = Callable[..., Any]
+from edgeadapt.formats.layout import Layout, TensorSpec
+from tests.support import FleetOf, refused
+from tests.support.authority import PASSPHRASE, new_key
 
 
 def call(*arguments: object) -> Result:
@@ -277,3 +281,148 @@ def test_methods_that_tell_loras_matrices_apart_publish_no_other_adapter(
     opened = CoordinatorStateDir.open(folder)
     assert opened.registry.latest() is None
     opened.registry.close()
+
+
+# `edgeadapt authority` as a person calls it, with the passphrase from a file or typed.
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").write_bytes(PASSPHRASE + b"\n")
+
+    def call(*arguments: str, typed: str | None = None) -> Result:
+        return CliRunner().invoke(group, arguments, input=typed)
+
+    return call
+
+
+def ok(result: Result) -> str:
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def failed(result: Result, kind: type[EdgeAdaptError], about: str = "", text: str = "") -> None:
+    """The command ended with this error, about this or with this text in its one line."""
+    error = result.exception
+    assert isinstance(error, kind), (result.output, error)
+    assert about in ("", error.about), error.about
+    assert text in str(error)
+    assert "\n" not in str(error)
+
+
+def test_from_init_to_revoke_by_command(run: Run, tmp_path: Path) -> None:
+    mine = new_key()
+    (tmp_path / "kitchen.csr").write_bytes(requests.request(mine, "kitchen"))
+    (tmp_path / "garage.pub").write_bytes(new_key().public.to_pem())
+    secret = ("--passphrase-file", "secret")
+    printed = ok(run("init", "dir", *secret))
+    root = Root.from_pem((tmp_path / "dir" / "authority.pem").read_bytes())
+    assert root.fingerprint in printed
+    assert "pin dir/authority.pem" in printed
+    printed = ok(run("issue", "dir", "--request", "kitchen.csr", "--days", "7", "--out", "kitchen.pem", *secret))
+    assert mine.public.key_id in printed
+    certificate = certificates.to_der((tmp_path / "kitchen.pem").read_bytes())
+    assert root.verify(certificate, datetime.now(UTC))[0] == "kitchen"
+    assert "BEGIN CERTIFICATE" in ok(run("issue", "dir", "--name", "garage", "--public-key", "garage.pub", *secret))
+    assert "serial" in ok(run("revoke", "dir", "kitchen", "--reason", "keyCompromise", *secret))
+    assert "already revoked" in ok(run("revoke", "dir", "kitchen", *secret))
+    listed = json.loads(ok(run("list", "dir", "--json")))["certificates"]
+    assert [(each["name"], each["status"]) for each in listed] == [
+        ("kitchen", "revoked (keyCompromise)"),
+        ("garage", "valid"),
+    ]
+    assert ok(run("list", "dir")).count("\n") == 2
+    assert "revocation list 4" in ok(run("revoke", "dir", "--list-days", "5", *secret))
+    with refused(TrustError, "certificate.revoked", value="kitchen"):
+        root.with_revocations((tmp_path / "dir" / "revoked.crl").read_bytes()).verify(certificate)
+
+
+def test_the_passphrase_is_asked_for_and_never_shown(run: Run, tmp_path: Path) -> None:
+    typed = PASSPHRASE.decode()
+    assert typed not in ok(run("init", "dir", typed=f"{typed}\n{typed}\n"))
+    assert typed not in ok(run("revoke", "dir", typed=f"{typed}\n"))
+    failed(run("revoke", "dir", typed="something else\n"), TrustError, "key.passphrase", "authority.key: ")
+    assert typed.encode() not in b"".join(path.read_bytes() for path in (tmp_path / "dir").iterdir())
+
+
+def test_a_key_without_a_passphrase_must_be_asked_for(run: Run) -> None:
+    failed(run("init", "dir", typed=""), ConfigError, "--passphrase-file")
+    ok(run("init", "dir", "--unencrypted"))
+    ok(run("revoke", "dir"))
+    failed(run("init", "other", "--unencrypted", "--passphrase-file", "secret"), ConfigError, "--unencrypted")
+
+
+def test_options_that_contradict_each_other_are_refused(run: Run, tmp_path: Path) -> None:
+    ok(run("init", "dir", "--unencrypted"))
+    (tmp_path / "kitchen.csr").write_bytes(requests.request(new_key(), "kitchen"))
+    (tmp_path / "kitchen.pub").write_bytes(new_key().public.to_pem())
+    failed(run("issue", "dir"), ConfigError, "--request")
+    failed(run("issue", "dir", "--request", "kitchen.csr", "--public-key", "kitchen.pub"), ConfigError, "--request")
+    failed(run("issue", "dir", "--public-key", "kitchen.pub"), ConfigError, "--name")
+    failed(run("issue", "dir", "--request", "kitchen.csr", "--out", "no/kitchen.pem"), ConfigError, "--out")
+    failed(run("issue", "dir", "--request", "kitchen.csr", "--name", "garage"), ConfigError, "--name")
+    failed(run("issue", "dir", "--request", "kitchen.pub"), TrustError, "request", "kitchen.pub: ")
+    failed(run("issue", "dir", "--name", "a", "--public-key", "kitchen.csr"), TrustError, "key.pem", "kitchen.csr: ")
+    assert run("revoke", "dir", "kitchen", "--reason", "whim").exit_code == 2
+    assert ok(run("list", "dir")) == ""
+
+
+def test_a_file_without_an_end_is_not_waited_for(run: Run) -> None:
+    failed(run("init", "dir", "--passphrase-file", "/dev/zero"), ConfigError, "passphrase")
+    ok(run("init", "dir", "--unencrypted"))
+    failed(run("issue", "dir", "--request", "/dev/zero"), EdgeAdaptError, text="/dev/zero")
+    failed(run("issue", "dir", "--name", "garage", "--public-key", "/dev/zero"), EdgeAdaptError, text="/dev/zero")
+
+
+# ``edgeadapt simulate privacy`` states what sessions of these settings account for.
+NOISY = ("--set", "privacy.mechanism=skellam", "--set", "privacy.epsilon=4.0", "--set", "rounds=3")
+
+
+def invoke(*arguments: str) -> str:
+    done = CliRunner().invoke(privacy, ["--numbers", "2000", *arguments])
+    if done.exception:
+        raise done.exception
+    return done.output
+
+
+def test_a_plan_is_that_of_the_session_and_epsilon_is_met(tmp_path: Path) -> None:
+    (found,) = json.loads(invoke(*NOISY, "--devices", "30", "--json"))["plans"]
+    settings = FederationSettings(rounds=3, privacy=PrivacySettings(mechanism="skellam", epsilon=4.0))
+    spec = settings.session_spec(30, Layout((TensorSpec("update", (2000,)),)), "0" * 64, 1)
+    assert found["noise_multiplier"] == spec.noise_multiplier()
+    assert found["epsilon"] == spec.spent(spec.minimum_survivors).times(3).epsilon(1e-6) <= 4.0
+    assert found["epsilon_all"] == spec.spent(30).times(3).epsilon(1e-6) < found["epsilon"]
+    assert found["noise"] == pytest.approx(spec.vector.segments[0].noise * math.sqrt(2000 / 30) / spec.clip_norm)
+    path = tmp_path / "federation.toml"
+    path.write_text(settings.to_toml())
+    assert json.loads(invoke("--settings", str(path), "--devices", "30", "--json"))["plans"] == [found]
+
+
+def test_a_plan_states_the_price_of_groups() -> None:
+    grouped = (*NOISY, "--devices", "40", "--set", "aggregation.groups=5")
+    (found,) = json.loads(invoke(*grouped, "--json"))["plans"]
+    (one,) = json.loads(invoke(*NOISY, "--devices", "40", "--json"))["plans"]
+    assert (one["groups"], one["smallest_sum"], one["price"]) == (1, one["minimum_survivors"], 1.0)
+    assert (found["groups"], found["smallest_sum"]) == (5, 8)
+    assert found["honest"] == 4  # 4 of 40 devices may be corrupt, and all in one group
+    assert found["price"] == pytest.approx(found["noise"] / one["noise"])
+    assert found["price"] == pytest.approx(math.sqrt(one["honest"] / found["honest"]), rel=0.05)
+    assert "in 5 sums: one hides in a sum of 8 or more" in invoke(*grouped).splitlines()[-1]
+
+
+def test_a_plan_without_noise_is_refused() -> None:
+    with refused(ConfigError, "privacy.mechanism"):
+        invoke()
+
+
+def test_a_cohort_that_needs_more_bits_is_refused() -> None:
+    with refused(ConfigError, "vector.ring_bits"):
+        invoke(*NOISY, "--devices", "10000", "--set", "privacy.epsilon=0.001")
+
+
+def test_too_little_noise_for_a_finite_epsilon_is_stated_as_none() -> None:
+    little = ("--set", "privacy.mechanism=skellam", "--set", "privacy.noise_multiplier=0.01", "--devices", "30")
+    (found,) = json.loads(invoke(*little, "--json"))["plans"]
+    assert (found["epsilon"], found["noise_multiplier"]) == (None, pytest.approx(0.01))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pyte
 
 from coordinator.status import round_lines
+from tests.support import FleetOf
 from tests.support.gateway import wait_until
 
 ROOT = Path(__file__).parents[3]
@@ -122,7 +123,7 @@ def halted(fleet: Any, number: int) -> Iterator[threading.Event]:
         running.join()
 
 
-def test_the_step_under_way_is_one_line_which_the_round_replaces(fleet_of: Callable[..., Any]) -> None:
+def test_the_step_under_way_is_one_line_which_the_round_replaces(fleet_of: FleetOf) -> None:
     fleet, columns = fleet_of(3, rounds=2), 40
     with halted(fleet, 2) as go, following(fleet.out / "coordinator", columns) as terminal:
         live = "round 2, plan: 0 of 3 devices"
@@ -140,7 +141,7 @@ def test_the_step_under_way_is_one_line_which_the_round_replaces(fleet_of: Calla
     assert [line.split()[0] for line in lines] == ["round", "1", "2"]
 
 
-def test_ctrl_c_leaves_the_rounds_and_one_line(fleet_of: Callable[..., Any]) -> None:
+def test_ctrl_c_leaves_the_rounds_and_one_line(fleet_of: FleetOf) -> None:
     fleet = fleet_of(3, rounds=2)
     with halted(fleet, 2), following(fleet.out / "coordinator", 80) as terminal:
         wait_until(lambda: any(line.startswith("round 2, plan") for line in terminal.lines()), 120)

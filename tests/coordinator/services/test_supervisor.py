@@ -1,21 +1,34 @@
 """Services are started in order, watched and stopped: real processes of a few lines."""
 
+import errno
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from aggregation.errors import EdgeAdaptError
-from coordinator.services import supervisor
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, EdgeAdaptError
+from aggregation.pki.tls import TlsKey
+from coordinator.cli import coordinator_group as coordinator
+from coordinator.services import deployment, supervisor
+from coordinator.services.deployment import RUNNING, running, services_of, stop, up
 from coordinator.services.supervisor import Happening, Patience, ServiceEvent, ServiceProgram, supervise
+from coordinator.settings import SERVICES, SETTINGS, ServiceSettings
+from coordinator.statedir import AUTHORITY, SERVICES_LOCK, CoordinatorStateDir
 from edgeadapt.formats import storage
-from tests.support import refused
-from tests.support.gateway import wait_until
+from edgeadapt.formats.keyfiles import NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
+from edgeadapt.formats.registryfiles import REGISTRY
+from tests.support import FleetOf, refused
+from tests.support.gateway import authority_of, certify, free_port, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 PATIENT = Patience(ready=600, stop=600, pause=600, look=600, failures=3)
@@ -230,3 +243,220 @@ def test_services_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
         process.kill()
     with storage.locked(lock, timeout=120):
         pass
+
+
+# Which services a state directory has, and that they run once.
+REPOSITORY = Path(__file__).parents[3]
+BOTH = {"gateway": "127.0.0.1:9443", "superlink": "127.0.0.1:8000"}
+
+
+@pytest.fixture
+def state_dir(fleet_of: FleetOf) -> Any:
+    """Of a coordinator with TLS files for 127.0.0.1."""
+    fleet = fleet_of(3)
+    folder = fleet.out / "coordinator"
+    key, certificate = certify(authority_of(fleet))
+    (folder / TLS_KEY).write_bytes(key)
+    (folder / TLS_CERTIFICATE).write_bytes(certificate)
+    opened = CoordinatorStateDir.open(folder)
+    yield opened
+    opened.registry.close()
+
+
+def write(folder: Path, **settings: str) -> None:
+    (folder / SERVICES).write_text(ServiceSettings.parse(settings, "test").to_toml())
+
+
+def test_the_superlink_comes_before_the_rounds_that_use_it(state_dir: CoordinatorStateDir) -> None:
+    superlink, rounds = services_of(state_dir, ServiceSettings(**BOTH))
+    folder = state_dir.folder.resolve()
+    assert (superlink.name, rounds.name, rounds.finishes) == ("superlink", "rounds", True)
+    assert {"--enable-supernode-auth", "--disable-runtime-dependency-installation"} <= {*superlink.command}
+    assert "--insecure" not in superlink.command
+    assert superlink.environment["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert Path(superlink.environment["FLWR_HOME"]).parent == folder
+    given = ("--superlink", BOTH["superlink"], "--root-certificates", str(folder / AUTHORITY))
+    assert rounds.command[-6:] == (*given, "--gateway", BOTH["gateway"])
+
+
+def test_the_superlink_has_the_key_in_use_where_it_could_not_be_renamed(
+    state_dir: CoordinatorStateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container, where the old key is mounted as a file, and after the renewal is there."""
+    folder = state_dir.folder.resolve()
+    (folder / TLS_KEY).rename(folder / NEXT_TLS_KEY)
+    (folder / TLS_KEY).write_bytes(TlsKey.generate(SystemEntropy()).pem)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(16, "Device or resource busy")))
+        superlink, _ = services_of(state_dir, ServiceSettings(**BOTH))
+        assert superlink.command[superlink.command.index("--ssl-keyfile") + 1] == str(folder / NEXT_TLS_KEY)
+    superlink, _ = services_of(state_dir, ServiceSettings(**BOTH))
+    assert superlink.command[superlink.command.index("--ssl-keyfile") + 1] == str(folder / TLS_KEY)
+
+
+def test_telemetry_stays_off_where_the_environment_turns_it_on(
+    state_dir: CoordinatorStateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
+    superlink, _ = services_of(state_dir, ServiceSettings(**BOTH))
+    assert superlink.environment["FLWR_TELEMETRY_ENABLED"] == "0"
+
+
+def test_the_dashboard_comes_last_and_no_end_of_it_ends_the_rounds(state_dir: CoordinatorStateDir) -> None:
+    places = {"gateway": BOTH["gateway"], "dashboard": "127.0.0.1:9500", "channels": "releases"}
+    *_, rounds, dashboard = services_of(state_dir, ServiceSettings(**places))
+    folder = state_dir.folder.resolve()
+    assert (rounds.name, dashboard.name, dashboard.finishes, dashboard.fatal) == (
+        "rounds",
+        "dashboard",
+        False,
+        frozenset(),
+    )
+    given = (str(folder), "--listen", "127.0.0.1:9500", "--channels", str(folder / "releases"))
+    assert dashboard.command[-5:] == given
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])  # noqa: S104
+def test_a_dashboard_is_ready_with_and_without_tls(
+    state_dir: CoordinatorStateDir, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """On a loopback address it has none, and on every other one it has."""
+    from coordinator.dashboard.server import DashboardServer, serve
+    from coordinator.servertls import TlsFiles
+
+    address = f"{host}:{free_port()}"
+    *_, dashboard = services_of(state_dir, ServiceSettings(gateway=BOTH["gateway"], dashboard=address))
+    assert not dashboard.is_ready()
+    tls = None if host == "127.0.0.1" else TlsFiles(state_dir)
+    made, original = list[DashboardServer](), DashboardServer.__init__
+
+    def noted(self: DashboardServer, *arguments: Any) -> None:
+        made.append(self)
+        original(self, *arguments)
+
+    monkeypatch.setattr(DashboardServer, "__init__", noted)
+    serving = threading.Thread(target=serve, args=(dict, "a" * 64, address, tls))
+    serving.start()
+    wait_until(dashboard.is_ready)
+    assert dashboard.is_alive()
+    made[0].should_exit = True
+    serving.join()
+    assert not dashboard.is_ready()
+
+
+def test_a_certificate_for_another_host_is_refused_before_flower_fails(state_dir: CoordinatorStateDir) -> None:
+    with refused(ConfigError, TLS_CERTIFICATE, value="localhost"):
+        services_of(state_dir, ServiceSettings(superlink="localhost:8000"))
+
+
+def test_up_says_what_is_missing_and_leaves_nothing(fleet_of: FleetOf) -> None:
+    folder = fleet_of(3).out / "coordinator"
+    before = {path.name for path in folder.iterdir()}
+    with refused(ConfigError, SERVICES):
+        up(folder, lambda event: None)
+    write(folder)
+    with refused(ConfigError, SERVICES):
+        up(folder, lambda event: None)
+    write(folder, **BOTH)
+    with refused(ConfigError, TLS_KEY):
+        up(folder, lambda event: None)
+    assert {path.name for path in folder.iterdir()} == before | {SERVICES}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gateway": "127.0.0.1"},
+        {"gateway": "127.0.0.1:0"},
+        {"superlink": "127.0.0.1:65536"},
+        {"superlink": "https://a:8000"},
+        {"gateway": "a:1 --insecure"},
+        {"gateway": "a:1", "superlink": "a:1"},
+        {"stop": "0"},
+        {"command": "sh"},
+    ],
+    ids=str,
+)
+def test_settings_that_are_no_places_to_listen_are_refused(settings: dict[str, str]) -> None:
+    with pytest.raises(ConfigError):
+        ServiceSettings.parse(settings, "test")
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:9443", "[::]:9443", "[::1]:1", "fleet.example:65535"])
+def test_places_to_listen_are_accepted_and_written(tmp_path: Path, address: str) -> None:
+    settings = ServiceSettings.parse({"gateway": address}, "test")
+    (tmp_path / SERVICES).write_text(settings.to_toml())
+    assert ServiceSettings.read(tmp_path / SERVICES) == settings
+
+
+def test_a_second_up_is_refused_and_changes_nothing(
+    state_dir: CoordinatorStateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment, "PROBE", 0.1)
+    folder = state_dir.folder
+    write(folder, gateway=f"127.0.0.1:{free_port()}")
+    (folder / RUNNING).write_text(json.dumps({"pid": 1, "since": "now", "services": []}))
+    with storage.locked(folder / SERVICES_LOCK), refused(EdgeAdaptError, SERVICES_LOCK):
+        up(folder, lambda event: None)
+    assert json.loads((folder / RUNNING).read_text())["pid"] == 1
+
+
+def test_what_a_killed_up_has_written_does_not_count(state_dir: CoordinatorStateDir) -> None:
+    folder = state_dir.folder
+    write(folder, **BOTH)
+    (folder / RUNNING).write_text(json.dumps({"pid": 1, "since": "now", "services": []}))
+    (folder / SERVICES_LOCK).touch()
+    assert running(folder) is None
+    assert not stop(folder)  # and process 1 is not asked to end
+
+
+def test_on_a_full_disk_up_does_not_leave_the_process_of_one_that_was_killed(
+    state_dir: CoordinatorStateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(state_dir.folder, gateway=f"127.0.0.1:{free_port()}")
+    (state_dir.folder / RUNNING).write_text(json.dumps({"pid": 1, "since": "now", "stop": 1.0, "services": []}))
+    found = []
+    monkeypatch.setattr(storage, "replace", full)
+    monkeypatch.setattr(deployment, "supervise", lambda *_: found.append(running(state_dir.folder)))
+    up(state_dir.folder, lambda event: None)
+    assert [each["pid"] for each in found if each] == [None]  # and 'stop' would not ask process 1 to end
+
+
+def test_a_fleet_is_stopped_whatever_its_settings_are_now(state_dir: CoordinatorStateDir) -> None:
+    folder = state_dir.folder
+    for name in (SETTINGS, SERVICES, REGISTRY):
+        (folder / name).write_text("edited = and not TOML\n")
+    found = {"pid": 0, "since": "now", "stop": 1.0, "services": []}
+    program = f"""
+import json, os, signal
+from pathlib import Path
+from edgeadapt.formats import storage
+folder = Path({str(folder)!r})
+with storage.locked(folder / {SERVICES_LOCK!r}):
+    storage.replace(folder / {RUNNING!r}, json.dumps({found!r} | {{"pid": os.getpid()}}).encode())
+    signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY) as process:
+        try:
+            wait_until(lambda: bool((running(folder) or found)["pid"]), seconds=60)
+            result = CliRunner().invoke(coordinator, ["stop", str(folder)])
+            assert (result.exit_code, result.output) == (0, "stopped\n")
+            assert process.wait(60) == -signal.SIGTERM
+        finally:
+            process.kill()
+
+
+def test_stop_refuses_a_folder_that_is_not_a_coordinators(tmp_path: Path) -> None:
+    with refused(ConfigError, SETTINGS):
+        stop(tmp_path)
+
+
+def test_stop_and_status_of_what_does_not_run(state_dir: CoordinatorStateDir) -> None:
+    write(state_dir.folder, **BOTH)
+    result = CliRunner().invoke(coordinator, ["stop", str(state_dir.folder)])
+    assert (result.exit_code, result.output) == (0, f"no services of {state_dir.folder} run\n")
+    found = json.loads(CliRunner().invoke(coordinator, ["status", str(state_dir.folder), "--json"]).stdout)
+    assert found["services"] is None

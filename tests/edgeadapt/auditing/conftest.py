@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import FleetOf
 from tests.support.fleet import entropy
 from tests.support.sessions import logged, logged_of
 
@@ -28,7 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def state_dir_of(finished: Path, fleet_of: Callable[..., Any], tmp_path: Path) -> Callable[[str], Path]:
+def state_dir_of(finished: Path, fleet_of: FleetOf, tmp_path: Path) -> Callable[[str], Path]:
     """A coordinator's state directory after a run; each test has a copy to change."""
 
     def make(name: str) -> Path:

@@ -1,7 +1,6 @@
 """The coordinator's account of what its sums reveal is that of its logs, and an audit recomputes it from them alone."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ from edgeadapt.auditing.findings import Check, Status
 from edgeadapt.auditing.records import require_published
 from edgeadapt.formats.layout import Layout, TensorSpec
 from edgeadapt.formats.manifest import PrivacyBound
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.fleet import session_spec
 
-FleetOf = Callable[..., Any]
 NOISY = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 1.0, "aggregation__clip_norm": 0.5}
 
 

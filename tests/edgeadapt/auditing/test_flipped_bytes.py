@@ -6,7 +6,7 @@ The list is in docs/reference/audit.md, with a reason for each entry.
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,6 +20,7 @@ from aggregation.pki.identity import PublicKey
 from edgeadapt.auditing import AuditInput, AuditOptions, Check, Status
 from edgeadapt.formats.registryfiles import DATABASE, REVOKED
 from edgeadapt.formats.registryreader import open_registry_files
+from tests.support import FleetOf
 
 SEED, FLIPS = 20261126, 12  # flips in each file of a kind that is read
 READ = (
@@ -41,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def state_dir(runs: Path, fleet_of: Callable[..., Any], tmp_path: Path) -> Path:
+def state_dir(runs: Path, fleet_of: FleetOf, tmp_path: Path) -> Path:
     """A coordinator's state directory after two sessions, with every kind of file that an audit reads."""
     if not (runs / "coordinator").exists():
         fleet = fleet_of(3, rounds=2, aggregation__session_rounds=1, aggregation__keep_masked_inputs=True)

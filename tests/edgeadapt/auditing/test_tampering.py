@@ -32,10 +32,6 @@ def first(report: Report) -> int:
     return earliest.place.index
 
 
-def test_the_fixture_has_as_many_entries_as_these_tests_go_through(logged: LoggedSession) -> None:
-    assert len(logged.entries) == ENTRIES
-
-
 @pytest.mark.parametrize("index", range(ENTRIES))
 def test_a_flipped_bit_in_a_message_is_found_in_that_message(logged: LoggedSession, index: int) -> None:
     end = logged.ends()[index]

@@ -16,7 +16,7 @@ from aggregation.transcript.entries import ENTRY, MAGIC, UNTIMED, Checkpoint, En
 from edgeadapt.auditing import AuditInput, AuditOptions, Check, Report, audit
 from edgeadapt.auditing.auditor import chain
 from edgeadapt.auditing.records import require_logged
-from tests.support import refused
+from tests.support import FleetOf, refused
 from tests.support.sessions import AT, LoggedSession, failure, finding_of, record
 
 HOUR = 3600
@@ -122,7 +122,7 @@ def test_a_session_without_a_time_after_one_with_a_time_is_found(logged: LoggedS
         chain({"a": replace(first, **starts), "b": replace(second, **starts)})
 
 
-def test_the_record_of_a_round_is_from_between_its_plan_and_its_ending(fleet_of: Callable[..., Any]) -> None:
+def test_the_record_of_a_round_is_from_between_its_plan_and_its_ending(fleet_of: FleetOf) -> None:
     fleet = fleet_of(3, rounds=1)
     (recorded,) = fleet.federate(fleet.grid())
     checked = AuditInput.open(fleet.out / "coordinator", AuditOptions())

@@ -1,6 +1,5 @@
 """An audit warns, each with a code, of what no rule forbids and yet shows more of a few devices."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +12,7 @@ from edgeadapt.auditing.findings import Check, Report, Status
 from edgeadapt.auditing.weaknesses import Weaknesses
 from edgeadapt.methods.parts import Part
 from edgeadapt.rounds.task import OptimizerName, Task
-
-FleetOf = Callable[..., Any]
+from tests.support import FleetOf
 
 
 def audited(fleet: Any) -> list[Report]:

@@ -1,6 +1,7 @@
 """JSON is written one way, and read only if every reader reads the same."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation.errors import DataError
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
+from aggregation.pki.identity import IdentityKey
+from aggregation.steps import Step
 from edgeadapt.formats import jsontext
+from edgeadapt.formats.gateway import messages
+from edgeadapt.formats.keyfiles import make_key, read_key, read_public_keys
 from edgeadapt.formats.phrases import encode_phrases, parse_phrases
-from tests.support.errors import refused
+from tests.support import refused
 
 values = st.recursive(
     st.none()
@@ -104,3 +110,142 @@ def test_content_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert parse_phrases(b"on\tlights", Path("phrases.tsv")) == [("on", "lights")]
     with refused(DataError, "phrases.tsv", value=10):
         parse_phrases(b"on\tlights!", Path("phrases.tsv"))
+
+
+# The messages of a conversation: any bytes are a message within the limits, or one error.
+@given(st.floats(0, messages.LONGEST_WAIT), st.floats(0, 3600))
+def test_a_window_is_read_as_it_is_written_and_is_at_most_a_day(earliest: float, length: float) -> None:
+    found = messages.retry_window(messages.RetryWindow(earliest, earliest + length).metadata())
+    assert found is not None
+    assert found.earliest == pytest.approx(earliest, abs=1e-3)
+    assert found.latest == pytest.approx(min(earliest + length, messages.LONGEST_WAIT), abs=1e-3)
+
+
+@pytest.mark.parametrize("text", ["", "1", "2-1", "-1-2", "1-", "a-b", "1-2-3", "1 - 2", "9" * 10 + "-1", b"1-2"])
+def test_what_is_not_a_window_gives_nothing(text: str | bytes) -> None:
+    assert messages.retry_window(((messages.RETRY_WINDOW, text),)) is None
+    assert messages.retry_window(None) is None
+
+
+@given(
+    st.sampled_from([*Step]),
+    st.dictionaries(
+        st.from_regex(r"[a-z_]{1,32}", fullmatch=True),
+        st.sampled_from([0, 1, messages.INLINE, messages.INLINE + 1, messages.CHUNK + 1]).map(bytes),
+        min_size=1,
+        max_size=8,
+    ),
+)
+def test_a_request_has_the_fields_that_were_put_in(step: Step, fields: dict[str, bytes]) -> None:
+    first, *parts = messages.request_messages(1, step.value, fields)
+    found = messages.REQUEST.decode(first)
+    assert {name: len(fields[name]) for name in found.blobs} == found.blobs
+    assert {**found.fields, **{name: fields[name] for name in found.blobs}} == fields
+    assert b"".join(parts) == b"".join(fields[name] for name in sorted(found.blobs))
+    assert all(0 < len(part) <= messages.CHUNK for part in parts)
+
+
+@given(st.integers(1, 2 * messages.CHUNK + 3))
+def test_an_answer_has_the_bytes_that_were_put_in_and_no_others(size: int) -> None:
+    first, *parts = messages.answer_messages(3, bytes(size))
+    reader = messages.PartReader(messages.ANSWER.decode(first).size)
+    for part in parts:
+        reader.add(part)
+    assert (reader.left, len(reader.body)) == (0, size)
+    for wrong in (b"", b"x"):
+        with pytest.raises(ProtocolError):
+            reader.add(wrong)
+
+
+def test_a_long_reason_is_cut_where_a_character_ends() -> None:
+    raw = messages.reason_message(3, 100, "é" * messages.MAX_REASON)
+    assert messages.ANSWER.decode(raw).reason.decode() == "é" * (messages.MAX_REASON // 2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": 0},
+        {"step": "other"},
+        {"fields": {}},
+        {"fields": {"body": b""}, "blobs": {"body": 9}},
+        {"fields": {f"field_{chr(97 + n)}": b"" for n in range(messages.MAX_FIELDS + 1)}},
+    ],
+    ids=str,
+)
+def test_a_request_outside_its_limits_is_not_made(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        messages.DeviceRequest(**{"id": 1, "step": "plan", "fields": {"body": b""}, **changes})  # type: ignore[arg-type]
+
+
+def test_a_node_is_a_positive_number_of_63_bits_and_the_same_in_any_case() -> None:
+    nodes = {messages.node_of(f"device-{n}") for n in range(1000)}
+    assert len(nodes) == 1000
+    assert all(0 < node < 2**63 for node in nodes)
+    assert messages.node_of("Kitchen") == messages.node_of("kitchen")
+
+
+# Keys in files: made once, for their owner only, and read strictly.
+def test_a_new_key_is_for_its_owner_only_and_its_public_half_for_everyone(tmp_path: Path) -> None:
+    key, public = make_key(tmp_path / "new" / "vendor.pem", SystemEntropy())
+    assert public == tmp_path / "new" / "vendor.pub.pem"
+    modes = {path.name: path.stat().st_mode & 0o777 for path in public.parent.iterdir()}
+    assert modes == {"vendor.pem": 0o600, "vendor.pub.pem": 0o644}
+    assert read_key(tmp_path / "new" / "vendor.pem") == key
+    assert read_public_keys(public) == (key.public,)
+
+
+@pytest.mark.parametrize("existing", ["vendor.pem", "vendor.pub.pem"])
+def test_a_key_is_never_replaced(tmp_path: Path, existing: str) -> None:
+    (tmp_path / existing).write_bytes(b"old")
+    with refused(ConfigError, existing):
+        make_key(tmp_path / "vendor.pem", SystemEntropy())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {existing: b"old"}
+
+
+@pytest.mark.parametrize("full", ["vendor.pem", "vendor.pub.pem"])
+def test_a_full_disk_leaves_no_key_and_the_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    def sync(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").resolve().name == full:
+            raise OSError(28, "No space left on device")  # as a write does, which has no name
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match=rf"No space left.*/{full}"):
+        make_key(tmp_path / "vendor.pem", SystemEntropy())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_key_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with refused(ConfigError, "vendor.pem") as caught:
+        read_key(tmp_path / "vendor.pem")
+    assert "edgeadapt bundle key" in str(caught.value)
+    with refused(ConfigError, "trust.pem") as caught:
+        read_public_keys(tmp_path / "trust.pem")
+    assert "--trust" in str(caught.value)
+
+
+def test_several_public_keys_are_read_in_order(tmp_path: Path) -> None:
+    keys = [IdentityKey.generate(SystemEntropy()).public for _ in range(3)]
+    (tmp_path / "trust.pem").write_bytes(b"\n".join(key.to_pem() for key in keys) + b"\n")
+    assert read_public_keys(tmp_path / "trust.pem") == tuple(keys)
+
+
+def test_a_damaged_and_a_private_key_are_refused_with_the_files_name(tmp_path: Path) -> None:
+    path, key = tmp_path / "trust.pem", IdentityKey.generate(SystemEntropy())
+    for raw in (key.to_pem(), b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"):
+        path.write_bytes(raw)
+        with pytest.raises(TrustError) as caught:
+            read_public_keys(path)
+        assert str(path) in str(caught.value)
+    path.write_bytes(key.public.to_pem())
+    with pytest.raises(TrustError) as caught:
+        read_key(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_above_the_limit_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "trust.pem").write_bytes(bytes(2**16 + 1))
+    with refused(DataError, "trust.pem"):
+        read_public_keys(tmp_path / "trust.pem")

@@ -1,17 +1,28 @@
 """A file or a folder is the old one or the new one, whatever happens in between."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from edgeadapt.authority import AuthorityStore
-from edgeadapt.formats import storage
+from edgeadapt.formats import files, storage
+from edgeadapt.formats.blobs import Blobs
+from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.registryfiles import blob_name
 from tests.support import refused
+from tests.support.bucket import SECRET, Server
+from tests.support.gateway import HOST, free_port
 
 
 def watched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
@@ -258,3 +269,235 @@ def test_a_copy_without_hard_links_that_fills_the_disk_is_one_error(
     assert caught.value.strerror == "No space left on device"
     storage.link_files(tmp_path / "none", tmp_path / "d")
     assert not (tmp_path / "d").exists()
+
+
+# Blobs in a bucket, over HTTP: whole or not at all, and whatever is missing, altered or away is one line.
+BLOB = bytes(range(256)) * 40
+
+
+def path_of(bucket: str, digest: str) -> str:
+    return f"/{bucket.removeprefix('s3://')}/{blob_name(digest)}"
+
+
+def one_line(error: BaseException) -> str:
+    message = str(error)
+    assert "\n" not in message
+    assert SECRET not in message
+    return message
+
+
+def test_a_blob_is_one_object_and_comes_back(bucket: str, bucket_server: Server) -> None:
+    blobs = Blobs.open(bucket)
+    digest = blobs.put(BLOB)
+    assert Blobs.at(bucket).get(digest) == BLOB
+    assert bucket_server.request("GET", path_of(bucket, digest)) == BLOB
+    assert blobs.put(BLOB) == digest  # again
+    assert blobs.put(b"") != digest
+    assert blobs.get(blobs.put(b"")) == b""
+
+
+def test_a_blob_that_is_missing_is_named(bucket: str) -> None:
+    with refused(DataError, "blob", value="00" * 32) as caught:
+        Blobs.open(bucket).get("00" * 32)
+    assert bucket in one_line(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", BLOB[:-1], BLOB + b"\0", b"x" * len(BLOB)])
+def test_an_object_that_was_altered_is_refused(bucket: str, bucket_server: Server, content: bytes) -> None:
+    blobs = Blobs.open(bucket)
+    digest = blobs.put(BLOB)
+    bucket_server.request("PUT", path_of(bucket, digest), content)
+    with refused(TrustError, "blob", value=digest) as caught:
+        blobs.get(digest)
+    assert bucket in one_line(caught.value)
+
+
+def test_an_upload_that_is_cut_off_leaves_what_was_there(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy takes half of the object, and then no more."""
+    blobs = Blobs.open(bucket)
+    digest = blobs.put(BLOB)
+    with cutting() as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{HOST}:{port}")
+        cut = Blobs(
+            type(blobs.fs)(skip_instance_cache=True, config_kwargs={"retries": {"max_attempts": 1}}), blobs.root
+        )
+        with refused(EdgeAdaptError, "blobs") as caught:
+            cut.put(BLOB + b"more")
+    assert "nothing was changed" in one_line(caught.value)
+    assert blobs.get(digest) == BLOB
+    assert [name.rpartition("/")[2] for name in blobs.fs.ls(blobs.root)] == [blob_name(digest)]
+
+
+def test_a_server_that_is_away_is_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{HOST}:{free_port()}")
+    blobs = away(bucket)
+    for call in (lambda: blobs.put(BLOB), lambda: blobs.get("00" * 32)):
+        with refused(EdgeAdaptError, "blobs") as caught:
+            call()
+        assert bucket in one_line(caught.value)
+    with refused(EdgeAdaptError, "blobs"), blobs.reserved(BLOB):
+        pytest.fail("a round would begin whose adapter has no place")
+
+
+def test_a_bucket_that_is_not_there_is_not_made(bucket: str, bucket_server: Server) -> None:
+    elsewhere = Blobs.open("s3://nowhere/fleet")
+    with refused(EdgeAdaptError, "blobs") as caught:
+        elsewhere.put(BLOB)
+    assert "s3://nowhere/fleet" in one_line(caught.value)
+    assert b"nowhere" not in bucket_server.request("GET", "/")
+
+
+def test_without_keys_nothing_is_sent(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with refused(EdgeAdaptError, "blobs") as caught:
+        away(bucket).put(BLOB)
+    assert "credentials" in one_line(caught.value)
+
+
+def away(bucket: str) -> Blobs:
+    """As ``Blobs.open`` in a new process: fsspec keeps a connection for each address."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    return Blobs.open(bucket)
+
+
+@contextmanager
+def cutting() -> Iterator[int]:
+    """The port of a server that takes the beginning of an object, and closes the connection."""
+    with socket.create_server((HOST, 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):  # until the block ends
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")  # which boto waits for
+                        connection.recv(len(BLOB) // 2)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_store_that_connects_at_once_and_cannot_be_reached_is_named() -> None:
+    url = f"ftp://{HOST}:{free_port()}/fleet"
+    with refused(EdgeAdaptError, "blobs.url", value=url) as caught:
+        Blobs.at(url)
+    assert url in str(caught.value)
+
+
+# Adapter files: deterministic bytes that plain safetensors opens, and damage that always ends in a ``DataError``.
+TENSORS: Tensors = {
+    "base.classifier.bias": np.array([0.5, -0.25], np.float32),
+    "base.query.lora_A.weight": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4),
+    "base.query.lora_B.weight": np.zeros((4, 3), np.float32),
+}
+LAYOUT = Layout.of(TENSORS)
+TENSOR_FILE = files.encode(TENSORS)
+
+
+def _equal(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_decode_gives_back_what_encode_took() -> None:
+    assert _equal(files.decode(TENSOR_FILE, LAYOUT), TENSORS)
+    assert _equal(files.decode(TENSOR_FILE), TENSORS)
+
+
+def test_equal_tensors_give_equal_bytes_in_any_order_and_any_memory_layout() -> None:
+    shuffled = {name: np.asfortranarray(TENSORS[name]) for name in reversed(TENSORS)}
+    assert files.encode(shuffled) == TENSOR_FILE
+    assert files.sha256(files.encode(shuffled)) == files.sha256(TENSOR_FILE)
+
+
+def test_a_strided_view_is_written_by_value() -> None:
+    wide = np.arange(24, dtype=np.float32).reshape(4, 6)
+    for view in (wide[:, ::2], wide.T, wide[::-1]):
+        assert np.array_equal(files.decode(files.encode({"a": view}))["a"], view)
+
+
+def test_a_scalar_tensor_keeps_its_shape() -> None:
+    assert files.decode(files.encode({"a": np.array(3, np.float32)}))["a"].shape == ()
+
+
+def test_the_bytes_of_a_known_adapter_never_change() -> None:
+    header = b'{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    padded = header + b" " * (-len(header) % 8)
+    expected = len(padded).to_bytes(8, "little") + padded + np.array([1, 2], "<f4").tobytes()
+    assert files.encode({"a": np.array([1, 2], np.float32)}) == expected
+
+
+def test_plain_safetensors_opens_the_file() -> None:
+    assert _equal(safetensors.numpy.load(TENSOR_FILE), TENSORS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_neither_written_nor_read(value: float) -> None:
+    broken = {**TENSORS, "base.classifier.bias": np.array([0.5, value], np.float32)}
+    with refused(DataError, "base.classifier.bias", value=None):
+        files.encode(broken)
+    with refused(DataError, "base.classifier.bias", value=None):
+        files.decode(safetensors.numpy.save(broken))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int8])
+def test_tensors_of_another_type_are_refused(dtype: type) -> None:
+    with refused(DataError, "a", value=f"{np.dtype(dtype)} [3]"):
+        files.decode(safetensors.numpy.save({"a": np.zeros(3, dtype)}))
+
+
+def test_bfloat16_which_numpy_lacks_is_refused() -> None:
+    with pytest.raises(DataError):
+        files.decode(files.encode({"a": np.zeros(3, np.float32)}).replace(b'"F32"', b'"BF16"'))
+    header = b'{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
+    with refused(DataError, "adapter", value=None):
+        files.decode(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
+def test_an_adapter_of_another_layout_is_refused() -> None:
+    with refused(DataError, "base.classifier.bias", value="missing"):
+        files.decode(files.encode({"other": np.zeros(2, np.float32)}), LAYOUT)
+
+
+def test_a_file_without_tensors_is_refused() -> None:
+    with refused(DataError, "layout"):
+        files.decode(safetensors.numpy.save({}))
+
+
+def test_an_oversized_file_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_ADAPTER", len(TENSOR_FILE) - 1)
+    monkeypatch.setattr(files, "load", lambda _: pytest.fail("parsed"))
+    with refused(DataError, "adapter", value=len(TENSOR_FILE)):
+        files.decode(TENSOR_FILE)
+
+
+def test_a_header_that_claims_a_huge_tensor_is_refused() -> None:
+    header = b'{"a":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,18446744073709551615]}}'
+    with refused(DataError, "adapter", value=None):
+        files.decode(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize("length", range(0, len(TENSOR_FILE), 7))
+def test_a_truncated_file_is_refused(length: int) -> None:
+    with refused(DataError, "adapter", value=None):
+        files.decode(TENSOR_FILE[:length], LAYOUT)
+
+
+def test_a_file_with_bytes_left_over_is_refused() -> None:
+    with refused(DataError, "adapter", value=None):
+        files.decode(TENSOR_FILE + b"\0", LAYOUT)
+
+
+def test_a_flipped_byte_in_names_shapes_types_or_offsets_is_refused() -> None:
+    start, end = 8 + TENSOR_FILE[8:].index(b'"base.'), 8 + int.from_bytes(TENSOR_FILE[:8], "little")
+    header = TENSOR_FILE[:end].rstrip()
+    for position in range(start, len(header)):
+        with pytest.raises(DataError):
+            files.decode(
+                TENSOR_FILE[:position] + bytes([TENSOR_FILE[position] ^ 1]) + TENSOR_FILE[position + 1 :], LAYOUT
+            )

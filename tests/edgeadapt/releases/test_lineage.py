@@ -1,9 +1,12 @@
 """What `edgeadapt release` says of versions, and what it refuses to say of altered ones."""
 
 import json
+import shutil
 import sqlite3
+import sys
 from contextlib import closing
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,19 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import database
+from edgeadapt.bases.base import Base
 from edgeadapt.formats.graphinputs import LORA_A, LORA_B
 from edgeadapt.formats.registryfiles import DATABASE, REGISTRY, RegistrySettings
 from edgeadapt.formats.registrystores import postgresql_url
+from edgeadapt.formats.storage import PRIVATE
 from edgeadapt.program import cli
 from edgeadapt.releases.difference import TensorChange, difference
+from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.lineage import Lineage
 from edgeadapt.releases.rollback import roll_back
+from tests.docs.conftest import ROOT, Reader, blocks_of
 from tests.edgeadapt.releases.conftest import Vendor, version_of
+from tests.edgeadapt.releases.test_gates import Place
 from tests.support import refused
 
 
@@ -221,3 +229,95 @@ def test_other_layouts_and_labels_are_named(vendor_place: Vendor) -> None:
 def test_a_zero_tensor_has_no_angle() -> None:
     zero = TensorChange.of("x", np.zeros(3, np.float32), np.ones(3, np.float32))
     assert (zero.cosine, zero.before) == (None, 0)
+
+
+# The commands of docs/how-to/govern-adapters.md, as its reader would run them.
+@pytest.mark.slow
+def test_the_page_takes_a_version_from_a_round_to_a_channel_and_back(
+    vendor_place: Vendor, tiny_base: Base, tmp_path: Path
+) -> None:
+    work, made = tmp_path / "work", Place(vendor_place, tmp_path)
+    (work / "next").mkdir(parents=True)
+    vendor_place.publish(1)
+    shutil.copytree(vendor_place.bundle, work / "bundle")
+    (made.folder / "trust.pem").write_bytes(vendor_place.key.public.to_pem())
+    answers = made.answers(1)
+    made.held_out(answers)
+    shutil.copyfile(made.folder / "held-out.tsv", work / "held-out.tsv")
+    rows = [line.split("\t") for line in (work / "held-out.tsv").read_text().splitlines()]
+    (work / "canaries.tsv").write_text("\n".join(f"{label}\t{phrase}" for label, phrase, _ in rows[:3]))
+    (work / "texts.txt").write_text("\n".join(phrase for _, phrase, _ in rows[:12]))
+    (work / "trust.pem").write_bytes(vendor_place.key.public.to_pem())
+    (work / "vendor.key").write_bytes(vendor_place.key.to_pem())
+    (work / "vendor.key").chmod(PRIVATE)
+    vendor_place.publish(1, version=3)
+    shutil.copytree(vendor_place.bundle, work / "next" / "bundle")
+    shutil.copytree(vendor_place.state_dir, work / "fleet")
+    shutil.copytree(tiny_base.folder, work / "base")
+    program = tmp_path / "bin" / "edgeadapt"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tests.support.traces "$@"\n')
+    reader = Reader(work, program.parent)
+    printed = [reader.run(block.commands) for block in blocks_of(ROOT / "docs" / "how-to" / "govern-adapters.md")]
+    assert "canary 1" in printed[0]
+    assert printed[3].count("passed  parity of global") == 2  # printed, and in the log
+    assert (work / "peft-1" / "adapter_model.safetensors").is_file()
+    assert "stable, release 3: global 4" in printed[4]
+    kinds = [record.action.kind for record in audit_repository(work / "releases", None).records]
+    assert kinds == ["init", "publish", "promote", "publish", "promote", "rollback"]
+
+
+# The bill of materials of a version: valid by CycloneDX's own schema, with the digests of the signed manifests.
+def is_valid(text: str) -> bool:
+    from cyclonedx.schema import SchemaVersion  # takes seconds, of each worker
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    return JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+
+
+@pytest.fixture
+def document(vendor_place: Vendor) -> dict[str, Any]:
+    vendor_place.publish(2)
+    text = called("versions", "--sbom", vendor_place.state_dir, 2, "--releases", vendor_place.repository.folder)
+    assert is_valid(text)
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def test_it_has_the_adapter_its_ancestors_and_its_base(document: dict[str, Any], vendor_place: Vendor) -> None:
+    adapter = document["metadata"]["component"]
+    manifests = [each.manifest for each in Lineage.read(vendor_place.state_dir, None, None).versions]
+    assert adapter["hashes"] == [{"alg": "SHA-256", "content": manifests[2].sha256}]
+    ancestors = {each["version"]: each["hashes"][0]["content"] for each in adapter["pedigree"]["ancestors"]}
+    assert ancestors == {"0": manifests[0].sha256, "1": manifests[1].sha256}
+    (base,) = [each for each in document["components"] if each["name"] == "base"]
+    assert base["hashes"][0]["content"] == manifests[2].base_digest
+    stated = {each["name"]: each["value"] for each in adapter["properties"]}
+    assert stated["edgeadapt:signed-by"] == vendor_place.coordinator.public.key_id
+    assert stated["edgeadapt:privacy"] == "epsilon 4.00 for delta 1e-06"
+
+
+def test_it_has_the_file_of_a_release(document: dict[str, Any], vendor_place: Vendor) -> None:
+    release = vendor_place.repository.release("canary")
+    assert release is not None
+    manifest = vendor_place.repository.manifest("canary", release, "global")
+    (file,) = [each for each in document["components"] if each["type"] == "file"]
+    assert (file["version"], file["hashes"][0]["content"]) == ("3", manifest.sha256)
+
+
+def test_it_has_the_packages_of_the_bare_install_and_no_more(document: dict[str, Any]) -> None:
+    packages = {each["name"]: each["version"] for each in document["components"] if each["type"] == "library"}
+    for name in ("edgeadapt", "onnxruntime", "cryptography", "tuf", "pydantic-core"):
+        assert packages[name] == version(name)
+    assert not packages.keys() & {"torch", "flwr", "sqlalchemy"}
+
+
+def test_it_is_written_to_a_file(vendor_place: Vendor, tmp_path: Path) -> None:
+    out = tmp_path / "adapter.cdx.json"
+    called("versions", "--sbom", vendor_place.state_dir, 0, "--out", out)
+    assert json.loads(out.read_text())["bomFormat"] == "CycloneDX"
+
+
+def test_of_a_version_that_does_not_exist(vendor_place: Vendor) -> None:
+    with refused(ConfigError, "version"):
+        called("versions", "--sbom", vendor_place.state_dir, 9)

@@ -1,6 +1,7 @@
 """The task that a plan carries, and the sums that a round makes: both sides read the same words or refuse."""
 
 import json
+import math
 import re
 from dataclasses import asdict, replace
 from typing import Any
@@ -12,11 +13,16 @@ from hypothesis import strategies as st
 
 from aggregation import ring, rotation
 from aggregation.errors import ConfigError, DataError, ProtocolError
-from aggregation.spec import SessionSpec
-from edgeadapt.formats.layout import Layout, TensorSpec
+from aggregation.privacy.accounting import Mechanism
+from aggregation.spec import COUNTS, Privacy, SessionSpec
+from edgeadapt.formats.layout import Layout, Tensors, TensorSpec
 from edgeadapt.formats.manifest import PeftConfig
 from edgeadapt.methods.parts import PARTS, Part
-from edgeadapt.rounds.sums import UNIFORMS, Bounds
+from edgeadapt.rounds import taskkinds
+from edgeadapt.rounds.analytic import AnalyticTask, ClassifierHead, moment_spec
+from edgeadapt.rounds.evaluation import RENEWAL, SIZE, EvaluationTask, evaluated, renewed
+from edgeadapt.rounds.roundtask import RoundTask
+from edgeadapt.rounds.sums import UNIFORMS, Bounds, noisy_vector
 from edgeadapt.rounds.sums import published as metrics_of
 from edgeadapt.rounds.task import (
     MAX_LOSS,
@@ -254,3 +260,170 @@ def test_metrics_are_means_over_held_out_examples_to_two_decimals() -> None:
 @pytest.mark.parametrize("sums", [{"held_out": 0.0}, {"held_out": 99.0}, {"correct": 121.0}, {"correct": -1.0}])
 def test_sums_of_too_few_held_out_examples_or_of_a_liar_give_no_metrics(sums: dict[str, float]) -> None:
     assert metrics_of(held_out(**sums)) == {}
+
+
+# A plan's task is read as the kind that it is, and the sums of a round are those of its kind.
+CONFIG, LABELS = PeftConfig("LORA", 2, 4, ("query",)), ("off", '{"ridge":1}')
+TRAINING = Task(CONFIG, LABELS, 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS)
+ANALYTIC = AnalyticTask(CONFIG, LABELS, 1e-3, 16.0)
+NOISY = AnalyticTask(CONFIG, LABELS, "gcv", 16.0, dimensions=4)
+EVALUATION = EvaluationTask(CONFIG, LABELS, "a" * 64, "b" * 64, 32)
+HEAD_LAYOUT = Layout((TensorSpec("m.classifier.bias", (2,)), TensorSpec("m.classifier.weight", (2, 5))))
+BOUNDS = {"weight_cap": 100, "ring_bits": 32, "max_clients": 3}
+
+
+TASKS = (TRAINING, ANALYTIC, NOISY, EVALUATION)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_is_read_as_it_was_written_and_with_exactly_its_fields(task: RoundTask) -> None:
+    raw = task.encode()
+    assert taskkinds.decode(raw) == task
+    assert type(taskkinds.decode(raw)) is type(task)
+    assert taskkinds.decode(raw).encode() == raw
+    fields = json.loads(raw)
+    for name in fields:
+        with refused(ProtocolError, f"task.{name}"):
+            taskkinds.decode(json.dumps({key: fields[key] for key in fields if key != name}).encode())
+    for name in {"unknown"} | {name for kind in taskkinds.KINDS for name in kind.names()} - set(fields):
+        with refused(ProtocolError, f"task.{name}"):
+            taskkinds.decode(json.dumps(fields | {name: fields["labels"]}).encode())
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "field"),
+    [
+        (ANALYTIC, {"ridge": 0.0}, "ridge"),
+        (ANALYTIC, {"ridge": "most"}, "ridge"),
+        (ANALYTIC, {"scale": "16"}, "scale"),
+        (ANALYTIC, {"labels": []}, "labels"),
+        (EVALUATION, {"newest": "a" * 63}, "newest"),
+        (EVALUATION, {"newest": "b" * 64}, "newest"),
+        (EVALUATION, {"most": 2**17}, "most"),
+        *((TRAINING, {"learning_rate": rate}, "learning_rate") for rate in (0.0, math.nan, math.inf, True)),
+    ],
+)
+def test_a_field_out_of_range_is_refused_by_name(task: RoundTask, changes: dict[str, Any], field: str) -> None:
+    with refused(ProtocolError, f"task.{field}"):
+        taskkinds.decode(json.dumps(json.loads(task.encode()) | changes).encode())
+
+
+@given(
+    st.binary(max_size=64)
+    | st.sampled_from([b"[]", b'"ridge"', b"{}", b'{"ridge":1}', b"\xff", b"[" * 10**5])
+    | st.sampled_from(TASKS).flatmap(
+        lambda task: st.integers(0, len(task.encode()) - 1).map(lambda n: task.encode()[:n])
+    )
+)
+def test_any_other_bytes_are_refused_in_one_line(raw: bytes) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        taskkinds.decode(raw)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_sums_are_those_of_the_kind() -> None:
+    training = TRAINING.vector(HEAD_LAYOUT, Bounds(2.0, **BOUNDS))
+    moments = ANALYTIC.vector(HEAD_LAYOUT, Bounds(2.0, **BOUNDS))
+    assert training == contribution_spec(HEAD_LAYOUT, Bounds(2.0, **BOUNDS))
+    assert moments == moment_spec(ClassifierHead.of(HEAD_LAYOUT), Bounds(1.0, **BOUNDS))
+    noisy = NOISY.vector(HEAD_LAYOUT, Bounds(2.0, noise=0.1, **BOUNDS))
+    assert [segment.size for segment in noisy.segments] == [4 * 5 // 2 + 4 * 2]
+    assert [taskkinds.kind_of(vector) for vector in (training, moments, noisy)] == [Task, AnalyticTask, AnalyticTask]
+    counts = EVALUATION.vector(HEAD_LAYOUT, Bounds(2.0, noise=0.1, **BOUNDS))
+    assert [(segment.size, segment.noise) for segment in counts.segments] == [(4, 0.1)]
+    assert taskkinds.kind_of(counts) is EvaluationTask
+
+
+def test_an_adapter_without_a_head_has_no_moments() -> None:
+    factors = Layout((TensorSpec("query.lora_A.weight", (2, 5)),))
+    with refused(DataError, "task.head"):
+        ANALYTIC.vector(factors, Bounds(2.0, **BOUNDS))
+
+
+@pytest.mark.parametrize(("task", "about"), [(TRAINING, "vector.delta"), (ANALYTIC, "vector.xx")])
+def test_a_sum_is_held_to_the_bounds_of_its_kind(task: RoundTask, about: str) -> None:
+    vector = task.vector(HEAD_LAYOUT, Bounds(2.0, **BOUNDS))
+    spec = session_spec(3, vector=vector, clip_norm=2.0, weight_cap=100)
+    taskkinds.kind_of(vector).check_sum(spec, vector.zeros(), 3)
+    first = vector.segments[0]
+    with refused(DataError, about):
+        taskkinds.kind_of(vector).check_sum(spec, vector.zeros() | {first.name: np.full(first.size, 1.5)}, 3)
+
+
+# The counts of an evaluation: what a sum may be, and what of it is published.
+EVALUATION_TASK = EvaluationTask(PeftConfig("LORA", 2, 4, ("query",)), ("on", "off"), "a" * 64, "b" * 64, 32)
+DEVICES, DIGEST, NORM = 60, b"d" * 32, 32 * 2**0.5
+HEAD: Tensors = {
+    "classifier.weight": np.zeros((2, 5), np.float32),
+    "classifier.bias": np.zeros(2, np.float32),
+    "query.lora_A.weight": np.ones((2, 5), np.float32),
+}
+
+
+def evaluation_spec(noise: float = 5.0, ring_bits: int | None = None) -> SessionSpec:
+    layout, bounds = Layout.of(HEAD), Bounds(NORM, 1, 32, DEVICES, noise)
+    vector = EVALUATION_TASK.vector(
+        layout, replace(bounds, ring_bits=ring_bits or EVALUATION_TASK.ring_bits(layout, bounds))
+    )
+    privacy = Privacy(Mechanism.SKELLAM, 20, 1e-6)
+    own = {"vector": vector, "clip_norm": NORM, "weight_cap": 1, "privacy": privacy}
+    return session_spec(DEVICES, **own)
+
+
+def counts_of(device: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Of one device: a third of them has the newest release, which is right in a half, and the others in 3 of 4."""
+    return np.array([16.0, 32.0, 0, 0]) if device % 3 == 0 else np.array([0, 0, 24.0, 32.0])
+
+
+def test_a_sum_without_noise_or_beyond_its_ring_is_refused() -> None:
+    """Nobody can tell a device how many others have its release: an exact sum could be its own counts."""
+    with refused(ConfigError, "noise"):
+        evaluation_spec(noise=0.0, ring_bits=32)
+    with refused(ConfigError, "ring.bits"):
+        evaluation_spec(ring_bits=65)
+
+
+def rotated(*counts: float) -> dict[str, Any]:
+    return {COUNTS: rotation.rotate(np.array(counts, np.float64), rotation.seed(DIGEST))}
+
+
+def test_a_release_with_few_examples_is_not_published() -> None:
+    spec = evaluation_spec()
+    deviation = {"deviation": pytest.approx(5.0 * DEVICES**0.5)}
+    assert evaluated(spec, rotated(98.4, 99.4, 0, 0), DEVICES, DIGEST) == deviation
+    found = evaluated(spec, rotated(0, 0, 75.4, 100.4), DEVICES, DIGEST)
+    assert found == deviation | {"accuracy_previous": 0.75, "examples_previous": 100.0}
+
+
+def noisy_metrics(seed: int, noise: float) -> dict[str, float]:
+    spec = evaluation_spec(noise)
+    total = np.zeros(SIZE, np.uint64)
+    for device in range(DEVICES):
+        rng, key = np.random.default_rng([seed, device]), bytes([seed, device]) * 16
+        total += noisy_vector(counts_of(device), spec, DIGEST, rng, key).astype(np.uint64)
+    width = spec.vector.to_ring(np.zeros(1, np.int64)).dtype
+    return evaluated(spec, spec.vector.decode(total.astype(width), DEVICES), DEVICES, DIGEST)
+
+
+def test_with_noise_the_counts_have_the_deviation_that_is_published_and_no_other() -> None:
+    noise = 5.0
+    found = [noisy_metrics(seed, noise) for seed in range(150)]
+    stated = found[0]["deviation"]
+    assert stated == pytest.approx(noise * DEVICES**0.5)
+    errors = np.array(
+        [each["examples_newest"] - 640 for each in found] + [e["examples_previous"] - 1280 for e in found]
+    )
+    # 300 draws: the root mean square is within 20 % of the deviation, except with chances below 1e-5.
+    assert 0.8 * stated < np.sqrt((errors**2).mean()) < 1.2 * stated
+    assert np.mean([each["accuracy_previous"] for each in found]) == pytest.approx(0.75, abs=0.02)
+
+
+def test_the_next_adapter_has_other_bytes_the_same_for_all_sums_and_hardly_moves() -> None:
+    made, again = renewed(HEAD, DIGEST), renewed(HEAD, DIGEST)
+    assert made["classifier.weight"].tobytes() == again["classifier.weight"].tobytes()
+    assert made["classifier.weight"].tobytes() != HEAD["classifier.weight"].tobytes()
+    assert np.abs(made["classifier.weight"]).max() <= RENEWAL * UNIFORMS / 2
+    assert all(made[name] is HEAD[name] for name in HEAD if name != "classifier.weight")
+    assert renewed(HEAD, b"e" * 32)["classifier.weight"].tobytes() != made["classifier.weight"].tobytes()
+    with refused(DataError, "task.head"):
+        renewed({"query.lora_A.weight": HEAD["query.lora_A.weight"]}, DIGEST)

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,14 +29,12 @@ from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.adapter import completed, decode, encode
 from export.bundle.base import usual_task, wanted
 from export.bundle.sources import Origin
-from export.bundle.write import AdapterSource, add_adapter, copy_bundle, write_bundle
+from export.bundle.write import add_adapter, copy_bundle, write_bundle
 from export.onnx.exported import ExportedBase
 from export.onnx.targets import Slots
 from export.parity.compare import OnnxRunner
 from tests.support import refused
-from tests.support.models import adapter_inputs
-
-Source = Callable[..., AdapterSource]
+from tests.support.models import Source, adapter_inputs
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -25,7 +25,7 @@ from export.onnx import derivatives, gradients
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.targets import SlotKind, Slots
 from tests.support.exhaustive import few
-from tests.support.models import adapter_inputs
+from tests.support.models import MakeLm, adapter_inputs
 from tests.support.training import check_shared_weights, round_as
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -144,7 +144,7 @@ def test_virtual_tokens_are_compared_at_the_size_that_they_have_in_use(
 
 
 @pytest.mark.exhaustive
-def test_a_base_with_few_positions_has_gradients_of_virtual_tokens(make_lm: Callable[..., Base]) -> None:
+def test_a_base_with_few_positions_has_gradients_of_virtual_tokens(make_lm: MakeLm) -> None:
     base = make_lm("gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=5)
     kinds = frozenset({SlotKind.LOW_RANK, SlotKind.PROMPT, SlotKind.PREFIX})
     made = export_causal(base, Slots(("c_attn",), kinds), Profile.NATIVE_INT8, training=True)  # holds them to torch's
@@ -152,7 +152,7 @@ def test_a_base_with_few_positions_has_gradients_of_virtual_tokens(make_lm: Call
 
 
 @pytest.mark.parametrize("profile", few([Profile.NATIVE_INT8, Profile.WEB_INT8], Profile.NATIVE_INT8))
-def test_a_tied_output_layer_has_the_norms_of_its_stored_bytes(make_lm: Callable[..., Base], profile: Profile) -> None:
+def test_a_tied_output_layer_has_the_norms_of_its_stored_bytes(make_lm: MakeLm, profile: Profile) -> None:
     kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
     base = make_lm("llama", tie_word_embeddings=True)
     made = export_causal(base, Slots(("q_proj", "lm_head"), kinds), profile, training=True)  # holds norms to torch's
@@ -160,7 +160,7 @@ def test_a_tied_output_layer_has_the_norms_of_its_stored_bytes(make_lm: Callable
 
 
 @pytest.mark.exhaustive
-def test_another_family_with_an_output_layer_of_its_own_has_one(make_lm: Callable[..., Base]) -> None:
+def test_another_family_with_an_output_layer_of_its_own_has_one(make_lm: MakeLm) -> None:
     base = make_lm("qwen2", tie_word_embeddings=False)
     want = wanted(base, slots=Slots(("q_proj", "down_proj")))
     made = export_named(str(base.folder), "native-int8", want, training=True)
@@ -168,7 +168,7 @@ def test_another_family_with_an_output_layer_of_its_own_has_one(make_lm: Callabl
 
 
 @pytest.mark.parametrize("profile", few([Profile.FP32, Profile.NATIVE_INT8], Profile.NATIVE_INT8))
-def test_queries_keys_and_values_of_one_matrix_have_gradients(make_lm: Callable[..., Base], profile: Profile) -> None:
+def test_queries_keys_and_values_of_one_matrix_have_gradients(make_lm: MakeLm, profile: Profile) -> None:
     base = make_lm("gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=64)
     kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
     made = export_causal(base, Slots(("c_attn", "mlp.c_proj"), kinds), profile, training=True)  # holds them to torch's

@@ -15,7 +15,7 @@ from edgeadapt.formats.graphinputs import LORA_A
 from edgeadapt.formats.manifest import BaseManifest
 from export.onnx.targets import linear_layers
 from tests.support.exhaustive import few
-from tests.support.models import LABELS
+from tests.support.models import LABELS, MakeLm
 from tests.support.recipes import SIZES, TEXTS, bare, by_torch, infer, trained
 
 Run = Callable[..., Any]
@@ -107,7 +107,7 @@ def test_a_base_gets_the_layers_and_the_rank_of_a_peft_folder(
 
 @pytest.mark.parametrize("tied", few([True, False], True))
 def test_an_adapter_on_the_output_layer_leaves_the_embedding_as_it_is(
-    export: Run, key: Path, tmp_path: Path, make_lm: Callable[..., Base], tied: bool
+    export: Run, key: Path, tmp_path: Path, make_lm: MakeLm, tied: bool
 ) -> None:
     base, lora, bundle = make_lm("llama", tie_word_embeddings=tied), tmp_path / "lora", tmp_path / "bundle"
     inner = AutoModelForCausalLM.from_pretrained(base.folder)

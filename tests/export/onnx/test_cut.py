@@ -22,7 +22,7 @@ from export.onnx.classifier import export_classifier, open_base
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
 from export.onnx.targets import SlotKind, Slots
-from tests.support.errors import refused
+from tests.support import refused
 from tests.support.exhaustive import few
 
 TOP = Slots(("query", "value"), first=-1)

@@ -15,7 +15,7 @@ from edgeadapt.bases.traininggraph import GRADIENT
 from edgeadapt.formats.layout import Floats
 from export.onnx import derivatives
 from export.onnx.derivatives import differentiate
-from tests.support.errors import refused
+from tests.support import refused
 
 X, Y, ROW = (2, 3, 4), (3, 1), (4,)
 F = torch.nn.functional

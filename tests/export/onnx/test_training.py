@@ -26,7 +26,7 @@ from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import layer_weight
 from export.onnx.slotted import with_mean_head, with_own_head
 from export.onnx.targets import SlotKind, Slots
-from tests.support.errors import refused
+from tests.support import refused
 from tests.support.exhaustive import few
 from tests.support.models import adapter_inputs, slotted_of
 from tests.support.training import check_shared_weights, round_as

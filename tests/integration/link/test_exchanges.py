@@ -1,7 +1,7 @@
 """How many exchanges a federation takes on Flower's own grid, counted there, and that none waits for Flower's sleep."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from coordinator.gateway.grid import JoinedGrid, serving
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import LAST_POLL
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
+from tests.support import FleetOf
 from tests.support.flowerlink import living
 from tests.support.gateway import HOST, attending, authority_of, free_port, server_tls, wait_until
 
-FleetOf = Callable[..., Any]
 FLOWERS_SLEEP = 3.0  # seconds between two looks of the SuperLink's grid in ``send_and_receive``
 EITHER = 'adversaries = ["active", "honest-but-curious"]'  # what a device's owner writes to allow it
 
@@ -71,7 +71,7 @@ def test_a_round_takes_three_exchanges_or_two_and_no_other_wait(
 # SuperNodes and light devices
 
 
-def test_supernodes_and_light_devices_make_rounds_together(fleet_of: Callable[..., Any], link: Any) -> None:
+def test_supernodes_and_light_devices_make_rounds_together(fleet_of: FleetOf, link: Any) -> None:
     fleet, port = fleet_of(5, rounds=2), free_port()
     tls, folder = server_tls(authority_of(fleet)), fleet.out / "coordinator"
     (folder / TLS_KEY).write_bytes(tls.key)

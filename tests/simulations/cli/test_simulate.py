@@ -4,16 +4,15 @@ The module shares one finished run; each test that damages something works on it
 """
 
 import json
-import re
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+import simulations
 from aggregation.errors import ConfigError
 from client.training.trainer import ClassifierTrainer
 from coordinator.statedir import CoordinatorStateDir
@@ -26,13 +25,11 @@ from export.parity.compare import Parity
 from simulations.engine import provision, publish
 from simulations.scenario import read_scenario
 from tests.simulations.data.test_tables import rows, write_csv
-from tests.support import refused
-from tests.support.bundles import flip, stated
+from tests.support import Run, refused
+from tests.support.bundles import stated
 from tests.support.trial import SCENARIO
 
-Outcome = tuple[int, str, str]
 Result = dict[str, Any]
-Command = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +72,7 @@ def copy(finished: tuple[Path, Result], tmp_path: Path) -> Path:
 
 
 def test_only_so_many_clients_are_evaluated_and_no_other_one_gets_a_bundle(
-    scenario: Path, tmp_path: Path, run: Command
+    scenario: Path, tmp_path: Path, run: Run
 ) -> None:
     keys = ("evaluation.clients=3", "population.households=12", "federation.cohort.size=5", "federation.rounds=1")
     options = [word for key in keys for word in ("--set", key)]
@@ -100,7 +97,7 @@ def test_only_so_many_clients_are_evaluated_and_no_other_one_gets_a_bundle(
 
 
 def test_each_language_has_a_federation_and_an_adapter_of_its_own_and_one_report_has_them_all(
-    scenario: Path, tmp_path: Path, run: Command
+    scenario: Path, tmp_path: Path, run: Run
 ) -> None:
     keys = (
         "population.households=12",
@@ -131,7 +128,7 @@ def test_each_language_has_a_federation_and_an_adapter_of_its_own_and_one_report
 
 
 def test_a_trace_is_read_next_to_the_scenario_and_a_wrong_one_ends_the_run_before_the_first_round(
-    scenario: Path, tmp_path: Path, run: Command
+    scenario: Path, tmp_path: Path, run: Run
 ) -> None:
     copy = Path(shutil.copy(scenario, tmp_path / "copy.toml"))
     trace = copy.with_name("trace.csv")
@@ -146,7 +143,7 @@ def test_a_trace_is_read_next_to_the_scenario_and_a_wrong_one_ends_the_run_befor
     [((), 0.5, 5), (("network.forced_dropouts=2",), 0.75, 9), (("network.forced_dropouts=0",), None, 0)],
 )
 def test_a_run_of_which_most_rounds_would_abort_says_so_before_it_starts(
-    scenario: Path, tmp_path: Path, run: Command, keys: tuple[str, ...], share: float | None, enough: int
+    scenario: Path, tmp_path: Path, run: Run, keys: tuple[str, ...], share: float | None, enough: int
 ) -> None:
     (tmp_path / "run").write_text("a file, at which the run ends")
     chosen = ("population.households=4", *keys)  # one of them is unseen
@@ -202,22 +199,14 @@ def test_the_result_has_every_promised_key(finished: tuple[Path, Result]) -> Non
     assert json.loads((out / "result.json").read_text()) == result
 
 
-def test_the_phrase_to_teach_is_one_that_its_bundle_gets_wrong(finished: tuple[Path, Result], run: Command) -> None:
+def test_the_phrase_to_teach_is_one_that_its_bundle_gets_wrong(finished: tuple[Path, Result], run: Run) -> None:
     lesson = finished[1]["lesson"]
     code, out, err = run("device", "infer", "--bundle", lesson["bundle"], lesson["phrase"], "--json")
     assert (code, err) == (0, "")
     assert lesson["label"] not in out
 
 
-def test_only_adapters_leave_the_devices(finished: tuple[Path, Result], minilm: Path) -> None:
-    _, result = finished
-    elements = result["adapter"]["elements"]
-    for entry in result["rounds"]:
-        assert entry["bytes_up"] <= 3 * elements + 8_000  # a session's keys and shares are in its first round
-    assert (minilm / "model.safetensors").stat().st_size > 40 * max(e["bytes_up"] for e in result["rounds"])
-
-
-def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], scenario: Path, run: Command) -> None:
+def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], scenario: Path, run: Run) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
     code, _, err = run("simulate", "run", scenario, "--out", finished[0])
     assert code == 2
@@ -227,7 +216,7 @@ def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], s
 
 @pytest.mark.slow
 def test_resuming_a_finished_run_trains_nothing_and_gives_the_same_result_and_another_scenario_is_refused(
-    copy: Path, finished: tuple[Path, Result], scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+    copy: Path, finished: tuple[Path, Result], scenario: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, _, err = run("simulate", "run", scenario, "--out", copy, "--resume", "--set", "federation.rounds=4")
     assert code == 2
@@ -242,7 +231,7 @@ def test_resuming_a_finished_run_trains_nothing_and_gives_the_same_result_and_an
 
 @pytest.mark.slow
 def test_a_run_with_noise_has_the_bound_of_its_canaries_which_a_resumed_one_keeps(
-    tmp_path: Path, scenario: Path, run: Command
+    tmp_path: Path, scenario: Path, run: Run
 ) -> None:
     noise = ("privacy.mechanism=skellam", "privacy.noise_multiplier=0.8", "aggregation.clip_norm=0.1", "rounds=1")
     keys = (*(f"federation.{key}" for key in noise), "evaluation.clients=2", "evaluation.canaries=50")
@@ -264,7 +253,7 @@ def test_a_run_with_noise_has_the_bound_of_its_canaries_which_a_resumed_one_keep
 
 @pytest.mark.slow
 def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_curious_session(
-    tmp_path: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, scenario: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = ("federation.aggregation.adversary=honest-but-curious", "federation.rounds=2", "personal.epochs=0")
     changes = [word for change in (*short, "adapter.layers=1") for word in ("--set", change)]
@@ -291,58 +280,7 @@ def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_cu
     assert {step for entry in rounds for step in entry["dropped"].values()} == {"plan", "unmask"}
 
 
-@pytest.mark.parametrize(  # wrong keys and values: test_scenario.py
-    ("change", "named"),
-    [
-        ('population.languages=["xx"]', "xx"),
-        ("base.model=/no/such/folder", "/no/such/folder"),
-        ("adapter.targets=['nothing']", "nothing"),
-    ],
-)
-def test_a_wrong_setting_is_named_in_one_line(
-    change: str, named: str, tmp_path: Path, scenario: Path, run: Command
-) -> None:
-    code, _, err = run("simulate", "run", scenario, "--out", tmp_path / "run", "--set", change)
-    assert code == 2
-    assert named in _one_line(err)
-
-
-def test_a_damaged_adapter_in_the_registry_is_refused(copy: Path, scenario: Path, run: Command) -> None:
-    _undo(copy, "results")
-    state_dir = CoordinatorStateDir.open(copy / "coordinator")
-    newest = state_dir.registry.latest()
-    assert newest is not None
-    blob = next((copy / "coordinator" / "blobs").rglob(f"*{newest.manifest.sha256}*"))
-    flip(blob, 0.5)
-    code, _, err = run("simulate", "run", scenario, "--out", copy, "--resume")
-    assert code in (4, 5)
-    _one_line(err)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for the scenario and little more."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(words, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("this user cannot mount a small file system")
-    yield folder
-    # Lazy: this process may still hold the registry's database open.
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def test_a_full_disk_is_reported_in_one_line(small_disk: Path, scenario: Path, run: Command) -> None:
-    code, _, err = run("simulate", "run", scenario, "--out", small_disk / "run")
-    assert code == 1
-    assert re.search("space|disk is full", _one_line(err))
-
-
-def test_a_table_becomes_a_report_in_one_command(run: Command, minilm: Path, tmp_path: Path) -> None:
+def test_a_table_becomes_a_report_in_one_command(run: Run, minilm: Path, tmp_path: Path) -> None:
     out, table = tmp_path / "run", write_csv(tmp_path / "My Texts.csv", rows())
     words = ("--set", "data.client=user", "--set", f"base.model={minilm}", "--set", "federation.rounds=2")
     more = ("--set", "network.forced_dropouts=0", "--set", "export.minimum_agreement=0.5", "--out", out)
@@ -358,7 +296,7 @@ def test_a_table_becomes_a_report_in_one_command(run: Command, minilm: Path, tmp
 
 @pytest.mark.slow
 def test_a_pair_below_the_parity_gate_is_not_published(
-    copy: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+    copy: Path, scenario: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _undo(copy)
     monkeypatch.setattr(publish.compare, "compare", lambda *_, **__: Parity(0.4, 0.9, 36))
@@ -379,3 +317,70 @@ def test_a_shipped_scenario_is_found_by_its_name_unless_there_is_such_a_file(
     assert read_scenario(Path("texts.csv"), ()).base.languages == ()  # not pruned to the demo's languages
     with refused(ConfigError, "nowhere.toml"):
         read_scenario(Path("nowhere.toml"), ())
+
+
+# `edgeadapt simulate look`, and mistakes in a table of one's own.
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "My Texts.csv", rows())
+
+
+def test_the_clients_of_a_table_are_shown(run: Run, table: Path) -> None:
+    code, out, err = run(
+        "simulate", "look", table, "--set", "data.client=user", "--set", "data.language=lang", "--clients"
+    )
+    assert (code, err) == (0, "")
+    assert "8, 2 of them unseen" in out
+    assert "de 4, en 4" in out
+    assert out.count("user-") >= 8
+    dealt = run("simulate", "look", table, "--set", "data.clients=6", "--set", "data.minimum_texts=3")[1]
+    assert ["dealt out to them: name the column" in text for text in (out, dealt)] == [False, True]
+
+
+def test_with_json_the_same_is_one_object_and_broken_rows_are_listed(run: Run, tmp_path: Path) -> None:
+    made = rows()
+    made[5]["text"] = ""
+    path = write_csv(tmp_path / "texts.csv", made)
+    code, out, _ = run("simulate", "look", path, "--set", "data.client=user", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["facts"]["broken"] == [f"{path}:7: text is empty"]
+    assert len(found["clients"]) == 8
+    assert set(found["labels"]) == {"greet", "part", "ask"}
+    assert found["unknown"] == 0
+
+
+GERMAN = "schalte bitte das Licht im Wohnzimmer aus und mach die Heizung im Schlafzimmer etwas wärmer"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "said"),
+    [
+        (" ".join(chr(0x1200 + 7 * number) * 3 for number in range(15)), "of the tokens, at most 100.0 %"),
+        (GERMAN, "the words of 8 of 8 clients are spelled out"),
+        ("", ""),
+    ],
+    ids=["unknown letters", "unknown words", "English"],
+)
+def test_a_language_that_the_base_cannot_read_is_said(run: Run, tmp_path: Path, sentence: str, said: str) -> None:
+    made, words = rows(each=20), sentence.split()
+    for number, row in enumerate(made if words else ()):
+        row["text"] = " ".join(words[(number * step) % len(words)] for step in (1, 2, 4, 7, 11))
+    path = write_csv(tmp_path / "texts.csv", made)
+    code, out, _ = run("simulate", "look", path, "--set", "data.client=user", "--set", "data.near_duplicates=1")
+    assert code == 0
+    assert said in out
+    assert ("this base hardly reads them" in out) is bool(words)
+
+
+def test_what_is_shipped_is_listed_and_named_where_a_name_is_mistyped(run: Run) -> None:
+    code, out, err = run("simulate", "look", "--json")
+    assert (code, err) == (0, "")
+    for kind, command in (("scenarios", "run"), ("suites", "suite")):
+        shipped = json.loads(out)[kind]
+        assert sorted(shipped) == sorted(path.name for path in (Path(simulations.__file__).parent / kind).iterdir())
+        assert min(map(len, shipped.values())) > 20
+        code, _, err = run("simulate", command, "household.toml")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "household.toml" in err
+        assert ", ".join(shipped) in err

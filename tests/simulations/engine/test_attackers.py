@@ -21,6 +21,7 @@ from edgeadapt.rounds.task import Task
 from simulations.engine.devices import LyingApp, LyingTrainer, attackers
 from simulations.report.formatting import headline
 from simulations.scenario import Scenario
+from tests.support import FleetOf
 from tests.support.hostile import audit_failures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,7 +77,7 @@ def test_what_no_attacker_can_take_part_in_is_refused(tables: dict[str, Any]) ->
 
 
 def test_attackers_pass_every_check_and_move_the_adapter_while_the_others_stay_honest(
-    app_fleet_of: Callable[..., Any],
+    app_fleet_of: FleetOf,
 ) -> None:
     updates = {}
     for kind in ("none", "boost"):

@@ -2,9 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from aggregation.spec import Privacy, SessionSpec
 from edgeadapt.rounds.sums import Bounds, noisy_spec
 from simulations.engine import canaries, provision
 from simulations.engine.canaries import Guesses, Sum, audited, gaussian_epsilon, one_run_epsilon, planted
+from tests.support import FleetOf
 from tests.support.fleet import session_spec
 
 DEVICES, SIZE, CLIP, DELTA, SUMS = 60, 400, 1.0, 1e-6, 40
@@ -59,7 +58,7 @@ def test_a_sum_with_less_noise_weighs_more_in_a_guess() -> None:
     assert wrong.missed + wrong.mistaken < 0.1 * (wrong.inside + wrong.outside)  # 5 % from the clear one alone
 
 
-def test_the_sums_of_a_run_are_those_of_the_device_that_spent_most(fleet_of: Callable[..., Any]) -> None:
+def test_the_sums_of_a_run_are_those_of_the_device_that_spent_most(fleet_of: FleetOf) -> None:
     fleet = fleet_of(
         8, rounds=2, aggregation__clip_norm=CLIP, privacy__mechanism="skellam", privacy__noise_multiplier=0.8
     )
@@ -71,7 +70,7 @@ def test_the_sums_of_a_run_are_those_of_the_device_that_spent_most(fleet_of: Cal
     assert found.right <= found.count >= 40
 
 
-def test_canaries_of_groups_are_planted_in_the_smallest_sum_as_the_account_counts(fleet_of: Callable[..., Any]) -> None:
+def test_canaries_of_groups_are_planted_in_the_smallest_sum_as_the_account_counts(fleet_of: FleetOf) -> None:
     noise = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 0.8}
     fleet = fleet_of(16, rounds=1, aggregation__clip_norm=CLIP, aggregation__groups=2, **noise)
     (record,) = fleet.federate(fleet.grid())
@@ -80,7 +79,7 @@ def test_canaries_of_groups_are_planted_in_the_smallest_sum_as_the_account_count
     assert epsilon == record.epsilon == found.spec.spent(len(record.survivors)).epsilon(DELTA)
 
 
-def test_a_run_without_noise_has_no_canaries(fleet_of: Callable[..., Any]) -> None:
+def test_a_run_without_noise_has_no_canaries(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1)
     fleet.federate(fleet.grid())
     assert audited([fleet.out], DELTA, canaries=40) is None

@@ -1,7 +1,6 @@
 """Devices in memory do as devices with files, and a run of them can be resumed."""
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,8 +19,8 @@ from edgeadapt.formats.storage import kill_safe
 from simulations.engine.devices import MemoryDevices
 from simulations.engine.grid import FaultModel, InProcessGrid
 from simulations.engine.provision import Enrolment, device_folder
+from tests.support import FleetOf
 
-FleetOf = Callable[..., Any]
 CALM = FaultModel(seed=0, message_loss=0.0, mean_delay=1.0)
 FAULTS = FaultModel(seed=3, message_loss=0.03, mean_delay=1.0, forced_dropouts=1)
 

@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,9 +14,9 @@ import pytest
 
 from aggregation.errors import EdgeAdaptError
 from simulations.engine.flowerengine import CLUSTER, federate_on_ray
+from tests.support import FleetOf
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
-FleetOf = Callable[..., Any]
 
 
 def test_flowers_engine_makes_the_adapters_of_the_in_process_one_and_errors_reach_the_caller(fleet_of: FleetOf) -> None:

@@ -1,7 +1,6 @@
 """A provisioned fleet: each folder has what its owner needs and no secret of another."""
 
 import stat
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,8 +16,7 @@ from client.training.examples import Split, in_split, read_examples
 from edgeadapt.formats import files
 from edgeadapt.methods.classifier import HEAD_SCALE
 from simulations.engine import provision
-
-FleetOf = Callable[..., Any]
+from tests.support import FleetOf
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Availability traces: who can be reached when, and what a broken file says."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,7 +10,7 @@ from simulations.data.population import Client
 from simulations.engine.grid import FaultModel, Steps, read_trace
 from simulations.engine.provision import grouped
 from simulations.suite.run import RunFolder, prepare
-from tests.support import refused
+from tests.support import FleetOf, refused
 
 CLIENTS = tuple(Client(f"{code}-{n}", code, False, (), (), ()) for code in ("en", "de") for n in (1, 2))
 
@@ -72,7 +70,7 @@ def test_a_file_that_is_no_trace_is_refused(path: Path, text: str) -> None:
         read_trace(path, CLIENTS)
 
 
-def test_a_run_is_not_resumed_with_another_trace(fleet_of: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_another_trace(fleet_of: FleetOf, tmp_path: Path) -> None:
     fleet, trace = fleet_of(4), tmp_path / "trace.csv"
     network = fleet.scenario.network.model_copy(update={"trace": str(trace)})
     scenario = fleet.scenario.model_copy(update={"network": network})

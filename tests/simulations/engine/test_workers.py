@@ -18,9 +18,9 @@ from simulations.engine.devices import LyingApp, MemoryDevices
 from simulations.engine.grid import FaultModel, InProcessGrid
 from simulations.engine.provision import DEVICES, Enrolment, device_folder
 from simulations.engine.workers import Fleet, WorkerGrid, Workers
+from tests.support import FleetOf
 
 pytestmark = pytest.mark.slow
-FleetOf = Callable[..., Any]
 # Some answer after the deadline of 300 s.
 FAULTS = FaultModel(seed=3, message_loss=0.02, mean_delay=60.0, forced_dropouts=1)
 LIARS = frozenset({"device-01", "device-04"})

@@ -1,13 +1,21 @@
 """The page: it needs nothing but a browser, has the numbers, survives any name and run, and is written atomically."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from simulations.data.summary import ClientSummary, DataSummary
+from simulations.report.formatting import duration, percent, printable, share, size
 from simulations.report.pages import page
-from simulations.result import CanaryBounds, RunResult
+from simulations.report.terminal import print_result, print_scenario
+from simulations.result import Lesson, RunResult, dropouts_by_step
+from simulations.scenario import Scenario
 from tests.support.pages import outline
 
 HOSTILE = "<script>$\\frac$</script>&\"' onload=alert(1) \x1b[31m"  # a figure shows the first sixteen characters
@@ -25,12 +33,6 @@ def test_the_page_states_epsilon_by_round_and_in_bold_where_nothing_is_bounded(r
     found = page(replace(result, rounds=rounds, delta=1e-6))
     assert "<dd><strong>epsilon 5.00</strong><small>for delta 1e-06 after 10 rounds" in found
     assert all(f"<td>{0.5 * number:.2f}</td>" in found for number in range(1, 11))
-
-
-def test_the_page_has_the_bound_of_canaries_with_the_account(result: RunResult, html: str) -> None:
-    assert "canaries" not in html
-    found = page(replace(result, canaries=CanaryBounds(1000, 712, 8.0, 0.61, 6.52, 0.95)))
-    assert "<dt>canaries</dt><dd>epsilon at least 6.52, below the account of 8.00<small>at 95 % for Gaussian" in found
 
 
 def test_the_page_loads_nothing_and_runs_nothing(html: str) -> None:
@@ -124,3 +126,92 @@ def test_aborted_rounds_are_marked_and_the_rest_is_drawn(result: RunResult, roun
     assert ("nothing was published" in html) == (rounds == 10)
     assert "did not take part" not in html
     assert "nan" not in html.lower()
+
+
+# What a run prints: its content, at eighty columns, in a pipe and with odd names.
+def printed(result: RunResult, *, terminal: bool = False, program: str = "edgeadapt") -> str:
+    out = StringIO()
+    console = Console(file=out, width=80, force_terminal=terminal, color_system="standard" if terminal else None)
+    print_result(result, console, program)
+    return out.getvalue()
+
+
+def test_the_table_has_every_arm_with_its_four_numbers(result: RunResult) -> None:
+    lines = [line.split() for line in printed(result).splitlines()]
+    rows = {words[0]: words[1:5] for words in lines if words}
+    assert rows["base"] == [".446", ".400", ".275", ".383"]
+    assert rows["personal"] == [".856", ".825", ".800", ".892"]
+    assert {"local", "global"} <= set(rows)
+
+
+def test_the_header_has_the_price_of_groups_and_the_log_and_with_verbose_also_the_arms(tmp_path: Path) -> None:
+    out = StringIO()
+    privacy = {"mechanism": "skellam", "epsilon": 8.0}
+    scenario = Scenario.parse({"federation": {"aggregation": {"groups": 3}, "privacy": privacy}}, "mine")
+    data = DataSummary((ClientSummary("ann", "", False, 9, 3, 3, 2, 0.0, 4.0, False),) * 25, {"on": 1}, 4, None)
+    log = tmp_path / "a run" / "run.log"
+    print_scenario(scenario, log, Console(file=out, width=80), data=data, devices=20)
+    text = "of 20 devices, one hides in a sum of 6 instead of 20, never of fewer than 6, and the mean has about 1.7 ×"
+    assert text in out.getvalue()
+    assert f"log        tail -f '{log}'\n" in out.getvalue()
+    short = out.getvalue()
+    print_scenario(scenario, log, Console(file=out, width=80), data=data, devices=20, verbose=True)
+    assert {"arms", "adapter", "labels"} <= {
+        line.split(" ")[0] for line in out.getvalue().removeprefix(short).splitlines()
+    }
+    assert "arms" not in short
+
+
+def test_a_pipe_gets_no_escape_sequence_and_a_terminal_does(result: RunResult) -> None:
+    assert "\x1b" not in printed(result)
+    assert "\x1b[" in printed(result, terminal=True)
+
+
+def test_the_end_names_three_commands_each_on_one_line_quoted_for_the_shell(result: RunResult) -> None:
+    bundle = "/home/some one/" + "far/" * 30 + "devices/en-01/[bold]bundle"
+    assert result.exported
+    lesson = Lesson(bundle, "it's dark", "HassTurnOn")
+    exported = replace(result.exported, bundle=bundle, lesson=lesson, report="a run/report.html")
+    last = printed(replace(result, exported=exported), program=".venv/bin/edgeadapt").splitlines()[-6:]
+    assert [line.strip() for line in last[1::2]] == [
+        f".venv/bin/edgeadapt device infer --bundle '{bundle}' --teach HassTurnOn 'it'\"'\"'s dark'",
+        ".venv/bin/edgeadapt audit verify 'a run'",
+        ".venv/bin/edgeadapt new mine",
+    ]
+    own = replace(exported, lesson=None, plain={}, phrase="a text of your own")
+    assert "device infer" in printed(replace(result, exported=own)).splitlines()[-3]
+
+
+def test_a_run_whose_rounds_were_all_aborted_has_no_traffic(result: RunResult) -> None:
+    gone = tuple(replace(r, survivors=(), aborted="too few", metrics={}, bytes_up=0) for r in result.rounds)
+    text = printed(replace(result, rounds=gone))
+    assert "nothing: every round was aborted" in text
+    assert "; 10 rounds aborted" in text
+
+
+# Numbers as text.
+@pytest.mark.parametrize(
+    ("shown", "text"),
+    [
+        *zip(map(share, (0.8884, 1.0, 0.0, 0.9996, math.nan)), (".888", "1.000", ".000", "1.000", "–"), strict=True),
+        *zip(map(size, (999, 9996, 999_600, 2.5e15)), ("999 B", "10.0 kB", "1.00 MB", "2500 TB"), strict=True),
+        *zip(map(duration, (9.94, 9.96, 59.6, 3899.7)), ("9.9 s", "10 s", "1 min 00 s", "1 h 05 min"), strict=True),
+        (duration(math.nan), "–"),
+        (percent(263, 90_868), "0.29 %"),
+        (percent(1, 1), "100 %"),
+        (percent(9.96, 100), "10 %"),
+        (percent(1, 0), "–"),
+    ],
+)
+def test_a_number_has_three_digits_or_what_a_person_reads_at_once(shown: str, text: str) -> None:
+    assert shown == text
+
+
+def test_dropouts_are_counted_in_the_order_of_the_protocol_unknown_steps_last(result: RunResult) -> None:
+    dropped = {str(number): step for number, step in enumerate(["unmask", "x", "plan", "unmask", "offer"])}
+    counts = dropouts_by_step([replace(result.rounds[0], dropped=dropped)])
+    assert list(counts.items()) == [("offer", 1), ("plan", 1), ("unmask", 2), ("x", 1)]
+
+
+def test_control_characters_are_not_printed() -> None:
+    assert printable("en-01\x1b[2J\n") == "en-01?[2J?"

@@ -205,18 +205,6 @@ def test_an_arm_that_failed_is_a_result_unless_it_is_the_only_one(
     assert all("not finite" in str(outcome) for outcome in local.values())
 
 
-def test_the_results_of_an_unfinished_or_failed_arm_are_refused(
-    suite_of: SuiteOf, store: Store, result_of: ResultOf
-) -> None:
-    suite = suite_of({"base": {"kind": "base"}})
-    store.put(the(suite, "base", 0), result_of(1))
-    with pytest.raises(DataError, match="not finished"):
-        results(suite, store)
-    store.put(the(suite, "base", 1), "the disk is full")
-    with pytest.raises(DataError, match="seed 1: the disk is full"):
-        results(suite, store)
-
-
 @pytest.mark.parametrize("damage", [b"{}", b'{"clients": []'])
 def test_a_damaged_result_is_named(damage: bytes, suite_of: SuiteOf, store: Store, result_of: ResultOf) -> None:
     trial = the(suite_of({"base": {"kind": "base"}}), "base")

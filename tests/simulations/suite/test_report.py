@@ -8,13 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aggregation.errors import DataError
-from simulations.plan import SearchOutcome, Suite
+from edgeadapt.formats.layout import Tensors
+from simulations.engine.arms import aggregation_error
+from simulations.plan import Kind, SearchOutcome, Suite, Trial
 from simulations.report.pages import headline, markdown, notes, sentences, suite_page, write_suite_report
 from simulations.report.summary import PairSummary, SuiteSummary, summarize
 from simulations.result import CanaryBounds, RoundPoint, RoundTally, Tally, TrialResult
+from simulations.scenario import Scenario
+from simulations.suite.execute import compute, compute_rounds
+from simulations.suite.store import Store
 from tests.support import refused
 from tests.support.pages import outline
 
@@ -237,3 +243,59 @@ def test_all_files_are_written_and_equal_suites_give_equal_files(summary: SuiteS
     assert table["arms"]["personal"]["kind"] == "personal"
     assert table["arms"]["local"]["reached"] is None
     assert not re.search(rb"NaN|Infinity", contents[0]["report.json"])
+
+
+# The error of the mean of LoRA's factors, against its definition; and which methods have one.
+WEIGHTS = (3.0, 1.0, 4.0)
+
+
+def device(seed: int, *, a: int | None = None, b: int | None = None) -> Tensors:
+    """Two layers and a head; ``a`` and ``b`` seed the factors, if they are not the device's own."""
+    found: Tensors = {"classifier.weight": np.full((2, 3), seed, np.float32)}
+    for layer in range(2):
+        for factor, own, shape in (("A", a, (2, 5)), ("B", b, (4, 2))):
+            rng = np.random.default_rng([seed if own is None else own, layer, ord(factor)])
+            found[f"layer.{layer}.lora_{factor}.weight"] = rng.normal(size=shape).astype(np.float32)
+    return found
+
+
+def test_the_error_is_that_of_the_definition() -> None:
+    devices, shares = [device(seed) for seed in range(3)], np.array(WEIGHTS) / sum(WEIGHTS)
+
+    def mean(name: str) -> np.ndarray:
+        return np.tensordot(shares, np.stack([one[name].astype(np.float64) for one in devices]), 1)
+
+    exact, product = [], []
+    for layer in range(2):
+        a, b = f"layer.{layer}.lora_A.weight", f"layer.{layer}.lora_B.weight"
+        exact.append(sum(w * (one[b].astype(np.float64) @ one[a]) for w, one in zip(shares, devices, strict=True)))
+        product.append(mean(b) @ mean(a))
+    expected = np.linalg.norm(np.subtract(exact, product)) / np.linalg.norm(exact)
+    assert aggregation_error(zip(devices, WEIGHTS, strict=True)) == pytest.approx(expected)
+    assert expected > 0.3
+
+
+@pytest.mark.parametrize("same", ["a", "b"])
+def test_with_one_factor_in_common_the_error_is_zero(same: str) -> None:
+    devices = [device(seed, **{same: 9}) for seed in range(3)]
+    assert aggregation_error(zip(devices, WEIGHTS, strict=True)) < 1e-6
+
+
+def test_without_an_update_there_is_no_share_of_it() -> None:
+    zero = {name: np.zeros_like(value) if "lora_B" in name else value for name, value in device(0).items()}
+    assert math.isnan(aggregation_error([(zero, 1.0)]))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_global_arm_has_the_error_of_its_method(scenario: Scenario, tmp_path: Path) -> None:
+    found = {}
+    for method in ("fedit", "ffa", "rolora", "fedsb", "fedsa", "head"):
+        table = scenario.model_dump(mode="json")
+        table["federation"] |= {"method": method}
+        store, trial = Store(tmp_path), Trial(Kind.GLOBAL, Scenario.parse(table, "test"))
+        compute_rounds(trial, store, lambda _: None)
+        found[method] = compute(trial, store, lambda _: None).aggregation_error
+    assert found.pop("head") is found.pop("fedsa") is None  # no update of LoRA; B stays on the devices
+    assert found.pop("fedit") > 1e-3
+    assert max(found.values()) < 1e-6

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -20,7 +19,7 @@ from click.testing import CliRunner
 import edgeadapt
 from aggregation.errors import EdgeAdaptError
 from edgeadapt import program
-from tests.support import refused
+from tests.support import Run, refused
 from tests.support.gateway import wait_until
 
 ARMS = """
@@ -36,7 +35,6 @@ arms.personal.kind = "personal"
 """
 LONG = 300.0  # seconds, on a machine that has other work
 PAGE = Path(__file__).parents[3] / "docs/reference/python.md"
-Outcome = tuple[int, str, str]
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +124,7 @@ def test_python_resumes_it_and_has_the_same_figures(suite: Path, finished: Finis
 
 
 @pytest.mark.slow
-def test_a_suite_that_went_on_has_every_arm_and_pair_in_its_report(
-    finished: Finished, run: Callable[..., Outcome]
-) -> None:
+def test_a_suite_that_went_on_has_every_arm_and_pair_in_its_report(finished: Finished, run: Run) -> None:
     out, summary = finished.out, finished.summary
     assert set(summary["arms"]) == {"base", "local", "ridge", "personal"}
     assert [(pair["first"], pair["second"]) for pair in summary["pairs"]] == [
@@ -147,9 +143,7 @@ def test_a_suite_that_went_on_has_every_arm_and_pair_in_its_report(
 
 
 @pytest.mark.slow
-def test_a_folder_with_a_suite_is_continued_only_with_resume(
-    finished: Finished, suite: Path, run: Callable[..., Outcome]
-) -> None:
+def test_a_folder_with_a_suite_is_continued_only_with_resume(finished: Finished, suite: Path, run: Run) -> None:
     code, _, err = run("simulate", "suite", suite, "--out", finished.out)
     assert code == 2
     assert "--resume" in err
@@ -158,7 +152,7 @@ def test_a_folder_with_a_suite_is_continued_only_with_resume(
 
 @pytest.mark.slow
 def test_a_finished_suite_computes_nothing_again_and_a_changed_one_only_what_is_new(
-    finished: Finished, suite: Path, tmp_path: Path, run: Callable[..., Outcome]
+    finished: Finished, suite: Path, tmp_path: Path, run: Run
 ) -> None:
     out = Path(shutil.copytree(finished.out, tmp_path / "copy"))
     changed = suite.with_name("changed.toml")
@@ -180,7 +174,7 @@ def _workers(out: Path, count: int) -> list[int]:
     return found()
 
 
-def test_mistakes_are_named_in_one_line(suite: Path, tmp_path: Path, run: Callable[..., Outcome]) -> None:
+def test_mistakes_are_named_in_one_line(suite: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     broken = suite.with_name("broken.toml")
     broken.write_text(ARMS + 'arms.other = {kind = "local", set = {"federation.round" = 3}}\n')
@@ -203,7 +197,7 @@ def test_mistakes_are_named_in_one_line(suite: Path, tmp_path: Path, run: Callab
     assert err.count("\n") == 1
 
 
-def test_an_unfinished_or_damaged_suite_has_no_report(suite: Path, tmp_path: Path, run: Callable[..., Outcome]) -> None:
+def test_an_unfinished_or_damaged_suite_has_no_report(suite: Path, tmp_path: Path, run: Run) -> None:
     from simulations.suite.store import SUITE, read_suite, taken
 
     out = tmp_path / "run"

@@ -1,5 +1,5 @@
 // What a tab keeps to itself of an adapter, and which tasks it refuses for that, against a native device
-// (tests/browser/test_private_parts.py).
+// (tests/browser/test_noise.py).
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
