@@ -36,13 +36,20 @@ def with_constant(embeddings: NDArray[np.floating]) -> Matrix:
     return np.concatenate([embeddings.astype(np.float64), np.ones((len(embeddings), 1))], axis=1)
 
 
-def logistic_head(
-    x: Matrix, labels: NDArray[Any], weights: Matrix, count: int, penalty: float, loss_of: Loss = cross_entropy
+def logistic_head(  # two of them by name
+    x: Matrix,
+    labels: NDArray[Any],
+    weights: Matrix,
+    count: int,
+    penalty: float,
+    *,
+    prior: Matrix | None = None,
+    loss_of: Loss = cross_entropy,
 ) -> Matrix:
-    """Return the head of multinomial logistic regression: argmin of Σ wᵢ lossᵢ + penalty / 2 ‖W‖².
+    """Return the head of multinomial logistic regression: argmin of Σ wᵢ lossᵢ + penalty / 2 ‖W - prior‖².
 
-    With a convex loss the problem is strictly convex, and it starts at zero: equal arguments give equal heads on one
-    machine.
+    With a convex loss the problem is strictly convex, and it starts at the prior, by default zeros: equal arguments
+    give equal heads on one machine.
 
     Args:
         x: Shape ``(rows, features)``. A constant feature makes a bias.
@@ -52,13 +59,15 @@ def logistic_head(
     Returns shape ``(features, count)``. Raises DataError if the loss is not finite.
     """
 
-    def objective(flat: Matrix) -> tuple[float, Matrix]:
-        head = flat.reshape(x.shape[1], count)
-        losses, by_output = loss_of(x @ head, labels)
-        total = float(weights @ losses) + penalty / 2 * _dot(flat, flat)
-        return total, (x.T @ (weights[:, None] * by_output)).ravel() + penalty * flat
+    start = np.zeros(x.shape[1] * count) if prior is None else prior.ravel()
 
-    return minimized(objective, np.zeros(x.shape[1] * count)).reshape(x.shape[1], count)
+    def objective(flat: Matrix) -> tuple[float, Matrix]:
+        losses, by_output = loss_of(x @ flat.reshape(x.shape[1], count), labels)
+        change = flat - start
+        total = float(weights @ losses) + penalty / 2 * _dot(change, change)
+        return total, (x.T @ (weights[:, None] * by_output)).ravel() + penalty * change
+
+    return minimized(objective, start).reshape(x.shape[1], count)
 
 
 def minimized(objective: Callable[[Matrix], tuple[float, Matrix]], start: Matrix) -> Matrix:

@@ -131,11 +131,12 @@ def _ridge(inputs: PersonalInputs) -> Tensors:
 
 
 def _logistic(inputs: PersonalInputs) -> Tensors:
-    """Fit the head by logistic regression, to the device's own and the public examples alike."""
+    """Fit the head by logistic regression towards the shared one, to the device's own and the public examples alike."""
     head, own = ClassifierHead.of(Layout.of(inputs.shared)), inputs.own
     x = with_constant(inputs.embed(own))
     labels = np.array([example.label for example in own], np.int64)
-    fitted = logistic_head(x, labels, np.ones(len(own)), head.labels, PENALTY).astype(np.float32)
+    prior = np.concatenate([inputs.shared[head.weight].T, inputs.shared[head.bias][None]]).astype(np.float64)
+    fitted = logistic_head(x, labels, np.ones(len(own)), head.labels, PENALTY, prior=prior).astype(np.float32)
     return inputs.shared | {head.weight: fitted[:-1].T.copy(), head.bias: fitted[-1]}
 
 

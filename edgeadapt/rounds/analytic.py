@@ -175,7 +175,7 @@ class Analytic(KindSettings):
     ridge: Ridge = "gcv"
     """strength of the regularization, for each example of the sum, or gcv, which chooses it by generalized
     cross-validation from the sum alone (with noise, 0.0002)"""
-    scale: Scale = 16.0
+    scale: Scale = 8.0
     """logit of a score of 1 of the regression"""
     dimensions: int = Field(default=128, ge=1, le=2**16)
     """with noise: coordinates of the randomly rotated embeddings that are summed; fewer have less noise"""

@@ -238,7 +238,7 @@ def unrounded_base(scenario: Scenario) -> Base:
     ``training_base``."""
     base = find_base(scenario.base.model)
     _require_possible(scenario, isinstance(base, OwnModel))
-    return _pruned(base, scenario.base.languages) if scenario.base.languages else base
+    return _pruned(base, scenario.kept_languages) if scenario.kept_languages else base
 
 
 def _require_possible(scenario: Scenario, own_model: bool) -> None:
@@ -246,7 +246,7 @@ def _require_possible(scenario: Scenario, own_model: bool) -> None:
     have. Raises ConfigError."""
     own_task = scenario.data.own_task
     odd = {
-        "base.languages=[]": own_model and bool(scenario.base.languages),
+        "base.languages=[]": own_model and bool(scenario.kept_languages),
         "base.center=false": own_model and scenario.base.center,
         "base.lexical=0": own_model and scenario.base.lexical > 0,
         "base.engine=torch": (own_model or own_task) and scenario.base.engine != "torch",
@@ -433,7 +433,7 @@ def _fitted_head(mine: ClassifierTrainer, public: Sequence[Example], tensors: Te
     x, weights, own = with_constant(mine.embed([one.text for one in public])), np.ones(len(public)), mine.objective
     numbers = np.array([one.target or one.label for one in public], np.float64 if public[0].target else np.int64)
     loss = partial(_loss_of, own) if isinstance(own, OwnTask) else cross_entropy
-    fitted = logistic_head(x, numbers, weights, len(tensors[bias]), PENALTY, loss)
+    fitted = logistic_head(x, numbers, weights, len(tensors[bias]), PENALTY, loss_of=loss)
     mine.rated((x @ fitted).astype(np.float32), public)
     return {weight: fitted[:-1].T.astype(np.float32), bias: fitted[-1].astype(np.float32)}
 
