@@ -24,7 +24,8 @@ _OFF = 2.0**-45  # of the largest entry: what is left off the diagonal
 _QUARTERS = (1.0, 0.5623413251903491, 0.31622776601683794, 0.1778279410038923)
 STRENGTHS: tuple[float, ...] = (*(quarter / 10**decade for decade in range(5) for quarter in _QUARTERS), 1e-5)
 _SMALLEST_MEAN = 2.0**-30  # of squared errors; less is rounding
-_LEAST_FREEDOM = 1 / 3  # 1 - dof / W
+_INFLATION = 1.4  # of dof: with 1, one strength in some is far too low (Kim and Gu 2004)
+_LEAST_FREEDOM = 1 / 3  # 1 - 1.4 dof / W
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,12 +136,14 @@ def cross_validated(moments: EmbeddingMoments) -> float:
     """Return the strength of the plain ridge regression with the least error by generalized cross-validation, without
     an example.
 
-    The score of a strength λ is (RSS / W) / (1 - dof / W)² with the residual sum of squares RSS, W examples and
-    dof = tr(S (S + λ I)⁻¹) degrees of freedom (Golub, Heath and Wahba 1979). It estimates the error on the examples,
-    each left out once. A prior has no part in it: one that was trained on the same examples fits them too well, and
-    would get too high a strength. Whole decades of ``STRENGTHS`` times W are compared first, then halves and quarters
-    of one around the best. A strength with dof above 2 W / 3 is not a candidate: scores of regressions that nearly
-    interpolate are chance.
+    The score of a strength λ is (RSS / W) / (1 - 1.4 dof / W)² with the residual sum of squares RSS, W examples and
+    dof = tr(S (S + λ I)⁻¹) degrees of freedom. With 1 instead of 1.4 it estimates the error on the examples, each left
+    out once (Golub, Heath and Wahba 1979); the factor keeps it from nearly interpolating them (Kim and Gu 2004,
+    "Smoothing spline Gaussian regression: more scalable computation via efficient approximation"). A prior has no part
+    in it: one that was trained on the same examples fits them too well, and would get too high a strength. From the
+    largest on, whole decades of ``STRENGTHS`` times W are tried as long as the score falls, because a second minimum
+    among small ones is chance; then halves and quarters of one around the best. A strength with 1.4 dof above 2 W / 3
+    is not a candidate.
 
     Returns:
         A positive, finite number, whatever the moments are; the largest of equally good ones. Guarantee as of
@@ -156,11 +159,13 @@ def cross_validated(moments: EmbeddingMoments) -> float:
         half = forward(lower, moments.xy)
         head, inverse = _back(lower, half), _inverse(lower)
         error = max((weight - _inner(half, half) - strength * _inner(head, head)) / weight, _SMALLEST_MEAN)
-        freedom = 1 - (len(lower) - strength * _inner(inverse, inverse)) / weight
+        freedom = 1 - _INFLATION * (len(lower) - strength * _inner(inverse, inverse)) / weight
         return error / (freedom * freedom) if _LEAST_FREEDOM <= freedom <= 1 and math.isfinite(error) else math.inf
 
     with np.errstate(all="ignore"):
-        best = min(range(0, len(STRENGTHS), 4), key=score)
+        best = 0
+        while best + 4 < len(STRENGTHS) and score(best + 4) < score(best):
+            best += 4
         for step in (2, 1):
             places = (best, best - step, best + step)
             best = min((place for place in places if 0 <= place < len(STRENGTHS)), key=score)

@@ -466,14 +466,14 @@ def test_what_is_positive_semidefinite_stays_and_what_is_negative_vanishes() -> 
     assert not positive_part(np.zeros((4, 4))).any()
 
 
-def scores_of(rows: Matrix, targets: Matrix) -> np.ndarray:
+def scores_of(rows: Matrix, targets: Matrix, inflation: float = 1.4) -> np.ndarray:
     """Generalized cross-validation of each of ``STRENGTHS``, by LAPACK's singular values and the examples."""
     count = len(rows)
     left, values, _ = np.linalg.svd(rows, full_matrices=False)
     scores = []
     for strength in STRENGTHS:
         shrink = values**2 / (values**2 + strength * count)
-        freedom = 1 - shrink.sum() / count
+        freedom = 1 - inflation * shrink.sum() / count
         error = ((targets - left @ (shrink[:, None] * (left.T @ targets))) ** 2).sum() / count
         scores.append(error / freedom**2 if freedom >= 1 / 3 else np.inf)
     return np.array(scores)
@@ -485,14 +485,35 @@ def test_the_strength_is_the_one_that_cross_validation_on_the_examples_chooses(
     count: int, d: int, noise: float, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    rows, truth = unit(rng.normal(size=(count, d)) * np.geomspace(1, 0.05, d)), rng.normal(size=(d, CLASSES))
-    labels = (rows @ truth + noise * rng.normal(size=(count, CLASSES))).argmax(1)
-    moments = moments_of(rows, labels, CLASSES)
+    rows, truth = unit(rng.normal(size=(count, d)) * np.geomspace(1, 0.05, d)), rng.normal(size=(d, LABELS))
+    labels = (rows @ truth + noise * rng.normal(size=(count, LABELS))).argmax(1)
+    moments = moments_of(rows, labels, LABELS)
     found = cross_validated(moments)
     assert found == cross_validated(moments)
-    scores = scores_of(rows, np.eye(CLASSES)[labels])
+    scores = scores_of(rows, np.eye(LABELS)[labels])
     place = [strength * count for strength in STRENGTHS].index(found)
-    assert scores[place] <= min(*scores[::4], *scores[max(place - 1, 0) : place + 2]) * (1 + 1e-6)
+    decades = scores[::4]
+    first = next((i for i in range(len(decades) - 1) if not decades[i + 1] < decades[i]), len(decades) - 1)
+    near = scores[max(place - 1, 0) : place + 2]
+    assert scores[place] <= min(*decades[: first + 1], *near) * (1 + 1e-6)
+
+
+def test_examples_that_repeat_each_other_are_not_nearly_interpolated() -> None:
+    """Two phrases of a template predict each other: plain cross-validation takes that for knowledge."""
+    gains, d, templates = list[float](), 40, 30
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        truth, said = rng.normal(size=(d, LABELS)), rng.normal(size=(templates, d))
+        rows = unit(np.repeat(said, 2, axis=0) + 0.3 * rng.normal(size=(2 * templates, d)))
+        labels = np.repeat((said @ truth + 4 * rng.normal(size=(templates, LABELS))).argmax(1), 2)
+        plain = STRENGTHS[int(np.argmin(scores_of(rows, np.eye(LABELS)[labels], inflation=1.0)))] * len(rows)
+        moments, new = moments_of(rows, labels, LABELS), rng.normal(size=(400, d))
+        accuracy = [
+            ((new @ ridge(moments, np.zeros((d, LABELS)), strength)).argmax(1) == (new @ truth).argmax(1)).mean()
+            for strength in (plain, cross_validated(moments))
+        ]
+        gains.append(accuracy[1] - accuracy[0])
+    assert np.mean(gains) > 0.01
 
 
 @settings(max_examples=15)
