@@ -40,8 +40,13 @@ class Reach:
         self._tests, self._seconds = stats["tests_by_mangled_function_name"], stats["duration_by_test"]
 
     def tests_of(self, mutant: str) -> list[str]:
-        """The quickest that together take ``BUDGET`` or less, the quickest first; at least one if there is one."""
-        names = self._tests.get(mutant.rpartition("__mutmut_")[0], ())
+        """The quickest that together take ``BUDGET`` or less, the quickest first; at least one if there is one.
+
+        Those of the module come too: what runs when it is imported, is noted of the first test that imports it.
+        """
+        function = mutant.rpartition("__mutmut_")[0]
+        own = f"/test_{function.split('.x')[0].rpartition('.')[2]}.py::"
+        names = {*self._tests.get(function, ()), *(name for name in self._seconds if own in name)}
         ordered = sorted(names, key=self.seconds)
         ends = list(accumulate(self.seconds(name) for name in ordered))
         return ordered[: max(1, bisect(ends, BUDGET))]
