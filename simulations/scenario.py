@@ -14,7 +14,7 @@ from coordinator.settings import FederationSettings
 from edgeadapt.bases.base import MOST_LEXICAL
 from edgeadapt.formats.peftconfig import MAX_LAYERS, MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from edgeadapt.formats.settings import Settings, toml_value
-from simulations.data.households import PopulationSettings
+from simulations.data.households import OF_HOUSEHOLDS, PopulationSettings
 from simulations.data.tables import DataSettings
 from simulations.shipped import SCENARIOS, find
 
@@ -31,7 +31,8 @@ class BaseSettings(Settings):
     """what devices train with: torch, or onnx, the training graph of a bundle in export.profile; with lora, rslora,
     ia3, ln_tuning or beft"""
     languages: tuple[str, ...] = ()
-    """languages whose tokens the base keeps, as edgeadapt base change --prune does; all if none is named"""
+    """languages whose tokens the base keeps, as edgeadapt base change --prune does; population: those of the
+    households, and of one's own texts all; all if none is named"""
     center: bool = False
     """subtract the mean embedding of the public phrases, as edgeadapt base change --center does"""
     lexical: Annotated[int, Field(ge=0, le=MOST_LEXICAL, multiple_of=8)] = 0
@@ -229,10 +230,17 @@ class Scenario(Settings):
         return self.model_copy(update={"data": self.data.located(folder), "network": network})
 
     @property
+    def kept_languages(self) -> tuple[str, ...]:
+        """The codes of the languages whose tokens the base keeps; none: all tokens."""
+        if self.base.languages != OF_HOUSEHOLDS:
+            return self.base.languages
+        return () if self.data.given else tuple(dict.fromkeys((*self.population.spoken, *self.population.published)))
+
+    @property
     def base_is_made(self) -> bool:
         """Check whether the run makes its base from the one that it names."""
         base = self.base
-        return bool(base.languages or base.lexical) or base.center or self.export.train_on_dequantized
+        return bool(self.kept_languages or base.lexical) or base.center or self.export.train_on_dequantized
 
     @property
     def round_epochs(self) -> int:

@@ -88,7 +88,7 @@ def simulate(scenario: Path, **options: Any) -> None:
       edgeadapt simulate run population.toml --workers 8           # 10,000 households in cohorts of 100
       edgeadapt simulate run texts.csv --set data.client=user      # columns text, label, user
       edgeadapt simulate run authors.toml --set 'data.files=["texts.jsonl"]' --set data.client=author
-      edgeadapt simulate run my.toml --set federation.rounds=20 --set 'population.languages=["en","es"]'
+      edgeadapt simulate run multilingual.toml --set 'population.languages=["all"]'
       edgeadapt simulate run --keys
     """
     _run(scenario, **options)

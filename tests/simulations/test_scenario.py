@@ -1,5 +1,6 @@
 """A scenario file: an error is one line that names the key, and every key is documented."""
 
+import json
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 
 from aggregation.errors import ConfigError
-from simulations.scenario import Scenario, describe
+from simulations.data.households import sample_population
+from simulations.scenario import Scenario, describe, read_scenario
 from tests.support import refused
 
 SHIPPED = sorted(Path(str(files("simulations"))).glob("scenarios/*.toml"))
@@ -32,7 +34,6 @@ def test_an_empty_file_is_the_default_scenario(tmp_path: Path) -> None:
 
 
 def test_a_stored_scenario_is_read_back_the_same(tmp_path: Path) -> None:
-    import json
 
     scenario = read(tmp_path, "", 'population.languages=["en","de"]', "federation.deadline=0.5", "seed=4294967295")
     assert Scenario.parse(json.loads(scenario.model_dump_json()), "x") == scenario
@@ -89,3 +90,17 @@ def test_every_key_is_described_with_its_default() -> None:
 def test_the_described_defaults_make_the_default_scenario(tmp_path: Path) -> None:
     overrides = [line.partition("  # ")[0].replace(" = ", "=", 1) for line in describe()]
     assert read(tmp_path, "", *overrides) == Scenario()
+
+
+def test_one_setting_gives_households_public_phrases_and_vocabulary_their_languages() -> None:
+    nine = ("de", "en", "es", "fr", "it", "nl", "pl", "pt", "sv")
+    for named, codes in ((["all"], nine), (["es", "de"], ("es", "de"))):
+        scenario = read_scenario(Path("multilingual.toml"), [f"population.languages={json.dumps(named)}"])
+        population = sample_population(scenario.population, 0)
+        assert {client.language for client in population.clients} == set(codes)
+        assert scenario.population.published == scenario.kept_languages == codes
+        assert len(population.labels) > 10
+    own = read_scenario(Path("multilingual.toml"), ['data.files=["texts.csv"]'])
+    assert own.kept_languages == ()  # whatever languages they are in
+    with refused(ConfigError, "population"):
+        read_scenario(Path("multilingual.toml"), ['population.languages=["all"]', "population.households=8"])

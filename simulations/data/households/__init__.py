@@ -4,7 +4,7 @@ The utterances are sampled from the sentence templates of the package ``home-ass
 seed give the same population on any machine (``Population.digest``).
 """
 
-from simulations.data.households.sampling import PopulationSettings, sample_population
+from simulations.data.households.sampling import OF_HOUSEHOLDS, PopulationSettings, sample_population
 from simulations.data.households.speech import plain_phrases, released_phrases
 
-__all__ = ["PopulationSettings", "plain_phrases", "released_phrases", "sample_population"]
+__all__ = ["OF_HOUSEHOLDS", "PopulationSettings", "plain_phrases", "released_phrases", "sample_population"]

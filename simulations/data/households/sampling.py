@@ -20,6 +20,8 @@ from edgeadapt.formats.settings import Settings
 from simulations.data.households import speech
 from simulations.data.population import Client, LabelledText, Population
 
+OF_HOUSEHOLDS = ("population",)  # as the names of languages: those of the households
+
 
 class PopulationSettings(Settings):
     """The size, the languages and the habits of a population."""
@@ -27,7 +29,8 @@ class PopulationSettings(Settings):
     households: int = Field(default=15, ge=3, le=10_000)
     """number of households, unseen ones included"""
     languages: tuple[str, ...] = Field(default=("en", "de", "fr"), min_length=1)
-    """languages of the households, in turn; codes of the package home-assistant-intents"""
+    """languages of the households, in turn; codes of the package home-assistant-intents, or all: the nine that have
+    names and words here"""
     unseen: float = Field(default=0.2, gt=0, lt=1)
     """share of households that take no part in training; rounded, at least one"""
     utterances_min: int = Field(default=60, ge=4)
@@ -46,7 +49,7 @@ class PopulationSettings(Settings):
     public_phrases: int = Field(default=6, ge=1, le=1000)
     """public phrases for each intent and public language"""
     public_languages: tuple[str, ...] = Field(default=("en",), min_length=1)
-    """languages of the public phrases; a household need not speak them"""
+    """languages of the public phrases; a household need not speak them; population: those of the households"""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -55,11 +58,21 @@ class PopulationSettings(Settings):
                 raise ValueError(f"{key} names a language twice: {', '.join(codes)}")
         if self.utterances_min > self.utterances_max:
             raise ValueError(f"utterances_min {self.utterances_min} is above utterances_max {self.utterances_max}")
-        if self.households < len(self.languages):
-            raise ValueError(f"{self.households} households cannot speak {len(self.languages)} languages")
+        if self.households < len(self.spoken):
+            raise ValueError(f"{self.households} households cannot speak {len(self.spoken)} languages")
         if self.unseen_count > self.households - 2:
             raise ValueError(f"unseen {self.unseen} leaves fewer than 2 of {self.households} households to train")
         return self
+
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """The codes of the households' languages."""
+        return speech.known_languages() if self.languages == ("all",) else self.languages
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        """The codes of the public phrases' languages."""
+        return self.spoken if self.public_languages == OF_HOUSEHOLDS else self.public_languages
 
     @property
     def unseen_count(self) -> int:
@@ -130,7 +143,7 @@ def sample_population(settings: PopulationSettings, seed: int) -> Population:
     used = _UsedTexts()
     public = tuple(
         phrase
-        for number, code in enumerate(settings.public_languages)
+        for number, code in enumerate(settings.published)
         for phrase in _public(books[code], settings.public_phrases, used, speech.stream(seed, _Stream.PUBLIC, number))
     )
     speakers = [_speaker(number, settings, books, seed) for number in range(settings.households)]
@@ -150,9 +163,9 @@ def sample_population(settings: PopulationSettings, seed: int) -> Population:
 
 def _phrasebooks(settings: PopulationSettings, seed: int) -> tuple[tuple[str, ...], dict[str, _Phrasebook]]:
     """Return the labels, and a phrasebook for each language."""
-    codes = sorted({*settings.languages, *settings.public_languages})
+    codes = sorted({*settings.spoken, *settings.published})
     languages = {code: speech.load_language(code) for code in codes}
-    splits = {code: _splits(code, languages[code], seed, public=code in settings.public_languages) for code in codes}
+    splits = {code: _splits(code, languages[code], seed, public=code in settings.published) for code in codes}
     labels = tuple(sorted(set.intersection(*(set(usable) for usable in splits.values()))))
     if len(labels) < _FEWEST_LABELS:
         counts = ", ".join(f"{code} {len(usable)}" for code, usable in splits.items())
@@ -197,7 +210,7 @@ def _utter(voice: speech.Voice, templates: Sequence[speech.Template], label: int
 
 def _speaker(number: int, settings: PopulationSettings, books: Mapping[str, _Phrasebook], seed: int) -> _Speaker:
     """Make a household. Languages take turns, so the unseen ones, which are the last, are spread over them."""
-    code = settings.languages[number % len(settings.languages)]
+    code = settings.spoken[number % len(settings.spoken)]
     rng = speech.stream(seed, _Stream.HOUSEHOLD, number)
     mix = rng.dirichlet(np.full(len(books[code].splits), settings.concentration))
     name = f"{code}-{number + 1:02d}"

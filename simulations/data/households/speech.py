@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -129,10 +130,19 @@ def _some(items: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple
     return tuple(items[i] for i in rng.permutation(len(items))[:count])
 
 
+def known_languages() -> tuple[str, ...]:
+    """Return the codes of the languages for which names and words are shipped."""
+    return tuple(sorted(file.name.removesuffix(".toml") for file in _words().iterdir()))
+
+
+def _words() -> Traversable:
+    return files("simulations.data.households") / "words"
+
+
 @cache
 def load_words(language: str) -> Words:
     """Read the words of a language; the English ones for a language without a file."""
-    folder = files("simulations.data.households") / "words"
+    folder = _words()
     codes = (language, language.split("-")[0], "en")
     path = next(path for code in codes if (path := folder / f"{code}.toml").is_file())
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
