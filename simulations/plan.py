@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +105,11 @@ class SuiteSettings(Settings):
         default=0.0, ge=0, description="accuracy, or bits per byte, to which rounds and bytes are counted; 0: none"
     )
     set: Overrides = Field(default_factory=dict, description="overrides of the scenario, for every arm")
+    vary: dict[str, Annotated[dict[str, Overrides], Field(min_length=1)]] = Field(
+        default_factory=dict,
+        max_length=3,
+        description="axes of a map, each with its places and their overrides: the suite is run at every combination",
+    )
     search: SearchSettings = SearchSettings()
     arms: dict[Annotated[str, Field(pattern=NAME)], ArmSettings] = Field(min_length=1, description="name → arm")
 
@@ -121,7 +126,20 @@ class SuiteSettings(Settings):
         for name, arm in self.arms.items():
             if "seed" in {*self.set, *self.search.set, *arm.set, *arm.search}:
                 raise ValueError(f"arm {name!r} sets seed: write seeds and search.seeds instead")
+        if self.vary and not self.compare:
+            raise ValueError("vary needs compare: the first arm of its first pair is the one that the map is about")
         return self
+
+    @property
+    def cells(self) -> dict[tuple[str, ...], Self]:
+        """Return the suite at each place of its map, by a label of each axis; without a map only itself, under ()."""
+        table, cells = self.model_dump(mode="json"), dict[tuple[str, ...], Self]()
+        for place in itertools.product(*self.vary.values()):
+            overrides = dict(self.set)
+            for axis, label in zip(self.vary.values(), place, strict=True):
+                overrides |= axis[label]
+            cells[place] = self.parse(table | {"vary": {}, "set": overrides}, "vary")
+        return cells
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -211,7 +229,7 @@ def default_trials(scenario: Scenario) -> dict[str, Trial]:
     return {name: Trial(Kind(name), scenario) for name in ARMS}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Suite:
     """Holds the settings of a suite, and the scenario that they are about, without overrides."""
 
@@ -220,7 +238,17 @@ class Suite:
     folder: Path  # relative paths of data are taken from it
 
     def trial(self, name: str, seed: int, constants: Overrides, *, searched: bool = False) -> Trial:
-        """Make a trial of an arm with the constants that the search chose, or with a candidate of it."""
+        """Return the trial of an arm with the constants that the search chose, or with a candidate of it."""
+        key = name, seed, json.dumps(constants), searched
+        if key not in self._made:
+            self._made[key] = self._trial(name, seed, constants, searched)
+        return self._made[key]
+
+    @cached_property
+    def _made(self) -> dict[tuple[str, int, str, bool], Trial]:
+        return {}
+
+    def _trial(self, name: str, seed: int, constants: Overrides, searched: bool) -> Trial:
         arm, common = self.settings.arms[name], self.settings.search.set if searched else {}
         layers: tuple[Overrides, ...] = (self.settings.set, arm.set, common, constants, {"seed": seed})
         changes = [f"{key}={toml_value(value)}" for layer in layers for key, value in layer.items()]
@@ -240,11 +268,17 @@ class Suite:
         for seed in self.settings.seeds:
             yield seed, self.trial(name, seed, constants)
 
+    @cached_property
+    def cells(self) -> "dict[tuple[str, ...], Suite]":
+        """As ``SuiteSettings.cells``."""
+        return {place: replace(self, settings=settings) for place, settings in self.settings.cells.items()}
+
     def reported(self) -> Iterator[Trial]:
-        """Yield the trials of every arm that are reported, whatever candidate its search may choose."""
-        for name, arm in self.settings.arms.items():
-            for constants in arm.candidates():
-                yield from (trial for _, trial in self.trials(name, constants))
+        """Yield the trials of every cell and arm that are reported, whatever candidate its search may choose."""
+        for cell in self.cells.values():
+            for name, arm in cell.settings.arms.items():
+                for constants in arm.candidates():
+                    yield from (trial for _, trial in cell.trials(name, constants))
 
     def candidate(self, name: str, constants: Overrides) -> list[Trial]:
         """Return the trials of one candidate of a search, one for each of its seeds."""
@@ -252,9 +286,10 @@ class Suite:
 
     def check(self) -> None:
         """Check that every trial can be made. Raises as ``trial``."""
-        for name, arm in self.settings.arms.items():
-            for constants in arm.candidates():
-                self.candidate(name, constants)
+        for cell in self.cells.values():
+            for name, arm in cell.settings.arms.items():
+                for constants in arm.candidates():
+                    cell.candidate(name, constants)
         list(self.reported())
 
 

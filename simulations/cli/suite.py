@@ -85,6 +85,8 @@ def _finished(folder: Path, track: str | None) -> "SuiteReport":
         from simulations.suite.store import Store, open_suite, results
 
         opened = open_suite(folder)
+        if opened.settings.vary:
+            raise ConfigError("--track takes a suite without vary, and this is a map", about="--track")
         runs = tracked_runs(opened.settings, results(opened, Store(folder)))
         click.echo(f"the runs are in {TRACKERS[track](opened.settings.name, runs, folder)}", err=True)
     return outcome

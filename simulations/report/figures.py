@@ -471,6 +471,16 @@ def _panels(
     return panels
 
 
+def tile(ax: "Axes", x: float, y: float, gain: Difference | None) -> None:
+    """Draw a difference as a tile: a gain, a loss, noise, or nothing that could be compared."""
+    face, ink = ("none", MUTED) if gain is None or gain.is_noise else (ACCENT if gain.value > 0 else DROPPED, PAPER)
+    from matplotlib.patches import Rectangle
+
+    ax.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, facecolor=face, edgecolor=LINE, linewidth=0.7))
+    text = "–" if gain is None else f"{gain.value:+.1f}"
+    ax.text(x, y, text, ha="center", va="center_baseline", color=ink, weight="normal" if ink == MUTED else "bold")
+
+
 def _mark(ax: "Axes", mark: Mark, y: float, color: str) -> None:
     if not math.isfinite(mark.value):
         return

@@ -162,17 +162,23 @@ def sentences(summary: SuiteSummary) -> Iterator[str]:
 
 
 def pair_rows(summary: SuiteSummary) -> list[list[str]]:
-    """Tabulate every pair: its name, and each difference of ``PLACES``, with what is noise or may be chance."""
+    """Tabulate every pair: its name, and each difference of ``PLACES``."""
     return [
         [
             f"{marked(summary, pair.first)} - {marked(summary, pair.second)}",
-            *(_cell(pair.figures[title], summary.compared_by) if title in pair.figures else "–" for title in PLACES),
+            *(
+                difference_cell(pair.figures[title], summary.compared_by) if title in pair.figures else "–"
+                for title in PLACES
+            ),
         ]
         for pair in summary.pairs
     ]
 
 
-def _cell(found: Difference, metric: Metric) -> str:
+def difference_cell(found: Difference | None, metric: Metric) -> str:
+    """Format a difference, with what is noise or may be chance; a dash for None."""
+    if found is None:
+        return "–"
     text = difference(found, metric)
     if not math.isfinite(found.low):
         return text
@@ -310,7 +316,7 @@ def markdown(summary: SuiteSummary) -> str:
         headline(summary),
         "\n".join(f"- {line}" for line in notes(summary)),
         overview(summary),
-        _table(
+        table(
             [metric.name, *metric.titles.values(), *FURTHER],
             [
                 [marked(summary, name), *(interval(arm.figures[title]) for title in metric.titles), *further(arm)]
@@ -318,8 +324,8 @@ def markdown(summary: SuiteSummary) -> str:
             ],
         ),
         "\n".join(f"- {line}" for line in sentences(summary)),
-        _table([f"difference in {metric.differences}", *_places(metric)], pair_rows(summary)) if summary.pairs else "",
-        _table(
+        table([f"difference in {metric.differences}", *_places(metric)], pair_rows(summary)) if summary.pairs else "",
+        table(
             ["cost of a seed", "epochs", "steps", "CPU", "up", "down", to_target(summary)],
             [[marked(summary, name), *costs(arm)] for name, arm in summary.arms.items()],
         ),
@@ -329,7 +335,7 @@ def markdown(summary: SuiteSummary) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -347,11 +353,17 @@ def write_suite_report(summary: SuiteSummary, folder: Path) -> None:
 
     Equal summaries give equal bytes. A file that cannot be written is left as it was.
     """
+    page, text, numbers = suite_page(summary), markdown(summary), summary.to_json()
+    write_reports(folder, page, text, figures.picture(summary), numbers)
+
+
+def write_reports(folder: Path, page: str, text: str, picture: bytes, numbers: object) -> None:
+    """Write the four forms of a report, as ``write_suite_report``."""
     contents = {
-        "report.html": suite_page(summary).encode(),
-        "report.md": markdown(summary).encode(),
-        "report.png": figures.picture(summary),
-        "report.json": json.dumps(summary.to_json(), indent=2).encode(),
+        "report.html": page.encode(),
+        "report.md": text.encode(),
+        "report.png": picture,
+        "report.json": json.dumps(numbers, indent=2).encode(),
     }
     for name, content in contents.items():
         replace(folder / name, content, PUBLIC)

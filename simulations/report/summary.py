@@ -198,7 +198,7 @@ class SuiteSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that ``--json`` prints. NaN becomes null."""
-        table: dict[str, Any] = _plain(asdict(self))
+        table: dict[str, Any] = plain(asdict(self))
         return table
 
 
@@ -396,12 +396,12 @@ def _reached(runs: Sequence[Sequence[RoundPoint]], target: float, metric: Metric
     return Reached(len(reached), _mean([rounds for rounds, _ in reached]), _mean([size for _, size in reached]))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     match value:
         case dict():
-            return {key: _plain(below) for key, below in value.items()}
+            return {key: plain(below) for key, below in value.items()}
         case list() | tuple():
-            return [_plain(below) for below in value]
+            return [plain(below) for below in value]
         case Kind():
             return value.value
         case float() if not math.isfinite(value):

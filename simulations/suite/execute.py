@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,6 +27,7 @@ from simulations.engine.provision import device_base, forget_states, grouped, tr
 from simulations.engine.workers import Notify, Process, WorkerKilledError
 from simulations.plan import Suite, Trial, digest_of, search
 from simulations.report.formatting import aborted, duration
+from simulations.report.map import MapSummary, write_map
 from simulations.report.pages import markdown, write_suite_report
 from simulations.report.summary import SuiteSummary, summarize
 from simulations.result import TrialResult
@@ -63,24 +64,29 @@ class SuiteReport:
     """A finished suite: figures of its arms, and their differences with intervals."""
 
     path: Path  # the folder of the suite
-    summary: SuiteSummary
+    summary: SuiteSummary | MapSummary
     failures: tuple[tuple[str, int, str], ...] = ()  # arms that failed: name, seed and reason
 
     @classmethod
     def of(cls, folder: Path) -> "SuiteReport":
         """Write the report of the finished suite in ``folder``. Raises as ``open_suite`` and ``results``."""
-        suite = open_suite(folder)
-        outcomes = results(suite, Store(folder))
-        summary = summarize(suite.settings, outcomes)
-        write_suite_report(summary, folder)
-        return cls(folder, summary, tuple(failed(outcomes)))
+        suite, store = open_suite(folder), Store(folder)
+        outcomes = {place: results(cell, store) for place, cell in suite.cells.items()}
+        cells = {place: summarize(suite.cells[place].settings, found) for place, found in outcomes.items()}
+        failures = tuple(failure for found in outcomes.values() for failure in failed(found))
+        if not suite.settings.vary:
+            write_suite_report(cells[()], folder)
+            return cls(folder, cells[()], failures)
+        summary = MapSummary.of(suite.settings, cells)
+        write_map(summary, folder)
+        return cls(folder, summary, failures)
 
     @property
     def report(self) -> Path:
         return self.path / REPORT
 
     def __str__(self) -> str:
-        return markdown(self.summary)
+        return self.summary.markdown() if isinstance(self.summary, MapSummary) else markdown(self.summary)
 
     _repr_markdown_ = __str__
 
@@ -106,9 +112,10 @@ def pending(suite: Suite, store: Store) -> list[Job]:
     can be estimated; such jobs are not ready.
     """
     jobs: dict[str, Job] = {}
-    for job in _jobs(suite, store):
-        if job.key not in jobs or (job.ready and not jobs[job.key].ready):
-            jobs[job.key] = job
+    for place, cell in suite.cells.items():
+        for job in _jobs(cell, store):
+            if job.key not in jobs or (job.ready and not jobs[job.key].ready):
+                jobs[job.key] = replace(job, label=", ".join((*place, job.label)))
     return list(jobs.values())
 
 

