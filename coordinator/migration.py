@@ -214,7 +214,8 @@ def with_rounds(settings: FederationSettings, done: int, count: int, *, analytic
     the federation has groups, and the rounds are of the analytic head."""
     table = settings.model_dump(mode="json")
     table["rounds"] = done + count
-    table["analytic"]["rounds"], table["evaluation"]["rounds"] = count if analytic else 0, 0
+    table["analytic"]["rounds"] = count if analytic else 0
+    table["evaluation"]["rounds"] = table["observation"]["rounds"] = 0
     return FederationSettings.parse(table, SETTINGS)
 
 

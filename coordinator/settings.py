@@ -5,11 +5,11 @@ The table of each kind of round is in the kind's module.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from ipaddress import ip_address
 from itertools import combinations
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -27,6 +27,7 @@ from edgeadapt.rounds.analytic import Analytic
 from edgeadapt.rounds.combination import Combination, Median, TrimmedMean
 from edgeadapt.rounds.evaluation import EvaluationRounds
 from edgeadapt.rounds.federatedmethods import METHODS
+from edgeadapt.rounds.observation import ObservationRounds
 from edgeadapt.rounds.optimizer import OPTIMIZERS, ServerOptimizer, made, numbers_of
 from edgeadapt.rounds.roundtask import KindSettings, RoundOf, RoundTask
 from edgeadapt.rounds.sums import LEAST_RING_BITS, Bounds
@@ -309,6 +310,7 @@ class FederationSettings(Settings):
     training: Training = Training()
     analytic: Analytic = Analytic()
     evaluation: EvaluationRounds = EvaluationRounds()
+    observation: ObservationRounds = ObservationRounds()
     server: Server = Server()
     aggregation: Aggregation = Aggregation()
     privacy: PrivacySettings = PrivacySettings()
@@ -325,11 +327,13 @@ class FederationSettings(Settings):
 
     @model_validator(mode="after")
     def _has_the_rounds(self) -> Self:
-        for name, count in (("analytic", self.analytic.rounds), ("evaluation", self.evaluation.rounds)):
-            if count > self.rounds:
-                raise ValueError(f"{name}.rounds is {count}, more than the {self.rounds} rounds of the federation")
+        for name, table in self._others.items():
+            if table.rounds > self.rounds:
+                reason = f"{name}.rounds is {table.rounds}, more than the {self.rounds} rounds of the federation"
+                raise ValueError(reason)
         if self.training_rounds < 0:
-            raise ValueError(f"analytic.rounds and evaluation.rounds are more than the {self.rounds} rounds")
+            names = ", ".join(f"{name}.rounds" for name in self._others)
+            raise ValueError(f"{names} are together more than the {self.rounds} rounds")
         return self
 
     @model_validator(mode="after")
@@ -341,8 +345,8 @@ class FederationSettings(Settings):
             raise ValueError('aggregation.groups needs aggregation.adversary = "active": devices sign their groups')
         if self.analytic.rounds:
             raise ValueError("an analytic head is solved from one sum: set analytic.rounds to 0, or groups to 1")
-        if self.evaluation.rounds:
-            raise ValueError("an evaluation is one sum: set evaluation.rounds to 0, or groups to 1")
+        if self.counting_rounds:
+            raise ValueError("counts are one sum: set evaluation.rounds and observation.rounds to 0, or groups to 1")
         if bounds.fewest_devices == MAX_COHORT:
             raise ValueError(f"no cohort has {groups} groups with more than its corrupt devices each: take fewer")
         if (size := self.cohort.size) and size < bounds.fewest_devices:
@@ -361,18 +365,28 @@ class FederationSettings(Settings):
 
     @property
     def has_noise(self) -> bool:
-        """Whether some rounds have noise: all, or those of evaluation."""
-        return self.privacy.noisy or self.evaluation.rounds > 0
+        """Whether some rounds have noise: all, or those that count."""
+        return self.privacy.noisy or self.counting_rounds > 0
+
+    @property
+    def counting_rounds(self) -> int:
+        """How many rounds evaluate or observe."""
+        return self.evaluation.rounds + self.observation.rounds
 
     @property
     def training_rounds(self) -> int:
-        return self.rounds - self.analytic.rounds - self.evaluation.rounds
+        return self.rounds - sum(table.rounds for table in self._others.values())
+
+    @property
+    def _others(self) -> dict[str, Analytic | EvaluationRounds | ObservationRounds]:
+        """The settings of the kinds that follow the training, in their order."""
+        return {"analytic": self.analytic, "evaluation": self.evaluation, "observation": self.observation}
 
     @property
     def kinds(self) -> tuple[tuple[KindSettings, int], ...]:
         """The settings of each kind of round, and its number of rounds, in the order in which they are run."""
-        analytic, evaluation = self.analytic, self.evaluation
-        return (self.training, self.training_rounds), (analytic, analytic.rounds), (evaluation, evaluation.rounds)
+        others = ((table, table.rounds) for table in self._others.values())
+        return (self.training, self.training_rounds), *others
 
     def kind_of(self, number: int) -> type[RoundTask]:
         last = 0
@@ -419,7 +433,7 @@ class FederationSettings(Settings):
     ) -> SessionSpec:
         """Set the parameters of a session (``Aggregation.spec``), its noise calibrated to all rounds of the federation.
 
-        Rounds of all kinds have the same noise multiplier, and those of evaluation at least their own. Raises
+        Rounds of all kinds have the same noise multiplier, and those that count at least their own. Raises
         ConfigError as ``Aggregation.spec``, or where no noise meets the epsilon.
         """
         privacy = self.privacy
@@ -451,12 +465,18 @@ class FederationSettings(Settings):
     def with_evaluation(self, done: int, newest: str, previous: str) -> Self:
         """Add a round after those that are still to do, which compares two releases by ``AdapterManifest.content``. A
         comparison that is still to do is replaced. Raises ConfigError: the federation has groups."""
+        return self._with_counting("evaluation", done, {"newest": newest, "previous": previous})
+
+    def with_observation(self, done: int, asked: Mapping[str, Any]) -> Self:
+        """Add a round after those that are still to do, which observes what is ``asked``: keys of ``observation``. An
+        observation that is still to do is replaced. Raises ConfigError: a key is not valid, or there are groups."""
+        return self._with_counting("observation", done, asked)
+
+    def _with_counting(self, kind: str, done: int, asked: Mapping[str, Any]) -> Self:
         table = self.model_dump(mode="json")
-        waits = self.evaluation.rounds and done < self.rounds
+        waits = table[kind]["rounds"] and done < self.rounds
         table["rounds"] = self.rounds if waits else max(self.rounds, done) + 1
-        table["evaluation"] |= {"newest": newest, "previous": previous}
-        if not waits:
-            table["evaluation"]["rounds"] = 1
+        table[kind] |= {**asked, "rounds": table[kind]["rounds"] if waits else 1}
         return self.parse(table, SETTINGS)
 
 

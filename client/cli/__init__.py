@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": ("client.cli.chat", "chat", "Chat with the language model of a bundle.", ""),
     "learn": ("client.cli.learn", "learn", "Learn corrections on this device, or undo that.", ""),
     "personalize": ("client.cli.learn", "personalize", "Make a private adapter from this device's examples.", ""),
+    "usage": ("client.cli.usage", "usage", "Count answers on this device, show or erase the counts.", ""),
     "update": ("client.cli.update", "update", "Bring a bundle to the release of its channel.", ""),
     "web": ("client.cli.serve_web", "serve_web", "Serve a page that runs a bundle in the browser.", ""),
 }

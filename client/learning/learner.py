@@ -33,6 +33,7 @@ from client.inference.library import Library
 from client.inference.phrases import PhraseReader
 from client.inference.session import Prediction
 from client.inference.text import checked, require_plain, special_tokens
+from client.inference.usage import LEARNED, sealing_key
 from client.learning.corrections import HISTORY, MAX_FILE, Before, Correction, Lesson, LessonHistory, check_count
 from client.training import graphengine
 from client.training.control import UNLIMITED, TrainingCheckpoint, TrainingControl
@@ -70,7 +71,7 @@ from edgeadapt.methods.parts import PARTS
 from edgeadapt.rounds.analytic import BIAS, WEIGHT
 from edgeadapt.rounds.task import Task
 
-LEARNED, KEY, SEALING_KEY, LOCK = "learned", "key.pem", "sealing.key", "learn.lock"
+KEY, LOCK = "key.pem", "learn.lock"
 PERSONAL = "personal"  # the private adapter that is made of a global one
 MAX_REHEARSED = 32  # phrases
 MAX_TESTED = 32  # phrases
@@ -615,6 +616,4 @@ def _in_lesson_order(phrases: Sequence[tuple[str, str]], lesson: int) -> list[tu
 def _keys(folder: Path, entropy: Entropy) -> tuple[IdentityKey, bytes]:
     if not (folder / KEY).exists():
         storage.replace(folder / KEY, IdentityKey.generate(entropy).to_pem())
-    if not (folder / SEALING_KEY).exists():
-        storage.replace(folder / SEALING_KEY, entropy.bytes(32))
-    return read_key(folder / KEY), storage.read(folder / SEALING_KEY, 2**10)
+    return read_key(folder / KEY), sealing_key(folder, entropy)

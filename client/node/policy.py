@@ -34,6 +34,8 @@ class TrainingLimits(TaskLimits):
     device cool"""
     moments: bool = True
     """contribute the second moments of embeddings to a sum for an analytic head"""
+    observations: bool = False
+    """contribute what this device answered, if it counts that (edgeadapt device usage), to sums that have noise"""
     answer_quantum_seconds: float = Field(default=60.0, ge=0, le=86_400)
     """offers and plans are answered at a multiple of this time after they arrived, in seconds; 0: at once. The multiple
     still shows coarsely how long training took, unless this is above the longest"""

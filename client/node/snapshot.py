@@ -22,9 +22,10 @@ from aggregation.errors import TrustError
 from aggregation.masks import KEY, derive
 from aggregation.messages import DIGEST, Plan, Uint32
 from aggregation.wire import Codec
+from client.inference.usage import USAGE_DAYS, UsageDay
 from client.training.examples import MAX_FILE
 
-_MAGIC = b"edgeadapt/snapshot/2\x00"
+_MAGIC = b"edgeadapt/snapshot/3\x00"
 
 
 class Draw(Enum):
@@ -40,12 +41,14 @@ class Snapshot:
     """A device's training inputs for the rounds of a session that are still to come.
 
     Law: ``open(seal(s, k, j), k, j) == s``. ``examples``: content of the examples file, b"" if it could not be read;
-    ``first``: the first round that is still to come.
+    ``first``: the first round that is still to come; ``usage``: what the device counted of its answers on past days,
+    nothing if its owner contributes nothing of it.
     """
 
     secret: Annotated[bytes, wire.fixed(KEY)] = field(repr=False)
     examples: Annotated[bytes, wire.blob(MAX_FILE)] = field(repr=False)
     first: Uint32 = 1
+    usage: Annotated[tuple[UsageDay, ...], USAGE_DAYS] = field(default=(), repr=False)
 
     def seal(self, key: bytes, share_key: bytes) -> bytes:
         """Encrypt the snapshot with the device's sealing key. ``share_key``: the public share encryption key with which

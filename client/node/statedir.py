@@ -6,6 +6,7 @@ newest revocation list are replaced in the same way; none of them is secret. Wha
 well (``snapshot``), and so are the parts of an adapter that are not shared (``privateparts``).
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from aggregation.transcript import logstate
 from aggregation.transcript.logstate import LogState
 from aggregation.wire import Codec
 from client.inference.trust import Trust
+from client.inference.usage import Usage, UsageDay, today
 from client.node.adapterstate import ADAPTER_STATE, AdapterState
 from client.node.devicestate import R, Record
 from client.node.eligibility import EligibilitySettings
@@ -83,6 +85,7 @@ KEPT: Mapping[type[Any], tuple[str, Codec[Any] | None]] = {
 }
 
 Read = TypeVar("Read")
+log = logging.getLogger("edgeadapt.device")
 
 
 class DeviceSettings(Settings):
@@ -255,7 +258,19 @@ class DeviceStateDir:
 
     def take_snapshot(self, examples: bytes, share_key: bytes) -> None:
         """Seal what this device trains on in the session that it joins. ``share_key``: as for ``Snapshot.seal``."""
-        self.save_snapshot(Snapshot(self.entropy.bytes(KEY), examples), share_key)
+        self.save_snapshot(Snapshot(self.entropy.bytes(KEY), examples, usage=self._usage()), share_key)
+
+    def _usage(self) -> tuple[UsageDay, ...]:
+        """What this device counted of its answers until yesterday; none if its owner contributes none of it."""
+        bundle = Path(self.settings.base)
+        if not self.policy.observations or not (bundle / BASE_MANIFEST).is_file():
+            return ()
+        try:
+            found = Usage.read(bundle)
+        except TrustError as error:
+            log.warning("no counts of answers for this session: %s", error, extra={"about": error.about})
+            return ()
+        return found.before(today()).days if found else ()
 
     def save_snapshot(self, snapshot: Snapshot, share_key: bytes) -> None:
         """Seal a snapshot, and replace the old one atomically. ``share_key``: as for ``Snapshot.seal``."""

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from aggregation.messages import Plan
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR, refused
 from aggregation.spec import SessionSpec
+from client.inference.usage import Usage
 from client.node.eligibility import EligibilityError
 from client.node.keptstates import StatesFile
 from client.node.policy import TrainingLimits
@@ -209,6 +210,9 @@ class LocalRound:
         from client.training.evaluate import own_counts  # ONNX Runtime: only some devices train with it
 
         return own_counts(self.device.base.folder.parent, task, self.held_out[: task.most])
+
+    def used(self, since: int, days: int) -> Mapping[str, int]:
+        return Usage(self.snapshot.usage).counts(since, days)
 
     @property
     def _counted(self) -> tuple[Example, ...]:

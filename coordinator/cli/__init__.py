@@ -24,6 +24,7 @@ COORDINATOR = {
     "status": (HERE, "status", "Show services, versions, dropouts; each round.", "coordinator"),
     "dashboard": (HERE, "dashboard", "Serve a live page, and metrics for Prometheus.", "coordinator"),
     "evaluate": (HERE, "evaluate", "Let the next round compare the two releases of a rollout.", "coordinator"),
+    "observe": (HERE, "observe", "Let the next round sum what devices answered.", "coordinator"),
     "migrate": ("coordinator.cli.migrate", "migrate", "Go on from another base, if it is as good.", "coordinator"),
     "tls-request": (HERE, "tls_request", "Make the gateway's next TLS key, and a request.", "coordinator"),
     "backup": (HERE, "backup", "Copy the coordinator to a file, while it runs.", "coordinator"),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from logging import INFO, WARNING, LogRecord
 from pathlib import Path
 from types import FrameType
@@ -339,6 +339,58 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
     row = {"round": settings.rounds, "newest": newest, "previous": previous}
     line = f"round {settings.rounds} compares {newest[:16]} with {previous[:16]}"
     print_result(row, f"{line}: run it with 'edgeadapt coordinator run'", as_json)
+
+
+@click.command()
+@directory
+@click.option(
+    "--of",
+    "histograms",
+    multiple=True,
+    type=click.Choice(["labels", "probability", "doubt", "unknown", "latency", "adapter", "lessons"]),
+    help="What to observe; may be repeated, and each adds to the noise of all.  [default: doubt]",
+)
+@click.option("--days", type=click.IntRange(1, 31), default=7, show_default=True, help="Number of days.")
+@click.option(
+    "--until", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="Last of the days.  [default: yesterday, in UTC]"
+)
+@click.option("--release", "releases", multiple=True, metavar="SHA256", help="With --of adapter: a release's adapter.")
+@as_json
+def observe(
+    state_dir: Path,
+    histograms: tuple[str, ...],
+    days: int,
+    until: datetime | None,
+    releases: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Add a round of observation to the federation of DIR, after those that are still to do.
+
+    In it devices train nothing: each whose owner allows it (policy.observations) and that counted 20 answers or more
+    ('edgeadapt device usage --on') contributes the shares of its answers on these days. The round sums them, with the
+    noise of observation.noise_multiplier. The settings in DIR/federation.toml are written again. 'edgeadapt release
+    drift' compares the last two observations.
+
+    \b
+    Examples:
+      edgeadapt coordinator observe fleet
+      edgeadapt coordinator observe fleet --of doubt --of labels --days 14
+    """
+    from coordinator.settings import SETTINGS
+    from coordinator.statedir import HEADER, CoordinatorStateDir
+
+    last = until.date() if until else datetime.now(UTC).date() - timedelta(days=1)
+    if last >= datetime.now(UTC).date():
+        raise ConfigError(f"{last} is not over: devices contribute past days only", about="--until")
+    opened, since = CoordinatorStateDir.open(state_dir), (last - date(1970, 1, 1)).days - days + 1
+    named = histograms or ("doubt",)
+    asked = {"histograms": list(named), "since": since, "days": days, "releases": list(releases)}
+    with opened.locked():
+        done = len(opened.registry.rounds())
+        settings = opened.settings.with_observation(done, asked)
+        storage.replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
+    line = f"round {settings.rounds} observes {', '.join(named)} of {days} days until {last}"
+    print_result({"round": settings.rounds, **asked}, f"{line}: run it with 'edgeadapt coordinator run'", as_json)
 
 
 @click.command()

@@ -16,6 +16,7 @@ RELEASE = {
     "rollout": (f"{HERE}.promotion", "rollout", "Say which devices get the newest release.", ""),
     "rollback": (f"{HERE}.promotion", "rollback", "Publish an earlier release again.", ""),
     "watch": (f"{HERE}.promotion", "watch", "Roll a channel back when an evaluation demands it.", ""),
+    "drift": (f"{HERE}.promotion", "drift", "Say whether a fleet's answers have changed.", ""),
     "versions": (f"{HERE}.versions", "versions", "List versions; show, compare or itemize one.", "governance"),
 }
 AUDIT = {

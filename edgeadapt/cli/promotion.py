@@ -251,6 +251,33 @@ def watch(
             time.sleep(interval)
 
 
+@click.command()
+@click.argument("state_dir", type=FOLDER, metavar="DIR")
+@trusted
+@as_json
+def drift(state_dir: Path, trust: Path | None, as_json: bool) -> None:
+    """Say whether the answers of the fleet of DIR have changed between its last two rounds of observation.
+
+    'edgeadapt coordinator observe' adds such a round. Where nothing has changed, a change is found with a probability
+    of 5 % at most. The exit code is 6 if the answers have changed.
+
+    \b
+    Example:
+      edgeadapt release drift fleet
+    """
+    from edgeadapt.promotion.drift import compare, observations
+
+    found = observations(state_dir, trust)
+    if len(found) < 2:
+        reason = f"{state_dir} has {len(found)} rounds of observation, and two are compared"
+        raise ConfigError(f"{reason}: add one with 'edgeadapt coordinator observe {state_dir}'", about="observation")
+    drifts = compare(*found[-2:])
+    rows = [asdict(one) for one in drifts.histograms]
+    print_result({"rounds": drifts.rounds, "changed": drifts.found, "histograms": rows}, str(drifts), as_json)
+    if drifts.found:
+        raise gates.GateError("the answers of the fleet have changed: look at what devices are asked", about="drift")
+
+
 def _verdict(releases: Path, state_dir: Path, trust: Path | None, channel: str, adapter: str, as_json: bool) -> None:
     """Print the verdict on the release that a channel rolls out. Raises GateError: it is worse."""
     repository = open_repository(releases)

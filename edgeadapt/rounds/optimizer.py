@@ -179,6 +179,11 @@ class Evaluation(_NoStep):
     """Names the rule of a round that only counts (``edgeadapt.rounds.evaluation``)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Observation(_NoStep):
+    """Names the rule of a round that only observes (``edgeadapt.rounds.observation``)."""
+
+
 def _require_optimizer(name: str, kind: type[ServerOptimizer]) -> None:
     """Check that a class can be a server optimizer: a manifest must have all that it depends on."""
     frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen
@@ -199,7 +204,7 @@ OPTIMIZERS = Extensions[type[ServerOptimizer]](
     {kind.__name__.lower(): kind for kind in _OURS},
     _require_optimizer,
 )
-_NO_STEPS: dict[str, type[ServerOptimizer]] = {kind.__name__: kind for kind in (AnalyticHead, Evaluation)}
+_NO_STEPS: dict[str, type[ServerOptimizer]] = {kind.__name__: kind for kind in (AnalyticHead, Evaluation, Observation)}
 
 
 def name_of(rule: ServerOptimizer) -> str:

@@ -75,6 +75,8 @@ class DeviceRound(Protocol):
 
     def right_answers(self, task: Any) -> Vector: ...  # of the release in the device's bundle (``evaluation``)
 
+    def used(self, since: int, days: int) -> Mapping[str, int]: ...  # what it answered in days (``observation``)
+
 
 @dataclass(frozen=True, slots=True)
 class SummedRound:

@@ -18,7 +18,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ProtocolError
 from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
-from aggregation.spec import COUNTS, Privacy
+from aggregation.spec import COUNTS, OBSERVED, Privacy
 from aggregation.vector import Segment, VectorSpec
 from client.inference.session import ClassificationSession
 from client.node.statedir import SETTINGS
@@ -133,16 +133,19 @@ def test_the_noise_that_devices_demand_is_as_large_as_all_that_one_device_can_co
     assert audit_failures(hostile.fleet.out / "coordinator") == set()
 
 
+@pytest.mark.parametrize("counted", [COUNTS, OBSERVED])
 @pytest.mark.parametrize("multiplier", [0.0, BARE, 0.99])
-def test_a_session_with_less_noise_is_refused_before_it_begins(multiplier: float, spec_of: Callable[..., Any]) -> None:
+def test_a_session_with_less_noise_is_refused_before_it_begins(
+    multiplier: float, counted: str, spec_of: Callable[..., Any]
+) -> None:
     norm, honest = 2**0.5 * MOST, spec_of(DEVICES).minimum_survivors - 1
     policy = Policy(known_bases=frozenset({BASE}))
 
     def session(noise: float) -> Any:
         bounds: dict[str, Any] = {"ring_bits": 32, "max_clients": DEVICES}
         if not noise:
-            return spec_of(DEVICES, vector=VectorSpec((Segment(COUNTS, 4, float(MOST)),), **bounds))
-        vector = noisy_spec(COUNTS, 4, Bounds(norm, 1, 32, DEVICES, noise * norm / honest**0.5))
+            return spec_of(DEVICES, vector=VectorSpec((Segment(counted, 4, float(MOST)),), **bounds))
+        vector = noisy_spec(counted, 4, Bounds(norm, 1, 32, DEVICES, noise * norm / honest**0.5))
         own = {"clip_norm": norm, "weight_cap": 1, "privacy": Privacy(Mechanism.SKELLAM, honest, 1e-6)}
         return spec_of(DEVICES, vector=vector, **own)
 

@@ -23,6 +23,7 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import PARTS
 from edgeadapt.rounds.analytic import AnalyticTask
 from edgeadapt.rounds.evaluation import EvaluationTask
+from edgeadapt.rounds.observation import ObservationTask
 from edgeadapt.rounds.roundtask import RoundTask
 from edgeadapt.rounds.task import Task
 from tests.support import refused
@@ -123,11 +124,17 @@ def test_the_document_says_what_a_weaker_value_of_each_limit_on_privacy_costs() 
 
 # What bounds each key of a task.
 
-KINDS: dict[type[RoundTask], str] = {Task: "training", AnalyticTask: "analytic head", EvaluationTask: "evaluation"}
+KINDS: dict[type[RoundTask], str] = {
+    Task: "training",
+    AnalyticTask: "analytic head",
+    EvaluationTask: "evaluation",
+    ObservationTask: "observation",
+}
 TASKS = (
     Task(PeftConfig.lora(2, 4), ("a", "b"), 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS),
     AnalyticTask(PeftConfig.lora(2, 4), ("a", "b"), 1e-3, 16.0),
     EvaluationTask(PeftConfig.lora(2, 4), ("a", "b"), "a" * 64, "b" * 64, 32),
+    ObservationTask(PeftConfig.lora(2, 4), ("a", "b"), ("doubt",), 20_000, 7),
 )
 
 

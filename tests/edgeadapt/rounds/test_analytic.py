@@ -485,12 +485,12 @@ def test_the_strength_is_the_one_that_cross_validation_on_the_examples_chooses(
     count: int, d: int, noise: float, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    rows, truth = unit(rng.normal(size=(count, d)) * np.geomspace(1, 0.05, d)), rng.normal(size=(d, LABELS))
-    labels = (rows @ truth + noise * rng.normal(size=(count, LABELS))).argmax(1)
-    moments = moments_of(rows, labels, LABELS)
+    rows, truth = unit(rng.normal(size=(count, d)) * np.geomspace(1, 0.05, d)), rng.normal(size=(d, CLASSES))
+    labels = (rows @ truth + noise * rng.normal(size=(count, CLASSES))).argmax(1)
+    moments = moments_of(rows, labels, CLASSES)
     found = cross_validated(moments)
     assert found == cross_validated(moments)
-    scores = scores_of(rows, np.eye(LABELS)[labels])
+    scores = scores_of(rows, np.eye(CLASSES)[labels])
     place = [strength * count for strength in STRENGTHS].index(found)
     decades = scores[::4]
     first = next((i for i in range(len(decades) - 1) if not decades[i + 1] < decades[i]), len(decades) - 1)
@@ -503,13 +503,13 @@ def test_examples_that_repeat_each_other_are_not_nearly_interpolated() -> None:
     gains, d, templates = list[float](), 40, 30
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        truth, said = rng.normal(size=(d, LABELS)), rng.normal(size=(templates, d))
+        truth, said = rng.normal(size=(d, CLASSES)), rng.normal(size=(templates, d))
         rows = unit(np.repeat(said, 2, axis=0) + 0.3 * rng.normal(size=(2 * templates, d)))
-        labels = np.repeat((said @ truth + 4 * rng.normal(size=(templates, LABELS))).argmax(1), 2)
-        plain = STRENGTHS[int(np.argmin(scores_of(rows, np.eye(LABELS)[labels], inflation=1.0)))] * len(rows)
-        moments, new = moments_of(rows, labels, LABELS), rng.normal(size=(400, d))
+        labels = np.repeat((said @ truth + 4 * rng.normal(size=(templates, CLASSES))).argmax(1), 2)
+        plain = STRENGTHS[int(np.argmin(scores_of(rows, np.eye(CLASSES)[labels], inflation=1.0)))] * len(rows)
+        moments, new = moments_of(rows, labels, CLASSES), rng.normal(size=(400, d))
         accuracy = [
-            ((new @ ridge(moments, np.zeros((d, LABELS)), strength)).argmax(1) == (new @ truth).argmax(1)).mean()
+            ((new @ ridge(moments, np.zeros((d, CLASSES)), strength)).argmax(1) == (new @ truth).argmax(1)).mean()
             for strength in (plain, cross_validated(moments))
         ]
         gains.append(accuracy[1] - accuracy[0])

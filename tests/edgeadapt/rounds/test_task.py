@@ -21,6 +21,7 @@ from edgeadapt.methods.parts import PARTS, Part
 from edgeadapt.rounds import taskkinds
 from edgeadapt.rounds.analytic import AnalyticTask, ClassifierHead, moment_spec
 from edgeadapt.rounds.evaluation import RENEWAL, SIZE, EvaluationTask, evaluated, renewed
+from edgeadapt.rounds.observation import ObservationTask
 from edgeadapt.rounds.roundtask import RoundTask
 from edgeadapt.rounds.sums import UNIFORMS, Bounds, noisy_vector
 from edgeadapt.rounds.sums import published as metrics_of
@@ -268,11 +269,12 @@ TRAINING = Task(CONFIG, LABELS, 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS)
 ANALYTIC = AnalyticTask(CONFIG, LABELS, 1e-3, 16.0)
 NOISY = AnalyticTask(CONFIG, LABELS, "gcv", 16.0, dimensions=4)
 EVALUATION = EvaluationTask(CONFIG, LABELS, "a" * 64, "b" * 64, 32)
+OBSERVATION = ObservationTask(CONFIG, LABELS, ("doubt", "labels"), 20_000, 7, ("a" * 64,))
 HEAD_LAYOUT = Layout((TensorSpec("m.classifier.bias", (2,)), TensorSpec("m.classifier.weight", (2, 5))))
 BOUNDS = {"weight_cap": 100, "ring_bits": 32, "max_clients": 3}
 
 
-TASKS = (TRAINING, ANALYTIC, NOISY, EVALUATION)
+TASKS = (TRAINING, ANALYTIC, NOISY, EVALUATION, OBSERVATION)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,0 +1,56 @@
+"""``edgeadapt device usage``: what a device counts of its own answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aggregation.errors import ConfigError
+from client.cli.options import printable
+from client.inference.usage import EPOCH, KEPT, Usage, begin, day_of, erase, today
+from edgeadapt import commandline
+from edgeadapt.rounds.observation import described
+
+
+@click.command()
+@commandline.bundle()
+@click.option("--on", "on", is_flag=True, help="Count answers from now on.")
+@click.option("--erase", "gone", is_flag=True, help="Delete all counts, and count nothing from now on.")
+@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="Show the days from DATE on.")
+@commandline.as_json
+def usage(bundle: Path, on: bool, gone: bool, since: Any, as_json: bool) -> None:
+    """Show what this device counts of its own answers, which no text is a part of; by default it counts nothing.
+
+    Counted are answers by label, probability, unknown tokens, latency and adapter, and corrections, for each of the
+    last 62 days, encrypted next to the bundle. Only if policy.observations is set in device.toml, a round of
+    observation takes shares of these counts, of past days and with noise, and nothing else.
+
+    \b
+    Examples:
+      edgeadapt device usage --bundle phone/bundle --on
+      edgeadapt device usage --bundle phone/bundle --since 2026-12-01
+      edgeadapt device usage --bundle phone/bundle --erase
+    """
+    if on and gone:
+        raise ConfigError("--on counts answers and --erase ends that: give one of them", about="--on")
+    if on:
+        begin(bundle)
+    if gone:
+        erase(bundle)
+    first = (since.date() - EPOCH).days if since else today() - KEPT
+    found = Usage.read(bundle)
+    days = [one for one in found.days if one.day >= first] if found else []
+    if as_json:
+        rows = [{"day": str(day_of(one.day)), "counts": dict(one.counts)} for one in days]
+        click.echo(json.dumps({"counting": found is not None, "days": rows}, ensure_ascii=False))
+        return
+    if found is None:
+        click.echo("this device counts none of its answers: --on begins")
+        return
+    if not days:
+        click.echo("nothing was counted yet" if since is None else f"nothing was counted since {since.date()}")
+    for one in days:
+        click.echo(f"{day_of(one.day)}  {one.counts.get('lessons/answered', 0)} answers")
+        for key, count in sorted(one.counts.items()):
+            click.echo(f"  {printable(described(key))}  {count}")

@@ -1,0 +1,150 @@
+"""What a device counts of its own answers, if its owner wants it: numbers by day, encrypted next to the bundle.
+
+::
+
+    learned/usage.sealed     the counts of the last ``KEPT`` days; without it nothing is counted
+    learned/sealing.key      encrypts it
+
+No text is kept. A round of observation may ask for sums of them (``edgeadapt.rounds.observation``).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+
+from aggregation import sealed, wire
+from aggregation.entropy import Entropy, SystemEntropy
+from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
+from aggregation.wire import Codec
+from edgeadapt.formats import storage
+from edgeadapt.formats.manifest import AdapterManifest
+from edgeadapt.rounds.observation import LESSONS, keys
+
+if TYPE_CHECKING:  # imports ONNX Runtime
+    from client.inference.session import Ranking
+
+LEARNED, SEALING_KEY, USAGE, LOCK = "learned", "sealing.key", "usage.sealed", "usage.lock"
+KEPT = 62  # days
+MOST_KEYS = 4096  # of a day; an answer with a new one is not counted beyond it
+LARGEST = 2**26  # bytes
+EPOCH = date(1970, 1, 1)
+_KEY: Codec[str] = Codec(
+    lambda out, value: wire.blob(2**14).write(out, value.encode()),
+    lambda source: wire.blob(2**14).read(source).decode(),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageDay:
+    """``day``: since 1970, in UTC. ``counts``: by ``observation.keys``."""
+
+    day: Annotated[int, wire.uint(32)]
+    counts: Annotated[Mapping[str, int], wire.mapping(_KEY, wire.uint(32), MOST_KEYS)]
+
+
+USAGE_DAYS = wire.sequence(wire.record(UsageDay), KEPT)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage(sealed.SealedRecord):
+    """Counts of the last days, oldest first. Law: ``open(seal(u, k), k) == u``."""
+
+    MAGIC: ClassVar[bytes] = b"edgeadapt/usage/1\x00"
+
+    days: Annotated[tuple[UsageDay, ...], USAGE_DAYS] = ()
+
+    def counts(self, since: int, days: int) -> Counter[str]:
+        """Sum the counts of ``days`` days from ``since`` on."""
+        total = Counter[str]()
+        for one in self.days:
+            if since <= one.day < since + days:
+                total.update(one.counts)
+        return total
+
+    def before(self, day: int) -> Self:
+        """Keep what will not change any more on that day: a difference of two sums then shows no single answer."""
+        return replace(self, days=tuple(one for one in self.days if one.day < day))
+
+    def plus(self, day: int, found: Iterable[str]) -> Self:
+        """Add one to each key's count on a day."""
+        counts = Counter(next((one.counts for one in self.days if one.day == day), {}))
+        counts.update(found)
+        counts = Counter(dict(list(counts.items())[:MOST_KEYS]))
+        others = [one for one in self.days if one.day != day and one.day > day - KEPT]
+        return replace(self, days=tuple(sorted([*others, UsageDay(day, counts)], key=lambda one: one.day)[-KEPT:]))
+
+    @classmethod
+    def read(cls, bundle: Path) -> "Usage | None":
+        """Read what is kept next to a bundle; None: nothing is counted. Raises TrustError: it is damaged."""
+        folder = _folder(bundle)
+        if not (folder / USAGE).exists():
+            return None
+        try:
+            return cls.open(storage.read(folder / USAGE, LARGEST), sealing_key(folder))
+        except (TrustError, ConfigError, DataError, ProtocolError, ValueError) as error:
+            reason = f"{folder / USAGE} is damaged: begin again with 'edgeadapt device usage --erase' and --on"
+            raise TrustError(reason, about=USAGE) from error
+
+    def write(self, bundle: Path) -> None:
+        storage.replace(_folder(bundle) / USAGE, self.seal(sealing_key(_folder(bundle))))
+
+
+def today() -> int:
+    return (datetime.now(UTC).date() - EPOCH).days
+
+
+def day_of(number: int) -> date:
+    return EPOCH + timedelta(days=number)
+
+
+def counts_usage(bundle: storage.File) -> bool:
+    """Check, at the cost of a look at the disk, whether answers are counted."""
+    return (_folder(Path(bundle)) / USAGE).exists()
+
+
+def begin(bundle: Path) -> None:
+    """Count answers from now on; what was counted stays."""
+    folder = _folder(bundle)
+    folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
+    with storage.locked(folder / LOCK):
+        if not (folder / USAGE).exists():
+            Usage().write(bundle)
+
+
+def erase(bundle: Path) -> None:
+    """Delete all counts, and count nothing from now on."""
+    (_folder(bundle) / USAGE).unlink(missing_ok=True)
+
+
+def count(bundle: Path, found: Iterable[str]) -> None:
+    """Add keys to the counts of today, if answers are counted. Raises as ``Usage.read``."""
+    if not counts_usage(bundle):
+        return
+    with storage.locked(_folder(bundle) / LOCK):
+        if usage := Usage.read(bundle):
+            usage.plus(today(), found).write(bundle)
+
+
+def answer_keys(ranking: "Ranking", seconds: float, used: AdapterManifest) -> list[str]:
+    """Return the keys to which an answer of an adapter adds one; ``seconds``: how long it took."""
+    best = ranking.predictions[0] if ranking.predictions else None
+    label, probability = (best.label, best.probability) if best else (None, 0.0)
+    return keys(label, probability, ranking.unknown, seconds, used.content)
+
+
+def lesson_key(*, undone: bool) -> str:
+    return f"lessons/{LESSONS[2 if undone else 1]}"
+
+
+def sealing_key(folder: Path, entropy: Entropy | None = None) -> bytes:
+    """Read the key that encrypts what is in the folder ``LEARNED``, which the first call draws."""
+    if not (folder / SEALING_KEY).exists():
+        storage.replace(folder / SEALING_KEY, (entropy or SystemEntropy()).bytes(32))
+    return storage.read(folder / SEALING_KEY, 2**10)
+
+
+def _folder(bundle: Path) -> Path:
+    return storage.real(bundle).parent / LEARNED

@@ -1,0 +1,80 @@
+"""Whether a fleet's answers have changed: how often the test says so where nothing has, and where something has."""
+
+import numpy as np
+import pytest
+
+from aggregation.errors import ConfigError
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.promotion.drift import Observed, compare
+from edgeadapt.rounds.observation import LEAST, LONGEST, PRESENT, ObservationRounds, ObservationTask
+from tests.support import refused
+
+LABELS, FLEET, ANSWERS = tuple(f"l{i}" for i in range(18)), 200, 40
+# The noise multiplier of the settings, of the devices that a round must count on: a sum of all has a third more.
+MULTIPLIER = 4.5 * 1.37
+NEW = np.array([*[0.25] * 3, *[0.25 / 15] * 15])  # labels that answers to new intents get
+
+
+def task_of(histogram: str) -> ObservationTask:
+    return ObservationTask(PeftConfig.lora(), LABELS, (histogram,), 20_000, 7)  # type: ignore[arg-type]
+
+
+def observed(
+    number: int, rng: np.random.Generator, habits: np.ndarray, histogram: str, new: float = 0.0, alone: float = 0.0
+) -> Observed:
+    """Sum the contributions of a fleet with these ``habits``: the share of doubt of each device, or of each label.
+
+    A share of ``new`` of all answers are to new intents; ``alone``: of the devices are not in the other round.
+    """
+    own = habits.copy()
+    others = rng.random(FLEET) < alone
+    own[others] = habits_of(rng, histogram)[others]
+    answers = np.maximum(LEAST, rng.poisson(ANSWERS, FLEET))
+    fresh = rng.binomial(answers, new)
+    if histogram == "doubt":
+        shares = ((rng.binomial(answers - fresh, own) + rng.binomial(fresh, 0.95)) / answers)[:, None]
+    else:
+        shares = (rng.multinomial(answers - fresh, own) + rng.multinomial(fresh, NEW)) / answers[:, None]
+        shares = np.concatenate([shares, np.zeros((FLEET, 1))], 1)  # no text without an answer
+    lengths = np.linalg.norm(shares, axis=1, keepdims=True)
+    shares = shares * np.minimum(1, LONGEST / np.maximum(lengths, 1e-12))
+    noise = MULTIPLIER * ObservationRounds(histograms=(histogram,)).bound(1.0, False)  # type: ignore[arg-type]
+    sums = shares.sum(0) + rng.normal(0, noise, shares.shape[1])
+    devices = FLEET + rng.normal(0, noise) / PRESENT
+    names = frozenset(f"{number if gone else ''}/{i}" for i, gone in enumerate(others))
+    return Observed(number, task_of(histogram), devices, {histogram: sums}, noise, names)
+
+
+def habits_of(rng: np.random.Generator, histogram: str) -> np.ndarray:
+    return rng.beta(1.5, 10, FLEET) if histogram == "doubt" else rng.dirichlet(np.full(18, 0.5), FLEET)
+
+
+def alarms(histogram: str, runs: int, *, new: float = 0.0, alone: float = 0.0) -> float:
+    """Share of comparisons that say that the answers have changed."""
+    found = 0
+    for seed in range(runs):
+        rng = np.random.default_rng([seed, len(histogram)])
+        habits = habits_of(rng, histogram)
+        before = observed(1, rng, habits, histogram, alone=alone)
+        found += compare(before, observed(2, rng, habits, histogram, new, alone)).found
+    return found / runs
+
+
+@pytest.mark.parametrize(("histogram", "alone"), [("doubt", 0.0), ("doubt", 0.3), ("labels", 0.0), ("labels", 0.3)])
+def test_where_nothing_has_changed_an_alarm_is_rare(histogram: str, alone: float) -> None:
+    # Of 1,000 runs at the nominal 5 %, more than 76 are alarms with a probability below 1e-4.
+    assert alarms(histogram, 1000, alone=alone) <= 0.076
+
+
+def test_one_new_answer_in_ten_is_found_with_200_devices() -> None:
+    assert alarms("doubt", 300, new=0.1) >= 0.85  # 0.9, less three standard deviations of 300 runs
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    doubt = observed(1, rng, habits_of(rng, "doubt"), "doubt")
+    with refused(ConfigError, "observation.histograms"):
+        compare(doubt, observed(2, rng, habits_of(rng, "labels"), "labels"))
+    few = Observed(2, doubt.task, 3.0, doubt.sums, doubt.noise, doubt.survivors)
+    with refused(ConfigError, "observation.histograms"):
+        compare(doubt, few)

@@ -1,0 +1,116 @@
+"""Rounds of observation with the real apps: what devices counted on past days is summed, and a change is found.
+
+The devices have bundles of a channel, as those that are evaluated. The base is tiny, and so is the noise.
+"""
+
+import json
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from aggregation.errors import ConfigError
+from client.inference.usage import Usage, begin, today
+from client.node.privacyledger import PrivacyLedger
+from client.node.statedir import SETTINGS
+from edgeadapt.bases.base import Base
+from edgeadapt.promotion.gates import GateError
+from edgeadapt.rounds.observation import DEVICES, NOISE, keys
+from export.bundle.sources import from_registry
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import Profile
+from export.onnx.slotted import with_mean_head
+from tests.support import refused
+from tests.support.hostile import audit_failures
+from tests.support.rollout import NOISE as BARE
+from tests.support.rollout import StagedFleet, run
+
+FLEET, ANSWERS, WEEK = 8, 40, 7
+BEFORE, AFTER = today() - 2 * WEEK, today() - WEEK  # first days of two weeks, of which the second ended yesterday
+
+
+def answered(bundle: Path, first: int, doubtful: int, adapter: str) -> None:
+    """Count 40 answers a week, so many of them with a low probability, on the days from ``first`` on."""
+    found = Usage.read(bundle) or Usage()
+    for number in range(ANSWERS):
+        probability = 0.2 if number < doubtful else 0.97
+        found = found.plus(first + number % WEEK, keys("on", probability, 0.0, 0.01, adapter))
+    found.write(bundle)
+
+
+@pytest.fixture
+def staged(app_fleet_of: Callable[..., Any], tiny_base: Base) -> StagedFleet:
+    exported = export_classifier(with_mean_head(tiny_base, ["query", "value"]), tiny_base, Profile.FP32, training=True)
+    settings = {"observation__noise_multiplier": BARE, "aggregation__keep_masked_inputs": True}
+    found = StagedFleet.of(app_fleet_of(FLEET, rounds=1, **settings, aggregation__ring_bits=32), exported)
+    found.publish("stable", from_registry(found.fleet.out / "coordinator", 0, None), 1)
+    found.join()
+    found.update()
+    return found
+
+
+def agree(staged: StagedFleet, **policy: object) -> None:
+    for device in staged.devices:
+        file = staged.fleet.state_dir(device).folder / SETTINGS
+        settings = tomllib.loads(file.read_text())
+        settings["policy"] |= {"observations": True, **policy}
+        file.write_text(tomli_w.dumps(settings))
+
+
+def test_what_devices_answered_is_summed_by_week_and_a_change_is_found(staged: StagedFleet) -> None:
+    fleet, folder = staged.fleet, staged.fleet.out / "coordinator"
+    fleet.federate(fleet.grid())
+    agree(staged)
+    counting = staged.devices[:-1]  # the last device counts nothing
+    for device in counting:
+        begin(staged.bundle(device))
+        answered(staged.bundle(device), BEFORE, 4, "a" * 64)
+        answered(staged.bundle(device), AFTER, 10, "b" * 64)
+        answered(staged.bundle(device), today(), 40, "b" * 64)  # a day that is not over
+    spent = {device: fleet.state_dir(device).load(PrivacyLedger) for device in staged.devices}
+
+    last = datetime.now(UTC).date() - timedelta(days=WEEK + 1)
+    ask = ("coordinator", "observe", folder, "--of", "doubt", "--of", "adapter", "--release", "b" * 64, "--days", WEEK)
+    row = json.loads(run(*ask, "--until", last, "--json"))
+    assert (row["round"], row["since"]) == (2, BEFORE)
+    record = fleet.federate(fleet.grid())[-1]
+    assert record.metrics[DEVICES] == pytest.approx(len(counting), abs=0.5)
+    assert record.metrics["doubt.0"] == pytest.approx(0.1 * len(counting), abs=8 * record.metrics[NOISE])
+    assert record.metrics["adapter.0"] == pytest.approx(0.0, abs=8 * record.metrics[NOISE])
+    with refused(ConfigError, "observation"):
+        run("release", "drift", folder)
+
+    run(*ask)
+    record = fleet.federate(fleet.grid())[-1]
+    assert record.metrics["doubt.0"] == pytest.approx(0.25 * len(counting), abs=8 * record.metrics[NOISE])
+    assert record.metrics["adapter.0"] == pytest.approx(0.3 * len(counting), abs=8 * record.metrics[NOISE])
+    with refused(GateError, "drift"):
+        run("release", "drift", folder)
+    assert audit_failures(folder) == set()
+    for device in staged.devices:
+        ledger = fleet.state_dir(device).load(PrivacyLedger)
+        assert ledger != spent[device]  # also of a device that counts nothing
+    assert fleet.registry().version(3).manifest.rule.name == "Observation"
+    with refused(ConfigError, "--until"):
+        run(*ask, "--until", datetime.now(UTC).date())
+
+
+def test_counts_of_a_session_are_those_of_its_begin(staged: StagedFleet) -> None:
+    """An answer after it, or counts that are erased, change nothing that the device contributes to it."""
+    agree(staged)
+    device = staged.devices[0]
+    state = staged.fleet.state_dir(device)
+    begin(staged.bundle(device))
+    answered(staged.bundle(device), AFTER, 10, "b" * 64)
+    state.take_snapshot(b"", b"k" * 32)
+    before = state.load_snapshot(b"k" * 32)
+    assert Usage(before.usage).counts(AFTER, WEEK) == Counter(Usage.read(staged.bundle(device)).counts(AFTER, WEEK))  # type: ignore[union-attr]
+    run("device", "usage", "--bundle", staged.bundle(device), "--erase")
+    assert state.load_snapshot(b"k" * 32) == before
+    state.take_snapshot(b"", b"k" * 32)
+    assert state.load_snapshot(b"k" * 32).usage == ()
