@@ -344,8 +344,14 @@ def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(tab:
         ({"newest": "x"}, "task.newest"),
         ({"most": 2**16 + 1}, "task.most"),
         ({"more": 1}, "task.more"),
+        ({"histograms": ["doubt"]}, "task.observations"),  # which a tab does not count
     ):
-        task = b64(jsontext.encode(json.loads(newest.encode()) | change))
+        table = {
+            key: value
+            for key, value in json.loads(newest.encode()).items()
+            if "histograms" not in change or key != "newest"
+        }
+        task = b64(jsontext.encode(table | change))
         changed = sound | {
             "plan": sound["plan"] | {"task": task},
             "examples": None,
