@@ -30,7 +30,7 @@ from edgeadapt.rounds.sums import UNIFORMS, Bounds
 from tests.support.fleet import session_spec
 from tests.support.hostile import audit_failures
 
-D, LABELS, DEVICES, SCALE = 24, 6, 12, 16.0
+D, LABELS, DEVICES, SCALE = 24, 6, 12, analytic.Analytic().scale
 TASK = AnalyticTask(PeftConfig("LORA", 2, 4, ("query",)), tuple("abcdef"), 2e-4, SCALE)
 BEFORE: Tensors = {WEIGHT: np.ones((LABELS, D), np.float32), BIAS: np.zeros(LABELS, np.float32)}
 
@@ -193,4 +193,4 @@ def test_without_the_check_they_make_the_head(app_fleet_of: Any, monkeypatch: py
     monkeypatch.setattr(analytic, "fewest_examples", lambda labels: 0)
     fleet, record = federate_with_a_liar(app_fleet_of, monkeypatch, "labels at their bound")
     assert (record.version, record.spoiled) == (1, None)
-    assert moved(fleet) > 40
+    assert moved(fleet) > 2.5 * SCALE
