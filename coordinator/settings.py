@@ -25,9 +25,9 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.settings import Settings
 from edgeadapt.rounds.analytic import Analytic
 from edgeadapt.rounds.combination import Combination, Median, TrimmedMean
-from edgeadapt.rounds.evaluation import EvaluationRounds
+from edgeadapt.rounds.evaluation import EvaluationRounds, EvaluationTask
 from edgeadapt.rounds.federatedmethods import METHODS
-from edgeadapt.rounds.observation import ObservationRounds
+from edgeadapt.rounds.observation import ObservationRounds, ObservationTask
 from edgeadapt.rounds.optimizer import OPTIMIZERS, ServerOptimizer, made, numbers_of
 from edgeadapt.rounds.roundtask import KindSettings, RoundOf, RoundTask
 from edgeadapt.rounds.sums import LEAST_RING_BITS, Bounds
@@ -473,10 +473,15 @@ class FederationSettings(Settings):
         return self._with_counting("observation", done, asked)
 
     def _with_counting(self, kind: str, done: int, asked: Mapping[str, Any]) -> Self:
+        """Let the rounds that are left have one of a kind that counts. Those that are done count for nothing more: a
+        finished one, still in its table, would come again in the place of the new one."""
+        left = [self.kind_of(number) for number in range(done + 1, self.rounds + 1)]
+        counts = {"evaluation": left.count(EvaluationTask), "observation": left.count(ObservationTask)}
         table = self.model_dump(mode="json")
-        waits = table[kind]["rounds"] and done < self.rounds
-        table["rounds"] = self.rounds if waits else max(self.rounds, done) + 1
-        table[kind] |= {**asked, "rounds": table[kind]["rounds"] if waits else 1}
+        table["rounds"] = max(self.rounds, done) + (counts[kind] == 0)
+        for name, count in (counts | {kind: max(1, counts[kind])}).items():
+            table[name]["rounds"] = count
+        table[kind] |= asked
         return self.parse(table, SETTINGS)
 
 

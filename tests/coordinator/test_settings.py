@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aggregation import graph
 from aggregation.errors import ConfigError, DataError, ProtocolError
@@ -26,6 +28,7 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import PARTS, Part
 from edgeadapt.rounds.analytic import AnalyticTask
 from edgeadapt.rounds.evaluation import EvaluationTask
+from edgeadapt.rounds.observation import ObservationTask
 from edgeadapt.rounds.task import Task
 from simulations.engine.grid import FaultModel, InProcessGrid
 from tests.coordinator.test_transport import answer
@@ -193,9 +196,31 @@ def test_an_evaluation_comes_after_the_rounds_that_are_left_and_replaces_one_tha
     assert (added.with_evaluation(6, "c" * 64, "a" * 64).rounds, before.rounds) == (7, 5)
 
 
+@given(st.lists(st.sampled_from(["evaluation", "observation", "round"]), max_size=12))
+def test_each_round_that_counts_comes_once_after_it_was_asked_for_whatever_came_before(words: list[str]) -> None:
+    settings = FederationSettings.parse({"rounds": 3, "analytic": {"rounds": 1}}, "here")
+    done, asked, ran = 0, set[type](), list[type]()
+    for word in (*words, *["round"] * 20):
+        if word == "evaluation":
+            settings = settings.with_evaluation(done, "a" * 64, f"{len(ran):064x}")
+            asked.add(EvaluationTask)
+        elif word == "observation":
+            settings = settings.with_observation(done, {"since": len(ran)})
+            asked.add(ObservationTask)
+        elif done < settings.rounds:
+            done += 1
+            ran.append(kind := settings.kind_of(done))
+            assert kind in (Task, AnalyticTask) or kind in asked
+            asked.discard(kind)
+    assert not asked
+    assert (ran[:3], done) == ([Task, Task, AnalyticTask], settings.rounds)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
+        {"rounds": 1, "observation": {"rounds": 1, "histograms": ["adapter"]}},
+        {"rounds": 1, "observation": {"rounds": 1, "histograms": ["doubt", "doubt"]}},
         {"rounds": 1, "evaluation": {"rounds": 1}},
         {"rounds": 1, "evaluation": {"rounds": 1, "newest": "a" * 64, "previous": "a" * 64}},
         {"rounds": 1, "evaluation": {"rounds": 2, "newest": "a" * 64, "previous": "b" * 64}},
@@ -204,7 +229,7 @@ def test_an_evaluation_comes_after_the_rounds_that_are_left_and_replaces_one_tha
         {"aggregation": {"groups": 2}, "evaluation": {"rounds": 1, "newest": "a" * 64, "previous": "b" * 64}},
     ],
 )
-def test_an_evaluation_without_two_releases_or_of_groups_is_refused(changes: dict[str, Any]) -> None:
+def test_a_count_without_what_it_compares_or_of_groups_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         FederationSettings.parse(changes, "here")
 
