@@ -368,8 +368,8 @@ def observe(
 
     In it devices train nothing: each whose owner allows it (policy.observations) and that counted 20 answers or more
     ('edgeadapt device usage --on') contributes the shares of its answers on these days. The round sums them, with the
-    noise of observation.noise_multiplier. The settings in DIR/federation.toml are written again. 'edgeadapt release
-    drift' compares the last two observations.
+    noise of observation.noise_multiplier. The settings in DIR/federation.toml are written again; an observation
+    that is still to do is replaced. 'edgeadapt release drift' compares the last two.
 
     \b
     Examples:

@@ -36,17 +36,37 @@ from edgeadapt.rounds.sums import DECIMALS, MINIMUM_HELD_OUT, Bounds, Sums, Vect
 SIZE = 4  # right answers and examples of the newest release, then of the previous one
 RENEWAL = 2.0**-16  # width of the noise in the head's weights, whose logits are about 1 to 16
 ACCURACY, EXAMPLES, DEVIATION = "accuracy", "examples", "deviation"  # metrics, the first two of each release
-NO_NOISE = "right answers are not summed without noise: set evaluation.noise_multiplier"
 
 Most = Annotated[int, Field(ge=1, le=2**16)]
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationTask(RoundTask):
-    RULE: ClassVar[optimizer.ServerOptimizer | None] = optimizer.Evaluation()
-    SEGMENT: ClassVar[str] = COUNTS
+class CountingTask(RoundTask):
+    """A kind of round that counts and trains nothing: its sum always has noise, and the adapter is ``renewed``."""
+
+    __slots__ = ()
     EXACT_SEGMENT: ClassVar[str | None] = None
     EXACT: ClassVar[str | None] = None
+    NO_NOISE: ClassVar[str]  # what is said where a sum has none
+
+    def exact_vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
+        raise ConfigError(self.NO_NOISE, about="noise")
+
+    def exact_ring_bits(self, layout: Layout, bounds: Bounds) -> int:
+        raise ConfigError(self.NO_NOISE, about="noise")
+
+    @classmethod
+    def check_exact(cls, spec: SessionSpec, values: Sums, survivors: int) -> None:
+        raise DataError(cls.NO_NOISE, about=f"vector.{cls.SEGMENT}")
+
+    def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
+        return step.state, renewed(summed.tensors, summed.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationTask(CountingTask):
+    RULE: ClassVar[optimizer.ServerOptimizer | None] = optimizer.Evaluation()
+    SEGMENT: ClassVar[str] = COUNTS
+    NO_NOISE: ClassVar[str] = "right answers are not summed without noise: set evaluation.noise_multiplier"
     NEED_NO_LIMIT: ClassVar[dict[str, str]] = {"most": "1 to 65536: a device counts its first examples up to it"}
 
     peft_config: PeftConfig
@@ -66,16 +86,6 @@ class EvaluationTask(RoundTask):
     def noisy_size(self, layout: Layout) -> int:
         return SIZE
 
-    def exact_vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
-        raise ConfigError(NO_NOISE, about="noise")
-
-    def exact_ring_bits(self, layout: Layout, bounds: Bounds) -> int:
-        raise ConfigError(NO_NOISE, about="noise")
-
-    @classmethod
-    def check_exact(cls, spec: SessionSpec, values: Sums, survivors: int) -> None:
-        raise DataError(NO_NOISE, about="vector.counts")
-
     def contribute(self, device: DeviceRound) -> Ring:
         """Count right answers and examples of the release that this device has, if it is one of the task's."""
 
@@ -83,9 +93,6 @@ class EvaluationTask(RoundTask):
             return noisy_vector(counts, device.spec, device.digest, device.rounding, device.noise_key())
 
         return device.attempt(lambda: encoded(device.right_answers(self)), lambda: encoded(np.zeros(SIZE)))
-
-    def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
-        return step.state, renewed(summed.tensors, summed.digest)
 
     def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
         return evaluated(spec, values, survivors, digest)

@@ -15,17 +15,16 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from aggregation import rotation
-from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.errors import ProtocolError
 from aggregation.ring import Ring
 from aggregation.spec import OBSERVED, SessionSpec
-from aggregation.vector import VectorSpec
-from edgeadapt.formats.layout import Layout, Tensors
+from edgeadapt.formats.layout import Layout
 from edgeadapt.formats.manifest import Sha256
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.rounds import optimizer
-from edgeadapt.rounds.evaluation import renewed
-from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask, ServerStep, SummedRound
-from edgeadapt.rounds.sums import Bounds, Sums, Vector, clip, noisy_vector
+from edgeadapt.rounds.evaluation import CountingTask
+from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask
+from edgeadapt.rounds.sums import Sums, Vector, clip, noisy_vector
 
 Histogram = Literal["labels", "probability", "doubt", "unknown", "latency", "adapter", "lessons"]
 Histograms = Annotated[tuple[Histogram, ...], Field(min_length=1, max_length=7)]
@@ -33,7 +32,6 @@ Day = Annotated[int, Field(ge=0, lt=2**24)]  # since 1970-01-01, UTC
 Days = Annotated[int, Field(ge=1, le=31)]
 Releases = Annotated[tuple[Sha256, ...], Field(max_length=8)]
 
-NO_NOISE = "what devices answered is not summed without noise: set observation.noise_multiplier"
 NOISE = "observation_noise"  # metric: standard deviation of the noise in each bin of a sum
 OTHER = ""  # label of a text that has no answer
 DECILES = 10  # of the probability of the first answer; the first half of them is doubt
@@ -48,14 +46,13 @@ LONGEST = 0.3  # norm of a histogram: 200 devices show one new answer in ten (te
 
 
 @dataclass(frozen=True, slots=True)
-class ObservationTask(RoundTask):
+class ObservationTask(CountingTask):
     """Asks for ``histograms`` of the answers of ``days`` days from ``since`` on. ``releases``: contents of adapters
     (``AdapterManifest.content``), by which the histogram "adapter" tells them apart."""
 
     RULE: ClassVar[optimizer.ServerOptimizer | None] = optimizer.Observation()
     SEGMENT: ClassVar[str] = OBSERVED
-    EXACT_SEGMENT: ClassVar[str | None] = None
-    EXACT: ClassVar[str | None] = None
+    NO_NOISE: ClassVar[str] = "what devices answered is not summed without noise: set observation.noise_multiplier"
     CONSENT: ClassVar[str] = "observations"
     NEED_NO_LIMIT: ClassVar[dict[str, str]] = {
         "since": "any day: the noise of each sum is accounted for, whatever days it is about",
@@ -71,8 +68,8 @@ class ObservationTask(RoundTask):
 
     def check(self) -> None:
         RoundTask.check(self)
-        if len({*self.histograms}) < len(self.histograms) or len({*self.releases}) < len(self.releases):
-            raise ProtocolError("the task names a histogram or a release twice", about="task.histograms")
+        if reason := _odd(self.histograms, self.releases):
+            raise ProtocolError(reason, about="task.histograms")
 
     def terms(self) -> dict[str, float | str]:
         numbers = {f"observation.{name}": getattr(self, name) for name in ("since", "days")}
@@ -116,16 +113,6 @@ class ObservationTask(RoundTask):
     def noisy_size(self, layout: Layout) -> int:
         return 1 + sum(map(len, self.bins().values()))
 
-    def exact_vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
-        raise ConfigError(NO_NOISE, about="noise")
-
-    def exact_ring_bits(self, layout: Layout, bounds: Bounds) -> int:
-        raise ConfigError(NO_NOISE, about="noise")
-
-    @classmethod
-    def check_exact(cls, spec: SessionSpec, values: Sums, survivors: int) -> None:
-        raise DataError(NO_NOISE, about=f"vector.{OBSERVED}")
-
     def contribute(self, device: DeviceRound) -> Ring:
         def encoded(shares: Vector) -> Ring:
             return noisy_vector(shares, device.spec, device.digest, device.rounding, device.noise_key())
@@ -134,9 +121,6 @@ class ObservationTask(RoundTask):
             lambda: encoded(self.shares(device.used(self.since, self.days))),
             lambda: encoded(np.zeros(device.spec.vector.size)),
         )
-
-    def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
-        return step.state, renewed(summed.tensors, summed.digest)
 
     def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
         """Return the number of devices that contributed, the sum of each bin, ``labels.0`` and so on, in devices, and
@@ -169,9 +153,9 @@ class ObservationRounds(KindSettings):
     more, that"""
 
     @model_validator(mode="after")
-    def _names_each_once(self) -> Self:
-        if len({*self.histograms}) < len(self.histograms):
-            raise ValueError("observation.histograms names one twice")
+    def _is_consistent(self) -> Self:
+        if reason := _odd(self.histograms, self.releases):
+            raise ValueError(reason)
         return self
 
     def task(self, of: RoundOf) -> ObservationTask:
@@ -183,6 +167,15 @@ class ObservationRounds(KindSettings):
 
     def multiplier(self, federation: float) -> float:
         return max(federation, self.noise_multiplier)
+
+
+def _odd(histograms: Sequence[str], releases: Sequence[str]) -> str:
+    """Say what is wrong with what is asked for; empty: nothing."""
+    if len({*histograms}) < len(histograms) or len({*releases}) < len(releases):
+        return "a histogram or a release is named twice"
+    if "adapter" in histograms and not releases:
+        return "the histogram adapter tells releases apart: name one with --release"
+    return ""
 
 
 def keys(label: str | None, probability: float, unknown: float, seconds: float, adapter: str) -> list[str]:

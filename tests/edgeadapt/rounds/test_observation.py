@@ -43,7 +43,7 @@ HEAD: Tensors = {
 
 
 def bound_of(task: ObservationTask) -> float:
-    return ObservationRounds(histograms=task.histograms).bound(1.0, False)
+    return ObservationRounds(histograms=task.histograms, releases=task.releases).bound(1.0, False)
 
 
 def spec_of(task: ObservationTask, noise: float, ring_bits: int | None = None) -> SessionSpec:
@@ -106,7 +106,7 @@ def test_nothing_is_observed_without_noise() -> None:
 
 
 def test_a_task_names_each_histogram_and_release_once() -> None:
-    for change in ({"histograms": ("doubt", "doubt")}, {"releases": (RELEASE, RELEASE)}):
+    for change in ({"histograms": ("doubt", "doubt")}, {"releases": (RELEASE, RELEASE)}, {"releases": ()}):
         with refused(ProtocolError, "task.histograms"):
             replace(TASK, **change).check()
     made = ObservationRounds(rounds=1, histograms=("doubt",), since=3, days=2)
