@@ -137,7 +137,7 @@ def _count(library: Library, used: Adapter, answers: Sequence[tuple[Ranking, flo
 
     if usage.counts_usage(library.bundle):
         keys = [usage.answer_keys(ranking, seconds, used.manifests[0]) for ranking, seconds in answers]
-        usage.count(library.bundle, [key for own in keys for key in own])
+        options.count(library.bundle, [key for own in keys for key in own])
 
 
 def _answer(text: str, ranking: Ranking) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def learn(
         return
     with Learner.open(bundle, trust, name) as learner:
         undone = learner.undo()
-        usage.count(bundle, [usage.lesson_key(undone=True)] * len(undone.corrections))
+        options.count(bundle, [usage.lesson_key(undone=True)] * len(undone.corrections))
     if as_json:
         click.echo(json.dumps(asdict(undone), ensure_ascii=False))
     else:
@@ -92,7 +92,7 @@ def teach(
         meant = {options.words(label): label for label in labels} | {label: label for label in labels}
         compared = () if compare is None else read_examples(compare, 0)
         learned = learner.teach([replace(one, label=meant.get(one.label, one.label)) for one in corrections], compared)
-        usage.count(bundle, [usage.lesson_key(undone=False)] * len(corrections))
+        options.count(bundle, [usage.lesson_key(undone=False)] * len(corrections))
     if as_json:
         click.echo(json.dumps(_row(learned), ensure_ascii=False))
         return

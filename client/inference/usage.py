@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from aggregation import sealed, wire
 from aggregation.entropy import Entropy, SystemEntropy
-from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.wire import Codec
 from edgeadapt.formats import storage
 from edgeadapt.formats.manifest import AdapterManifest
@@ -116,16 +116,22 @@ def begin(bundle: Path) -> None:
 
 def erase(bundle: Path) -> None:
     """Delete all counts, and count nothing from now on."""
-    (_folder(bundle) / USAGE).unlink(missing_ok=True)
+    if counts_usage(bundle):
+        with storage.locked(_folder(bundle) / LOCK):  # or an answer under way would write them again
+            (_folder(bundle) / USAGE).unlink(missing_ok=True)
 
 
-def count(bundle: Path, found: Iterable[str]) -> None:
-    """Add keys to the counts of today, if answers are counted. Raises as ``Usage.read``."""
-    if not counts_usage(bundle):
-        return
-    with storage.locked(_folder(bundle) / LOCK):
-        if usage := Usage.read(bundle):
-            usage.plus(today(), found).write(bundle)
+def count(bundle: Path, found: Iterable[str]) -> str:
+    """Add keys to the counts of today, if answers are counted. Returns why they could not be, else an empty text: an
+    answer or a lesson is good all the same."""
+    try:
+        if counts_usage(bundle):
+            with storage.locked(_folder(bundle) / LOCK):
+                if usage := Usage.read(bundle):
+                    usage.plus(today(), found).write(bundle)
+    except (EdgeAdaptError, OSError) as error:
+        return f"not counted: {error}"
+    return ""
 
 
 def answer_keys(ranking: "Ranking", seconds: float, used: AdapterManifest) -> list[str]:

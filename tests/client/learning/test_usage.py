@@ -86,6 +86,15 @@ def test_what_is_damaged_is_named_and_can_be_begun_again(tmp_path: Path) -> None
     assert Usage.read(bundle) == Usage()
 
 
+def test_an_answer_is_given_although_it_cannot_be_counted(phone: Path) -> None:
+    run("device", "usage", "--bundle", phone, "--on")
+    (storage.real(phone).parent / LEARNED / USAGE).write_bytes(b"damaged")
+    done = CliRunner().invoke(cli, ["device", "infer", "--bundle", str(phone), *TEXTS])
+    assert (done.exit_code, len(done.stdout.splitlines())) == (0, len(TEXTS))
+    assert "not counted" in done.stderr
+    assert "--erase" in done.stderr
+
+
 def test_nothing_is_written_where_nothing_is_counted(tmp_path: Path) -> None:
     usage.count(tmp_path / "bundle", ["labels/on"])
     assert not list(tmp_path.iterdir())
