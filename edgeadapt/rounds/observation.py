@@ -148,7 +148,7 @@ class ObservationRounds(KindSettings):
     """number of days"""
     releases: Releases = ()
     """SHA-256 of what the adapters of releases are, which the histogram adapter tells apart"""
-    noise_multiplier: float = Field(default=4.5, gt=0, le=1000)
+    noise_multiplier: float = Field(default=4.6, gt=0, le=1000)
     """standard deviation of the noise, as privacy.noise_multiplier, also in a federation without noise; in one that has
     more, that"""
 

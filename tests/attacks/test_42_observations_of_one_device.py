@@ -28,7 +28,7 @@ from tests.support import refused
 from tests.support.rollout import StagedFleet, run
 
 DEVICES, ANSWERS, DOUBT = 8, 100, 25
-BARE, HONEST = 1e-4, 4.5  # noise multipliers: one with which sums can be read, and that of the settings
+BARE, HONEST = 1e-4, 4.6  # noise multipliers: one with which sums can be read, and that of the settings
 TASK = ObservationTask(PeftConfig("LORA", 2, 4, ("query",)), ("on", "off"), ("doubt",), today() - 1, 1)
 
 

@@ -414,3 +414,13 @@ def test_an_adapter_that_devices_could_build_in_several_ways_is_refused(changes:
     plain: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ("query",)}
     with pytest.raises(ConfigError):
         seed_version(tensors(), PeftConfig(**{**plain, **changes}), LABELS, "b" * 64)
+
+
+def test_an_observation_spends_an_epsilon_of_at_most_one_by_default() -> None:
+    settings = FederationSettings(rounds=1).with_observation(1, {})
+    table = settings.observation
+    task = ObservationTask(PeftConfig.lora(), ("on", "off"), table.histograms, table.since, table.days)
+    shapes = (TensorSpec("m.classifier.bias", (2,)), TensorSpec("m.classifier.weight", (2, 5)))
+    for devices in (20, 200):
+        spec = settings.session_spec(devices, Layout(shapes), "a" * 64, 1, task)
+        assert 0.9 < spec.spent(spec.minimum_survivors).epsilon(1e-6) <= 1.0

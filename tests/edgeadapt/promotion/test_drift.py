@@ -11,7 +11,7 @@ from tests.support import refused
 
 LABELS, FLEET, ANSWERS = tuple(f"l{i}" for i in range(18)), 200, 40
 # The noise multiplier of the settings, of the devices that a round must count on: a sum of all has a third more.
-MULTIPLIER = 4.5 * 1.37
+MULTIPLIER = ObservationRounds().noise_multiplier * 1.37
 NEW = np.array([*[0.25] * 3, *[0.25 / 15] * 15])  # labels that answers to new intents get
 
 
