@@ -4,6 +4,7 @@ Each cell says how much better the first arm of ``compare`` is than the stronges
 That one is chosen by the same test texts, which is a little hard on the first arm; nothing corrects for many cells.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,12 +76,13 @@ class MapSummary:
 
     def headline(self) -> str:
         """Say in how many cells the arm gains, loses, and neither by more than noise."""
-        found = [pair.figures["mean"] for place in self.cells if (pair := self.strongest(place))]
-        gains, losses = sum(one.low > 0 for one in found), sum(one.high < 0 for one in found)
-        return (
-            f"{self.arm} is better than the strongest other arm in {gains} of {len(self.cells)} cells, worse in "
-            f"{losses}; in the others the difference is within noise."
-        )
+        pairs = [pair.figures["mean"] for place in self.cells if (pair := self.strongest(place))]
+        known = [one for one in pairs if math.isfinite(one.low)]
+        gains, losses = sum(one.low > 0 for one in known), sum(one.high < 0 for one in known)
+        rest, noise = len(self.cells) - len(known), len(known) - gains - losses
+        text = f"{self.arm} is better than the strongest other arm in {gains} of {len(self.cells)} cells, "
+        text += f"worse in {losses}, and within noise in {noise}"
+        return f"{text}; {rest} could not be compared." if rest else f"{text}."
 
     def markdown(self) -> str:
         return f"# {self.name}\n\n{self.headline()}\n\n{table(self.heads, self.rows())}\n"

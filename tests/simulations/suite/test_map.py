@@ -71,7 +71,7 @@ def test_each_cell_names_the_strongest_other_arm_and_the_gain_over_it(
         [".650", "local .550", "+10.0 (10.0 to 10.0)"],
         [".450", "ridge .750", "-30.0 (-30.0 to -30.0)"],
     ]
-    assert summary.headline().startswith("ours is better than the strongest other arm in 1 of 2 cells, worse in 1;")
+    assert summary.headline().endswith("in 1 of 2 cells, worse in 1, and within noise in 0.")
     write_map(summary, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert 'href="cell-2.html"' in page
@@ -84,13 +84,16 @@ def test_each_cell_names_the_strongest_other_arm_and_the_gain_over_it(
     ]
 
 
-def test_a_cell_without_the_arm_is_said_to_have_failed(suite_of: SuiteOf, result_of: ResultOf) -> None:
+def test_a_cell_without_the_arm_is_said_to_have_failed(suite_of: SuiteOf, result_of: ResultOf, tmp_path: Path) -> None:
     settings = suite_of(ARMS, vary=VARY, compare=PAIRS).settings
     outcome = {0: "it diverged", 1: "it diverged"}
     made = {name: (NONE, outcome if name == "ours" else {s: result_of(*[5] * 8) for s in (0, 1)}) for name in ARMS}
-    summary = MapSummary.of(settings, {("6", "few"): summarize(settings, made)})
-    assert summary.rows() == [["6 · few", "failed", "–", "–", "–"]]
-    assert "<svg" not in summary.markdown()
+    cells = {("6", "few"): summarize(settings, made), ("6", "many"): _cell(settings, result_of, 6, 3, 5)}
+    summary = MapSummary.of(settings, cells)
+    assert summary.rows()[0] == ["6 · few", "failed", "–", "–", "–"]
+    assert summary.headline().endswith("in 1 of 2 cells, worse in 0, and within noise in 0; 1 could not be compared.")
+    write_map(summary, tmp_path)
+    assert "failed" in (tmp_path / "report.md").read_text()
 
 
 def test_the_command_runs_a_map_in_one_folder_and_goes_on_with_it(scenario_file: Path, tmp_path: Path) -> None:
