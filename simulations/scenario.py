@@ -108,7 +108,7 @@ class PersonalSettings(Settings):
 
     method: Annotated[str, AfterValidator(METHODS.require)] = FINE_TUNE
     """how the personal adapter is made from the global one: fine-tune (training), ridge (its head fitted by a
-    regression, without training), logistic (by logistic regression on the adapted embedding, without training),
+    regression, without training), logistic (by logistic regression towards the shared head, without training),
     ensemble (fine-tuned, with the sum of both heads), interpolate (between the global and the fine-tuned adapter), or
     one that an installed package adds"""
     choice: Literal["significant", "best", "never"] = "significant"
