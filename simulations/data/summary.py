@@ -138,8 +138,10 @@ def _warnings(facts: DataFacts) -> Iterator[str]:
     """Say what is probably a mistake in the data."""
     doubts = (
         (facts.conflicting, "texts with several labels", "which no model can learn"),
-        (facts.variants, "labels in spellings that differ in case, punctuation or space", "write them alike"),
+        (facts.variants, "labels in spellings that differ in case, punctuation, space or zeros", "write them alike"),
         (facts.unsaid, "labels that say that there is none", "leave such rows out"),
+        (facts.lists, "labels that are lists or objects, written as text", "each is taken for one label"),
+        (facts.idle, "columns that are not used", "name each with its key, such as data.split"),
         (facts.rare, "labels with too few texts to make one public", "the vendor's head knows nothing of them"),
     )
     for named, what, so in doubts:

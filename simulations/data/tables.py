@@ -50,6 +50,7 @@ SHINGLE = 3  # characters
 PERMUTATIONS = 64
 _NUMBERS, _SPACES = re.compile(r"\d+"), re.compile(r"\s+")
 WRITTEN = frozenset("#%&*@/\\")  # punctuation by its category, part of a name by its use: C#
+LISTED = re.compile(r"""\[(['"].*['"]|-?\d[\d., -]*|)\]|\{(['"].*|)\}""")
 NOTHING_SAID = frozenset({"na", "n/a", "nan", "null", "none", "-", "?"})  # labels that programs write for a missing one
 FEWEST_TRAINED = 3  # clients that take part: what a secure sum needs
 TEST, TRAIN, VALIDATION = "test", "train", "validation"
@@ -178,6 +179,7 @@ class Rows:
     good: Sequence[Row]
     broken: tuple[str, ...]
     cut: int = 0  # texts that were too long
+    idle: tuple[str, ...] = ()  # columns of the first row that nothing names, as of DataFacts
 
 
 def read_rows(settings: DataSettings, seed: int) -> Rows:
@@ -232,10 +234,13 @@ def _hashed(*parts: object) -> int:
 
 def _rows(placed: Iterable[Placed], settings: DataSettings, sample: _Sample) -> Rows:
     broken: list[str] = []
-    cut = 0
+    cut, idle = 0, list[str]()
     for count, (where, fields) in enumerate(placed):
         if count >= MAX_ROWS:
             raise DataError(f"{where}: there are more than {MAX_ROWS} rows", about="data.files", value=where)
+        if not count and not isinstance(fields, str):
+            named = {getattr(settings, key) for key in COLUMNS}
+            idle = [key for key in COLUMNS if fields.get(key) is not None and key not in named]
         row = fields if isinstance(fields, str) else _row(fields, settings)
         if isinstance(row, str):
             broken.append(f"{where}: {row}")
@@ -243,7 +248,7 @@ def _rows(placed: Iterable[Placed], settings: DataSettings, sample: _Sample) -> 
         if settings.long == "cut" and len(row.text) > MAX_TEXT:
             row, cut = replace(row, text=row.text[:MAX_TEXT]), cut + 1
         sample.add(row)
-    return Rows(sample.rows(), tuple(broken), cut)
+    return Rows(sample.rows(), tuple(broken), cut, tuple(idle))
 
 
 def _row(fields: Fields, settings: DataSettings) -> Row | str:
@@ -295,7 +300,7 @@ def _name(value: object) -> str | None:
     """The name that a label, a client or a group is; None if it is something else, such as a list or a fraction."""
     if value is None:
         return ""
-    return str(value).strip() if isinstance(value, str | int) else None
+    return unicodedata.normalize("NFC", str(value)).strip() if isinstance(value, str | int) else None
 
 
 def _time(value: object) -> float:
@@ -333,6 +338,7 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Placed]]:
 
 def _csv(path: Path) -> Iterator[Placed]:
     csv.field_size_limit(MAX_FIELD)
+    start = 1  # the line on which a row begins; an open quote ends somewhere else
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             # In place of a comma, spreadsheets of other languages write other marks.
@@ -341,7 +347,7 @@ def _csv(path: Path) -> Iterator[Placed]:
             delimiter = next((mark for mark in marks if mark in first), marks[0])
             file.seek(0)
             lines = csv.reader(file, delimiter=delimiter, strict=True)
-            header = next(lines, [])
+            header = [name.strip() for name in next(lines, [])]
             if not header or len(set(header)) != len(header):
                 raise DataError(f"{path} has no header, or one that names a column twice", about=path.name)
             start = lines.line_num + 1
@@ -351,12 +357,14 @@ def _csv(path: Path) -> Iterator[Placed]:
                     continue  # an empty line
                 if len(cells) != len(header):
                     yield where, f"{len(cells)} fields, and the header has {len(header)}"
+                elif [cell.strip() for cell in cells] == header:
+                    yield where, "the header again"
                 else:
                     yield where, dict(zip(header, cells, strict=True))
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8; convert it", about=path.name) from None
     except csv.Error as error:
-        raise DataError(f"{path}:{lines.line_num}: not CSV: {error}", about=path.name) from error
+        raise DataError(f"{path}:{start}: not CSV: {error}", about=path.name) from error
 
 
 def _jsonl(path: Path) -> Iterator[Placed]:
@@ -371,10 +379,19 @@ def _jsonl(path: Path) -> Iterator[Placed]:
 
 def _object(line: str) -> Fields | str:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = json.loads(line, object_pairs_hook=_once)
+    except (json.JSONDecodeError, RecursionError):
         return "not JSON"
+    except ValueError as error:
+        return _first_line(error)
     return value if isinstance(value, dict) else "not an object"
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0][:40]!r} is there twice")
+    return found
 
 
 def _parquet(path: Path) -> Iterator[Placed]:
@@ -555,8 +572,10 @@ class DataFacts:
     taken: int  # texts that were taken from clients: public ones and their near-duplicates
     rare: tuple[str, ...]  # labels of which no text was taken: they have too few
     conflicting: tuple[str, ...]  # texts that stand there with several labels, as ``normalized`` makes them
-    variants: tuple[str, ...]  # labels that differ in case, punctuation or space only, as "A = a"
+    variants: tuple[str, ...]  # labels that differ in case, punctuation, space or zeros only: "A = a", "01 = 1"
     unsaid: tuple[str, ...]  # labels that say that there is none, such as NA
+    lists: tuple[str, ...]  # labels that are lists or objects, written as text
+    idle: tuple[str, ...]  # columns of the first row that are named like a key of [data], which names no column
     dealt: bool  # no column said whose the texts are
 
 
@@ -618,7 +637,7 @@ class _Maker:
         targets: Mapping[str, Target],
     ) -> None:
         self.settings, self.seed = settings, seed
-        self.rows, others, self.cut = rows.good, public.good, rows.cut + public.cut
+        self.rows, others, self.cut, self.idle = rows.good, public.good, rows.cut + public.cut, rows.idle
         labels = {row.label for row in (*self.rows, *others)}
         self.labels = outputs or (tuple(sorted(labels)) if settings.label else ())
         self.targets = targets
@@ -662,6 +681,8 @@ class _Maker:
             self._conflicting(),
             _variants(self.labels),
             tuple(label for label in self.labels if label.casefold() in NOTHING_SAID),
+            tuple(label for label in self.labels if LISTED.fullmatch(label)),
+            self.idle,
             not self.settings.client,
         )
         return Loaded(Population(self.labels, tuple(self.public), self._named(clients)), facts)
@@ -809,5 +830,6 @@ class _Maker:
 def _variants(labels: Iterable[str]) -> tuple[str, ...]:
     alike: dict[str, list[str]] = defaultdict(list)
     for label in labels:
-        alike[" ".join(re.split(r"[\W_]+", label.casefold())).strip() or label].append(label)
+        as_number = re.sub(r"(?<![\d.])0+(?=\d)|(?<=\d)\.0+(?!\d)", "", label)
+        alike[" ".join(re.split(r"[\W_]+", as_number.casefold())).strip() or label].append(label)
     return tuple(" = ".join(names) for names in alike.values() if len(names) > 1)

@@ -247,20 +247,40 @@ def test_labels_of_few_texts_have_one_public_text_and_texts_without_any_are_refu
 
 
 def test_what_is_doubtful_is_named(tmp_path: Path) -> None:
-    made = rows(each=30)
-    made[0]["label"], made[1]["label"], made[4]["label"], made[5]["label"] = "Greet", "NA", "tier 1", "tier 2"
+    made = [row | {"split": "train"} for row in rows(each=30)]
+    odd = ["Greet", "NA", "tier 1", "tier 2", "3", "03", "3.0", "['a', 'b']", "[other]", "cafe\u0301", "caf\u00e9"]
+    for at, label in zip([0, 1, *range(4, 13)], odd, strict=True):
+        made[at]["label"] = label
     made[2] |= {"text": made[3]["text"].upper(), "label": "part"}
     made[3]["label"] = "ask"
     settings = DataSettings(files=(str(write_csv(tmp_path / "t.csv", made)),), client="user")
     facts = load_population(settings, 0).facts
     assert facts
     assert facts.conflicting == (normalized(made[3]["text"]),)
-    assert (facts.variants, facts.unsaid) == (("Greet = greet",), ("NA",))
+    assert (facts.variants, facts.unsaid) == (("03 = 3 = 3.0", "Greet = greet"), ("NA",))
+    assert (facts.lists, facts.idle) == (("['a', 'b']",), ("split",))
 
 
 def test_semicolons_separate_where_the_header_has_no_comma(tmp_path: Path) -> None:
     expected = load(write_csv(tmp_path / "expected.csv", rows()))
     assert load(write_csv(tmp_path / "texts.csv", rows(), ";")).digest == expected.digest
+
+
+def test_a_header_may_have_spaces_and_stand_there_again_but_not_as_a_text(tmp_path: Path) -> None:
+    expected, path = load(write_csv(tmp_path / "expected.csv", rows())), tmp_path / "texts.csv"
+    header, *lines = write_csv(tmp_path / "good.csv", rows()).read_text().splitlines()
+    path.write_text("\n".join([header.replace(",", ", "), *lines[:20], header, *lines[20:]]))
+    assert load(path, broken="skip").digest == expected.digest
+
+
+def test_an_open_quote_is_found_where_it_begins(tmp_path: Path) -> None:
+    lines = write_csv(tmp_path / "good.csv", rows()).read_text().splitlines()
+    lines[30] = '"' + lines[30]
+    path = tmp_path / "texts.csv"
+    path.write_text("\n".join(lines))
+    with refused(DataError, "texts.csv") as error:
+        load(path)
+    assert f"{path}:31: " in str(error.value)
 
 
 def test_a_text_that_is_too_long_can_be_cut(tmp_path: Path) -> None:
@@ -337,6 +357,7 @@ def test_a_broken_row_is_named_by_file_and_line_and_can_be_skipped(
         ("a.jsonl", b"[" * 100_000 + b"\n", "data.files"),
         ("a.jsonl", b'{"text": "\\ud800", "label": "a"}\n', "data.files"),
         ("a.jsonl", b'{"text": 5, "label": "a"}\n', "data.files"),
+        ("a.jsonl", b'{"text": "a", "label": "a", "label": "b"}\n', "data.files"),
         ("a.jsonl", b'{"text": "a", "label": ["a"]}\n', "data.files"),
         ("a.jsonl", b'{"text": "a", "label": {"a": 1}}\n', "data.files"),
         ("a.jsonl", b'{"text": "a", "label": 0.5}\n', "data.files"),
