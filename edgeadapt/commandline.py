@@ -145,8 +145,6 @@ class LazyGroup(HelpfulGroup):
     Args:
         table: The commands, in the order of ``--help``.
         sections: Headings of ``--help``, with the commands below each.
-        renamed: Calls of former versions, such as ``simulate FILE``, and the words that replace them.
-            They go on to work, in no list.
     """
 
     def __init__(
@@ -154,11 +152,10 @@ class LazyGroup(HelpfulGroup):
         *args: Any,
         table: Mapping[str, Row],
         sections: Mapping[str, Sequence[str]] | None = None,
-        renamed: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **{"context_settings": HELP_OPTIONS, **kwargs})
-        self._table, self._renamed = table, renamed or {}
+        self._table = table
         self._sections = {"Commands": tuple(table)} if sections is None else sections
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -180,32 +177,10 @@ class LazyGroup(HelpfulGroup):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command of a call. Raises click.UsageError, with the names that are close, if there is none."""
-        args = self._with_new_name(ctx, args)
         if args[0] not in self._table and not ctx.resilient_parsing:
             close = " or ".join(map(repr, get_close_matches(args[0], self._table)))
             ctx.fail(f"No such command {args[0]!r}{close and f'; did you mean {close}?'}")
         return super().resolve_command(ctx, args)
-
-    def _with_new_name(self, ctx: click.Context, args: list[str]) -> list[str]:
-        calls = [" ".join(args[:2]), args[0]]
-        if args[0] in self._table and self._names_file(self.get_command(ctx, args[0]), args[1:]):
-            calls = [f"{args[0]} FILE"]
-        old = next((call for call in calls if call in self._renamed), None)
-        if old is None:
-            return args
-        new = self._renamed[old]
-        words = old.removesuffix(" FILE")
-        if not ctx.resilient_parsing:
-            click.echo(f"{ctx.command_path}: {words!r} is called {new!r} now", err=True)
-        return [*new.split(), *args[len(words.split()) :]]
-
-    @staticmethod
-    def _names_file(command: click.Command | None, args: list[str]) -> bool:
-        """Report whether a call names a file where ``command`` takes the name of one of its commands."""
-        if not isinstance(command, LazyGroup) or not args or args[0] in command._table:
-            return False
-        words = [word for word in args if not word.startswith("-")] if args[0].startswith("-") else args[:1]
-        return any("." in word or Path(word).exists() for word in words)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, which may import more packages. Raises as ``get_command``."""
@@ -239,29 +214,9 @@ class LazyGroup(HelpfulGroup):
                 formatter.write_dl([(name.ljust(width), self._table[name][2]) for name in names])
 
 
-class RenamedOption(click.Option):
-    """Accepts the name of a former version too, which no help shows."""
-
-    def __init__(self, *args: Any, former: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.former = former
-
-    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        shown = self.opts
-        self.opts = [*shown, self.former]
-        super().add_to_parser(parser, ctx)
-        self.opts = shown
-
-
-def option(*names: str, former: str = "", **settings: Any) -> Decorator:
-    """Add an option as ``click.option`` does, with the name of a former version."""
-    renamed: dict[str, Any] = {"cls": RenamedOption, "former": former} if former else {}
-    return click.option(*names, **renamed, **settings)
-
-
 def adapter(name: str, meaning: str, **settings: Any) -> Decorator:
     """Add ``--adapter NAME``, which the command gets as ``name``."""
-    return option("--adapter", name, metavar="NAME", help=meaning, **settings)
+    return click.option("--adapter", name, metavar="NAME", help=meaning, **settings)
 
 
 def bundle(meaning: str = "The bundle's folder.", *, new: bool = False, **settings: Any) -> Decorator:
@@ -276,7 +231,7 @@ def bundle(meaning: str = "The bundle's folder.", *, new: bool = False, **settin
 
     default = "  [default: $EDGEADAPT_BUNDLE, else ./bundle]"
     settings |= {"envvar": "EDGEADAPT_BUNDLE", "default": "bundle", "help": meaning + default, "callback": check}
-    return option("--bundle", type=FOLDER, metavar="DIR", **settings)
+    return click.option("--bundle", type=FOLDER, metavar="DIR", **settings)
 
 
 class FiniteRange(click.FloatRange):

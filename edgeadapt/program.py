@@ -51,57 +51,6 @@ SECTIONS = {
     "Operate": ("authority", "coordinator", "release"),
     "Trust": ("audit",),
 }
-RENAMED = {  # calls of version 0.1, which go on to work in 0.2
-    "adapters diff": "release versions",
-    "adapters gates": "release init",
-    "adapters list": "release versions",
-    "adapters sbom": "release versions --sbom",
-    "adapters show": "release versions",
-    "adapters verdict": "release watch --dry-run",
-    "adapters": "release",
-    "authority crl": "authority revoke",
-    "authority issue-tls": "authority issue",
-    "base center": "base change --center",
-    "base lexical": "base change --lexical",
-    "base list": "base show",
-    "base prune": "base change --prune",
-    "bundle peft": "bundle convert --format=peft",
-    "channel add": "release init",
-    "channel rotate": "release renew --new-key",
-    "channel unprotect": "release protect --off",
-    "channel": "release",
-    "coordinator rounds": "coordinator status --rounds",
-    "data show": "simulate look",
-    "data": "simulate",
-    "device adapters": "bundle list",
-    "device agent": "device run",
-    "device convert": "bundle convert",
-    "device install": "device enrol",
-    "device renew": "device enrol --renew",
-    "device serve-web": "device web",
-    "export adapter": "bundle add",
-    "export base": "bundle make",
-    "export parity": "bundle check",
-    "export peft": "bundle convert --format=peft",
-    "export seed": "base start",
-    "export": "bundle",
-    "privacy plan": "simulate privacy",
-    "privacy": "simulate",
-    "release add": "release init",
-    "release diff": "release versions",
-    "release gates": "release init",
-    "release rotate": "release renew --new-key",
-    "release sbom": "release versions --sbom",
-    "release verdict": "release watch --dry-run",
-    "release version": "release versions",
-    "simulate FILE": "simulate run",
-    "simulate --keys": "simulate run --keys",
-    "simulate report": "simulate suite",
-    "simulate scenarios": "simulate look",
-    "suite report": "simulate suite",
-    "suite run": "simulate suite",
-    "suite": "simulate",
-}
 PROGRAM = "edgeadapt"
 OWN = ("client", "coordinator", "export", "simulations")  # packages with names that others use too
 INTERRUPTED = 130  # the exit code that a shell reports for a command that Ctrl-C ended
@@ -118,7 +67,7 @@ OFFLINE = {
 }
 
 
-@click.command(cls=LazyGroup, table=COMMANDS, sections=SECTIONS, renamed=RENAMED)
+@click.command(cls=LazyGroup, table=COMMANDS, sections=SECTIONS)
 @click.version_option(package_name=PROGRAM)
 def cli() -> None:
     """Federated on-device personalization: adapters over a frozen model, secure aggregation, signed ONNX.

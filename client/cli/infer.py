@@ -26,7 +26,6 @@ UNKNOWN = Ranking((), 1.0, 0)  # of an empty line among others
     "names",
     "One, or NAME:WEIGHT+NAME for several as one; may be repeated. Default: the personal adapter, else the global one.",
     multiple=True,
-    former="--compose",
 )
 @options.trust
 @click.option("--top", default=1, type=click.IntRange(1, 1000), metavar="N", help="Show the N most likely intents.")

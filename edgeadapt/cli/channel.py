@@ -29,12 +29,9 @@ name = click.argument("channel", metavar="CHANNEL")
 @click.command()
 @repository
 @click.argument("names", nargs=-1, metavar="[CHANNEL]...")
-@click.option("--channel", "former", multiple=True, hidden=True, help="A CHANNEL, as in version 0.1.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of gates.toml; may be repeated.")
 @as_json
-def init(
-    folder: Path, names: tuple[str, ...], former: tuple[str, ...], overrides: tuple[str, ...], as_json: bool
-) -> None:
+def init(folder: Path, names: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> None:
     """Make a repository in the new folder REPO, or add a CHANNEL to the one that is there. Devices pin REPO/root.json.
 
     A new one has the channels canary and stable, if none is named. Each has a key of its own, and stable is protected
@@ -51,7 +48,6 @@ def init(
 
     gates, settings = folder / GATES, GateSettings.parse(overridden({}, overrides), "--set")
     edited = gates.exists() and storage.read(gates, LONGEST) != HEADER + GateSettings().to_toml().encode()
-    names += former
     if ChannelRepository.exists(folder):
         if edited and (overrides or not names):
             raise ConfigError(f"{gates} is there already: edit it, or name a CHANNEL to add", about=GATES)

@@ -28,7 +28,6 @@ GLOBAL = "global"
     "name",
     "Of the bundle; for onnx also NAME:WEIGHT+NAME, several as one.  [default: for onnx the personal adapter, else the "
     "global one; for peft global]",
-    former="--name",
 )
 @click.option(
     "--format",

@@ -30,7 +30,7 @@ from export.cli.options import (
 @which
 @pinned
 @the_labels
-@commandline.adapter("name", "The adapter's name on devices.", default="global", show_default=True, former="--name")
+@commandline.adapter("name", "The adapter's name on devices.", default="global", show_default=True)
 @click.option(
     "--format", "form", default="int8", type=click.Choice(["fp32", "fp16", "int8", "int4"]), help="Default: int8."
 )

@@ -21,7 +21,7 @@ MAXIMA = {"max_abs_diff", "mixed_diff"}  # more answers can only raise these
 
 @click.command()
 @commandline.bundle("What is measured.")
-@commandline.adapter("name", "Which adapter of the bundle.", default="global", show_default=True, former="--name")
+@commandline.adapter("name", "Which adapter of the bundle.", default="global", show_default=True)
 @click.option("--base", "base_name", required=True, metavar="NAME|DIR", help="The base that the bundle was made from.")
 @from_registry
 @from_folder

@@ -70,7 +70,7 @@ TASKS = ("text-classification", "text-generation")
     metavar="FILE",
     help="Public phrases that devices rehearse when they learn: lines of a label, a tab and a phrase.",
 )
-@commandline.bundle("The bundle; its base is replaced.", new=True, former="--out")
+@commandline.bundle("The bundle; its base is replaced.", new=True)
 @signed_by
 @commandline.quiet
 @as_json

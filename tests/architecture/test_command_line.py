@@ -17,7 +17,7 @@ import click
 import pytest
 
 from edgeadapt import program
-from edgeadapt.commandline import JsonLines, LogHandler, RenamedOption, relayed
+from edgeadapt.commandline import JsonLines, LogHandler, relayed
 from tests.support import Run
 
 Path = tuple[str, ...]  # the words of a command, without the program's own
@@ -87,26 +87,6 @@ def test_a_wrong_call_ends_in_one_line_that_names_the_help(words: Path, run: Run
     assert err.count("\n") == 1
     command = " ".join(("edgeadapt", *(words if words in ALL else words[:-1])))
     assert err.endswith(f"see '{command} --help'\n")
-
-
-@pytest.mark.parametrize("old", program.RENAMED)
-def test_a_call_of_a_former_version_is_the_new_one_and_says_so(old: str, run: Run) -> None:
-    new = program.RENAMED[old]
-    named = [word for word in new.split() if not word.startswith("-")]
-    assert tuple(named) in ALL
-    code, out, err = run(*old.replace("FILE", "my.toml").split(), "--help")
-    assert (code, err) == (0, f"edgeadapt: {old.removesuffix(' FILE')!r} is called {new!r} now\n")
-    assert "--keys" in old or out.startswith(f"Usage: edgeadapt {' '.join(named)} ")
-
-
-def test_an_option_of_a_former_version_is_the_new_one_and_in_no_help(run: Run, tmp_path: pathlib.Path) -> None:
-    for path, command in ALL.items():
-        for option in command.params:
-            if isinstance(option, RenamedOption):
-                assert option.former not in run(*path, "--help")[1].split()
-                context = click.Context(command, resilient_parsing=True)
-                command.parse_args(context, [option.former, "x"])
-                assert str(context.params[option.name or ""]) in ("x", "('x',)")
 
 
 def test_a_mistyped_command_is_told_the_one_that_was_meant(run: Run) -> None:
