@@ -68,6 +68,8 @@ def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: FleetOf, page
         page.evaluate(f"document.getElementById('token').value = {token!r}; document.forms[0].submit()")
         page.until(READY)
         assert page.evaluate(ROWS) == 0
+        said = page.evaluate("document.getElementById('answers').innerText")
+        assert said.startswith("Is it learning?\nNo: nothing runs; edgeadapt coordinator up DIR, or run, goes on.")
         ending = page.evaluate("document.getElementById('expiries').innerText")
         assert ending.startswith(f"tls.pem ends on {soon:%F}, in 0 days: renew it")
         page.evaluate("window.opened = true")
@@ -76,6 +78,9 @@ def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: FleetOf, page
         assert page.evaluate("window.opened"), "the page was not loaded again"
         tiles = page.evaluate("document.getElementById('tiles').innerText")
         assert "3 of 3" in tiles
+        said = page.evaluate("document.getElementById('answers').innerText")
+        assert "All 3 rounds are done. The newest version is 3 (round 3, 20" in said
+        assert re.search(r"What does it cost a device\?\n\d+ kB up and \d+ kB down a round, which takes \d+ s", said)
         assert page.evaluate("document.querySelectorAll('#accuracy ellipse').length") == 3
         assert page.evaluate("document.querySelectorAll('#dropouts rect').length") == 3
         text = page.evaluate("document.body.innerText")
@@ -122,6 +127,9 @@ def test_an_operator_sees_a_rollout_its_gates_and_a_log_that_was_altered(
         seen = re.sub(r"\s+", " ", canary)
         assert seen == "canary 1 global 3 all devices 2026-11-27 09:30 ada: published none asked none"
         assert "round 7: not shown to be worse: accuracy +0.0200" in stable
+        assert "of stable better?\nnot shown to be worse" in page.evaluate(
+            "document.getElementById('answers').innerText"
+        )
         assert "rollback to release 1 prepared" in stable
         assert "10 % of devices with language de; release 1 for the others" in stable
         assert "ada: promoted from canary" in stable

@@ -35,11 +35,9 @@ function tiles(view) {
   const { session, gateway, lease } = view;
   const step = session?.step;
   const running = view.running && session && !session.closed;
-  const { waits_for: need, since, devices, needed } = view.run;
-  const waits = need && `waits for ${need} since ${since}${needed ? `: ${devices} of ${needed}` : ""}`;
   const found = {
     Rounds: `${view.rounds_done} of ${view.rounds_wanted}`,
-    "Under way": waits || (running && step ? `${step.name}: ${step.answered} of ${session.devices || "?"}` : view.running ? "between rounds" : "no run"),
+    "Under way": running && step ? `${step.name}: ${step.answered} of ${session.devices || "?"}` : view.running ? "between rounds" : "no run",
     Version: view.version ?? "none",
     Accuracy: dash(view.metrics.accuracy, 3),
     Epsilon: view.epsilon === null ? "no bound" : `${dash(view.epsilon, 2)}${view.epsilon_limit ? ` of ${view.epsilon_limit}` : ""}`,
@@ -50,6 +48,43 @@ function tiles(view) {
   byId("tiles").replaceChildren(
     ...Object.entries(found).map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, String(value)))),
   );
+}
+
+/** Answer what an operator asks first. Each answer has a question, a text, and whether it is bad news. */
+function answers(view) {
+  const { rounds, run } = view;
+  const last = rounds.filter((each) => each.version !== null).at(-1);
+  const failed = rounds.slice(rounds.indexOf(last) + 1).filter((each) => each.reason);
+  const found = [["Is it learning?", ...learning(view, last, failed)]];
+  const refused = run.refusals.slice(0, 3).map((each) => `${each.count} × ${each.kind}${each.version && ` (edgeadapt ${each.version})`}, last ${minute(each.at)}`);
+  if (refused.length && (run.waits_for || failed.length)) found.push(["What was refused?", refused.join("; "), true]);
+  for (const [name, one] of Object.entries(view.channels).filter(([, one]) => one && (one.evaluation || one.previous !== null))) {
+    const text = one.evaluation ? one.evaluation.text : "nobody asked the devices: edgeadapt coordinator evaluate DIR";
+    found.push([`Is release ${one.release} of ${name} better?`, text, one.evaluation?.worse]);
+  }
+  if (view.device_rounds) {
+    const [up, down] = [view.bytes_up, view.bytes_down].map((bytes) => Math.round(bytes / view.device_rounds / 1000));
+    const seconds = rounds.map((each) => each.seconds).sort((one, other) => one - other)[rounds.length >> 1];
+    found.push(["What does it cost a device?", `${up} kB up and ${down} kB down a round, which takes ${dash(seconds, 0)} s (median)`, false]);
+  }
+  byId("answers").replaceChildren(
+    ...found.map(([asked, text, bad]) => element("div", {}, element("dt", {}, asked), element("dd", bad ? { class: "bad" } : {}, text))),
+  );
+}
+
+function learning({ rounds, run, running, rounds_done: done, rounds_wanted: wanted }, last, failed) {
+  const { waits_for: need, since, devices, needed } = run;
+  const when = (each) => `round ${each.round}${each.ended ? `, ${minute(each.ended)} UTC` : ""}`;
+  const values = rounds.map((each) => (each.version === null ? null : each.metrics.accuracy)).filter(Number.isFinite);
+  const mean = (some) => (some.reduce((sum, each) => sum + each, 0) / some.length).toFixed(3);
+  const count = Math.min(5, values.length >> 1);
+  const trend = count ? `; accuracy ${mean(values.slice(-2 * count, -count))}, then ${mean(values.slice(-count))} (means of ${count} rounds)` : "";
+  const so_far = last ? ` The newest version is ${last.version} (${when(last)})${trend}.` : " There is no version of a round yet.";
+  if (need === "lease") return [`Another coordinator leads; this one stands by.${so_far}`, false];
+  if (need) return [`No: it waits for ${need} since ${minute(since)} UTC${needed ? `; ${devices} of ${needed} devices are there` : ""}.${so_far}`, true];
+  if (failed.length) return [`No: ${failed.length} rounds since then gave none, the last because of ${failed.at(-1).reason}.${so_far}`, true];
+  if (done >= wanted) return [`All ${wanted} rounds are done.${so_far}`, false];
+  return running ? [`Yes.${so_far}`, false] : [`No: nothing runs; edgeadapt coordinator up DIR, or run, goes on.${so_far}`, true];
 }
 
 /** A line through the rounds that have a value; axis labels are the least and largest of them. */
@@ -64,18 +99,24 @@ function line(id, rounds, value) {
   const y = (number) => height - 24 - ((height - 24 - edge) * (number - low)) / (high - low);
   const path = points.map(([round, number]) => `${x(round).toFixed(1)},${y(number).toFixed(1)}`).join(" ");
   const text = (at, down, anchor, content) => drawn("text", { x: at, y: down, "text-anchor": anchor }, content);
+  const marks = high - low > 1e-6 ? [low, (low + high) / 2, high] : [low];
+  const when = (round) => `round ${round}${ended(rounds, round)}`;
   byId(id).replaceChildren(
-    drawn("line", { x1: left, x2: width - edge, y1: height - 24, y2: height - 24, class: "axis" }),
-    text(left - 6, y(low) + 4, "end", low.toFixed(3)),
-    ...(high - low > 1e-6 ? [text(left - 6, y(high) + 4, "end", high.toFixed(3))] : []),
-    text(left, height - 8, "start", `round ${first}`),
-    ...(last > first ? [text(width - edge, height - 8, "end", `round ${last}`)] : []),
+    ...marks.flatMap((mark) => [axis(width, y(mark)), text(left - 6, y(mark) + 4, "end", mark.toFixed(3))]),
+    text(left, height - 8, "start", when(first)),
+    ...(last > first ? [text(width - edge, height - 8, "end", when(last))] : []),
     drawn("polyline", { points: path, class: "line" }),
     ...points.map(([round, number]) =>
       drawn("ellipse", { cx: x(round), cy: y(number), rx: 3, ry: 3, class: "point" }, drawn("title", {}, `round ${round}: ${number.toFixed(3)}`)),
     ),
   );
 }
+
+const axis = (width, y) => drawn("line", { x1: 52, x2: width - 14, y1: y, y2: y, class: "axis" });
+const ended = (rounds, round) => {
+  const time = rounds.find((each) => each.round === round)?.ended;
+  return time ? ` · ${minute(time).slice(5)}` : "";
+};
 
 function bars(id, rounds) {
   const [width, height, left, edge] = [600, 180, 52, 14];
@@ -91,9 +132,12 @@ function bars(id, rounds) {
       return drawn("rect", { ...place, class: `step-${step}` }, drawn("title", {}, `round ${each.round}: ${each.dropouts[step]} at ${step}`));
     });
   });
-  const text = drawn("text", { x: left - 6, y: edge + 4, "text-anchor": "end" }, String(most));
-  const axis = drawn("line", { x1: left, x2: width - edge, y1: height - 24, y2: height - 24, class: "axis" });
-  byId(id).replaceChildren(axis, ...(parts.length ? [text] : []), ...parts);
+  const text = (x, y, anchor, content) => drawn("text", { x, y, "text-anchor": anchor }, content);
+  const marks = parts.length ? [text(left - 6, edge + 4, "end", String(most)), text(left - 6, height - 20, "end", "0")] : [];
+  const [first, last] = [rounds[0], rounds.at(-1)].map((each) => each && `round ${each.round}`);
+  if (first) marks.push(text(left, height - 8, "start", first));
+  if (last !== first) marks.push(text(width - edge, height - 8, "end", last));
+  byId(id).replaceChildren(axis(width, height - 24), ...marks, ...parts);
   const seen = STEPS.filter((step) => rounds.some((each) => each.dropouts[step]));
   byId("legend").replaceChildren(...(seen.length ? seen.map((step) => element("span", { class: `key step-${step}` }, step)) : [": none"]));
 }
@@ -167,6 +211,9 @@ function draw(view) {
   byId("expiries").hidden = !ending.length;
   byId("expiries").textContent = ending.join("; ");
   tiles(view);
+  answers(view);
+  show("charts", view.rounds.length);
+  show("rounds-section", view.rounds.length);
   line("accuracy", view.rounds, (each) => each.metrics.accuracy);
   bars("dropouts", view.rounds);
   fill("rounds", rows(view.rounds));
