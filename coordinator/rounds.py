@@ -21,7 +21,8 @@ from aggregation.steps import ADAPTER, Step
 from coordinator import lastsum
 from coordinator.lastsum import LastSum, names
 from coordinator.registry import StoredAdapter, state_digest
-from coordinator.session import Cohort, Exchange, SessionRequest, attachments, establish, obstacle
+from coordinator.runstate import Need
+from coordinator.session import LOOK, Cohort, Exchange, SessionRequest, attachments, establish, obstacle
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import Transport
@@ -150,12 +151,24 @@ class _Run:
             left = sum(settings.kind_of(each) is kind for each in range(number, settings.rounds + 1))
             rounds = max(1, min(left, settings.aggregation.session_rounds))
             self.lifetime.end()
+            self._await_turn()
             self.lifetime = traces.begin("session", first_round=number, rounds=rounds)
             with traces.span("establish", within=self.lifetime):
                 wanted = SessionRequest(adapter, task, rounds, f"session-{number}", self.last)
                 self.cohort, self.session = establish(self.leader, self.transport, wanted)
             self.lifetime.set(devices=len(self.session.devices))
         return self.cohort, self.session
+
+    def _await_turn(self) -> None:
+        """Wait until the last sum, also one of a run before, is as long ago as the settings, read again, demand."""
+        clock, sums = self.transport.clock, [each for each in self.leader.registry.rounds() if each.reason is None]
+        if sums and (ended := sums[-1].ended) is not None and self.leader.settings.interval:
+            begin = clock.now() - max(0.0, time.time() - ended)
+            while (left := begin + self.leader.settings.interval - clock.now()) > 0:
+                self.leader.run.waits(Need.INTERVAL)
+                clock.sleep(min(LOOK, left))
+                self.reloaded()
+            self.leader.run.stopped()
 
     def _is_over(self, cohort: Cohort, session: Established, kind: type[RoundTask]) -> bool:
         """Whether the next round needs another session, as for a task with other sums.

@@ -37,6 +37,10 @@ class Need(StrEnum):
     REVOCATIONS = "revocations"  # the newest revocation list has expired
     DEVICES = "devices"  # too few are connected for an attempt at a session
     SESSION = "session"  # attempts at one are made
+    INTERVAL = "interval"  # the last sum is not long enough ago, as it should
+
+
+IDLE = (Need.LEASE, Need.INTERVAL)  # waits in which nothing is wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ class RunState:
     def row(self, now: datetime, *, running: bool = True) -> dict[str, Any]:
         """Describe it as ``--json`` has it. ``waited``: for how many seconds the fleet has waited for devices or a
         session; 0 if it does not. ``running``: whether a run is in progress; one that was killed has no gateway."""
-        waits = self.since is not None and self.waits_for not in (None, Need.LEASE)
+        waits = self.since is not None and self.waits_for not in (None, *IDLE)
         waited = (now - datetime.fromisoformat(self.since or "")).total_seconds() if waits else 0.0
         row = {**asdict(self), "refusals": [asdict(each) for each in self.refusals], "waited": max(0.0, waited)}
         return row if running else row | {"gateway": None}
@@ -117,6 +121,7 @@ _NAMES = {
     Need.REVOCATIONS: "a newer revocation list",
     Need.DEVICES: "devices",
     Need.SESSION: "a session",
+    Need.INTERVAL: "the end of the interval",
 }
 
 
@@ -142,7 +147,7 @@ class RunRecord:
         """Note what the run waits for, with the numbers of now. A wait for devices is logged from time to time; for
         the others there are lines about each attempt."""
         before = self._now()
-        goes_on = before.waits_for is not None and (before.waits_for is Need.LEASE) == (need is Need.LEASE)
+        goes_on = before.waits_for is not None and (before.waits_for in IDLE) == (need in IDLE)
         facts = {"devices": devices, "needed": needed, "attempt": attempt, "attempts": attempts}
         since = before.since if goes_on else timestamp(time.time())
         state = self._update(waits_for=need, since=since, reason=before.reason if goes_on else "", **facts)

@@ -290,7 +290,7 @@ class GatewaySettings(Settings):
     """origins of pages from which browsers may take part, as https://fleet.example; those of loopback always may"""
 
 
-RELOADED = ("rounds", "deadline", "attempts", "cohort")  # what may change between two rounds of a run
+RELOADED = ("rounds", "interval", "deadline", "attempts", "cohort")  # what may change between two rounds of a run
 
 
 class FederationSettings(Settings):
@@ -298,6 +298,8 @@ class FederationSettings(Settings):
 
     rounds: int = Field(default=10, ge=1, le=100_000)
     """rounds of training in all"""
+    interval: float = Field(default=0.0, ge=0, le=31_536_000)
+    """least time between a sum and the next session, in seconds: 86400, with session_rounds = 1, is a round a day"""
     deadline: float = Field(default=600.0, gt=0)
     """time that a device has for one answer, in seconds"""
     attempts: int = Field(default=20, ge=1, le=1000)

@@ -81,6 +81,24 @@ def test_the_operator_is_told_before_the_rounds_what_default_policies_refuse(
     assert "task.epochs 11 is over this device's maximum of 10" in warned
 
 
+def test_the_next_session_waits_for_the_interval_after_the_last_sum(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = fleet_of(4, rounds=3, interval=3600.0, aggregation__session_rounds=2)
+    grid, folder, waits = fleet.grid(), fleet.out / "coordinator", set()
+    sleep = grid.clock.sleep
+
+    def slept(seconds: float) -> None:
+        waits.add(runstate.read(folder).waits_for)
+        sleep(seconds)
+
+    monkeypatch.setattr(grid.clock, "sleep", slept)
+    assert not any(record.aborted for record in fleet.federate(grid))
+    assert 3500 < grid.clock.now() < 7000, "once in three rounds"
+    assert runstate.Need.INTERVAL in waits
+    assert runstate.read(folder).waits_for is None
+
+
 def test_sessions_last_for_their_rounds_and_versions_name_their_round_and_parent(
     fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

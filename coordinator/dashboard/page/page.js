@@ -81,6 +81,7 @@ function learning({ rounds, run, running, rounds_done: done, rounds_wanted: want
   const trend = count ? `; accuracy ${mean(values.slice(-2 * count, -count))}, then ${mean(values.slice(-count))} (means of ${count} rounds)` : "";
   const so_far = last ? ` The newest version is ${last.version} (${when(last)})${trend}.` : " There is no version of a round yet.";
   if (need === "lease") return [`Another coordinator leads; this one stands by.${so_far}`, false];
+  if (need === "interval") return [`Yes, and the next session waits for its time.${so_far}`, false];
   if (need) return [`No: it waits for ${need} since ${minute(since)} UTC${needed ? `; ${devices} of ${needed} devices are there` : ""}.${so_far}`, true];
   if (failed.length) return [`No: ${failed.length} rounds since then gave none, the last because of ${failed.at(-1).reason}.${so_far}`, true];
   if (done >= wanted) return [`All ${wanted} rounds are done.${so_far}`, false];
