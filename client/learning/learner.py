@@ -441,6 +441,10 @@ class _Phrases:
     def trainer(self) -> ClassifierTrainer:
         return graphengine.classifier(self._learner.base, len(self._labels), _stated_config(self._manifest))
 
+    @cached_property
+    def reader(self) -> PhraseReader:
+        return PhraseReader.of(self._learner.library.base.files[TOKENIZER])
+
     def rate(self, *, lesson: bool) -> float:
         return LEARNING_RATE if lesson else PERSONAL_RATE
 
@@ -449,7 +453,7 @@ class _Phrases:
 
     def checked(self, corrections: Sequence[Correction]) -> list[Example]:
         """Turn corrections into examples. Raises DataError as ``Learner.teach``."""
-        reader, read = PhraseReader.of(self._learner.library.base.files[TOKENIZER]), dict[tuple[int, ...], str]()
+        read = dict[tuple[int, ...], str]()
         for number, pair in enumerate(corrections, 1):
             if pair.label not in self._labels:
                 names = ", ".join(self._labels[:40])
@@ -458,7 +462,7 @@ class _Phrases:
             if len(pair.text) > MAX_TEXT:
                 reason = f"phrase {number} has {len(pair.text)} characters, above the limit of {MAX_TEXT}: shorten it"
                 raise DataError(reason, about="text", value=len(pair.text))
-            if read.setdefault(tuple(reader.tokens(pair.text)), pair.label) != pair.label:
+            if read.setdefault(tuple(self.reader.tokens(pair.text)), pair.label) != pair.label:
                 reason = f"phrase {number} is to the model one that has another label: teach it with one label"
                 raise DataError(reason, about="corrections", value=number)
         return _labelled(corrections, self._labels)
@@ -498,12 +502,11 @@ class _Phrases:
     def learnt(self, examples: Sequence[Example], before: Tensors, after: Tensors) -> tuple[Answers, ...]:
         if not examples:
             return ()
-        reader = PhraseReader.of(self._learner.library.base.files[TOKENIZER])
         labels, texts = self._labels, [example.text for example in examples]
         rows = (probabilities(self.trainer.logits(one, texts), self._manifest.temperature) for one in (before, after))
         predictions = [[Prediction(labels[int(row.argmax())], float(row.max())) for row in each] for each in rows]
         return tuple(
-            Answers(one.text, labels[one.label], old, new, reader.unread(one.text, most=MAX_TOKENS))
+            Answers(one.text, labels[one.label], old, new, self.reader.unread(one.text, most=MAX_TOKENS))
             for one, old, new in zip(examples, *predictions, strict=True)
         )
 
