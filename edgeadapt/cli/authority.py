@@ -1,5 +1,6 @@
 """``edgeadapt authority``: certify the devices of a fleet. Its folder belongs on a separate machine, offline."""
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import click
 
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, of_file
+from aggregation.errors import ConfigError, DataError, of_file
 from aggregation.pki import Authority, certificates, requests
+from aggregation.pki.certificates import require_device_id
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import Reason
 from aggregation.pki.tls import read_tls_request
@@ -19,6 +21,7 @@ from edgeadapt.formats import storage
 from edgeadapt.formats.gateway.invitation import Invitation, new_secret
 
 LONGEST = 2**16  # bytes of a request or a key, and that are read of a passphrase
+LONGEST_LIST = 2**24  # bytes of a list of devices
 LONGEST_PASSPHRASE = 1023  # bytes, for OpenSSL
 DEVICE_DAYS, TLS_DAYS = 365, 90
 
@@ -150,7 +153,9 @@ def issue(
 
 @click.command()
 @folder
-@click.option("--name", required=True, metavar="DEVICE", help="Device id, which the certificates will have.")
+@click.option("--name", metavar="DEVICE", help="Device id, which the certificates will have.")
+@click.option("--names", type=FILE, metavar="FILE", help="Instead: a device id a line, or a CSV file's first column.")
+@click.option("--out", type=FOLDER, metavar="FOLDER", help="With --names: a token goes to FOLDER/DEVICE.token.")
 @click.option("--coordinator", type=FILE, required=True, metavar="FILE", help="Its public key, which the device pins.")
 @click.option("--enrolment", required=True, metavar="HOST:PORT", help="Where 'edgeadapt authority serve' listens.")
 @click.option("--gateway", required=True, metavar="HOST:PORT", help="The coordinator's gateway; several with commas.")
@@ -159,27 +164,73 @@ def issue(
 )
 @as_json
 def invite(
-    folder: Path, name: str, coordinator: Path, enrolment: str, gateway: str, hours: float, as_json: bool
+    folder: Path,
+    name: str | None,
+    names: Path | None,
+    out: Path | None,
+    coordinator: Path,
+    enrolment: str,
+    gateway: str,
+    hours: float,
+    as_json: bool,
 ) -> None:
-    """Print an invitation: a token with which one device can enrol over a network, once.
+    """Print an invitation: a token with which one device can enrol over a network, once. Or write those of many.
 
     Give it to the device's owner only: whoever has it can enrol in the device's place. It needs no passphrase, because
-    nothing is certified until the token is used.
+    nothing is certified until the token is used. With --names, a repeat goes on: tokens that are in FOLDER stay.
 
     \b
-    Example:
+    Examples:
       edgeadapt authority invite authority --name kitchen --coordinator fleet/coordinator.pem \\
         --enrolment authority.example:9444 --gateway fleet.example:9443
+      edgeadapt authority invite authority --names devices.csv --out tokens --coordinator fleet/coordinator.pem \\
+        --enrolment authority.example:9444 --gateway fleet.example:9443
     """
-    store, secret = AuthorityStore(folder), new_secret(SystemEntropy())
+    if (name is None) == (names is None) or (names is None) != (out is None):
+        raise ConfigError("name one device with --name, or many with --names and --out", about="--names")
+    store = AuthorityStore(folder)
     with of_file(coordinator):
         key = PublicKey.from_pem(storage.read(coordinator, LONGEST))
-    invitation = Invitation(secret, name, enrolment, gateway, store.root.der, key.raw)
-    token = invitation.to_text()
-    expires = store.invite(name, invitation.key.public, hours)
-    if not as_json:
-        click.echo(f"for {name}, once, until {expires:%Y-%m-%d %H:%M} UTC:", err=True)
-    print_result({"device": name, "token": token, "until": expires.isoformat()}, token, as_json)
+
+    def made(device: str) -> tuple[str, str]:
+        invitation = Invitation(new_secret(SystemEntropy()), device, enrolment, gateway, store.root.der, key.raw)
+        token = invitation.to_text()
+        return token, f"{store.invite(device, invitation.key.public, hours).isoformat(timespec='seconds')}"
+
+    if name is not None:
+        token, until = made(name)
+        if not as_json:
+            click.echo(f"for {name}, once, until {until}:", err=True)
+        print_result({"device": name, "token": token, "until": until}, token, as_json)
+    elif names is not None and out is not None:
+        listed = _listed(names)
+        out.mkdir(mode=0o700, exist_ok=True)
+        missing = [device for device in listed if not (out / f"{device}.token").exists()]
+        for device in missing:
+            storage.create(out / f"{device}.token", f"{made(device)[0]}\n".encode(), storage.PRIVATE)
+        row = {"devices": listed, "invited": missing, "folder": str(out)}
+        print_result(row, f"{len(missing)} of {len(listed)} devices invited, for {hours:g} hours: {out}", as_json)
+
+
+def _listed(path: Path) -> list[str]:
+    """Read device ids, each once whatever its case. Raises DataError: names the line of one that no device can have."""
+    try:
+        lines = csv.reader(storage.read(path, LONGEST_LIST).decode("utf-8-sig").splitlines(), strict=True)
+        found, seen = list[str](), set[str]()
+        for cells in lines:
+            device = cells[0].strip() if cells else ""
+            if not device or (not found and device.casefold() in ("name", "device")):
+                continue
+            if device.casefold() in seen:
+                raise ConfigError(f"{device!r} is there twice", about="device.id")
+            seen.add(device.casefold())
+            found.append(require_device_id(device))
+    except (ConfigError, csv.Error, UnicodeDecodeError) as error:
+        at = "" if isinstance(error, UnicodeDecodeError) else f":{lines.line_num}"
+        raise DataError(f"{path}{at}: {error}", about=path.name) from error
+    if not found:
+        raise DataError(f"{path} names no device", about=path.name)
+    return found
 
 
 @click.command()

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki import Authority, Root, certificates, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator import launch
@@ -25,6 +25,7 @@ from coordinator.cli import coordinator_group as coordinator
 from coordinator.cli.privacy import privacy
 from coordinator.settings import FederationSettings, PrivacySettings
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.formats.gateway.invitation import read_invitation
 from edgeadapt.formats.layout import Layout, TensorSpec
 from tests.support import FleetOf, refused
 from tests.support.authority import PASSPHRASE, new_key
@@ -367,6 +368,35 @@ def test_options_that_contradict_each_other_are_refused(run: Run, tmp_path: Path
     failed(run("issue", "dir", "--name", "a", "--public-key", "kitchen.csr"), TrustError, "key.pem", "kitchen.csr: ")
     assert run("revoke", "dir", "kitchen", "--reason", "whim").exit_code == 2
     assert ok(run("list", "dir")) == ""
+
+
+def test_many_devices_are_invited_from_a_list_and_a_repeat_goes_on(run: Run, tmp_path: Path) -> None:
+    ok(run("init", "dir", "--unencrypted"))
+    coordinator = new_key().public.to_pem()
+    (tmp_path / "c.pem").write_bytes(coordinator)
+    to = ("--coordinator", "c.pem", "--enrolment", "a.example:1", "--gateway", "b.example:2", "--json")
+
+    def invited(content: str) -> Result:
+        (tmp_path / "devices.csv").write_text(content)
+        return run("invite", "dir", "--names", "devices.csv", "--out", "tokens", *to)
+
+    assert json.loads(ok(invited("\ufeffName,region\nkitchen,eu\n\ngarage\n")))["invited"] == ["kitchen", "garage"]
+    kept = (tmp_path / "tokens" / "kitchen.token").read_text()
+    found = read_invitation(kept.strip())
+    assert (found.device, found.gateway, found.to_pem()[1]) == ("kitchen", "b.example:2", coordinator)
+    assert (tmp_path / "tokens").stat().st_mode & 0o077 == 0
+    assert json.loads(ok(invited("kitchen\nhall\n")))["invited"] == ["hall"]
+    assert (tmp_path / "tokens" / "kitchen.token").read_text() == kept
+    for content, text in (
+        ("a\nb\nA\n", "devices.csv:3: 'A' is there twice"),
+        ("a\n../b\n", "devices.csv:2: "),
+        ('a\n"b\n', "devices.csv:2: "),
+        ("name\n", "names no device"),
+    ):
+        failed(invited(content), DataError, "devices.csv", text)
+    failed(run("invite", "dir", "--names", "devices.csv", *to), ConfigError, "--names")
+    failed(run("invite", "dir", *to), ConfigError, "--names")
+    assert len(list((tmp_path / "tokens").iterdir())) == 3
 
 
 def test_a_file_without_an_end_is_not_waited_for(run: Run) -> None:
