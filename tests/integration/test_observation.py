@@ -6,19 +6,22 @@ The devices have bundles of a channel, as those that are evaluated. The base is 
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+from click.testing import CliRunner
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, EdgeAdaptError
 from client.inference.usage import Usage, begin, today
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import SETTINGS
+from coordinator.settings import CohortSettings, FederationSettings
 from edgeadapt.bases.base import Base
+from edgeadapt.program import cli
 from edgeadapt.promotion.gates import GateError
 from edgeadapt.rounds.observation import DEVICES, NOISE, keys
 from export.bundle.sources import from_registry
@@ -46,7 +49,7 @@ def answered(bundle: Path, first: int, doubtful: int, adapter: str) -> None:
 @pytest.fixture
 def staged(app_fleet_of: Callable[..., Any], tiny_base: Base) -> StagedFleet:
     exported = export_classifier(with_mean_head(tiny_base, ["query", "value"]), tiny_base, Profile.FP32, training=True)
-    settings = {"observation__noise_multiplier": BARE, "aggregation__keep_masked_inputs": True}
+    settings = {"observation__noise_multiplier": BARE, "aggregation__keep_masked_inputs": True, "attempts": 1}
     found = StagedFleet.of(app_fleet_of(FLEET, rounds=1, **settings, aggregation__ring_bits=32), exported)
     found.publish("stable", from_registry(found.fleet.out / "coordinator", 0, None), 1)
     found.join()
@@ -54,19 +57,20 @@ def staged(app_fleet_of: Callable[..., Any], tiny_base: Base) -> StagedFleet:
     return found
 
 
-def agree(staged: StagedFleet, **policy: object) -> None:
-    for device in staged.devices:
+def agree(staged: StagedFleet, devices: Sequence[str]) -> None:
+    for device in devices:
         file = staged.fleet.state_dir(device).folder / SETTINGS
         settings = tomllib.loads(file.read_text())
-        settings["policy"] |= {"observations": True, **policy}
+        settings["policy"] |= {"observations": True}
         file.write_text(tomli_w.dumps(settings))
 
 
 def test_what_devices_answered_is_summed_by_week_and_a_change_is_found(staged: StagedFleet) -> None:
     fleet, folder = staged.fleet, staged.fleet.out / "coordinator"
     fleet.federate(fleet.grid())
-    agree(staged)
-    counting = staged.devices[:-1]  # the last device counts nothing
+    agreeing = staged.devices[2:]
+    agree(staged, agreeing)
+    counting = agreeing[:-1]  # the last device counts nothing
     for device in counting:
         begin(staged.bundle(device))
         answered(staged.bundle(device), BEFORE, 4, "a" * 64)
@@ -79,6 +83,7 @@ def test_what_devices_answered_is_summed_by_week_and_a_change_is_found(staged: S
     row = json.loads(run(*ask, "--until", last, "--json"))
     assert (row["round"], row["since"]) == (2, BEFORE)
     record = fleet.federate(fleet.grid())[-1]
+    assert (set(record.survivors), record.dropped) == (set(agreeing), {})
     assert record.metrics[DEVICES] == pytest.approx(len(counting), abs=0.5)
     assert record.metrics["doubt.0"] == pytest.approx(0.1 * len(counting), abs=8 * record.metrics[NOISE])
     assert record.metrics["adapter.0"] == pytest.approx(0.0, abs=8 * record.metrics[NOISE])
@@ -92,18 +97,36 @@ def test_what_devices_answered_is_summed_by_week_and_a_change_is_found(staged: S
     with refused(GateError, "drift"):
         run("release", "drift", folder)
     assert audit_failures(folder) == set()
-    for device in staged.devices:
-        ledger = fleet.state_dir(device).load(PrivacyLedger)
-        assert ledger != spent[device]  # also of a device that counts nothing
+    for device in staged.devices:  # also one that agrees and counts nothing has spent
+        assert (fleet.state_dir(device).load(PrivacyLedger) != spent[device]) == (device in agreeing)
     assert fleet.registry().version(3).manifest.rule.name == "Observation"
     with refused(ConfigError, "--until"):
         run(*ask, "--until", datetime.now(UTC).date())
 
 
+def test_too_few_owners_who_agree_are_waited_for_and_the_status_counts_them(staged: StagedFleet) -> None:
+    fleet, folder = staged.fleet, staged.fleet.out / "coordinator"
+    fleet.federate(fleet.grid())
+    agree(staged, staged.devices[:2])
+    run("coordinator", "observe", folder)
+    with refused(EdgeAdaptError, "session"):
+        fleet.federate(fleet.grid())
+    status = CliRunner().invoke(cli, ["coordinator", "status", str(folder)])
+    assert f"2 of {FLEET} devices agreed to contribute observations" in status.output
+    assert "3 are needed" in status.output
+    agree(staged, staged.devices[2:7])
+    settings = FederationSettings.read(folder / "federation.toml")
+    cohort = {"cohort": CohortSettings(size=6, over_selection=1.0)}
+    (folder / "federation.toml").write_text(settings.model_copy(update=cohort).to_toml())
+    survivors = fleet.federate(fleet.grid())[-1].survivors  # a cohort is drawn from all who agree
+    assert len(survivors) == 6
+    assert {*survivors} < {*staged.devices[:7]}
+
+
 def test_counts_of_a_session_are_those_of_its_begin(staged: StagedFleet) -> None:
     """An answer after it, or counts that are erased, change nothing that the device contributes to it."""
-    agree(staged)
     device = staged.devices[0]
+    agree(staged, [device])
     state = staged.fleet.state_dir(device)
     begin(staged.bundle(device))
     answered(staged.bundle(device), AFTER, 10, "b" * 64)
