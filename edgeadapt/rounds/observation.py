@@ -190,7 +190,7 @@ def keys(label: str | None, probability: float, unknown: float, seconds: float, 
     Args:
         label: None: the text had no answer, and ``probability`` counts in no bin.
         unknown: Share of the text's unknown tokens.
-        adapter: ``AdapterManifest.content`` of the adapter that answered.
+        adapter: ``AdapterManifest.content`` of the adapter that answered; empty: several did, as one.
     """
     found = [
         f"labels/{label or OTHER}",
@@ -217,7 +217,7 @@ def described(key: str) -> str:
         return "unknown tokens " + _between([f"{bound:.0%}".replace("%", " %") for bound in UNKNOWN], int(rest))
     if kind == "latency":
         return "latency " + _between([f"{bound} ms" for bound in LATENCY], int(rest))
-    return f"adapter {rest[:SHOWN]}" if kind == "adapter" else rest
+    return f"adapter {rest[:SHOWN] or 'of several'}" if kind == "adapter" else rest
 
 
 def _between(bounds: Sequence[str], place: int) -> str:
