@@ -174,13 +174,20 @@ def counts_of(rounds: Sequence[RoundRecord]) -> dict[str, Any]:
 
 
 def drift_of(manifests: Sequence[VersionManifest]) -> dict[str, Any] | None:
-    """Compare the last two observations; None if there are fewer. ``changed`` is None where they say nothing."""
-    if sum(drift.is_observation(manifest) for manifest in manifests) < 2:
+    """Summarize the last observation, and compare it with the one before; None if there is none. ``changed`` is None
+    where the two say nothing."""
+    last = next(filter(drift.is_observation, reversed(manifests)), None)
+    if last is None:
         return None
+    seen, observed = drift.Observed.of(last, last), dict[str, str]()
+    row: dict[str, Any] = {"rounds": [], "changed": None, "histograms": []}
     try:
-        return drift.compare(*drift.observations(manifests)).row()
+        observed = {histogram: seen.summary(histogram) for histogram in seen.histograms}
+        row = drift.compare(*drift.observations(manifests)).row()
     except ConfigError as error:
-        return {"rounds": [], "changed": None, "text": str(error), "histograms": []}
+        row["text"] = str(error)
+    lines = [f"observed {histogram}: {text}" for histogram, text in observed.items()]
+    return row | {"observed": observed, "text": "\n".join([*lines, row["text"]])}
 
 
 def lines_of(status: dict[str, Any]) -> Iterator[str]:

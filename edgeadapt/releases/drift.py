@@ -19,11 +19,13 @@ from aggregation.errors import ConfigError, DataError
 from edgeadapt.formats.jsontext import Exact
 from edgeadapt.formats.manifest import Count, Sha256, VersionManifest
 from edgeadapt.releases.verdict import Figure
-from edgeadapt.rounds.observation import DAYS, DEVICES, LEAST, NOISE, PRESENT, SINCE, described
+from edgeadapt.rounds.observation import DAYS, DECILES, DEVICES, LEAST, NOISE, PRESENT, SINCE, described
 from edgeadapt.rounds.sums import Vector
 
 CHANCE = 0.05  # of an alarm, over all histograms together, where nothing has changed
 VISIBLE = 3.0  # standard deviations of its noise, which the number of contributing devices exceeds
+TOP = 3  # bins that a summary names
+USUAL = {"probability": DECILES - 1, "unknown": 0}  # the bin that is left out of a sum, as the rest
 TROUBLE = ("doubt", "lessons")  # histograms of which more is worse
 Name = Annotated[str, Field(max_length=64)]
 
@@ -75,6 +77,20 @@ class Observed(Exact):
             reason += f" its noise hides {hidden:.0f}: observe fewer histograms at once, or a larger fleet"
             raise ConfigError(reason, about="observation.histograms")
         return np.array([self.metrics[f"{histogram}.{each}"] for each in self.histograms[histogram]]) / devices
+
+    def summary(self, histogram: str) -> str:
+        """Name the most frequent bins, or of ordered ones the median and the ninth decile. Raises as ``shares``."""
+        shares, names = np.clip(self.shares(histogram), 0.0, None).tolist(), list(self.named(histogram))
+        if histogram in USUAL:
+            shares.insert(USUAL[histogram], max(0.0, 1.0 - sum(shares)))
+            names.insert(USUAL[histogram], described(f"{histogram}/{USUAL[histogram]}"))
+        elif histogram != "latency":
+            whole = sum(shares) if histogram == "labels" else 1.0  # devices shorten what is in many bins
+            top = sorted(zip(shares, names, strict=True), reverse=True)[:TOP]
+            return ", ".join(f"{name} {share / (whole or 1.0):.2f}" for share, name in top)
+        below = np.cumsum(shares)
+        median, ninth = (names[int(np.searchsorted(below, share * below[-1]))] for share in (0.5, 0.9))
+        return f"median: {median}; ninth decile: {ninth}"
 
     def variance(self, histogram: str) -> Vector:
         """Return the variance of each share where nothing has changed."""

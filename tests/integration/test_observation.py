@@ -113,7 +113,9 @@ def test_what_devices_answered_is_summed_by_week_and_a_change_is_found(staged: S
         run("release", "drift", folder)
     assert audit_failures(folder) == set()
     opened = CoordinatorStateDir.open(folder)
-    assert "the answers have changed between rounds 2 and 3" in "\n".join(lines_of(status_of(opened)))
+    told = "\n".join(lines_of(status_of(opened)))
+    assert "observed doubt: probability below .5 0.2" in told
+    assert "the answers have changed between rounds 2 and 3" in told
     assert b"edgeadapt_drift 1.0" in exposition(Viewer(opened).look())
     opened.registry.close()
     released(staged, datetime.now(UTC) - timedelta(days=WEEK + 1))

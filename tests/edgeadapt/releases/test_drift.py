@@ -78,6 +78,21 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare(doubt, few)
 
 
+def test_a_summary_has_the_most_frequent_labels_or_the_quantiles_of_ordered_bins() -> None:
+    metrics = {DEVICES: 100.0, NOISE: 0.1, "labels.0": 5.0, "labels.1": 10.0, "labels.2": 4.0, "labels.3": 1.0}
+    metrics |= {
+        "probability.0": 10.0,
+        "probability.8": 30.0,
+        "unknown.1": 45.0,
+        "lessons.undone": 2.0,
+    }
+    found = Observed(1, "a" * 64, ("on", "off", "up"), metrics, 0.0)
+    assert found.summary("labels") == "label off 0.50, label on 0.25, label up 0.20"
+    assert found.summary("probability") == "median: probability .9 to 1; ninth decile: probability .9 to 1"
+    assert found.summary("unknown") == "median: unknown tokens up to 0 %; ninth decile: unknown tokens 0 to 10 %"
+    assert found.summary("lessons") == "undone 0.02"
+
+
 def test_a_prepared_rollback_takes_worse_answers_of_days_after_the_release() -> None:
     """Observation 1 is of days 10 to 16, and 2 of days 20 to 26."""
     rng = np.random.default_rng(0)
