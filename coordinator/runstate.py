@@ -182,9 +182,9 @@ class RunRecord:
         self._update(waits_for=None, since=None, attempt=0, reason="", sessions=_counted(self._now().sessions, "made"))
 
     def agreed(self, what: str, devices: int, asked: int, needed: int) -> None:
-        """Note how many owners agree to a kind of session."""
+        """Note how many owners agree to a kind of session: the others are not there for it."""
         now = Agreement(devices, asked, needed, timestamp(time.time()))
-        self._update(agreed={**self._now().agreed, what: now})
+        self._update(agreed={**self._now().agreed, what: now}, devices=devices)
 
     def leads(self) -> None:
         """End a wait for the lease; one for devices, of a run before, goes on."""
