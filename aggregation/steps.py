@@ -10,6 +10,7 @@ RECORD = "edgeadapt"  # the one record in a Flower message
 BODY = "body"  # the signed protocol message
 ADAPTER = "adapter"  # with a plan: the safetensors bytes of the adapter, whose digest the plan signs
 PROOF = "proof"  # with an offer: a session chain proof; with a plan: a receipt (``transcript.logstate``)
+CONSENT = "consent"  # with a challenge: what the session sums that needs the owner's consent, if anything
 REVOCATIONS = "revocations"  # with an offer: the authority's newest revocation list, if there is one
 
 

@@ -55,6 +55,16 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class Agreement:
+    """Counts the devices whose owners agree to what a session sums, when it was asked last."""
+
+    devices: int
+    asked: int
+    needed: int
+    at: str  # ISO 8601
+
+
+@dataclass(frozen=True, slots=True)
 class GatewaySnapshot:
     """A gateway at one moment, in numbers.
 
@@ -86,6 +96,7 @@ class RunState:
     reason: str = ""  # why the last attempt failed; may name devices
     sessions: Mapping[str, int] = field(default_factory=dict)  # ``made``, or why not → attempts
     refusals: tuple[Refusal, ...] = ()  # the last one first
+    agreed: Mapping[str, Agreement] = field(default_factory=dict)  # by ``RoundTask.CONSENT``
     gateway: GatewaySnapshot | None = None  # while one runs
 
     def row(self, now: datetime, *, running: bool = True) -> dict[str, Any]:
@@ -110,6 +121,9 @@ def lines(row: Mapping[str, Any]) -> Iterator[str]:
         version = f", edgeadapt {each['version']}" if each["version"] else ""
         yield f"  refused {each['count']} times, last at {each['at']} ({each['kind']}{version}): {each['text']}"
 
+    for what, each in row["agreed"].items():
+        agreed = f"{each['devices']} of {each['asked']} devices agreed to contribute {what}"
+        yield f"{agreed} at {each['at']}, {each['needed']} are needed"
     if gateway := row["gateway"]:
         outcomes = ", ".join(f"{count} {outcome}" for outcome, count in gateway["check_ins"].items())
         clocks = f", {gateway['skewed']} with a wrong clock" if gateway["skewed"] else ""
@@ -171,6 +185,11 @@ class RunRecord:
 
     def made(self) -> None:
         self._update(waits_for=None, since=None, attempt=0, reason="", sessions=_counted(self._now().sessions, "made"))
+
+    def agreed(self, what: str, devices: int, asked: int, needed: int) -> None:
+        """Note how many owners agree to a kind of session: the others are not there for it."""
+        now = Agreement(devices, asked, needed, timestamp(time.time()))
+        self._update(agreed={**self._now().agreed, what: now}, devices=devices)
 
     def leads(self) -> None:
         """End a wait for the lease; one for devices, of a run before, goes on."""

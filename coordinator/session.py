@@ -26,7 +26,7 @@ from aggregation.pki.certificates import identity, load, same_name
 from aggregation.pki.revocation import RevocationList
 from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.spec import SessionSpec
-from aggregation.steps import PROOF, REVOCATIONS, Step
+from aggregation.steps import CONSENT, PROOF, REVOCATIONS, Step
 from coordinator.lastsum import LastSum, names, serials
 from coordinator.registry import StoredAdapter
 from coordinator.runstate import Need
@@ -53,13 +53,13 @@ class CheckedIn:
 
 
 def check_in(
-    leader: CoordinatorStateDir, root: Root, transport: Transport, group: str, last: LastSum | None
+    leader: CoordinatorStateDir, root: Root, transport: Transport, group: str, last: LastSum | None, consent: str = ""
 ) -> CheckedIn:
     """Challenge nodes; keep those that prove which certified device they are, one node for each device.
 
     Where a cohort has a size, the nodes are chosen at random, and the first devices that check in are kept. But while
     the next round is bound to the survivors of the ``last`` sum, every node is challenged: nobody else knows where they
-    are.
+    are. So it is where the owners have to ``consent`` (``RoundTask.CONSENT``): each device says so itself, when asked.
 
     A device at two nodes has its key at both, and so has one with two names. It takes part at the node that answers
     first. While a survivor of the ``last`` sum is absent, the nodes without a device are challenged again.
@@ -68,7 +68,7 @@ def check_in(
     """
     listed, cohort = transport.nodes(), leader.settings.cohort
     sampled = bool(cohort.size) and last is None
-    asked = choose(listed, cohort, group) if sampled else listed
+    asked = choose(listed, cohort, group, all_of_them=bool(consent)) if sampled else listed
     enough = Enough(cohort.size, 0.0) if sampled else None
     if sampled:
         log.info("%d of %d nodes are asked to check in", len(asked), len(listed))
@@ -76,11 +76,12 @@ def check_in(
     admitted: dict[str, str] = {}  # name without case, and id of the key → device
     nodes: dict[str, int] = {}
     for attempt in range(1, CHECK_INS + 1):
-        left = set(asked if sampled else transport.nodes()).difference(nodes.values())
-        challenges = {node: Challenge(SystemEntropy().bytes(DIGEST), node) for node in sorted(left)}
+        left = [node for node in (asked if sampled else transport.nodes()) if node not in nodes.values()]
+        challenges = {node: Challenge(SystemEntropy().bytes(DIGEST), node) for node in left}
         bodies = {node: leader.protocol.sign(challenge) for node, challenge in challenges.items()}
         name = group if attempt == 1 else f"{group}-{attempt}"
-        for reply in transport.ask(Step.CHECK_IN, bodies, name, enough=enough):
+        extra = {node: {CONSENT: consent.encode()} for node in bodies} if consent else None
+        for reply in transport.ask(Step.CHECK_IN, bodies, name, extra, enough):
             try:
                 device, answer = checks.check_in(root, challenges[reply.node], reply.answer(), datetime.now(UTC))
             except ProtocolError as error:
@@ -104,17 +105,18 @@ def _note(leader: CoordinatorStateDir, step: Step, reply: Reply, error: Protocol
         leader.run.refused(error.about or step.value, "", str(error))
 
 
-def choose(nodes: Sequence[int], cohort: CohortSettings, group: str) -> tuple[int, ...]:
-    """Choose the nodes that are asked to check in: all alike likely, ``size`` times ``over_selection`` of them.
+def choose(nodes: Sequence[int], cohort: CohortSettings, group: str, *, all_of_them: bool = False) -> tuple[int, ...]:
+    """Choose the nodes that are asked to check in: all alike likely, ``size`` times ``over_selection`` of them; or put
+    ``all_of_them`` in an order by chance.
 
     Args:
         nodes: All that there are, in ascending order.
         group: Of the session; with a seed, it and the nodes determine the choice.
     """
-    count = min(math.ceil(cohort.size * cohort.over_selection), len(nodes))
+    count = len(nodes) if all_of_them else min(math.ceil(cohort.size * cohort.over_selection), len(nodes))
     seed = None if cohort.seed == "random" else [cohort.seed, zlib.crc32(group.encode())]
     chosen = np.random.default_rng(seed).choice(len(nodes), size=count, replace=False)
-    return tuple(nodes[int(i)] for i in sorted(chosen))
+    return tuple(nodes[int(i)] for i in (chosen if all_of_them else sorted(chosen)))
 
 
 def _still_valid(root: Root, present: CheckedIn) -> CheckedIn:
@@ -306,9 +308,12 @@ def _attempt(
     """Make one attempt at a session: returns its devices and its state, or why there is none."""
     root, settings, last = leader.await_root(transport.clock.sleep), leader.settings, wanted.last
     group = f"{wanted.group}-{attempt}"
-    with traces.span(Step.CHECK_IN.value, listed=len(transport.nodes()), attempt=attempt) as span:
-        present = check_in(leader, root, transport, group, last)
+    consent, listed, least = wanted.task.CONSENT, len(transport.nodes()), settings.aggregation.fewest_devices
+    with traces.span(Step.CHECK_IN.value, listed=listed, attempt=attempt) as span:
+        present = check_in(leader, root, transport, group, last, consent)
         span.set(answered=len(present.nodes))
+    if consent:
+        leader.run.agreed(consent, len(present.nodes), listed, least)
     layout, base = wanted.adapter.layout, wanted.adapter.manifest.base_digest
     spec_of = partial(settings.session_spec, layout=layout, base_digest=base, rounds=wanted.rounds, task=wanted.task)
     if last is not None:
@@ -317,9 +322,9 @@ def _attempt(
         present = _around(last, present, lambda count: spec_of(count).minimum_survivors, settings.cohort.size)
     elif settings.cohort.size:
         present = present.only([*present.nodes][: settings.cohort.size])
-    count, least = len(present.nodes), settings.aggregation.fewest_devices
-    if count < least:
-        return FailedAttempt(Lacked.CHECK_INS, f"{count} devices answered, {least} are needed")
+    if (count := len(present.nodes)) < least:
+        did = f"of {listed} devices agree to contribute {consent}" if consent else "devices answered"
+        return FailedAttempt(Lacked.CHECK_INS, f"{count} {did}, {least} are needed")
     cohort, outcome = _offer(leader, transport, present, root, spec_of(count), last, group)
     if isinstance(outcome, RoundAborted):
         return FailedAttempt(Lacked.ANSWERS, outcome.detail)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregation import envelope
-from aggregation.errors import EdgeAdaptError, ProtocolError
+from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError
 from aggregation.messages import Shares
 from aggregation.steps import Step
 from aggregation.transcript.entries import MAGIC, Abort, Checkpoint, Entry, Result, Stage, read
@@ -28,6 +28,7 @@ from edgeadapt.formats.jsontext import optional_timestamp
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.releases import drift
 
 _REQUESTS = {kind.TAG: step for step, kind in REQUESTS.items()}
 _ANSWERS = {kind.TAG: step for step, kind in ANSWERS.items()}
@@ -135,13 +136,15 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
     """Collect the object that ``edgeadapt coordinator status --json`` prints. Raises EdgeAdaptError: as
     ``Registry.versions`` and ``Registry.rounds``; or the last log is too large, or not a file."""
     rounds, progress = state_dir.registry.rounds(), LogFollower(state_dir.folder / TRANSCRIPT).look()
+    manifests = [version.manifest for version in state_dir.registry.versions()]
     return {
         "state": str(state_dir.folder),
         "key": state_dir.key.public.key_id,
         "authority": state_dir.root.fingerprint,
         **operation_of(state_dir),
         **counts_of(rounds),
-        "versions": [_version(version.manifest) for version in state_dir.registry.versions()],
+        "versions": [*map(_version, manifests)],
+        "drift": drift_of(manifests),
         "rounds": [round_row(record) for record in rounds],
         "farthest": farthest(rounds),
         "last_session": progress and progress.as_json(),
@@ -168,6 +171,23 @@ def counts_of(rounds: Sequence[RoundRecord]) -> dict[str, Any]:
         "device_rounds": sum(len({*record.survivors, *record.dropped}) for record in rounds),
         "dropouts_by_step": dict(Counter(step for record in rounds for step in record.dropped.values())),
     }
+
+
+def drift_of(manifests: Sequence[VersionManifest]) -> dict[str, Any] | None:
+    """Summarize the last observation, and compare it with the one before; None if there is none. ``changed`` is None
+    where the two say nothing."""
+    last = next(filter(drift.is_observation, reversed(manifests)), None)
+    if last is None:
+        return None
+    seen, observed = drift.Observed.of(last, last), dict[str, str]()
+    row: dict[str, Any] = {"rounds": [], "changed": None, "histograms": []}
+    try:
+        observed = {histogram: seen.summary(histogram) for histogram in seen.histograms}
+        row = drift.compare(*drift.observations(manifests)).row()
+    except ConfigError as error:
+        row["text"] = str(error)
+    lines = [f"observed {histogram}: {text}" for histogram, text in observed.items()]
+    return row | {"observed": observed, "text": "\n".join([*lines, row["text"]])}
 
 
 def lines_of(status: dict[str, Any]) -> Iterator[str]:
@@ -198,6 +218,7 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
     state = state if status["running"] or done >= wanted else ", no run is in progress"
     yield f"rounds {done} of {wanted}, {aborted} aborted{state}"
     yield from runstate.lines(status["run"])
+    yield from status["drift"]["text"].splitlines() if status["drift"] else ()
     yield f"dropouts {count} of {status['device_rounds']} device-rounds{f': {at}' if at else ''}"
     if session := status["last_session"]:
         state, step = "closed" if session["closed"] else "not closed", session["step"]

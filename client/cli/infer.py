@@ -112,12 +112,14 @@ def _phrases(texts: Sequence[str]) -> list[str]:
 
 
 def _classify(library: Library, names: Sequence[str], phrases: list[str], top: int) -> list[dict[str, Any]]:
+    from client.inference import usage  # an answer waits for nothing that it does not need
+
     session = ClassificationSession.of(library)
     adapters = [session.load(name) for name in names or (library.default(),)]
     # One text by all adapters, then the next: what is below the adapters reads it once.
     asked = [[_asked(session, adapter, text, top) for adapter in adapters] for text in phrases]
     if len(adapters) == 1:
-        _count(library, adapters[0], [one for (one,) in asked])
+        usage.count_answers(library.bundle, adapters[0], [one for (one,) in asked])
     answers = [[_answer(text, ranking) for ranking, _ in row] for text, row in zip(phrases, asked, strict=True)]
     used = ({"adapter": one.name, "version": one.version, "temperature": one.temperature} for one in adapters)
     return [{**stated, "answers": list(own)} for stated, own in zip(used, zip(*answers, strict=True), strict=True)]
@@ -128,15 +130,6 @@ def _asked(session: ClassificationSession, adapter: Adapter, text: str, top: int
     begun = time.perf_counter()
     ranking = session.ranking(text, adapter.composition, top) if text.strip() else UNKNOWN
     return ranking, time.perf_counter() - begun
-
-
-def _count(library: Library, used: Adapter, answers: Sequence[tuple[Ranking, float]]) -> None:
-    """Count answers, if the device's owner wants that (``edgeadapt device usage``)."""
-    from client.inference import usage  # an answer waits for nothing that it does not need
-
-    if usage.counts_usage(library.bundle):
-        keys = [usage.answer_keys(ranking, seconds, used.manifests[0]) for ranking, seconds in answers]
-        options.count(library.bundle, [key for own in keys for key in own])
 
 
 def _answer(text: str, ranking: Ranking) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import click
 from aggregation.errors import ConfigError
 from client.cli import options
 from client.cli.options import printable
-from client.inference import usage
 from client.learning import Answers, Correction, Learned, Learner, Personalized, TextBits
 from client.learning.learner import Learnt, bits
 from client.training.control import TrainingControl
@@ -67,7 +66,6 @@ def learn(
         return
     with Learner.open(bundle, trust, name) as learner:
         undone = learner.undo()
-        options.count(bundle, [usage.lesson_key(undone=True)] * len(undone.corrections))
     if as_json:
         click.echo(json.dumps(asdict(undone), ensure_ascii=False))
     else:
@@ -92,7 +90,6 @@ def teach(
         meant = {options.words(label): label for label in labels} | {label: label for label in labels}
         compared = () if compare is None else read_examples(compare, 0)
         learned = learner.teach([replace(one, label=meant.get(one.label, one.label)) for one in corrections], compared)
-        options.count(bundle, [usage.lesson_key(undone=False)] * len(corrections))
     if as_json:
         click.echo(json.dumps(_row(learned), ensure_ascii=False))
         return

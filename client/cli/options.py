@@ -2,7 +2,6 @@
 
 import sys
 import unicodedata
-from collections.abc import Iterable
 from io import TextIOWrapper
 from pathlib import Path
 from typing import cast
@@ -31,14 +30,6 @@ def warn_of_unread(text: str, unread: int) -> None:
     if unread:
         start = " ".join(printable(text[:40]).split())
         click.echo(f"edgeadapt: the last {unread} tokens of {start!r} … are not read: shorten the text", err=True)
-
-
-def count(bundle: Path, keys: Iterable[str]) -> None:
-    """Count what ``usage.count`` counts, and say on standard error if that failed."""
-    from client.inference import usage  # an answer waits for nothing that it does not need
-
-    if reason := usage.count(bundle, keys):
-        click.echo(f"edgeadapt: {reason}", err=True)
 
 
 def standard_input() -> TextIOWrapper:

@@ -22,9 +22,10 @@ from edgeadapt.rounds.observation import described
 def usage(bundle: Path, on: bool, gone: bool, since: Any, as_json: bool) -> None:
     """Show what this device counts of its own answers, which no text is a part of; by default it counts nothing.
 
-    Counted are answers by label, probability, unknown tokens, latency and adapter, and corrections, for each of the
-    last 62 days, encrypted next to the bundle. Only if policy.observations is set in device.toml, a round of
-    observation takes shares of these counts, of past days and with noise, and nothing else.
+    Counted are answers of 'infer', 'chat' and edgeadapt.load by label, probability, unknown tokens, latency and adapter
+    (of a language model by the last two), and corrections, for each of the last 62 days, encrypted next to the bundle.
+    Only if policy.observations is set in device.toml, a round of observation takes shares of these counts, of past days
+    and with noise, and nothing else.
 
     \b
     Examples:

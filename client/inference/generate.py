@@ -3,6 +3,7 @@
 ``Generator`` answers one prompt, ``Conversation`` keeps the messages of a chat; ``engine.py`` runs the model.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from threading import Lock
 from typing import Self
 
 from aggregation.errors import ConfigError, DataError, one_line
+from client.inference import usage
 from client.inference.engine import GenerationEngine
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
@@ -154,7 +156,10 @@ class Generator:
     def _pieces(self, prompt: list[int], params: SamplingParams, composition: Composition | None) -> Iterator[str]:
         with self._exclusive():
             adapter = None if composition is None else self._get(composition)  # may have been evicted since
+            begun = time.perf_counter()
             yield from self._generate(prompt, params, adapter)
+            if adapter:
+                usage.count_answers(self.library.bundle, adapter, [(None, time.perf_counter() - begun)])
 
     def _generate(self, prompt: list[int], params: SamplingParams, adapter: Adapter | None) -> Iterator[str]:
         engine, stops, decoder = self._engine, StopFilter(params.stop), self._engine.decoder()

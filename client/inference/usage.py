@@ -8,6 +8,7 @@
 No text is kept. A round of observation may ask for sums of them (``edgeadapt.rounds.observation``).
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,12 +21,13 @@ from aggregation.entropy import Entropy, SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.wire import Codec
 from edgeadapt.formats import storage
-from edgeadapt.formats.manifest import AdapterManifest
 from edgeadapt.rounds.observation import LESSONS, keys
 
 if TYPE_CHECKING:  # imports ONNX Runtime
+    from client.inference.library import Adapter
     from client.inference.session import Ranking
 
+log = logging.getLogger("edgeadapt.device")
 LEARNED, SEALING_KEY, USAGE, LOCK = "learned", "sealing.key", "usage.sealed", "usage.lock"
 KEPT = 62  # days
 MOST_KEYS = 4096  # of a day; an answer with a new one is not counted beyond it
@@ -121,24 +123,29 @@ def erase(bundle: Path) -> None:
             (_folder(bundle) / USAGE).unlink(missing_ok=True)
 
 
-def count(bundle: Path, found: Iterable[str]) -> str:
-    """Add keys to the counts of today, if answers are counted. Returns why they could not be, else an empty text: an
-    answer or a lesson is good all the same."""
+def count(bundle: Path, found: Iterable[str]) -> None:
+    """Add keys to the counts of today, if answers are counted. Why they cannot be is logged: an answer or a lesson is
+    good all the same."""
     try:
         if counts_usage(bundle):
             with storage.locked(_folder(bundle) / LOCK):
                 if usage := Usage.read(bundle):
                     usage.plus(today(), found).write(bundle)
     except (EdgeAdaptError, OSError) as error:
-        return f"not counted: {error}"
-    return ""
+        log.warning("not counted: %s", error)
 
 
-def answer_keys(ranking: "Ranking", seconds: float, used: AdapterManifest) -> list[str]:
-    """Return the keys to which an answer of an adapter adds one; ``seconds``: how long it took."""
-    best = ranking.predictions[0] if ranking.predictions else None
-    label, probability = (best.label, best.probability) if best else (None, 0.0)
-    return keys(label, probability, ranking.unknown, seconds, used.content)
+def count_answers(bundle: Path, used: "Adapter", answers: Iterable[tuple["Ranking | None", float]]) -> None:
+    """Count answers of an adapter with the seconds that each took; None: a language model wrote it."""
+    if not counts_usage(bundle):
+        return
+    found, content = list[str](), used.manifests[0].content if len(used.manifests) == 1 else ""
+    for ranking, seconds in answers:
+        best = ranking.predictions[0] if ranking and ranking.predictions else None
+        label, probability = (best.label, best.probability) if best else (None, 0.0)
+        own = keys(label, probability, ranking.unknown if ranking else 0.0, seconds, content)
+        found += own if ranking else [key for key in own if not key.startswith(("labels/", "unknown/"))]
+    count(bundle, found)
 
 
 def lesson_key(*, undone: bool) -> str:

@@ -33,7 +33,7 @@ from client.inference.library import Library
 from client.inference.phrases import PhraseReader
 from client.inference.session import Prediction
 from client.inference.text import checked, require_plain, special_tokens
-from client.inference.usage import LEARNED, sealing_key
+from client.inference.usage import LEARNED, count, lesson_key, sealing_key
 from client.learning.corrections import HISTORY, MAX_FILE, Before, Correction, Lesson, LessonHistory, check_count
 from client.training import graphengine
 from client.training.control import UNLIMITED, TrainingCheckpoint, TrainingControl
@@ -253,6 +253,7 @@ class Learner:
             reason = f"nothing was learned in {done} steps; the adapter in use stays: teach something else"
             raise DataError(reason, about="corrections")
         used = self._put_into_use(manifest, corrections, engine.inputs_of(tuned))
+        count(self.library.bundle, [lesson_key(undone=False)] * len(corrections))
         return Learned(used.name, used.version, done, seconds, own, answers[len(taught) :])
 
     def personalize(
@@ -358,6 +359,7 @@ class Learner:
             self._install(used, lesson.before.blob)
         self._save(history)
         self._use(used.name)
+        count(self.library.bundle, [lesson_key(undone=True)] * len(lesson.corrections))
         return Undone(used.name, used.version, lesson.corrections)
 
     def _shared(self, digest: str) -> AdapterManifest:

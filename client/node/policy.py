@@ -18,7 +18,10 @@ from aggregation.spec import Adversary
 from client.training.control import TOKENS, UNLIMITED, TrainingControl
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.rounds.roundtask import RoundTask
+from edgeadapt.rounds.taskkinds import KINDS
 from edgeadapt.rounds.tasklimits import TaskLimits
+
+CONSENTS = frozenset(kind.CONSENT for kind in KINDS)
 
 
 class TrainingLimits(TaskLimits):
@@ -47,9 +50,14 @@ class TrainingLimits(TaskLimits):
     def check(self, task: RoundTask, adapter: Tensors) -> None:
         """Check a task as ``TaskLimits.check`` does, and that the owner contributes to rounds of its kind."""
         super().check(task, adapter)
-        if task.CONSENT and not getattr(self, task.CONSENT):
-            reason = f"this device contributes no {task.CONSENT}"
-            raise ProtocolError(reason, COORDINATOR, about=f"task.{task.CONSENT}")
+        self.require_consent(task.CONSENT)
+
+    def require_consent(self, what: str) -> None:
+        """Check that the owner contributes ``what`` a coordinator asks for: ``RoundTask.CONSENT`` of some kind."""
+        if what not in CONSENTS:
+            raise ProtocolError("this device does not know what it should contribute", COORDINATOR, about="consent")
+        if what and not getattr(self, what):
+            raise ProtocolError(f"this device contributes no {what}", COORDINATOR, about=f"task.{what}")
 
 
 SAFE = Policy()

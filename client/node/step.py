@@ -28,7 +28,7 @@ from aggregation.messages import Offer, Plan, Survivors, Unmask
 from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR, refused
 from aggregation.spec import SessionSpec
-from aggregation.steps import ADAPTER, BODY, PROOF, REVOCATIONS, Step
+from aggregation.steps import ADAPTER, BODY, CONSENT, PROOF, REVOCATIONS, Step
 from aggregation.transcript.log import logged_part
 from aggregation.transcript.logstate import LogState
 from client.node import adapterstate, privacyledger, sumhistory, tasklabels
@@ -100,7 +100,7 @@ def answer(
                 reads = step in READS_EXAMPLES
                 require(conditions(state_dir, readings, datetime.now().astimezone(), count_examples=reads))
             if step is Step.CHECK_IN:
-                return _check_in(state_dir, fields[BODY], node)
+                return _check_in(state_dir, fields, node)
             return _transition(state_dir, step, fields, choose, readings)
     except EligibilityError as error:
         log.info("%s declined: %s", step.value, error, extra={"about": error.about})
@@ -139,11 +139,14 @@ def _wait(arrived: float, quantum: float) -> None:
         time.sleep(quantum - passed % quantum)
 
 
-def _check_in(state_dir: DeviceState, challenge: bytes, node: int) -> bytes:
+def _check_in(state_dir: DeviceState, fields: Mapping[str, bytes], node: int) -> bytes:
+    """Say who this device is, unless its owner contributes nothing to such a session; the plan is checked as well."""
     log_state = state_dir.load(LogState)
     last_offer = None if log_state is None else log_state.offer
     key, certificate, coordinator = state_dir.identity, state_dir.certificate, state_dir.coordinator
-    return client.check_in(key, certificate, coordinator, challenge, node=node, last_offer=last_offer)
+    checked_in = client.check_in(key, certificate, coordinator, fields[BODY], node=node, last_offer=last_offer)
+    state_dir.policy.require_consent(fields.get(CONSENT, b"").decode(errors="replace"))
+    return checked_in
 
 
 def _eligible(state_dir: DeviceState, readings: Readings) -> Callable[[], None]:

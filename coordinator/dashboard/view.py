@@ -15,7 +15,7 @@ from aggregation.errors import DataError, TrustError
 from coordinator import runstate
 from coordinator.registry import Head
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.status import LogFollower, counts_of, operation_of
+from coordinator.status import LogFollower, counts_of, drift_of, operation_of
 from edgeadapt.formats import storage
 from edgeadapt.formats.jsontext import optional_timestamp
 from edgeadapt.formats.manifest import VersionManifest
@@ -163,16 +163,17 @@ class Viewer:
         """Read what the registry says, again only when it has a new round or version."""
         registry = self.state_dir.registry
         if registry.latest() is None:
-            return _history((), None)
+            return _history((), ())
         head = registry.head()
         if head != self._head:
-            self._history = _history(registry.rounds(), registry.version(head.newest[0]).manifest)
+            manifests = tuple(version.manifest for version in registry.versions())
+            self._history = _history(registry.rounds(), manifests)
             self._head = head
         return self._history
 
 
-def _history(records: tuple[RoundRecord, ...], newest: VersionManifest | None) -> dict[str, Any]:
-    last = records[-1] if records else None
+def _history(records: tuple[RoundRecord, ...], manifests: tuple[VersionManifest, ...]) -> dict[str, Any]:
+    last, newest = records[-1] if records else None, manifests[-1] if manifests else None
     return {
         "version": None if newest is None else newest.version,
         "privacy": None if newest is None or newest.privacy is None else str(newest.privacy),
@@ -182,6 +183,7 @@ def _history(records: tuple[RoundRecord, ...], newest: VersionManifest | None) -
         "bytes_down": sum(record.bytes_down for record in records),
         "seconds": sum(record.seconds for record in records),
         "metrics": {} if last is None else last.metrics,
+        "drift": drift_of(manifests),
         "rounds": [_round(record) for record in records[-LISTED:]],
     }
 
@@ -243,6 +245,10 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
     yield _counter("bytes", "Bytes of the rounds, from devices (up) and to them (down).", "direction", sizes)
     yield _counter("round_seconds", "Wall time of all rounds.", None, {"": view["seconds"]})
     yield _gauge("metric", "Means over the survivors of the last round, from its sum.", view["metrics"], "name")
+    if (drift := view["drift"]) and drift["changed"] is not None:
+        yield _gauge("drift", "1 if the last two observations differ.", int(drift["changed"]))
+        chances = {each["histogram"]: each["p"] for each in drift["histograms"]}
+        yield _gauge("drift_probability", "Chance of such a difference without a change.", chances, "histogram")
     if view["epsilon"] is not None:
         yield _gauge("epsilon", "What all sums so far may have revealed of a device.", view["epsilon"])
     if view["epsilon_limit"] is not None:
@@ -289,6 +295,12 @@ def _waits(run: dict[str, Any]) -> Iterator[Metric]:
         yield _gauge("wait_devices_needed", "Devices that a session needs.", run["needed"])
         yield _gauge("wait_attempt", "Attempt at a session.", run["attempt"])
         yield _gauge("wait_attempts", "Attempts after which the run ends.", run["attempts"])
+    for name, text in (
+        ("devices", "Devices whose owners agreed when asked."),
+        ("needed", "Devices that need to."),
+    ):
+        counts = {kind: each[name] for kind, each in run["agreed"].items()}
+        yield _gauge(f"consent_{name}", text, counts, "kind")
     yield _counter("sessions", "Attempts at a session: made, or what they lacked.", "outcome", run["sessions"])
     text = "Refusals by field or step, and by the version that the device states."
     refusals = CounterMetricFamily(PREFIX + "refusals", text, labels=["kind", "version"])

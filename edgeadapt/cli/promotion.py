@@ -117,7 +117,7 @@ def promote(
             gates.require_passed(results, f"release {release.number} of {source}")
         with traces.span("publish"):
             published = opened.promote(source, release.number, channel, results, share=share, languages=languages)
-    _print(published, results, as_json, _prepared(opened, channel, key, settings.accuracy.margin))
+    _print(published, results, as_json, _prepared(opened, channel, key, settings))
 
 
 @click.command()
@@ -148,13 +148,13 @@ def rollout(
       edgeadapt release rollout releases stable --share 20 --language de --language fr
       edgeadapt release rollout releases stable --share 100
     """
-    opened, key, margin = open_repository(folder), None if key_file is None else read_key(key_file), 0.0
+    opened, key, settings = open_repository(folder), None if key_file is None else read_key(key_file), None
     release = opened.release(channel)
     if key is not None and release is not None:  # before anything is changed
-        margin = gates.GateSettings.read(folder / gates.GATES).accuracy.margin
+        settings = gates.GateSettings.read(folder / gates.GATES)
         require_signer(opened, channel, release, key.public)
     published = opened.set_rollout(channel, share, languages, again=key is not None)
-    _print(published, (), as_json, _prepared(opened, channel, key, margin))
+    _print(published, (), as_json, _prepared(opened, channel, key, settings))
 
 
 @click.command()
@@ -265,16 +265,12 @@ def drift(state_dir: Path, trust: Path | None, as_json: bool) -> None:
     Example:
       edgeadapt release drift fleet
     """
-    from edgeadapt.promotion.drift import compare, observations
+    from edgeadapt.releases.drift import compare, observations
+    from edgeadapt.releases.lineage import Lineage
 
-    found = observations(state_dir, trust)
-    if len(found) < 2:
-        reason = f"{state_dir} has {len(found)} rounds of observation, and two are compared"
-        raise ConfigError(f"{reason}: add one with 'edgeadapt coordinator observe {state_dir}'", about="observation")
-    drifts = compare(*found[-2:])
-    rows = [asdict(one) for one in drifts.histograms]
-    print_result({"rounds": drifts.rounds, "changed": drifts.found, "histograms": rows}, str(drifts), as_json)
-    if drifts.found:
+    drifts = compare(*observations(each.manifest for each in Lineage.read(state_dir, trust, None).versions))
+    print_result(drifts.row(), str(drifts), as_json)
+    if drifts.changed:
         raise gates.GateError("the answers of the fleet have changed: look at what devices are asked", about="drift")
 
 
@@ -292,11 +288,11 @@ def _verdict(releases: Path, state_dir: Path, trust: Path | None, channel: str, 
 
 
 def _prepared(
-    opened: ChannelRepository, channel: str, key: IdentityKey | None, margin: float
+    opened: ChannelRepository, channel: str, key: IdentityKey | None, settings: gates.GateSettings | None
 ) -> RollbackCondition | None:
     """Return the condition of a channel's prepared rollback, which is prepared now if a key is given."""
-    if key is not None and opened.rollout(channel) is not None:
-        return prepare(opened, channel, key, margin)
+    if key is not None and settings is not None and opened.rollout(channel) is not None:
+        return prepare(opened, channel, key, settings.accuracy.margin, drift=settings.rollback_on_drift)
     prepared = opened.prepared.read(channel)
     return None if prepared is None else prepared[1]
 

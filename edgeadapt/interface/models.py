@@ -1,5 +1,6 @@
 """``edgeadapt.load``: a verified bundle as an object that answers, learns and follows its channel."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any, NamedTuple, Self, overload
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError
+from client.inference import usage
 from client.inference.generate import Conversation, Generator
 from client.inference.library import Composition, Library
-from client.inference.session import ClassificationSession
+from client.inference.session import ClassificationSession, Ranking
 from client.inference.text import SamplingParams
 from client.learning import Correction, Learned, Learner, Personalized, Undone
 from client.training.personal import FINE_TUNE, PersonalStep
@@ -166,7 +168,7 @@ class Classifier(_Model):
         """Classify a text, or each of several. Raises as ``top``."""
         if isinstance(text, str):
             return self.top(text, 1, adapter=adapter)[0]
-        return [self.top(one, 1, adapter=adapter)[0] for one in text]
+        return [answers[0] for answers in self._answers(text, 1, adapter)]
 
     def top(self, text: str, count: int, *, adapter: str | None = None) -> list[Answer]:
         """Find the ``count`` most likely labels of a text, most likely first; one without a label if it is unknown.
@@ -176,10 +178,20 @@ class Classifier(_Model):
             ConfigError: ``count`` is below 1, or the bundle does not have ``adapter``.
             TrustError: No pinned key signed the adapter, or it is older than one that was seen.
         """
-        if not isinstance(text, str):
-            raise DataError(f"a {type(text).__name__} is not a text: give a string", about="text")
-        used = adapter or self.adapter
-        found = self._session.ranking(text, used, count)
+        return self._answers([text], count, adapter)[0]
+
+    def _answers(self, texts: Iterable[str], count: int, adapter: str | None) -> list[list[Answer]]:
+        used, found = adapter or self.adapter, list[tuple[Ranking, float]]()
+        for text in texts:
+            if not isinstance(text, str):
+                raise DataError(f"a {type(text).__name__} is not a text: give a string", about="text")
+            begun = time.perf_counter()
+            found.append((self._session.ranking(text, used, count), time.perf_counter() - begun))
+        usage.count_answers(self.bundle, self._session.load(used), found)  # once: it writes a file
+        return [self._ranked(used, ranking) for ranking, _ in found]
+
+    @staticmethod
+    def _ranked(used: str, found: Ranking) -> list[Answer]:
         ranked = [Answer(one.label, one.probability, used, found.unknown) for one in found.predictions]
         return ranked or [Answer(None, 0.0, used, found.unknown)]
 

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Literal
 
 from aggregation import envelope
-from aggregation.errors import ConfigError, ProtocolError, TrustError
+from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
 from aggregation.messages import Assignment, Plan
 from aggregation.transcript.entries import read
 from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats import storage
 from edgeadapt.formats.registryfiles import TRANSCRIPT, RegistrySettings
 from edgeadapt.formats.release import Release
+from edgeadapt.releases.drift import JudgedDrift, compare, observations
 from edgeadapt.releases.history import audit_repository, rollback_after
 from edgeadapt.releases.lineage import GovernedVersion, Lineage
+from edgeadapt.releases.prepared import RollbackCondition
 from edgeadapt.releases.repository import ChannelRepository
 from edgeadapt.releases.rollback import note_evaluation, publish_prepared
 from edgeadapt.releases.verdict import JudgedEvaluation, verdict
@@ -41,7 +43,8 @@ class WatchStep:
 
 
 def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, channel: str, adapter: str) -> WatchStep:
-    """Publish the prepared rollback of a channel if the last evaluation found its newest release worse.
+    """Publish the prepared rollback of a channel if the last evaluation found its newest release worse; or a drift did,
+    if that is signed, too.
 
     A verdict after which the release stays is noted in the repository's log, once. An evaluation that led to a rollback
     already gives no verdict: the same adapter, promoted again, is compared again. The repository needs the key of
@@ -54,6 +57,10 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     repository.compared(channel, adapter)
     current = repository.released(channel)
     condition = repository.prepared.accept(channel, current).condition
+    if drift := _drift(state_dir, trust, condition):
+        new = publish_prepared(repository, channel, drift).release
+        text = f"{compare(drift.before, drift.after)}\nchannel {channel} is rolled back: "
+        return WatchStep("rolled back", f"{text}release {new.number} is release {condition.again} again", None, new)
     try:
         judged, noted = judge(repository, state_dir, trust, channel, adapter, condition.margin)
     except NoVerdictError as error:
@@ -96,6 +103,20 @@ def judge(
         reason = f"the evaluation of round {number} led to a rollback already ({led}): {add_one}"
         raise NoVerdictError(reason, about="evaluation", value=number)
     return evaluation, any(record.action.evaluation == evaluation for record in records)
+
+
+def _drift(state_dir: Path, trust: Path | None, condition: RollbackCondition) -> JudgedDrift | None:
+    """Return a drift that meets a condition; None if there is none."""
+    if condition.began is None:
+        return None
+    versions = [version.manifest for version in Lineage.read(state_dir, trust, None).versions]
+    try:
+        before, after = observations(versions)
+        judged = JudgedDrift(before, after, compare(before, after).worse)
+        condition.require(judged)
+    except (ConfigError, DataError, TrustError):  # too few observations, or nothing that is worse since the release
+        return None
+    return judged
 
 
 def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVersion | None:

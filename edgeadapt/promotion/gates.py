@@ -88,6 +88,9 @@ class GateSettings(Settings):
 
     gates: tuple[GateName, ...] = Field(default=("size", "parity", "accuracy", "language", "canaries"), min_length=1)
     """the gates that a release must pass; of a language model only size and parity can be measured"""
+    rollback_on_drift: bool = False
+    """whether a prepared rollback is also published where answers got worse since the release: of two observations of
+    days before it and after, the second shows more answers of low probability or corrections"""
     size: SizeGate = SizeGate()
     parity: ParityGate = ParityGate()
     accuracy: AccuracyGate = AccuracyGate()

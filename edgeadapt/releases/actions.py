@@ -24,6 +24,7 @@ from aggregation.errors import DataError
 from edgeadapt.formats.jsontext import Exact
 from edgeadapt.formats.manifest import Count, Manifest, Sha256
 from edgeadapt.formats.rollout import Rollout
+from edgeadapt.releases.drift import JudgedDrift
 from edgeadapt.releases.verdict import Figure, JudgedEvaluation
 
 LOG = "log"  # folder
@@ -58,6 +59,7 @@ class Action(Exact):
         gates: A promotion's, in order.
         rollout: Who gets the release, if not all devices.
         evaluation: A prepared rollback was published for it, or the release stayed after it.
+        drift: A prepared rollback was published for it.
     """
 
     kind: Kind
@@ -70,6 +72,7 @@ class Action(Exact):
     gates: tuple[GateResult, ...] = ()
     rollout: Rollout | None = None
     evaluation: JudgedEvaluation | None = None
+    drift: JudgedDrift | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,6 +182,8 @@ def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) 
     try:
         if action.evaluation is not None:
             action.evaluation.require()
+        if action.drift is not None:
+            action.drift.require()
         for role, version in record.metadata.items():
             if role in (ROOT, TOP, SNAPSHOT, TIMESTAMP):
                 continue
@@ -191,7 +193,7 @@ def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) 
                 continue
             if (action.kind, action.subject, action.again) != ("rollback", role, condition.again):
                 raise TrustError(f"{action.kind} signed metadata that were prepared for a rollback", about="rollback")
-            condition.require(action.evaluation)
+            condition.require(action.evaluation or action.drift)
     except (DataError, TrustError) as error:
         reason = f"record {record.number} of {action.subject or 'all'}: {error}"
         raise TrustError(reason, about=error.about, value=record.number) from error

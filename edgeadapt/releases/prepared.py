@@ -24,6 +24,7 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.manifest import Count, Sha256
 from edgeadapt.formats.release import MAX_RELEASE, RELEASE, Release, target
+from edgeadapt.releases.drift import JudgedDrift
 from edgeadapt.releases.metadata import MAX_METADATA, ROLLBACK, TOP, RoleMetadata, TargetFiles
 from edgeadapt.releases.verdict import JudgedEvaluation
 
@@ -32,13 +33,15 @@ PREPARED = "prepared"  # folder
 
 @dataclass(frozen=True, slots=True)
 class RollbackCondition(jsontext.Exact):
-    """States on what a prepared rollback may be published: an evaluation found the newest release worse. ``adapters``:
-    name → ``AdapterManifest.content`` in the two releases, newest first."""
+    """States on what a prepared rollback may be published: an evaluation found the newest release worse, or, if
+    ``began`` is set, answers got worse with it. ``adapters``: name → ``AdapterManifest.content`` in the two releases,
+    newest first."""
 
     release: Count  # number of the release that it takes back
     again: Count  # number of the one that it publishes again
     margin: Annotated[float, Field(ge=0, le=1)]  # how far an accuracy may be below that of the previous release
     adapters: Annotated[dict[Annotated[str, Field(max_length=64)], tuple[Sha256, Sha256]], Field(max_length=100)]
+    began: Count | None = None  # day since 1970 on which it was released; None: a drift takes nothing back
 
     @classmethod
     def of(cls, signed: Targets) -> Self | None:
@@ -56,13 +59,20 @@ class RollbackCondition(jsontext.Exact):
         """Name it in a channel's metadata: as text, since TUF's canonical JSON has no fractions."""
         signed.unrecognized_fields[ROLLBACK] = jsontext.encode(asdict(self)).decode()
 
-    def require(self, evaluation: JudgedEvaluation | None) -> None:
-        """Check that an evaluation meets it. Raises DataError if the evaluation's figures do not give its verdict.
+    def require(self, evaluation: JudgedEvaluation | JudgedDrift | None) -> None:
+        """Check that an evaluation or a drift meets it. Raises DataError if its figures do not give its verdict.
 
-        Raises TrustError: there is no evaluation, it compared other releases or with another margin, or it did not find
-        the newest release worse.
+        Raises TrustError: there is none, it compared other releases or with another margin or is not of days before and
+        after the release, or it did not find the newest release worse.
         """
         what = f"the rollback of release {self.release}"
+        if isinstance(evaluation, JudgedDrift):
+            evaluation.require()
+            until, since = evaluation.before.days[1], evaluation.after.days[0]
+            if self.began is None or not until <= self.began < since or not evaluation.worse:
+                reason = f"{what} was not prepared for this drift, or it shows nothing worse since the release"
+                raise TrustError(reason, about="drift")
+            return
         if evaluation is None:
             raise TrustError(f"{what} was prepared for a verdict, and has none", about="evaluation")
         evaluation.require()

@@ -4,6 +4,7 @@ Errors are those of ``ChannelRepository``, besides what a function names.
 """
 
 from dataclasses import replace
+from datetime import datetime
 
 from tuf.api.metadata import Targets
 
@@ -15,6 +16,7 @@ from edgeadapt.formats.dsse import MAX_ENVELOPE
 from edgeadapt.formats.manifest import AdapterManifest
 from edgeadapt.formats.release import RELEASE, Release, target
 from edgeadapt.releases.actions import Action
+from edgeadapt.releases.drift import JudgedDrift
 from edgeadapt.releases.history import audit_repository, rollback_after
 from edgeadapt.releases.prepared import RollbackCondition
 from edgeadapt.releases.repository import ChannelRepository, Published
@@ -42,10 +44,13 @@ def roll_back(repository: ChannelRepository, channel: str, number: int, key: Ide
         return Published(channel, repository.add_release(action, channel, files, versions, signed))
 
 
-def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margin: float) -> RollbackCondition:
+def prepare(
+    repository: ChannelRepository, channel: str, key: IdentityKey, margin: float, *, drift: bool = False
+) -> RollbackCondition:
     """Sign the rollback of the release that a channel rolls out with the vendor's key, and keep it unserved.
 
-    ``margin`` says how far an accuracy may be below the previous release's: ``accuracy.margin`` of ``gates.toml``.
+    ``margin`` says how far an accuracy may be below the previous release's, and ``drift`` whether worse answers are
+    enough: ``accuracy.margin`` and ``rollback_on_drift`` of ``gates.toml``.
     Raises ConfigError: the channel rolls nothing out; TrustError: ``key`` is not the one that signed the release which
     is rolled out.
     """
@@ -70,7 +75,8 @@ def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margi
             name: (repository.manifest(channel, one, name).content, repository.manifest(channel, other, name).content)
             for name, (one, other) in both.items()
         }
-        condition = RollbackCondition(current.number, old.number, margin, content)
+        began = int(datetime.fromisoformat(current.made).timestamp() // 86_400) if drift else None
+        condition = RollbackCondition(current.number, old.number, margin, content, began)
         metadata = repository.metadata.load(Targets, channel)
         metadata.targets = listed
         condition.put(metadata)
@@ -78,10 +84,10 @@ def prepare(repository: ChannelRepository, channel: str, key: IdentityKey, margi
         return condition
 
 
-def publish_prepared(repository: ChannelRepository, channel: str, evaluation: JudgedEvaluation) -> Published:
+def publish_prepared(repository: ChannelRepository, channel: str, judged: JudgedEvaluation | JudgedDrift) -> Published:
     """Publish the prepared rollback of a channel. Needs the key of snapshot and timestamp alone.
 
-    ``evaluation`` found its newest release worse; the log gets it. Raises ConfigError: there is no prepared rollback,
+    ``judged`` found its newest release worse; the log gets it. Raises ConfigError: there is no prepared rollback,
     or it is out of date; DataError: the figures do not give the verdict; TrustError: the prepared rollback is damaged,
     or was not prepared for this evaluation; or the evaluation led to a rollback already; or the repository does not
     pass its audit.
@@ -89,9 +95,11 @@ def publish_prepared(repository: ChannelRepository, channel: str, evaluation: Ju
     with repository.locked():
         current = repository.released(channel)
         prepared = repository.prepared.accept(channel, current)
-        prepared.condition.require(evaluation)
-        before = rollback_after(evaluation, audit_repository(repository.folder, None).records)
-        if before is not None:
+        prepared.condition.require(judged)
+        records = audit_repository(repository.folder, None).records
+        evaluation = judged if isinstance(judged, JudgedEvaluation) else None
+        drift = judged if isinstance(judged, JudgedDrift) else None
+        if evaluation and (before := rollback_after(evaluation, records)):
             reason = f"round {evaluation.round} led to the rollback of record {before.number} already: evaluate again"
             raise TrustError(reason, about="evaluation", value=evaluation.round)
         release = prepared.release
@@ -99,7 +107,7 @@ def publish_prepared(repository: ChannelRepository, channel: str, evaluation: Ju
             repository.targets.write(channel, name, content)
         digest = prepared.metadata.signed.targets[target(channel, RELEASE)].hashes["sha256"]
         action = Action("rollback", channel, None, release.number, digest, dict(release.adapters))
-        action = replace(action, again=prepared.condition.again, evaluation=evaluation)
+        action = replace(action, again=prepared.condition.again, evaluation=evaluation, drift=drift)
         repository.metadata.commit(action, {}, prepared={channel: prepared.metadata})
         repository.prepared.discard(channel)
         return Published(channel, release)

@@ -38,11 +38,13 @@ DECILES = 10  # of the probability of the first answer; the first half of them i
 UNKNOWN = (0.0, 0.1, 0.25, 0.5)  # shares of unknown tokens, up to and including; one bin more is above
 LATENCY = (5, 10, 20, 50, 100, 200, 500)  # milliseconds, up to and including; one bin more is above
 LESSONS = ("answered", "corrected", "undone")
+SHOWN = 12  # digits of a release's digest
 DECIMALS = 3  # of a sum
 DEVICES = "observation_devices"  # metric: about how many devices contributed
+SINCE, DAYS = "observation_since", "observation_days"  # metrics: what was asked for
 LEAST = 20  # answers of a device that contributes; not the coordinator's choice, who would ask the device with most
 PRESENT = 0.25  # what a device adds to the number of devices
-LONGEST = 0.3  # norm of a histogram: 200 devices show one new answer in ten (tests/edgeadapt/promotion/test_drift.py)
+LONGEST = 0.3  # norm of a histogram: 200 devices show one new answer in ten (tests/edgeadapt/releases/test_drift.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +125,15 @@ class ObservationTask(CountingTask):
         )
 
     def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
-        """Return the number of devices that contributed, the sum of each bin, ``labels.0`` and so on, in devices, and
-        ``NOISE``, the deviation of each; that of the first is ``1 / PRESENT`` times as large."""
+        """Return the number of devices that contributed, the sum of each bin in devices, by its number among
+        ``labels`` or else by what it counts, ``unknown.1`` for example, and ``NOISE``, the deviation of each; that of
+        the first is ``1 / PRESENT`` times as large."""
         sums = iter(rotation.rotate_back(values[OBSERVED], rotation.seed(digest)).tolist())
-        bins = [f"{name}.{i}" for name, own in self.bins().items() for i in range(len(own))]
-        table = {DEVICES: round(next(sums) / PRESENT, DECIMALS)} | {name: round(next(sums), DECIMALS) for name in bins}
+        table = {SINCE: float(self.since), DAYS: float(self.days), DEVICES: round(next(sums) / PRESENT, DECIMALS)}
+        for name, bins in self.bins().items():
+            for i, own in enumerate(bins):
+                what = i if name == "labels" else min(own).partition("/")[2][:SHOWN]
+                table[f"{name}.{what}"] = round(next(sums), DECIMALS)
         return table | {NOISE: spec.vector.segment(OBSERVED).noise * math.sqrt(survivors)}
 
 
@@ -184,7 +190,7 @@ def keys(label: str | None, probability: float, unknown: float, seconds: float, 
     Args:
         label: None: the text had no answer, and ``probability`` counts in no bin.
         unknown: Share of the text's unknown tokens.
-        adapter: ``AdapterManifest.content`` of the adapter that answered.
+        adapter: ``AdapterManifest.content`` of the adapter that answered; empty: several did, as one.
     """
     found = [
         f"labels/{label or OTHER}",
@@ -211,7 +217,7 @@ def described(key: str) -> str:
         return "unknown tokens " + _between([f"{bound:.0%}".replace("%", " %") for bound in UNKNOWN], int(rest))
     if kind == "latency":
         return "latency " + _between([f"{bound} ms" for bound in LATENCY], int(rest))
-    return f"adapter {rest[:12]}" if kind == "adapter" else rest
+    return f"adapter {rest[:SHOWN] or 'of several'}" if kind == "adapter" else rest
 
 
 def _between(bounds: Sequence[str], place: int) -> str:

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from aggregation import envelope
-from aggregation.messages import Assignment, Offer, Roster, Survivors, Unmask
+from aggregation.messages import Assignment, Challenge, Offer, Roster, Survivors, Unmask
 from aggregation.pki import Revocation
 from aggregation.pki.certificates import serial
 from aggregation.pki.identity import PublicKey
@@ -235,6 +235,13 @@ def refuses(fleet: MixedFleet, name: str, step: Step, body: bytes, about: str, *
 def resigned(fleet: MixedFleet, kind: Any, raw: bytes, **changes: Any) -> bytes:
     """The message with other fields, signed by the coordinator itself."""
     return envelope.sign(fleet.key, replace(kind.decode(envelope.unverified_body(raw)), **changes))
+
+
+def test_a_device_in_javascript_checks_in_where_it_contributes_what_is_summed(mixed: Mixed) -> None:
+    fleet = mixed(4, {1})
+    challenge = envelope.sign(fleet.key, Challenge(bytes(32), 0))
+    assert fleet.program.answer("device-001", Step.CHECK_IN, challenge, consent=b"moments")
+    refuses(fleet, "device-001", Step.CHECK_IN, challenge, "consent", consent=b"observations")
 
 
 def test_a_device_in_javascript_refuses_steps_out_of_order_and_repeated_ones(mixed: Mixed) -> None:

@@ -265,6 +265,9 @@ def test_the_seed_and_the_session_determine_the_choice_and_without_a_seed_nothin
     assert len(others) == 4
     assert choose(NODES, free, "session-1-1") != choose(NODES, free, "session-1-1")
     assert choose(NODES[:5], seeded, "session-1-1") == NODES[:5]
+    orders = [choose(NODES, seeded, group, all_of_them=True) for group in ("session-1-1", "b")]
+    assert sorted(orders[0]) == sorted(orders[1]) == [*NODES]
+    assert len({orders[0], orders[1], NODES}) == 3
 
 
 def test_an_exchange_ends_a_grace_time_after_enough_answers() -> None:

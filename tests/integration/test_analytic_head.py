@@ -177,5 +177,4 @@ def test_a_device_whose_owner_shares_no_moments_refuses(fleet_with_many: FleetOf
     settings.write_text(settings.read_text().replace("[policy]\n", "[policy]\nmoments = false\n"))
     assert not fleet.state_dir("device-03").settings.policy.moments
     (record,) = fleet.federate(fleet.grid())
-    assert "device-03" not in record.survivors
-    assert record.dropped["device-03"] == "plan"
+    assert "device-03" not in {*record.survivors, *record.dropped}

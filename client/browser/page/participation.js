@@ -54,7 +54,7 @@ export async function takePart({ engine, identity, url, examples, minimum, momen
       return made;
     };
     const { adapter, sums, log, privacy, parts } = record;
-    const states = { adapter, sums: sums ?? null, log: log && new LogState(log), privacy, parts, quantum, keep: (step, changed) => rounds.keep(step, changed) };
+    const states = { adapter, sums: sums ?? null, log: log && new LogState(log), privacy, parts, quantum, consents: moments ? ["moments"] : [], keep: (step, changed) => rounds.keep(step, changed) };
     const participant = new Participant(device, train, await nodeOf(record.device), states);
     const leaving = new AbortController();
     signal.addEventListener("abort", () => leaving.abort());

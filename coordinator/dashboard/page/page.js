@@ -43,6 +43,7 @@ function tiles(view) {
     Epsilon: view.epsilon === null ? "no bound" : `${dash(view.epsilon, 2)}${view.epsilon_limit ? ` of ${view.epsilon_limit}` : ""}`,
     Dropouts: `${total(view.dropouts_by_step)} of ${view.device_rounds}`,
     "At the gateway": gateway ? `${gateway.devices} devices` : "–",
+    ...(view.drift && { Answers: view.drift.changed === null ? "not comparable" : view.drift.changed ? "have changed" : "no change is shown" }),
     ...(lease && { Leader: `${lease.in_force ? lease.leader : "nobody"}${lease.own ? " (here)" : ""}, epoch ${lease.epoch}` }),
   };
   byId("tiles").replaceChildren(

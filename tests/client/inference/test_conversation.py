@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError, DataError
+from client.inference import usage
 from client.inference.engine import GenerationEngine
 from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.text import MAX_STOP, MAX_TEXT, Detokenizer, SamplingParams, StopFilter, TextDecoder, checked
@@ -18,6 +19,21 @@ SHORT = SamplingParams(max_tokens=10)
 
 def ask(conversation: Conversation, text: str) -> str:
     return "".join(conversation.ask(text))
+
+
+def test_answers_of_an_adapter_are_counted_by_latency_where_the_owner_wants_it(generator: Generator) -> None:
+    bundle = generator.library.bundle
+    usage.begin(bundle)
+    try:
+        ask(Conversation(generator, SHORT, adapter="anna"), "lock the door")
+        ask(Conversation(generator, SHORT), "lock the door")  # the bare base
+        found = usage.Usage.read(bundle)
+    finally:
+        usage.erase(bundle)
+    assert found is not None
+    (counts,) = (day.counts for day in found.days)
+    assert sorted(key.partition("/")[0] for key in counts) == ["adapter", "latency", "lessons"]
+    assert counts["lessons/answered"] == 1
 
 
 def test_the_model_reads_the_system_prompt_and_all_messages(generator: Generator) -> None:

@@ -24,7 +24,7 @@ from aggregation.messages import Challenge, Survivors
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.server import Coordinator
-from aggregation.steps import ADAPTER, BODY, RECORD, REVOCATIONS, Step
+from aggregation.steps import ADAPTER, BODY, CONSENT, RECORD, REVOCATIONS, Step
 from aggregation.vector import VectorSpec
 from client.node.app import STATE, app
 from client.node.snapshot import Draw, Snapshot
@@ -187,6 +187,13 @@ def test_only_a_challenge_of_the_coordinator_for_this_node_is_signed(talk: Talk)
     }.items():
         talk.refused(FIRST, Step.CHECK_IN, {BODY: raw}, about)
     talk.refused(FIRST, Step.CHECK_IN, None, "message.body")
+
+
+def test_a_device_checks_in_where_its_owner_contributes_what_is_summed(talk: Talk) -> None:
+    challenge = envelope.sign(talk.coordinator.key, Challenge(bytes(32), NODE))
+    assert talk.ask(FIRST, Step.CHECK_IN, challenge, consent=b"moments")
+    for about, what in {"task.observations": b"observations", "consent": b"demand_proofs"}.items():
+        talk.refused(FIRST, Step.CHECK_IN, {BODY: challenge, CONSENT: what}, about)
 
 
 def test_every_device_draws_anew_in_every_round_and_session(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,6 +249,7 @@ def test_what_a_run_waits_for_is_shown_and_measured_without_a_devices_name(fleet
     state_dir.run.waits(Need.SESSION, 2, 3, 4, 20)
     state_dir.run.refused("certificate.revoked", "0.1.0", "certificate of kitchen is revoked")
     state_dir.run.failed("last-sum", "waits for kitchen")
+    state_dir.run.agreed("observations", 2, 8, 3)
     with state_dir.locked(), state_dir.run.observing(lambda: GatewaySnapshot("127.0.0.1:1", 2)):
         viewer = Viewer(state_dir)
         wait_until(lambda: viewer.look()["gateway"] is not None)
@@ -258,6 +259,7 @@ def test_what_a_run_waits_for_is_shown_and_measured_without_a_devices_name(fleet
     assert "kitchen" not in json.dumps(view)
     found = metrics(view)
     assert (found["waits", "session"], found["waits", "devices"], found["gateway_devices",]) == (1, 0, 2)
+    assert (found["consent_devices", "observations"], found["consent_needed", "observations"]) == (2, 3)
     assert (found["wait_devices",], found["wait_devices_needed",], found["wait_attempt",]) == (2, 3, 4)
     assert found["wait_timestamp_seconds",] == datetime.fromisoformat(view["run"]["since"]).timestamp()
     assert found["sessions_total", "last-sum"] == found["refusals_total", "certificate.revoked", "0.1.0"] == 1

@@ -15,12 +15,14 @@ from aggregation.spec import Privacy, SessionSpec
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.rounds.observation import (
+    DAYS,
     DEVICES,
     LATENCY,
     LEAST,
     LONGEST,
     NOISE,
     PRESENT,
+    SINCE,
     UNKNOWN,
     ObservationRounds,
     ObservationTask,
@@ -132,4 +134,5 @@ def test_with_noise_the_sums_have_the_deviation_that_is_published_and_no_other()
     errors = np.array([each["doubt.0"] - 0.1 * FLEET for each in found])
     assert 0.75 * stated < np.sqrt((errors**2).mean()) < 1.25 * stated  # 150 draws: beyond it with chances below 1e-5
     assert np.mean([each[DEVICES] for each in found]) == pytest.approx(FLEET, abs=5 * stated / PRESENT / 150**0.5)
-    assert sorted(found[0]) == sorted([DEVICES, NOISE, "doubt.0", "labels.0", "labels.1", "labels.2"])
+    assert (found[0][SINCE], found[0][DAYS]) == (TASK.since, TASK.days)
+    assert found[0].keys() == {DEVICES, NOISE, SINCE, DAYS, "doubt.0", "labels.0", "labels.1", "labels.2"}

@@ -17,7 +17,8 @@ const READ_EXAMPLES = ["offer", "plan"]; // steps
  *
  * `train` makes its contribution: (plan, spec, blob, parts) → { vector, parts } (learning/round.js), with the adapter's file and
  * what the device keeps to itself of an adapter, or null. `node`: Flower's id of this node. `adapter`, `sums` and `log`
- * are what it remembers of earlier sessions (adapterstate.js, sumhistory.js, logstate.js), or null, and `privacy` is its account
+ * are what it remembers of earlier sessions (adapterstate.js, sumhistory.js, logstate.js), or null; it joins sessions that need
+ * consent to `consents` only, and `privacy` is its account
  * (privacyledger.js); `keep` stores them after each step, (step, { adapter, sums, log, privacy, parts, revocations }), before the answer leaves. Offers and plans are answered at a multiple of `quantum` milliseconds after they arrived, which hides how long training took; 0: at once.
  */
 export class Participant {
@@ -26,12 +27,14 @@ export class Participant {
   #node;
   #keep;
   #quantum;
+  #consents;
   #state = null;
   #known; // { adapter, sums, log, privacy, parts }
   #last = Promise.resolve();
 
-  constructor(device, train, node = 0n, { keep = async () => {}, quantum = QUANTUM, ...known } = {}) {
+  constructor(device, train, node = 0n, { keep = async () => {}, quantum = QUANTUM, consents = ["moments"], ...known } = {}) {
     [this.#device, this.#train, this.#node, this.#keep, this.#quantum] = [device, train, node, keep, quantum];
+    this.#consents = consents;
     this.#known = { adapter: null, sums: null, log: null, privacy: privacyledger.EMPTY, parts: null, ...known };
   }
 
@@ -63,10 +66,10 @@ export class Participant {
     }
   }
 
-  async #step(step, { body, adapter, proof, revocations }, at) {
+  async #step(step, { body, consent, adapter, proof, revocations }, at) {
     if (!body) refuse("the message has no body", "message.body");
     const state = this.#state;
-    if (step === "checkin") return checkIn(this.#device, body, this.#node, this.#known.log?.offer ?? null);
+    if (step === "checkin") return this.#checkIn(body, consent);
     if (step === "offer") return this.#offer(body, proof, revocations, at);
     if (step === "roster" && state?.onRoster) return this.#after(await state.onRoster(this.#device, body));
     if (step === "plan" && state?.onPlan) return this.#plan(body, adapter, proof, at);
@@ -74,6 +77,13 @@ export class Participant {
     if (step === "unmask" && state?.onUnmask) return this.#unmask(body);
     const held = state ? `is in the state ${state.constructor.name}` : "has joined no session";
     refuse(`unexpected ${step}: this device ${held}`, "step");
+  }
+
+  async #checkIn(challenge, consent) {
+    const answer = await checkIn(this.#device, challenge, this.#node, this.#known.log?.offer ?? null);
+    const agrees = !consent || this.#consents.includes(new TextDecoder().decode(consent));
+    if (!agrees) refuse("this device does not contribute what the session sums", "consent");
+    return answer;
   }
 
   #after([state, answer]) {

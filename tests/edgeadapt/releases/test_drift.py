@@ -1,22 +1,20 @@
 """Whether a fleet's answers have changed: how often the test says so where nothing has, and where something has."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from aggregation.errors import ConfigError
-from edgeadapt.formats.peftconfig import PeftConfig
-from edgeadapt.promotion.drift import Observed, compare
-from edgeadapt.rounds.observation import LEAST, LONGEST, PRESENT, ObservationRounds, ObservationTask
+from aggregation.errors import ConfigError, DataError, TrustError
+from edgeadapt.releases.drift import JudgedDrift, Observed, compare
+from edgeadapt.releases.prepared import RollbackCondition
+from edgeadapt.rounds.observation import DAYS, DEVICES, LEAST, LONGEST, NOISE, PRESENT, SINCE, ObservationRounds
 from tests.support import refused
 
 LABELS, FLEET, ANSWERS = tuple(f"l{i}" for i in range(18)), 200, 40
 # The noise multiplier of the settings, of the devices that a round must count on: a sum of all has a third more.
 MULTIPLIER = ObservationRounds().noise_multiplier * 1.37
 NEW = np.array([*[0.25] * 3, *[0.25 / 15] * 15])  # labels that answers to new intents get
-
-
-def task_of(histogram: str) -> ObservationTask:
-    return ObservationTask(PeftConfig.lora(), LABELS, (histogram,), 20_000, 7)  # type: ignore[arg-type]
 
 
 def observed(
@@ -40,9 +38,9 @@ def observed(
     shares = shares * np.minimum(1, LONGEST / np.maximum(lengths, 1e-12))
     noise = MULTIPLIER * ObservationRounds(histograms=(histogram,)).bound(1.0, False)  # type: ignore[arg-type]
     sums = shares.sum(0) + rng.normal(0, noise, shares.shape[1])
-    devices = FLEET + rng.normal(0, noise) / PRESENT
-    names = frozenset(f"{number if gone else ''}/{i}" for i, gone in enumerate(others))
-    return Observed(number, task_of(histogram), devices, {histogram: sums}, noise, names)
+    metrics = {f"{histogram}.{i}": each for i, each in enumerate(sums.tolist())}
+    metrics |= {DEVICES: FLEET + rng.normal(0, noise) / PRESENT, NOISE: noise, SINCE: 10.0 * number, DAYS: 7.0}
+    return Observed(number, f"{number:064x}", LABELS, metrics, others.mean())
 
 
 def habits_of(rng: np.random.Generator, histogram: str) -> np.ndarray:
@@ -56,7 +54,7 @@ def alarms(histogram: str, runs: int, *, new: float = 0.0, alone: float = 0.0) -
         rng = np.random.default_rng([seed, len(histogram)])
         habits = habits_of(rng, histogram)
         before = observed(1, rng, habits, histogram, alone=alone)
-        found += compare(before, observed(2, rng, habits, histogram, new, alone)).found
+        found += bool(compare(before, observed(2, rng, habits, histogram, new, alone)).changed)
     return found / runs
 
 
@@ -75,6 +73,38 @@ def test_what_cannot_be_compared_is_refused() -> None:
     doubt = observed(1, rng, habits_of(rng, "doubt"), "doubt")
     with refused(ConfigError, "observation.histograms"):
         compare(doubt, observed(2, rng, habits_of(rng, "labels"), "labels"))
-    few = Observed(2, doubt.task, 3.0, doubt.sums, doubt.noise, doubt.survivors)
+    few = replace(doubt, metrics=doubt.metrics | {DEVICES: 3.0})
     with refused(ConfigError, "observation.histograms"):
         compare(doubt, few)
+
+
+def test_a_summary_has_the_most_frequent_labels_or_the_quantiles_of_ordered_bins() -> None:
+    metrics = {DEVICES: 100.0, NOISE: 0.1, "labels.0": 5.0, "labels.1": 10.0, "labels.2": 4.0, "labels.3": 1.0}
+    metrics |= {
+        "probability.0": 10.0,
+        "probability.8": 30.0,
+        "unknown.1": 45.0,
+        "lessons.undone": 2.0,
+    }
+    found = Observed(1, "a" * 64, ("on", "off", "up"), metrics, 0.0)
+    assert found.summary("labels") == "label off 0.50, label on 0.25, label up 0.20"
+    assert found.summary("probability") == "median: probability .9 to 1; ninth decile: probability .9 to 1"
+    assert found.summary("unknown") == "median: unknown tokens up to 0 %; ninth decile: unknown tokens 0 to 10 %"
+    assert found.summary("lessons") == "undone 0.02"
+
+
+def test_a_prepared_rollback_takes_worse_answers_of_days_after_the_release() -> None:
+    """Observation 1 is of days 10 to 16, and 2 of days 20 to 26."""
+    rng = np.random.default_rng(0)
+    habits = habits_of(rng, "doubt")
+    before, after = observed(1, rng, habits, "doubt"), observed(2, rng, habits, "doubt", new=0.4)
+    condition = RollbackCondition(3, 2, 0.02, {}, began=17)
+    condition.require(JudgedDrift(before, after, worse=True))
+    with refused(DataError, "drift"):
+        condition.require(JudgedDrift(after, before, worse=True))
+    better = JudgedDrift(replace(after, metrics=after.metrics | {SINCE: 10.0}), before, worse=False)
+    for began in (16, 20, None):
+        with refused(TrustError, "drift"):
+            replace(condition, began=began).require(JudgedDrift(before, after, worse=True))
+    with refused(TrustError, "drift"):
+        condition.require(better)
