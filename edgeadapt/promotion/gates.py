@@ -18,6 +18,7 @@ from edgeadapt import traces
 from edgeadapt.formats.bundle import TRUST, Bundle
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.phrases import read_phrases
+from edgeadapt.formats.policy import NO_POLICY
 from edgeadapt.formats.registryfiles import PUBLIC_KEY
 from edgeadapt.formats.release import Release
 from edgeadapt.formats.settings import Settings
@@ -150,6 +151,7 @@ class AssembledRelease:
         """Return the most likely label of each phrase; None where the base knows no part of it."""
         if self._session is None:
             self._session = ClassificationSession.open(self.bundle)
+            self._session.policy = NO_POLICY
         session = self._session
         return [
             session.classify([phrase], name)[0].label if session.unknown_share(phrase) < 1 else None
