@@ -16,6 +16,7 @@ from edgeadapt.formats.calibration import Calibration
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Format
 from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.policy import Policy
 from edgeadapt.formats.storage import real
 from edgeadapt.methods.peft.dora import magnitudes
 from export.bundle.sources import Origin, as_slots
@@ -57,6 +58,7 @@ class Wanted:
     profile: str | None = None
     held_out: Path | None = None  # phrases to which the probabilities are fitted
     counted: bool = False  # the version of the origin was chosen, and is not the next one of the bundle
+    policy: Path | None = None  # what the bundle may answer from now on
 
 
 def add_to(bundle: Path, origin: Origin, signer: IdentityKey, wanted: Wanted) -> Added:
@@ -66,6 +68,8 @@ def add_to(bundle: Path, origin: Origin, signer: IdentityKey, wanted: Wanted) ->
     """
     name, form, base_name, profile = wanted.name, wanted.form, wanted.base_name, wanted.profile
     origin = _resolved(origin, base_name)
+    if wanted.policy:
+        origin = replace(origin, policy=Policy.read(wanted.policy))
     examples = _examples(wanted.held_out, origin)
     if base_name is None and profile is not None:
         raise ConfigError(
@@ -85,7 +89,9 @@ def add_to(bundle: Path, origin: Origin, signer: IdentityKey, wanted: Wanted) ->
     if verified:
         verified.check()
     temperature = calibration.temperature if calibration else 1.0
-    if not wanted.counted:
+    before = stated_adapter(bundle, name)  # under another policy, the same version of a registry has the next number
+    same = before is not None and (origin.policy or before.policy) and before.source == origin.sha256
+    if same or not wanted.counted:
         origin = replace(origin, version=next_version(bundle, name, origin, temperature))
     warning = _warning(bundle, name, origin, temperature)
     manifest = add(bundle, origin, name=name, form=form, key=signer, temperature=temperature)

@@ -15,7 +15,7 @@ from client.cli import learn, options
 from client.cli.options import printable
 from client.inference.generate import Conversation, Generator
 from client.inference.guide import Guide, GuideKind
-from client.inference.text import Answer, SamplingParams
+from client.inference.text import Answer, Finish, SamplingParams
 from client.learning import Correction, Learner
 from client.training.trainer import MAX_STEPS
 from edgeadapt import commandline
@@ -208,7 +208,7 @@ def _show(pieces: Iterator[str], generator: Generator) -> None:
         for piece in pieces:
             click.echo(printable(piece), nl=False)
     click.echo()
-    if generator.last is not None:
+    if generator.last is not None and generator.last.finish is not Finish.BLOCKED:
         _check(generator.last)
 
 

@@ -17,8 +17,6 @@ from client.inference.session import ClassificationSession, Ranking
 from client.inference.text import SamplingParams
 from edgeadapt import commandline
 
-UNKNOWN = Ranking((), 1.0, 0)  # of an empty line among others
-
 
 @click.command()
 @commandline.bundle()
@@ -52,6 +50,9 @@ def infer(
 
     Probabilities are calibrated if the adapter was exported with --calibrate; --json states its temperature, which is 1
     if it was not.
+
+    What the bundle's policy withholds is answered with the policy's words, "says" in JSON; "outcome" is answered,
+    confirm (ask the person first), unsure or blocked.
 
     With --teach, the private adapter learns the right intent of each TEXT at once (`edgeadapt device learn`).
 
@@ -128,13 +129,14 @@ def _classify(library: Library, names: Sequence[str], phrases: list[str], top: i
 def _asked(session: ClassificationSession, adapter: Adapter, text: str, top: int) -> tuple[Ranking, float]:
     """Return what an adapter answers to a text, and in how many seconds."""
     begun = time.perf_counter()
-    ranking = session.ranking(text, adapter.composition, top) if text.strip() else UNKNOWN
+    ranking = session.ranking(text, adapter.composition, top)
     return ranking, time.perf_counter() - begun
 
 
 def _answer(text: str, ranking: Ranking) -> dict[str, Any]:
     intents = [{"intent": one.label, "probability": round(one.probability, 6)} for one in ranking.predictions]
-    return {"text": text, "unknown": round(ranking.unknown, 3), "unread": ranking.unread, "intents": intents}
+    stated = {"unknown": round(ranking.unknown, 3), "unread": ranking.unread, "outcome": ranking.outcome.value}
+    return {"text": text, **stated, "says": ranking.says, "intents": intents}
 
 
 def _continue(library: Library, names: Sequence[str], texts: list[str], tokens: int) -> list[dict[str, Any]]:
@@ -160,8 +162,9 @@ def _table(adapters: list[dict[str, Any]]) -> list[str]:
     """Format a line for each answer: intent, probability, unknown tokens; adapter and phrase if there are several."""
     cells = [
         (
-            options.words(intent["intent"]) if intent else "unknown text",
+            options.words(intent["intent"]) if intent else printable(answer["says"]) or "unknown text",
             f"{intent['probability']:6.1%}" if intent else "",
+            "confirm" if answer["outcome"] == "confirm" else "",
             f"({answer['unknown']:.0%} unknown)" if intent and answer["unknown"] else "",
             result["adapter"] if len(adapters) > 1 else "",
             " ".join(printable(answer["text"]).split()),

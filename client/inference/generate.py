@@ -18,6 +18,7 @@ from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
 from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, require_plain
 from edgeadapt.formats.bundle import MODEL
 from edgeadapt.formats.graphinputs import with_placeholders
+from edgeadapt.formats.policy import blocks
 from edgeadapt.formats.storage import File
 
 
@@ -94,7 +95,7 @@ class Generator:
             ConfigError: Another answer is being written; while reading: the guide cannot be followed.
             TrustError, DataError, ConfigError: As ``load``.
         """
-        return self._answer(self._engine.encode(checked(text)), params, adapter)
+        return self._answer(self._engine.encode(checked(text)), text, params, adapter)
 
     def answer(
         self,
@@ -103,7 +104,7 @@ class Generator:
         adapter: Named | None = None,
     ) -> Iterator[str]:
         """Answer the last of ``messages``, formatted by the model's chat template. Raises as ``complete``."""
-        return self._answer(self.tokens(messages), params, adapter)
+        return self._answer(self.tokens(messages), messages[-1].content, params, adapter)
 
     def tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Tokenize the prompt of a conversation, up to where the answer begins.
@@ -141,7 +142,7 @@ class Generator:
             adapter = self._loaded[composition] = replace(loaded, inputs={})  # the engine holds the tensors
         return adapter
 
-    def _answer(self, prompt: list[int], params: SamplingParams, adapter: Named | None) -> Iterator[str]:
+    def _answer(self, prompt: list[int], asked: str, params: SamplingParams, adapter: Named | None) -> Iterator[str]:
         composition = None if adapter is None else Composition.of(adapter)
         with self._exclusive():  # raise now, not with the first piece
             virtual = self._get(composition).virtual_tokens if composition is not None else 0
@@ -151,7 +152,20 @@ class Generator:
             before = f" after {virtual} virtual ones" if virtual else ""
             reason = f"the text has {len(prompt)} tokens{before}, and the model's limit is {self.context}; shorten it"
             raise DataError(reason, about="prompt", value=len(prompt))
-        return self._pieces(prompt, params, composition)
+        return self._governed(asked, len(prompt), self._pieces(prompt, params, composition))
+
+    def _governed(self, asked: str, prompt: int, pieces: Iterator[str]) -> Iterator[str]:
+        """Yield an answer as the bundle's policy lets it be given: whole or not at all, if that has output patterns."""
+        policy, self.last = self.library.base.policy, Answer("", Finish.INTERRUPTED, 0, prompt, 0)
+        blocked = blocks(policy.input, asked)
+        if not (blocked or policy.output):
+            yield from pieces
+            return
+        text = "" if blocked else "".join(pieces)
+        if blocked or blocks(policy.output, text):
+            text = policy.denied
+            self.last = replace(self.last, text=text, finish=Finish.BLOCKED)
+        yield text
 
     def _pieces(self, prompt: list[int], params: SamplingParams, composition: Composition | None) -> Iterator[str]:
         with self._exclusive():
@@ -258,7 +272,8 @@ class Conversation:
                 text += piece
                 yield piece
         finally:
-            if text.strip():
+            last = self._generator.last
+            if text.strip() and not (last and last.finish is Finish.BLOCKED):  # which is not read again
                 self._messages = [*messages, ChatMessage("assistant", text)]
 
     def _fit(self, messages: list[ChatMessage]) -> list[ChatMessage]:

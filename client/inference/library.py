@@ -44,6 +44,7 @@ from edgeadapt.formats.graphinputs import (
 )
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Task, check_name
+from edgeadapt.formats.policy import PRIVATE
 from edgeadapt.formats.storage import File, restore
 
 MAX_WEIGHT = 16.0  # a larger multiple of an adapter's update is noise
@@ -302,9 +303,11 @@ class Library:
         raise DataError(f"the bundle {self.bundle} has no adapter", about="adapter")
 
     def load(self, composition: Composition) -> Adapter:
-        """Verify each part of ``composition``, and compose them. Raises as ``Trust.adapter`` and ``compose``."""
+        """Verify each part of ``composition``, and compose them. Raises as ``Trust.adapter``,
+        ``Policy.check_combination`` and ``compose``."""
         read = self._files(composition)
         verified = [self.trust.adapter(part.name, self.base) for part in composition.parts]
+        self.base.policy.check_combination([PRIVATE if one.manifest.parent else one.manifest.name for one in verified])
         return replace(compose(composition, verified, self.manifest), read=read)
 
     def is_current(self, adapter: Adapter) -> bool:

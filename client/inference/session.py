@@ -17,6 +17,7 @@ from client.inference.phrases import PhraseReader
 from edgeadapt.bases.classifiergraph import ClassifierGraph, Feeds
 from edgeadapt.formats.bundle import MODEL, TOKENIZER
 from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.policy import Outcome
 from edgeadapt.formats.storage import File
 
 MAX_LOADED = 32  # adapters held in memory
@@ -35,9 +36,11 @@ class Prediction:
 class Ranking:
     """What a text may be, and how much of it was read."""
 
-    predictions: tuple[Prediction, ...]  # most likely first; none if the model knows no part of the text
+    predictions: tuple[Prediction, ...]  # most likely first; none if ``outcome`` is unsure or blocked
     unknown: float  # share of the text's tokens that the model does not know
     unread: int  # tokens at the end that are beyond the model's limit
+    outcome: Outcome
+    says: str  # what the policy says instead of an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class ClassificationSession:
 
     def __init__(self, library: Library, threads: int, loaded: AdapterCache[_Loaded]) -> None:
         self.library, self._loaded = library, loaded
+        self.policy = library.base.policy  # who measures a model, and not what it may answer, may replace it
         self._reader = PhraseReader.of(library.base.files[TOKENIZER])
         base, manifest = library.base, library.manifest
         self._graph = ClassifierGraph.open(base.files, base.folder, manifest.slots, manifest.independent_rows, threads)
@@ -110,11 +114,15 @@ class ClassificationSession:
         return self._get(Composition.of(adapter)).adapter
 
     def classify(self, texts: Sequence[str], adapter: Named) -> list[Prediction]:
-        """Find the most likely label of each text. Raises as ``rank``."""
-        return [ranking[0] for ranking in self.rank(texts, adapter, 1)]
+        """Find the most likely label of each text. Raises as ``rank``; DataError: the bundle's policy withholds one."""
+        ranked = self.rank(texts, adapter, 1)
+        if [] in ranked:
+            raise DataError("the policy withholds an answer; `ranking` says why", about="policy")
+        return [one[0] for one in ranked]
 
     def rank(self, texts: Sequence[str], adapter: Named, top: int) -> list[list[Prediction]]:
-        """Find the ``top`` most likely labels of each text with an adapter, most likely first.
+        """Find the ``top`` most likely labels of each text with an adapter, most likely first; none if the bundle's
+        policy withholds the answer.
 
         Raises:
             DataError: ``texts`` is a string, a text is not valid (``text.checked``) or has no known token
@@ -122,21 +130,30 @@ class ClassificationSession:
             ConfigError: ``top`` is below 1.
             TrustError, DataError, ConfigError: As ``load``.
         """
+        return [predictions for predictions, _ in self._ranked(texts, adapter, top)]
+
+    def _ranked(self, texts: Sequence[str], adapter: Named, top: int) -> list[tuple[list[Prediction], Outcome]]:
         if isinstance(texts, str):  # whose letters would be texts
             raise DataError("texts are one string: give a list of strings", about="texts")
         loaded = self._get(Composition.of(adapter))
         rows = [self._reader.tokens(text, loaded.adapter.virtual_tokens) for text in texts]
         with self._running():
             logits = [self._graph.logits(ids, loaded.feeds) for ids in rows]
-        return [_best(row, loaded.adapter, top) for row in logits]
+        return [self._judged(text, row, loaded.adapter, top) for text, row in zip(texts, logits, strict=True)]
+
+    def _judged(self, text: str, logits: Floats, adapter: Adapter, top: int) -> tuple[list[Prediction], Outcome]:
+        ranked = _best(logits, adapter, top, self.policy.deny)
+        outcome = self.policy.outcome(text, ranked[0].label, ranked[0].probability)
+        answered = outcome in (Outcome.ANSWERED, Outcome.CONFIRM)
+        return [one for one in ranked if answered and one.label not in self.policy.deny][:top], outcome
 
     def ranking(self, text: str, adapter: Named, top: int) -> Ranking:
         """Find the ``top`` most likely labels of a text as ``rank``, or that it is unknown. Raises as ``rank``."""
-        share = self.unknown_share(text)
+        share, unsure = self.unknown_share(text) if text.strip() else 1.0, Outcome.UNSURE
         if share == 1:
-            return Ranking((), share, 0)
-        best = self.rank([text], adapter, top)[0]
-        return Ranking(tuple(best), share, self.unread(text, adapter))
+            return Ranking((), share, 0, unsure, self.policy.says(unsure))
+        best, outcome = self._ranked([text], adapter, top)[0]
+        return Ranking(tuple(best), share, self.unread(text, adapter), outcome, self.policy.says(outcome))
 
     def rank_mixed(self, rows: Sequence[tuple[str, Named]], top: int) -> list[list[Prediction]]:
         """Classify a batch of pairs of a text and an adapter. Errors are those of ``rank``.
@@ -154,7 +171,8 @@ class ClassificationSession:
         tokens = [self._reader.tokens(text, adapter.virtual_tokens) for (text, _), adapter in read]
         with self._running():
             logits = self._graph.mixed(tokens, [adapter.inputs for adapter in adapters])
-        return [_best(row, adapter, top) for row, adapter in zip(logits, adapters, strict=True)]
+        judged = zip(rows, logits, adapters, strict=True)
+        return [self._judged(text, row, adapter, top)[0] for (text, _), row, adapter in judged]
 
     def _get(self, composition: Composition) -> _Loaded:
         if (loaded := self._loaded.get(composition)) is None:
@@ -180,7 +198,7 @@ class ClassificationSession:
             raise DataError(reason, about=MODEL) from error
 
 
-def _best(logits: Floats, adapter: Adapter, top: int) -> list[Prediction]:
+def _best(logits: Floats, adapter: Adapter, top: int, denied: Sequence[str]) -> list[Prediction]:
     if top < 1:
         raise ConfigError(f"top {top} is below 1: ask for at least one label", about="top", value=top)
     logits = logits[: len(adapter.labels)]  # in a mixed batch, the head may be padded
@@ -189,5 +207,5 @@ def _best(logits: Floats, adapter: Adapter, top: int) -> list[Prediction]:
     if not np.isfinite(probabilities).all():
         reason = f"adapter {adapter.name!r} gives an answer that is not finite; use another adapter"
         raise DataError(reason, about="logits", value=adapter.name)
-    order = np.argsort(-probabilities, kind="stable")[:top]
+    order = np.argsort(-probabilities, kind="stable")[: top + len(denied)]
     return [Prediction(adapter.labels[i], float(probabilities[i])) for i in order]

@@ -109,6 +109,7 @@ class Finish(StrEnum):
     STOP = "stop"  # a stop string
     LENGTH = "length"  # ``max_tokens``, or the end of the context
     INTERRUPTED = "interrupted"  # the caller stopped reading
+    BLOCKED = "blocked"  # the policy of the bundle withholds it
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from client.inference.session import ClassificationSession
 from client.inference.trust import Trust
 from client.training.examples import Example
 from edgeadapt.formats.bundle import adapter_names
+from edgeadapt.formats.policy import NO_POLICY
 from edgeadapt.rounds.evaluation import SIZE, EvaluationTask
 
 
@@ -31,6 +32,7 @@ def own_counts(bundle: Path, task: EvaluationTask, examples: Sequence[Example]) 
         content = trusted.adapter_manifest(name).content
         if content in (task.newest, task.previous):
             session = ClassificationSession.open(bundle)
+            session.policy = NO_POLICY  # the models are compared
             session.load(name)
             if trusted.adapter_manifest(name).content != content:  # an update came between the two
                 return counts

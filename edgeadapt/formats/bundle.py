@@ -13,7 +13,7 @@ The rules, in the order in which they are checked:
 1. The base manifest is signed by a trusted key.
 2. The base's files are those that its manifest lists, with the digests that it states, and no others.
 3. An adapter manifest is signed by a trusted key, under its own name.
-4. The adapter is for this base, and its file has the stated size and digest.
+4. The adapter is for this base and was released with its policy, and its file has the stated size and digest.
 5. Its tensors are finite, fill exactly the slots of the graph, and have the stated layout, rank and labels; no rank is
    above the base's limit.
 
@@ -39,6 +39,7 @@ from edgeadapt.formats.dsse import MAX_ENVELOPE
 from edgeadapt.formats.graphinputs import check_slots, layout_of
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Manifest, Task, check_labels, check_name
+from edgeadapt.formats.policy import NO_POLICY, Policy
 from edgeadapt.formats.quantization import restore
 
 TRUST = "trust.pem"
@@ -50,6 +51,7 @@ TRAINING = "training.onnx"  # a third graph over the same weights, in bundles wi
 # them as ``MODEL`` does from tokens.
 LOWER, UPPER = "lower.onnx", "upper.onnx"
 CHAT = "chat.onnx"  # of a language model of that kind: ``MODEL``, which also goes on from the states that it returns
+POLICY = "policy.json"  # what may be answered (``edgeadapt.formats.policy``)
 PHRASES = "phrases.tsv"  # public phrases with their labels, which a device may rehearse and test (``phrases``)
 TOKENIZER, GENERATION = "tokenizer.json", "genai_config.json"
 NEEDED: dict[Task, tuple[str, ...]] = {
@@ -123,6 +125,7 @@ class VerifiedBase:
     folder: Path
     files: dict[str, bytes] = field(repr=False)  # those that ``NEEDED`` names, and both parts of a cut graph
     hashed: tuple[HashedFile, ...] = field(repr=False)  # all
+    policy: Policy = NO_POLICY
 
     @property
     def digest(self) -> str:
@@ -169,6 +172,7 @@ class Bundle:
         """Read the base (rules 1 and 2). Raises TrustError if a file is needed and not listed, or not listed at all."""
         manifest, folder = self.base_manifest(), self.folder / BASE
         needed = NEEDED[manifest.task] + ((LOWER, UPPER) if UPPER in manifest.files else ())
+        needed += (POLICY,) if POLICY in manifest.files else ()
         if missing := [name for name in needed if name not in manifest.files]:
             raise TrustError(
                 f"{self.folder / BASE_MANIFEST} lists no {missing[0]}: get a newer client, or copy the bundle again",
@@ -182,7 +186,8 @@ class Bundle:
         for name, digest in sorted(digests):
             if manifest.files[name] != digest:
                 raise _altered(folder / name)
-        return VerifiedBase(manifest, folder, files, hashed)
+        policy = Policy.decode(files[POLICY]) if POLICY in files else NO_POLICY
+        return VerifiedBase(manifest, folder, files, hashed, policy)
 
     def adapter_manifest(self, name: str) -> AdapterManifest:
         """Read an adapter's manifest (rule 3). Raises TrustError if it is another adapter's."""
@@ -208,6 +213,9 @@ class Bundle:
                 about="adapter-manifest.base_digest",
                 value=manifest.base_digest,
             )
+        if any(one.policy != base.files.get(POLICY) for one in self.governing(manifest, base)):
+            reason = f"adapter {name!r} was released with another policy than the bundle has: copy the bundle again"
+            raise TrustError(reason, about="adapter-manifest.policy", value=manifest.policy)
         blob = read_file(path, manifest.size)
         if len(blob) != manifest.size or sha256(blob).hexdigest() != manifest.sha256:
             raise _altered(path)
@@ -217,6 +225,20 @@ class Bundle:
             raise DataError(f"{path}: {error}", about=error.about, value=error.value) from error
         _check_stated(inputs, manifest, base)
         return VerifiedAdapter(manifest, inputs)
+
+    def governing(self, manifest: AdapterManifest, base: BaseManifest) -> list[AdapterManifest]:
+        """List the manifests whose policy an adapter is under: its own, or of a private one those of the shared ones.
+        Without any policy, a shared one that is damaged is left out, as if it was not there."""
+        if manifest.parent is None:
+            return [manifest]
+        others = []
+        for name in adapter_names(self.folder):
+            try:
+                others.append(self.adapter_manifest(name))
+            except TrustError:
+                if POLICY in base.files or manifest.policy:
+                    raise
+        return [one for one in others if (one.parent, one.base_digest) == (None, base.base_digest)] or [manifest]
 
     def _accept(self, kind: type[M], path: Path) -> M:
         raw = read_file(path, MAX_ENVELOPE)

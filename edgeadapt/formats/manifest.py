@@ -70,8 +70,11 @@ class Manifest(jsontext.Exact):
         return dsse.sign(payload, self.payload_type(), key)
 
     def _body(self) -> dict[str, Any]:
-        """Return the fields. A PEFT config of all layers has none for them, as in manifests from before there was."""
+        """Return the fields. One that is newer than the format is left out where it says nothing: a PEFT config of all
+        layers has none for them, and an adapter without a policy does not name one."""
         body: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        if body.get("policy", "") is None:
+            del body["policy"]
         if (config := body.get("peft_config")) and not config["layers_to_transform"]:
             del config["layers_to_transform"]
         return body
@@ -204,9 +207,10 @@ class AdapterManifest(Manifest):
         Temperature  # divides a classifier's logits (``edgeadapt.formats.calibration``); 1 if it is not calibrated
     )
     privacy: PrivacyBound | None  # of a federation with differential privacy, as of ``VersionManifest``; None: no bound
+    policy: Sha256 | None = None  # of the file that says what may be answered (``edgeadapt.formats.policy``)
 
     @property
     def content(self) -> str:
-        """Hash tensors, scaling, labels and temperature, but not name, version, number format or privacy."""
+        """Hash tensors, scaling, labels, temperature and policy, but not name, version, number format or privacy."""
         same = {"name": "", "version": 0, "sha256": "", "size": 0, "format": "", "privacy": None}
         return hashlib.sha256(jsontext.encode(self._body() | same)).hexdigest()

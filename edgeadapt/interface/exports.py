@@ -32,6 +32,7 @@ def export(
     profile: str | None = None,
     calibrate: File | None = None,
     trust: File | None = None,
+    policy: File | None = None,
 ) -> Classifier | LanguageModel:
     """Put an adapter into a bundle, sign it, and load the bundle.
 
@@ -48,6 +49,7 @@ def export(
         profile: How the weights of a new bundle's base are stored; by default ``native-int8``.
         calibrate: A file of held-out phrases to which probabilities are fitted: lines of a label, a tab and a phrase.
         trust: Public keys that may have signed a registry; by default its own.
+        policy: A TOML file of what the bundle may answer from now on; by default it keeps its own.
 
     Raises:
         ConfigError: An argument is missing or does not fit, or the adapter is for another base.
@@ -57,6 +59,7 @@ def export(
     check_texts("labels", labels)
     check_choice("format", format, get_args(Format))
     out, calibration = Path(bundle), None if calibrate is None else Path(calibrate)
+    rules = None if policy is None else Path(policy)
     with in_python(), ExitStack() as stack:
         signer = read_key(Path(key))
         if isinstance(source, (str, PathLike)):
@@ -70,7 +73,7 @@ def export(
         origin = _origin(folder, version, tuple(labels), None if trust is None else Path(trust))
         counted = version is not None or not (folder / CONFIG).exists()
         named = None if base is None else str(base)
-        add_to(out, origin, signer, Wanted(adapter, format, named, profile, calibration, counted))
+        add_to(out, origin, signer, Wanted(adapter, format, named, profile, calibration, counted, rules))
         with suppress(FileExistsError):
             create(real(out).parent / TRUST, signer.public.to_pem(), PUBLIC)
         return load(out, adapter=adapter)

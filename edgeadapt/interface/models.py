@@ -27,13 +27,17 @@ class Answer(NamedTuple):
     HassTurnOn 94 %
     """
 
-    label: str | None  # None: the model knows no part of the text
+    label: str | None  # None: the model knows no part of the text, or the policy withholds the answer
     probability: float
     adapter: str
     unknown: float  # share of the text's tokens that the model does not know
+    outcome: str = "answered"  # or "confirm", "unsure", "blocked"
+    says: str = ""  # what the policy of the bundle says instead of an answer
 
     def __str__(self) -> str:
-        return "unknown text" if self.label is None else f"{self.label} {self.probability:.0%}".replace("%", " %")
+        if self.label is None:
+            return self.says or "unknown text"
+        return f"{self.label} {self.probability:.0%}".replace("%", " %")
 
 
 class _Model:
@@ -192,8 +196,9 @@ class Classifier(_Model):
 
     @staticmethod
     def _ranked(used: str, found: Ranking) -> list[Answer]:
-        ranked = [Answer(one.label, one.probability, used, found.unknown) for one in found.predictions]
-        return ranked or [Answer(None, 0.0, used, found.unknown)]
+        stated = (used, found.unknown, found.outcome.value, found.says)
+        ranked = [Answer(one.label, one.probability, *stated) for one in found.predictions]
+        return ranked or [Answer(None, 0.0, *stated)]
 
     def using(self, adapter: str) -> Self:
         """Share the loaded base with a classifier that answers with another adapter, or several: "global:0.5+anna".

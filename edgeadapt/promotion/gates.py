@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,7 @@ from edgeadapt import traces
 from edgeadapt.formats.bundle import TRUST, Bundle
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.phrases import read_phrases
+from edgeadapt.formats.policy import NO_POLICY, Policy
 from edgeadapt.formats.registryfiles import PUBLIC_KEY
 from edgeadapt.formats.release import Release
 from edgeadapt.formats.settings import Settings
@@ -28,7 +29,7 @@ from edgeadapt.releases.repository import ChannelRepository
 
 GATES = "gates.toml"
 HEADER = b"# The gates of a promotion. Paths are relative to this file. A gate that cannot be measured refuses.\n"
-GateName = Literal["size", "parity", "accuracy", "language", "canaries"]
+GateName = Literal["size", "parity", "accuracy", "language", "canaries", "policy"]
 LONGEST = 1000  # characters of a reason, as the log has it
 ROUNDING = 1e-9  # of a share less a margin
 Results = Iterator[GateResult]
@@ -83,10 +84,19 @@ class CanaryGate(Settings):
     """file of lines LABEL TAB PHRASE"""
 
 
+class PolicyGate(Settings):
+    """What the policy of the release makes of the held-out phrases."""
+
+    answered: float = Field(default=0.0, ge=0, le=1)
+    """most of the phrases of denied labels that may be answered, with another label"""
+    withheld: float = Field(default=0.1, ge=0, le=1)
+    """most of the other phrases that may be blocked or below their threshold"""
+
+
 class GateSettings(Settings):
     """``gates.toml`` of a repository of channels."""
 
-    gates: tuple[GateName, ...] = Field(default=("size", "parity", "accuracy", "language", "canaries"), min_length=1)
+    gates: tuple[GateName, ...] = Field(default=get_args(GateName), min_length=1)
     """the gates that a release must pass; of a language model only size and parity can be measured"""
     rollback_on_drift: bool = False
     """whether a prepared rollback is also published where answers got worse since the release: of two observations of
@@ -96,6 +106,7 @@ class GateSettings(Settings):
     accuracy: AccuracyGate = AccuracyGate()
     language: LanguageGate = LanguageGate()
     canaries: CanaryGate = CanaryGate()
+    policy: PolicyGate = PolicyGate()
 
     @model_validator(mode="after")
     def _names_each_once(self) -> Self:
@@ -149,15 +160,14 @@ class AssembledRelease:
     def verified(self) -> Bundle:
         return Bundle(self.bundle, read_public_keys(self.bundle.parent / TRUST))
 
-    def answers(self, name: str, phrases: Sequence[str]) -> list[str | None]:
-        """Return the most likely label of each phrase; None where the base knows no part of it."""
+    def answers(self, name: str, phrases: Sequence[str], policy: Policy = NO_POLICY) -> list[str | None]:
+        """Return the label that is answered to each phrase; None where the base knows no part of it, or the policy
+        withholds it."""
         if self._session is None:
             self._session = ClassificationSession.open(self.bundle)
-        session = self._session
-        return [
-            session.classify([phrase], name)[0].label if session.unknown_share(phrase) < 1 else None
-            for phrase in phrases
-        ]
+        self._session.policy = policy
+        found = [self._session.ranking(phrase, name, 1).predictions for phrase in phrases]
+        return [best[0].label if best else None for best in found]
 
     def labels(self, name: str) -> tuple[str, ...]:
         """Return the labels of an adapter; empty if the release does not have it."""
@@ -298,12 +308,29 @@ def _canaries(trial: PromotionTrial) -> Results:
         yield _at_least(f"canaries of {name}", share, 1.0, text)
 
 
+def _policy(trial: PromotionTrial) -> Results:
+    limits, policy = trial.settings.policy, trial.candidate.verified.base().policy
+    phrases = _held_out(trial) if policy != NO_POLICY else []
+    for name in trial.names if phrases else ():
+        given = trial.candidate.answers(name, [each.phrase for each in phrases], policy)
+        pairs = [(answer is not None, each.label in policy.deny) for answer, each in zip(given, phrases, strict=True)]
+        answered = [was for was, denied in pairs if denied]
+        withheld = [not was for was, denied in pairs if not denied]
+        for what, found, limit in (
+            ("of denied labels are answered", answered, limits.answered),
+            ("of other labels are withheld", withheld, limits.withheld),
+        ):
+            text = f"{sum(found)} of {len(found)} phrases {what}, at most {limit:.1%}"
+            yield _at_most(f"policy of {name}", sum(found) / max(1, len(found)), limit, text)
+
+
 _MEASURES: dict[GateName, Callable[[PromotionTrial], Results]] = {
     "size": _size,
     "parity": _parity,
     "accuracy": _accuracy,
     "language": _language,
     "canaries": _canaries,
+    "policy": _policy,
 }
 
 

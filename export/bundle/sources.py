@@ -10,6 +10,7 @@ from edgeadapt.formats.keyfiles import read_key, read_public_keys
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.manifest import PrivacyBound, Task
 from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.policy import Policy
 from edgeadapt.formats.registryfiles import SIGNING_KEY
 from edgeadapt.formats.registryreader import open_registry_files
 from edgeadapt.methods.peft.folder import read_peft
@@ -34,6 +35,7 @@ class Origin:
     tensors: Tensors = field(repr=False)  # under peft's names
     shares_a: bool = False  # VeRA as LoRA: A may have more columns than a layer reads (``lowrank.trimmed``)
     privacy: PrivacyBound | None = None  # bound on the sums that it was made from, as its version's manifest states it
+    policy: Policy | None = None  # of the bundle, from now on; None: its own, if it has one
 
 
 def as_slots(origin: Origin) -> Origin:

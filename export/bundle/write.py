@@ -7,7 +7,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from shutil import copyfile
@@ -21,7 +21,9 @@ from edgeadapt.formats.bundle import (
     BASE_MANIFEST,
     GENERATION,
     MAX_HELD_FILE,
+    POLICY,
     TOKENIZER,
+    Bundle,
     adapter_names,
     adapter_path,
     manifest_path,
@@ -32,6 +34,7 @@ from edgeadapt.formats.graphinputs import LORA_A, check_slots, to_inputs, virtua
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Format, PrivacyBound, Task, check_labels
 from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.policy import Policy
 from edgeadapt.formats.storage import link_files, link_or_copy, locked_folder, read, staged, write_files
 from edgeadapt.methods.peft.inputs import LABELS, AdapterInputs
 from export.bundle import adapter
@@ -53,6 +56,7 @@ class AdapterSource:
     temperature: float = 1.0  # divides a classifier's logits (``edgeadapt.formats.calibration``)
     adapter_inputs: AdapterInputs | None = None  # the tensors' model's; None: the exported base's
     privacy: PrivacyBound | None = None  # bound on the sums that it was made from; None: nothing bounds it
+    policy: Policy | None = None  # of the bundle, from now on; None: its own, if it has one
 
 
 def write_bundle(
@@ -140,9 +144,10 @@ def next_version(bundle: Path, name: str, origin: Origin, temperature: float = 1
     before = stated_adapter(bundle, name)
     if before is None:
         return 1
+    policy = sha256(origin.policy.encode()) if origin.policy else before.policy
     held, content = (
-        (before.source, before.labels, before.peft_config, before.temperature),
-        (origin.sha256, origin.labels, origin.peft_config, temperature),
+        (before.source, before.labels, before.peft_config, before.temperature, before.policy),
+        (origin.sha256, origin.labels, origin.peft_config, temperature, policy),
     )
     return before.version if held == content else before.version + 1
 
@@ -163,6 +168,9 @@ def create(
     adapter is for another base.
     """
     origin = fitted(origin, exported.base_digest, exported.slots)
+    if origin.policy:
+        origin.policy.check_labels(origin.labels)
+        exported = exported.with_file(POLICY, origin.policy.encode())
     write_bundle(bundle, exported, [source_of(name, origin, temperature=temperature)], key=key, form=form, once=True)
     return _written(bundle, name)
 
@@ -201,6 +209,7 @@ def source_of(name: str, origin: Origin, *, parent: str | None = None, temperatu
         temperature,
         AdapterInputs.of_tensors(origin.peft_config, origin.tensors),
         origin.privacy if parent is None else None,  # nothing bounds what a device fitted to its own examples
+        origin.policy,
     )
 
 
@@ -217,16 +226,37 @@ def add_adapter(
 ) -> None:
     """Add or replace one adapter in a bundle, such as a household's private one, signed by the device's own key.
 
-    ``inputs``: of the model that the adapter was trained in. At an error the bundle is
-    unchanged.
+    ``inputs``: of the model that the adapter was trained in. A policy of ``source`` is the bundle's from now on.
+
+    Raises ConfigError: no adapter has a label of the policy; TrustError: another key signed the bundle whose policy is
+    changed. At an error the bundle is unchanged.
     """
     with locked_folder(bundle) as whole:
         manifest = _stated(whole)
         limit = partial(_longest, manifest.task, lambda name: read(whole / BASE / name, MAX_HELD_FILE))
-        files = _adapter_files(source, inputs, manifest, limit, key, form)
+        files = dict[str, bytes]()
+        if source.policy:
+            manifest, files = _governed(whole, manifest, source.policy, source.labels, key)
+        files |= _adapter_files(source, inputs, manifest, limit, key, form)
         with staged(whole, replaces=True) as stage:
             link_files(whole, stage)
             write_files(stage, files)
+
+
+def _governed(
+    bundle: Path, base: BaseManifest, policy: Policy, labels: Sequence[str], key: IdentityKey
+) -> tuple[BaseManifest, dict[str, bytes]]:
+    """Return the base manifest of a bundle under a policy, and the files that are signed again. ``labels``: of the
+    adapter that is added."""
+    held, raw = Bundle(bundle, (key.public,)), policy.encode()
+    stated = [one for one in (stated_adapter(bundle, name) for name in adapter_names(bundle)) if one]
+    shared = [held.adapter_manifest(one.name) for one in stated if one.parent is None]
+    policy.check_labels([*labels, *(label for one in shared for label in one.labels)])
+    base = replace(base, files=base.files | {POLICY: sha256(raw)})
+    again = [replace(one, policy=sha256(raw), version=one.version + 1) for one in shared if one.policy != sha256(raw)]
+    files = {manifest_path(one.name): one.sign(key) for one in again}
+    files |= {BASE_MANIFEST: base.sign(key), BASE / POLICY: raw}
+    return base, {path.as_posix(): content for path, content in files.items()}
 
 
 def copy_bundle(bundle: Path, out: Path) -> None:
@@ -295,6 +325,7 @@ def _adapter_files(
         labels=source.labels,
         temperature=source.temperature,
         privacy=source.privacy,
+        policy=base.files.get(POLICY),
     )
     contents = {adapter_path(source.name): blob, manifest_path(source.name): manifest.sign(key)}
     return {path.as_posix(): content for path, content in contents.items()}

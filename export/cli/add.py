@@ -20,6 +20,7 @@ from export.cli.options import (
     profiled,
     signed_by,
     the_labels,
+    the_policy,
     which,
 )
 
@@ -30,6 +31,7 @@ from export.cli.options import (
 @which
 @pinned
 @the_labels
+@the_policy
 @commandline.adapter("name", "The adapter's name on devices.", default="global", show_default=True)
 @click.option(
     "--format", "form", default="int8", type=click.Choice(["fp32", "fp16", "int8", "int4"]), help="Default: int8."
@@ -58,6 +60,7 @@ def add_adapter(
     version: int | None,
     trust: Path | None,
     labels: Path | None,
+    policy: Path | None,
     name: str,
     form: Format,
     held_out: Path | None,
@@ -80,11 +83,12 @@ def add_adapter(
       edgeadapt bundle add --peft my-lora --base my-base --labels labels.txt --bundle bundle --key vendor.pem
       edgeadapt bundle add --peft my-lora --adapter poet --version 2 --bundle chat --key vendor.pem
       edgeadapt bundle add --registry fleet --calibrate held-out.tsv --bundle bundle --key vendor.pem
+      edgeadapt bundle add --registry fleet --policy policy.toml --bundle bundle --key vendor.pem
     """
     signer = read_key(key_file)
     counted = registry is not None or version is not None
     origin = origin_of(registry, peft_folder, version, trust, labels)
-    added = add_to(bundle, origin, signer, Wanted(name, form, base_name, profile, held_out, counted))
+    added = add_to(bundle, origin, signer, Wanted(name, form, base_name, profile, held_out, counted, policy))
     if added.warning:
         click.echo(added.warning, err=True)
     manifest, row = added.manifest, {"bundle": str(bundle), **asdict(added.manifest)}

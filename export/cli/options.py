@@ -32,6 +32,7 @@ pinned = click.option(
     metavar="FILE",
     help="Public keys. Default: the registry's own, or trust.pem in the folder that holds the bundle.",
 )
+the_policy = click.option("--policy", type=FOLDER, metavar="FILE", help="What the bundle may answer from now on, TOML.")
 the_labels = click.option(
     "--labels", type=FOLDER, metavar="FILE", help="Of a PEFT folder: the labels of its head, one a line, in order."
 )

@@ -248,6 +248,7 @@ class Made:
             ("a temperature that is a text", {"temperature": "1"}),
             ("an epsilon below 0", {"privacy": {"epsilon": -1, "delta": 1e-6}}),
             ("an epsilon without a delta", {"privacy": {"epsilon": 6.5}}),
+            ("a policy that is no digest", {"policy": ""}),
         ):
             yield case(name, "manifest", self.with_fields(**fields))
         for name, fields in (
@@ -294,6 +295,12 @@ class Made:
         )
         yield case("no manifest of this name", "missing", {}, "int2")
         yield case("another base", "base", self.with_fields(base_digest="ab" * 32))
+        name = MANIFEST.replace("int8", "fp32")  # of the shared adapter
+        body = json.loads(base64.b64decode(json.loads((self.folder / name).read_text())["payload"]))
+        governed = {name: signed(body | {"policy": "ab" * 32}, ADAPTER)}
+        yield case("a policy that the base does not have", "policy", governed, "fp32")
+        yield case("a personal adapter next to such a one", "policy", governed)
+        yield case("a personal adapter that was made under a policy", None, self.with_fields(policy="ab" * 32))
         yield case("no adapter file", "missing", {FILE: None})
         yield case("a flipped bit in an adapter file", "digest", {FILE: {"hex": flipped.hex()}})
         yield case("a byte after an adapter file", "digest", {FILE: {"hex": self.blob.hex() + "00"}})

@@ -36,6 +36,7 @@ ABOUT = {  # rule → what the native reader's refusal is about, and its class
     "digest": r"TrustError \S+\.(?:onnx|data|json|onnx_adapter)",
     "name": r"(?:ConfigError name|TrustError adapter-manifest\.name)",
     "base": r"TrustError adapter-manifest\.base_digest",
+    "policy": r"TrustError adapter-manifest\.policy",
     "container": r"DataError \.onnx_adapter",
     "numbers": TENSOR,
     "slots": TENSOR,

@@ -7,6 +7,7 @@ const ENDS = {
   length: ", up to Max tokens",
   context: ", until the model's context was full",
   interrupted: " (stopped)",
+  blocked: ", withheld by the policy of the bundle",
 };
 
 export class ChatView {
@@ -94,8 +95,8 @@ export class ChatView {
 
   #ended(pair, done, chat) {
     const [, answer] = pair;
-    const empty = !answer.querySelector("p").textContent.trim();
-    const lost = chat && empty ? " An empty answer and its message are not part of the conversation." : "";
+    const empty = done.finish === "blocked" || !answer.querySelector("p").textContent.trim();
+    const lost = chat && empty ? " This answer and its message are not part of the conversation." : "";
     const count = done.tokens === 1 ? "1 token" : `${done.tokens} tokens`;
     const shown = [create("small", `${count}${ENDS[done.finish] ?? ""}.${lost}`, { title: speed(done) })];
     // A lesson formats a message as a chat does, if the model has a format.

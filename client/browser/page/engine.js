@@ -8,6 +8,7 @@ import { ConfigError, DataError, EdgeAdaptError, quoted } from "./errors.js";
 import { virtualTokens } from "./graphinputs.js";
 import { History } from "./learning/history.js";
 import { probabilities } from "./learning/tune.js";
+import { checkCombination, judged, policyOf } from "./policy.js";
 import { choose, fixedTexts } from "./provider.js";
 import * as runtime from "./runtime.js";
 import { Text } from "./text.js";
@@ -24,8 +25,8 @@ export class Engine {
   #trainsOnGpu; // once it is chosen
 
   /** Use `open`, which verifies. */
-  constructor(source, trust, base, text, { opened: { session, generation }, runsOn }, provider) {
-    Object.assign(this, { source, trust, base, session, text, generation, runsOn, provider });
+  constructor(source, trust, base, policy, text, { opened: { session, generation }, runsOn }, provider) {
+    Object.assign(this, { source, trust, base, policy, session, text, generation, runsOn, provider });
     this.history = new History(`${trust.seen.keys}/${base.base_digest}`);
     this.conversation = generation && new Conversation(generation);
   }
@@ -43,7 +44,7 @@ export class Engine {
     try {
       const text = new Text(files.get(TOKENIZER), files.get("tokenizer_config.json"));
       const chosen = await choose((gpu) => loaded(base, files, text, gpu), provider);
-      return new Engine(source, trust, base, text, chosen, provider);
+      return new Engine(source, trust, base, policyOf(files), text, chosen, provider);
     } catch (error) {
       if (error instanceof EdgeAdaptError) throw error;
       throw new DataError(`this page cannot read the base's tokenizer or settings: ${error.message}`, TOKENIZER);
@@ -149,10 +150,11 @@ export class Engine {
 
   /**
    * The `top` most likely labels of a text, most likely first, the share of its tokens that the base does not know, and how
-   * many at its end are not read: { adapter, unknown, unread, labels: [{ label, probability }] }. `adapter` is one of `loaded`;
-   * without it, the one in use answers. Throws DataError, ConfigError.
+   * many at its end are not read: { adapter, unknown, unread, outcome, says, labels: [{ label, probability }] }, without labels
+   * if `policy` says something instead. `adapter` is one of `loaded`; without it, the one in use answers. Throws DataError,
+   * ConfigError.
    */
-  async rank(text, top, adapter = this.#inUse()) {
+  async rank(text, top, adapter = this.#inUse(), policy = this.policy) {
     if (this.generation) throw new ConfigError("this base writes text; it has no labels", "base.task");
     const virtual = virtualTokens(adapter.feeds);
     const ids = this.text.phrase(text, virtual);
@@ -162,15 +164,16 @@ export class Engine {
     if (!found.every(Number.isFinite)) {
       throw new DataError(`adapter ${quoted(adapter.name)} gives an answer that is not finite; use another adapter`, "logits");
     }
-    const labels = best(found, adapter.labels, top);
-    return { adapter: adapter.name, unknown: this.text.unknownShare(text), unread: this.text.unread(text, virtual), labels };
+    const answer = judged(policy, text, best(found, adapter.labels, adapter.labels.length));
+    const read = { unknown: this.text.unknownShare(text), unread: this.text.unread(text, virtual) };
+    return { adapter: adapter.name, ...read, ...answer, labels: answer.labels.slice(0, top) };
   }
 
   /** Continue a text; see `Generation.pieces`. Throws DataError, ConfigError. */
   complete(text, options) {
     this.#requireWriter();
     const { feeds } = this.#inUse();
-    return this.generation.pieces(this.generation.promptIds(text, virtualTokens(feeds)), feeds, options);
+    return this.generation.pieces(this.generation.promptIds(text, virtualTokens(feeds)), feeds, { ...options, asked: text });
   }
 
   /** Answer a message of the chat; see `Conversation.ask`. */
@@ -191,6 +194,8 @@ export class Engine {
   async #load(parts) {
     const verified = [];
     for (const { name } of parts) verified.push(await this.verified(name));
+    if (verified.some(({ manifest }) => manifest.parent !== null)) await this.trust.checkPolicy(this.source, this.base);
+    checkCombination(this.policy, verified.map(({ manifest }) => manifest));
     return this.loaded(parts, verified);
   }
 

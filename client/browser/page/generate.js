@@ -9,6 +9,7 @@
 import { decode } from "./bytes.js";
 import { ConfigError, DataError } from "./errors.js";
 import { virtualTokens } from "./graphinputs.js";
+import { governed, policyOf } from "./policy.js";
 import * as runtime from "./runtime.js";
 import { sample } from "./sampling.js";
 import { GENERATION } from "./trust.js";
@@ -31,6 +32,7 @@ export class Generation {
   constructor(session, text, files) {
     const { model } = JSON.parse(decode(files.get(GENERATION)));
     const { decoder } = model;
+    this.policy = policyOf(files);
     Object.assign(this, { session, text, limit: model.context_length }); // tokens, prompt and answer together
     this.inputs = decoder.inputs;
     this.outputs = decoder.outputs;
@@ -74,12 +76,16 @@ export class Generation {
    * Continue a prompt, given as ids, with the inputs of an adapter. A placeholder before it for each virtual token, which
    * the graph does not read, repeats its first id.
    *
-   * Yields { id, text }: each new token, and the text that it completes. Ends after `maxTokens`, at an end-of-text token,
+   * Yields { id, text }: each new token, and the text that it completes, as the policy lets an answer to `asked` be given. Ends after `maxTokens`, at an end-of-text token,
    * or when the model's context is full; `last` says which. A consumer that stops reading stops the generation.
    *
    * Throws DataError: a logit is not finite, or the graph does not run.
    */
-  async *pieces(prompt, feeds, { maxTokens, temperature = 0, topP = 1, random }) {
+  pieces(prompt, feeds, { asked, ...options }) {
+    return governed(this.policy, asked, this, this.#written(prompt, feeds, options));
+  }
+
+  async *#written(prompt, feeds, { maxTokens, temperature = 0, topP = 1, random }) {
     const virtual = virtualTokens(feeds);
     const ids = [...new Array(virtual).fill(prompt[0]), ...prompt];
     const reused = await this.#rewind(ids, feeds);
@@ -226,12 +232,12 @@ export class Conversation {
     const { messages, ids } = this.#fit(first, all, options.maxTokens, virtualTokens(feeds));
     let answer = "";
     try {
-      for await (const piece of this.generation.pieces(ids, feeds, options)) {
+      for await (const piece of this.generation.pieces(ids, feeds, { ...options, asked: text })) {
         answer += piece.text;
         yield piece;
       }
     } finally {
-      if (answer.trim()) this.#messages = [...messages, { role: "assistant", content: answer }];
+      if (answer.trim() && this.generation.last.finish !== "blocked") this.#messages = [...messages, { role: "assistant", content: answer }];
     }
   }
 

@@ -10,8 +10,8 @@ export const string = (value) => typeof value === "string";
 export const oneOf = (...choices) => (value) => choices.includes(value);
 const matching = (pattern) => (value) => string(value) && pattern.test(value);
 export const listOf = (check) => (value) => Array.isArray(value) && value.every(check);
-const orNull = (check) => (value) => value === null || check(value);
-const mapOf = (key, check) => (value) => isObject(value) && Object.entries(value).every(([k, v]) => key(k) && check(v));
+export const orNull = (check) => (value) => value === null || check(value);
+export const mapOf = (key, check) => (value) => isObject(value) && Object.entries(value).every(([k, v]) => key(k) && check(v));
 export const sha256 = matching(/^[0-9a-f]{64}$/);
 const count = (value) => Number.isSafeInteger(value) && value >= 0;
 const fileName = matching(/^[A-Za-z0-9_][A-Za-z0-9_.-]*$/); // stays inside its folder
@@ -76,6 +76,7 @@ const ADAPTER = {
   labels: listOf(string),
   temperature: between(0.05, 20), // edgeadapt/formats/manifest.py
   privacy: orNull((value) => isObject(value) && !misfit(value, PRIVACY)),
+  policy: (value) => value === undefined || sha256(value), // of an adapter without one
 };
 
 /** `name`, if an adapter and its two files can have it on any system. Throws ConfigError. */
@@ -118,7 +119,7 @@ const typeOf = (name) => `application/vnd.edgeadapt.${name}.v1+json`;
 async function manifest(raw, name, fields, keys) {
   const body = await accept(raw, typeOf(name), keys);
   if (!isObject(body)) throw new TrustError(`${name}: it is not an object`, name);
-  const [field, why] = misfit(body, fields) ?? [];
+  const [field, why] = misfit(Object.hasOwn(fields, "policy") ? { policy: undefined, ...body } : body, fields) ?? [];
   if (field) throw new TrustError(`${name}: field ${field} ${why}`, `${name}.${field}`);
   return body;
 }

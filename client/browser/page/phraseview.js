@@ -64,9 +64,10 @@ export class PhraseView {
   }
 }
 
-function caption(text, { adapter, unknown, unread }) {
+function caption(text, { adapter, unknown, unread, outcome, says }) {
   const share = unknown ? `, ${(100 * unknown).toFixed(0)} % of its tokens unknown to the base` : "";
-  return `“${text}” with ${adapter}${share}.${leftOut(unread)}`;
+  const rule = says ? ` ${says}` : outcome === "confirm" ? " To be confirmed." : "";
+  return `“${text}” with ${adapter}${share}.${leftOut(unread)}${rule}`;
 }
 
 function row({ label, probability }) {

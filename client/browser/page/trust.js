@@ -4,7 +4,7 @@
 // 1. The pinned keys are outside the bundle, and the base manifest is signed by one of them.
 // 2. Every file of the base has the digest that its manifest states.
 // 3. An adapter manifest is signed by a pinned key, under its own name.
-// 4. The adapter is for this base, and its file has the stated size and digest.
+// 4. The adapter is for this base and was released with its policy, and its file has the stated size and digest.
 // 5. Its tensors are finite, fill exactly the slots of the graph, and have the stated layout, rank and labels; no rank is
 //    above the base's limit.
 // 6. Its version is not below the highest that was accepted in this browser. Whoever clears its storage, or
@@ -17,6 +17,7 @@ import { ConfigError, DataError, EdgeAdaptError, TrustError, quoted } from "./er
 import { checkSlots, layoutDigest } from "./graphinputs.js";
 import { keySet, pinned } from "./keys.js";
 import * as manifests from "./manifests.js";
+import { POLICY } from "./policy.js";
 import { restore } from "./quantization.js";
 import { VERSIONS, transact } from "./storage.js";
 
@@ -93,6 +94,8 @@ export class Trust {
       const why = `was made for another base; get one for ${digest}`;
       throw new TrustError(`adapter ${quoted(name)} ${why}`, "adapter-manifest.base_digest");
     }
+    if (manifest.parent === null) checkPolicy(manifest, base);
+    else await this.checkPolicy(source, base);
     const path = `adapters/${name}.onnx_adapter`;
     const blob = await source.read(path, manifest.size);
     if (blob.length !== manifest.size || (await sha256(blob)) !== manifest.sha256) throw altered(path);
@@ -100,6 +103,14 @@ export class Trust {
     await checkStated(inputs, manifest, base);
     await this.seen.accept(manifest);
     return { manifest, inputs };
+  }
+
+  /** Check what private adapters are under too: the policy of all shared ones (rule 4). Throws as `adapterManifest`. */
+  async checkPolicy(source, base) {
+    for (const name of await source.adapterNames()) {
+      const manifest = await this.adapterManifest(source, name);
+      if (manifest.parent === null && manifest.base_digest === base.base_digest) checkPolicy(manifest, base);
+    }
   }
 
   async #accept(accept, source, path) {
@@ -118,6 +129,12 @@ export class Trust {
     const pinned = more.length ? `${first} and ${more.length} more are pinned` : `only ${first} is pinned`;
     return `${pinned}: open the bundle with the trust.pem that its vendor gave out`;
   }
+}
+
+function checkPolicy({ name, policy }, { files }) {
+  if (policy === files[POLICY]) return;
+  const why = "was released with another policy than the bundle has; copy the bundle again";
+  throw new TrustError(`adapter ${quoted(name)} ${why}`, "adapter-manifest.policy");
 }
 
 const altered = (path) =>
@@ -212,5 +229,5 @@ class SeenVersions {
 }
 
 /** What the adapter is, whatever its name, version and number format. */
-const contentOf = ({ source, layout_digest, peft_config, parent, labels, temperature }) =>
-  JSON.stringify([source, layout_digest, peft_config, parent, labels, temperature]);
+const contentOf = ({ source, layout_digest, peft_config, parent, labels, temperature, policy }) =>
+  JSON.stringify([source, layout_digest, peft_config, parent, labels, temperature, ...(policy ? [policy] : [])]);

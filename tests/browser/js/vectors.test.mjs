@@ -29,6 +29,7 @@ function source(changes) {
       return new Uint8Array(bytes(content));
     },
     size: async () => null,
+    adapterNames: async () => ["fp16", "fp32", "int4", "int8"],
   };
 }
 

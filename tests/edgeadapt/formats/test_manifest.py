@@ -71,6 +71,7 @@ ADAPTER = AdapterManifest(
     labels=("HassTurnOn",),
     temperature=1.25,
     privacy=PrivacyBound(6.0, 1e-5),
+    policy="e" * 64,
 )
 DOCUMENTS = [VERSION, BASE, ADAPTER]
 
@@ -98,6 +99,15 @@ def test_every_document_comes_back_equal(document: Any, key: IdentityKey) -> Non
     assert type(document).accept(document.sign(key), [key.public]) == document
 
 
+def test_an_adapter_without_a_policy_has_the_manifest_and_the_content_from_before_there_were_policies(
+    key: IdentityKey,
+) -> None:
+    plain = replace(ADAPTER, policy=None)
+    assert b'"policy"' not in dsse.unverified(plain.sign(key), plain.payload_type())
+    assert AdapterManifest.accept(plain.sign(key), [key.public]) == plain
+    assert plain.content != ADAPTER.content
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
 def test_no_document_passes_for_another_or_by_an_unknown_signer(
     document: Any, key: IdentityKey, stranger: IdentityKey
@@ -117,7 +127,10 @@ def test_an_unknown_field_a_missing_one_and_one_of_a_wrong_type_are_refused_even
         type(document).accept(altered(document, {"surplus": 1}, key), [key.public])
     for name in asdict(document):
         less = {other: value for other, value in asdict(document).items() if other != name}
-        for raw in (signed(document, less, key), altered(document, {name: [[1]]}, key)):
+        raws = [altered(document, {name: [[1]]}, key)]
+        if name != "policy":  # manifests from before there was one have none
+            raws.append(signed(document, less, key))
+        for raw in raws:
             with refused_field(document, name):
                 type(document).accept(raw, [key.public])
 

@@ -1,6 +1,7 @@
 """The gates of a promotion, on real bundles in ONNX Runtime: what passes, what is refused, and what is in the log."""
 
 import json
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -13,13 +14,19 @@ from click.testing import CliRunner
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
+from client.inference.session import ClassificationSession
 from edgeadapt.bases.base import Base
+from edgeadapt.formats import files
+from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.policy import Outcome, Policy
 from edgeadapt.formats.rollout import Rollout
 from edgeadapt.program import cli
 from edgeadapt.promotion.gates import AssembledRelease, GateError, GateSettings, read_held_out
 from edgeadapt.releases.actions import ActionRecord, GateResult
 from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.repository import ChannelRepository
+from edgeadapt.releases.rollback import roll_back
+from export.bundle.write import AdapterSource, add_adapter
 from tests.edgeadapt.releases.conftest import Vendor
 from tests.support import models, refused
 from tests.support.bundles import flip
@@ -408,3 +415,57 @@ def test_a_promotion_is_a_trace_with_a_span_for_each_gate(place: Place, monkeypa
         ("canaries", True),
     ]
     assert [span.name for span in parts if span.name != "gate"] == ["publish"]
+
+
+# The policy of a release
+
+
+def govern(place: Place, version: int, **policy: Any) -> None:
+    """Publish version 1 again, under a policy."""
+    vendor = place.vendor
+    values, origin = vendor.values[1], files.sha256(files.encode(vendor.values[1]))
+    config, policed = PeftConfig.lora(rank=4, alpha=8), Policy(**policy)
+    source = AdapterSource("global", values, models.LABELS, version, origin, peft_config=config, policy=policed)
+    add_adapter(vendor.bundle, vendor.exported.adapter_inputs, source, key=vendor.key, form="fp32")
+    vendor.repository.publish("canary", vendor.bundle, [vendor.key.public])
+
+
+def test_a_policy_is_held_to_the_held_out_phrases(place: Place) -> None:
+    place.settings(gates='["size", "policy"]')
+    assert place.promote()["release"] == 1  # there is none yet
+    answers = place.answers(1)
+    label = max(answers, key=answers.count)
+    govern(place, 3, deny=(label,))
+    place.promote()
+    results = audit_repository(place.folder, None).records[-1].action.gates
+    assert {each.text: each.measured for each in results if each.gate == "policy of global"} == {
+        f"0 of {answers.count(label)} phrases of denied labels are answered, at most 0.0%": 0.0,
+        f"0 of {len(answers) - answers.count(label)} phrases of other labels are withheld, at most 10.0%": 0.0,
+    }
+    other = next(one for one in models.LABELS if one != answers[0])
+    place.held_out([other, *answers[1:]])
+    govern(place, 4, deny=(other,))  # a phrase of the denied label gets another answer
+    assert names(place.refused()) == ["policy of global"]
+    place.held_out(answers)
+    govern(place, 5, least=1.0)
+    assert names(place.refused()) == ["policy of global"]
+    place.settings("policy.withheld=1", gates='["size", "policy"]')
+    place.promote()
+
+
+def test_a_rollback_to_another_policy_opens_on_a_device_that_had_the_newer_one(place: Place, tmp_path: Path) -> None:
+    label = place.answers(1)[0]
+    govern(place, 3, deny=(label,))
+    repository, trust = place.vendor.repository, place.folder / "trust.pem"
+    roll_back(repository, "canary", 1, place.vendor.key)
+    device = tmp_path / "device"
+    device.mkdir()
+    shutil.copyfile(trust, device / "trust.pem")
+    given = []
+    for number in (2, 3):
+        release = repository.release("canary", number)
+        assert release is not None
+        shutil.rmtree(device / "bundle", ignore_errors=True)
+        repository.assemble("canary", release, device / "bundle")
+        given.append(ClassificationSession.open(device / "bundle").ranking(phrases()[0], "global", 1).outcome)
+    assert given == [Outcome.BLOCKED, Outcome.ANSWERED]

@@ -66,6 +66,9 @@ export function open(files, name) {
   const base = openBase(files, keys);
   const manifest = openManifest(files, name, keys);
   require(manifest.get("base_digest") === base.get("base_digest"), "base", "made for another base");
+  const governing = manifest.get("parent") === null ? [manifest] : shared(files, keys, base, manifest.has("policy"));
+  const policy = base.get("files").get("policy.json");
+  require(governing.every((each) => each.get("policy") === policy), "policy", "another policy than the bundle's");
   const blob = present(files.read(`bundle/adapters/${name}.onnx_adapter`));
   const stated = BigInt(blob.length) === manifest.get("size") && sha256(blob) === manifest.get("sha256");
   require(stated, "digest", "the adapter file was altered");
@@ -92,11 +95,26 @@ function openManifest(files, name, keys) {
   return manifest;
 }
 
+/** The manifests of the shared adapters, whose policy personal ones are under too. */
+function shared(files, keys, base, governed) {
+  const names = files.list("bundle/adapters").filter((each) => each.endsWith(".json") && !each.startsWith("."));
+  const found = names.map((each) => {
+    try {
+      return openManifest(files, each.slice(0, -5), keys);
+    } catch (error) {
+      if (!(error instanceof Refused) || governed || base.get("files").has("policy.json")) throw error;
+      return null;
+    }
+  });
+  return found.filter((each) => each?.get("parent") === null && each.get("base_digest") === base.get("base_digest"));
+}
+
 function document(raw, kind, fields, keys) {
   const body = accept(raw, `application/vnd.edgeadapt.${kind}.v1+json`, keys);
   require(body instanceof Map, "manifest", "not an object");
   for (const [name, form] of Object.entries(fields)) require(body.has(name) && form(body.get(name)), "manifest", name);
-  require(body.size === Object.keys(fields).length, "manifest", "an unknown field");
+  const policy = fields === ADAPTER && body.has("policy") && digest(body.get("policy")); // may be missing
+  require(body.size === Object.keys(fields).length + Number(policy), "manifest", "an unknown field");
   return body;
 }
 

@@ -1,6 +1,7 @@
 // How many held-out examples the release in the bundle answers rightly: what an evaluation sums, as client/training/evaluate.py.
 
 import { contentDigest } from "../manifests.js";
+import { NO_POLICY } from "../policy.js";
 
 /**
  * Right answers and examples, under the newest release and under the one before: four whole numbers, those of the release that
@@ -28,7 +29,7 @@ async function rightAnswers(engine, adapter, labels, examples, pause) {
   for (const { text, target } of examples) {
     await pause();
     if (engine.text.unknownShare(text) === 1) continue; // the base knows no part of it, so it has no answer
-    const { labels: [{ label }] } = await engine.rank(text, 1, adapter);
+    const { labels: [{ label }] } = await engine.rank(text, 1, adapter, NO_POLICY);
     right += Number(label === labels[target]);
   }
   return right;

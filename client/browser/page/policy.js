@@ -1,0 +1,72 @@
+// The policy of a bundle: what may be answered, and what is said instead, as edgeadapt/formats/policy.py has it.
+
+import { parse } from "./dsse.js";
+import { ConfigError, TrustError } from "./errors.js";
+import { between, listOf, mapOf, misfit, orNull, string } from "./manifests.js";
+
+export const POLICY = "policy.json";
+const PRIVATE = "*"; // stands for every private adapter in `combine`
+export const NO_POLICY = { unsure: "", denied: "", least: 0, thresholds: {}, deny: [], confirm: [], input: [], output: [], combine: null };
+const LONGEST = 2 ** 16; // bytes
+const patterns = listOf((value) => string(value) && new RegExp(value, "u")); // whoever signs has checked that each is linear
+const FIELDS = {
+  ...{ unsure: string, denied: string, least: between(0, 1), thresholds: mapOf(string, between(0, 1)) },
+  ...{ deny: listOf(string), confirm: listOf(string), combine: orNull(listOf(listOf(string))) },
+  ...{ input: patterns, output: patterns },
+};
+
+/** The policy in the verified files of a base. Throws TrustError: a key is missing, unknown or ill-formed. */
+export function policyOf(files) {
+  const raw = files.get(POLICY);
+  if (!raw) return NO_POLICY;
+  try {
+    if (raw.length > LONGEST) throw new SyntaxError(`it has more than ${LONGEST} bytes`);
+    const policy = parse(raw);
+    const [field, why] = misfit(policy, FIELDS) ?? [];
+    if (field) throw new SyntaxError(`${field} ${why}`);
+    return policy;
+  } catch (error) {
+    throw new TrustError(`the policy cannot be read: ${error.message}`, POLICY);
+  }
+}
+
+export function blocks(patterns, text) {
+  const plain = text.normalize("NFKC").toLowerCase().replace(/\p{Cf}/gu, "");
+  const read = ` ${plain.split(/[\s\x1c-\x1f\x85]+/u).filter(Boolean).join(" ")} `;
+  return patterns.some((pattern) => new RegExp(pattern, "u").test(read));
+}
+
+/** What is answered of `labels`, all [{ label, probability }], most likely first: { outcome, says, labels }. */
+export function judged(policy, text, labels) {
+  const [{ label, probability }] = labels;
+  const least = Object.hasOwn(policy.thresholds, label) ? policy.thresholds[label] : policy.least;
+  const blocked = policy.deny.includes(label) || blocks(policy.input, text);
+  const given = policy.confirm.includes(label) ? "confirm" : "answered";
+  const outcome = blocked ? "blocked" : probability < least ? "unsure" : given;
+  const says = { unsure: policy.unsure, blocked: policy.denied }[outcome] ?? "";
+  return { outcome, says, labels: says ? [] : labels.filter((each) => !policy.deny.includes(each.label)) };
+}
+
+/** The pieces of a written answer to `text`: with patterns of answers, whole or not at all. */
+export async function* governed(policy, text, generation, pieces) {
+  const refused = blocks(policy.input, text);
+  if (!refused && !policy.output.length) return yield* pieces;
+  let answer = "";
+  if (refused) generation.last = { tokens: 0, prompt: 0, reused: 0 };
+  else {
+    for await (const piece of pieces) {
+      answer += piece.text;
+      yield { ...piece, text: "" }; // so that it can be stopped
+    }
+  }
+  const blocked = refused || blocks(policy.output, answer);
+  if (blocked) generation.last.finish = "blocked";
+  yield { text: blocked ? policy.denied : answer };
+}
+
+/** Refuse adapters that may not answer as one; `manifests` are theirs. Throws ConfigError. */
+export function checkCombination({ combine }, manifests) {
+  const names = manifests.map(({ name, parent }) => (parent === null ? name : PRIVATE));
+  if (names.length < 2 || !combine || combine.some((group) => names.every((name) => group.includes(name)))) return;
+  throw new ConfigError(`the policy of the bundle does not combine ${names.join(" and ")}; use one at a time`, "composition.policy");
+}
