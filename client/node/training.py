@@ -39,7 +39,7 @@ from edgeadapt.formats import files
 from edgeadapt.formats.bundle import VerifiedBase
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.methods.parts import part_of
-from edgeadapt.rounds.evaluation import SIZE, EvaluationTask
+from edgeadapt.rounds.evaluation import EvaluationTask
 from edgeadapt.rounds.roundtask import Outcome, RoundTask
 from edgeadapt.rounds.sums import Bounds, Vector
 from edgeadapt.rounds.task import Task
@@ -204,12 +204,15 @@ class LocalRound:
     def unscored(self) -> Score:
         return Score.worst(len(self._counted))
 
-    def right_answers(self, task: EvaluationTask) -> Vector:
+    def compared(self, task: EvaluationTask) -> Vector:
         if not isinstance(self.device.base, VerifiedBase):
-            return np.zeros(SIZE)
-        from client.training.evaluate import own_counts  # ONNX Runtime: only some devices train with it
+            return np.zeros(task.size)
+        from client.training.evaluate import own_counts, own_relative  # ONNX Runtime: only some devices train with it
 
-        return own_counts(self.device.base.folder.parent, task, self.held_out[: task.most])
+        base, counted = self.device.base, self.held_out[: task.most]
+        if task.labels:
+            return own_counts(base.folder.parent, task, counted)
+        return own_relative(base, task, counted, self.trainer, self.start)
 
     def used(self, since: int, days: int) -> Mapping[str, int]:
         return Usage(self.snapshot.usage).counts(since, days)

@@ -317,12 +317,12 @@ def upgrade(state_dir: Path, as_json: bool) -> None:
 def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_json: bool) -> None:
     """Add a round of evaluation to the federation of DIR, after those that are still to do.
 
-    In it devices train nothing: each counts the right answers of the release that it has to its own held-out examples,
-    and the round sums the counts of the newest release and of the one before, as it would sum updates. The settings in
+    In it devices train nothing: each tries the release that it has on its own held-out examples, and the round sums
+    right answers, or relative nats per byte, of the newest release and of the one before. The settings in
     DIR/federation.toml are written again. 'edgeadapt release watch' reads the result.
 
-    The counts have the noise of evaluation.noise_multiplier, or that of the federation if it is more. What the accuracy
-    of a release is off by depends on how many devices have it: an evaluation needs a few dozen of each.
+    The sums have the noise of evaluation.noise_multiplier, or that of the federation if it is more. What the figures of
+    a release are off by depends on how many devices have it: an evaluation needs a few dozen of each.
 
     \b
     Example:

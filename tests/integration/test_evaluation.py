@@ -5,6 +5,8 @@ The apps, the repository of channels and the commands are the real ones. The bas
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,19 +26,25 @@ from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.rollback import roll_back
 from edgeadapt.rounds.evaluation import RENEWAL
 from edgeadapt.rounds.sums import UNIFORMS
-from export.bundle.sources import from_registry
+from export.bundle.sources import Origin, from_registry
+from export.causal import export_causal
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
 from tests.support import FleetOf, refused
+from tests.support.authors import fleet_of_authors
 from tests.support.bundles import stated
 from tests.support.hostile import audit_failures
+from tests.support.models import llama, make_lm
 from tests.support.rollout import NOISE, StagedFleet, louder, permuted, run
 
 MARGIN = GateSettings().accuracy.margin
 DEVICES = 8  # with 30 held-out examples each
 NOISY = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 0.5}
 KEPT = {"aggregation__keep_masked_inputs": True, "aggregation__ring_bits": 32}
+
+
+__all__ = ["llama", "make_lm"]  # fixtures
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +200,39 @@ def test_in_a_federation_with_noise_an_evaluation_has_as_much_and_the_ledger_has
     assert record.metrics.get("examples_newest", 0.0) < 93 + 5 * deviation  # of three devices, and three of the fourth
     assert audit_failures(folder) == set()
     assert fleet.state_dir(few).load(PrivacyLedger) is not None
+
+
+def spoiled(origin: Origin, size: float, sha256: str) -> Origin:
+    """Other numbers in B, of this size."""
+    rng = np.random.default_rng(5)
+    moved = {
+        name: value + np.float32(size) * rng.standard_normal(value.shape, np.float32)
+        for name, value in origin.tensors.items()
+        if "lora_B" in name
+    }
+    return replace(origin, sha256=sha256, tensors=origin.tensors | moved)
+
+
+def test_of_a_language_model_a_worse_release_is_taken_back_and_an_equal_one_stays(
+    tmp_path: Path, llama: Base, one_thread: None
+) -> None:
+    fleet = fleet_of_authors(tmp_path / "fleet", llama, {"rank": 4}, devices=24)
+    fleet.configure({"rounds": 1, "evaluation.noise_multiplier": NOISE, "aggregation.ring_bits": 32})
+    channel = Channel.of(fleet, export_causal(fleet.base, ("q_proj", "v_proj"), Profile.FP32, training=True))
+    fleet.federate(fleet.grid())
+    good = from_registry(fleet.out / "coordinator", 1, None)
+    channel.publish("stable", good, 1)
+    channel.publish("canary", spoiled(good, 0.3, "e" * 64), 2)
+    channel.join()
+    channel.promote()
+    metrics = channel.compare().metrics
+    assert metrics["devices_newest"] == pytest.approx(12, abs=6 * metrics["deviation"])
+    assert abs(metrics["relative_nats_previous"]) < 0.1 < metrics["relative_nats_newest"]  # it is the one on offer
+    done = channel.watch()
+    assert (done["outcome"], done["release"]) == ("rolled back", 3)
+    channel.publish("canary", spoiled(good, 1e-5, "f" * 64), 4)
+    channel.update()
+    channel.promote()
+    channel.compare()
+    assert channel.watch()["outcome"] == "kept"
+    assert audit_failures(fleet.out / "coordinator") == set()
