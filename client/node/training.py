@@ -206,13 +206,10 @@ class LocalRound:
 
     def compared(self, task: EvaluationTask) -> Vector:
         if not isinstance(self.device.base, VerifiedBase):
-            return np.zeros(task.size)
-        from client.training.evaluate import own_counts, own_relative  # ONNX Runtime: only some devices train with it
+            return np.zeros(task.noisy_size(self.layout))
+        from client.training.evaluate import own_counts  # ONNX Runtime: only some devices train with it
 
-        base, counted = self.device.base, self.held_out[: task.most]
-        if task.labels:
-            return own_counts(base.folder.parent, task, counted)
-        return own_relative(base, task, counted, self.trainer, self.start)
+        return own_counts(self.device.base, task, self.held_out[: task.most], self.trainer, self.start)
 
     def used(self, since: int, days: int) -> Mapping[str, int]:
         return Usage(self.snapshot.usage).counts(since, days)

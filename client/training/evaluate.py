@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -10,63 +9,44 @@ from numpy.typing import NDArray
 
 from client.inference.session import ClassificationSession
 from client.inference.trust import Trust
-from client.training.examples import Example, Score
+from client.training.examples import Example
 from client.training.graphengine import GraphEngine
 from client.training.trainer import Trainer
-from edgeadapt.formats.bundle import Bundle, VerifiedBase, adapter_names
+from edgeadapt.formats.bundle import VerifiedBase, adapter_names
 from edgeadapt.formats.layout import Tensors
-from edgeadapt.rounds.evaluation import SIZE, TEXT_SIZE, EvaluationTask, relative
+from edgeadapt.rounds.evaluation import EvaluationTask, relative
+from edgeadapt.rounds.task import MAX_LOSS
 
 
-def own_counts(bundle: Path, task: EvaluationTask, examples: Sequence[Example]) -> NDArray[np.float64]:
-    """Count right answers and examples, under the newest release and under the previous one.
-
-    Args:
-        bundle: Folder of the device's bundle, verified as for every answer; ``trust.pem`` is next to it.
-        examples: Held out, with numbers of ``task.labels``.
-
-    Returns:
-        Shape ``(SIZE,)``: whole numbers, those of the release that is not in the bundle being 0; all of them if it has
-        neither.
-
-    Raises DataError, TrustError: the bundle is damaged or breaks a rule.
-    """
-    counts, trusted = np.zeros(SIZE), Trust.open(bundle).bundle
-    for name, content in _compared(trusted, task):
-        session = ClassificationSession.open(bundle)
-        session.load(name)
-        if trusted.adapter_manifest(name).content != content:  # an update came between the two
-            return counts
-        right = sum(_is_right(session, name, each, task.labels[each.label]) for each in examples)
-        counts[:2] = right, len(examples)
-        return counts if content == task.newest else np.roll(counts, 2)
-    return counts
-
-
-def own_relative(
+def own_counts(
     base: VerifiedBase, task: EvaluationTask, examples: Sequence[Example], trainer: Trainer, offered: Tensors
 ) -> NDArray[np.float64]:
-    """Compare a language model's release with the adapter on offer, on held-out texts: ``evaluation.relative``.
+    """Count right answers and examples under the newest release and under the previous one, or compare a language model
+    with the adapter on offer by ``relative``: numbers of a release that is not in the bundle are 0.
 
-    Zeros and errors as ``own_counts``; ``trainer``: of ``base``, the bundle's. Raises DataError: also if the release
-    has another layout than the adapter on offer.
+    Args:
+        base: Of the device's bundle, verified as for every answer; ``trust.pem`` is next to the bundle.
+        examples: Held out, with numbers of ``task.labels``.
+        trainer: Of ``base``.
+
+    Raises DataError, TrustError: the bundle is damaged or breaks a rule, or a release has another layout.
     """
-    trust, nothing, engine = Trust.open(base.folder.parent), np.zeros(TEXT_SIZE), cast(GraphEngine, trainer.engine)
-    for name, content in _compared(trust.bundle, task):
-        release = trust.adapter(name, base)
-        if not examples or release.manifest.content != content:
-            return nothing
-        both = (engine.tensors_of(release.inputs), offered)
-        scores = [trainer.score(adapter, examples) for adapter in both]
-        losses = [(one if math.isfinite(one.loss) else Score.worst(one.count)).loss / one.count for one in scores]
-        return relative(content == task.newest, *losses)
-    return nothing
-
-
-def _compared(trusted: Bundle, task: EvaluationTask) -> list[tuple[str, str]]:
-    """List the adapters of a bundle that are one of the task's two, with their contents."""
-    contents = {name: trusted.adapter_manifest(name).content for name in adapter_names(trusted.folder)}
-    return [(name, content) for name, content in contents.items() if content in (task.newest, task.previous)]
+    bundle = base.folder.parent
+    trust, counts = Trust.open(bundle), np.zeros(task.noisy_size(trainer.layout))
+    contents = {name: trust.bundle.adapter_manifest(name).content for name in adapter_names(bundle)}
+    name = next((name for name, content in contents.items() if content in (task.newest, task.previous)), None)
+    if name is None or not examples:
+        return counts
+    if task.labels:
+        session = ClassificationSession.open(bundle)
+        session.load(name)
+        right = sum(_is_right(session, name, one, task.labels[one.label]) for one in examples)
+        found = np.roll([right, len(examples), 0.0, 0.0], 0 if contents[name] == task.newest else 2)
+    else:
+        release = cast(GraphEngine, trainer.engine).tensors_of(trust.adapter(name, base).inputs)
+        losses = [trainer.score(adapter, examples).loss / len(examples) for adapter in (release, offered)]
+        found = relative(contents[name] == task.newest, *(x if math.isfinite(x) else MAX_LOSS for x in losses))
+    return found if trust.bundle.adapter_manifest(name).content == contents[name] else counts  # else it was updated
 
 
 def _is_right(session: ClassificationSession, adapter: str, example: Example, label: str) -> bool:

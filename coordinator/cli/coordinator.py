@@ -201,7 +201,7 @@ def run(
     opened = CoordinatorStateDir.open(state_dir)
     opened.registry.newest_adapter()  # before Flower: its error would be in a log of the SuperLink
     state = status_of(opened)
-    if state["rounds_done"] < state["rounds_wanted"]:
+    if opened.has_rounds_left:
         way: AbstractContextManager[Connection] = nullcontext(Connection(connection or "", os.environ))
         if superlink is not None:
             way = connected(superlink, root_certificates, insecure=insecure)
@@ -376,9 +376,6 @@ def observe(
       edgeadapt coordinator observe fleet
       edgeadapt coordinator observe fleet --of doubt --of labels --days 14
     """
-    from coordinator.settings import SETTINGS
-    from coordinator.statedir import HEADER, CoordinatorStateDir
-
     last = until.date() if until else datetime.now(UTC).date() - timedelta(days=1)
     if last >= datetime.now(UTC).date():
         raise ConfigError(f"{last} is not over: devices contribute past days only", about="--until")
@@ -386,8 +383,7 @@ def observe(
     named = histograms or ("doubt",)
     asked = {"histograms": list(named), "since": since, "days": days, "releases": list(releases)}
     with opened.locked():
-        done = len(opened.registry.rounds())
-        settings = opened.settings.with_observation(done, asked)
+        settings = opened.settings.with_observation(len(opened.registry.rounds()), asked)
         storage.replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
     line = f"round {settings.rounds} observes {', '.join(named)} of {days} days until {last}"
     print_result({"round": settings.rounds, **asked}, f"{line}: run it with 'edgeadapt coordinator run'", as_json)

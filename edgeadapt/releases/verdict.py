@@ -4,9 +4,8 @@ The interval is Newcombe's for the difference of two proportions (1998, "Interva
 Independent Proportions: Comparison of Eleven Methods", method 10), which holds its level also for few examples and for
 accuracies near 0 and 1. Two things widen it: the variance of the noise that devices added, and the rounding of what is
 published. Examples of one device count as independent, as in any accuracy.
-
-Of a language model each device has one number, relative nats per byte. The interval is the normal distribution's for
-the difference of two means, with the pooled variance between devices at its upper limit, because noise hides it.
+Of a language model each device has one number, relative nats per byte: the interval is the normal distribution's for
+two means, with the pooled variance between devices at its upper limit, because noise hides it.
 """
 
 import math
@@ -75,13 +74,8 @@ def difference_interval(
 
 
 def mean_interval(one: Proportion, other: Proportion, square: float, deviation: float) -> tuple[float, float]:
-    """Return the limits of ``one.value - other.value``, two means of numbers from -1 to 1, with ``CONFIDENCE``.
-
-    Args:
-        one, other: Means, each over so many devices.
-        square: Mean square of the numbers of both.
-        deviation: Standard deviation of the noise in each sum, the counts and the sum of squares included.
-    """
+    """Return the limits, with ``CONFIDENCE``, of the difference of two means over devices of numbers from -1 to 1.
+    ``square``: mean square of all; ``deviation``: of the noise in each sum, that of squares included."""
     z, n, m, a, b = NormalDist().inv_cdf((1 + CONFIDENCE) / 2), one.examples, other.examples, one.value, other.value
     pooled = max(square - (n * a**2 + m * b**2) / (n + m), 0.0)
     noise = 1 + 4 * (a**2 + b**2) + (a**2 - pooled) ** 2 + (b**2 - pooled) ** 2  # its variance, by the delta method

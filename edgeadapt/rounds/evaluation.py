@@ -4,9 +4,8 @@ Devices train nothing. Each runs its own release on its held-out examples and co
 examples under the newest release, and under the previous one; two of them are zero. So the sums say how good either
 release is, and not which device has which. A device with another release contributes zeros.
 
-A device with a language model contributes one number instead, by ``relative``: the logarithm of its release's nats per
-byte over those of the adapter on offer, on the same texts. What makes one device's texts harder than another's is in
-both, and does not hide a small difference of the releases.
+A device with a language model contributes the logarithm of its release's nats per byte over those of the adapter on
+offer, on the same texts. What makes one device's texts harder than another's is in both, and so hides no difference.
 
 No device can know how many devices have a release, and exact sums could be those of one. So every evaluation has noise,
 also where training has none (``docs/decisions/0066-secure-evaluation.md``). The vector is masked, summed and accounted
@@ -40,9 +39,10 @@ from edgeadapt.rounds.sums import DECIMALS, MINIMUM_HELD_OUT, Bounds, Sums, Vect
 
 SIZE = 4  # right answers and examples of the newest release, then of the previous one
 TEXT_SIZE = 5  # devices and relative nats per byte of the newest release, then of the previous one; squares of both
+NORM = math.sqrt(3.0)  # of a device's three numbers, of which each is 1 at most; they are scaled to the clip norm
 SPREAD = 0.15  # natural logarithm: a device's nats per byte count as at most 16 % from the adapter on offer's
 LEAST_LOSS = 2.0**-20  # nats per byte; less counts as so much
-LEAST_DEVICES, LEAST_DEVIATIONS = 10, 3  # of a release whose figures are published, by the count and by its noise
+LEAST_DEVICES = 10  # of a release whose figures are published, and three deviations of the noise in their number
 RENEWAL = 2.0**-16  # width of the noise in the head's weights, whose logits are about 1 to 16
 ACCURACY, EXAMPLES, DEVIATION = "accuracy", "examples", "deviation"  # metrics, the first two of each release
 RELATIVE, DEVICES, SQUARE = "relative_nats", "devices", "relative_square"  # of a language model; the first two of each
@@ -94,21 +94,18 @@ class EvaluationTask(CountingTask):
     def terms(self) -> dict[str, float | str]:
         return {f"evaluation.{name}": getattr(self, name) for name in ("newest", "previous", "most")}
 
-    @property
-    def size(self) -> int:
-        return SIZE if self.labels else TEXT_SIZE
-
     def noisy_size(self, layout: Layout) -> int:
-        return self.size
+        return SIZE if self.labels else TEXT_SIZE
 
     def contribute(self, device: DeviceRound) -> Ring:
         """Contribute what the release that this device has is worth, if it is one of the task's."""
-        scale = 1.0 if self.labels else _unit(device.spec)
+        scale = 1.0 if self.labels else device.spec.clip_norm / NORM
 
         def encoded(counts: Vector) -> Ring:
             return noisy_vector(scale * counts, device.spec, device.digest, device.rounding, device.noise_key())
 
-        return device.attempt(lambda: encoded(device.compared(self)), lambda: encoded(np.zeros(self.size)))
+        nothing = np.zeros(self.noisy_size(device.layout))
+        return device.attempt(lambda: encoded(device.compared(self)), lambda: encoded(nothing))
 
     def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
         return evaluated(spec, values, survivors, digest)
@@ -130,11 +127,20 @@ class EvaluationRounds(KindSettings):
     noise_multiplier: float = Field(default=1.1, gt=0, le=1000)
     """standard deviation of the noise in the counts, as privacy.noise_multiplier, also in a federation without noise;
     in one that has more, that"""
+    every: float = Field(default=0.0, ge=0, le=8760)
+    """hours after which a rollout is evaluated, and evaluated again, on top of rounds, until it is decided; the run
+    then has no end; 0: by hand"""
+    releases: str = ""
+    """with every: the repository of channels, relative to the state directory"""
+    channel: str = ""
+    """with every: the channel with the rollouts of an adapter 'global'"""
 
     @model_validator(mode="after")
     def _compares_two_releases(self) -> Self:
         if self.rounds and (not self.newest or not self.previous or self.newest == self.previous):
             raise ValueError("evaluation.newest and evaluation.previous must name the adapters of two releases")
+        if self.every and (self.rounds or not self.releases or not self.channel):
+            raise ValueError("evaluation.every needs evaluation.releases and .channel, and evaluation.rounds = 0")
         return self
 
     def task(self, of: RoundOf) -> EvaluationTask:
@@ -161,39 +167,29 @@ def evaluated(spec: SessionSpec, sums: Sums, survivors: int, digest: bytes) -> d
     """
     counts = rotation.rotate_back(sums[COUNTS], rotation.seed(digest))
     table = {DEVIATION: spec.vector.segment(COUNTS).noise * math.sqrt(survivors)}
-    if counts.size == TEXT_SIZE:
-        return _evaluated_texts(counts / _unit(spec), table[DEVIATION] / _unit(spec))
-    for release, (right, examples) in ((NEWEST, counts[:2]), (PREVIOUS, counts[2:])):
-        if examples < MINIMUM_HELD_OUT:
+    if texts := counts.size == TEXT_SIZE:
+        counts, table = counts * NORM / spec.clip_norm, {DEVIATION: table[DEVIATION] * NORM / spec.clip_norm}
+    least = max(LEAST_DEVICES, 3 * table[DEVIATION]) if texts else MINIMUM_HELD_OUT
+    for release, (right, examples) in ((NEWEST, counts[:2]), (PREVIOUS, counts[2:4])):
+        if examples < least:
             continue
-        accuracy = min(max(float(right / examples), 0.0), 1.0)
-        table |= {f"{ACCURACY}_{release}": round(accuracy, DECIMALS), f"{EXAMPLES}_{release}": float(np.rint(examples))}
-    return table
-
-
-def _evaluated_texts(counts: Vector, deviation: float) -> dict[str, float]:
-    table, devices = {DEVIATION: deviation}, counts[[0, 2]]
-    for release, (count, total) in ((NEWEST, counts[:2]), (PREVIOUS, counts[2:4])):
-        if count >= max(LEAST_DEVICES, LEAST_DEVIATIONS * deviation):
-            mean = min(max(float(total / count), -1.0), 1.0)
-            table |= {f"{RELATIVE}_{release}": mean, f"{DEVICES}_{release}": float(count)}
-    if len(table) == TEXT_SIZE:
-        table[SQUARE] = min(max(float(counts[4] / devices.sum()), 0.0), 1.0)
+        mean = min(max(float(right / examples), -1.0 if texts else 0.0), 1.0)
+        if texts:
+            table |= {f"{RELATIVE}_{release}": mean, f"{DEVICES}_{release}": float(examples)}
+        else:
+            table |= {f"{ACCURACY}_{release}": round(mean, DECIMALS), f"{EXAMPLES}_{release}": float(np.rint(examples))}
+    if texts and len(table) == TEXT_SIZE:
+        table[SQUARE] = min(max(float(counts[4] / (counts[1] + counts[3])), 0.0), 1.0)
     return table
 
 
 def relative(newest: bool, release: float, reference: float) -> Vector:
-    """Return what a device with a language model contributes, shape ``(TEXT_SIZE,)``: a one and the logarithm of
-    ``release`` over ``reference``, from -1 to 1 in units of ``SPREAD``, at the places of its release, and its square.
-    Both are a mean of nats per byte over the same texts."""
+    """Return what a device with a language model contributes, shape ``(TEXT_SIZE,)``: the logarithm of ``release`` over
+    ``reference``, from -1 to 1 in units of ``SPREAD``, and a one at the places of its release, and the square. Both are
+    a mean of nats per byte over the same texts."""
     ratio = math.log(max(release, LEAST_LOSS) / max(reference, LEAST_LOSS))
     place = min(max(ratio / SPREAD, -1.0), 1.0)
-    return np.array([*([1.0, place, 0.0, 0.0] if newest else [0.0, 0.0, 1.0, place]), place**2])
-
-
-def _unit(spec: SessionSpec) -> float:
-    """Return what a number of ``relative`` is multiplied by: its three numbers of at most 1 meet the clip norm."""
-    return spec.clip_norm / math.sqrt(3.0)
+    return np.array([*([place, 1.0, 0.0, 0.0] if newest else [0.0, 0.0, place, 1.0]), place**2])
 
 
 def is_evaluation(metrics: Mapping[str, float]) -> bool:

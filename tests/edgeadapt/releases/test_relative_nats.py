@@ -35,7 +35,7 @@ def found(seed: int, more: float, *, offered: float = 0.97, own: float = 0.03, d
     nats of the previous one, and the adapter on offer ``offered`` times, give or take a share ``own`` on a device."""
     rng, digest = np.random.default_rng(seed), hashlib.sha256(bytes([seed])).digest()
     total = np.zeros(SPEC.vector.size, SPEC.vector.to_ring(np.zeros(1, np.int64)).dtype)
-    unit = relative(True, 1.0, 1.0)[0] * SPEC.clip_norm / 3**0.5
+    unit = SPEC.clip_norm / 3**0.5
     for device in range(devices):
         previous, newest = rng.lognormal(0.3, 0.4), bool(device % 2)  # one author's texts are harder than another's
         nats = previous * (more if newest else 1.0) * rng.lognormal(0.0, own)
@@ -87,6 +87,6 @@ def test_figures_of_no_evaluation_are_refused() -> None:
 def test_a_device_counts_within_bounds_whatever_its_losses_are() -> None:
     for release, reference in ((0.0, 5.0), (20.0, 0.0), (0.0, 0.0), (1e-30, 20.0)):
         assert np.linalg.norm(relative(False, release, reference)) <= 3**0.5
-    assert relative(True, 1.0, 1.0).tolist() == [1, 0, 0, 0, 0]
+    assert relative(True, 1.0, 1.0).tolist() == [0, 1, 0, 0, 0]
     assert relative(False, 2.0, 1.0).tolist() == [0, 0, 1, 1, 1]
-    assert relative(False, 1.0, 1.05)[3] == pytest.approx(-np.log(1.05) / 0.15)
+    assert relative(False, 1.0, 1.05)[2] == pytest.approx(-np.log(1.05) / 0.15)
