@@ -341,8 +341,7 @@ def _accuracy(trial: PromotionTrial) -> Results:
 
 def _nats(trial: PromotionTrial) -> Results:
     settings, current = trial.settings.accuracy, trial.current
-    path = trial.path("accuracy.held_out", settings.held_out)
-    texts = parse_examples(read_file(path), path, 0)
+    texts = parse_examples(read_file(path := trial.path("accuracy.held_out", settings.held_out)), path, 0)
     if len(texts) < settings.fewest:
         raise DataError(f"{settings.held_out} has {len(texts)} texts, and {settings.fewest} are needed")
     for name in trial.names:

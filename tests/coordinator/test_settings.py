@@ -18,6 +18,7 @@ from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Adversary, Privacy, SessionSpec
 from aggregation.steps import Step
+from coordinator.migration import with_rounds
 from coordinator.seed import seed_version
 from coordinator.session import choose
 from coordinator.settings import Aggregation, Analytic, CohortSettings, FederationSettings, PrivacySettings, Server
@@ -205,6 +206,7 @@ def test_by_schedule_the_next_round_evaluates_and_the_others_come_all_the_same(d
     now = before.evaluating(done, "a" * 64, "b" * 64)
     assert (now.kind_of(done + 1), now.rounds, now.evaluation.newest) == (EvaluationTask, done + 1, "a" * 64)
     assert (now.has_noise, before.has_noise, now.evaluation.noise_multiplier) == (True, True, 1.1)
+    assert with_rounds(before, done, 2, analytic=False).evaluation.every == 0  # a migration ends
 
 
 @given(st.lists(st.sampled_from(["evaluation", "observation", "round"]), max_size=12))
