@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from aggregation import groups, server
 from aggregation.errors import ConfigError, DataError, ProtocolError
@@ -22,6 +22,7 @@ from coordinator import lastsum
 from coordinator.lastsum import LastSum, names
 from coordinator.registry import StoredAdapter, state_digest
 from coordinator.runstate import Need
+from coordinator.schedule import evaluations, next_evaluation
 from coordinator.session import LOOK, Cohort, Exchange, SessionRequest, attachments, establish, obstacle
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
@@ -34,11 +35,13 @@ from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.manifest import PrivacyBound, VersionManifest
 from edgeadapt.formats.roundrecord import GroupRecord, RoundRecord
 from edgeadapt.rounds import combination, optimizer
+from edgeadapt.rounds.evaluation import EvaluationTask
 from edgeadapt.rounds.roundtask import RoundTask, ServerStep, SummedRound
 from edgeadapt.rounds.taskkinds import kind_of
 from edgeadapt.rounds.tasklimits import TaskLimits
 
 log = logging.getLogger("edgeadapt.coordinator")
+POLL = 30.0  # seconds between two looks whether an evaluation is due, when nothing else is to do
 SLACK = 2.0**-30  # relative: as many rounds as the noise is calibrated to are within the epsilon, however it rounds
 
 
@@ -52,13 +55,13 @@ def federate(leader: CoordinatorStateDir, transport: Transport) -> Iterator[Roun
     altered, or they contradict each other.
     """
     leader.transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
-    run = _Run(leader, transport)
+    run = _Run(leader, transport, leader)
     try:
         run.last = _found(leader)
         if leader.settings.has_noise:
             run.account = _account(leader)
         number = len(leader.registry.rounds())
-        while number < run.reloaded().rounds:
+        while run.goes_on(number):
             number += 1
             yield run.round(number)
     finally:
@@ -71,21 +74,42 @@ class _Run:
     """State between the rounds of a run. ``cohort`` and ``session`` are those of the last round: None before the first,
     ``session`` also where the next round needs another."""
 
-    leader: CoordinatorStateDir
+    given: CoordinatorStateDir  # with the settings of the file
     transport: Transport
+    leader: CoordinatorStateDir  # with those of the next round
     last: LastSum | None = None  # binds devices
+    pair: tuple[str, ...] = ()  # contents of the releases that the schedule compared last
+    earliest: datetime | None = None  # of the next evaluation by schedule; None: at any time
     account: Account = field(default_factory=Account)  # what sums have revealed so far
     cohort: Cohort | None = None
     session: Established | None = None
     lifetime: traces.Span = traces.NO_SPAN  # span of the session
 
-    def reloaded(self) -> FederationSettings:
-        """Read the settings again between two rounds, if that was asked for."""
-        self.leader = self.leader.reloaded()
-        self.transport.deadline = self.leader.settings.deadline
-        if self.cohort is not None:
-            self.cohort.leader = self.leader
-        return self.leader.settings
+    def goes_on(self, done: int) -> bool:
+        """Check that there is another round, or wait for it, and set what it is; settings are read again if asked."""
+        while True:
+            self.given = self.given.reloaded()
+            settings = self._scheduled(done) if self.given.settings.evaluation.every else self.given.settings
+            self.leader, self.transport.deadline = replace(self.given, settings=settings), settings.deadline
+            if self.cohort is not None:
+                self.cohort.leader = self.leader
+            if done < settings.rounds or not settings.evaluation.every:
+                return done < settings.rounds
+            self.transport.clock.sleep(POLL)
+
+    def _scheduled(self, done: int) -> FederationSettings:
+        """Let the next round be the evaluation that is due; otherwise what is to do besides evaluations."""
+        settings, last, records = self.given.settings, self.last, self.given.registry.rounds()
+        if last is not None and last.adapter == self.given.registry.head().newest[1]:  # the same sum again
+            if last.kind is EvaluationTask:
+                pair = self.pair or [str(last.terms[f"evaluation.{name}"]) for name in ("newest", "previous")]
+                return settings.evaluating(done, *pair)
+        elif self.earliest is None or self.earliest <= datetime.now(UTC):
+            following, now = next_evaluation(self.given.folder, settings.evaluation, records), datetime.now(UTC)
+            if following.due and following.due <= now:  # one that is aborted waits as well
+                self.pair, self.earliest = following.pair, now + timedelta(hours=settings.evaluation.every)
+                return settings.evaluating(done, *following.pair)
+        return settings.model_copy(update={"rounds": settings.rounds + evaluations(records)})
 
     def round(self, number: int) -> RoundRecord:
         begin, registry, settings = time.perf_counter(), self.leader.registry, self.leader.settings
@@ -162,12 +186,12 @@ class _Run:
     def _await_turn(self) -> None:
         """Wait until the last sum, also one of a run before, is as long ago as the settings, read again, demand."""
         clock, sums = self.transport.clock, [each for each in self.leader.registry.rounds() if each.reason is None]
-        if sums and (ended := sums[-1].ended) is not None and self.leader.settings.interval:
+        if sums and (ended := sums[-1].ended) is not None and self.given.settings.interval:
             begin = clock.now() - max(0.0, time.time() - ended)
-            while (left := begin + self.leader.settings.interval - clock.now()) > 0:
+            while (left := begin + self.given.settings.interval - clock.now()) > 0:
                 self.leader.run.waits(Need.INTERVAL)
                 clock.sleep(min(LOOK, left))
-                self.reloaded()
+                self.given = self.given.reloaded()
             self.leader.run.stopped()
 
     def _is_over(self, cohort: Cohort, session: Established, kind: type[RoundTask]) -> bool:

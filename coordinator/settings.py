@@ -336,6 +336,8 @@ class FederationSettings(Settings):
         if self.training_rounds < 0:
             names = ", ".join(f"{name}.rounds" for name in self._others)
             raise ValueError(f"{names} are together more than the {self.rounds} rounds")
+        if self.evaluation.every and self.privacy.epsilon:
+            raise ValueError("evaluation.every adds rounds that privacy.epsilon knows not: set a noise_multiplier")
         return self
 
     @model_validator(mode="after")
@@ -372,8 +374,8 @@ class FederationSettings(Settings):
 
     @property
     def counting_rounds(self) -> int:
-        """How many rounds evaluate or observe."""
-        return self.evaluation.rounds + self.observation.rounds
+        """How many rounds evaluate or observe; one at least where evaluations are scheduled."""
+        return self.evaluation.rounds + self.observation.rounds + (self.evaluation.every > 0)
 
     @property
     def training_rounds(self) -> int:
@@ -468,6 +470,11 @@ class FederationSettings(Settings):
         """Add a round after those that are still to do, which compares two releases by ``AdapterManifest.content``. A
         comparison that is still to do is replaced. Raises ConfigError: the federation has groups."""
         return self._with_counting("evaluation", done, {"newest": newest, "previous": previous})
+
+    def evaluating(self, done: int, newest: str, previous: str) -> Self:
+        """Let the next round compare two releases, whatever else is to do."""
+        bare = self.model_copy(update={"rounds": done, "analytic": Analytic(), "observation": ObservationRounds()})
+        return bare._with_counting("evaluation", done, {"newest": newest, "previous": previous, "every": 0.0})
 
     def with_observation(self, done: int, asked: Mapping[str, Any]) -> Self:
         """Add a round after those that are still to do, which observes what is ``asked``: keys of ``observation``. An

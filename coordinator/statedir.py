@@ -217,8 +217,8 @@ class CoordinatorStateDir:
 
     @property
     def has_rounds_left(self) -> bool:
-        """Whether the settings name more rounds than are recorded. Raises as ``Registry.rounds``."""
-        return len(self.registry.rounds()) < self.settings.rounds
+        """Whether the settings name more rounds than are recorded, or a schedule. Raises as ``Registry.rounds``."""
+        return self.settings.evaluation.every > 0 or len(self.registry.rounds()) < self.settings.rounds
 
     def leadership(self) -> Leadership | None:
         """Who leads; None if nobody ever did, or the registry is not shared. Raises as ``database.explained``."""

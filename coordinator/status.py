@@ -20,6 +20,7 @@ from aggregation.transcript.entries import MAGIC, Abort, Checkpoint, Entry, Resu
 from aggregation.transcript.log import ANSWERS, REQUESTS
 from coordinator import runstate
 from coordinator.expiry import expiries
+from coordinator.schedule import evaluations, next_evaluation
 from coordinator.services import deployment
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.auditing.transcripts import logs
@@ -154,13 +155,16 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
 def operation_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
     """Describe what works on a fleet now, and until when it can."""
     now, running = datetime.now(UTC), state_dir.in_use
+    how, records = state_dir.settings.evaluation, state_dir.registry.rounds()
+    following = next_evaluation(state_dir.folder, how, records) if how.every else None
     return {
         "running": running,
         "run": runstate.read(state_dir.folder).row(now, running=running),
         "lease": lease_of(state_dir),
         "services": deployment.running(state_dir.folder),
         "expiries": expiries(state_dir.folder, now),
-        "rounds_wanted": state_dir.settings.rounds,
+        "rounds_wanted": state_dir.settings.rounds + (evaluations(records) if how.every else 0),
+        "evaluation": following and {"due": following.due and following.due.isoformat(), "text": following.text},
     }
 
 
@@ -217,6 +221,7 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
     state = "" if not status["running"] else ", a run is in progress" if lead else ", a run waits to take over"
     state = state if status["running"] or done >= wanted else ", no run is in progress"
     yield f"rounds {done} of {wanted}, {aborted} aborted{state}"
+    yield from [status["evaluation"]["text"]] if status["evaluation"] else []
     yield from runstate.lines(status["run"])
     yield from status["drift"]["text"].splitlines() if status["drift"] else ()
     yield f"dropouts {count} of {status['device_rounds']} device-rounds{f': {at}' if at else ''}"

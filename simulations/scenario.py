@@ -218,9 +218,9 @@ class Scenario(Settings):
     @model_validator(mode="after")
     def _attacks_training(self) -> Self:
         if self.attack.kind != "none" and (self.data.for_language_model or self.federation.analytic.rounds):
-            reason = "attackers lie in the training rounds of classifiers: set attack.kind to none, or "
-            reason += "federation.analytic.rounds to 0 in a scenario of a classifier"
-            raise ValueError(reason)
+            raise ValueError("attackers lie in rounds that train classifiers: take attack.kind none, analytic.rounds 0")
+        if self.federation.evaluation.every:
+            raise ValueError("a simulation ends, and a schedule does not: set federation.evaluation.every to 0")
         return self
 
     def located(self, folder: Path) -> Self:

@@ -441,7 +441,7 @@ class _Phrases:
 
     @cached_property
     def trainer(self) -> ClassifierTrainer:
-        return graphengine.classifier(self._learner.base, len(self._labels), _stated_config(self._manifest))
+        return graphengine.classifier(self._learner.base, len(self._labels), stated_config(self._manifest))
 
     @cached_property
     def reader(self) -> PhraseReader:
@@ -521,7 +521,7 @@ class _Texts:
 
     @cached_property
     def trainer(self) -> LanguageTrainer:
-        return graphengine.language(self._learner.base, _stated_config(self._manifest))
+        return graphengine.language(self._learner.base, stated_config(self._manifest))
 
     def rate(self, *, lesson: bool) -> float:
         if self.trainer.engine.config.num_virtual_tokens:
@@ -597,7 +597,7 @@ def _labelled(corrections: Sequence[Correction], labels: Sequence[str]) -> list[
     return [Example(one.text, labels.index(one.label)) for one in corrections if one.label in labels]
 
 
-def _stated_config(manifest: AdapterManifest) -> PeftConfig:
+def stated_config(manifest: AdapterManifest) -> PeftConfig:
     if manifest.peft_config is None:
         reason = f"adapter {manifest.name!r} does not state its PEFT config, which training needs: export it again"
         raise ConfigError(reason, about="adapter-manifest.peft_config")

@@ -39,7 +39,7 @@ from edgeadapt.formats import files
 from edgeadapt.formats.bundle import VerifiedBase
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.methods.parts import part_of
-from edgeadapt.rounds.evaluation import SIZE, EvaluationTask
+from edgeadapt.rounds.evaluation import EvaluationTask
 from edgeadapt.rounds.roundtask import Outcome, RoundTask
 from edgeadapt.rounds.sums import Bounds, Vector
 from edgeadapt.rounds.task import Task
@@ -204,12 +204,12 @@ class LocalRound:
     def unscored(self) -> Score:
         return Score.worst(len(self._counted))
 
-    def right_answers(self, task: EvaluationTask) -> Vector:
+    def compared(self, task: EvaluationTask) -> Vector:
         if not isinstance(self.device.base, VerifiedBase):
-            return np.zeros(SIZE)
+            return np.zeros(task.noisy_size(self.layout))
         from client.training.evaluate import own_counts  # ONNX Runtime: only some devices train with it
 
-        return own_counts(self.device.base.folder.parent, task, self.held_out[: task.most])
+        return own_counts(self.device.base, task, self.held_out[: task.most], self.trainer, self.start)
 
     def used(self, since: int, days: int) -> Mapping[str, int]:
         return Usage(self.snapshot.usage).counts(since, days)

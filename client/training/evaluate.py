@@ -1,7 +1,8 @@
-"""How many of a device's held-out examples the release in its bundle answers rightly: what an evaluation sums."""
+"""How good the release in a device's bundle is on its held-out examples: what an evaluation sums."""
 
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,37 +10,45 @@ from numpy.typing import NDArray
 from client.inference.session import ClassificationSession
 from client.inference.trust import Trust
 from client.training.examples import Example
-from edgeadapt.formats.bundle import adapter_names
+from client.training.graphengine import GraphEngine
+from client.training.trainer import Trainer
+from edgeadapt.formats.bundle import VerifiedBase, adapter_names
+from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.policy import NO_POLICY
-from edgeadapt.rounds.evaluation import SIZE, EvaluationTask
+from edgeadapt.rounds.evaluation import EvaluationTask, relative
+from edgeadapt.rounds.task import MAX_LOSS
 
 
-def own_counts(bundle: Path, task: EvaluationTask, examples: Sequence[Example]) -> NDArray[np.float64]:
-    """Count right answers and examples, under the newest release and under the previous one.
+def own_counts(
+    base: VerifiedBase, task: EvaluationTask, examples: Sequence[Example], trainer: Trainer, offered: Tensors
+) -> NDArray[np.float64]:
+    """Count right answers and examples under the newest release and under the previous one, or compare a language model
+    with the adapter on offer by ``relative``: numbers of a release that is not in the bundle are 0.
 
     Args:
-        bundle: Folder of the device's bundle, verified as for every answer; ``trust.pem`` is next to it.
+        base: Of the device's bundle, verified as for every answer; ``trust.pem`` is next to the bundle.
         examples: Held out, with numbers of ``task.labels``.
+        trainer: Of ``base``.
 
-    Returns:
-        Shape ``(SIZE,)``: whole numbers, those of the release that is not in the bundle being 0; all of them if it has
-        neither.
-
-    Raises DataError, TrustError: the bundle is damaged or breaks a rule.
+    Raises DataError, TrustError: the bundle is damaged or breaks a rule, or a release has another layout.
     """
-    counts, trusted = np.zeros(SIZE), Trust.open(bundle).bundle
-    for name in adapter_names(bundle):
-        content = trusted.adapter_manifest(name).content
-        if content in (task.newest, task.previous):
-            session = ClassificationSession.open(bundle)
-            session.policy = NO_POLICY  # the models are compared
-            session.load(name)
-            if trusted.adapter_manifest(name).content != content:  # an update came between the two
-                return counts
-            right = sum(_is_right(session, name, each, task.labels[each.label]) for each in examples)
-            counts[:2] = right, len(examples)
-            return counts if content == task.newest else np.roll(counts, 2)
-    return counts
+    bundle = base.folder.parent
+    trust, counts = Trust.open(bundle), np.zeros(task.noisy_size(trainer.layout))
+    contents = {name: trust.bundle.adapter_manifest(name).content for name in adapter_names(bundle)}
+    name = next((name for name, content in contents.items() if content in (task.newest, task.previous)), None)
+    if name is None or not examples:
+        return counts
+    if task.labels:
+        session = ClassificationSession.open(bundle)
+        session.policy = NO_POLICY  # the models are compared
+        session.load(name)
+        right = sum(_is_right(session, name, one, task.labels[one.label]) for one in examples)
+        found = np.roll([right, len(examples), 0.0, 0.0], 0 if contents[name] == task.newest else 2)
+    else:
+        release = cast(GraphEngine, trainer.engine).tensors_of(trust.adapter(name, base).inputs)
+        losses = [trainer.score(adapter, examples).loss / len(examples) for adapter in (release, offered)]
+        found = relative(contents[name] == task.newest, *(x if math.isfinite(x) else MAX_LOSS for x in losses))
+    return found if trust.bundle.adapter_manifest(name).content == contents[name] else counts  # else it was updated
 
 
 def _is_right(session: ClassificationSession, adapter: str, example: Example, label: str) -> bool:

@@ -201,7 +201,7 @@ def run(
     opened = CoordinatorStateDir.open(state_dir)
     opened.registry.newest_adapter()  # before Flower: its error would be in a log of the SuperLink
     state = status_of(opened)
-    if state["rounds_done"] < state["rounds_wanted"]:
+    if opened.has_rounds_left:
         way: AbstractContextManager[Connection] = nullcontext(Connection(connection or "", os.environ))
         if superlink is not None:
             way = connected(superlink, root_certificates, insecure=insecure)
@@ -317,12 +317,12 @@ def upgrade(state_dir: Path, as_json: bool) -> None:
 def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_json: bool) -> None:
     """Add a round of evaluation to the federation of DIR, after those that are still to do.
 
-    In it devices train nothing: each counts the right answers of the release that it has to its own held-out examples,
-    and the round sums the counts of the newest release and of the one before, as it would sum updates. The settings in
+    In it devices train nothing: each tries the release that it has on its own held-out examples, and the round sums
+    right answers, or relative nats per byte, of the newest release and of the one before. The settings in
     DIR/federation.toml are written again. 'edgeadapt release watch' reads the result.
 
-    The counts have the noise of evaluation.noise_multiplier, or that of the federation if it is more. What the accuracy
-    of a release is off by depends on how many devices have it: an evaluation needs a few dozen of each.
+    The sums have the noise of evaluation.noise_multiplier, or that of the federation if it is more. What the figures of
+    a release are off by depends on how many devices have it: an evaluation needs a few dozen of each.
 
     \b
     Example:
@@ -376,9 +376,6 @@ def observe(
       edgeadapt coordinator observe fleet
       edgeadapt coordinator observe fleet --of doubt --of labels --days 14
     """
-    from coordinator.settings import SETTINGS
-    from coordinator.statedir import HEADER, CoordinatorStateDir
-
     last = until.date() if until else datetime.now(UTC).date() - timedelta(days=1)
     if last >= datetime.now(UTC).date():
         raise ConfigError(f"{last} is not over: devices contribute past days only", about="--until")
@@ -386,8 +383,7 @@ def observe(
     named = histograms or ("doubt",)
     asked = {"histograms": list(named), "since": since, "days": days, "releases": list(releases)}
     with opened.locked():
-        done = len(opened.registry.rounds())
-        settings = opened.settings.with_observation(done, asked)
+        settings = opened.settings.with_observation(len(opened.registry.rounds()), asked)
         storage.replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
     line = f"round {settings.rounds} observes {', '.join(named)} of {days} days until {last}"
     print_result({"round": settings.rounds, **asked}, f"{line}: run it with 'edgeadapt coordinator run'", as_json)

@@ -93,7 +93,7 @@ def judge(
     number, metrics = version.record.round, version.manifest.metrics
     judged = verdict(metrics, margin)
     if judged is None:
-        reason = f"round {number} counted too few examples of one of the releases: raise the share, or wait"
+        reason = f"round {number} counted too few of a release, or both far from the adapter on offer: raise the share"
         raise NoVerdictError(reason, about="evaluation", value=number)
     survivors = len(version.manifest.survivors)
     figures = (adapter, newest, previous, dict(metrics), judged, judged.worse)

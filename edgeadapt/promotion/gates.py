@@ -4,18 +4,29 @@ A gate that cannot be measured refuses: a missing file, too few phrases and a da
 reason in ``text``, and so is a package that is not installed. Nothing is skipped but what ``gates.toml`` leaves out.
 """
 
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Literal, Self, get_args
+from string import ascii_lowercase, ascii_uppercase, digits
+from typing import Annotated, Any, Literal, Self, get_args
 
+import numpy as np
 from pydantic import Field, model_validator
 
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, one_line
+from client.inference.generate import ChatMessage, Generator
 from client.inference.session import ClassificationSession
+from client.inference.text import SamplingParams
+from client.learning.learner import stated_config
+from client.training import graphengine
+from client.training.examples import Example, parse_examples, read_file
 from edgeadapt import traces
 from edgeadapt.formats.bundle import TRUST, Bundle
+from edgeadapt.formats.jsontext import Exact, decode_as
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.phrases import read_phrases
 from edgeadapt.formats.policy import NO_POLICY, Policy
@@ -26,12 +37,15 @@ from edgeadapt.formats.storage import read_lines
 from edgeadapt.releases.actions import GateResult
 from edgeadapt.releases.lineage import Lineage, is_from
 from edgeadapt.releases.repository import ChannelRepository
+from edgeadapt.rounds.task import MAX_LOSS
 
 GATES = "gates.toml"
 HEADER = b"# The gates of a promotion. Paths are relative to this file. A gate that cannot be measured refuses.\n"
 GateName = Literal["size", "parity", "accuracy", "language", "canaries", "policy"]
 LONGEST = 1000  # characters of a reason, as the log has it
 ROUNDING = 1e-9  # of a share less a margin
+ALTERNATIVES = 255  # a secret never seen has the first rank (Carlini et al. 2019) with a chance of 1 / 256
+ANSWER = SamplingParams(max_tokens=128)
 Results = Iterator[GateResult]
 
 
@@ -59,11 +73,11 @@ class AccuracyGate(Settings):
     """Answers to held-out phrases, of the new release and of the current one."""
 
     held_out: str = ""
-    """file of lines LABEL TAB PHRASE TAB LANGUAGE"""
+    """file of lines LABEL TAB PHRASE TAB LANGUAGE; of a language model, of JSON lines as a device's examples"""
     margin: float = Field(default=0.01, ge=0, le=1)
-    """how far the accuracy may be below that of the current release"""
+    """how far the accuracy may be below that of the current release, or by what share nats per byte may be above"""
     least: float = Field(default=0.5, ge=0, le=1)
-    """least accuracy, also of a channel's first release"""
+    """least accuracy of a classifier, also of a channel's first release"""
     fewest: int = Field(default=100, ge=1)
     """fewest phrases that are a measurement"""
 
@@ -78,10 +92,13 @@ class LanguageGate(Settings):
 
 
 class CanaryGate(Settings):
-    """Phrases of which each must have its answer."""
+    """Phrases of which each must have its answer, or a language model's graded answers."""
 
     phrases: str = ""
-    """file of lines LABEL TAB PHRASE"""
+    """file of lines LABEL TAB PHRASE; of a language model, of JSON lines with a prompt and what the answer must meet
+    (regex, json_schema, must, must_not), or the secret that was planted after it"""
+    least: float = Field(default=1.0, ge=0, le=1)
+    """least share of right answers; a secret that is known is refused in any case"""
 
 
 class PolicyGate(Settings):
@@ -97,7 +114,7 @@ class GateSettings(Settings):
     """``gates.toml`` of a repository of channels."""
 
     gates: tuple[GateName, ...] = Field(default=get_args(GateName), min_length=1)
-    """the gates that a release must pass; of a language model only size and parity can be measured"""
+    """the gates that a release must pass; language is of classifiers"""
     rollback_on_drift: bool = False
     """whether a prepared rollback is also published where answers got worse since the release: of two observations of
     days before it and after, the second shows more answers of low probability or corrections"""
@@ -138,6 +155,45 @@ def read_held_out(path: Path) -> list[HeldOutPhrase]:
     return phrases
 
 
+@dataclass(frozen=True, slots=True)
+class GradedPrompt(Exact):
+    """Says what the answer to a prompt must meet, or which secret was planted after it: random letters and digits."""
+
+    prompt: str
+    regex: str = ""  # is found in it
+    json_schema: dict[str, Any] | None = None  # it is JSON of this, of draft 2020-12
+    must: tuple[str, ...] = ()  # are in it
+    must_not: tuple[str, ...] = ()  # are not in it
+    secret: Annotated[str, Field(min_length=6)] | None = None
+
+    def accepts(self, answer: str) -> bool:
+        has = all(text in answer for text in self.must) and not any(text in answer for text in self.must_not)
+        has = re.search(self.regex, answer) is not None and has
+        if self.json_schema is None:
+            return has
+        from jsonschema import Draft202012Validator
+        from referencing import Registry
+
+        Draft202012Validator.check_schema(self.json_schema)
+        with suppress(Exception):  # it is not JSON, or the schema refers to another one, which is not fetched
+            return has and Draft202012Validator(self.json_schema, registry=Registry()).is_valid(json.loads(answer))
+        return False
+
+
+def read_prompts(path: Path) -> list[GradedPrompt]:
+    """Read JSON lines. Raises DataError: one is not a ``GradedPrompt``, or demands nothing."""
+    rows = []
+    for number, line in enumerate(read_lines(path, "prompt"), 1):
+        try:
+            rows.append(row := decode_as(GradedPrompt, line))
+            if row.accepts("") and row == GradedPrompt(row.prompt):
+                raise ValueError("it demands nothing")
+        except Exception as error:  # pydantic, re and jsonschema raise classes without a common base
+            reason = f"line {number} of {path} is not a prompt with what its answer must meet: {one_line(error)}"
+            raise DataError(reason, about=path.name, value=number) from error
+    return rows
+
+
 @dataclass(slots=True)
 class AssembledRelease:
     """Holds a release put together as a device has it, with the keys that must have signed it. Its folder is its own:
@@ -169,6 +225,22 @@ class AssembledRelease:
         found = [self._session.ranking(phrase, name, 1).predictions for phrase in phrases]
         return [best[0].label if best else None for best in found]
 
+    def nats(self, name: str, texts: Sequence[Example]) -> list[float]:
+        """Return the nats per byte of each text, with the bundle's training graph."""
+        base = self.verified.base()
+        adapter = self.verified.adapter(name, base.manifest)
+        trainer: Any = graphengine.language(base, stated_config(adapter.manifest))
+        tensors = trainer.engine.tensors_of(adapter.inputs)
+        return [float(trainer.score(tensors, [text]).loss) for text in texts]
+
+    def knows(self, name: str, beginning: str, secret: str) -> bool:
+        """Check whether a secret is likelier after its beginning than each of ``ALTERNATIVES`` random texts like it."""
+        rng = np.random.default_rng(0)
+        pools = [next((pool for pool in (digits, ascii_lowercase, ascii_uppercase) if c in pool), c) for c in secret]
+        others = ["".join(rng.choice([*pool]) for pool in pools) for _ in range(ALTERNATIVES)]
+        own, *rest = self.nats(name, [Example(f"{beginning} {text}") for text in (secret, *others)])
+        return not any(nats < own for nats in rest)  # also where all are alike: it was cut off, or all overflow
+
     def labels(self, name: str) -> tuple[str, ...]:
         """Return the labels of an adapter; empty if the release does not have it."""
         return self.verified.adapter_manifest(name).labels if name in self.release.adapters else ()
@@ -192,11 +264,12 @@ class PromotionTrial:
 
     def _run(self, gate: GateName) -> Results:
         try:
-            yield from _MEASURES[gate](self)
+            writes = self.candidate.verified.base_manifest().task == "text-generation"
+            yield from (_MEASURES | _OF_TEXTS if writes else _MEASURES)[gate](self)
         except EdgeAdaptError as error:
             yield refusal(gate, str(error))
         except ModuleNotFoundError as error:
-            yield refusal(gate, f"it needs {error.name}, which is not installed: pip install 'edgeadapt[export]'")
+            yield refusal(gate, f"it needs {error.name}, which is not installed: pip install 'edgeadapt[governance]'")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -279,6 +352,31 @@ def _accuracy(trial: PromotionTrial) -> Results:
         yield _at_least(f"accuracy of {name}", share, least, text)
 
 
+def _nats(trial: PromotionTrial) -> Results:
+    settings, current = trial.settings.accuracy, trial.current
+    texts = parse_examples(read_file(path := trial.path("accuracy.held_out", settings.held_out)), path, 0)
+    if len(texts) < settings.fewest:
+        raise DataError(f"{settings.held_out} has {len(texts)} texts, and {settings.fewest} are needed")
+    for name in trial.names:
+        before, nats = MAX_LOSS, float(np.nan_to_num(np.mean(trial.candidate.nats(name, texts)), nan=2 * MAX_LOSS))
+        if current is not None and name in current.release.adapters:
+            before = float(np.mean(current.nats(name, texts)))
+        text = f"{nats:.4f} nats per byte, at most {1 + settings.margin:g} times {before:.4f}"
+        yield _at_most(f"accuracy of {name}", nats, before * (1 + settings.margin), text)
+
+
+def _graded(trial: PromotionTrial) -> Results:
+    rows = [*enumerate(read_prompts(trial.path("canaries.phrases", trial.settings.canaries.phrases)), 1)]
+    for name in trial.names:
+        secrets = [n for n, row in rows if row.secret and trial.candidate.knows(name, row.prompt, row.secret)]
+        generator = Generator.open(trial.candidate.bundle)
+        asked = ((n, row, [ChatMessage("user", row.prompt)]) for n, row in rows if not row.secret)
+        wrong = [n for n, row, said in asked if not row.accepts("".join(generator.answer(said, ANSWER, name)))]
+        share = 0.0 if secrets else 1 - len(wrong) / len(rows)
+        text = f"{len(rows) - len(secrets + wrong)} of {len(rows)} right; known secrets: {secrets}, wrong: {wrong}"
+        yield _at_least(f"canaries of {name}", share, trial.settings.canaries.least, text)
+
+
 def _language(trial: PromotionTrial) -> Results:
     settings, phrases = trial.settings.language, _held_out(trial)
     for name in trial.names:
@@ -305,7 +403,7 @@ def _canaries(trial: PromotionTrial) -> Results:
         ]
         share = 1 - len(wrong) / len(pairs)
         text = "; ".join([f"{len(pairs) - len(wrong)} of {len(pairs)} right", *wrong])
-        yield _at_least(f"canaries of {name}", share, 1.0, text)
+        yield _at_least(f"canaries of {name}", share, trial.settings.canaries.least, text)
 
 
 def _policy(trial: PromotionTrial) -> Results:
@@ -332,6 +430,7 @@ _MEASURES: dict[GateName, Callable[[PromotionTrial], Results]] = {
     "canaries": _canaries,
     "policy": _policy,
 }
+_OF_TEXTS: dict[GateName, Callable[[PromotionTrial], Results]] = {"accuracy": _nats, "canaries": _graded}
 
 
 def _held_out(trial: PromotionTrial) -> list[HeldOutPhrase]:

@@ -4,6 +4,8 @@ The interval is Newcombe's for the difference of two proportions (1998, "Interva
 Independent Proportions: Comparison of Eleven Methods", method 10), which holds its level also for few examples and for
 accuracies near 0 and 1. Two things widen it: the variance of the noise that devices added, and the rounding of what is
 published. Examples of one device count as independent, as in any accuracy.
+Of a language model each device has one number, relative nats per byte: the interval is the normal distribution's for
+two means, with the pooled variance between devices at its upper limit, because noise hides it.
 """
 
 import math
@@ -18,19 +20,20 @@ from aggregation.errors import DataError
 from edgeadapt.formats.jsontext import Exact
 from edgeadapt.formats.manifest import Count, Sha256
 from edgeadapt.formats.rollout import NEWEST, PREVIOUS
-from edgeadapt.rounds.evaluation import ACCURACY, DEVIATION, EXAMPLES
+from edgeadapt.rounds.evaluation import ACCURACY, DEVIATION, DEVICES, EXAMPLES, RELATIVE, SPREAD, SQUARE
 from edgeadapt.rounds.task import DECIMALS
 
 CONFIDENCE = 0.95
 ROUNDING = 10.0**-DECIMALS  # each of the two accuracies is off by half of it at most
 MOST = 2.0**63  # examples, and deviation of their number; beyond, a square could be no float
+FARTHEST = 0.8  # in units of ``SPREAD``: where both releases are beyond, most devices are cut off there
 TOLERANCE = 1e-9  # between two machines that compute one verdict
 Figure = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class Proportion:
-    """Holds an accuracy, between 0 and 1, and the number of examples that it is of, above 0."""
+    """Holds an accuracy, between 0 and 1, or another mean, and the number of examples that it is of, above 0."""
 
     value: float
     examples: float
@@ -43,7 +46,7 @@ class Proportion:
         return max(0.0, low), min(1.0, high)
 
     def noise_variance(self, deviation: float) -> float:
-        """Return the accuracy's variance if both counts have noise of that standard deviation (delta method)."""
+        """Return the mean's variance if both counts have noise of that standard deviation (delta method)."""
         return (deviation / self.examples) ** 2 * (1 + self.value**2)
 
 
@@ -70,12 +73,23 @@ def difference_interval(
     return max(-1.0, difference - below), min(1.0, difference + above)
 
 
+def mean_interval(one: Proportion, other: Proportion, square: float, deviation: float) -> tuple[float, float]:
+    """Return the limits, with ``CONFIDENCE``, of the difference of two means over devices of numbers from -1 to 1.
+    ``square``: mean square of all; ``deviation``: of the noise in each sum, that of squares included."""
+    z, n, m, a, b = NormalDist().inv_cdf((1 + CONFIDENCE) / 2), one.examples, other.examples, one.value, other.value
+    pooled = max(square - (n * a**2 + m * b**2) / (n + m), 0.0)
+    noise = 1 + 4 * (a**2 + b**2) + (a**2 - pooled) ** 2 + (b**2 - pooled) ** 2  # its variance, by the delta method
+    variance = min(pooled + z * deviation * math.sqrt(noise) / (n + m), 1.0) * (1 / n + 1 / m)
+    half = z * math.sqrt(variance + one.noise_variance(deviation) + other.noise_variance(deviation))
+    return a - b - half, a - b + half
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict(Exact):
     """Says what an evaluation finds about the newest release. ``low``, ``high``: limits of the difference, with
     ``CONFIDENCE``."""
 
-    difference: Figure  # its accuracy less that of the previous release
+    difference: Figure  # its accuracy less the previous release's, or the logarithm of that one's nats over its own
     low: Figure
     high: Figure
     margin: Annotated[float, Field(ge=0, le=1)]  # how far it may be below, 0 or more
@@ -88,24 +102,32 @@ class Verdict(Exact):
     def __str__(self) -> str:
         what = "worse" if self.worse else "not shown to be worse"
         limits = f"{self.low:+.4f} to {self.high:+.4f}, margin {self.margin:g}"
-        return f"{what}: accuracy {self.difference:+.4f} ({limits})"
+        return f"{what}: difference {self.difference:+.4f} ({limits})"
 
 
 def verdict(metrics: Mapping[str, float], margin: float) -> Verdict | None:
-    """Return the verdict on the newest release; None if either release has too few examples to be published. ``margin``
-    is ``accuracy.margin`` of ``gates.toml``. Raises DataError if no evaluation can have these metrics."""
+    """Return the verdict on the newest release; None if either release has too few examples to be published, or both
+    are too far from what they were compared with. ``margin`` is ``accuracy.margin`` of ``gates.toml``. Raises DataError
+    if no evaluation can have these metrics."""
     if DEVIATION not in metrics:
         raise DataError("the round is not an evaluation", about="metrics")
-    names = [f"{what}_{release}" for release in (NEWEST, PREVIOUS) for what in (ACCURACY, EXAMPLES)]
+    texts = any(name.startswith(RELATIVE) for name in metrics)
+    figures = (RELATIVE, DEVICES) if texts else (ACCURACY, EXAMPLES)
+    names = [f"{what}_{release}" for release in (NEWEST, PREVIOUS) for what in figures] + [SQUARE] * texts
     if any(name not in metrics for name in names):
         return None
-    newest, examples, previous, examples_before = (metrics[name] for name in names)
+    newest, examples, previous, examples_before, *squares = (metrics[name] for name in names)
     deviation = metrics[DEVIATION]
-    shares = all(0 <= each <= 1 for each in (newest, previous))
+    shares = all(-texts <= each <= 1 for each in (newest, previous)) and all(0 <= each <= 1 for each in squares)
     counts = all(1 <= each < MOST for each in (examples, examples_before))
     if not (shares and counts and 0 <= deviation < MOST):
         raise DataError("no evaluation can have these metrics", about="metrics")
     one, other = Proportion(newest, examples), Proportion(previous, examples_before)
+    if texts:
+        if min(newest, previous) > FARTHEST or max(newest, previous) < -FARTHEST:
+            return None
+        low, high = mean_interval(other, one, squares[0], deviation)
+        return Verdict(SPREAD * (previous - newest), SPREAD * low, SPREAD * high, margin)
     low, high = difference_interval(one, other, deviation=deviation)
     return Verdict(newest - previous, low - ROUNDING, high + ROUNDING, margin)
 

@@ -1,8 +1,11 @@
-"""A round of federated evaluation: how many held-out examples of the devices two releases answer rightly, as one sum.
+"""A round of federated evaluation: how good two releases are on the held-out examples of the devices, as one sum.
 
 Devices train nothing. Each runs its own release on its held-out examples and contributes four counts: right answers and
 examples under the newest release, and under the previous one; two of them are zero. So the sums say how good either
 release is, and not which device has which. A device with another release contributes zeros.
+
+A device with a language model contributes the logarithm of its release's nats per byte over those of the adapter on
+offer, on the same texts. What makes one device's texts harder than another's is in both, and so hides no difference.
 
 No device can know how many devices have a release, and exact sums could be those of one. So every evaluation has noise,
 also where training has none (``docs/decisions/0066-secure-evaluation.md``). The vector is masked, summed and accounted
@@ -13,6 +16,7 @@ that only gives it other bytes (``renewed``).
 import hashlib
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Self
 
@@ -34,8 +38,14 @@ from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, Round
 from edgeadapt.rounds.sums import DECIMALS, MINIMUM_HELD_OUT, Bounds, Sums, Vector, dither, noisy_vector
 
 SIZE = 4  # right answers and examples of the newest release, then of the previous one
+TEXT_SIZE = 5  # devices and relative nats per byte of the newest release, then of the previous one; squares of both
+NORM = math.sqrt(3.0)  # of a device's three numbers, of which each is 1 at most; they are scaled to the clip norm
+SPREAD = 0.15  # natural logarithm: a device's nats per byte count as at most 16 % from the adapter on offer's
+LEAST_LOSS = 2.0**-20  # nats per byte; less counts as so much
+LEAST_DEVICES = 10  # of a release whose figures are published, and three deviations of the noise in their number
 RENEWAL = 2.0**-16  # width of the noise in the head's weights, whose logits are about 1 to 16
 ACCURACY, EXAMPLES, DEVIATION = "accuracy", "examples", "deviation"  # metrics, the first two of each release
+RELATIVE, DEVICES, SQUARE = "relative_nats", "devices", "relative_square"  # of a language model; the first two of each
 
 Most = Annotated[int, Field(ge=1, le=2**16)]
 
@@ -66,6 +76,7 @@ class CountingTask(RoundTask):
 class EvaluationTask(CountingTask):
     RULE: ClassVar[optimizer.ServerOptimizer | None] = optimizer.Evaluation()
     SEGMENT: ClassVar[str] = COUNTS
+    NEEDS_LABELS: ClassVar[bool] = False
     NO_NOISE: ClassVar[str] = "right answers are not summed without noise: set evaluation.noise_multiplier"
     NEED_NO_LIMIT: ClassVar[dict[str, str]] = {"most": "1 to 65536: a device counts its first examples up to it"}
 
@@ -84,15 +95,17 @@ class EvaluationTask(CountingTask):
         return {f"evaluation.{name}": getattr(self, name) for name in ("newest", "previous", "most")}
 
     def noisy_size(self, layout: Layout) -> int:
-        return SIZE
+        return SIZE if self.labels else TEXT_SIZE
 
     def contribute(self, device: DeviceRound) -> Ring:
-        """Count right answers and examples of the release that this device has, if it is one of the task's."""
+        """Contribute what the release that this device has is worth, if it is one of the task's."""
+        scale = 1.0 if self.labels else device.spec.clip_norm / NORM
 
         def encoded(counts: Vector) -> Ring:
-            return noisy_vector(counts, device.spec, device.digest, device.rounding, device.noise_key())
+            return noisy_vector(scale * counts, device.spec, device.digest, device.rounding, device.noise_key())
 
-        return device.attempt(lambda: encoded(device.right_answers(self)), lambda: encoded(np.zeros(SIZE)))
+        nothing = np.zeros(self.noisy_size(device.layout))
+        return device.attempt(lambda: encoded(device.compared(self)), lambda: encoded(nothing))
 
     def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
         return evaluated(spec, values, survivors, digest)
@@ -110,15 +123,24 @@ class EvaluationRounds(KindSettings):
     previous: str = Field(default="", pattern="^([0-9a-f]{64})?$")
     """SHA-256 of what the adapter of the release before is"""
     most: Most = 32
-    """most held-out examples of a device that count; the noise is in proportion to it"""
+    """most held-out examples of a device that count; the noise of right answers is in proportion to it"""
     noise_multiplier: float = Field(default=1.1, gt=0, le=1000)
     """standard deviation of the noise in the counts, as privacy.noise_multiplier, also in a federation without noise;
     in one that has more, that"""
+    every: float = Field(default=0.0, ge=0, le=8760)
+    """hours after which a rollout is evaluated, and evaluated again, on top of rounds, until it is decided; the run
+    then has no end; 0: by hand"""
+    releases: str = ""
+    """with every: the repository of channels, relative to the state directory"""
+    channel: str = ""
+    """with every: the channel with the rollouts of an adapter 'global'"""
 
     @model_validator(mode="after")
     def _compares_two_releases(self) -> Self:
         if self.rounds and (not self.newest or not self.previous or self.newest == self.previous):
             raise ValueError("evaluation.newest and evaluation.previous must name the adapters of two releases")
+        if self.every and (self.rounds or not self.releases or not self.channel):
+            raise ValueError("evaluation.every needs evaluation.releases and .channel, and evaluation.rounds = 0")
         return self
 
     def task(self, of: RoundOf) -> EvaluationTask:
@@ -140,16 +162,34 @@ def evaluated(spec: SessionSpec, sums: Sums, survivors: int, digest: bytes) -> d
     Returns:
         ``accuracy_newest``, ``examples_newest``, ``accuracy_previous`` and ``examples_previous``, and ``deviation``:
         the standard deviation of the noise in each of the four sums, in examples. A release with fewer than
-        ``MINIMUM_HELD_OUT`` examples is missing.
+        ``MINIMUM_HELD_OUT`` examples is missing. Of a language model, ``RELATIVE`` is the mean of ``relative``,
+        ``SQUARE`` that of its square over the devices of both, and the deviation is in devices.
     """
     counts = rotation.rotate_back(sums[COUNTS], rotation.seed(digest))
     table = {DEVIATION: spec.vector.segment(COUNTS).noise * math.sqrt(survivors)}
-    for release, (right, examples) in ((NEWEST, counts[:2]), (PREVIOUS, counts[2:])):
-        if examples < MINIMUM_HELD_OUT:
+    if texts := counts.size == TEXT_SIZE:
+        counts, table = counts * NORM / spec.clip_norm, {DEVIATION: table[DEVIATION] * NORM / spec.clip_norm}
+    least = max(LEAST_DEVICES, 3 * table[DEVIATION]) if texts else MINIMUM_HELD_OUT
+    for release, (right, examples) in ((NEWEST, counts[:2]), (PREVIOUS, counts[2:4])):
+        if examples < least:
             continue
-        accuracy = min(max(float(right / examples), 0.0), 1.0)
-        table |= {f"{ACCURACY}_{release}": round(accuracy, DECIMALS), f"{EXAMPLES}_{release}": float(np.rint(examples))}
+        mean = min(max(float(right / examples), -1.0 if texts else 0.0), 1.0)
+        if texts:
+            table |= {f"{RELATIVE}_{release}": mean, f"{DEVICES}_{release}": float(examples)}
+        else:
+            table |= {f"{ACCURACY}_{release}": round(mean, DECIMALS), f"{EXAMPLES}_{release}": float(np.rint(examples))}
+    if texts and len(table) == TEXT_SIZE:
+        table[SQUARE] = min(max(float(counts[4] / (counts[1] + counts[3])), 0.0), 1.0)
     return table
+
+
+def relative(newest: bool, release: float, reference: float) -> Vector:
+    """Return what a device with a language model contributes, shape ``(TEXT_SIZE,)``: the logarithm of ``release`` over
+    ``reference``, from -1 to 1 in units of ``SPREAD``, and a one at the places of its release, and the square. Both are
+    a mean of nats per byte over the same texts."""
+    ratio = math.log(max(release, LEAST_LOSS) / max(reference, LEAST_LOSS))
+    place = min(max(ratio / SPREAD, -1.0), 1.0)
+    return np.array([*([place, 1.0, 0.0, 0.0] if newest else [0.0, 0.0, place, 1.0]), place**2])
 
 
 def is_evaluation(metrics: Mapping[str, float]) -> bool:
@@ -157,7 +197,7 @@ def is_evaluation(metrics: Mapping[str, float]) -> bool:
 
 
 def renewed(tensors: Tensors, digest: bytes) -> Tensors:
-    """Return the next adapter: the previous one, with noise of ``RENEWAL`` in its head.
+    """Return the next adapter: the previous one, with noise of ``RENEWAL`` in its head or, without one, a last tensor.
 
     Devices reveal shares for sums from one adapter over one set of survivors only, so each sum has an adapter of its
     own. The noise follows from the adapter alone (``digest``, the SHA-256 of its file): noise that followed from the
@@ -165,12 +205,12 @@ def renewed(tensors: Tensors, digest: bytes) -> Tensors:
 
     Returns:
         float32 tensors. Guarantee: equal arguments give equal bits on every machine; no weight exceeds ``LARGEST``.
-
-    Raises DataError: it has no classification head.
     """
-    head = ClassifierHead.of(Layout.of(tensors))
-    before = tensors[head.weight]
+    name = max(tensors)
+    with suppress(DataError):  # a language model's
+        name = ClassifierHead.of(Layout.of(tensors)).weight
+    before = tensors[name]
     key = hashlib.sha256(b"edgeadapt/evaluation/1\x00" + digest).digest()
     noise = dither(key, before.size).reshape(before.shape)
     weight = np.clip(before.astype(np.float64) + RENEWAL * noise, -LARGEST, LARGEST)
-    return tensors | {head.weight: weight.astype(np.float32)}
+    return tensors | {name: weight.astype(np.float32)}

@@ -73,7 +73,7 @@ class DeviceRound(Protocol):
 
     def unscored(self) -> HeldOut: ...  # the worst score on as many examples
 
-    def right_answers(self, task: Any) -> Vector: ...  # of the release in the device's bundle (``evaluation``)
+    def compared(self, task: Any) -> Vector: ...  # of the release in the device's bundle (``evaluation``)
 
     def used(self, since: int, days: int) -> Mapping[str, int]: ...  # what it answered in days (``observation``)
 
@@ -145,7 +145,7 @@ class RoundTask(jsontext.Exact, ABC):
     def check(self) -> None:
         """Check what no single field shows. Raises ProtocolError."""
         if self.NEEDS_LABELS and not self.labels:
-            reason = "a language model has no analytic head, and gives no right answers"
+            reason = "a language model has no analytic head, and is not observed"
             raise ProtocolError(reason, COORDINATOR, about="task.labels")
 
     @abstractmethod

@@ -126,7 +126,7 @@ def test_an_operator_sees_a_rollout_its_gates_and_a_log_that_was_altered(
         (canary, stable) = page.evaluate("[...document.querySelectorAll('#channels tbody tr')].map(r => r.innerText)")
         seen = re.sub(r"\s+", " ", canary)
         assert seen == "canary 1 global 3 all devices 2026-11-27 09:30 ada: published none asked none"
-        assert "round 7: not shown to be worse: accuracy +0.0200" in stable
+        assert "round 7: not shown to be worse: difference +0.0200" in stable
         assert "of stable better?\nnot shown to be worse" in page.evaluate(
             "document.getElementById('answers').innerText"
         )

@@ -310,7 +310,7 @@ def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(tab:
             "blob": b64(blob),
             "plan": {"adapter": files.sha256(blob), "task": b64(task.encode())},
         }
-        return own_counts(phone, task, given[: task.most]).tolist(), asked_of(asked, given)
+        return own_counts(trainer.base, task, given[: task.most], trainer, start).tolist(), asked_of(asked, given)
 
     def counted(asked: dict[str, Any]) -> Any:
         packed = tab.evaluate(f"{ROUND}({json.dumps(asked)})")["packed"]

@@ -18,6 +18,7 @@ from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Adversary, Privacy, SessionSpec
 from aggregation.steps import Step
+from coordinator.migration import with_rounds
 from coordinator.seed import seed_version
 from coordinator.session import choose
 from coordinator.settings import Aggregation, Analytic, CohortSettings, FederationSettings, PrivacySettings, Server
@@ -196,6 +197,18 @@ def test_an_evaluation_comes_after_the_rounds_that_are_left_and_replaces_one_tha
     assert (added.with_evaluation(6, "c" * 64, "a" * 64).rounds, before.rounds) == (7, 5)
 
 
+SCHEDULE = {"every": 24, "releases": "../releases", "channel": "stable"}
+
+
+@pytest.mark.parametrize("done", [0, 2, 4, 9])
+def test_by_schedule_the_next_round_evaluates_and_the_others_come_all_the_same(done: int) -> None:
+    before = FederationSettings.parse({"rounds": 5, "analytic": {"rounds": 1}, "evaluation": SCHEDULE}, "here")
+    now = before.evaluating(done, "a" * 64, "b" * 64)
+    assert (now.kind_of(done + 1), now.rounds, now.evaluation.newest) == (EvaluationTask, done + 1, "a" * 64)
+    assert (now.has_noise, before.has_noise, now.evaluation.noise_multiplier) == (True, True, 1.1)
+    assert with_rounds(before, done, 2, analytic=False).evaluation.every == 0  # a migration ends
+
+
 @given(st.lists(st.sampled_from(["evaluation", "observation", "round"]), max_size=12))
 def test_each_round_that_counts_comes_once_after_it_was_asked_for_whatever_came_before(words: list[str]) -> None:
     settings = FederationSettings.parse({"rounds": 3, "analytic": {"rounds": 1}}, "here")
@@ -227,6 +240,10 @@ def test_each_round_that_counts_comes_once_after_it_was_asked_for_whatever_came_
         {"rounds": 1, "evaluation": {"rounds": 1, "newest": "a", "previous": "b" * 64}},
         {"rounds": 1, "evaluation": {"noise_multiplier": 0}},
         {"aggregation": {"groups": 2}, "evaluation": {"rounds": 1, "newest": "a" * 64, "previous": "b" * 64}},
+        {"evaluation": {"every": 24}},
+        {"evaluation": SCHEDULE | {"rounds": 1, "newest": "a" * 64, "previous": "b" * 64}},
+        {"evaluation": SCHEDULE, "aggregation": {"groups": 2}},
+        {"evaluation": SCHEDULE, "privacy": {"mechanism": "skellam", "epsilon": 8}},
     ],
 )
 def test_a_count_without_what_it_compares_or_of_groups_is_refused(changes: dict[str, Any]) -> None:

@@ -5,6 +5,9 @@ The apps, the repository of channels and the commands are the real ones. The bas
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +18,9 @@ from click.testing import CliRunner
 from aggregation.errors import ConfigError
 from client.node.privacyledger import PrivacyLedger
 from client.training.examples import Example, Split, in_split, read_examples, write_examples
+from coordinator.app import lead
+from coordinator.rounds import RoundOutcome
+from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.bases.base import Base
 from edgeadapt.cli import promotion
 from edgeadapt.program import cli
@@ -22,21 +28,27 @@ from edgeadapt.promotion.evaluations import NoVerdictError
 from edgeadapt.promotion.gates import GateError, GateSettings
 from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.rollback import roll_back
-from edgeadapt.rounds.evaluation import RENEWAL
+from edgeadapt.rounds.evaluation import RENEWAL, is_evaluation
 from edgeadapt.rounds.sums import UNIFORMS
-from export.bundle.sources import from_registry
+from export.bundle.sources import Origin, from_registry
+from export.causal import export_causal
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
 from tests.support import FleetOf, refused
+from tests.support.authors import fleet_of_authors
 from tests.support.bundles import stated
 from tests.support.hostile import audit_failures
+from tests.support.models import llama, make_lm
 from tests.support.rollout import NOISE, StagedFleet, louder, permuted, run
 
 MARGIN = GateSettings().accuracy.margin
 DEVICES = 8  # with 30 held-out examples each
 NOISY = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 0.5}
 KEPT = {"aggregation__keep_masked_inputs": True, "aggregation__ring_bits": 32}
+
+
+__all__ = ["llama", "make_lm"]  # fixtures
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +204,70 @@ def test_in_a_federation_with_noise_an_evaluation_has_as_much_and_the_ledger_has
     assert record.metrics.get("examples_newest", 0.0) < 93 + 5 * deviation  # of three devices, and three of the fourth
     assert audit_failures(folder) == set()
     assert fleet.state_dir(few).load(PrivacyLedger) is not None
+
+
+def spoiled(origin: Origin, size: float, sha256: str) -> Origin:
+    """Other numbers in B, of this size."""
+    rng = np.random.default_rng(5)
+    moved = {
+        name: value + np.float32(size) * rng.standard_normal(value.shape, np.float32)
+        for name, value in origin.tensors.items()
+        if "lora_B" in name
+    }
+    return replace(origin, sha256=sha256, tensors=origin.tensors | moved)
+
+
+def test_by_schedule_a_worse_release_of_a_language_model_is_taken_back_and_an_equal_one_stays(
+    tmp_path: Path, llama: Base, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = fleet_of_authors(tmp_path / "fleet", llama, {"rank": 4}, devices=24)
+    folder, fleet_settings = fleet.out / "coordinator", {"rounds": 1, "aggregation.ring_bits": 32}
+    fleet.configure(fleet_settings | {"evaluation.noise_multiplier": NOISE})
+    channel = Channel.of(fleet, export_causal(fleet.base, ("q_proj", "v_proj"), Profile.FP32, training=True))
+    fleet.federate(fleet.grid())
+    good = from_registry(folder, 1, None)
+    channel.publish("stable", good, 1)
+    channel.publish("canary", spoiled(good, 0.3, "e" * 64), 2)
+    channel.join()
+    fleet.configure({"rounds": 3, "evaluation.every": 1e-6, "evaluation.releases": "../releases"})
+    fleet.configure({"evaluation.channel": "stable", "training.learning_rate": 1e-5})
+
+    def following(count: int) -> list[str]:
+        """Which kinds the next rounds of a run are; it ends with them, as by a signal."""
+        rounds = lead(CoordinatorStateDir.open(folder), fleet.grid())
+        records = [next(rounds) for _ in range(count)]
+        rounds.close()
+        assert [one.aborted for one in records] == [None] * count
+        return ["evaluation" if is_evaluation(one.metrics) else "training" for one in records]
+
+    def said() -> str:
+        return str(json.loads(run("coordinator", "status", folder, "--json"))["evaluation"]["text"])
+
+    channel.promote()
+    assert "none of this rollout" in said()
+    with monkeypatch.context() as changed:
+        changed.setattr(RoundOutcome, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):  # before the round is recorded
+            following(1)
+    assert following(2) == ["evaluation", "training"]  # a worse one is decided at once
+    metrics = fleet.registry().rounds()[1].metrics
+    assert metrics["devices_newest"] == pytest.approx(12, abs=6 * metrics["deviation"])
+    assert abs(metrics["relative_nats_previous"]) < 0.1 < metrics["relative_nats_newest"]  # it is the one on offer
+    assert "worse" in said()
+    assert (channel.watch()["outcome"], "rolls nothing out" in said()) == ("rolled back", True)
+
+    channel.repository = replace(channel.repository, now=datetime.now(UTC))
+    channel.publish("canary", spoiled(good, 1e-5, "f" * 64), 4)
+    channel.update()
+    channel.promote()
+    assert "none of this rollout" in said()
+    kinds = following(2)
+    assert kinds[0] == "evaluation"
+    assert channel.watch()["outcome"] == "kept"
+    state = json.loads(run("coordinator", "status", folder, "--json"))
+    assert state["rounds_wanted"] == 3 + sum(is_evaluation(one.metrics) for one in fleet.registry().rounds())
+    assert audit_failures(folder) == set()
+
+
+def killed(outcome: RoundOutcome) -> None:
+    raise KeyboardInterrupt

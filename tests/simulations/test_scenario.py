@@ -50,6 +50,7 @@ def test_a_stored_scenario_is_read_back_the_same(tmp_path: Path) -> None:
         ('[adapter]\nmethod = "lokr"', "adapter.method"),
         ("[population]\nlanguages = [1]", "population.languages.0"),
         ("[population]\nutterances_min = 70\nutterances_max = 60", "population"),
+        ('[federation.evaluation]\nevery = 1\nreleases = "r"\nchannel = "c"', ""),
         ("this is not TOML", "scenario.toml"),
     ],
 )

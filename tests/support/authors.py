@@ -1,6 +1,7 @@
 """A fleet of a language model, in which each device has the texts of an author."""
 
 import tomllib
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ def texts(words: str, count: int) -> tuple[LabelledText, ...]:
     return tuple(LabelledText(f"{words} " * (2 + number % 3), -1, "g") for number in range(count))
 
 
-def fleet_of_authors(out: Path, base: Any, adapter: dict[str, Any]) -> TinyFleet:
-    """A device for each author, and a coordinator whose first version is of this ``[adapter]``."""
-    clients = tuple(Client(name, "", False, texts(said, 6), texts(said, 2), ()) for name, said in AUTHORS.items())
+def fleet_of_authors(out: Path, base: Any, adapter: dict[str, Any], devices: int = len(AUTHORS)) -> TinyFleet:
+    """A device for each author, or more, and a coordinator whose first version is of this ``[adapter]``."""
+    said = dict(zip((f"device-{number:02}" for number in range(devices)), cycle(AUTHORS.values())))
+    clients = tuple(Client(name, "", False, texts(own, 6), texts(own, 2), ()) for name, own in said.items())
     population = Population((), (), clients)
     settings = {"name": "authors", "base": {"model": str(base.folder)}, "adapter": adapter}
     scenario = Scenario.parse(settings, "test")
@@ -31,7 +33,7 @@ def fleet_of_authors(out: Path, base: Any, adapter: dict[str, Any]) -> TinyFleet
     provision.Enrolment.of(made.out, scenario, population, base).enrol(client.name for client in population.clients)
     made.configure({"rounds": 3, "training.learning_rate": 0.02, "training.epochs": 4})
     made.configure({"aggregation.keep_masked_inputs": True})
-    folders = [str(provision.device_folder(made.out, name)) for name in AUTHORS]
+    folders = [str(provision.device_folder(made.out, name)) for name in said]
     made.nodes = dict(enumerate(folders, SERVER_NODE + 1))
     return made
 
