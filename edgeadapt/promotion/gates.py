@@ -430,7 +430,11 @@ _MEASURES: dict[GateName, Callable[[PromotionTrial], Results]] = {
     "canaries": _canaries,
     "policy": _policy,
 }
-_OF_TEXTS: dict[GateName, Callable[[PromotionTrial], Results]] = {"accuracy": _nats, "canaries": _graded}
+_OF_TEXTS: dict[GateName, Callable[[PromotionTrial], Results]] = {
+    "accuracy": _nats,
+    "canaries": _graded,
+    "policy": lambda _: iter(()),  # what is blocked is an answer that ``_graded`` grades
+}
 
 
 def _held_out(trial: PromotionTrial) -> list[HeldOutPhrase]:
