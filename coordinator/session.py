@@ -76,7 +76,8 @@ def check_in(
     admitted: dict[str, str] = {}  # name without case, and id of the key → device
     nodes: dict[str, int] = {}
     for attempt in range(1, CHECK_INS + 1):
-        left = [node for node in (asked if sampled else transport.nodes()) if node not in nodes.values()]
+        known = {*nodes.values()}
+        left = [node for node in (asked if sampled else transport.nodes()) if node not in known]
         challenges = {node: Challenge(SystemEntropy().bytes(DIGEST), node) for node in left}
         bodies = {node: leader.protocol.sign(challenge) for node, challenge in challenges.items()}
         name = group if attempt == 1 else f"{group}-{attempt}"

@@ -57,7 +57,7 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     repository.compared(channel, adapter)
     current = repository.released(channel)
     condition = repository.prepared.accept(channel, current).condition
-    if drift := _drift(state_dir, trust, condition):
+    if condition.began is not None and (drift := _drift(state_dir, trust, condition)):
         new = publish_prepared(repository, channel, drift).release
         text = f"{compare(drift.before, drift.after)}\nchannel {channel} is rolled back: "
         return WatchStep("rolled back", f"{text}release {new.number} is release {condition.again} again", None, new)
@@ -107,8 +107,6 @@ def judge(
 
 def _drift(state_dir: Path, trust: Path | None, condition: RollbackCondition) -> JudgedDrift | None:
     """Return a drift that meets a condition; None if there is none."""
-    if condition.began is None:
-        return None
     versions = [version.manifest for version in Lineage.read(state_dir, trust, None).versions]
     try:
         before, after = observations(versions)
