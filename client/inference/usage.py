@@ -138,7 +138,7 @@ def answer_keys(ranking: "Ranking", seconds: float, used: AdapterManifest) -> li
     """Return the keys to which an answer of an adapter adds one; ``seconds``: how long it took."""
     best = ranking.predictions[0] if ranking.predictions else None
     label, probability = (best.label, best.probability) if best else (None, 0.0)
-    return keys(label, probability, ranking.unknown, seconds, used.content)
+    return [*keys(label, probability, ranking.unknown, seconds, used.content), f"outcome/{ranking.outcome}"]
 
 
 def lesson_key(*, undone: bool) -> str:
