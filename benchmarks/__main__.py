@@ -294,5 +294,21 @@ def target(quick: bool, as_json: bool, repeats: int | None, **what: Any) -> None
     click.echo(json.dumps(found) if as_json else run.table(found))
 
 
+@bench.command()
+@click.argument("run", type=commandline.FOLDER, metavar="RUN")
+def guardrails(run: Path) -> None:
+    """What a policy's thresholds and denied labels do to the answers of RUN, a finished run of households.
+
+    \b
+    Examples:
+      python -m benchmarks guardrails runs/demo
+    """
+    from benchmarks import guardrails as measure
+
+    with status("measuring"):
+        lines = measure.report(run)
+    click.echo("\n".join(lines))
+
+
 if __name__ == "__main__":
     program.main(bench, "python -m benchmarks")

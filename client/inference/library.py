@@ -1,15 +1,7 @@
 """The adapters of a bundle: chosen, verified when they are used, composed into one, and kept in memory.
 
-A composition is several adapters as one: ``y = base(x) + Σ wᵢ Δᵢ(x)``, where Δᵢ is what adapter i changes at a layer.
-
-======================= ==================================================================================
-low rank                the ranks are concatenated, ``A = [A₁ A₂ …]`` and ``B = [w₁B₁; w₂B₂; …]``
-scales                  ``1 + Σ wᵢ (sᵢ - 1)``
-offsets                 ``Σ wᵢ oᵢ``
-replaced parameters     ``Σ wᵢ pᵢ``, if the weights add up to 1; else it would depend on the base's own
-``modules_to_save``     the mean by weights; a negative weight has no part in it
-virtual tokens          one after the other, in the order of the adapters' names; their weights are 1
-======================= ==================================================================================
+A composition is several adapters as one: ``y = base(x) + Σ wᵢ Δᵢ(x)``, where Δᵢ is what adapter i changes at a layer;
+docs/explanation/export.md has what becomes of each part.
 
 A module of ``modules_to_save`` replaces the base's module instead of updating it, so two of them have no sum. They are
 averaged, if their shapes and, for a head, the labels agree (docs/decisions/0013-slots-and-composition.md).

@@ -144,7 +144,11 @@ def count_answers(bundle: Path, used: "Adapter", answers: Iterable[tuple["Rankin
         best = ranking.predictions[0] if ranking and ranking.predictions else None
         label, probability = (best.label, best.probability) if best else (None, 0.0)
         own = keys(label, probability, ranking.unknown if ranking else 0.0, seconds, content)
-        found += own if ranking else [key for key in own if not key.startswith(("labels/", "unknown/"))]
+        found += (
+            [*own, f"outcome/{ranking.outcome}"]
+            if ranking
+            else [key for key in own if not key.startswith(("labels/", "unknown/"))]
+        )
     count(bundle, found)
 
 

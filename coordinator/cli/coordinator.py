@@ -347,7 +347,7 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
     "--of",
     "histograms",
     multiple=True,
-    type=click.Choice(["labels", "probability", "doubt", "unknown", "latency", "adapter", "lessons"]),
+    type=click.Choice(["labels", "probability", "doubt", "unknown", "latency", "adapter", "lessons", "outcome"]),
     help="What to observe; may be repeated, and each adds to the noise of all.  [default: doubt]",
 )
 @click.option("--days", type=click.IntRange(1, 31), default=7, show_default=True, help="Number of days.")

@@ -1,14 +1,6 @@
 """A bundle on disk: the names of its files, and the one reader, which returns nothing unverified.
 
-::
-
-    trust.pem                          the pinned public keys, next to the bundle
-    BUNDLE/base/manifest.json          signed: the digest of each other file in the folder
-    BUNDLE/base/model.onnx             and web.onnx, model.onnx.data, tokenizer.json, ...
-    BUNDLE/adapters/NAME.json          signed: size and digest of the adapter file, and what it is for
-    BUNDLE/adapters/NAME.onnx_adapter
-
-The rules, in the order in which they are checked:
+docs/reference/bundle-format.md lists the files. The rules, in the order in which they are checked:
 
 1. The base manifest is signed by a trusted key.
 2. The base's files are those that its manifest lists, with the digests that it states, and no others.
@@ -24,7 +16,7 @@ changed since it was hashed. The caller decides which keys are trusted and which
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from hashlib import file_digest, sha256
 from io import BufferedReader
@@ -231,13 +223,10 @@ class Bundle:
         Without any policy, a shared one that is damaged is left out, as if it was not there."""
         if manifest.parent is None:
             return [manifest]
-        others = []
+        others, strict = [], POLICY in base.files or manifest.policy
         for name in adapter_names(self.folder):
-            try:
+            with nullcontext() if strict else suppress(TrustError):
                 others.append(self.adapter_manifest(name))
-            except TrustError:
-                if POLICY in base.files or manifest.policy:
-                    raise
         return [one for one in others if (one.parent, one.base_digest) == (None, base.base_digest)] or [manifest]
 
     def _accept(self, kind: type[M], path: Path) -> M:

@@ -58,8 +58,7 @@ def export(
     """
     check_texts("labels", labels)
     check_choice("format", format, get_args(Format))
-    out, calibration = Path(bundle), None if calibrate is None else Path(calibrate)
-    rules = None if policy is None else Path(policy)
+    out, (calibration, rules) = Path(bundle), (None if one is None else Path(one) for one in (calibrate, policy))
     with in_python(), ExitStack() as stack:
         signer = read_key(Path(key))
         if isinstance(source, (str, PathLike)):

@@ -35,9 +35,8 @@ class Answer(NamedTuple):
     says: str = ""  # what the policy of the bundle says instead of an answer
 
     def __str__(self) -> str:
-        if self.label is None:
-            return self.says or "unknown text"
-        return f"{self.label} {self.probability:.0%}".replace("%", " %")
+        answer = f"{self.label} {self.probability:.0%}".replace("%", " %")
+        return self.says or "unknown text" if self.label is None else answer
 
 
 class _Model:

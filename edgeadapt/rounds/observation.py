@@ -21,13 +21,14 @@ from aggregation.spec import OBSERVED, SessionSpec
 from edgeadapt.formats.layout import Layout
 from edgeadapt.formats.manifest import Sha256
 from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.policy import Outcome
 from edgeadapt.rounds import optimizer
 from edgeadapt.rounds.evaluation import CountingTask
 from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask
 from edgeadapt.rounds.sums import Sums, Vector, clip, noisy_vector
 
-Histogram = Literal["labels", "probability", "doubt", "unknown", "latency", "adapter", "lessons"]
-Histograms = Annotated[tuple[Histogram, ...], Field(min_length=1, max_length=7)]
+Histogram = Literal["labels", "probability", "doubt", "unknown", "latency", "adapter", "lessons", "outcome"]
+Histograms = Annotated[tuple[Histogram, ...], Field(min_length=1, max_length=8)]
 Day = Annotated[int, Field(ge=0, lt=2**24)]  # since 1970-01-01, UTC
 Days = Annotated[int, Field(ge=1, le=31)]
 Releases = Annotated[tuple[Sha256, ...], Field(max_length=8)]
@@ -92,6 +93,7 @@ class ObservationTask(CountingTask):
             "latency": [frozenset({f"latency/{number}"}) for number in range(len(LATENCY) + 1)],
             "adapter": [frozenset({f"adapter/{release}"}) for release in self.releases],
             "lessons": [frozenset({f"lessons/{name}"}) for name in LESSONS[1:]],
+            "outcome": [frozenset({f"outcome/{name}"}) for name in list(Outcome)[1:]],
         }
         return {name: tuple(every[name]) for name in self.histograms}
 
@@ -146,8 +148,8 @@ class ObservationRounds(KindSettings):
     """how many of the rounds, the last ones, observe and do not train"""
     histograms: Histograms = ("doubt",)
     """what is observed: labels, probability (in tenths), doubt (whether it is below one half), unknown (share of
-    unknown tokens), latency, adapter (which release answered) or lessons (corrections); noise grows with the root of
-    their number"""
+    unknown tokens), latency, adapter (which release answered), lessons (corrections) or outcome (to confirm, unsure or
+    blocked by the policy); noise grows with the root of their number"""
     since: Day = 0
     """first day, counted from 1970-01-01 UTC"""
     days: Days = 7

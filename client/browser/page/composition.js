@@ -1,8 +1,4 @@
 // Several adapters as one: how people write it, and its tensors, by the rules of client/inference/library.py.
-//
-// y = base(x) + Σ wᵢ Δᵢ(x): ranks are concatenated, A = [A₁ A₂ …] and B = [w₁B₁; w₂B₂; …]; what scales and offsets change
-// is added up; replaced parameters are added up if the weights add up to 1; a module of modules_to_save is averaged by the
-// weights above 0 (docs/decisions/0013-slots-and-composition.md). Virtual tokens follow one another, with weights of 1.
 
 import { ConfigError, quoted } from "./errors.js";
 import { LORA_A, LORA_B, REPLACED, SCALES, VIRTUAL, isVirtual, vectorKind } from "./graphinputs.js";

@@ -1,8 +1,6 @@
 // The container of an adapter file, `.onnx_adapter`: names, number types, shapes and raw bytes of its tensors.
 //
-// It is a FlatBuffer of ONNX Runtime's schema (onnxruntime/lora/adapter_format/adapter_schema.fbs, identifier "TORT"):
-//   Adapter   { format_version, adapter_version, model_version: int32; parameters: [Parameter] }
-//   Parameter { name: string; dims: [int64]; data_type: int32; raw_data: [uint8] }
+// It is a FlatBuffer of the schema in docs/reference/bundle-format.md.
 // Every offset is checked before it is followed, since a FlatBuffer reader trusts them all. What the numbers mean is
 // decided in ondevice.js.
 

@@ -76,7 +76,8 @@ export class Generation {
    * Continue a prompt, given as ids, with the inputs of an adapter. A placeholder before it for each virtual token, which
    * the graph does not read, repeats its first id.
    *
-   * Yields { id, text }: each new token, and the text that it completes, as the policy lets an answer to `asked` be given. Ends after `maxTokens`, at an end-of-text token,
+   * Yields { id, text }: each new token, and the text that it completes, as the policy lets an answer to `asked` be given.
+   * Ends after `maxTokens`, at an end-of-text token,
    * or when the model's context is full; `last` says which. A consumer that stops reading stops the generation.
    *
    * Throws DataError: a logit is not finite, or the graph does not run.
@@ -237,7 +238,8 @@ export class Conversation {
         yield piece;
       }
     } finally {
-      if (answer.trim() && this.generation.last.finish !== "blocked") this.#messages = [...messages, { role: "assistant", content: answer }];
+      const blocked = this.generation.last?.finish === "blocked"; // which is not read again
+      if (answer.trim() && !blocked) this.#messages = [...messages, { role: "assistant", content: answer }];
     }
   }
 

@@ -10,9 +10,8 @@ export const NO_POLICY = { unsure: "", denied: "", least: 0, thresholds: {}, den
 const LONGEST = 2 ** 16; // bytes
 const patterns = listOf((value) => string(value) && new RegExp(value, "u")); // whoever signs has checked that each is linear
 const FIELDS = {
-  ...{ unsure: string, denied: string, least: between(0, 1), thresholds: mapOf(string, between(0, 1)) },
-  ...{ deny: listOf(string), confirm: listOf(string), combine: orNull(listOf(listOf(string))) },
-  ...{ input: patterns, output: patterns },
+  ...{ unsure: string, denied: string, least: between(0, 1), thresholds: mapOf(string, between(0, 1)), input: patterns },
+  ...{ output: patterns, deny: listOf(string), confirm: listOf(string), combine: orNull(listOf(listOf(string))) },
 };
 
 /** The policy in the verified files of a base. Throws TrustError: a key is missing, unknown or ill-formed. */
@@ -41,10 +40,10 @@ export function judged(policy, text, labels) {
   const [{ label, probability }] = labels;
   const least = Object.hasOwn(policy.thresholds, label) ? policy.thresholds[label] : policy.least;
   const blocked = policy.deny.includes(label) || blocks(policy.input, text);
-  const given = policy.confirm.includes(label) ? "confirm" : "answered";
-  const outcome = blocked ? "blocked" : probability < least ? "unsure" : given;
-  const says = { unsure: policy.unsure, blocked: policy.denied }[outcome] ?? "";
-  return { outcome, says, labels: says ? [] : labels.filter((each) => !policy.deny.includes(each.label)) };
+  if (blocked) return { outcome: "blocked", says: policy.denied, labels: [] };
+  if (probability < least) return { outcome: "unsure", says: policy.unsure, labels: [] };
+  const allowed = labels.filter((each) => !policy.deny.includes(each.label));
+  return { outcome: policy.confirm.includes(label) ? "confirm" : "answered", says: "", labels: allowed };
 }
 
 /** The pieces of a written answer to `text`: with patterns of answers, whole or not at all. */

@@ -1,14 +1,7 @@
 // The bundles that the page accepts: signed by a pinned key, unaltered, and never older than before.
 //
-// The rules of edgeadapt/formats/bundle.py and client/inference/trust.py, in the same order:
-// 1. The pinned keys are outside the bundle, and the base manifest is signed by one of them.
-// 2. Every file of the base has the digest that its manifest states.
-// 3. An adapter manifest is signed by a pinned key, under its own name.
-// 4. The adapter is for this base and was released with its policy, and its file has the stated size and digest.
-// 5. Its tensors are finite, fill exactly the slots of the graph, and have the stated layout, rank and labels; no rank is
-//    above the base's limit.
-// 6. Its version is not below the highest that was accepted in this browser. Whoever clears its storage, or
-//    can write to it, can go back to an older version.
+// The rules are those of edgeadapt/formats/bundle.py, by the same numbers, and of client/inference/trust.py (rule 6): whoever
+// clears the storage of this browser, or can write to it, can go back to an older version.
 
 import { sha256 } from "./bytes.js";
 import { parse } from "./container.js";

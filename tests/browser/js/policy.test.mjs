@@ -17,6 +17,13 @@ test("answers are judged as on other devices", () => {
   }
 });
 
+test("what is withheld has no labels, also where the policy says nothing instead", () => {
+  const silent = { ...policy, unsure: "", denied: "" };
+  const labels = ["unlock", "heat up"].map((label) => ({ label, probability: 0.1 }));
+  assert.deepEqual(judged(silent, "open", labels), { outcome: "blocked", says: "", labels: [] });
+  assert.deepEqual(judged(silent, "open", labels.slice(1)), { outcome: "unsure", says: "", labels: [] });
+});
+
 test("patterns find the same texts", () => {
   for (const { text, blocked } of vectors.texts) assert.equal(blocks(policy.input, text), blocked, text);
 });

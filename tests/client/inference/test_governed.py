@@ -13,10 +13,13 @@ import edgeadapt
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
+from client.inference import usage
 from client.inference.generate import Conversation, Generator
 from client.inference.session import ClassificationSession
 from client.inference.text import Finish, SamplingParams
+from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.policy import Outcome, Policy
+from edgeadapt.rounds.observation import ObservationTask
 from export.bundle.write import add_adapter
 from export.onnx.exported import ExportedBase
 from tests.support import refused
@@ -82,7 +85,15 @@ def test_infer_and_python_say_what_the_policy_says(
 ) -> None:
     govern(deny=(ranked[0][0],), denied="Not from here.", confirm=(ranked[1][0],))
     run = CliRunner()
+    usage.begin(bundle)
     done = run.invoke(device, ["infer", "--bundle", str(bundle), "--json", TEXT, "🔥"])
+    counted = usage.Usage.read(bundle)
+    assert counted is not None
+    counts = counted.counts(usage.today(), 1)
+    assert (counts["outcome/blocked"], counts["outcome/unsure"], counts["labels/"]) == (1, 1, 2)
+    task = ObservationTask(PeftConfig.lora(), (), ("outcome",), 0, 1)
+    sums = task.shares(counts | {"lessons/answered": 20})[1:]  # as of a device that answered 18 more
+    assert sums.tolist() == [0.0, 0.05, 0.05]  # to be confirmed, unsure, blocked
     (adapter,) = json.loads(done.stdout)["adapters"]
     stated = [(one["outcome"], one["says"], one["intents"]) for one in adapter["answers"]]
     assert stated == [("blocked", "Not from here.", []), ("unsure", Policy().unsure, [])]
