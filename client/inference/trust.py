@@ -156,7 +156,7 @@ class Trust:
                 another content then.
         """
         verified = self.bundle.adapter(name, base.manifest)
-        for manifest in self.bundle.governing(verified.manifest, base.manifest):
+        for manifest in self.bundle.governing(verified.manifest, base.manifest) if verified.manifest.parent else ():
             if manifest.version < self.seen.highest(base.digest, manifest.name):
                 self.seen.check(manifest)
         self.seen.accept(verified.manifest)

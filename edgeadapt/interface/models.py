@@ -12,7 +12,7 @@ from client.inference import usage
 from client.inference.generate import Conversation, Generator
 from client.inference.library import Composition, Library
 from client.inference.session import ClassificationSession, Ranking
-from client.inference.text import SamplingParams
+from client.inference.text import SamplingParams, checked
 from client.learning import Correction, Learned, Learner, Personalized, Undone
 from client.training.personal import FINE_TUNE, PersonalStep
 from client.updates import ChannelSource, Updated, follow, update
@@ -188,6 +188,7 @@ class Classifier(_Model):
         for text in texts:
             if not isinstance(text, str):
                 raise DataError(f"a {type(text).__name__} is not a text: give a string", about="text")
+            checked(text)
             begun = time.perf_counter()
             found.append((self._session.ranking(text, used, count), time.perf_counter() - begun))
         usage.count_answers(self.bundle, self._session.load(used), found)  # once: it writes a file

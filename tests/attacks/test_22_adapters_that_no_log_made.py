@@ -156,13 +156,14 @@ def test_an_adapter_that_was_published_by_hand_is_not_exported(
     """A device that opens a bundle does not see the logs."""
     backdoor = forge(fleet)
     registry, out = fleet.out / "coordinator", tmp_path / "out"
-    for command in ("peft", "--out", out), ("add", "--key", registry / SIGNING_KEY, "--bundle", out):
+    to_peft = ("convert", "--format", "peft", "--out", out)
+    for command in to_peft, ("add", "--key", registry / SIGNING_KEY, "--bundle", out):
         for version in (), ("--version", backdoor):
             with refused(TrustError, "record", value=backdoor):
                 call("bundle", *command, "--registry", registry, *version)
     assert not out.exists()
     monkeypatch.setattr(RegistryFiles, "rounds", records_of_anything)
-    call("bundle", "peft", "--out", out, "--registry", registry)
+    call("bundle", *to_peft, "--registry", registry)
     assert (out / "adapter_model.safetensors").exists()
 
 

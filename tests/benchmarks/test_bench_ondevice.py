@@ -414,8 +414,8 @@ def test_a_tenant_takes_about_the_memory_of_its_adapter(request: pytest.FixtureR
     found: Any = json.loads(json.dumps(memory.measure(request.getfixturevalue(kind), counts=(1, 100))))
     assert list(found["tenants"]) == ["1", "100"]
     assert len(found["processes"]) == 2
-    # Besides the tensors, of some kilobytes, there are their names, shapes and the signed manifest.
-    assert 0.8 * found["adapter_bytes"] < found["bytes_per_tenant"] < found["adapter_bytes"] + 40_000
+    # Besides the tensors there are their names, shapes and the signed manifest, and what the allocator keeps.
+    assert 0.8 * found["adapter_bytes"] < found["bytes_per_tenant"] < found["adapter_bytes"] + 60_000
     for pages in (*found["tenants"].values(), *found["processes"]):
         assert 0 < pages["private"] <= pages["pss"] <= pages["rss"]
         assert pages["rss"] == pytest.approx(pages["shared"] + pages["private"], rel=0.05)

@@ -42,7 +42,8 @@ WRITE = """(async (prompts) => {
   const found = [];
   for (const prompt of prompts) {
     const ids = [];
-    for await (const { id } of generation.pieces(generation.promptIds(prompt), feeds, { maxTokens: 4 })) ids.push(id);
+    const given = { asked: prompt, maxTokens: 4 };
+    for await (const { id } of generation.pieces(generation.promptIds(prompt), feeds, given)) ids.push(id);
     found.push({ ids, reused: generation.last.reused });
   }
   generation.close();

@@ -83,7 +83,7 @@ def test_a_classifier_answers_a_text_or_several(phone: Path) -> None:
     model = edgeadapt.load(str(phone))
     assert isinstance(model, edgeadapt.Classifier)
     best = ClassificationSession.open(phone).rank([PHRASE], "global", 3)[0]
-    assert model.top(PHRASE, 3) == [(one.label, one.probability, "global", 0.0) for one in best]
+    assert model.top(PHRASE, 3) == [(one.label, one.probability, "global", 0.0, "answered", "") for one in best]
     assert model(PHRASE) == model([PHRASE, "play music"])[0] == model.top(PHRASE, 1)[0]
     assert (model.labels, model.adapter, model.adapters, model.version) == (LABELS, "global", ["global"], 3)
     assert repr(model) == f"<Classifier {str(phone)!r}, adapter global>"

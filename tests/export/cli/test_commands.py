@@ -340,7 +340,7 @@ def test_a_missing_adapter_no_source_and_two_sources_are_refused(export: Run, sh
         (["--base", "no_such_package"], "base"),
         (["--profile", "native-int3"], "--profile"),
         (["--targets", ","], "--targets"),
-        (["--out", "texts/new"], "texts"),
+        (["--bundle", "texts/new"], "texts"),
     ],
 )
 def test_a_base_that_cannot_be_exported_leaves_no_trace(

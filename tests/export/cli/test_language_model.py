@@ -25,7 +25,7 @@ TEXTS = ("turn on the kitchen lights", "lock the door", "play some music in here
 def shop(export: Callable[..., Any], key: Path, tmp_path: Path, llama: Base) -> Path:
     """A key, pinned, and a bundle with the base; a folder of peft, and texts."""
     made = ("make", "--base", llama.folder, "--profile", "fp32", "--max-rank", "6")  # its configuration states the task
-    done = export(*made, "--targets", "q_proj,v_proj", "--out", tmp_path / "bundle", "--key", key)
+    done = export(*made, "--targets", "q_proj,v_proj", "--bundle", tmp_path / "bundle", "--key", key)
     assert done.code == 0, done.err
     patterns = {"rank_pattern": {r"layers\.0.*v_proj": 2}, "alpha_pattern": {r"layers\.1.*": 24}}
     _save(llama, tmp_path / "lora", r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"], **patterns)
