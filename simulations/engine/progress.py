@@ -6,6 +6,7 @@ stages of the run itself, so that the run's log goes on before and after the rou
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count as count_from
@@ -22,6 +23,7 @@ from simulations.result import ACCURACY
 
 LEVELS = {"edgeadapt.coordinator": logging.DEBUG, "edgeadapt.device": logging.INFO, "edgeadapt.run": logging.INFO}
 BAR = 12  # columns
+NAMED = 3  # devices that dropped out of a round; more are counted
 Clock = Callable[[], float]  # seconds, monotonic
 log = logging.getLogger("edgeadapt.run")
 WHOLE_RUN = 1e9  # seconds; the estimate uses every part that is done, however long a part takes
@@ -223,7 +225,9 @@ def _left(task: Task) -> str:
 
 
 def _round_line(record: RoundRecord, metric: str) -> Text:
-    dropped = ", ".join(f"{printable(device)} at {step}" for device, step in record.dropped.items())
+    gone, steps = record.dropped, Counter(record.dropped.values()).items()
+    few = (f"{printable(device)} at {step}" for device, step in gone.items())
+    dropped = ", ".join(few if len(gone) <= NAMED else (f"{devices} at {step}" for step, devices in steps))
     parts = [f"round {record.round:>2}"]
     if record.aborted:
         parts += [f"aborted: {printable(record.aborted)}"]

@@ -214,6 +214,13 @@ def test_a_device_name_cannot_steer_the_terminal(result: RunResult) -> None:
     assert "?[2Jx[bold] at plan" in plain(out.getvalue())
 
 
+def test_many_devices_that_dropped_out_are_counted_by_step(result: RunResult) -> None:
+    out = Terminal()
+    with RunProgress(console=console(out)):
+        finish(replace(result.rounds[0], dropped={**{f"de-{n}": "plan" for n in range(60)}, "en-1": "unmask"}))
+    assert "dropped: 60 at plan, 1 at unmask" in plain(out.getvalue())
+
+
 def test_the_live_line_has_round_step_devices_and_an_estimate(result: RunResult, screen: Screen) -> None:
     with screen.progress.rounds(0, 10):
         answer("offer", 12)
