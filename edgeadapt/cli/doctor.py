@@ -34,8 +34,6 @@ PURPOSES = {  # extra → what it is for
     "ray": "Flower's simulation engine",
     "simulations": "demo, simulate and suites",
     "bench": "python -m benchmarks ondevice",
-    "mlflow": "runs in MLflow",
-    "tensorboard": "runs in TensorBoard",
     "dev": "tests and the documentation",
 }
 UNTRIED = ("dev", "bench")  # extras of developers, which are counted and not imported

@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # imports torch
 @click.option("--resume", is_flag=True, help="Continue the suite in --out; what is finished is kept.")
 @click.option("--retry", is_flag=True, help="Continue it, and run again the rounds of arms of which some aborted.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite.  [default: runs/suite-NAME]")
-@click.option("--track", type=click.Choice(["mlflow", "tensorboard"]), help="Of DIR: send its runs to this tracker.")
 @commandline.quiet
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
 def suite(
@@ -37,7 +36,6 @@ def suite(
     resume: bool,
     retry: bool,
     out: Path | None,
-    track: str | None,
     as_json: bool,
 ) -> None:
     """Run the arms of a suite FILE (.toml), or of one that is shipped, on its seeds; or report on the finished DIR.
@@ -54,16 +52,15 @@ def suite(
       edgeadapt simulate suite my.toml --seeds 5 --jobs 2 --resume
       edgeadapt simulate suite my.toml --seeds 5 --jobs 2 --retry
       edgeadapt simulate suite runs/households --json > suite.json
-      edgeadapt simulate suite runs/households --track tensorboard
     """
     if file.is_dir():
         if seeds or jobs or arms or overrides or resume or retry or out:
             text = f"{file} is a finished suite, to be reported on: name a suite file, or leave the rest out"
-            raise ConfigError(text, about="FILE|DIR", value=str(file))
-        _print(_finished(file, track), as_json)
+            raise ConfigError(text, about="FILE|DIR")
+        from simulations.suite.execute import SuiteReport
+
+        _print(SuiteReport.of(file), as_json)
         return
-    if track:
-        raise ConfigError("--track is for a finished suite: name its folder", about="--track")
     # Imported here, so that --help does not wait for the libraries.
     from simulations.suite.execute import run_suite
     from simulations.suite.store import read_suite, suite_folder
@@ -73,23 +70,6 @@ def suite(
     with resumable(out):
         outcome = run_suite(wanted, out, jobs=jobs, resume=resume, retry=retry, quiet=commandline.is_quiet())
     _print(outcome, as_json)
-
-
-def _finished(folder: Path, track: str | None) -> "SuiteReport":
-    """Write the report of a finished suite, and send its runs to a tracker. Raises as ``SuiteReport.of``."""
-    from simulations.suite.execute import SuiteReport
-
-    outcome = SuiteReport.of(folder)
-    if track:
-        from simulations.report.track import TRACKERS, tracked_runs
-        from simulations.suite.store import Store, open_suite, results
-
-        opened = open_suite(folder)
-        if opened.settings.vary:
-            raise ConfigError("--track takes a suite without vary, and this is a map", about="--track")
-        runs = tracked_runs(opened.settings, results(opened, Store(folder)))
-        click.echo(f"the runs are in {TRACKERS[track](opened.settings.name, runs, folder)}", err=True)
-    return outcome
 
 
 def _print(outcome: "SuiteReport", as_json: bool) -> None:

@@ -158,7 +158,6 @@ def test_what_a_script_of_a_fleet_calls_prints_one_object(
         ("release renew r stable", "--new-key goes with one ROLE or CHANNEL"),
         ("release versions fleet 1 2 --sbom", "--sbom is of one VERSION"),
         ("simulate suite . --seeds 2", "is a finished suite"),
-        ("simulate suite households.toml --track mlflow", "--track is for a finished suite"),
     ],
 )
 def test_options_of_the_two_uses_of_a_command_exclude_each_other(

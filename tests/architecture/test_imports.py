@@ -36,7 +36,6 @@ def graph() -> grimp.ImportGraph:
     built.remove_import(importer="edgeadapt.cli.versions", imported="edgeadapt.releases.sbom")  # with --sbom
     # Only for traces, which take the extra of that name.
     built.remove_import(importer="edgeadapt.traceexport", imported="opentelemetry")
-    built.remove_import(importer="simulations.report.track", imported="mlflow")  # and a tracker that of its own
     return built
 
 

@@ -13,7 +13,6 @@ from edgeadapt.bases.base import Base
 from simulations.plan import Kind, SearchOutcome, Suite, Trial
 from simulations.report.pages import compared, headline, markdown, suite_page
 from simulations.report.summary import SuiteSummary, summarize
-from simulations.report.track import tracked_runs
 from simulations.result import BITS, RoundPoint, Tally, TrialResult
 from simulations.scenario import Scenario
 from simulations.suite.execute import compute, compute_rounds
@@ -125,9 +124,3 @@ def test_a_target_in_bits_is_reached_from_above(summary: SuiteSummary) -> None:
     reached = summary.arms["personal"].reached
     assert reached is not None
     assert (reached.seeds, reached.rounds, reached.bytes) == (1, 1.0, 10.0)
-
-
-def test_a_tracker_has_bits_for_each_byte(suite: Suite, found: dict[str, Any]) -> None:
-    run = {run.name: run for run in tracked_runs(suite.settings, found)}["personal-seed-0"]
-    assert run.metrics["bits_per_byte_mean"] == pytest.approx(1.75)
-    assert run.by_round == ("round_bits_per_byte", {1: 2.5, 2: 1.9})

@@ -13,7 +13,6 @@ from simulations.plan import SearchOutcome, Suite, SuiteSettings
 from simulations.report.map import MapSummary, write_map
 from simulations.report.summary import SuiteSummary, summarize
 from simulations.result import TrialResult
-from tests.support import refused
 
 NONE = SearchOutcome({}, (), 0.0)
 ARMS = {"ours": {"kind": "global"}, "ridge": {"kind": "ridge-head"}, "local": {"kind": "local"}}
@@ -111,10 +110,3 @@ def test_the_command_runs_a_map_in_one_folder_and_goes_on_with_it(scenario_file:
         assert [cell["place"] for cell in json.loads(result.stdout)["cells"]] == [{"texts": "few"}, {"texts": "more"}]
     assert len(list((out / "results").iterdir())) == 4
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
-    with refused(ConfigError, "--track"):
-        CliRunner().invoke(
-            program.cli,
-            ["simulate", "suite", str(out), "--track", "tensorboard"],
-            catch_exceptions=False,
-            standalone_mode=False,
-        )
