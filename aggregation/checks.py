@@ -47,18 +47,18 @@ COHORTS = 4  # of which a process keeps what it verified: the devices that it si
 def may_answer(peer: str, asked: Container[str], answered: Container[str], tag: str) -> None:
     """Check that ``peer`` may send the message ``tag`` now: it was asked and has not answered. Raises ProtocolError."""
     if peer not in asked:
-        raise ProtocolError(f"{tag} from a device that was not asked", peer, about=f"{tag}.peer", value=peer)
+        raise ProtocolError(f"{tag} from a device that was not asked", peer, about=f"{tag}.peer")
     if peer in answered:
-        raise ProtocolError(f"second {tag} of this device", peer, about=f"{tag}.repeated", value=peer)
+        raise ProtocolError(f"second {tag} of this device", peer, about=f"{tag}.repeated")
 
 
 def refers_to(peer: str, tag: str, device: str, field: str, found: bytes, expected: bytes) -> None:
     """Check that a message ``tag`` names its sender, and the offer, context, plan or survivors that it must refer to.
     Raises ProtocolError."""
     if found != expected:
-        raise ProtocolError(f"{tag} message is for another {field}", peer, about=f"{tag}.{field}", value=found.hex())
+        raise ProtocolError(f"{tag} message is for another {field}", peer, about=f"{tag}.{field}")
     if device != peer:
-        raise ProtocolError(f"{tag} message names {device}", peer, about=f"{tag}.device", value=device)
+        raise ProtocolError(f"{tag} message names {device}", peer, about=f"{tag}.device")
 
 
 def challenge(node: int, message: Challenge) -> None:
@@ -66,7 +66,7 @@ def challenge(node: int, message: Challenge) -> None:
     Raises ProtocolError: it is for another node."""
     if message.node != node:
         text = f"the challenge is for node {message.node}, this device runs as node {node}"
-        raise refused(text, "challenge.node", message.node)
+        raise refused(text, "challenge.node")
 
 
 def check_in(root: Root, asked: Challenge, raw: bytes, at: datetime) -> tuple[str, CheckIn]:
@@ -142,7 +142,7 @@ def before_end(ends: datetime, at: datetime | None) -> None:
     Raises ProtocolError: it is over."""
     if at is not None and at > ends:
         text = f"the session ended on {ends:%Y-%m-%d at %H:%M}, when a certificate or the revocation list expired"
-        raise refused(text, "plan.time", ends)
+        raise refused(text, "plan.time")
 
 
 def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes) -> Advert:
@@ -152,10 +152,7 @@ def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes
     refers_to(device, Advert.TAG, message.device, "offer", message.offer, offer)
     if not len(message.mask_keys) == len(message.commitments) == rounds:
         raise ProtocolError(
-            f"advert does not have keys and commitments for {rounds} rounds",
-            device,
-            about="advert.mask_keys",
-            value=len(message.mask_keys),
+            f"advert does not have keys and commitments for {rounds} rounds", device, about="advert.mask_keys"
         )
     if len(message.keys) != 1 + rounds:
         raise ProtocolError("advert repeats a key", device, about="advert.keys")
@@ -185,7 +182,7 @@ def _roster(
     """``roster``: a process that simulates many devices verifies one once, and they share the session."""
     cohort = dict(members)
     if message.offer != offer:
-        raise refused("roster is for another offer", "roster.offer", message.offer.hex())
+        raise refused("roster is for another offer", "roster.offer")
     enough_devices(spec, len(message.adverts), "adverts on the roster", about="roster.size")
     signed: dict[str, bytes] = {}
     peers: dict[str, Peer] = {}
@@ -194,12 +191,12 @@ def _roster(
         # Whose advert it claims to be; ``advert`` then requires that device's signature.
         device = Advert.decode(envelope.unverified_body(raw)).device
         if device not in cohort:
-            raise refused(f"{device} is on the roster but not in the cohort", "roster.members", device)
+            raise refused(f"{device} is on the roster but not in the cohort", "roster.members")
         if peers and device <= next(reversed(peers)):
-            raise refused(f"{device} is repeated on the roster, or out of order", "roster.order", device)
+            raise refused(f"{device} is repeated on the roster, or out of order", "roster.order")
         found = advert(offer, spec.rounds, cohort[device], device, raw)
         if keys & found.keys:
-            raise refused(f"{device} has a key of another device on the roster", "roster.keys", device)
+            raise refused(f"{device} has a key of another device on the roster", "roster.keys")
         keys |= found.keys
         signed[device] = raw
         peers[device] = Peer(
@@ -216,7 +213,7 @@ def encrypted_shares(session: Session, me: str, received: Mapping[str, Encrypted
     ProtocolError."""
     strangers = set(received) - set(session.neighbors(me, session.peers))
     if strangers:
-        raise refused(f"shares of {min(strangers)}, which is not a neighbor", "assignment.dealers", min(strangers))
+        raise refused(f"shares of {min(strangers)}, which is not a neighbor", "assignment.dealers")
     enough_neighbors(session, me, received, "sent it shares", about="assignment.neighbors")
 
 
@@ -226,16 +223,16 @@ def plan(session: Session, me: str, dealers: Collection[str], last_round: int, m
         raise refused("plan is for another session", "plan.context")
     if not last_round < message.round <= session.spec.rounds:
         text = f"round {message.round} is not between {last_round + 1} and {session.spec.rounds}"
-        raise refused(text, "plan.round", message.round)
+        raise refused(text, "plan.round")
     if not ascending(message.members):
         raise refused("plan repeats a member, or is out of order", "plan.order")
     if me not in message.members:
-        raise refused("plan does not include this device", "plan.self", me)
+        raise refused("plan does not include this device", "plan.self")
     strangers = set(message.members) - set(session.peers)
     without_shares = set(session.neighbors(me, message.members)) - set(dealers)
     if strangers or without_shares:
         device = min(strangers | without_shares)
-        raise refused(f"{device} is in the plan, but this device has no shares of it", "plan.members", device)
+        raise refused(f"{device} is in the plan, but this device has no shares of it", "plan.members")
     enough_devices(session.spec, len(message.members), "members of the plan", about="plan.size")
     enough_neighbors(session, me, message.members, "are in the plan", about="plan.neighbors")
     grouped(session.spec, message)
@@ -277,9 +274,9 @@ def survivors(session: Session, current: Plan, me: str, vector: bytes, message: 
         raise refused("survivor set is for another plan", "survivors.plan")
     strangers = set(message.vectors) - set(current.members)
     if strangers:
-        raise refused(f"survivor {min(strangers)} is not in the plan", "survivors.members", min(strangers))
+        raise refused(f"survivor {min(strangers)} is not in the plan", "survivors.members")
     if message.vectors.get(me) != vector:
-        raise refused("survivor set does not include this device with its own vector", "survivors.self", me)
+        raise refused("survivor set does not include this device with its own vector", "survivors.self")
     enough_devices(session.spec, len(message.vectors), "survivors", about="survivors.size")
     enough_neighbors(session, me, message.vectors, "survived", about="survivors.neighbors")
     groups.require_minimum(session.spec, current, message.vectors, "survivors", about="survivors.group")
@@ -303,7 +300,7 @@ def consistency_signatures(
     """Check that a quorum of survivors signed this set. No other set has a quorum, since a device signs one. Raises
     ProtocolError: fewer signed, also in a group; one of them is not a survivor, or a signature is not valid."""
     if strangers := [device for device in signatures if device not in message.vectors]:
-        raise refused(f"{strangers[0]} signed the survivor set but is not in it", "unmask.signers", strangers[0])
+        raise refused(f"{strangers[0]} signed the survivor set but is not in it", "unmask.signers")
     quorum(session.spec, current, signatures)
     try:
         _signed(message.digest(), tuple((d, session.peers[d].identity, raw) for d, raw in signatures.items()))
@@ -314,7 +311,7 @@ def consistency_signatures(
 def quorum(spec: SessionSpec, current: Plan, signers: Collection[str]) -> None:
     """Check that enough survivors signed their set, in all and in each group. Raises ProtocolError."""
     if len(signers) < spec.quorum:
-        raise refused(f"{len(signers)} consistency signatures, {spec.quorum} are needed", "unmask.quorum", len(signers))
+        raise refused(f"{len(signers)} consistency signatures, {spec.quorum} are needed", "unmask.quorum")
     groups.require_minimum(spec, current, signers, "consistency signatures", about="unmask.group")
 
 
@@ -330,7 +327,7 @@ def enough_devices(spec: SessionSpec, count: int, what: str, *, about: str = "de
     is. ``what`` names the counted devices."""
     least = max(spec.threshold, spec.minimum_survivors)
     if count < least:
-        raise refused(f"{count} {what}, {least} are needed", about, count)
+        raise refused(f"{count} {what}, {least} are needed", about)
 
 
 def enough_neighbors(session: Session, me: str, present: Iterable[str], what: str, *, about: str = "neighbors") -> None:
@@ -338,7 +335,7 @@ def enough_neighbors(session: Session, me: str, present: Iterable[str], what: st
     ProtocolError: they are fewer than the threshold. ``what`` says what they did."""
     count, least = 1 + len(session.neighbors(me, present)), session.spec.threshold
     if count < least:
-        raise refused(f"{count} devices of this device's neighborhood {what}, {least} are needed", about, count)
+        raise refused(f"{count} devices of this device's neighborhood {what}, {least} are needed", about)
 
 
 def ascending(devices: Iterable[str]) -> bool:

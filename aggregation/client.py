@@ -155,9 +155,9 @@ def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, 
         me, key = device.root.verify(device.certificate, at)
     except TrustError as error:
         text = f"this device's own certificate: {error}"
-        raise ProtocolError(text, about="device.certificate", value=error.about) from None
+        raise ProtocolError(text, about="device.certificate") from None
     if key != device.identity.public or cohort.get(me) != key:
-        raise refused("offer does not include this device with its own key", "offer.self", me)
+        raise refused("offer does not include this device with its own key", "offer.self")
     return me, cohort
 
 
@@ -186,7 +186,7 @@ class Advertised:
         session, adverts = checks.roster(self.spec, self.offer, self.cohort, message)
         device.policy.check_roster(self.spec, len(self.cohort), len(adverts))
         if adverts.get(self.me) != self.advert:
-            raise refused("roster does not have this device's own advert", "roster.self", self.me)
+            raise refused("roster does not have this device's own advert", "roster.self")
         self.single_use.take("shares")
         own, encrypted = device.deal(session, self.me, self.share_key, self.secrets, entropy)
         held = {round_: {self.me: pair} for round_, pair in own.items()}
@@ -330,7 +330,7 @@ class Masked:
         model = self.ready.session.spec.adversary
         if model is not adversary:
             text = f"a session against an {model.value} coordinator has no step with a {what}"
-            raise refused(text, "session.adversary", model)
+            raise refused(text, "session.adversary")
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,14 +48,12 @@ def open_verified(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
     try:
         if len(raw) > kind.LIMIT + OVERHEAD:
             message = f"{kind.TAG} of {len(raw)} bytes is over the limit of {kind.LIMIT}"
-            raise ProtocolError(message, about="envelope.size", value=len(raw))
+            raise ProtocolError(message, about="envelope.size")
         envelope = ENVELOPE.decode(raw)
         if (envelope.magic, envelope.version) != (MAGIC, VERSION):
-            raise ProtocolError(
-                f"not a message of protocol version {VERSION}", about="envelope.version", value=envelope.version
-            )
+            raise ProtocolError(f"not a message of protocol version {VERSION}", about="envelope.version")
         if envelope.tag != kind.TAG:
-            raise ProtocolError(f"expected {kind.TAG}, got {envelope.tag}", about="envelope.tag", value=envelope.tag)
+            raise ProtocolError(f"expected {kind.TAG}, got {envelope.tag}", about="envelope.tag")
         verify(signer, kind.TAG, envelope.body, envelope.signature)
         return kind.decode(envelope.body)
     except ProtocolError as error:
@@ -113,7 +111,7 @@ def open_vector(raw: bytes, size: int, signer: PublicKey, peer: str) -> tuple[Ma
     packed, signed = split_vector(raw)
     if len(packed) != size or len(signed) > MaskedInput.LIMIT + OVERHEAD:
         message = f"masked input of {len(raw)} bytes does not hold a header and {size} bytes"
-        raise ProtocolError(message, peer, about="masked-input.size", value=len(raw))
+        raise ProtocolError(message, peer, about="masked-input.size")
     header = open_verified(MaskedInput, bytes(signed), signer, peer)
     if hashlib.sha256(packed).digest() != header.vector:
         raise ProtocolError("the vector is not the one that was signed", peer, about="masked-input.vector")

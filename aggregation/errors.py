@@ -16,15 +16,13 @@ class EdgeAdaptError(Exception):
         about: The subject of the error, for programs and tests, which must not depend on the sentence: a field
             (``plan.round``), a setting (``policy.minimum_cohort``), a file's name (``base.onnx``) or an option
             (``--form``).
-        value: The refused value, where it may be shown.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, about: str = "", value: object = None) -> None:
+    def __init__(self, message: str, *, about: str = "") -> None:
         super().__init__(message)
         self.about = about
-        self.value = value
 
 
 class ProtocolError(EdgeAdaptError):
@@ -32,14 +30,14 @@ class ProtocolError(EdgeAdaptError):
 
     exit_code = 3
 
-    def __init__(self, message: str, peer: str | None = None, *, about: str = "", value: object = None) -> None:
-        super().__init__(f"{peer}: {message}" if peer else message, about=about, value=value)
+    def __init__(self, message: str, peer: str | None = None, *, about: str = "") -> None:
+        super().__init__(f"{peer}: {message}" if peer else message, about=about)
         self.peer = peer
 
     @classmethod
     def of(cls, error: EdgeAdaptError, peer: str | None = None) -> "ProtocolError":
-        """``error`` as the fault of ``peer``: the same line, the same ``about`` and ``value``."""
-        return cls(str(error), peer, about=error.about, value=error.value)
+        """``error`` as the fault of ``peer``: the same line, the same ``about``."""
+        return cls(str(error), peer, about=error.about)
 
 
 class TrustError(EdgeAdaptError):
@@ -54,7 +52,7 @@ def of_file(path: object) -> Iterator[None]:
     try:
         yield
     except TrustError as error:
-        raise TrustError(f"{path}: {error}", about=error.about, value=error.value) from None
+        raise TrustError(f"{path}: {error}", about=error.about) from None
 
 
 class ConfigError(EdgeAdaptError):
@@ -74,8 +72,7 @@ def check_fields(of: object, where: str, ranges: Iterable[tuple[str, object, str
     for the first that is not, about its name after ``where``; ``title`` begins the message."""
     for name, holds, expected in ranges:
         if not holds:
-            value = getattr(of, name)
-            raise ConfigError(f"{title}{name} {value} is not {expected}", about=where + name, value=value)
+            raise ConfigError(f"{title}{name} {getattr(of, name)} is not {expected}", about=where + name)
 
 
 def one_line(error: BaseException) -> str:

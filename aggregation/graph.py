@@ -55,9 +55,7 @@ def harary_neighbors(order: tuple[str, ...], degree: int) -> dict[str, frozenset
     graph exists.
     """
     if degree % 2 or not 2 <= degree < len(order):
-        raise ConfigError(
-            f"degree {degree} is not an even number between 2 and {len(order) - 1}", about="spec.degree", value=degree
-        )
+        raise ConfigError(f"degree {degree} is not an even number between 2 and {len(order) - 1}", about="spec.degree")
     steps = [step for step in range(-degree // 2, degree // 2 + 1) if step]
     return {
         device: frozenset(order[(place + step) % len(order)] for step in steps) for place, device in enumerate(order)
@@ -85,7 +83,6 @@ def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int 
         raise ConfigError(
             f"{devices - dropouts} of {devices} devices are fewer than a quorum: lower the fractions",
             about="graph.parameters",
-            value=devices - dropouts,
         )
     return _least(devices, dropouts, lambda k, t: is_secure(devices, corrupt_devices, k, t, bits))
 
@@ -99,7 +96,7 @@ def count_of(devices: int, fraction: float) -> int:
     Raises ConfigError: the fraction is not in [0, 1).
     """
     if not 0 <= fraction < 1:
-        raise ConfigError(f"fraction {fraction} is not in [0, 1)", about="graph.fraction", value=fraction)
+        raise ConfigError(f"fraction {fraction} is not in [0, 1)", about="graph.fraction")
     return math.ceil(fraction * devices - 1e-9)
 
 
@@ -223,5 +220,4 @@ def _least(devices: int, dropouts: int, secure: Callable[[int, int], bool]) -> G
     raise ConfigError(
         f"no graph on {devices} devices is secure with so many corrupt devices and dropouts: lower the fractions",
         about="graph.parameters",
-        value=devices,
     )

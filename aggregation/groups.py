@@ -95,7 +95,7 @@ def require_minimum(spec: SessionSpec, plan: Plan, present: Iterable[str], what:
     for number, devices in enumerate(split(spec, plan, present)):
         if len(devices) < spec.grouping.minimum:
             text = f"group {number + 1} has {len(devices)} {what}, {spec.grouping.minimum} are needed"
-            raise refused(text, about, len(devices))
+            raise refused(text, about)
 
 
 def digest_of(spec: SessionSpec, totals: Sequence[Ring]) -> bytes:

@@ -65,9 +65,9 @@ def require_public_key(key: bytes) -> None:
     """
     point = int.from_bytes(key, "little")
     if point >= _P:
-        raise ProtocolError("an X25519 key is not in its canonical form", about="x25519.encoding", value=key.hex())
+        raise ProtocolError("an X25519 key is not in its canonical form", about="x25519.encoding")
     if point in SMALL_ORDER:
-        raise ProtocolError("an X25519 key is of small order", about="x25519.order", value=key.hex())
+        raise ProtocolError("an X25519 key is of small order", about="x25519.order")
 
 
 def public_key(private: bytes) -> bytes:
@@ -98,7 +98,7 @@ def exchange(private: X25519PrivateKey, public: bytes) -> bytes:
         return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         message = "an X25519 key is of small order or of the wrong length"
-        raise ProtocolError(message, about="x25519.order", value=public.hex()) from None
+        raise ProtocolError(message, about="x25519.order") from None
 
 
 def derive(secret: bytes, *bound: bytes) -> bytes:

@@ -16,7 +16,7 @@ from aggregation.session import COORDINATOR
 from aggregation.spec import CORRUPT_FRACTION, COUNTS, OBSERVED, Adversary, SessionSpec
 
 MAX_REPEATS = 15
-_Rule = tuple[bool, str, object, str]  # whether it holds, the field it is about, that field's value, and the refusal
+_Rule = tuple[bool, str, str]  # whether it holds, the field it is about, and the refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,17 +142,16 @@ class Policy:
         for name, limit in LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, int | float) and not limit.admits(value):
-                raise ConfigError(f"{name} {value} is not {limit}", about=f"policy.{name}", value=value)
+                raise ConfigError(f"{name} {value} is not {limit}", about=f"policy.{name}")
         if self.minimum_ring_bits > self.maximum_ring_bits:
             text = f"minimum_ring_bits {self.minimum_ring_bits} is above maximum_ring_bits {self.maximum_ring_bits}"
-            raise ConfigError(text, about="policy.minimum_ring_bits", value=self.minimum_ring_bits)
+            raise ConfigError(text, about="policy.minimum_ring_bits")
         honest = self.minimum_cohort - graph.count_of(self.minimum_cohort, self.corrupt_fraction)
         if honest < self.minimum_survivors:
             raise ConfigError(
                 f"a cohort of minimum_cohort {self.minimum_cohort} has {honest} honest devices, fewer than "
                 f"minimum_survivors {self.minimum_survivors}: lower minimum_survivors, or raise minimum_cohort",
                 about="policy.minimum_survivors",
-                value=self.minimum_survivors,
             )
 
     def check(self, spec: SessionSpec, cohort: int) -> None:
@@ -165,13 +164,13 @@ class Policy:
         ProtocolError: the list is missing, too old, or past its end: the coordinator withholds a newer one."""
         if revoked is None:
             missing = "the coordinator sent no revocation list, and this device's policy requires one"
-            _require("offer", ((not self.revocation_days, "revocations", None, missing),))
+            _require("offer", ((not self.revocation_days, "revocations", missing),))
             return
         try:
             revoked.require_fresh(at, timedelta(self.revocation_days) if self.revocation_days else None)
         except TrustError as error:
             message, about = f"offer refused: {error}", f"offer.{error.about}"
-            raise ProtocolError(message, COORDINATOR, about=about, value=revoked.number) from None
+            raise ProtocolError(message, COORDINATOR, about=about) from None
 
     def check_roster(self, spec: SessionSpec, cohort: int, roster: int) -> None:
         """Check that the graph is secure with ``roster`` of the ``cohort`` devices, all corrupt ones among them. Raises
@@ -187,16 +186,16 @@ class Policy:
             f"sums of one adapter could be combined to {max(left, 0)} honest devices, below this device's "
             f"minimum_survivors of {honest}: threshold {threshold} or the session's minimum of survivors is too low"
         )
-        combined = (left >= honest, "combined", left, few)
+        combined = (left >= honest, "combined", few)
         if degree >= present - 1:
             text = f"threshold {threshold} of {present} does not withstand {corrupt} corrupt devices"
-            return (2 * threshold > present + corrupt, "threshold", threshold, text), combined
+            return (2 * threshold > present + corrupt, "threshold", text), combined
         bits = graph.SIGMA + (graph.GRINDING if spec.adversary is Adversary.ACTIVE else 0)
         sparse = f"degree {degree} is not the complete graph of {present} devices"
         weak = f"degree {degree} and threshold {threshold} of {present} devices do not withstand {corrupt} corrupt ones"
         return (
-            (cohort > self.complete_up_to, "degree", degree, sparse),
-            (graph.is_secure(present, corrupt, degree, threshold, bits), "graph", (degree, threshold), weak),
+            (cohort > self.complete_up_to, "degree", sparse),
+            (graph.is_secure(present, corrupt, degree, threshold, bits), "graph", weak),
             combined,
         )
 
@@ -215,22 +214,17 @@ class Policy:
         rounds = f"session of {spec.rounds} rounds is over this device's maximum of {self.maximum_rounds}"
         weight = f"weight cap {spec.weight_cap} is over this device's maximum of {self.maximum_weight}"
         return (
-            (cohort >= self.minimum_cohort, "cohort", cohort, small),
-            (
-                spec.threshold <= cohort,
-                "threshold",
-                spec.threshold,
-                f"threshold {spec.threshold} is above the cohort of {cohort}",
-            ),
-            (spec.vector.max_clients >= cohort, "max_clients", cohort, f"a sum of {cohort} could wrap the ring"),
+            (cohort >= self.minimum_cohort, "cohort", small),
+            (spec.threshold <= cohort, "threshold", f"threshold {spec.threshold} is above the cohort of {cohort}"),
+            (spec.vector.max_clients >= cohort, "max_clients", f"a sum of {cohort} could wrap the ring"),
             *self._graph_rules(spec, cohort, cohort),
-            (honest >= self.minimum_survivors, "minimum_survivors", spec.smallest_sum, few),
-            (adversary is not Adversary.ACTIVE or 2 * quorum > cohort + corrupt, "quorum", quorum, two_groups),
-            (in_ring, "ring_bits", bits, f"ring of {bits} bits is outside this device's limits"),
-            (adversary in self.adversaries, "adversary", adversary, model),
-            (base in self.known_bases, "base_digest", base, f"base {base[:12]} is not on this device"),
-            (spec.weight_cap <= self.maximum_weight, "weight_cap", spec.weight_cap, weight),
-            (spec.rounds <= self.maximum_rounds, "rounds", spec.rounds, rounds),
+            (honest >= self.minimum_survivors, "minimum_survivors", few),
+            (adversary is not Adversary.ACTIVE or 2 * quorum > cohort + corrupt, "quorum", two_groups),
+            (in_ring, "ring_bits", f"ring of {bits} bits is outside this device's limits"),
+            (adversary in self.adversaries, "adversary", model),
+            (base in self.known_bases, "base_digest", f"base {base[:12]} is not on this device"),
+            (spec.weight_cap <= self.maximum_weight, "weight_cap", weight),
+            (spec.rounds <= self.maximum_rounds, "rounds", rounds),
             *self._noise_rules(spec, corrupt),
         )
 
@@ -241,8 +235,8 @@ class Policy:
         bare = "the session adds no noise to its sums, and this device's policy demands it"
         little = f"noise multiplier {found:.3g}, without {corrupt} corrupt devices, is below this device's {least:g}"
         return (
-            (spec.privacy is not None or not demanded, "privacy", None, bare),
-            (found >= least, "noise_multiplier", found, little),
+            (spec.privacy is not None or not demanded, "privacy", bare),
+            (found >= least, "noise_multiplier", little),
         )
 
 
@@ -252,6 +246,6 @@ LIMITS: Mapping[str, Limit] = {
 
 
 def _require(what: str, rules: tuple[_Rule, ...]) -> None:
-    for holds, field, value, reason in rules:
+    for holds, field, reason in rules:
         if not holds:
-            raise ProtocolError(f"{what} refused: {reason}", COORDINATOR, about=f"{what}.{field}", value=value)
+            raise ProtocolError(f"{what} refused: {reason}", COORDINATOR, about=f"{what}.{field}")

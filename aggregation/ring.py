@@ -29,7 +29,7 @@ def dtype(bits: int) -> DTypeLike:
     Raises ConfigError: ``bits`` is not between 1 and 64.
     """
     if not 1 <= bits <= MAX_BITS:
-        raise ConfigError(f"ring of {bits} bits is not between 1 and {MAX_BITS}", about="ring.bits", value=bits)
+        raise ConfigError(f"ring of {bits} bits is not between 1 and {MAX_BITS}", about="ring.bits")
     return np.dtype("<u2" if bits <= 16 else "<u4" if bits <= 32 else "<u8")
 
 
@@ -54,7 +54,6 @@ def require_vector(values: Ring, size: int, bits: int) -> None:
         raise DataError(
             f"expected a ring vector of {size} {np.dtype(dtype(bits)).name}, got {values.shape} {values.dtype}",
             about="ring.vector",
-            value=f"{values.shape} {values.dtype}",
         )
 
 
@@ -155,9 +154,7 @@ def add(total: Ring, raw: bytes | memoryview, bits: int) -> None:
 def _require_packed(raw: bytes | memoryview, size: int, bits: int) -> None:
     if len(raw) != packed_size(size, bits):
         raise ProtocolError(
-            f"packed vector has {len(raw)} bytes, expected {packed_size(size, bits)}",
-            about="vector.length",
-            value=len(raw),
+            f"packed vector has {len(raw)} bytes, expected {packed_size(size, bits)}", about="vector.length"
         )
     unused = -size * bits % 8
     if unused and raw[-1] >> (8 - unused):

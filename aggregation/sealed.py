@@ -160,7 +160,7 @@ def decrypt(blob: bytes, key: bytes, bound: bytes) -> bytes:
 
 def _cipher(key: bytes) -> AESGCM:
     if len(key) != _KEY:
-        raise ConfigError(f"a sealing key has {_KEY} bytes, not {len(key)}", about="sealed.key", value=len(key))
+        raise ConfigError(f"a sealing key has {_KEY} bytes, not {len(key)}", about="sealed.key")
     return AESGCM(key)
 
 

@@ -169,7 +169,6 @@ def open_session(
         raise ConfigError(
             f"degree {spec.degree} with {len(cohort)} devices: it must be {len(cohort) - 1}, or even and below that",
             about="spec.degree",
-            value=spec.degree,
         )
     ends = checks.session_end(root, offer.certificates)
     return Offering(coordinator, spec, offer.digest(), cohort, ends), coordinator.sign(offer)

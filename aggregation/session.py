@@ -12,9 +12,9 @@ from aggregation.spec import SessionSpec
 COORDINATOR = "coordinator"  # its name in errors
 
 
-def refused(text: str, about: str, value: object = None) -> ProtocolError:
+def refused(text: str, about: str) -> ProtocolError:
     """What a device raises where the coordinator sent what the protocol, or the device's policy, does not allow."""
-    return ProtocolError(text, COORDINATOR, about=about, value=value)
+    return ProtocolError(text, COORDINATOR, about=about)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,6 @@ def split(secret: bytes, threshold: int, points: Sequence[int], entropy: Entropy
         raise ConfigError(
             f"cannot share {len(secret)} bytes among {len(points)} points with threshold {threshold}",
             about="shamir.split",
-            value=threshold,
         )
     drawn = entropy.bytes(_DRAW * (threshold - 1))
     higher = [int.from_bytes(drawn[i : i + _DRAW], "big") % PRIME for i in range(0, len(drawn), _DRAW)]

@@ -26,7 +26,7 @@ class SingleUse:
         """Check that the flag is free. Raises ProtocolError: it was taken."""
         if self._taken:
             message = f"this state has already produced its {what}; a step is answered once"
-            raise ProtocolError(message, about="single-use", value=what)
+            raise ProtocolError(message, about="single-use")
 
     def take(self, what: str) -> None:
         """Take the flag; ``what`` names the action in the error. Raises ProtocolError: it was taken before."""

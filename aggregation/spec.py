@@ -108,10 +108,10 @@ class SessionSpec:
         count, minimum = self.grouping.count, self.grouping.minimum
         if self.adversary is not Adversary.ACTIVE:
             text = "groups need the consistency check: a device counts on the signatures of its group"
-            raise ConfigError(text, about="spec.grouping.adversary", value=self.adversary)
+            raise ConfigError(text, about="spec.grouping.adversary")
         if count * minimum > self.vector.max_clients:
             text = f"{count} groups of {minimum} devices or more do not fit max_clients {self.vector.max_clients}"
-            raise ConfigError(text, about="spec.grouping.count", value=count)
+            raise ConfigError(text, about="spec.grouping.count")
 
     def _require_noise(self) -> None:
         """Return if all of the vector has noise, and it is accounted for, or none of it."""
@@ -125,7 +125,7 @@ class SessionSpec:
             raise ConfigError(text, about="spec.privacy")
         if not 1 <= self.privacy.honest <= self.smallest_sum:
             text = f"privacy.honest {self.privacy.honest} is not between 1 and {self.smallest_sum}, the smallest sum"
-            raise ConfigError(text, about="spec.privacy.honest", value=self.privacy.honest)
+            raise ConfigError(text, about="spec.privacy.honest")
         self.spent(self.minimum_survivors)
 
     @property

@@ -99,7 +99,6 @@ class VectorSpec:
             raise ConfigError(
                 f"a vector has 1 to {MAX_SEGMENTS} segments, each with its own name; got {len(names)}",
                 about="vector.segments",
-                value=len(names),
             )
         ranges = (
             ("size", self.size <= MAX_SIZE, f"at most {MAX_SIZE}"),
@@ -110,7 +109,6 @@ class VectorSpec:
             raise ConfigError(
                 f"a ring of {self.ring_bits} bits cannot hold a sum of {self.max_clients} clients: use more bits",
                 about="vector.ring_bits",
-                value=self.ring_bits,
             )
         for segment in self.segments:
             self.step(segment)
@@ -153,7 +151,6 @@ class VectorSpec:
             f"a ring of {self.ring_bits} bits cannot hold the sum of {self.max_clients} clients with noise of "
             f"{segment.noise:g}: use more bits",
             about="vector.ring_bits",
-            value=self.ring_bits,
         )
 
     @staticmethod
@@ -183,9 +180,7 @@ class VectorSpec:
         missing, unknown, of another shape or type, not finite, or out of its bound.
         """
         if set(values) != {segment.name for segment in self.segments}:
-            raise DataError(
-                f"segments {sorted(values)} are not those of the spec", about="vector.segments", value=sorted(values)
-            )
+            raise DataError(f"segments {sorted(values)} are not those of the spec", about="vector.segments")
         out = np.empty(self.size, ring.dtype(self.ring_bits))
         coins = Keystream(rng.bytes(32))  # four times as fast as drawing each coin from ``rng``
         for segment, part in self._parts(out):
@@ -194,13 +189,11 @@ class VectorSpec:
                 raise DataError(
                     f"segment {segment.name} has shape {given.shape}, not ({segment.size},)",
                     about=f"vector.{segment.name}",
-                    value=given.shape,
                 )
             if given.dtype not in (np.float32, np.float64):
                 raise DataError(
                     f"segment {segment.name} holds {given.dtype}, not float32 or float64",
                     about=f"vector.{segment.name}",
-                    value=str(given.dtype),
                 )
             for start in range(0, segment.size, _CHUNK):
                 chunk = slice(start, start + _CHUNK)
@@ -214,7 +207,6 @@ class VectorSpec:
             raise DataError(
                 f"segment {segment.name} has a value of {largest}, its bound is {segment.bound}",
                 about=f"vector.{segment.name}",
-                value=largest,
             )
         per_unit = 1 / self.step(segment)
         wide = not 2.0**-126 <= per_unit < 2.0**128
@@ -258,9 +250,7 @@ class VectorSpec:
         noise except with a probability of 2^-``WRAP_BITS``.
         """
         if not 1 <= survivors <= self.max_clients:
-            raise DataError(
-                f"{survivors} survivors are not between 1 and {self.max_clients}", about="survivors", value=survivors
-            )
+            raise DataError(f"{survivors} survivors are not between 1 and {self.max_clients}", about="survivors")
         ring.require_vector(total, self.size, self.ring_bits)
         sums = {}
         for segment, part in self._parts(total):

@@ -44,9 +44,7 @@ class Reader:
         """Return the next ``n`` bytes. Raises ProtocolError: fewer than ``n`` are left."""
         start, end = self._at, self._at + n
         if end > len(self._data):
-            raise ProtocolError(
-                f"message is truncated: {n} bytes expected, {self.left} left", about="encoding.length", value=n
-            )
+            raise ProtocolError(f"message is truncated: {n} bytes expected, {self.left} left", about="encoding.length")
         self._at = end
         return self._data[start:end]
 
@@ -71,9 +69,7 @@ class Codec(Generic[T]):
         source = Reader(raw)
         value = self.read(source)
         if source.left:
-            raise ProtocolError(
-                f"{source.left} bytes left over after the message", about="encoding.trailing", value=source.left
-            )
+            raise ProtocolError(f"{source.left} bytes left over after the message", about="encoding.trailing")
         return value
 
 
@@ -81,12 +77,10 @@ def _count(source: Reader, limit: int) -> int:
     """Read how many bytes or items follow; at most ``limit``, and no more than the bytes left can hold."""
     announced = int.from_bytes(source.take(4), "big")
     if announced > limit:
-        raise ProtocolError(f"length {announced} is over the limit of {limit}", about="encoding.limit", value=announced)
+        raise ProtocolError(f"length {announced} is over the limit of {limit}", about="encoding.limit")
     if announced > source.left:  # every item takes a byte or more: refuse before a list is built
         raise ProtocolError(
-            f"message is truncated: {announced} items announced, {source.left} bytes left",
-            about="encoding.length",
-            value=announced,
+            f"message is truncated: {announced} items announced, {source.left} bytes left", about="encoding.length"
         )
     return announced
 
@@ -101,9 +95,7 @@ def uint(bits: int) -> Codec[int]:
 
     def write(out: bytearray, value: int) -> None:
         if not 0 <= value < 1 << bits:
-            raise ConfigError(
-                f"{value} does not fit an unsigned field of {bits} bits", about="encoding.uint", value=value
-            )
+            raise ConfigError(f"{value} does not fit an unsigned field of {bits} bits", about="encoding.uint")
         out += value.to_bytes(size, "big")
 
     return Codec(write, lambda source: int.from_bytes(source.take(size), "big"))
@@ -114,9 +106,7 @@ def fixed(size: int) -> Codec[bytes]:
 
     def write(out: bytearray, value: bytes) -> None:
         if len(value) != size:
-            raise ConfigError(
-                f"{len(value)} bytes in a field of exactly {size}", about="encoding.fixed", value=len(value)
-            )
+            raise ConfigError(f"{len(value)} bytes in a field of exactly {size}", about="encoding.fixed")
         out += value
 
     return Codec(write, lambda source: source.take(size))
@@ -138,7 +128,7 @@ def blob(limit: int) -> Codec[bytes]:
 
 def _write_count(out: bytearray, count: int, limit: int, unit: str) -> None:
     if count > limit:
-        raise ConfigError(f"{count} {unit} are over the limit of {limit}", about="encoding.limit", value=count)
+        raise ConfigError(f"{count} {unit} are over the limit of {limit}", about="encoding.limit")
     out += count.to_bytes(4, "big")
 
 
@@ -152,7 +142,7 @@ def text(pattern: str) -> Codec[str]:
 
     def checked(value: str, error: type[ConfigError] | type[ProtocolError]) -> str:
         if len(value) > 255 or not value.isascii() or not compiled.fullmatch(value):
-            raise error(f"{value[:80]!r} does not match {pattern}", about="encoding.text", value=value[:80])
+            raise error(f"{value[:80]!r} does not match {pattern}", about="encoding.text")
         return value
 
     def write(out: bytearray, value: str) -> None:
@@ -169,7 +159,7 @@ def text(pattern: str) -> Codec[str]:
 
 def _write_real(out: bytearray, value: float) -> None:
     if not math.isfinite(value):
-        raise ConfigError(f"{value} is not a finite number", about="encoding.real", value=value)
+        raise ConfigError(f"{value} is not a finite number", about="encoding.real")
     out += struct.pack(">d", value + 0.0)  # -0.0 + 0.0 is 0.0: one byte string for one value
 
 
@@ -177,7 +167,7 @@ def _read_real(source: Reader) -> float:
     raw = source.take(8)
     value = float(struct.unpack(">d", raw)[0])
     if not math.isfinite(value) or raw == b"\x80" + bytes(7):
-        raise ProtocolError("a real number is not finite, or is a negative zero", about="encoding.real", value=value)
+        raise ProtocolError("a real number is not finite, or is a negative zero", about="encoding.real")
     return value
 
 
@@ -194,7 +184,7 @@ def choice(kind: type[E]) -> Codec[E]:
         try:
             return kind(name)
         except ValueError:
-            raise ProtocolError(f"{name!r} is not a {kind.__name__}", about="encoding.choice", value=name) from None
+            raise ProtocolError(f"{name!r} is not a {kind.__name__}", about="encoding.choice") from None
 
     return Codec(lambda out, value: names.write(out, value.value), read)
 
@@ -210,7 +200,7 @@ def optional(item: Codec[T]) -> Codec[T | None]:
     def read(source: Reader) -> T | None:
         flag = source.take(1)[0]
         if flag > 1:
-            raise ProtocolError(f"flag {flag} is neither 0 nor 1", about="encoding.flag", value=flag)
+            raise ProtocolError(f"flag {flag} is neither 0 nor 1", about="encoding.flag")
         return item.read(source) if flag else None
 
     return Codec(write, read)
@@ -253,7 +243,7 @@ def mapping(key: Codec[Any], value: Codec[V], limit: int) -> Codec[Mapping[Any, 
         pairs = entries.read(source)
         for left, right in itertools.pairwise(pairs):
             if left[0] >= right[0]:
-                raise ProtocolError("entries are repeated or out of order", about="encoding.order", value=right[0])
+                raise ProtocolError("entries are repeated or out of order", about="encoding.order")
         return dict(pairs)
 
     return Codec(lambda out, values: entries.write(out, tuple(sorted(values.items()))), read)

@@ -196,9 +196,7 @@ def secagg(as_json: bool, out: Path | None, quick: bool, repeats: int | None, no
       python -m benchmarks secagg --json --no-sweep
     """
     if out and not out.parent.is_dir():  # before minutes of work
-        raise DataError(
-            f"cannot write {out}: {out.parent} is not a folder; choose another --out", about="--out", value=str(out)
-        )
+        raise DataError(f"cannot write {out}: {out.parent} is not a folder; choose another --out", about="--out")
     from benchmarks.secagg import compare as run
 
     work = run.QUICK if quick else run.SecAggWorkload()

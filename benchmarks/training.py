@@ -59,7 +59,7 @@ def compare(bundle: Path, trust: Path | None, base: str, work: TrainingWorkload,
     """
     manifest = _bundle(bundle, trust).base_manifest()
     if manifest.base_digest != find_base(base).digest:
-        raise ConfigError(f"the bundle {bundle} was made of another base than {base}", about="--base", value=base)
+        raise ConfigError(f"the bundle {bundle} was made of another base than {base}", about="--base")
     given = {"bundle": str(bundle), "trust": trust and str(trust), "base": base, **asdict(work)}
     sides = in_turn(ENGINES, work.repeats, lambda engine: _run(given | {"engine": engine}), note)
     ours, theirs = (sides[engine] for engine in ENGINES)

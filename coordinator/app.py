@@ -36,7 +36,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = context.run_config.get(STATE)
     if not isinstance(folder, str) or not folder:
         reason = f"the run configuration needs {STATE!r}: the coordinator's state directory"
-        raise ConfigError(reason, about=STATE, value=folder)
+        raise ConfigError(reason, about=STATE)
     state_dir = CoordinatorStateDir.open(Path(folder))
     address = context.run_config.get(GATEWAY)
     try:

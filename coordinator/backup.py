@@ -93,11 +93,7 @@ class ArchiveFile:
 
 
 def write_archive(
-    out: Path,
-    files: Sequence[ArchiveFile],
-    manifest: Callable[[str], BackupManifest],
-    key: IdentityKey,
-    report: Report,
+    out: Path, files: Sequence[ArchiveFile], manifest: Callable[[str], BackupManifest], key: IdentityKey, report: Report
 ) -> BackupManifest:
     """Write an archive, readable by its owner only, and return its manifest.
 
@@ -149,7 +145,7 @@ def extract(
         public = PublicKey.from_pem(reader.next(registryfiles.PUBLIC_KEY, MAX_PEM))
         if trusted not in (None, public):
             text = f"{archive} is of the coordinator {public.key_id}, and not of the one that was named"
-            raise TrustError(text, about=registryfiles.PUBLIC_KEY, value=public.key_id)
+            raise TrustError(text, about=registryfiles.PUBLIC_KEY)
         storage.create(folder / registryfiles.PUBLIC_KEY, public.to_pem(), storage.PUBLIC)
         manifest = BackupManifest.accept(reader.next(MANIFEST, MAX_ENVELOPE), [public])
         sums = reader.next(SUMS, LARGEST_LIST)
@@ -386,7 +382,7 @@ def _require_shared(stores: registryfiles.RegistrySettings, folder: Path) -> Non
     if not (named and scheme in OBJECT_STORES) and not Path(stores.blobs).is_absolute():
         place = stores.blobs or registryfiles.BLOBS
         text = f"the adapters are in {place}, of this machine alone: move them to a bucket or a folder that both mount"
-        raise ConfigError(f"{text}, named in {registryfiles.REGISTRY} with its whole path", about="blobs", value=place)
+        raise ConfigError(f"{text}, named in {registryfiles.REGISTRY} with its whole path", about="blobs")
 
 
 def restore(
@@ -480,14 +476,14 @@ def _require_registry(stage: Path, key: IdentityKey, manifest: BackupManifest) -
         if manifest.version is not None and (latest is None or latest.manifest.version < manifest.version):
             place = shown(registry.engine.url)
             text = f"{place} has no version {manifest.version}: it is not the database that the archive is for"
-            raise DataError(text, about="database", value=place)
+            raise DataError(text, about="database")
         if latest is not None:
             try:
                 blobs.get(latest.manifest.sha256)
             except DataError:
                 text = f"{blobs.name} does not have the newest adapter"
                 reason = f"{text}: is the folder mounted, or the bucket another one?"
-                raise DataError(reason, about="blobs", value=blobs.name) from None
+                raise DataError(reason, about="blobs") from None
 
 
 def _move(

@@ -133,7 +133,7 @@ def check_unshared(transcripts: Transcripts, task: RoundTask, layout: Layout) ->
             if kept := sorted(shared & earlier.private):
                 text = f"the method shares the part {kept[0]}, which devices kept to themselves in an earlier round, "
                 text += "and so they refuse it: set a method that does not share it, or begin a new federation"
-                raise ConfigError(text, about="method", value=kept[0])
+                raise ConfigError(text, about="method")
             if shared <= earlier.changes:
                 return
 

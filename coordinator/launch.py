@@ -74,7 +74,7 @@ class Connection:
         (run,) = self._json("list", self.name, "--run-id", run_id)["runs"]
         if run["status"] != COMPLETED:
             details = " ".join(run["status-details"].split()) or "see the log above"
-            raise EdgeAdaptError(f"run {run_id} is {run['status']}: {details}", about="run", value=run["status"])
+            raise EdgeAdaptError(f"run {run_id} is {run['status']}: {details}", about="run")
 
     def _json(self, *arguments: str) -> dict[str, Any]:
         command = [*FLWR, *arguments, "--format", "json"]

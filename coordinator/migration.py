@@ -106,7 +106,7 @@ def read_target(
     tensors, config, labels = read_seed(folder, None)
     if tuple(labels) != newest.labels:
         text = f"{folder} has other labels than version {newest.version}, or in another order: make it with phrases of "
-        raise ConfigError(f"{text}these labels, in their order", about="labels", value=list(labels))
+        raise ConfigError(f"{text}these labels, in their order", about="labels")
     manifest, blob = seed_version(tensors, config, labels, frozen.digest)
     _require_width(frozen, folder, Layout.of(tensors))
     return Target(manifest, blob, settings, rounds, margin)
@@ -118,7 +118,7 @@ def _require_width(base: Base, folder: Path, layout: Layout) -> None:
     width, head = config.get("hidden_size", 0) + config.get(LEXICAL, 0), ClassifierHead.of(layout)
     if width != head.hidden:
         text = f"{folder} is of a base with embeddings of {head.hidden} numbers, and {base.folder} gives {width}: make "
-        raise ConfigError(f"{text}it with 'edgeadapt base start' on that base", about="--peft", value=head.hidden)
+        raise ConfigError(f"{text}it with 'edgeadapt base start' on that base", about="--peft")
 
 
 def check(state_dir: CoordinatorStateDir, to: Target) -> None:
@@ -132,7 +132,7 @@ def check(state_dir: CoordinatorStateDir, to: Target) -> None:
         raise ConfigError(f"{text}and compare releases with 'edgeadapt coordinator evaluate'", about="privacy")
     if Part.HEAD in METHODS[settings.method].private or Part.HEAD not in METHODS[settings.method].shared:
         text = f"method {settings.method} keeps heads on the devices, and a migration fits one to a sum: "
-        raise ConfigError(f"{text}set another method", about="method", value=settings.method)
+        raise ConfigError(f"{text}set another method", about="method")
     settings.task(to.manifest)  # its method may not train such an adapter
     with_rounds(settings, 0, 1, analytic=True)  # groups have no analytic head
     begun = _begun(state_dir.registry, to.manifest.base_digest)
@@ -141,7 +141,7 @@ def check(state_dir: CoordinatorStateDir, to: Target) -> None:
     used = {version.manifest.sha256 for version in state_dir.registry.versions()}
     if not begun and to.manifest.sha256 in used:
         text = "devices have trained from this first adapter before, and do not begin with it again: make another one "
-        raise ConfigError(f"{text}with 'edgeadapt base start --seed'", about="--peft", value=to.manifest.sha256)
+        raise ConfigError(f"{text}with 'edgeadapt base start --seed'", about="--peft")
 
 
 def migrate(leader: CoordinatorStateDir, grid: Grid, to: Target) -> Iterator[MigrationRound]:
@@ -229,7 +229,7 @@ def _rounds(
         yield MigrationRound(step, record, len([*grid.get_node_ids()]))
         if record.aborted:
             text = f"round {record.round}, {step.value}, was aborted: {record.aborted}"
-            raise EdgeAdaptError(f"{text}; repeat the command to go on", about="round", value=record.round)
+            raise EdgeAdaptError(f"{text}; repeat the command to go on", about="round")
 
 
 def _publish(leader: CoordinatorStateDir, newest: VersionManifest, manifest: VersionManifest, blob: bytes) -> None:

@@ -441,7 +441,7 @@ def _require_same_terms(last: LastSum, task: RoundTask, adapter: StoredAdapter, 
                 why, until = "hardly moved the adapter", "moved it"
             text = f"{name} is {now[name]}, and the last sum before adapter {adapter.manifest.version}, with {before}, "
             text += f"{why}: set it back to {before} until a round has {until}"
-            raise ConfigError(text, about=name, value=now[name])
+            raise ConfigError(text, about=name)
 
 
 def _signatures(state: Confirming, silent: Collection[str]) -> bool:
@@ -521,7 +521,7 @@ def _require_budget(account: Account, session: Established, leader: CoordinatorS
     if epsilon > limit * (1 + SLACK):
         text = f"after {account.noisy} sums, another could spend an epsilon of {epsilon:.3f}, above {limit:g}: the "
         text += "federation ends here, or raise privacy.epsilon, which devices may refuse"
-        raise ConfigError(text, about="privacy.epsilon", value=limit)
+        raise ConfigError(text, about="privacy.epsilon")
 
 
 def _warn_of_limits(task: RoundTask) -> None:

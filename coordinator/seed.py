@@ -42,11 +42,11 @@ def publish_first(
         if (latest := state_dir.registry.latest()) is not None:
             text = f"{state_dir.folder} has version {latest.manifest.version} already: the first adapter is published "
             text += "once"
-            raise ConfigError(text, about="version", value=latest.manifest.version)
+            raise ConfigError(text, about="version")
         frozen = with_task(find_base(base), task)
         if task != CLASSIFICATION and state_dir.settings.analytic.rounds:
             reason = f"the analytic head is of classification, and the task is {task!r}: set analytic.rounds to 0"
-            raise ConfigError(reason, about="analytic.rounds", value=state_dir.settings.analytic.rounds)
+            raise ConfigError(reason, about="analytic.rounds")
         if isinstance(frozen, OwnModel) != (folder is None):
             reason = "name --peft FOLDER, except for a model with its own training loop, which has none"
             raise ConfigError(reason, about="--peft")
@@ -137,7 +137,6 @@ def _require_classifier(
             "devices train the layers of an encoder and a linear head over the mean of its tokens, and the adapter has "
             "others: make it with 'edgeadapt base start'",
             about=HEAD,
-            value=sorted(heads),
         )
     rows = heads[HEAD]["weight"][0]
     if len(set(labels)) != len(labels) or len(labels) != rows:

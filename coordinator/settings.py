@@ -121,7 +121,7 @@ class Aggregation(Settings):
         honest = smallest - graph.count_of(devices, self.corrupt_fraction)
         if noise and honest < 1:
             text = f"a sum of {smallest} devices has no honest one: lower corrupt_fraction"
-            raise ConfigError(text, about="aggregation.corrupt_fraction", value=self.corrupt_fraction)
+            raise ConfigError(text, about="aggregation.corrupt_fraction")
         norm, cap = clip_norm or self.clip_norm, 1 if noise else self.weight_cap
         deviation = noise.noise_multiplier * norm / math.sqrt(honest) if noise else 0.0
         bounds = Bounds(norm, cap, self.ring_bits, devices, deviation)
@@ -161,7 +161,7 @@ class Aggregation(Settings):
             corrupt = graph.count_of(devices, self.corrupt_fraction)
             text = f"{self.groups} groups of {devices} devices have {size} each, and a sum needs {minimum}, because "
             text += f"{corrupt} may be corrupt: take at most {devices // minimum} groups, or more devices"
-            raise ConfigError(text, about="aggregation.groups", value=self.groups)
+            raise ConfigError(text, about="aggregation.groups")
         return Grouping(self.groups, minimum)
 
     def _group_minimum(self, devices: int) -> int:
@@ -188,7 +188,7 @@ class Aggregation(Settings):
             if graph.left_over(devices, corrupt, *chosen, count) >= graph.demanded(devices):
                 return count
         reason = f"sums of {devices} devices could be combined to a few of them: lower corrupt_fraction"
-        raise ConfigError(reason, about="aggregation.corrupt_fraction", value=self.corrupt_fraction)
+        raise ConfigError(reason, about="aggregation.corrupt_fraction")
 
     def masking_graph(self, devices: int) -> GraphParameters:
         """Choose the neighbors of a device and the shares that reconstruct its secrets, in a cohort of ``devices``.
@@ -211,7 +211,7 @@ class Aggregation(Settings):
                 return parameters
         reason = f"no graph on {devices} devices is secure against {corrupt} corrupt devices and {gone} dropouts: "
         reason += "lower corrupt_fraction or dropout_fraction"
-        raise ConfigError(reason, about="aggregation.corrupt_fraction", value=self.corrupt_fraction)
+        raise ConfigError(reason, about="aggregation.corrupt_fraction")
 
 
 class Server(Settings):

@@ -116,7 +116,7 @@ def require_moving(status: dict[str, Any], patience: float) -> None:
     is in progress. Raises StuckError."""
     run = status["run"]
     if run["waited"] > patience:
-        raise StuckError(f"the fleet is stuck: it {next(runstate.lines(run))}", about="run.waited", value=run["waited"])
+        raise StuckError(f"the fleet is stuck: it {next(runstate.lines(run))}", about="run.waited")
 
 
 SUSPICIOUS = 0.01  # probability

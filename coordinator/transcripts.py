@@ -49,13 +49,7 @@ from aggregation.transcript.logstate import MAX_SESSIONS, receipts, session_chai
 from coordinator.registry import Head, TranscriptTable
 from edgeadapt.auditing import Problem, checkpoints, history
 from edgeadapt.auditing.history import History
-from edgeadapt.auditing.transcripts import (
-    VECTORS,
-    log_name,
-    log_number,
-    logs,
-    vector_path,
-)
+from edgeadapt.auditing.transcripts import VECTORS, log_name, log_number, logs, vector_path
 from edgeadapt.formats import storage
 from edgeadapt.formats.registryfiles import AUTHORITY, PUBLIC_KEY, REVOKED
 from edgeadapt.formats.roundrecord import INTERRUPTED, RoundRecord

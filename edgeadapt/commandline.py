@@ -148,11 +148,7 @@ class LazyGroup(HelpfulGroup):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        table: Mapping[str, Row],
-        sections: Mapping[str, Sequence[str]] | None = None,
-        **kwargs: Any,
+        self, *args: Any, table: Mapping[str, Row], sections: Mapping[str, Sequence[str]] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **{"context_settings": HELP_OPTIONS, **kwargs})
         self._table = table

@@ -51,7 +51,7 @@ class Extensions(Generic[T]):
             try:
                 self.require(name)
             except ValueError as error:
-                raise ConfigError(str(error), about=self._about, value=name) from None
+                raise ConfigError(str(error), about=self._about) from None
             self._known[name] = self._load(name)
         return self._known[name]
 
@@ -75,7 +75,7 @@ class Extensions(Generic[T]):
             item: T = first.load()
         except Exception as error:  # of a package of others
             reason = f"the {self.what} {name!r} ({first.value}) cannot be imported: {error}"
-            raise ConfigError(reason, about=self._about, value=name) from error
+            raise ConfigError(reason, about=self._about) from error
         self._check(name, item)
         return item
 

@@ -87,7 +87,7 @@ def exporting(service: str) -> Iterator[None]:
         from edgeadapt.traceexport import Tracing
     except ModuleNotFoundError as error:
         text = "OTEL_EXPORTER_OTLP_ENDPOINT asks for traces, which are not installed: pip install 'edgeadapt[traces]', "
-        raise ConfigError(f"{text}or set OTEL_SDK_DISABLED=true", about="traces", value=error.name) from error
+        raise ConfigError(f"{text}or set OTEL_SDK_DISABLED=true", about="traces") from error
     _tracing = Tracing.start(service)
     tracing = _tracing
     try:
@@ -109,7 +109,7 @@ def is_wanted() -> bool:
         raise ConfigError(f"OTEL_TRACES_EXPORTER is {exporter}: choose otlp or none", about="OTEL_TRACES_EXPORTER")
     protocol = next((each for each in PROTOCOLS if os.environ.get(each)), None)  # the special one goes first
     if protocol is not None and (stated := os.environ[protocol]) != PROTOCOL:
-        raise ConfigError(f"{protocol} is {stated}: choose {PROTOCOL}", about=protocol, value=stated)
+        raise ConfigError(f"{protocol} is {stated}: choose {PROTOCOL}", about=protocol)
     try:
         url = urlsplit(os.environ[name])
         usable = url.scheme in ("http", "https") and url.hostname is not None and url.port != 0

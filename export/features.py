@@ -65,7 +65,7 @@ def with_lexical_features(base: Base, size: int, out: Path) -> Base:
     """
     if size % 8 or not 0 < size <= MOST_LEXICAL:
         reason = f"{size} lexical features: the number is a multiple of 8, up to {MOST_LEXICAL}"
-        raise ConfigError(reason, about="--size", value=size)
+        raise ConfigError(reason, about="--size")
     if has_own_head(base):
         reason = "this base has a classification head of its own, which reads no lexical features: take an encoder"
         raise ConfigError(reason, about="base")

@@ -71,11 +71,10 @@ def merge(base: Base, folder: Path, out: Path) -> Merge:
         raise ConfigError(
             f"adapters of the type {kind[:40]!r} cannot be merged into a base; peft merges {', '.join(sorted(MERGED))}",
             about="peft_type",
-            value=kind,
         )
     if kind not in PeftType.__members__:
         reason = f"the installed peft {peft_version} does not know adapters of the type {kind}: pip install -U peft"
-        raise ConfigError(reason, about="peft", value=peft_version)
+        raise ConfigError(reason, about="peft")
     check_numbers(settings)
     if settings.get("megatron_config"):  # peft would import a module that the file names
         raise ConfigError("the adapter is for Megatron, which is not supported", about="megatron_config")
@@ -104,7 +103,6 @@ def merge(base: Base, folder: Path, out: Path) -> Merge:
             raise ConfigError(
                 f"the merged base does not give peft's logits (off by {error:.0e} of the largest); it is not written",
                 about="logits",
-                value=error,
             )
     return Merge(find_base(str(out)), kind, note["sha256"], error, out / HEAD if labels is not None else None)
 
@@ -148,7 +146,6 @@ def _resize(model: Any, shapes: Shapes, folder: Path) -> bool:
             f"the adapter brings tables of {', '.join(map(str, sorted(brought)))} tokens, the base has {rows}: put the "
             "tokenizer of its training (tokenizer.json) into its folder",
             about="tokenizer.json",
-            value=sorted(brought),
         )
     model.resize_token_embeddings(brought.pop(), mean_resizing=False)
     with torch.no_grad():
@@ -185,7 +182,7 @@ def _opened(inner: nn.Module, folder: Path, shapes: Shapes) -> PeftModel:
     if odd := sorted(missing | (set(loaded.unexpected_keys) - copies)):
         path = odd[0].removeprefix(PEFT_PREFIX)[:200]
         reason = f"the adapter in {folder} is of another base, or damaged: {path!r} has no counterpart"
-        raise ConfigError(reason, about="--peft", value=odd)
+        raise ConfigError(reason, about="--peft")
     return model
 
 

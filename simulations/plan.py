@@ -162,7 +162,7 @@ class SuiteSettings(Settings):
         """Return the suite with some of its arms, and their comparisons. Raises ConfigError if one is missing."""
         if odd := [name for name in names if name not in self.arms]:
             text = f"there is no arm {odd[0]!r}; the arms are {', '.join(self.arms)}"
-            raise ConfigError(text, about="--arm", value=odd[0])
+            raise ConfigError(text, about="--arm")
         table = self.model_dump(mode="json")
         return self.parse(
             table

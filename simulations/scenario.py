@@ -274,7 +274,7 @@ def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
         return Scenario.read(path, overrides).located(path.parent)
     if not path.exists():
         text = f"there is no file or folder {path}; 'edgeadapt simulate look' lists what is shipped"
-        raise ConfigError(text, about="SCENARIO", value=str(path))
+        raise ConfigError(text, about="SCENARIO")
     name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:64] or "texts"
     texts = f"data.files={toml_value([str(path.absolute())])}"
     return Scenario.read(SCENARIOS / OWN_TEXTS, (f'name="{name}"', texts, *overrides)).located(Path())

@@ -36,7 +36,6 @@ class Authority:
             raise ConfigError(
                 f"an authority's name has 1 to {MAX_NAME} bytes: choose another one than {name[:MAX_NAME]!r}",
                 about="authority.name",
-                value=name[:MAX_NAME],
             )
         key = IdentityKey.generate(entropy)
         serial = _serial(name, name, key.public, not_before, not_after)
@@ -135,7 +134,7 @@ def _builder(
 ) -> x509.CertificateBuilder:
     if not not_before < not_after:
         text = f"certificate of {subject} would end before it begins"
-        raise ConfigError(text, about="certificate.validity", value=subject)
+        raise ConfigError(text, about="certificate.validity")
     return (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))

@@ -41,7 +41,7 @@ def require_device_id(name: str) -> str:
     dashes, underscores, beginning and ending with a letter or digit: some file systems drop a dot at the end."""
     if not is_device_id(name):
         text = f"device id {name[:64]!r} does not match {DEVICE_ID}"
-        raise ConfigError(text, about="device.id", value=name[:64])
+        raise ConfigError(text, about="device.id")
     return name
 
 
@@ -50,7 +50,7 @@ def load(der: bytes) -> x509.Certificate:
     """Parse a certificate, whoever issued it. Raises TrustError: not a certificate, or too large."""
     if len(der) > MAX_CERTIFICATE:
         text = f"certificate of {len(der)} bytes is over the limit of {MAX_CERTIFICATE}"
-        raise TrustError(text, about="certificate.size", value=len(der))
+        raise TrustError(text, about="certificate.size")
     try:
         return x509.load_der_x509_certificate(der)
     except (ValueError, x509.InvalidVersion):
@@ -80,7 +80,7 @@ def constraints(of: x509.Certificate | x509.CertificateSigningRequest, what: str
             elif extension.critical:
                 oid = extension.oid.dotted_string
                 text = f"{what} has the critical extension {oid}, which is not supported"
-                raise TrustError(text, about=f"{what}.extension", value=oid)
+                raise TrustError(text, about=f"{what}.extension")
     except (ValueError, x509.DuplicateExtension):
         text = f"{what} has an extension twice, or one that is not readable"
         raise TrustError(text, about=f"{what}.extension") from None
@@ -95,7 +95,7 @@ def subject(certificate: x509.Certificate) -> str:
         raise TrustError("certificate has no readable name", about="certificate.common-name") from None
     if len(names) != 1 or not isinstance(names[0].value, str):
         text = "certificate must have exactly one common name"
-        raise TrustError(text, about="certificate.common-name", value=len(names))
+        raise TrustError(text, about="certificate.common-name")
     return names[0].value
 
 
@@ -107,7 +107,7 @@ def identity(certificate: x509.Certificate) -> PublicKey:
         raise TrustError("certificate has no readable key", about="certificate.key") from None
     if not isinstance(key, Ed25519PublicKey):
         kind = type(key).__name__
-        raise TrustError(f"certificate has a {kind}, not an Ed25519 key", about="certificate.key", value=kind)
+        raise TrustError(f"certificate has a {kind}, not an Ed25519 key", about="certificate.key")
     return PublicKey(key.public_bytes_raw())
 
 
@@ -120,7 +120,7 @@ def to_der(raw: bytes) -> bytes:
     a certificate, or too large."""
     if len(raw) > 2 * MAX_CERTIFICATE:  # PEM has four characters for three bytes
         text = f"certificate of {len(raw)} bytes is over the limit of {MAX_CERTIFICATE}"
-        raise TrustError(text, about="certificate.size", value=len(raw))
+        raise TrustError(text, about="certificate.size")
     try:
         pem = raw.lstrip().startswith(_PEM)
         found = x509.load_pem_x509_certificate(raw) if pem else x509.load_der_x509_certificate(raw)
@@ -157,10 +157,10 @@ def _certified(root: bytes, der: bytes) -> tuple[str, PublicKey]:
     device_id, key = subject(certificate), identity(certificate)
     if not is_device_id(device_id):
         text = f"certified name {device_id[:64]!r} is not a device id"
-        raise TrustError(text, about="certificate.common-name", value=device_id[:64])
+        raise TrustError(text, about="certificate.common-name")
     if key == identity(authority):
         text = f"certificate of {device_id} has the authority's own key"
-        raise TrustError(text, about="certificate.key", value=device_id)
+        raise TrustError(text, about="certificate.key")
     return device_id, key
 
 
@@ -180,11 +180,11 @@ class Root:
         device_id, key = _certified(self.der, der)
         certificate, authority = load(der), load(self.der)
         if self.revoked is not None and certificate.serial_number in self.revoked.revoked:
-            raise TrustError(f"certificate of {device_id} is revoked", about="certificate.revoked", value=device_id)
+            raise TrustError(f"certificate of {device_id} is revoked", about="certificate.revoked")
         for holder, each in ((device_id, certificate), ("the authority", authority)):
             if at is not None and not each.not_valid_before_utc <= at <= each.not_valid_after_utc:
                 text = f"certificate of {holder} is not valid at {at:%Y-%m-%d %H:%M}"
-                raise TrustError(text, about="certificate.validity", value=holder)
+                raise TrustError(text, about="certificate.validity")
         return device_id, key
 
     @property

@@ -27,7 +27,7 @@ _SMALL_ORDER = frozenset({0, 1, _FIELD - 1, _ORDER_8, _FIELD - _ORDER_8})
 def _framed(tag: str, body: bytes) -> bytes:
     raw = tag.encode("ascii")
     if not 0 < len(raw) < 256:
-        raise ConfigError(f"signature tag {tag[:40]!r} must have 1 to 255 characters", about="signature.tag", value=tag)
+        raise ConfigError(f"signature tag {tag[:40]!r} must have 1 to 255 characters", about="signature.tag")
     return _FRAME + bytes([len(raw)]) + raw + body
 
 
@@ -45,14 +45,14 @@ class PublicKey:
     def __post_init__(self) -> None:
         if len(self.raw) != KEY:
             text = f"an Ed25519 public key has {KEY} bytes, not {len(self.raw)}"
-            raise TrustError(text, about="key.length", value=len(self.raw))
+            raise TrustError(text, about="key.length")
         y = int.from_bytes(self.raw, "little") % 2**255  # without the sign of x
         if y >= _FIELD:
             text = "an Ed25519 key in an encoding that RFC 8032 does not allow: generate another one"
-            raise TrustError(text, about="key.encoding", value=self.raw.hex())
+            raise TrustError(text, about="key.encoding")
         if y in _SMALL_ORDER:
             text = "a point of small order is not an Ed25519 key, since anyone can sign for it: generate another one"
-            raise TrustError(text, about="key.small-order", value=self.raw.hex())
+            raise TrustError(text, about="key.small-order")
 
     @property
     def key_id(self) -> str:
@@ -65,7 +65,7 @@ class PublicKey:
             Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, _framed(tag, body))
         except (InvalidSignature, ValueError):
             text = f"signature of {self.key_id} on {tag!r} is not valid"
-            raise TrustError(text, about="signature", value=tag) from None
+            raise TrustError(text, about="signature") from None
 
     def to_pem(self) -> bytes:
         return Ed25519PublicKey.from_public_bytes(self.raw).public_bytes(
@@ -81,7 +81,7 @@ class PublicKey:
             raise TrustError("not a public key in PEM form", about="key.pem") from None
         if not isinstance(key, Ed25519PublicKey):
             kind = type(key).__name__
-            raise TrustError(f"expected an Ed25519 public key, got {kind}", about="key.type", value=kind)
+            raise TrustError(f"expected an Ed25519 public key, got {kind}", about="key.type")
         return cls(key.public_bytes_raw())
 
 
@@ -95,7 +95,7 @@ class IdentityKey:
     def __post_init__(self) -> None:
         if len(self.raw) != KEY:
             text = f"an Ed25519 private key has {KEY} bytes, not {len(self.raw)}"
-            raise TrustError(text, about="key.length", value=len(self.raw))
+            raise TrustError(text, about="key.length")
         object.__setattr__(self, "_key", Ed25519PrivateKey.from_private_bytes(self.raw))
 
     @classmethod
@@ -129,5 +129,5 @@ class IdentityKey:
             raise TrustError("not an unencrypted private key in PEM form", about="key.pem") from None
         if not isinstance(key, Ed25519PrivateKey):
             kind = type(key).__name__
-            raise TrustError(f"expected an Ed25519 private key, got {kind}", about="key.type", value=kind)
+            raise TrustError(f"expected an Ed25519 private key, got {kind}", about="key.type")
         return cls(key.private_bytes_raw())

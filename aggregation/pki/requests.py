@@ -34,7 +34,7 @@ def read_request(raw: bytes) -> tuple[str, PublicKey]:
     name, key = parsed(raw)
     if not isinstance(key, Ed25519PublicKey):
         kind = type(key).__name__
-        raise TrustError(f"the request is for a {kind}, not an Ed25519 key", about="request.key", value=kind)
+        raise TrustError(f"the request is for a {kind}, not an Ed25519 key", about="request.key")
     return name, PublicKey(key.public_bytes_raw())
 
 
@@ -56,5 +56,5 @@ def parsed(raw: bytes) -> tuple[str, CertificatePublicKeyTypes]:
         raise TrustError("the request is for an authority's certificate", about="request.basic-constraints")
     if len(names) != 1 or not is_device_id(names[0]):
         text = "the request does not name one device in its common name"
-        raise TrustError(text, about="request.common-name", value=names)
+        raise TrustError(text, about="request.common-name")
     return names[0], key

@@ -81,7 +81,7 @@ def read_tls_request(raw: bytes) -> tuple[str, TlsPublicKey]:
     name, key = parsed(raw)
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         kind = type(key).__name__
-        raise TrustError(f"the request is for a {kind}, not a P-256 key", about="request.key", value=kind)
+        raise TrustError(f"the request is for a {kind}, not a P-256 key", about="request.key")
     info = serialization.PublicFormat.SubjectPublicKeyInfo
     return name, TlsPublicKey(key.public_bytes(serialization.Encoding.DER, info))
 
@@ -110,18 +110,18 @@ def verify_tls(root: Root, der: bytes, at: datetime) -> str:
         raise TrustError("the TLS certificate is an authority's", about="tls.basic-constraints")
     name = subject(certificate)
     if not is_device_id(name):
-        raise TrustError(f"certified name {name[:64]!r} is not a device id", about="tls.common-name", value=name[:64])
+        raise TrustError(f"certified name {name[:64]!r} is not a device id", about="tls.common-name")
     try:
         usages = tuple(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
         key = certificate.public_key()
     except (ValueError, UnsupportedAlgorithm, x509.ExtensionNotFound):
-        raise TrustError(f"certificate of {name} is not for TLS", about="tls.usage", value=name) from None
+        raise TrustError(f"certificate of {name} is not for TLS", about="tls.usage") from None
     if usages != (ExtendedKeyUsageOID.SERVER_AUTH,):
-        raise TrustError(f"TLS certificate of {name} is not for a gateway", about="tls.usage", value=name)
+        raise TrustError(f"TLS certificate of {name} is not for a gateway", about="tls.usage")
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise TrustError(f"TLS certificate of {name} has no P-256 key", about="tls.key", value=name)
+        raise TrustError(f"TLS certificate of {name} has no P-256 key", about="tls.key")
     if root.revoked is not None and certificate.serial_number in root.revoked.revoked:
-        raise TrustError(f"TLS certificate of {name} is revoked", about="tls.revoked", value=name)
+        raise TrustError(f"TLS certificate of {name} is revoked", about="tls.revoked")
     if not certificate.not_valid_before_utc <= at <= min(certificate.not_valid_after_utc, root.not_after):
         raise TrustError(f"TLS certificate of {name} is not valid at {at:%Y-%m-%d %H:%M}", about="tls.validity")
     return name
@@ -148,4 +148,4 @@ def _host(host: str) -> x509.GeneralName:
         return x509.DNSName(require_device_id(host))
     except (ConfigError, ValueError):
         text = f"{host[:64]!r} is neither the name of a host nor an IP address"
-        raise ConfigError(text, about="tls.hosts", value=host[:64]) from None
+        raise ConfigError(text, about="tls.hosts") from None

@@ -59,7 +59,7 @@ class NoisySum:
         check_fields(self, "sum.", [(n, 0 < getattr(self, n) < math.inf, "above 0 and finite") for n in names])
         if self.mechanism is Mechanism.DISCRETE_GAUSSIAN and self.variance < 0.25:
             text = f"discrete Gaussian noise of variance {self.variance:g} is below 1/4 squared steps: take finer steps"
-            raise ConfigError(text, about="sum.variance", value=self.variance)
+            raise ConfigError(text, about="sum.variance")
 
     def curve(self) -> Curve:
         """The Rényi divergence of each of ``ORDERS`` between the sums of neighbors, an upper bound.
@@ -103,7 +103,7 @@ class Spent:
     def __post_init__(self) -> None:
         if len(self.curve) != len(ORDERS) or not all(0 <= value < math.inf for value in self.curve):
             text = f"a privacy account has {len(ORDERS)} finite numbers, none below 0"
-            raise ConfigError(text, about="spent.curve", value=len(self.curve))
+            raise ConfigError(text, about="spent.curve")
 
     @classmethod
     def on(cls, sums: Iterable[NoisySum]) -> "Spent":
@@ -134,7 +134,7 @@ class Spent:
         ``delta``: between 0 and 1, both excluded. Raises ConfigError: ``delta`` is out of range.
         """
         if not 0 < delta < 1:
-            raise ConfigError(f"delta {delta} is not between 0 and 1", about="delta", value=delta)
+            raise ConfigError(f"delta {delta} is not between 0 and 1", about="delta")
         if not any(self.curve):
             return 0.0
         rest = math.log(delta * (1 - _RESERVE))
@@ -166,7 +166,7 @@ def calibrated(epsilon: Callable[[float], float], target: float) -> float:
         low, high = high, 2 * high
         if high > 2**20:
             text = f"no noise meets an epsilon of {target:g}: allow more, or fewer rounds"
-            raise ConfigError(text, about="privacy.epsilon", value=target)
+            raise ConfigError(text, about="privacy.epsilon")
     while high - low > _SEARCH * high:
         middle = (low + high) / 2
         low, high = (low, middle) if epsilon(middle) <= target else (middle, high)

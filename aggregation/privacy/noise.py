@@ -111,7 +111,7 @@ def table(mechanism: Mechanism, variance: float) -> Table:
     """
     if not 0 < variance <= MAX_DEVIATION**2:
         text = f"noise with a variance of {variance:g} squared steps is not between 0 and {MAX_DEVIATION}² of them"
-        raise ConfigError(text, about="noise.variance", value=variance)
+        raise ConfigError(text, about="noise.variance")
     last = math.ceil(reach(variance, _TAIL)) + 1
     weights = skellam_weights if mechanism is Mechanism.SKELLAM else gaussian_weights
     return Table.of(weights(Fraction(variance), last))

@@ -37,7 +37,7 @@ def norm_squared(norm: float, size: int) -> int:
     (1006409, 2)
     """
     if not 0 < norm <= _LONGEST:
-        raise ConfigError(f"a norm of {norm:g} steps is not between 0 and 2^30", about="norm", value=norm)
+        raise ConfigError(f"a norm of {norm:g} steps is not between 0 and 2^30", about="norm")
     root = math.sqrt(size)
     expected = norm**2 + size / 4 + _REPEATED * (norm + root / 2)
     return math.floor(min(expected, (norm + root) ** 2))
@@ -60,7 +60,7 @@ def round_within(
     length = float(np.linalg.norm(steps))
     if not length <= norm * (1 + _SLACK):
         text = f"a vector of length {length:g} steps is longer than its bound of {norm:g}"
-        raise DataError(text, about="norm", value=length)
+        raise DataError(text, about="norm")
     longest = norm_squared(norm, steps.size)
     while int(np.dot(found := rounded(), found)) > longest:
         pass

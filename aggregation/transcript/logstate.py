@@ -155,7 +155,7 @@ class LogState:
         """Check that the plan distributes the newest adapter that the log names. Raises ProtocolError."""
         if (plan.adapter_version, plan.adapter_digest) != self.newest:
             text = f"adapter {plan.adapter_version} of the plan is not the newest one in the log, {self.version}"
-            raise refused(text, "plan.adapter", plan.adapter_version)
+            raise refused(text, "plan.adapter")
 
     def require_new(self, offer: bytes) -> None:
         """Check that an offer is not the one that the device joined last. Raises ProtocolError."""
@@ -256,10 +256,10 @@ def check_adapter(state: LogState, endings: Iterable[Result | Abort], checkpoint
         if isinstance(result, Result) and result.version == version + 1:
             version, adapter = result.produced
         elif isinstance(result, Result) and result.version == version and result.adapter != adapter:
-            raise refused(f"the log has two results for adapter {version}", "receipt.adapter", version)
+            raise refused(f"the log has two results for adapter {version}", "receipt.adapter")
     if checkpoint.newest != (version, adapter):
         text = f"the log names adapter {checkpoint.version} as its newest, its results show {version}"
-        raise refused(text, "receipt.adapter", checkpoint.version)
+        raise refused(text, "receipt.adapter")
 
 
 def _endings(coordinator: PublicKey, receipt: Receipt, checkpoint: Checkpoint) -> list[Result | Abort]:

@@ -122,9 +122,7 @@ def verify_inclusion(root: bytes, size: int, index: int, entry: bytes, path: Seq
     """Check that ``path`` proves that ``entry`` is leaf ``index`` of the tree of ``size`` leaves with this root.
     Source: RFC 9162, section 2.1.3.2. Raises TrustError."""
     problem = TrustError(
-        f"the proof does not show that entry {index} is in the log of {size} entries",
-        about="log.inclusion",
-        value=index,
+        f"the proof does not show that entry {index} is in the log of {size} entries", about="log.inclusion"
     )
     if not 0 <= index < size:
         raise problem
@@ -149,7 +147,6 @@ def verify_consistency(old_root: bytes, old: int, root: bytes, size: int, path: 
     problem = TrustError(
         f"the proof does not show that the log of {size} entries begins with the {old} entries seen before",
         about="log.consistency",
-        value=old,
     )
     if not 0 < old <= size:
         raise problem

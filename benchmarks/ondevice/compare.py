@@ -67,7 +67,7 @@ def profiles(listed: str | None) -> list[Profile]:
     names = list(Profile) if listed is None else [name.strip() for name in listed.split(",")]
     if unknown := [name for name in names if name not in list(Profile)]:
         text = f"--profiles {unknown[0]!r} is unknown: choose from {', '.join(Profile)}"
-        raise ConfigError(text, about="--profiles", value=unknown[0])
+        raise ConfigError(text, about="--profiles")
     return [Profile(name) for name in names]
 
 

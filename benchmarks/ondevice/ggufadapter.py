@@ -65,4 +65,4 @@ def _parts(name: str) -> tuple[str, str, str]:
         if name.endswith(ending) and layer and layer[2] in MODULES:
             return layer[1], MODULES[layer[2]], part
     text = f"llama.cpp's adapters cannot change the layer of tensor {name!r}; train other target modules"
-    raise DataError(text, about="tensors", value=name)
+    raise DataError(text, about="tensors")

@@ -146,7 +146,7 @@ def _while_running(bundle: Path, tenants: int, processes: int, read: Callable[[i
             assert process.stdout is not None  # noqa: S101
             if process.stdout.readline() != "ready\n":
                 reason = f"a process with {tenants} adapters has ended; its own message is above"
-                raise ConfigError(reason, about="tenants", value=tenants)
+                raise ConfigError(reason, about="tenants")
         found = [read(process.pid) for process in running]
         for process in running:
             process.communicate()

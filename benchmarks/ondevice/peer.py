@@ -32,7 +32,7 @@ class LlamaCppEngine:
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
-            raise DataError(f"llama.cpp cannot load {model}", about="model", value=str(model))
+            raise DataError(f"llama.cpp cannot load {model}", about="model")
         self._context = llama_cpp.llama_init_from_model(self._model, _settings(threads, context))
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._adapters = [self._load(path) for path in adapters]
@@ -74,11 +74,11 @@ class LlamaCppEngine:
 
     def _run(self, batch: object) -> None:
         if code := llama_cpp.llama_decode(self._context, batch):
-            raise DataError(f"llama.cpp failed with code {code}", about="llama_decode", value=code)
+            raise DataError(f"llama.cpp failed with code {code}", about="llama_decode")
 
     def _load(self, path: Path) -> object:
         if not (adapter := llama_cpp.llama_adapter_lora_init(self._model, str(path).encode())):
-            raise DataError(f"llama.cpp cannot load the adapter {path}", about="adapter", value=str(path))
+            raise DataError(f"llama.cpp cannot load the adapter {path}", about="adapter")
         return adapter
 
 

@@ -181,7 +181,7 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         text = f"cannot write to {folder}: {error.strerror}; choose another --out"
-        raise DataError(text, about="--out", value=str(folder)) from None
+        raise DataError(text, about="--out") from None
 
 
 def figure(found: Figures) -> Any:

@@ -397,6 +397,4 @@ def draw(sweep: Figures, path: Path) -> None:
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror}; choose another --out", about="--out", value=str(path)
-        ) from None
+        raise DataError(f"cannot write {path}: {error.strerror}; choose another --out", about="--out") from None

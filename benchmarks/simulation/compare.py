@@ -100,7 +100,7 @@ def _run(engine: str, fleet: Path, row: Work) -> dict[str, Any]:
             out, err = run.communicate()
     if run.returncode:
         last = err.strip().splitlines()[-1:] or ["no message"]
-        raise EdgeAdaptError(f"the run on the engine {engine} failed: {last[0]}", about="bench", value=engine)
+        raise EdgeAdaptError(f"the run on the engine {engine} failed: {last[0]}", about="bench")
     found = json.loads(out)
     if found["survivors"] != [row.clients] * row.rounds:
         raise EdgeAdaptError(f"devices dropped out on the engine {engine}: {found['survivors']}", about="bench")

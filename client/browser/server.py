@@ -82,7 +82,7 @@ class Site:
         installed; DataError: there is no bundle; TrustError: there are no pinned keys, or they are in the bundle.
         """
         if not (bundle / BASE_MANIFEST).is_file():
-            raise DataError(f"{bundle} is not a bundle: it has no base", about="bundle", value=str(bundle))
+            raise DataError(f"{bundle} is not a bundle: it has no base", about="bundle")
         Trust.open(bundle, trust)
         page = {path.relative_to(WEB).as_posix(): path for pattern in PAGE for path in WEB.glob(pattern)}
         page |= {name: _library(path) for name, path in VENDOR.items()}
@@ -95,7 +95,7 @@ class Site:
         for name, url in (("gateway", gateway), ("enrolment", enrolment)):
             if url and not ADDRESS.fullmatch(url):
                 text = f"{url} is not an address to connect to: wss://HOST:PORT, or ws://127.0.0.1:PORT on this machine"
-                raise ConfigError(text, about=f"--{name}", value=url)
+                raise ConfigError(text, about=f"--{name}")
         if enrolment and not gateway:
             raise ConfigError("--enrolment goes with --gateway, where the device takes part", about="--enrolment")
         return cls(page, real(bundle), gateway, enrolment)
@@ -146,7 +146,7 @@ class Site:
                     _write(stage / path, self.find(path))
         except OSError as error:
             reason = f"cannot write {out} ({error.strerror}); name another folder"
-            raise ConfigError(reason, about="--export", value=str(out)) from error
+            raise ConfigError(reason, about="--export") from error
 
 
 def http_server(site: Site, host: str, port: int) -> ThreadingHTTPServer:
@@ -159,7 +159,7 @@ def http_server(site: Site, host: str, port: int) -> ThreadingHTTPServer:
         return _Server((host, port), handler)
     except OSError as error:
         reason = f"cannot serve at {host}:{port} ({error.strerror}); choose another --host or --port"
-        raise ConfigError(reason, about="--port", value=port) from error
+        raise ConfigError(reason, about="--port") from error
 
 
 class _Server(ThreadingHTTPServer):

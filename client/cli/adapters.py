@@ -33,7 +33,7 @@ def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
             click.echo(_described(adapter))
     if refused := [adapter["name"] for adapter in rows if "refused" in adapter]:
         reason = f"{len(refused)} of {len(rows)} adapters failed verification: {', '.join(refused)}; copy them again"
-        raise DataError(reason, about="bundle.adapters", value=refused)
+        raise DataError(reason, about="bundle.adapters")
 
 
 def _verified(library: Library, name: str) -> dict[str, Any]:

@@ -37,16 +37,11 @@ LONGEST = 2**16  # bytes of a certificate or key
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of device.toml; may be repeated.")
 @click.option("--certificate", type=commandline.FILE, metavar="FILE", help="Install it: what the authority issued.")
 @click.option(
-    "--revoked",
-    type=commandline.FILE,
-    metavar="FILE",
-    help="Install a revocation list; each offer brings one as well.",
+    "--revoked", type=commandline.FILE, metavar="FILE", help="Install a revocation list; each offer brings one as well."
 )
 @click.option("--renew", is_flag=True, help="Have the certificate renewed, if it is in the last third of its validity.")
 @click.option(
-    "--renewal",
-    metavar="HOST:PORT",
-    help="With --renew: the authority's service.  [default: 'renewal' in device.toml]",
+    "--renewal", metavar="HOST:PORT", help="With --renew: the authority's service.  [default: 'renewal' in device.toml]"
 )
 @commandline.as_json
 def enrol(
@@ -205,10 +200,7 @@ def _with_token(state_dir: Path, table: dict[str, object], token: str, as_json: 
 def _fingerprints(authority: bytes, coordinator: bytes) -> dict[str, str]:
     from aggregation.pki import PublicKey, Root
 
-    return {
-        "authority": Root.from_pem(authority).fingerprint,
-        "coordinator": PublicKey.from_pem(coordinator).key_id,
-    }
+    return {"authority": Root.from_pem(authority).fingerprint, "coordinator": PublicKey.from_pem(coordinator).key_id}
 
 
 def _lines(fingerprints: dict[str, str]) -> str:

@@ -84,12 +84,7 @@ def infer(
 
 
 def _teach(
-    bundle: Path,
-    names: tuple[str, ...],
-    trust: Path | None,
-    phrases: list[str],
-    label: str,
-    as_json: bool,
+    bundle: Path, names: tuple[str, ...], trust: Path | None, phrases: list[str], label: str, as_json: bool
 ) -> None:
     from client.cli.learn import teach  # a phrase is answered sooner without what learns
     from client.learning import Correction

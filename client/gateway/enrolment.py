@@ -63,7 +63,7 @@ def enrol_with(
         anchors = TrustAnchors(*invitation.to_pem())
         enrol(folder, invitation.device, settings.model_copy(update=addresses), anchors, entropy)
     elif (folder / CERTIFICATE).exists():
-        raise ConfigError(f"{folder} is enrolled already: choose another --state", about="--state", value=str(folder))
+        raise ConfigError(f"{folder} is enrolled already: choose another --state", about="--state")
     state_dir = DeviceStateDir.open(folder)
     if (state_dir.root().der, state_dir.coordinator.raw) != (invitation.authority, invitation.coordinator):
         raise ConfigError(f"{folder} was made for another invitation: choose another --state", about="--token-file")
@@ -106,7 +106,7 @@ def validity(state_dir: DeviceStateDir, now: datetime) -> tuple[bool, datetime]:
     if now > end:
         name = subject(certificate)
         text = f"the certificate of {name} expired on {end:%Y-%m-%d %H:%M} UTC: {ENROL_AGAIN}{clock()}"
-        raise TrustError(text, about="certificate.validity", value=name)
+        raise TrustError(text, about="certificate.validity")
     return end - now < LEFT * (end - begin), end
 
 

@@ -155,7 +155,7 @@ class GenerationEngine:
                 self._adapters.load(str(path), name)
             except RuntimeError as error:
                 reason = f"adapter {shown!r} cannot be loaded: {one_line(error)}; export it again"
-                raise DataError(reason, about="adapter", value=shown) from error
+                raise DataError(reason, about="adapter") from error
             except KeyboardInterrupt:  # raised after the library has loaded it; free the name for the next attempt
                 self._adapters.unload(name)
                 raise
@@ -233,7 +233,7 @@ class GenerationEngine:
             live.kept.add(live.inner)
         if not np.isfinite(logits).all():
             reason = "the answer is not finite: the adapter's values are too large for this base; use another one"
-            raise DataError(reason, about="logits", value=(live.adapter or BARE).rstrip("#") or None)
+            raise DataError(reason, about="logits")
         if live.guided is not None:
             logits[..., ~live.guided.allowed()] = -np.inf
             live.inner.set_logits(logits)

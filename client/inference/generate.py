@@ -151,7 +151,7 @@ class Generator:
         if len(prompt) + virtual >= self.context:
             before = f" after {virtual} virtual ones" if virtual else ""
             reason = f"the text has {len(prompt)} tokens{before}, and the model's limit is {self.context}; shorten it"
-            raise DataError(reason, about="prompt", value=len(prompt))
+            raise DataError(reason, about="prompt")
         return self._governed(asked, len(prompt), self._pieces(prompt, params, composition))
 
     def _governed(self, asked: str, prompt: int, pieces: Iterator[str]) -> Iterator[str]:
@@ -231,7 +231,7 @@ class Conversation:
         if generator.max_prompt(params, self.adapter) < 1:
             reason = f"an answer of {params.max_tokens} tokens leaves no room for a question: the model's limit is"
             reason = f"{reason} {generator.context} tokens; lower --max-tokens"
-            raise ConfigError(reason, about="max_tokens", value=params.max_tokens)
+            raise ConfigError(reason, about="max_tokens")
         generator.check(params)
         self._system = [] if system is None else [ChatMessage("system", system)]
         self._messages: list[ChatMessage] = []
@@ -281,6 +281,6 @@ class Conversation:
         while (needed := len(self._generator.tokens([*self._system, *messages]))) > limit:
             if len(messages) < 3:
                 reason = f"the text needs {needed} tokens, and an answer of {self._params.max_tokens} leaves {limit}"
-                raise DataError(f"{reason}; shorten the text, or lower --max-tokens", about="prompt", value=needed)
+                raise DataError(f"{reason}; shorten the text, or lower --max-tokens", about="prompt")
             messages = messages[2:]
         return messages

@@ -41,7 +41,7 @@ class Guide:
     def __post_init__(self) -> None:
         if not 0 < len(self.source) <= MAX_GUIDE:
             reason = f"the {self} has {len(self.source)} characters; give 1 to {MAX_GUIDE}"
-            raise ConfigError(reason, about="guide", value=len(self.source))
+            raise ConfigError(reason, about="guide")
         if "\0" in self.source or any("\ud800" <= char <= "\udfff" for char in self.source):
             # C libraries would read it up to the NUL only.
             raise ConfigError(f"the {self} contains a character that is not text; remove it", about="guide")

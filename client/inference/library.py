@@ -61,7 +61,7 @@ class WeightedAdapter:
         check_name(self.name)
         if not 0 < abs(self.weight) <= MAX_WEIGHT:  # false for NaN too
             reason = f"the weight {self.weight} of adapter {self.name!r} is 0, or not between ±{MAX_WEIGHT:g}"
-            raise ConfigError(reason, about="composition.weight", value=self.weight)
+            raise ConfigError(reason, about="composition.weight")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -71,7 +71,7 @@ class WeightedAdapter:
             return cls(name.strip(), float(weight) if colon else 1.0)
         except ValueError as error:
             reason = f"weight {weight!r} is not a number; write NAME:NUMBER, as in global:0.5+anna:1"
-            raise ConfigError(reason, about="composition.weight", value=weight) from error
+            raise ConfigError(reason, about="composition.weight") from error
 
     def __str__(self) -> str:
         return self.name if self.weight == 1 else f"{self.name}:{float(self.weight)!r}".removesuffix(".0")
@@ -93,10 +93,10 @@ class Composition:
     def __post_init__(self) -> None:
         names = [part.name for part in self.parts]
         if not names:
-            raise ConfigError("no adapter is named; name at least one", about="composition", value=())
+            raise ConfigError("no adapter is named; name at least one", about="composition")
         if repeated := [name for name in names if names.count(name) > 1]:
             reason = f"adapter {repeated[0]!r} is named twice; name it once, with the sum of its weights"
-            raise ConfigError(reason, about="composition", value=repeated[0])
+            raise ConfigError(reason, about="composition")
         object.__setattr__(self, "parts", tuple(sorted(self.parts, key=lambda part: part.name)))
 
     @classmethod
@@ -117,7 +117,7 @@ class Composition:
         factors = [1.0] * len(listed) if weights is None else list(weights)
         if len(factors) != len(listed):
             reason = f"{len(factors)} weights are given for {len(listed)} adapters; give one for each"
-            raise ConfigError(reason, about="composition.weight", value=factors)
+            raise ConfigError(reason, about="composition.weight")
         return cls(tuple(map(WeightedAdapter, listed, factors)))
 
     def __str__(self) -> str:
@@ -186,16 +186,16 @@ def compose(composition: Composition, verified: Sequence[VerifiedAdapter], base:
         reason = (
             f"adapters {manifests[0].name!r} and {other[0].name!r} have different labels, so their heads have no mean"
         )
-        raise ConfigError(f"{reason}; use one at a time", about="composition.labels", value=other[0].name)
+        raise ConfigError(f"{reason}; use one at a time", about="composition.labels")
     weights = [part.weight for part in composition.parts]
     inputs = {name: _composed(name, [one.inputs[name] for one in verified], weights) for name in verified[0].inputs}
     if all(name in inputs and len(inputs[name]) for name in (PROMPT, PREFIX)):
         reason = f"{composition} has the virtual tokens of a prompt and of a prefix, whose order is not defined"
-        raise ConfigError(f"{reason}; leave one out", about="composition.virtual_tokens", value=str(composition))
+        raise ConfigError(f"{reason}; leave one out", about="composition.virtual_tokens")
     composed = Adapter.of(composition, manifests, inputs)
     if composed.rank > base.max_rank:
         reason = f"{composed.name} has rank {composed.rank}, above the base's limit of {base.max_rank}; leave one out"
-        raise ConfigError(reason, about="composition.rank", value=composed.rank)
+        raise ConfigError(reason, about="composition.rank")
     return composed
 
 
@@ -210,11 +210,11 @@ def _composed(name: str, values: Sequence[Floats], weights: Sequence[float]) -> 
     if name in VIRTUAL:
         if odd := [weight for value, weight in zip(values, weights, strict=True) if len(value) and weight != 1]:
             reason = f"an adapter with virtual tokens has the weight {odd[0]:g}, but tokens have no multiple; give 1"
-            raise ConfigError(reason, about="composition.weight", value=odd[0])
+            raise ConfigError(reason, about="composition.weight")
         return np.concatenate(values)
     if not any(weight > 0 for weight in weights):
         reason = "a module that replaces the base's, such as a head, cannot be subtracted; give one weight above 0"
-        raise ConfigError(reason, about="composition.weight", value=name)
+        raise ConfigError(reason, about="composition.weight")
     # numpy averages in float64 with these weights, so that the mean of equal modules is exact.
     return np.average(values, axis=0, weights=np.maximum(weights, 0)).astype(np.float32)
 
@@ -229,7 +229,7 @@ def _vector(name: str, kind: str, given: Sequence[tuple[Floats, float]]) -> Floa
             f"{vector_site(name)!r} is replaced with weights that add up to {sum(weights):g}, not to 1: how far "
             "that is from the base's own is not known; give shares, as in global:0.5+anna:0.5"
         )
-        raise ConfigError(reason, about="composition.weight", value=weights)
+        raise ConfigError(reason, about="composition.weight")
     neutral = 1.0 if kind in SCALES else 0.0
     stacked = np.stack([value.astype(np.float64) for value, _ in given])
     result: Floats = (neutral + np.tensordot(weights, stacked - neutral, 1)).astype(np.float32)
@@ -258,12 +258,12 @@ class Library:
         restore(bundle)
         if not bundle.is_dir():
             why = "it is not a folder" if bundle.exists() else "there is no such folder"
-            raise DataError(f"{bundle} is not a bundle: {why}", about="bundle", value=str(bundle))
+            raise DataError(f"{bundle} is not a bundle: {why}", about="bundle")
         pinned = Trust.open(bundle, None if trust is None else Path(trust))
         base = pinned.bundle.base()
         if task not in (None, base.manifest.task):
             reason = f"the base in {bundle} is for {base.manifest.task}; {OTHER_COMMAND[base.manifest.task]}"
-            raise ConfigError(reason, about="base.task", value=base.manifest.task)
+            raise ConfigError(reason, about="base.task")
         _check_runtime(bundle, base.manifest)
         return cls(bundle, pinned, base)
 
@@ -291,7 +291,7 @@ class Library:
                 return candidates[0]
             if candidates:
                 reason = f"the bundle has several adapters; choose one with --adapter: {', '.join(candidates)}"
-                raise ConfigError(reason, about="adapter", value=candidates)
+                raise ConfigError(reason, about="adapter")
         raise DataError(f"the bundle {self.bundle} has no adapter", about="adapter")
 
     def load(self, composition: Composition) -> Adapter:
@@ -321,7 +321,6 @@ def _check_runtime(bundle: Path, base: BaseManifest) -> None:
             f"the base in {bundle} needs ONNX Runtime {base.onnxruntime} or newer, and {ort.__version__} is installed: "
             "run pip install -U onnxruntime",
             about="onnxruntime",
-            value=ort.__version__,
         )
 
 
@@ -341,7 +340,7 @@ class AdapterCache(LRUCache[Composition, V]):
         ``evicted`` is called with each adapter that is not held any more."""
         for about, limit in (("loaded", count), ("loaded_bytes", nbytes)):
             if limit < 1:
-                raise ConfigError(f"{about} {limit} is below 1: no adapter could be held", about=about, value=limit)
+                raise ConfigError(f"{about} {limit} is below 1: no adapter could be held", about=about)
         super().__init__(nbytes, lambda value: min(sizeof(value), nbytes))
         self._count, self._is_current, self._evicted, self._lock = count, is_current, evicted, RLock()
 

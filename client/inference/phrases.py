@@ -36,7 +36,7 @@ class PhraseReader:
         encoding = self._tokenizer.encode(checked(text))
         if self._share(encoding) == 1:
             reason = f"the text {text[:40]!r} contains no known token; give a phrase in a language of the model"
-            raise DataError(reason, about="text.tokens", value=text)
+            raise DataError(reason, about="text.tokens")
         return self._fitted(encoding, virtual_tokens) if virtual_tokens else list(encoding.ids)
 
     def _fitted(self, encoding: Encoding, virtual_tokens: int) -> list[int]:
@@ -45,7 +45,7 @@ class PhraseReader:
         surplus = max(0, len(ids) + virtual_tokens - limit)
         if surplus >= len(text):
             reason = f"the adapter's {virtual_tokens} virtual tokens leave no room for a text: the model's limit is"
-            raise DataError(f"{reason} {limit}; use another adapter", about="adapter", value=virtual_tokens)
+            raise DataError(f"{reason} {limit}; use another adapter", about="adapter")
         end = text[-1] + 1
         return ids[: end - surplus] + ids[end:]
 

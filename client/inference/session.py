@@ -200,12 +200,12 @@ class ClassificationSession:
 
 def _best(logits: Floats, adapter: Adapter, top: int, denied: Sequence[str]) -> list[Prediction]:
     if top < 1:
-        raise ConfigError(f"top {top} is below 1: ask for at least one label", about="top", value=top)
+        raise ConfigError(f"top {top} is below 1: ask for at least one label", about="top")
     logits = logits[: len(adapter.labels)]  # in a mixed batch, the head may be padded
     exponentials = np.exp((logits - logits.max()) / adapter.temperature)
     probabilities: Floats = exponentials / exponentials.sum()
     if not np.isfinite(probabilities).all():
         reason = f"adapter {adapter.name!r} gives an answer that is not finite; use another adapter"
-        raise DataError(reason, about="logits", value=adapter.name)
+        raise DataError(reason, about="logits")
     order = np.argsort(-probabilities, kind="stable")[: top + len(denied)]
     return [Prediction(adapter.labels[i], float(probabilities[i])) for i in order]

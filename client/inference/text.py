@@ -21,13 +21,13 @@ def checked(text: str) -> str:
     """Check that a model can read ``text``, and return it. Raises DataError: the text is empty or white space, longer
     than ``MAX_TEXT`` characters, not Unicode, or contains NUL."""
     if not text.strip():
-        raise DataError("the text is empty; give a phrase", about="text", value=text)
+        raise DataError("the text is empty; give a phrase", about="text")
     if len(text) > MAX_TEXT:
         reason = f"the text has {len(text)} characters, above the limit of {MAX_TEXT}; shorten it"
-        raise DataError(reason, about="text", value=len(text))
+        raise DataError(reason, about="text")
     if "\0" in text:
         # C libraries would read the text up to the NUL only.
-        raise DataError("the text contains a NUL character; remove it", about="text", value="\0")
+        raise DataError("the text contains a NUL character; remove it", about="text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -45,7 +45,7 @@ def require_plain(text: str, special: Sequence[str], about: str) -> None:
     ``special``: as ``special_tokens``; ``about``: what the text is. Raises DataError."""
     if token := next((token for token in special if token in text), None):
         reason = f"the {about} contains {token!r}, a special token of the model; remove it"
-        raise DataError(reason, about=about, value=token)
+        raise DataError(reason, about=about)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +80,10 @@ class SamplingParams:
         for text in self.stop:
             if not 0 < len(text) <= MAX_STOP:
                 reason = f"a stop string of {len(text)} characters is not between 1 and {MAX_STOP} characters long"
-                raise ConfigError(reason, about="stop", value=text)
+                raise ConfigError(reason, about="stop")
         if self.beams > 1 and self.temperature > 0:
             reason = "beams search for the most likely answer, and a temperature samples; leave one of them out"
-            raise ConfigError(reason, about="beams", value=self.beams)
+            raise ConfigError(reason, about="beams")
         if self.guide is not None and (self.beams > 1 or self.stop):
             reason = f"a {self.guide} excludes beams and stop strings, which could cut it; leave one of them out"
             raise ConfigError(reason, about="guide")

@@ -101,14 +101,12 @@ def _is_new(versions: Versions, manifest: AdapterManifest) -> bool:
             f"adapter {manifest.name!r} is version {manifest.version}, but version {highest.version} was accepted here "
             "before: copy the current bundle",
             about="adapter-manifest.version",
-            value=manifest.version,
         )
     if manifest.content != highest.content:
         raise TrustError(
             f"adapter {manifest.name!r} has another content than the version {manifest.version} that was accepted here "
             "before: copy the current bundle, or export the new content under the next version",
             about="adapter-manifest.source",
-            value=manifest.source,
         )
     return False
 

@@ -115,6 +115,6 @@ def check_count(corrections: Sequence[Correction]) -> None:
     """Check that there are corrections, not too many, and no two of one phrase. Raises DataError."""
     if not 0 < len(corrections) <= MAX_AT_ONCE:
         reason = f"{len(corrections)} corrections are given: teach 1 to {MAX_AT_ONCE} at once"
-        raise DataError(reason, about="corrections", value=len(corrections))
+        raise DataError(reason, about="corrections")
     if len({one.text for one in corrections}) < len(corrections):
         raise DataError("a phrase is given twice: teach it with one label or answer", about="corrections")

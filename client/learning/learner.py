@@ -205,7 +205,7 @@ class Learner:
             target = adapter.manifest.name if adapter.manifest.parent else PERSONAL
             if target != adapter.manifest.name and target in adapter_names(bundle):
                 reason = f"{bundle} has a private adapter already: choose {target} instead of {adapter.manifest.name}"
-                raise ConfigError(reason, about="--adapter", value=name)
+                raise ConfigError(reason, about="--adapter")
             keys = _keys(folder, entropy or SystemEntropy())
             history = LessonHistory.read(folder / HISTORY, keys[1]).current(adapter.manifest.sha256)
             yield cls(library, adapter, target, keys, folder, history)
@@ -332,7 +332,7 @@ class Learner:
             shared = [one for one in shared if one.manifest.source == self.adapter.manifest.parent]
         if len(shared) != 1:
             reason = f"{self.library.bundle} does not have the global adapter of {self.adapter.manifest.name!r}"
-            raise ConfigError(f"{reason}, or has several: add it", about="adapters", value=len(shared))
+            raise ConfigError(f"{reason}, or has several: add it", about="adapters")
         return shared[0]
 
     @property
@@ -460,13 +460,13 @@ class _Phrases:
             if pair.label not in self._labels:
                 names = ", ".join(self._labels[:40])
                 reason = f"phrase {number} has the label {pair.label[:40]!r}, which the adapter lacks; it has: {names}"
-                raise DataError(reason, about="label", value=pair.label)
+                raise DataError(reason, about="label")
             if len(pair.text) > MAX_TEXT:
                 reason = f"phrase {number} has {len(pair.text)} characters, above the limit of {MAX_TEXT}: shorten it"
-                raise DataError(reason, about="text", value=len(pair.text))
+                raise DataError(reason, about="text")
             if read.setdefault(tuple(self.reader.tokens(pair.text)), pair.label) != pair.label:
                 reason = f"phrase {number} is to the model one that has another label: teach it with one label"
-                raise DataError(reason, about="corrections", value=number)
+                raise DataError(reason, about="corrections")
         return _labelled(corrections, self._labels)
 
     def others(self, taught: Sequence[Example], compared: Sequence[Example]) -> tuple[list[Example], list[Example]]:
@@ -541,14 +541,14 @@ class _Texts:
                 if not text.strip() or len(text) > MAX_TEXT:
                     size = f"has {len(text)} characters" if text.strip() else "is empty"
                     reason = f"the {about} of correction {number} {size}: 1 to {MAX_TEXT} can be learned"
-                    raise DataError(reason, about=about, value=len(text))
+                    raise DataError(reason, about=about)
                 require_plain(checked(text), special, about)
         return _answering(corrections)
 
     def others(self, taught: Sequence[Example], compared: Sequence[Example]) -> tuple[list[Example], list[Example]]:
         if cut := [number for number, text in enumerate(self.trainer.encode(taught), 1) if text.cut]:
             reason = f"correction {cut[0]} has more tokens than can be learned: teach a shorter answer"
-            raise DataError(reason, about="answer", value=cut[0])
+            raise DataError(reason, about="answer")
         prompts = {one.prompt for one in taught}
         earlier = [one for one in self._learner.history.corrections[::-1] if one.text not in prompts]
         rehearsed = _answering(earlier[:MAX_REHEARSED])

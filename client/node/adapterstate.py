@@ -74,18 +74,18 @@ def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_r
         return AdapterState(version, digest, now)
     if version < known.version:
         text = f"adapter {version} of the plan is older than adapter {known.version}, which this device trained from"
-        raise refused(text, "plan.adapter_version", version)
+        raise refused(text, "plan.adapter_version")
     if version == known.version and digest != known.digest:
         text = f"this device trained from another adapter {version} than that of the plan"
-        raise refused(text, "plan.adapter_version", version)
+        raise refused(text, "plan.adapter_version")
     if digest != known.digest:
         if bytes.fromhex(digest) in (before := earlier(known)):
             text = f"adapter {version} of the plan is an earlier one again, from which this device revealed shares"
-            raise refused(text, "plan.adapter_digest", version)
+            raise refused(text, "plan.adapter_digest")
         return AdapterState(version, digest, now, earlier=before)
     if known.sums > maximum_repeats:
         text = f"this device revealed shares for {known.sums} sums from adapter {version}; its policy permits no other"
-        raise refused(text, "plan.repeats", known.sums)
+        raise refused(text, "plan.repeats")
     if known.sums and now != known.terms:
         text = f"adapter {version} was trained with other settings, clip norm or weight cap before its sum was unmasked"
         raise refused(text, "plan.terms")
@@ -111,7 +111,7 @@ def on_survivors(
     """
     if known is None or known.digest != plan.adapter_digest:
         text = f"adapter {plan.adapter_version} of the sum is not the one that this device trained from last"
-        raise refused(text, "survivors.adapter", plan.adapter_version)
+        raise refused(text, "survivors.adapter")
     if known.sums:
         added, lacking = differing(known.survivors, survivors, revoked)
         if added or lacking:
@@ -119,7 +119,7 @@ def on_survivors(
                 f"the last sum from adapter {plan.adapter_version} was over other devices: this one has {added} "
                 f"more, and lacks {lacking} whose certificates are not revoked"
             )
-            raise refused(text, "survivors.repeat", added + lacking)
+            raise refused(text, "survivors.repeat")
     return replace(known, sums=known.sums + 1, survivors=survivors, dealt=dealt(plan, spec))
 
 

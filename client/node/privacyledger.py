@@ -51,7 +51,7 @@ def on_plan(known: PrivacyLedger, spec: SessionSpec, cohort: int, policy: Policy
     if limit and after > limit:
         text = f"plan refused: it would take the privacy that this device spends to an epsilon of {after:.2f}, above "
         text += f"its policy's maximum_epsilon of {limit:g} for delta {policy.delta:g}"
-        raise refused(text, "plan.epsilon", after)
+        raise refused(text, "plan.epsilon")
     return replace(known, settled=settled, pending=cost, noisy=known.noisy + 1)
 
 

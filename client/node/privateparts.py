@@ -57,7 +57,7 @@ def check_unshared(known: PrivateParts | None, base: str, task: RoundTask) -> No
     if shared := sorted(task.changes & private_on(known, base)):
         text = f"task.shared: this device keeps the part {shared[0]} to itself, because it trained it without sharing "
         text += "it: take a method that does not share it, or ask the owner to run 'edgeadapt device forget'"
-        raise refused(text, "task.shared", shared[0])
+        raise refused(text, "task.shared")
 
 
 def private_on(known: PrivateParts | None, base: str) -> frozenset[Part]:

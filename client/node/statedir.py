@@ -207,7 +207,7 @@ class DeviceStateDir:
         if (folder / BASE_MANIFEST).is_file():
             if self.settings.task != CLASSIFICATION:
                 reason = f"the task {self.settings.task!r} needs the base itself, and {folder} is a bundle: set base"
-                raise ConfigError(reason, about="base", value=str(folder))
+                raise ConfigError(reason, about="base")
             return Trust.open(folder).bundle.base()
         return with_task(find_base(where), self.settings.task)
 
@@ -333,7 +333,7 @@ class DeviceStateDir:
         try:
             return read(self.folder / name, LONGEST_STATE if name in LARGE else LONGEST)
         except DataError as error:  # a device, a pipe, or too large; no error about examples
-            raise TrustError(str(error), about=error.about, value=error.value) from error
+            raise TrustError(str(error), about=error.about) from error
         except FileNotFoundError as error:
             reason = f"{self.folder} has no {name}: enrol this device first, with 'edgeadapt device enrol'"
             raise TrustError(reason, about=name) from error

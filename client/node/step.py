@@ -206,7 +206,7 @@ def _transition(
         log_state = log_state and log_state.on_survivors(survivors.vectors)
     else:
         held = "has joined no session" if state is None else f"is in the state {type(state).__name__}"
-        raise refused(f"unexpected {step.value}: this device {held}", "step", step.value)
+        raise refused(f"unexpected {step.value}: this device {held}", "step")
     state_dir.save_state(after)
     if isinstance(after, Masked):
         _forget_round(state_dir, after)

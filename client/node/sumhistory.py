@@ -114,13 +114,13 @@ def on_plan(
         return known
     version = plan.adapter_version
     if task.EXACT is None:
-        raise refused("such a round has no sums without noise", "offer.spec.vector", version)
+        raise refused("such a round has no sums without noise", "offer.spec.vector")
     now = _point(known, plan, spec, task, adapter)
     least = task.least_movement(spec.clip_norm, spec.vector.segments[0].size, share)
     for point in known.earlier:
         if (far := _separation(point, now, task)) < least:
             text = f"adapter {version} is {far:.1g} from an earlier one, less than {least:.1g}, and the sum from that "
-            raise refused(f"{text}was over other devices", "plan.movement", version)
+            raise refused(f"{text}was over other devices", "plan.movement")
     bound, movement = list[SumKind](), least
     for sums in known.last:
         near = {point: far for point in sums.points if (far := _separation(point, now, task)) < least}
@@ -130,10 +130,10 @@ def on_plan(
         for point in near:
             if point.kind is now.kind and point.terms != now.terms:
                 text = f"adapter {version} has moved by {near[point]:.1g} since it was trained with other settings, "
-                raise refused(f"{text}clip norm or weight cap, less than {least:.1g}", "plan.terms", version)
+                raise refused(f"{text}clip norm or weight cap, less than {least:.1g}", "plan.terms")
             if spec.grouping and point.adapter != now.adapter:
                 text = f"adapter {version} has moved by {near[point]:.1g} since the last sum, less than {least:.1g}"
-                raise refused(f"{text}, and has other groups", "plan.groups", version)
+                raise refused(f"{text}, and has other groups", "plan.groups")
     return replace(known, round=PlannedSum(now, tuple(bound), movement, least))
 
 
@@ -150,13 +150,13 @@ def on_survivors(
         return known
     if known is None or (now := known.round) is None or now.point.adapter.hex() != plan.adapter_digest:
         text = f"adapter {plan.adapter_version} of the sum is not the one that this device trained from last"
-        raise refused(text, "survivors.adapter", plan.adapter_version)
+        raise refused(text, "survivors.adapter")
     for sums in known.last:
         if sums.kind in now.bound and (changed := sum(differing(sums.survivors, survivors, revoked))):
             text = f"adapter {plan.adapter_version} has moved by {now.movement:.1g} since a sum over other devices, "
             text += f"less than {now.least:.1g}, and this sum differs in {changed}: without noise it has to have the "
             text += "same ones; keep the cohort, raise server.learning_rate, or set privacy.epsilon"
-            raise refused(text, "survivors.movement", changed)
+            raise refused(text, "survivors.movement")
     others = tuple(sums for sums in known.last if sums.kind is not now.point.kind)
     before = next((sums for sums in known.last if sums.kind is now.point.kind), None)
     if before is None or any(differing(before.survivors, survivors, revoked)):

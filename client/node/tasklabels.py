@@ -75,4 +75,4 @@ def _refusal(labels: Sequence[str], own: Sequence[str], whose: str, remedy: str)
     number = next(i for i, (found, expected) in enumerate(pairs) if found != expected)
     found, expected = ("missing" if name is None else repr(name[:40]) for name in pairs[number])
     reason = f"task.labels: label {number} of the task is {found}, and that of {whose} is {expected}: {remedy}"
-    return ProtocolError(reason, COORDINATOR, about="task.labels", value=number)
+    return ProtocolError(reason, COORDINATOR, about="task.labels")

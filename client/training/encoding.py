@@ -58,7 +58,6 @@ class TextEncoder:
                 f"the base reads {limit} tokens, which leaves no room for a text after {virtual} virtual tokens: take "
                 "fewer",
                 about="num_virtual_tokens",
-                value=virtual,
             )
         tokenizer.no_truncation()
         tokenizer.no_padding()

@@ -92,7 +92,7 @@ def read_file(path: Path) -> bytes:
     try:
         return read(path, MAX_FILE)
     except DataError as error:
-        raise DataError(str(error), about="examples", value=error.value) from None
+        raise DataError(str(error), about="examples") from None
     except OSError as error:
         raise DataError(f"cannot read the examples in {path}: {error.strerror}", about="examples") from error
 

@@ -88,7 +88,7 @@ class GraphEngine:
             self.states.source = f"{base.manifest.files[LOWER]}/{base.manifest.files[WEIGHTS]}"
         if missing := missing_slots(self.graph, slots):
             reason = f"the training graph in {base.folder} has no gradient of {missing[0]!r}: export the base again"
-            raise ConfigError(reason, about=TRAINING, value=missing)
+            raise ConfigError(reason, about=TRAINING)
         filled = _filled(base, head, config)
         layers = sorted(name.removesuffix(LORA_A) for name in filled if name.endswith(LORA_A))
         factors = config.peft_type in FACTORS  # ``as_lora`` puts their scaling into B
@@ -101,7 +101,7 @@ class GraphEngine:
             filled |= _filled_by_dora(base, layers, self._biases)
             if odd := sorted(set(layers) - set(self.graph.normed)):
                 reason = f"the training graph in {base.folder} has no norm of {odd[0]!r}: export the base again"
-                raise ConfigError(reason, about=TRAINING, value=odd)
+                raise ConfigError(reason, about=TRAINING)
         self.filled = filled
         self.empty = empty_inputs({name: slots[name] for name in slots if name not in filled})
         zeros = {name: np.zeros(shape, np.float32) for name, shape in filled.items()}
@@ -343,7 +343,6 @@ def _filled(base: VerifiedBase, head: Mapping[str, Sequence[int]], config: PeftC
             f"the base in {base.folder} has no slots in layer {missing[0]}, which the adapter changes: export it with "
             "--layers for as many",
             about="--layers",
-            value=missing[0],
         )
     return shapes
 
@@ -359,4 +358,4 @@ def _filled_by_dora(base: VerifiedBase, layers: Sequence[str], biases: Collectio
 
 def _missing(base: VerifiedBase, slot: str, needs: str, kinds: str, of: str = "slot") -> ConfigError:
     reason = f"the base in {base.folder} has no {of} {slot!r}, which {needs} needs: export it with --slots {kinds}"
-    return ConfigError(reason, about="--slots", value=slot)
+    return ConfigError(reason, about="--slots")

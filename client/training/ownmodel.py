@@ -45,7 +45,7 @@ class OwnTrainer(ClassifierTrainer):
         """Call the model's loop for each epoch. The limits of ``control`` hold between two calls. Raises DataError:
         there are no examples, or the loop returned other arrays than it got."""
         if not examples:
-            raise DataError("there are no examples to train on; add some", about="examples", value=0)
+            raise DataError("there are no examples to train on; add some", about="examples")
         values, begun, best = self.layout.select(start), control.clock(), None
         trained = {name for name in values if part_of(name) in task.trained}
         for _ in range(epochs):
@@ -67,7 +67,7 @@ class OwnTrainer(ClassifierTrainer):
         logits = np.asarray(self.model.logits(adapter, list(texts)), np.float32)
         if logits.shape != (len(texts), self.labels):
             reason = f"model {self.base.folder} gave logits of shape {logits.shape}, not {(len(texts), self.labels)}"
-            raise DataError(reason, about="logits", value=logits.shape)
+            raise DataError(reason, about="logits")
         return logits
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:

@@ -123,7 +123,7 @@ class Trainer:
         Raises DataError: there are no examples, or as ``descend``.
         """
         if not examples:
-            raise DataError("there are no examples to train on; add some", about="examples", value=0)
+            raise DataError("there are no examples to train on; add some", about="examples")
         encoded = self.encode(examples)
 
         def of_batch(batch: list[int]) -> Iterator[TrainingBatch]:

@@ -154,7 +154,7 @@ def follow(bundle: Path, source: ChannelSource, root: Path) -> None:
     parts = urlsplit(source.repository)
     if parts.scheme not in ("http", "https") and not Path(source.repository).is_dir():
         reason = f"{source.repository[:200]} is neither an address (http, https) nor a folder"
-        raise ConfigError(reason, about="repository", value=source.repository)
+        raise ConfigError(reason, about="repository")
     folder = storage.real(bundle).parent / UPDATES
     raw = _required(root, MAX_ROOT)
     try:
@@ -284,7 +284,7 @@ def _described(updater: Updater, source: ChannelSource, name: str, limit: int) -
     file = updater.get_targetinfo(target(source.channel, name))
     if file is None:
         reason = f"the repository has no {name} of channel {source.channel}"
-        raise ConfigError(f"{reason}: nothing was published there", about="channel", value=source.channel)
+        raise ConfigError(f"{reason}: nothing was published there", about="channel")
     if file.length > limit:
         raise TrustError(f"{name} of the release has {file.length} bytes, more than {limit}", about=name)
     return file
@@ -300,12 +300,12 @@ def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, 
     rollout = Rollout.decode(storage.read(Path(updater.download_target(file, str(files / FLAGS))), MAX_FLAGS))
     if rollout.release != newest.number:
         reason = f"the flags are for release {rollout.release}, and the channel has {newest.number}"
-        raise TrustError(reason, about=FLAGS, value=rollout.release)
+        raise TrustError(reason, about=FLAGS)
     chosen = Targeting.read(folder, entropy).release(rollout) == newest.number
     before = _release(updater, source, files, previous(RELEASE))
     if before.number != rollout.previous:
         reason = f"the flags name the release {rollout.previous} before, and the channel has {before.number} there"
-        raise TrustError(reason, about=FLAGS, value=rollout.previous)
+        raise TrustError(reason, about=FLAGS)
     gets = newest if chosen or _installed(bundle, newest) else before
     return ReleaseOffer(gets, rollout, chosen)
 
@@ -378,7 +378,7 @@ def _keep_private(old: Bundle, base_digest: str, stage: Path, aside: Path) -> tu
         into = stage if fits else aside / manifest.base_digest
         if fits and (stage / manifest_path(name)).exists():
             reason = f"the release has an adapter {name!r}, which is the name of a private one: rename that"
-            raise ConfigError(reason, about="adapter", value=name)
+            raise ConfigError(reason, about="adapter")
         for path in (manifest_path(name), adapter_path(name)):
             (into / path).parent.mkdir(parents=True, exist_ok=True)
             (into / path).unlink(missing_ok=True)

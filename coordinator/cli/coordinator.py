@@ -415,7 +415,7 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None, as_json: bool
     from coordinator.servertls import TlsFiles
 
     if not is_address(listen):
-        raise ConfigError(f"{listen!r} is not HOST:PORT with a port from 1 to 65535", about="--listen", value=listen)
+        raise ConfigError(f"{listen!r} is not HOST:PORT with a port from 1 to 65535", about="--listen")
     opened, tls = CoordinatorStateDir.open(state_dir), None
     releases = None if channels is None else ChannelsView(channels)
     if releases is not None:
@@ -564,13 +564,7 @@ def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool)
 @commandline.quiet
 @as_json
 def restore(
-    state_dir: Path,
-    archive: Path,
-    key: Path | None,
-    coordinator: Path | None,
-    database: str,
-    blobs: str,
-    as_json: bool,
+    state_dir: Path, archive: Path, key: Path | None, coordinator: Path | None, database: str, blobs: str, as_json: bool
 ) -> None:
     """Make the new folder DIR from an archive, after every signature and digest in it was verified.
 

@@ -317,7 +317,7 @@ def serve(look: Look, token: str, address: str, tls: TlsSource | None) -> None:
     host, _, port = address.rpartition(":")
     if tls is None and not is_loopback(address):
         text = f"{host} can be reached from other machines, so it needs TLS: make DIR/tls.pem, or listen at 127.0.0.1"
-        raise ConfigError(text, about="--listen", value=address)
+        raise ConfigError(text, about="--listen")
     with _listening(host.strip("[]"), int(port)) as entrance:
         hosts = lambda: tls.newest().hosts if tls else LOOPBACK  # noqa: E731
         app = application(look, token, hosts, secure=tls is not None, entrance=entrance)
@@ -356,4 +356,4 @@ def _listening(host: str, port: int) -> Entrance:
         return Entrance.listening(host, port)
     except OSError as error:
         text = f"nothing can listen at {host}:{port} ({error.strerror or error}); choose another address"
-        raise ConfigError(text, about="--listen", value=port) from error
+        raise ConfigError(text, about="--listen") from error

@@ -295,10 +295,7 @@ def _waits(run: dict[str, Any]) -> Iterator[Metric]:
         yield _gauge("wait_devices_needed", "Devices that a session needs.", run["needed"])
         yield _gauge("wait_attempt", "Attempt at a session.", run["attempt"])
         yield _gauge("wait_attempts", "Attempts after which the run ends.", run["attempts"])
-    for name, text in (
-        ("devices", "Devices whose owners agreed when asked."),
-        ("needed", "Devices that need to."),
-    ):
+    for name, text in (("devices", "Devices whose owners agreed when asked."), ("needed", "Devices that need to.")):
         counts = {kind: each[name] for kind, each in run["agreed"].items()}
         yield _gauge(f"consent_{name}", text, counts, "kind")
     yield _counter("sessions", "Attempts at a session: made, or what they lacked.", "outcome", run["sessions"])

@@ -306,7 +306,7 @@ class SocketCalls:
         except (OSError, ValueError, OverflowError) as error:
             text = f"cannot listen for browsers at {self.settings.address}"
             reason = f"{text}: the port is in use, or the address not valid"
-            raise ConfigError(reason, about="websocket", value=self.settings.address) from error
+            raise ConfigError(reason, about="websocket") from error
 
     @property
     def _names(self) -> frozenset[str]:
@@ -390,7 +390,7 @@ class ConversationServer:
         except RuntimeError as error:
             self.close()
             text = f"cannot listen at {address}: the port is in use, or the TLS files do not fit together"
-            raise ConfigError(text, about=about, value=address) from error
+            raise ConfigError(text, about=about) from error
         except ConfigError:
             self.close()
             raise

@@ -97,7 +97,7 @@ class EnrolmentService:
                 raise too_many(wait) from None
             if isinstance(error, ProtocolError):
                 raise
-            raise TrustError(str(error), about=error.about, value=error.value) from error
+            raise TrustError(str(error), about=error.about) from error
 
     def _admit(self, name: str) -> None:
         """Count a call of a device, which has proved its name: nobody else uses up what it may."""

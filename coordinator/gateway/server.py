@@ -106,7 +106,7 @@ class Service:
     def _verified(self, hello: messages.DeviceHello, nonce: bytes, names: frozenset[str]) -> Credentials:
         if hello.host not in names:
             text = f"the signature is for the host {hello.host}, which is not a name of this gateway"
-            raise TrustError(text, about="hello.host", value=hello.host)
+            raise TrustError(text, about="hello.host")
         device, key = self.root(datetime.now(UTC)).verify(hello.certificate, datetime.now(UTC))
         key.verify(messages.CHALLENGE_TAG, nonce + hello.host.encode(), hello.signature)
         ahead = 0.0 if hello.clock is None else hello.clock - time.time()
@@ -206,7 +206,7 @@ class Service:
             try:
                 self._root = at, self.read_root(at)
             except TrustError as error:
-                raise EdgeAdaptError(str(error), about=error.about, value=error.value) from error
+                raise EdgeAdaptError(str(error), about=error.about) from error
         return self._root[1]
 
 

@@ -167,7 +167,7 @@ def _superseded(epoch: int | None, found: int | None, leader: str | None) -> Edg
     else:
         text = f"this coordinator led in epoch {epoch}, and {leader or 'nobody'} has taken over"
         text += f" in epoch {found}: nothing was changed, and this run ends" if found else ": this run ends"
-    return EdgeAdaptError(text, about=LEASE, value=found)
+    return EdgeAdaptError(text, about=LEASE)
 
 
 def _now(engine: Engine) -> object:

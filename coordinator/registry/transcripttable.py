@@ -49,7 +49,7 @@ class TranscriptTable:
             size = connection.scalar(last.order_by(table.c.start.desc()).limit(1)) or 0
             if size != start:
                 text = f"the log of session {session} has {size} bytes, and records for byte {start} came: nothing was"
-                raise DataError(f"{text} changed", about="transcript", value=session)
+                raise DataError(f"{text} changed", about="transcript")
             connection.execute(table.insert(), _rows(session, start, records))
 
     def revocations(self) -> bytes | None:
@@ -85,7 +85,7 @@ class TranscriptTable:
         length = select(func.sum(func.length(table.c.records))).where(table.c.session == session)
         with database.explained(self.engine), self.engine.connect() as connection:
             if (size := int(connection.scalar(length) or 0)) > LARGEST:
-                raise DataError(f"the log of session {session} has {size:,} bytes", about="transcript", value=session)
+                raise DataError(f"the log of session {session} has {size:,} bytes", about="transcript")
             return b"".join(connection.scalars(query))
 
     def await_copy(self, folder: Path, seconds: float) -> None:
@@ -110,7 +110,7 @@ class TranscriptTable:
         for session, size in here.items():
             if size > sizes.get(session, 0) and not (whole and session == newest and session in sizes):
                 text = f"{folder / log_name(session)} has more than the database: restore both from one copy"
-                raise TrustError(text, about="transcript", value=session)
+                raise TrustError(text, about="transcript")
         if sizes:
             folder.mkdir(parents=True, exist_ok=True)
         for session in sorted(sizes):

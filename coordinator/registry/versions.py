@@ -98,7 +98,6 @@ class Registry:
                 f"version {manifest.version} cannot be published: every version after the first on a base is made by a "
                 "round",
                 about="manifest.version",
-                value=manifest.version,
             )
         version = self._prepare(manifest, blob, key)
         with fenced(self.engine, self.epoch) as connection:
@@ -114,7 +113,7 @@ class Registry:
         not follow the last one. Raises EdgeAdaptError: the database failed; nothing was changed."""
         if record.version is not None:
             reason = f"round {record.round} names version {record.version}: commit it with its manifest"
-            raise DataError(reason, about="record.version", value=record.version)
+            raise DataError(reason, about="record.version")
         with fenced(self.engine, self.epoch) as connection:
             self._append(connection, record, key)
 
@@ -161,7 +160,7 @@ class Registry:
         with database.explained(self.engine), self.engine.connect() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
-            raise DataError(f"the registry has no version {number}", about="version", value=number)
+            raise DataError(f"the registry has no version {number}", about="version")
         return self._verified(row)
 
     def versions(self) -> tuple[Version, ...]:
@@ -203,7 +202,7 @@ class Registry:
         if produced != ([] if begins else [newest.id]):
             reason = f"the registry has version {newest.version} as its newest, and its rounds contradict that: "
             reason += "restore it from a copy"
-            raise TrustError(reason, about="record", value=newest.version)
+            raise TrustError(reason, about="record")
         earlier, before = list[tuple[int, str]](), newest
         while before.plan is None and before.version:
             before = self.version(before.version - 1).manifest
@@ -254,7 +253,7 @@ class Registry:
             raise DataError(reason, about="record.optimizer")
         if (record.round, record.previous) != (number + 1, digest):
             reason = f"the record of round {record.round} does not follow that of round {number}"
-            raise DataError(reason, about="record.previous", value=record.round)
+            raise DataError(reason, about="record.previous")
         connection.execute(table.insert().values(round=record.round, record=record.sign(key)))
 
     def _prepare(self, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> Version:
@@ -278,10 +277,10 @@ class Registry:
         number, parent = (last.version, last.sha256) if last else (-1, None)
         if manifest.version != number + 1:
             reason = f"version {manifest.version} is not the next one: the last is {number}"
-            raise DataError(reason, about="manifest.version", value=manifest.version)
+            raise DataError(reason, about="manifest.version")
         if manifest.parent != parent:
             reason = f"version {manifest.version} is not made from version {number}"
-            raise DataError(reason, about="manifest.parent", value=manifest.parent)
+            raise DataError(reason, about="manifest.parent")
         row = {"version": manifest.version, "sha256": manifest.sha256, "manifest": version.raw}
         connection.execute(table.insert().values(row))
 

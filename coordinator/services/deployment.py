@@ -101,7 +101,7 @@ def services_of(
         host = address.rpartition(":")[0].strip("[]")
         if host not in (hosts := hosts_of(to_der(certificate))):
             text = f"{TLS_CERTIFICATE} is for {', '.join(hosts)}, and the SuperLink's own processes reach it at {host}"
-            raise ConfigError(f"{text}: let the authority certify that too", about=TLS_CERTIFICATE, value=host)
+            raise ConfigError(f"{text}: let the authority certify that too", about=TLS_CERTIFICATE)
         services.append(_superlink(folder, settings.superlink))
         command += ["--superlink", address, "--root-certificates", str(folder / AUTHORITY)]
     if settings.gateway:
@@ -147,7 +147,7 @@ def stop(folder: Path) -> bool:
                 os.kill(asked, signal.SIGTERM)
         if time.monotonic() > end:
             text = f"process {asked or 'unknown'}, which runs the services of {folder}, did not stop in time"
-            raise EdgeAdaptError(text, about=SERVICES_LOCK, value=asked)
+            raise EdgeAdaptError(text, about=SERVICES_LOCK)
         time.sleep(PROBE / 10)
     return asked is not None
 

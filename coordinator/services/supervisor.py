@@ -189,7 +189,7 @@ class Supervised:
         elif code in self.service.fatal:
             last = relayed(self._last)
             text = f"{self.service.name} ended: {vars(last).get('text', last.msg)}"
-            raise EdgeAdaptError(text, about=self.service.name, value=code)
+            raise EdgeAdaptError(text, about=self.service.name)
         else:
             self._pause(now)
 

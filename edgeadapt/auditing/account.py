@@ -121,4 +121,4 @@ def require_recorded(records: Sequence[RoundRecord], reports: Mapping[str, Repor
         if not same:
             text = f"round {record.round} was recorded with an epsilon of {record.epsilon}"
             text += f", and its log gives {expected}"
-            raise TrustError(text, about="record.epsilon", value=record.round)
+            raise TrustError(text, about="record.epsilon")

@@ -66,17 +66,17 @@ def chain(reports: Mapping[str, Report], unmade: Mapping[int, str] | None = None
     for name, report in reports.items():
         if not closed:
             text = f"{before} is not closed, and {name} follows it: its end was cut off"
-            raise TrustError(text, about="session.cut", value=before)
+            raise TrustError(text, about="session.cut")
         if report.last and report.previous != last:  # before its first checkpoint a log does not name its predecessor
             text = f"{name} does not follow {before}: a session is missing or was replaced"
-            raise TrustError(text, about="session", value=name)
+            raise TrustError(text, about="session")
         start = report.start
         if latest is not None and (report.began is None or report.began < latest):
             text = f"{name} has no time, or an earlier one than {before}: a session was dated back"
-            raise TrustError(text, about="session.began", value=name)
+            raise TrustError(text, about="session.began")
         if start and start != (newest or (0, start[1])) and not _begins(start, newest, unmade, report.base != base):
             text = f"{name} starts from an adapter {start[0]} that no session before it made"
-            raise TrustError(text, about="session.adapter", value=name)
+            raise TrustError(text, about="session.adapter")
         last, before, newest, base, latest = report.last, name, report.newest, report.base, report.latest
         closed = report.closed
 

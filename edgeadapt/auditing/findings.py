@@ -211,7 +211,7 @@ class Report:
             first, *others = self.failed
             more = f"; {count(len(others), 'other check')} failed too" if others else ""
             text = f"the transcript does not pass the audit ({first.check.value}): {first.text}{more}"
-            raise TrustError(text, about=first.check.value, value=first.about)
+            raise TrustError(text, about=first.check.value)
 
 
 def count(number: int, noun: str) -> str:

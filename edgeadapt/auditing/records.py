@@ -39,7 +39,7 @@ def require_logged(
     for (offer, plan), each in logged.items():
         if (offer, plan) not in recorded | open_round and each.reason != INTERRUPTED:
             text = f"a round that the log says {each.ending} is not recorded in the registry"
-            raise TrustError(text, about="record", value=plan)
+            raise TrustError(text, about="record")
 
 
 def require_published(
@@ -56,7 +56,7 @@ def require_published(
     """
     seed = manifest_of(0)
     if seed is None or seed.round or seed.parent or seed.plan or seed.survivors or seed.metrics or seed.privacy:
-        raise TrustError("adapter 0 is missing, or its manifest says that a round made it", about="manifest", value=0)
+        raise TrustError("adapter 0 is missing, or its manifest says that a round made it", about="manifest")
     deltas = {each.offer: each.spec.privacy.delta for each in reports.values() if each.spec and each.spec.privacy}
     for record in records:
         manifest = None if record.version is None else manifest_of(record.version)
@@ -65,7 +65,7 @@ def require_published(
         bound = _bound(record, deltas.get(record.offer)) if manifest else None
         if not made or (record.metrics, bound) != stated:
             text = f"the record of round {record.round} and the manifest of its adapter contradict each other"
-            raise TrustError(text, about="record", value=record.round)
+            raise TrustError(text, about="record")
 
 
 def _bound(record: RoundRecord, delta: float | None) -> PrivacyBound | None:
@@ -79,20 +79,20 @@ def _require_recorded(
     for record in records:
         if record.offer not in sizes:
             text = f"round {record.round} was recorded, and the log of its session is missing"
-            raise TrustError(text, about="session", value=record.round)
+            raise TrustError(text, about="session")
         if record.plan is None:
             continue
         summary = logged.get((record.offer, record.plan))
         if _is_cut(sizes[record.offer], record):
             text = f"round {record.round} was recorded, and the end of its session's log was cut off"
-            raise TrustError(text, about="session.cut", value=record.round)
+            raise TrustError(text, about="session.cut")
         if summary is None or not (_agrees_so_far if summary.open else _agrees)(record, summary):
             text = f"round {record.round} was recorded with another ending, or after other entries, than its log has"
-            raise TrustError(text, about="record", value=record.round)
+            raise TrustError(text, about="record")
         place = places[record.offer, record.plan]
         if place <= last:
             text = f"round {record.round} was recorded twice, or in another order than the logs have"
-            raise TrustError(text, about="record", value=record.round)
+            raise TrustError(text, about="record")
         last = place
 
 

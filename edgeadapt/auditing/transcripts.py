@@ -145,7 +145,7 @@ class AuditInput:
             require_published(self.records, self.registry.manifest, reports)
         if not unfinished and not last.closed:
             text = f"{latest} is not closed: its session is under way, was stopped, or was restored from a backup"
-            raise NotClosedError(f"{text} (--unfinished accepts that)", about="log.open", value=latest)
+            raise NotClosedError(f"{text} (--unfinished accepts that)", about="log.open")
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -203,7 +203,7 @@ def _adapters(report: Report, recomputation: Recomputation | None, published: Ve
 def _find(path: Path) -> tuple[Path, ...]:
     if path.name == SUMS or any((path / place / SUMS).is_dir() for place in (".", COORDINATOR)):
         text = f"{path} has no transcript, for its sums have no masks: run the simulation with --engine protocol"
-        raise DataError(text, about="transcript", value=str(path))
+        raise DataError(text, about="transcript")
     logs_by_place = {place: tuple(logs(path / place)) for place in PLACES}
     places = [place for place, paths in logs_by_place.items() if paths]
     if len(places) == 1:
@@ -211,7 +211,7 @@ def _find(path: Path) -> tuple[Path, ...]:
     text = f"{path} has no transcript: name a session's log, a coordinator's state directory, or the folder of a run"
     if places:
         text = f"{path} has logs in {' and in '.join(places)}: name the folder of the coordinator that is to be audited"
-    raise DataError(text, about="transcript", value=str(path))
+    raise DataError(text, about="transcript")
 
 
 def _read(parse: Callable[[bytes], Pinned], provided: Path | None, stored: Path, option: str) -> Pinned:
@@ -255,17 +255,14 @@ def _unmade(registry: RegistryFiles, published: VersionManifest) -> dict[int, st
         if manifest is not None and manifest.plan is None:
             if number and not (before and manifest.begins_after(before)):
                 text = f"adapter {number} is of no round, and not the first on another base"
-                raise TrustError(text, about="manifest", value=number)
+                raise TrustError(text, about="manifest")
             unmade[number] = manifest.sha256
         before = manifest
     return unmade
 
 
 def _require_logged(
-    published: VersionManifest,
-    unmade: Mapping[int, str],
-    records: Sequence[RoundRecord],
-    reports: Mapping[str, Report],
+    published: VersionManifest, unmade: Mapping[int, str], records: Sequence[RoundRecord], reports: Mapping[str, Report]
 ) -> None:
     """Check that the newest adapter of a registry that a round made is in the logs. Raises TrustError.
 
@@ -278,4 +275,4 @@ def _require_logged(
     newest = max((number for number in range(published.version + 1) if number not in unmade), default=0)
     if newest > logged + under_way:
         text = f"adapter {newest} was published and is in no log: the log of a session is missing"
-        raise TrustError(text, about="session", value=newest)
+        raise TrustError(text, about="session")

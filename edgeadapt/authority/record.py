@@ -123,7 +123,7 @@ class AuthorityRecord:
             except ValidationError as error:
                 reason = error.errors()[0]["msg"]
                 text = f"{self.path}, line {number} is damaged ({reason}): restore the file from a backup"
-                raise DataError(text, about=self.path.name, value=number) from None
+                raise DataError(text, about=self.path.name) from None
         return tuple(events)
 
 

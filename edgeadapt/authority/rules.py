@@ -23,22 +23,22 @@ def require_new(writer: record.RecordWriter, name: str, key: PublicKey, now: dat
             continue
         if issued.key == key_id and issued.serial in revoked:
             text = f"the key {key_id} was revoked: generate a new one on the device"
-            raise ConfigError(text, about="key.revoked", value=key_id)
+            raise ConfigError(text, about="key.revoked")
         if issued.key == key_id and issued.name != name:
             text = f"the key {key_id} is that of {issued.name}: generate a new one on {name}"
-            raise ConfigError(text, about="key.name", value=issued.name)
+            raise ConfigError(text, about="key.name")
         if issued.name != name and same_name(issued.name) == same_name(name):
             text = f"{name} differs from {issued.name} in upper and lower case only: choose another name"
-            raise ConfigError(text, about="name.case", value=issued.name)
+            raise ConfigError(text, about="name.case")
         if issued.name == name and issued.key != key_id and issued.serial not in revoked and now <= issued.not_after:
             text = f"{name} has a valid certificate with another key ({issued.key}): revoke it first"
-            raise ConfigError(text, about="name.key", value=issued.key)
+            raise ConfigError(text, about="name.key")
 
 
 def require_unrevoked(events: Sequence[record.Event], name: str, serial: int) -> None:
     """Check that the certificate with a serial, which a device presents, was not revoked."""
     if f"{serial:x}" in revoked_in(events):
-        raise TrustError(f"a certificate of {name} was revoked: {ENROL_AGAIN}", about="renewal.revoked", value=name)
+        raise TrustError(f"a certificate of {name} was revoked: {ENROL_AGAIN}", about="renewal.revoked")
 
 
 def require_redeemable(events: Sequence[record.Event], token: str, name: str, key_id: str, now: datetime) -> None:
@@ -50,7 +50,7 @@ def require_redeemable(events: Sequence[record.Event], token: str, name: str, ke
         raise TrustError(NOT_REDEEMABLE, about="invitation")
     if name != invited[0].name:
         text = f"the invitation is for {invited[0].name}, and the request for {name}"
-        raise TrustError(text, about="invitation.name", value=name)
+        raise TrustError(text, about="invitation.name")
 
 
 def certificate_of(events: Sequence[record.Event], key_id: str) -> bytes | None:

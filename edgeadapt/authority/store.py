@@ -188,7 +188,7 @@ class AuthorityStore:
         end, name = self.clock() + timedelta(days), require_device_id(name)
         if end > authority.root.not_after:
             text = f"the authority itself ends on {authority.root.not_after:%Y-%m-%d}: choose fewer --days for {name}"
-            raise ConfigError(text, about="--days", value=days)
+            raise ConfigError(text, about="--days")
         return end
 
     def _add(self, writer: record.RecordWriter, name: str, key_id: str, der: bytes, purpose: record.Purpose) -> None:
@@ -223,7 +223,7 @@ class AuthorityStore:
             matching = matching or [each for each in issued if each.serial == serial]
             if not matching:
                 text = f"there is no certificate with the name or serial {which}: 'edgeadapt authority list' shows all"
-                raise ConfigError(text, about="certificate", value=which)
+                raise ConfigError(text, about="certificate")
             before = rules.revoked_in(writer.events)
             new = tuple(each for each in matching if each.serial not in before)
             lines = [record.CertificateRevoked(at=self.clock(), serial=each.serial, reason=reason) for each in new]
@@ -294,4 +294,4 @@ class AuthorityStore:
             return storage.read(self.folder / name, LIMITS[name])
         except (FileNotFoundError, NotADirectoryError):
             text = f"{self.folder} is not an authority's folder: it has no {name}"
-            raise ConfigError(text, about=name, value=str(self.folder)) from None
+            raise ConfigError(text, about=name) from None

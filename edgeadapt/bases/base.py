@@ -159,7 +159,7 @@ def find_base(where: str) -> Base:
             raise ConfigError(f"base model folder {folder} has no {name}", about=name)
         if not 0 < (size := (folder / name).stat().st_size) <= LONGEST.get(name, size):
             reason = f"{folder / name} has {size} bytes and cannot be right: copy the base again"
-            raise ConfigError(reason, about=name, value=size)
+            raise ConfigError(reason, about=name)
     return Base(folder, _digest(folder.resolve()))
 
 
@@ -173,7 +173,7 @@ def in_package(package: str) -> Path:
     if spec is None or spec.origin is None:
         names = "".join(f", nor the model {name} that a package adds" for name in MODELS.names())
         reason = f"base model {package!r} is neither a folder nor an installed package{names}"
-        raise ConfigError(reason, about="base", value=package)
+        raise ConfigError(reason, about="base")
     home = Path(spec.origin).parent
     for candidate in PACKAGES:
         if candidate.name == package:
@@ -185,14 +185,14 @@ def in_package(package: str) -> Path:
 def _converted(file: Path) -> Path:
     if file.suffix not in CONVERTERS:
         kinds = " or ".join(CONVERTERS)
-        raise ConfigError(f"base model {file} is neither a folder nor a {kinds} file", about="base", value=file.name)
+        raise ConfigError(f"base model {file} is neither a folder nor a {kinds} file", about="base")
 
     def make(folder: Path) -> None:
         try:
             converter = importlib.import_module(CONVERTERS[file.suffix])
         except ModuleNotFoundError as error:
             reason = f"{file} needs {error.name} to be read: pip install 'edgeadapt[export]'"
-            raise ConfigError(reason, about=file.name, value=error.name) from error
+            raise ConfigError(reason, about=file.name) from error
         converter.convert(file, folder)
 
     return cached(f"{file.suffix[1:]}-{CONVERSION}-{file_sha256(file)[:16]}", make)
@@ -217,6 +217,6 @@ def _identity_files(folder: Path) -> tuple[str, ...]:
         raise ConfigError(f"{index} is not an index of weights: copy the base again", about=INDEX) from error
     if odd is not None or not parts:
         reason = f"{index} names {str(odd)[:80]!r}, which is not a file of weights in the same folder"
-        raise ConfigError(reason, about=INDEX, value=odd)
+        raise ConfigError(reason, about=INDEX)
     config, _, tokenizer = IDENTITY_FILES
     return (config, INDEX, *parts, tokenizer)

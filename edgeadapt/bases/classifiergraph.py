@@ -40,11 +40,7 @@ class ClassifierGraph:
     """Runs a loaded graph of an exported classifier. Threads may share it."""
 
     def __init__(
-        self,
-        session: ort.InferenceSession,
-        slots: Slots,
-        independent_rows: bool,
-        lower: LowerLayers | None = None,
+        self, session: ort.InferenceSession, slots: Slots, independent_rows: bool, lower: LowerLayers | None = None
     ) -> None:
         """Run ``session``, which reads the states of ``lower`` if that is not None. Without ``independent_rows``,
         ``mixed`` runs each row alone."""

@@ -56,7 +56,7 @@ def convert(file: Path, folder: Path) -> None:
     is not a sound ``E5S1`` file; ConfigError: it is of another version, or has a tensor that is not known here.
     """
     if (size := file.stat().st_size) > LARGEST:
-        raise DataError(f"{file} has {size} bytes, more than any E5S1 file", about=file.name, value=size)
+        raise DataError(f"{file} has {size} bytes, more than any E5S1 file", about=file.name)
     reader = _Reader(file.name, file.read_bytes())
     config = _config(reader)
     tokenizer, special = _tokenizer(reader, config)

@@ -78,7 +78,7 @@ def _config(settings: Mapping[str, Any], tensors: int) -> dict[str, Any]:
     kind = settings.get("general.architecture")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         reason = f"a GGUF file of architecture {_shown(kind)} cannot be converted, only {', '.join(ARCHITECTURES)}"
-        raise ConfigError(reason, about="general.architecture", value=kind)
+        raise ConfigError(reason, about="general.architecture")
     if scaled := [name for name in settings if name.startswith(f"{kind}.rope.scaling.")]:
         raise ConfigError(f"the GGUF file sets {scaled[0]}, which cannot be converted", about=scaled[0])
     width, heads = (_size(settings, f"{kind}.{name}") for name in ("embedding_length", "attention.head_count"))
@@ -214,7 +214,7 @@ def _tokenizer(settings: Mapping[str, Any]) -> Tokenizer:
     words, model = _words(settings), settings.get("tokenizer.ggml.model")
     if model != "gpt2":
         reason = f"a GGUF file with a tokenizer of kind {_shown(model)} cannot be converted, only 'gpt2'"
-        raise ConfigError(reason, about="tokenizer.ggml.model", value=model)
+        raise ConfigError(reason, about="tokenizer.ggml.model")
     vocabulary = {word: number for number, word in enumerate(words)}
     if len(vocabulary) < len(words):
         raise DataError("two tokens of the GGUF file are equal", about="tokenizer.ggml.tokens")
@@ -254,7 +254,7 @@ def _splitter(kind: str) -> pre_tokenizers.PreTokenizer:
         words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
         return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     reason = f"a GGUF file that cuts words as {_shown(kind)} cannot be converted, only gpt-2, smollm and qwen2"
-    raise ConfigError(reason, about="tokenizer.ggml.pre", value=kind)
+    raise ConfigError(reason, about="tokenizer.ggml.pre")
 
 
 def _tokenizer_config(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,10 +39,10 @@ def configuration(base: Base) -> Any:
         layers, length = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "max_position_embeddings"))
         if layers > tensors or length > LONGEST:
             reason = f"{layers} layers of {tensors} tensors, for texts of {length} tokens, cannot be right"
-            raise ConfigError(reason, about="config.json", value=(layers, tensors, length))
+            raise ConfigError(reason, about="config.json")
         if not isinstance(config.architectures or [], list):
             reason = f"architectures are not a list: {config.architectures!r}"
-            raise ConfigError(reason, about="config.json", value=config.architectures)
+            raise ConfigError(reason, about="config.json")
     except Exception as error:  # of many classes, with no common base
         raise _refusal(base, error) from error
     return config
@@ -171,13 +171,13 @@ def _check_unused(model: Any, missing: list[str]) -> None:
     if not torch.equal(*answers):
         reason = f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}, and no adapter brings them: "
         reason += "take the base of the adapter's training, or train them with it (modules_to_save)"
-        raise ConfigError(reason, about=WEIGHTS, value=missing)
+        raise ConfigError(reason, about=WEIGHTS)
 
 
 def _refusal(base: Base, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    about, value = (error.about, error.value) if isinstance(error, ConfigError) else ("base", reason[:MAX_REASON])
-    return ConfigError(f"the base in {base.folder} cannot be opened: {reason[:MAX_REASON]}", about=about, value=value)
+    about = error.about if isinstance(error, ConfigError) else "base"
+    return ConfigError(f"the base in {base.folder} cannot be opened: {reason[:MAX_REASON]}", about=about)
 
 
 def chat_template(base: Base) -> Callable[[list[dict[str, str]], bool], str] | None:

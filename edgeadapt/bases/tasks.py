@@ -155,7 +155,7 @@ class OwnTask:
             raise DataError(f"{method} of the task {self.name!r} failed: {reason}", about="data.task") from error
 
     def _odd(self, method: str, what: str) -> DataError:
-        return DataError(f"{method} of the task {self.name!r} gave {what}", about="data.task", value=method)
+        return DataError(f"{method} of the task {self.name!r} gave {what}", about="data.task")
 
 
 def label_text(value: object) -> str:

@@ -57,13 +57,7 @@ list_days = click.option(
 )
 @as_json
 def init(
-    folder: Path,
-    name: str,
-    days: int,
-    list_days: int,
-    passphrase_file: Path | None,
-    unencrypted: bool,
-    as_json: bool,
+    folder: Path, name: str, days: int, list_days: int, passphrase_file: Path | None, unencrypted: bool, as_json: bool
 ) -> None:
     """Create an authority in DIR.
 
@@ -126,7 +120,7 @@ def issue(
     if hosts and (name or public_key or request is None):
         raise ConfigError("--host goes with --request alone, from 'edgeadapt coordinator tls-request'", about="--host")
     if out is not None and not os.access(out.parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"{out} cannot be written: choose another --out", about="--out", value=str(out))
+        raise ConfigError(f"{out} cannot be written: choose another --out", about="--out")
     store = AuthorityStore(folder)
     if hosts and request:
         with of_file(request):
@@ -300,7 +294,7 @@ def _requested(name: str | None, request: Path | None, public_key: Path | None) 
             requested, key = requests.read_request(storage.read(request, LONGEST))
         if name not in (None, requested):
             text = f"the request is for {requested}, not for {name}: leave out --name, or name the right request"
-            raise ConfigError(text, about="--name", value=name)
+            raise ConfigError(text, about="--name")
         return requested, key
     if name is None or public_key is None:
         raise ConfigError("--public-key needs --name, the device's id", about="--name")

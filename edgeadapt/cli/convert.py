@@ -46,9 +46,7 @@ GLOBAL = "global"
     help="Public keys. Default: the registry's own, or trust.pem in the folder that holds the bundle.",
 )
 @click.option(
-    "--base",
-    metavar="NAME|DIR",
-    help="With --format peft: the base of a DoRA adapter, which needs its weights.",
+    "--base", metavar="NAME|DIR", help="With --format peft: the base of a DoRA adapter, which needs its weights."
 )
 @click.option("--out", type=FOLDER, required=True, metavar="FILE|DIR", help="The new .onnx_adapter file, or folder.")
 @as_json
@@ -143,7 +141,6 @@ def _with_magnitudes(
             f"{base_name} is the base {base.digest[:12]}, the bundle holds {manifest.base_digest[:12]}: name the base "
             "that was exported",
             about="--base",
-            value=base.digest,
         )
     from export.bundle.base import as_trained  # torch
 

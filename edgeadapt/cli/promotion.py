@@ -92,9 +92,9 @@ def promote(
     settings = gates.GateSettings.read(folder / gates.GATES)
     release, current = opened.release(source), opened.release(channel)
     if source == channel:
-        raise ConfigError(f"FROM and TO are both {channel}: name two channels", about="channel", value=channel)
+        raise ConfigError(f"FROM and TO are both {channel}: name two channels", about="channel")
     if release is None:
-        raise ConfigError(f"channel {source} has no release to promote", about="channel", value=source)
+        raise ConfigError(f"channel {source} has no release to promote", about="channel")
     key = None if key_file is None else read_key(key_file)
     if key is not None:
         if share == ALL and not languages:
@@ -284,7 +284,7 @@ def _verdict(releases: Path, state_dir: Path, trust: Path | None, channel: str, 
     print_result(row | asdict(evaluation.verdict), str(evaluation), as_json)
     if evaluation.worse:
         reason = f"the newest release of {channel} is worse than the one before: take it back with "
-        raise gates.GateError(f"{reason}'edgeadapt release rollback'", about="evaluation", value=evaluation.round)
+        raise gates.GateError(f"{reason}'edgeadapt release rollback'", about="evaluation")
 
 
 def _prepared(

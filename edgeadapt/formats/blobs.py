@@ -46,9 +46,9 @@ class Blobs:
             fs, root = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
             reason = f"the blob store's address is not usable: {error}"
-            raise ConfigError(reason, about="blobs.url", value=url) from error
+            raise ConfigError(reason, about="blobs.url") from error
         except OSError as error:  # some file systems connect at once
-            raise EdgeAdaptError(f"blob store {url} cannot be opened: {error}", about="blobs.url", value=url) from error
+            raise EdgeAdaptError(f"blob store {url} cannot be opened: {error}", about="blobs.url") from error
         return cls(fs, root.rstrip("/") or root)
 
     @classmethod
@@ -106,7 +106,7 @@ class Blobs:
         blob = self.read(digest)
         if hashlib.sha256(blob).hexdigest() != digest:
             reason = f"blob {digest} in {self.name} was altered: restore it from a copy"
-            raise TrustError(reason, about="blob", value=digest)
+            raise TrustError(reason, about="blob")
         return blob
 
     def read(self, digest: str, size: int | None = None) -> bytes:
@@ -119,7 +119,7 @@ class Blobs:
                 blob: bytes = self.fs.cat_file(place) if stored <= LARGEST and size in (None, stored) else b""
             except FileNotFoundError as error:
                 reason = f"blob {digest} is missing from {self.name}: restore it from a copy"
-                raise DataError(reason, about="blob", value=digest) from error
+                raise DataError(reason, about="blob") from error
         return blob
 
     @property

@@ -187,11 +187,11 @@ class Bundle:
         if not path.exists():
             present = ", ".join(adapter_names(self.folder)) or "none"
             reason = f"{self.folder} has no manifest of an adapter {name!r}; it has: {present}"
-            raise DataError(reason, about=path.name, value=name)
+            raise DataError(reason, about=path.name)
         manifest = self._accept(AdapterManifest, path)
         if manifest.name != name:
             reason = f"{path} was signed for the adapter {manifest.name[:64]!r}: copy the bundle again"
-            raise TrustError(reason, about="adapter-manifest.name", value=manifest.name)
+            raise TrustError(reason, about="adapter-manifest.name")
         return manifest
 
     def adapter(self, name: str, base: BaseManifest) -> VerifiedAdapter:
@@ -203,18 +203,17 @@ class Bundle:
                 f"adapter {name!r} was made for another base: get one for {base.base_digest[:12]}, or open the bundle "
                 "again if its base was replaced",
                 about="adapter-manifest.base_digest",
-                value=manifest.base_digest,
             )
         if any(one.policy != base.files.get(POLICY) for one in self.governing(manifest, base)):
             reason = f"adapter {name!r} was released with another policy than the bundle has: copy the bundle again"
-            raise TrustError(reason, about="adapter-manifest.policy", value=manifest.policy)
+            raise TrustError(reason, about="adapter-manifest.policy")
         blob = read_file(path, manifest.size)
         if len(blob) != manifest.size or sha256(blob).hexdigest() != manifest.sha256:
             raise _altered(path)
         try:
             inputs = restore(container.unpack(blob), manifest.format)
         except DataError as error:
-            raise DataError(f"{path}: {error}", about=error.about, value=error.value) from error
+            raise DataError(f"{path}: {error}", about=error.about) from error
         _check_stated(inputs, manifest, base)
         return VerifiedAdapter(manifest, inputs)
 
@@ -235,7 +234,7 @@ class Bundle:
             return kind.accept(raw, self.trusted)
         except TrustError as error:
             reason = f"{path}: {error}; copy it again from a trusted source"
-            raise TrustError(reason, about=error.about, value=error.value) from error
+            raise TrustError(reason, about=error.about) from error
 
 
 def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest) -> None:
@@ -244,7 +243,7 @@ def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest
     rank = max((size for symbol, size in sizes.items() if symbol.startswith("rank_")), default=0)
     if rank > base.max_rank:
         reason = f"adapter {manifest.name!r} has rank {rank}, above the base's limit of {base.max_rank}"
-        raise DataError(reason, about="adapter-manifest.rank", value=rank)
+        raise DataError(reason, about="adapter-manifest.rank")
     measured = {
         "layout_digest": layout_of(inputs).digest,
         "rank": rank,
@@ -253,7 +252,7 @@ def _check_stated(inputs: Tensors, manifest: AdapterManifest, base: BaseManifest
     stated = {"layout_digest": manifest.layout_digest, "rank": manifest.rank, "labels": len(manifest.labels)}
     if other := [field for field in measured if measured[field] != stated[field]]:
         reason = f"adapter {manifest.name!r} does not have the {other[0]} that its manifest states: export it again"
-        raise DataError(reason, about=f"adapter-manifest.{other[0]}", value=stated[other[0]])
+        raise DataError(reason, about=f"adapter-manifest.{other[0]}")
     if manifest.labels and base.task == "text-generation":
         reason = f"adapter {manifest.name!r} names labels, and a base for text-generation has none: export it again"
         raise DataError(reason, about="adapter-manifest.labels")
@@ -282,7 +281,7 @@ def _opened(path: Path, limit: int) -> Iterator[tuple[BufferedReader, os.stat_re
             status = os.fstat(file.fileno())
             if status.st_size > limit:
                 reason = f"{path} is larger than its limit of {limit} bytes: copy the bundle again"
-                raise TrustError(reason, about=path.name, value=status.st_size)
+                raise TrustError(reason, about=path.name)
             yield file, status
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: copy the bundle again", about=path.name) from error

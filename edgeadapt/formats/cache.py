@@ -33,5 +33,5 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
     except OSError as error:
         if not target.is_dir():  # else another process was faster, and its folder is as good
             reason = f"cannot write {target} ({error.strerror}): free some space, or set {VARIABLE} to another folder"
-            raise ConfigError(reason, about=VARIABLE, value=str(target)) from error
+            raise ConfigError(reason, about=VARIABLE) from error
     return target

@@ -45,7 +45,7 @@ def sign(payload: bytes, payload_type: str, key: IdentityKey) -> bytes:
     }
     if (size := len(raw := jsontext.encode(envelope))) > MAX_ENVELOPE:
         reason = f"a signed document of {size} bytes is above the limit of {MAX_ENVELOPE}"
-        raise DataError(reason, about=payload_type, value=size)
+        raise DataError(reason, about=payload_type)
     return raw
 
 
@@ -62,7 +62,7 @@ def verify(raw: bytes, payload_type: str, trusted: Iterable[PublicKey]) -> bytes
         return payload
     signers = [keyid for keyid, _ in signatures]
     if not {key.key_id for key in keys}.intersection(signers):
-        raise TrustError(f"signed by {signers[0][:40]!r}, which is not a trusted key", about="keyid", value=signers[0])
+        raise TrustError(f"signed by {signers[0][:40]!r}, which is not a trusted key", about="keyid")
     raise TrustError("the signature does not match: the document was altered", about="signature")
 
 
@@ -83,7 +83,7 @@ def _parse(raw: bytes, payload_type: str) -> tuple[bytes, list[tuple[str, bytes]
     """Return the payload, and the key id and the bytes of each signature; nothing is verified."""
     if len(raw) > MAX_ENVELOPE:
         reason = f"a signed document of {len(raw)} bytes is above the limit of {MAX_ENVELOPE}"
-        raise TrustError(reason, about="envelope", value=len(raw))
+        raise TrustError(reason, about="envelope")
     try:
         payload, stated, signatures = _values(jsontext.decode(raw), "payload", "payloadType", "signatures")
         if not isinstance(signatures, list) or not 1 <= len(signatures) <= MAX_SIGNATURES:
@@ -96,7 +96,7 @@ def _parse(raw: bytes, payload_type: str) -> tuple[bytes, list[tuple[str, bytes]
         raise TrustError(f"not a signed document (DSSE): {error}", about="envelope") from None
     if stated != payload_type:
         reason = f"a document of type {stated[:80]!r}, where {payload_type!r} is needed"
-        raise TrustError(reason, about="payloadType", value=stated)
+        raise TrustError(reason, about="payloadType")
     return decoded
 
 

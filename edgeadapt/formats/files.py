@@ -30,7 +30,7 @@ def decode(blob: bytes, layout: Layout | None = None) -> Tensors:
     accepted. Raises DataError: truncated, oversized or damaged bytes, another layout, NaN or infinity."""
     if len(blob) > MAX_ADAPTER:
         reason = f"an adapter file of {len(blob)} bytes is above the limit of {MAX_ADAPTER}"
-        raise DataError(reason, about="adapter", value=len(blob))
+        raise DataError(reason, about="adapter")
     try:
         tensors: Tensors = load(blob)
     except (SafetensorError, KeyError, ValueError) as error:

@@ -139,7 +139,7 @@ def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str
         fits = fits and not (dimensions[0].startswith(GIVEN) and shape[0] > 1)
         if not fits:
             reason = f"tensor {name!r} is {list(shape)}, its slot takes [{', '.join(dimensions)}]"
-            raise DataError(reason, about=name, value=shape)
+            raise DataError(reason, about=name)
     return sizes
 
 

@@ -69,13 +69,13 @@ class Layout:
         expected = {spec.name for spec in self.tensors}
         if odd := sorted(expected.symmetric_difference(tensors)):
             reason = f"tensor {odd[0]!r} is missing from the adapter or unknown to its layout"
-            raise DataError(reason, about=odd[0], value="missing" if odd[0] in expected else "unknown")
+            raise DataError(reason, about=odd[0])
         for spec in self.tensors:
             tensor = tensors[spec.name]
             if tensor.dtype != np.float32 or tensor.shape != spec.shape:
                 stated = f"{tensor.dtype} {list(tensor.shape)}"
                 reason = f"tensor {spec.name!r} is {stated}, expected float32 {list(spec.shape)}"
-                raise DataError(reason, about=spec.name, value=stated)
+                raise DataError(reason, about=spec.name)
             if not np.isfinite(tensor).all():
                 raise DataError(f"tensor {spec.name!r} holds NaN or infinity", about=spec.name)
 
@@ -94,7 +94,7 @@ class Layout:
         if vector.shape != (self.size,) or vector.dtype != np.float32:
             stated = f"{vector.dtype} vector of shape {vector.shape}"
             reason = f"a {stated} does not fit a layout of {self.size} float32 elements"
-            raise DataError(reason, about="vector", value=vector.shape)
+            raise DataError(reason, about="vector")
         ends = np.cumsum([spec.size for spec in self.tensors])
         return {
             spec.name: vector[end - spec.size : end].reshape(spec.shape)

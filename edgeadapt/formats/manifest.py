@@ -34,7 +34,7 @@ def check_name(name: str) -> str:
     empty, longer than 64 characters, or has a character that could leave the folder."""
     if not ADAPTER_NAME.fullmatch(name):
         reason = f"adapter name {name[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-'"
-        raise ConfigError(reason, about="name", value=name)
+        raise ConfigError(reason, about="name")
     return name
 
 
@@ -46,7 +46,7 @@ def check_labels(name: str, labels: Sequence[str]) -> None:
     for label in labels:
         if not label.strip() or len(label) > MAX_LABEL or not label.isprintable():
             reason = f"adapter {name!r}: label {label[:40]!r} is not a printable name: export it with another"
-            raise DataError(reason, about="labels", value=label)
+            raise DataError(reason, about="labels")
 
 
 class Manifest(jsontext.Exact):

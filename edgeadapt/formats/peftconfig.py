@@ -172,7 +172,7 @@ def exactly(path: str) -> str:
 
 
 def _untrainable(name: str, value: object, wanted: str) -> ConfigError:
-    return ConfigError(f"{name} is {value!r:.80}; devices train {wanted}", about=name, value=value)
+    return ConfigError(f"{name} is {value!r:.80}; devices train {wanted}", about=name)
 
 
 def _matching(patterns: tuple[tuple[str, V], ...], path: str, default: V) -> V:
@@ -197,7 +197,7 @@ def _ending(pattern: str) -> TypeAdapter[str]:
         re.compile(whole)  # peft refuses it too
     except (re.error, OverflowError, RecursionError) as error:
         reason = f"the adapter's pattern {pattern[:40]!r} is not a regular expression: {error}"
-        raise DataError(reason, about="pattern", value=pattern) from error
+        raise DataError(reason, about="pattern") from error
     if OTHERWISE.search(pattern):
         raise _refusal(pattern)
     try:
@@ -211,5 +211,4 @@ def _refusal(pattern: str) -> DataError:
         f"the adapter's pattern {pattern[:40]!r} cannot be matched here: name the layers in plain words, without "
         "look-around, back references or sets within sets",
         about="pattern",
-        value=pattern,
     )

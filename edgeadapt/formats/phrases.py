@@ -22,7 +22,7 @@ def parse_phrases(raw: bytes, path: Path) -> list[tuple[str, str]]:
     """Parse the content of such a file. Raises DataError as ``read_phrases``; there may be no pair."""
     if len(raw) > LONGEST_LIST:
         reason = f"{path} has {len(raw)} bytes, above the limit of {LONGEST_LIST}: use a bundle with fewer phrases"
-        raise DataError(reason, about=path.name, value=len(raw))
+        raise DataError(reason, about=path.name)
     try:
         lines = raw.decode().splitlines()
     except UnicodeDecodeError as error:
@@ -46,6 +46,6 @@ def _pairs(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
         label, _, phrase = (part.strip() for part in line.partition(TAB))
         if not label or not phrase:
             reason = f"phrase {number} of {path} does not have the form LABEL TAB PHRASE"
-            raise DataError(reason, about=path.name, value=number)
+            raise DataError(reason, about=path.name)
         pairs.append((label, phrase))
     return pairs

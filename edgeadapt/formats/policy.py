@@ -104,12 +104,12 @@ class Policy(Settings):
         """Check that adapters may answer as one; ``names`` has ``PRIVATE`` for a private one. Raises ConfigError."""
         if len(names) > 1 and self.combine is not None and not any({*names} <= {*group} for group in self.combine):
             reason = f"the policy of the bundle does not combine {' and '.join(names)}; use one at a time"
-            raise ConfigError(reason, about="composition.policy", value=names)
+            raise ConfigError(reason, about="composition.policy")
 
     def check_labels(self, labels: Collection[str]) -> None:
         """Check that adapters have all labels of the policy: a misspelled one would be answered. Raises ConfigError."""
         if unknown := sorted({*self.deny, *self.confirm, *self.thresholds}.difference(labels)):
-            raise ConfigError(f"no adapter has the label {unknown[0]!r} of the policy", about="--policy", value=unknown)
+            raise ConfigError(f"no adapter has the label {unknown[0]!r} of the policy", about="--policy")
 
 
 NO_POLICY = Policy(unsure="")

@@ -95,7 +95,7 @@ def require(state_dir: Path) -> None:
     for name, there in (database, (BLOBS, elsewhere.blobs or (state_dir / BLOBS).is_dir())):
         if not there:
             text = f"{state_dir} is not a coordinator's state directory: it has no {name}"
-            raise ConfigError(text, about=name, value=str(state_dir))
+            raise ConfigError(text, about=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class LocalFiles:
         try:
             return storage.read(path) if path.stat().st_size == size else b""
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(f"{path} is missing: restore it from a copy", about="blob", value=digest) from None
+            raise DataError(f"{path} is missing: restore it from a copy", about="blob") from None
 
     def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
         path = self.folder / DATABASE
@@ -153,7 +153,7 @@ def require_schema(revision: object, name: str) -> None:
     older = isinstance(revision, str) and revision.isdecimal() and int(revision) < int(SCHEMA)
     remedy = "bring it to that with 'edgeadapt coordinator upgrade'" if older else "update edgeadapt"
     text = f"{name} has revision {revision} of the registry's tables, and this edgeadapt has {SCHEMA}: {remedy}"
-    raise ConfigError(text, about="database.schema", value=revision)
+    raise ConfigError(text, about="database.schema")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ class RegistryFiles:
                 raise TrustError(reason, about="manifest")
         except TrustError as error:
             place = f"{self.source.name}, manifest of version {number}"
-            raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest", value=number) from None
+            raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest") from None
         return manifest
 
     def recorded(self, version: int | None = None) -> VersionManifest | None:
@@ -196,7 +196,7 @@ class RegistryFiles:
             if record is None or not record.made(manifest):
                 text = f"{self.source.name}: no round is recorded that made version {manifest.version} as it is there"
                 remedy = "check the coordinator with 'edgeadapt audit verify', or restore the registry from a copy"
-                raise TrustError(f"{text}; {remedy}", about="record", value=manifest.version)
+                raise TrustError(f"{text}; {remedy}", about="record")
         return manifest
 
     def rounds(self) -> tuple[RoundRecord, ...]:
@@ -208,7 +208,7 @@ class RegistryFiles:
         blob = self.source.file(digest, manifest.size)
         if hashlib.sha256(blob).hexdigest() != digest:
             reason = f"{self.source.place(digest)} was altered: restore it from a copy"
-            raise TrustError(reason, about="blob", value=digest)
+            raise TrustError(reason, about="blob")
         return blob
 
     def tensors(self, manifest: VersionManifest) -> Tensors:
@@ -219,7 +219,7 @@ class RegistryFiles:
             layout = Layout.of(tensors)
             layout.check(tensors)
         except DataError as error:
-            raise DataError(f"{path}: {error}", about="blob", value=manifest.sha256) from None
+            raise DataError(f"{path}: {error}", about="blob") from None
         if layout.digest != manifest.layout_digest:
             raise TrustError(f"{path} does not have the layout of its manifest", about="layout_digest")
         return tensors

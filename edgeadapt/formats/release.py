@@ -35,7 +35,6 @@ def check_channel(name: str) -> str:
             f"{name[:40]!r} is not the name of a channel: use up to 32 lower-case letters, digits and hyphens, and not "
             f"{', '.join(sorted(_RESERVED))}",
             about="channel",
-            value=name,
         )
     return name
 

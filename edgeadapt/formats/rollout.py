@@ -35,7 +35,7 @@ def check_language(name: str) -> str:
         return TypeAdapter(Language).validate_python(name)
     except ValidationError:
         reason = f"{name[:40]!r} is not the code of a language: use two or three lower-case letters, such as de"
-        raise ConfigError(reason, about=LANGUAGE, value=name) from None
+        raise ConfigError(reason, about=LANGUAGE) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Rollout(jsontext.Exact):
     def of(cls, release: int, previous: int, share: int, languages: Sequence[str]) -> Self | None:
         """Say who gets ``release``; None if all devices do. Raises ConfigError for a bad share or language."""
         if not 0 <= share <= ALL:
-            raise ConfigError(f"a share is 0 to {ALL} percent, not {share}", about="share", value=share)
+            raise ConfigError(f"a share is 0 to {ALL} percent, not {share}", about="share")
         rollout = cls(release, previous, share, tuple(sorted({check_language(each) for each in languages})))
         return None if rollout.is_complete else rollout
 

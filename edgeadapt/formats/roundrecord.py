@@ -68,7 +68,7 @@ class RoundRecord(Manifest):
         for name, value in {"seconds": self.seconds, "epsilon": self.epsilon or 0.0, **self.metrics}.items():
             if not math.isfinite(value):
                 reason = f"round {self.round}: {name!r} is {value}, which no record can hold"
-                raise DataError(reason, about=name, value=value)
+                raise DataError(reason, about=name)
         result = [value is not None for value in (self.version, self.adapter, self.sum)]
         if not all(result if self.aborted is None else [not each for each in result]) or (
             (self.reason is None) != (self.aborted is None)
@@ -78,7 +78,6 @@ class RoundRecord(Manifest):
             raise DataError(
                 f"round {self.round} must either be aborted for a reason or have made a version from the sum of a plan",
                 about="version",
-                value=self.version,
             )
 
     def made(self, manifest: VersionManifest) -> bool:
@@ -116,7 +115,7 @@ def accept_chain(
                 raise TrustError("it does not follow the record before it", about="record")
         except (DataError, TrustError) as error:
             text = f"the record of round {number} was altered ({error}): restore the registry from a copy"
-            raise TrustError(text, about="record", value=number) from None
+            raise TrustError(text, about="record") from None
         records.append(record)
         last, signed = number, raw
     return records

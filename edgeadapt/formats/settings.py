@@ -42,7 +42,7 @@ class Settings(BaseModel):
         try:
             table = _toml(storage.read(path, LONGEST).decode())
         except DataError as error:
-            raise ConfigError(str(error), about=error.about, value=error.value) from error
+            raise ConfigError(str(error), about=error.about) from error
         except ValueError as error:
             raise ConfigError(f"{path} is not TOML: {error}", about=path.name) from error
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -63,7 +63,7 @@ class Settings(BaseModel):
             if first["type"] == "extra_forbidden":
                 near = difflib.get_close_matches(key, [known for known, _ in cls.fields()], n=1)
                 line = f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            raise ConfigError(f"{where}: {line}", about=key, value=first["input"]) from error
+            raise ConfigError(f"{where}: {line}", about=key) from error
 
     @classmethod
     def fields(cls) -> Iterator[tuple[str, FieldInfo]]:
@@ -133,7 +133,7 @@ def overridden(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
         key, equals, text = override.partition("=")
         *path, last = key.strip().split(".")
         if not equals or not last or len(path) > MAX_DEPTH:
-            raise ConfigError(f"--set takes KEY=VALUE, not {override[:80]!r}", about="--set", value=override)
+            raise ConfigError(f"--set takes KEY=VALUE, not {override[:80]!r}", about="--set")
         try:
             document = _toml(f"value = {text}")
         except ValueError:
@@ -143,6 +143,6 @@ def overridden(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
         for name in path:
             into = into.setdefault(name, {})
             if not isinstance(into, dict):
-                raise ConfigError(f"--set {key}: {name!r} is a value, not a table", about="--set", value=override)
+                raise ConfigError(f"--set {key}: {name!r} is a value, not a table", about="--set")
         into[last] = value
     return changed

@@ -62,7 +62,7 @@ def opened(path: Path, limit: int = LARGEST) -> Iterator[tuple[BinaryIO, int]]:
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             reason = f"{path} has {size} bytes, more than the limit of {limit}: replace it by the right file"
-            raise DataError(reason, about=path.name, value=size)
+            raise DataError(reason, about=path.name)
         yield file, size
 
 

@@ -42,12 +42,7 @@ class Coordinator:
         return cls(path)
 
     def publish(
-        self,
-        adapter: File | None,
-        *,
-        base: File,
-        labels: Sequence[str] | None = None,
-        task: str = "classification",
+        self, adapter: File | None, *, base: File, labels: Sequence[str] | None = None, task: str = "classification"
     ) -> VersionManifest:
         """Publish the first adapter, a folder that peft saved, as version 0; None for a model of your own.
 

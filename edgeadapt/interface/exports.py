@@ -68,7 +68,7 @@ def export(
             source.save_pretrained(folder)
         else:
             reason = f"source is a {type(source).__name__}: give a PeftModel, or a folder"
-            raise ConfigError(reason, about="source", value=type(source).__name__)
+            raise ConfigError(reason, about="source")
         origin = _origin(folder, version, tuple(labels), None if trust is None else Path(trust))
         counted = version is not None or not (folder / CONFIG).exists()
         named = None if base is None else str(base)
@@ -81,10 +81,10 @@ def export(
 def _origin(folder: Path, version: int | None, labels: tuple[str, ...], trust: Path | None) -> Origin:
     if (folder / CONFIG).exists():
         if trust is not None:
-            raise ConfigError("trust= is for a registry: leave it out", about="trust", value=str(trust))
+            raise ConfigError("trust= is for a registry: leave it out", about="trust")
         return from_peft(folder, 1 if version is None else version, labels)
     if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}", about="source", value=str(folder))
+        raise ConfigError(f"there is no folder {folder}", about="source")
     if labels:
         raise ConfigError("labels= is for an adapter of peft; a registry states its labels", about="labels")
     return from_registry(folder, version, trust)

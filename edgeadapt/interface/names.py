@@ -60,11 +60,11 @@ def overrides(settings: Mapping[str, Any]) -> list[str]:
 def check_texts(argument: str, texts: Sequence[str]) -> None:
     """Check that an argument is not one string, whose letters would be texts. Raises ConfigError."""
     if isinstance(texts, str):
-        raise ConfigError(f"{argument} is one string: give a list, as in [{texts!r}]", about=argument, value=texts)
+        raise ConfigError(f"{argument} is one string: give a list, as in [{texts!r}]", about=argument)
 
 
 def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
     """Check that an argument is one of some values. Raises ConfigError."""
     if value not in choices:
         reason = f"{argument} is {value!r}: choose one of {', '.join(choices)}"
-        raise ConfigError(reason, about=argument, value=value)
+        raise ConfigError(reason, about=argument)

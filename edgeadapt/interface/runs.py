@@ -69,7 +69,7 @@ class Run:
         bundle = self.path / "bundle" if client is None else self.path / "devices" / client / "bundle"
         if not bundle.is_dir():
             whose = "a bundle" if client is None else f"a bundle of a client {client!r}"
-            raise ConfigError(f"{self.path} does not have {whose}", about="bundle", value=client)
+            raise ConfigError(f"{self.path} does not have {whose}", about="bundle")
         return bundle
 
     def load(self, client: str | None = None) -> Classifier | LanguageModel:
@@ -90,7 +90,7 @@ class Run:
             own = self.path / "devices" / (client or "") / PERSONAL
             if not last.labels or (client is not None and not own.is_file()):
                 whose = "labels to answer with" if client is None else f"an adapter of a client {client!r}"
-                raise ConfigError(f"{self.path} does not have {whose}", about="client", value=client)
+                raise ConfigError(f"{self.path} does not have {whose}", about="client")
             tensors = registry.tensors(last.version) if client is None else files.decode(own.read_bytes())
             base = training_base(self.path, scenario, Population((), (), ()))
             outputs = classifier_trainer(base, len(last.labels), last.peft_config).logits(tensors, texts)
@@ -103,7 +103,7 @@ class Run:
         """
         if self.result.metric != other.result.metric:
             reason = f"{self.path} has {self.result.metric}, and {other.path} {other.result.metric}: compare like runs"
-            raise ConfigError(reason, about="other", value=str(other.path))
+            raise ConfigError(reason, about="other")
         theirs = other.accuracy
         return {arm: {key: row[key] - theirs[arm][key] for key in row} for arm, row in self.accuracy.items()}
 
@@ -237,12 +237,12 @@ def _written(rows: Any, path: Path) -> Path:
     for number, row in enumerate(rows.to_dict("records") if hasattr(rows, "to_dict") else rows, 1):
         if not isinstance(row, Mapping):
             reason = f"row {number} is a {type(row).__name__}: give dictionaries with a text and a label"
-            raise DataError(reason, about="rows", value=number)
+            raise DataError(reason, about="rows")
         known = {name: value for name, value in row.items() if value == value}  # pandas marks what is missing by NaN
         try:
             lines.append(json.dumps(known, ensure_ascii=False, default=str, allow_nan=False))
         except ValueError as error:
-            raise DataError(f"row {number} has an infinite value: leave it out", about="rows", value=number) from error
+            raise DataError(f"row {number} has an infinite value: leave it out", about="rows") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, "".join(f"{line}\n" for line in lines).encode())
     return path

@@ -111,7 +111,7 @@ def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
     ConfigError: fewer than two labels, a base that cannot be opened, virtual tokens, or as ``trainable.adapted``.
     """
     if labels < 2 and not isinstance(base.task, OwnTask):
-        raise ConfigError(f"a classifier needs at least two labels, got {labels}", about="labels", value=labels)
+        raise ConfigError(f"a classifier needs at least two labels, got {labels}", about="labels")
     if config.num_virtual_tokens:
         raise ConfigError(
             f"{config.peft_type} puts virtual tokens before a text, and a head over the mean of the tokens has none, in"

@@ -29,7 +29,7 @@ def with_squares(layout: Layout) -> Layout:
             outputs, rank = spec.shape
             if rank > outputs:
                 reason = f"{spec.name!r} has rank {rank}, above its {outputs} outputs: method fedsb needs a lower one"
-                raise DataError(reason, about=spec.name, value=rank)
+                raise DataError(reason, about=spec.name)
             squares.append(TensorSpec(square_name(spec.name), (rank, rank)))
     return Layout(tuple(sorted((*layout.tensors, *squares), key=lambda spec: spec.name)))
 

@@ -128,7 +128,7 @@ def _named(kind: str, architecture: str, base: Base) -> Sequence[str]:
         if present.issuperset(names):
             return names
     reason = f"peft names no modules of {architecture!r} for {kind}; name them with targets"
-    raise ConfigError(reason, about="target_modules", value=architecture)
+    raise ConfigError(reason, about="target_modules")
 
 
 def _matrices(base: Base) -> list[str]:
@@ -213,7 +213,7 @@ def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
         modules = {path: m for path, m in model.named_modules() if path == target or path.endswith(f".{target}")}
         if not modules:
             reason = f"the base has no module named {target!r}; it has {pretrained.layer_names(model)}"
-            raise ConfigError(reason, about="target_modules", value=target)
+            raise ConfigError(reason, about="target_modules")
         for path, module in modules.items():
             if not (_is_norm(module) if norms else _is_linear(module, config)):
                 raise ConfigError(
@@ -221,7 +221,6 @@ def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
                     f" {type(module).__name__}: {config.peft_type} is trained on nothing else, because the update of an"
                     " embedding would show which tokens the examples have; name other modules",
                     about="target_modules",
-                    value=target,
                 )
 
 
@@ -237,7 +236,7 @@ def _targets(model: nn.Module, config: PeftConfig) -> Sequence[str]:
     if odd := sorted(set(config.layers_to_transform) - present):
         reason = f"layers_to_transform names layer {odd[0]}; the base has {len(present)} with these target modules, "
         reason += "counted from 0"
-        raise ConfigError(reason, about="layers_to_transform", value=odd[0])
+        raise ConfigError(reason, about="layers_to_transform")
     return [path for path in paths if layer_number(path) in config.layers_to_transform]
 
 

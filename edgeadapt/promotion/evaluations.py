@@ -94,14 +94,14 @@ def judge(
     judged = verdict(metrics, margin)
     if judged is None:
         reason = f"round {number} counted too few of a release, or both far from the adapter on offer: raise the share"
-        raise NoVerdictError(reason, about="evaluation", value=number)
+        raise NoVerdictError(reason, about="evaluation")
     survivors = len(version.manifest.survivors)
     figures = (adapter, newest, previous, dict(metrics), judged, judged.worse)
     evaluation = JudgedEvaluation(number, version.manifest.sha256, survivors, *figures)
     if (before := rollback_after(evaluation, records)) is not None:
         led = f"release {before.action.release} of channel {before.action.subject}"
         reason = f"the evaluation of round {number} led to a rollback already ({led}): {add_one}"
-        raise NoVerdictError(reason, about="evaluation", value=number)
+        raise NoVerdictError(reason, about="evaluation")
     return evaluation, any(record.action.evaluation == evaluation for record in records)
 
 
@@ -128,7 +128,7 @@ def last_evaluation(lineage: Lineage, newest: str, previous: str) -> GovernedVer
             task = EvaluationTask.decode(plan.training)
         except ProtocolError:
             reason = f"round {version.record.round} has metrics of an evaluation, and its plan is of another kind"
-            raise TrustError(reason, about="plan", value=version.record.round) from None
+            raise TrustError(reason, about="plan") from None
         if (task.newest, task.previous) == (newest, previous):
             return version
     return None
@@ -149,7 +149,7 @@ def find_plan(state_dir: Path, digest: str) -> Plan:
                 if plan.digest().hex() == digest:
                     return plan
     reason = f"no log of {state_dir} has the plan {digest[:16]}: restore it from a copy"
-    raise TrustError(reason, about="plan", value=digest)
+    raise TrustError(reason, about="plan")
 
 
 def _newest_logs(state_dir: Path) -> Generator[bytes, None, None]:

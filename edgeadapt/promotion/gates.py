@@ -150,7 +150,7 @@ def read_held_out(path: Path) -> list[HeldOutPhrase]:
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) != 3 or not all(parts):
             reason = f"phrase {number} of {path} does not have the form LABEL TAB PHRASE TAB LANGUAGE"
-            raise DataError(reason, about=path.name, value=number)
+            raise DataError(reason, about=path.name)
         phrases.append(HeldOutPhrase(*parts))
     return phrases
 
@@ -190,7 +190,7 @@ def read_prompts(path: Path) -> list[GradedPrompt]:
                 raise ValueError("it demands nothing")
         except Exception as error:  # pydantic, re and jsonschema raise classes without a common base
             reason = f"line {number} of {path} is not a prompt with what its answer must meet: {one_line(error)}"
-            raise DataError(reason, about=path.name, value=number) from error
+            raise DataError(reason, about=path.name) from error
     return rows
 
 
@@ -292,7 +292,7 @@ def require_passed(results: Iterable[GateResult], what: str) -> None:
     refused = [each for each in results if not each.passed]
     if refused:
         reasons = "; ".join(f"{each.gate}: {each.text}" for each in refused)
-        raise GateError(f"{what} is refused by {reasons}", about="gates", value=tuple(each.gate for each in refused))
+        raise GateError(f"{what} is refused by {reasons}", about="gates")
 
 
 def _size(trial: PromotionTrial) -> Results:
@@ -444,7 +444,7 @@ def _held_out(trial: PromotionTrial) -> list[HeldOutPhrase]:
     for release in (trial.candidate, trial.current):
         labels |= {label for name in trial.names for label in (release.labels(name) if release else ())}
     if unknown := sorted({each.label for each in phrases} - labels):
-        raise DataError(f"no adapter has the label {unknown[0][:40]!r} of {path}", about="label", value=unknown)
+        raise DataError(f"no adapter has the label {unknown[0][:40]!r} of {path}", about="label")
     return phrases
 
 

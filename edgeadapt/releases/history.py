@@ -108,7 +108,7 @@ def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
         raws.append(_required(path, MAX_METADATA))
         root = _metadata(Root, path)
         if root.signed.version != number:
-            raise TrustError(f"{path} is version {root.signed.version}", about=ROOT, value=number)
+            raise TrustError(f"{path} is version {root.signed.version}", about=ROOT)
         for signer in (*roots[-1:], root):
             _signed(signer, ROOT, root)
         roots.append(root)
@@ -128,18 +128,18 @@ def _records(folder: Path, head: LogHead, keys: Sequence[PublicKey]) -> tuple[Ac
             raw = storage.read(path, MAX_ENVELOPE)
         except (OSError, DataError) as error:
             reason = f"{path} cannot be read, and the log has {head.number} records: restore it from a copy"
-            raise TrustError(reason, about="log", value=number) from error
+            raise TrustError(reason, about="log") from error
         if digest_of(raw) != expected:
             reason = f"{path} is not the record that the one after it, or the snapshot, names: it was altered or moved"
-            raise TrustError(reason, about="log", value=number)
+            raise TrustError(reason, about="log")
         with of_file(path):
             record = ActionRecord.accept(raw, keys)
         if record.number != number:
-            raise TrustError(f"{path} is record {record.number}", about="log", value=number)
+            raise TrustError(f"{path} is record {record.number}", about="log")
         records.append(record)
         expected = record.previous
     if expected is not None or not records:
-        raise TrustError("the log does not begin with record 1", about="log", value=0)
+        raise TrustError("the log does not begin with record 1", about="log")
     return tuple(reversed(records))
 
 
@@ -151,13 +151,13 @@ def _require_all(records: Sequence[ActionRecord], versions: dict[str, int]) -> N
             before = signed.get(role, -1)
             if version != before + 1 and not (role == ROOT and version >= before):  # a rotation may have been killed
                 reason = f"record {record.number} signed version {version} of {role}, after {before}"
-                raise TrustError(reason, about=role, value=record.number)
+                raise TrustError(reason, about=role)
             signed[role] = version
     for role, version in versions.items():
         if signed[role] != version:
             reason = f"{role} has version {version}, and the log accounts for {signed[role]}"
             reason += ": something was done without it"
-            raise TrustError(reason, about=role, value=version)
+            raise TrustError(reason, about=role)
 
 
 def _require_release(place: Path, record: ActionRecord) -> None:
@@ -172,7 +172,7 @@ def _require_release(place: Path, record: ActionRecord) -> None:
         listed = targets.get(target(channel, name))
         if (listed and listed.hashes.get("sha256")) != digest:
             reason = f"version {version} of channel {channel} has another {what} than record {record.number} states"
-            raise TrustError(reason, about=channel, value=record.number)
+            raise TrustError(reason, about=channel)
 
 
 def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) -> None:
@@ -196,7 +196,7 @@ def _require_verdict(place: Path, record: ActionRecord, top: Metadata[Targets]) 
             condition.require(action.evaluation or action.drift)
     except (DataError, TrustError) as error:
         reason = f"record {record.number} of {action.subject or 'all'}: {error}"
-        raise TrustError(reason, about=error.about, value=record.number) from error
+        raise TrustError(reason, about=error.about) from error
 
 
 def _require_used_once(records: Sequence[ActionRecord]) -> None:
@@ -207,7 +207,7 @@ def _require_used_once(records: Sequence[ActionRecord]) -> None:
         first = rollback_after(evaluation, records)
         if first is not None and first.number != record.number:
             reason = f"record {record.number} is a rollback for round {evaluation.round}, as record {first.number} was"
-            raise TrustError(reason, about="evaluation", value=record.number)
+            raise TrustError(reason, about="evaluation")
 
 
 def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Sequence[Metadata[Root]]) -> dict[str, int]:
@@ -222,7 +222,7 @@ def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Seque
             _signed(roots[record.metadata[ROOT] - 1], TOP, top)
             guarded = protected(top.signed)
         if top is None:
-            raise TrustError("the log does not begin with the targets", about="log", value=record.number)
+            raise TrustError("the log does not begin with the targets", about="log")
         _require_verdict(place, record, top)
         action, channel = record.action, record.action.subject
         if channel is None or action.release is None or action.kind not in ("publish", "promote", "rollback"):
@@ -230,7 +230,7 @@ def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Seque
         passed = action.kind == "promote" and bool(action.gates) and all(each.passed for each in action.gates)
         if channel in guarded and action.kind != "rollback" and not passed:
             reason = f"release {action.release} of channel {channel} passed no gates, and the channel is protected"
-            raise TrustError(reason, about=channel, value=record.number)
+            raise TrustError(reason, about=channel)
         releases = promoted.setdefault(channel, {})
         releases[action.release] = passed or releases.get(action.again or 0, False)
     newest = {channel: max(releases) for channel, releases in promoted.items() if channel in guarded}
@@ -240,7 +240,7 @@ def _require_promoted(place: Path, records: Sequence[ActionRecord], roots: Seque
 def _current(kind: Any, place: Path, role: str, version: int) -> Metadata[Any]:
     metadata = _metadata(kind, place / f"{version}.{role}.json")
     if metadata.signed.version != version:
-        raise TrustError(f"{version}.{role}.json is version {metadata.signed.version}", about=role, value=version)
+        raise TrustError(f"{version}.{role}.json is version {metadata.signed.version}", about=role)
     return metadata
 
 

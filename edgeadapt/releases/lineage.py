@@ -62,7 +62,7 @@ class Lineage:
         keys = read_public_keys(trust or state_dir / PUBLIC_KEY)
         if len(keys) > 1:
             reason = f"{trust} has {len(keys)} keys, and a coordinator has one"
-            raise DataError(reason, about="--trust", value=len(keys))
+            raise DataError(reason, about="--trust")
         registry = open_registry_files(state_dir, keys)
         manifests, records = _manifests(state_dir, registry), registry.rounds()
         released = None if repository is None else releases_of(repository)
@@ -79,7 +79,7 @@ class Lineage:
             if not (follows and recorded):
                 text = f"{registry.source.name}: version {manifest.version} is not what a recorded round made"
                 reason = f"{text} from the version before it: restore the registry from a copy"
-                raise TrustError(reason, about="record", value=manifest.version)
+                raise TrustError(reason, about="record")
             places = None if released is None else tuple(each for each in released if is_from(each.adapter, manifest))
             versions.append(GovernedVersion(manifest, keys[0].key_id, record, places))
             before = manifest
@@ -88,7 +88,7 @@ class Lineage:
     def version(self, number: int) -> GovernedVersion:
         if not 0 <= number < len(self.versions):
             reason = f"{self.state_dir} has no version {number}; the newest is {len(self.versions) - 1}"
-            raise ConfigError(reason, about="version", value=number)
+            raise ConfigError(reason, about="version")
         return self.versions[number]
 
 
@@ -121,6 +121,6 @@ def _manifests(state_dir: Path, registry: RegistryFiles) -> Sequence[VersionMani
         manifest = registry.manifest(number)
         if manifest is None:
             text = f"{registry.source.name} has no version {number}: restore the registry from a copy"
-            raise TrustError(text, about="version", value=number)
+            raise TrustError(text, about="version")
         manifests.append(manifest)
     return [*manifests, newest]

@@ -202,7 +202,7 @@ class RoleMetadata:
         for keyid in keyids:
             if not self.key_file(keyid).is_file():
                 reason = f"{self.key_file(keyid)} must sign this and is not there: bring the key back for it"
-                raise ConfigError(reason, about="keys", value=keyid)
+                raise ConfigError(reason, about="keys")
             keys.append(_signer(read_key(self.key_file(keyid))))
         return keys
 

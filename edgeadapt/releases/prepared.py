@@ -131,9 +131,9 @@ class PreparedRollbacks:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}", about=PREPARED, value=channel) from error
+            raise ConfigError(f"cannot read {path}: {error.strerror}", about=PREPARED) from error
         except DataError as error:
-            raise TrustError(f"{error}; {remedy}", about=PREPARED, value=channel) from error
+            raise TrustError(f"{error}; {remedy}", about=PREPARED) from error
         try:
             metadata: Metadata[Targets] = Metadata.from_bytes(raw)
             if not isinstance(metadata.signed, Targets):
@@ -141,7 +141,7 @@ class PreparedRollbacks:
             self.metadata.load(Targets, TOP).verify_delegate(channel, metadata.signed_bytes, metadata.signatures)
         except (OSError, DataError, RepositoryError, ValueError, TypeError, KeyError) as error:
             reason = f"{path} is damaged, or not signed by the key of channel {channel}: {remedy}"
-            raise TrustError(reason, about=PREPARED, value=channel) from error
+            raise TrustError(reason, about=PREPARED) from error
         condition = RollbackCondition.of(metadata.signed)
         if condition is None or any(not name.startswith(target(channel, "")) for name in metadata.signed.targets):
             raise TrustError(f"{path} is not a prepared rollback of channel {channel}: {remedy}", about=PREPARED)
@@ -169,16 +169,16 @@ class PreparedRollbacks:
         remedy = "prepare it with 'edgeadapt release rollout … --key'"
         read = self.read(channel)
         if read is None:
-            raise ConfigError(f"no rollback of channel {channel} is prepared: {remedy}", about=PREPARED, value=channel)
+            raise ConfigError(f"no rollback of channel {channel} is prepared: {remedy}", about=PREPARED)
         metadata, condition = read
         signed, version = metadata.signed, self.metadata.version(channel)
         if signed.version != version + 1 or condition.release != current.number:
             what = f"it is version {signed.version} of channel {channel}, which has {version}"
             reason = f"the prepared rollback was used already or is out of date ({what}): {remedy}"
-            raise ConfigError(reason, about=f"{PREPARED}.version", value=signed.version)
+            raise ConfigError(reason, about=f"{PREPARED}.version")
         if signed.is_expired(self.metadata.now):
             reason = f"the prepared rollback of channel {channel} expired on {signed.expires:%Y-%m-%d}: {remedy}"
-            raise ConfigError(reason, about=f"{PREPARED}.expired", value=channel)
+            raise ConfigError(reason, about=f"{PREPARED}.expired")
         new = {}
         try:
             for path, listed in signed.targets.items():
@@ -190,5 +190,5 @@ class PreparedRollbacks:
             release = Release.decode(new[RELEASE])
         except (OSError, RepositoryError, DataError, TrustError, KeyError) as error:
             reason = f"a file of the prepared rollback of channel {channel} is missing or altered ({error}): {remedy}"
-            raise TrustError(reason, about=PREPARED, value=channel) from error
+            raise TrustError(reason, about=PREPARED) from error
         return PreparedRollback(metadata, condition, release, new)

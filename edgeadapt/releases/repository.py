@@ -146,12 +146,12 @@ class ChannelRepository:
             current = self._release_of(channel, self.metadata.load(Targets, channel, version))
             if number is None or (current and current.number == number):
                 return current
-        raise ConfigError(f"channel {channel} has no release {number}", about="release", value=number)
+        raise ConfigError(f"channel {channel} has no release {number}", about="release")
 
     def released(self, channel: str, number: int | None = None) -> Release:
         """Read a release as ``release`` does. Raises ConfigError if the channel has none."""
         if (release := self.release(channel, number)) is None:
-            raise ConfigError(f"channel {channel} has no release", about="channel", value=channel)
+            raise ConfigError(f"channel {channel} has no release", about="channel")
         return release
 
     def releases(self, channel: str) -> tuple[Release, ...]:
@@ -179,7 +179,7 @@ class ChannelRepository:
             current = self.release(channel)
             if channel in self.protected:
                 remedy = f"publish to another channel, then 'edgeadapt release promote {self.folder} FROM {channel}'"
-                raise ConfigError(f"channel {channel} is protected: {remedy}", about="channel", value=channel)
+                raise ConfigError(f"channel {channel} is protected: {remedy}", about="channel")
             checked = Bundle(bundle, tuple(trusted))
             base = checked.base().manifest
             manifests = {name: checked.adapter(name, base).manifest for name in adapter_names(bundle)}
@@ -227,10 +227,10 @@ class ChannelRepository:
             candidate, current = self.release(source), self.release(channel)
             if candidate is None or candidate.number != number:
                 reason = f"release {number} is not the current one of channel {source}: repeat the promotion"
-                raise ConfigError(reason, about="channel", value=source)
+                raise ConfigError(reason, about="channel")
             if channel in self.protected and not (gates and all(each.passed for each in gates)):
                 reason = f"channel {channel} is protected, and the release did not pass its gates"
-                raise ConfigError(reason, about="gates", value=channel)
+                raise ConfigError(reason, about="gates")
             if current:
                 for name in candidate.adapters.keys() & current.adapters.keys():
                     _require_newer(self.manifest(source, candidate, name), self.manifest(channel, current, name))
@@ -247,7 +247,7 @@ class ChannelRepository:
         contents = [self.manifest(channel, each, name).content for each in both if each and name in each.adapters]
         if len(contents) < len(both) or contents[0] == contents[1]:
             reason = f"the two releases of {channel} have no adapter {name!r} that can be compared: name one, --adapter"
-            raise ConfigError(reason, about="adapter", value=name)
+            raise ConfigError(reason, about="adapter")
         return contents[0], contents[1]
 
     def rollout(self, channel: str) -> Rollout | None:
@@ -262,7 +262,7 @@ class ChannelRepository:
         release, rollout = self.release(channel), self.rollout(channel)
         if release is None or rollout is None:
             reason = f"channel {channel} rolls nothing out: begin with 'edgeadapt release promote … --share'"
-            raise ConfigError(reason, about="rollout", value=channel)
+            raise ConfigError(reason, about="rollout")
         return release, rollout
 
     def set_rollout(self, channel: str, share: int, languages: Sequence[str] = (), *, again: bool = False) -> Published:
@@ -301,7 +301,7 @@ class ChannelRepository:
         """Add a channel with a key of its own. Raises ConfigError if it exists or cannot have its name."""
         with self.locked():
             if check_channel(channel) in self.channels:
-                raise ConfigError(f"there is a channel {channel} already", about="channel", value=channel)
+                raise ConfigError(f"there is a channel {channel} already", about="channel")
             top = self.metadata.load(Targets, TOP)
             first = self.metadata.delegate(top, channel, entropy)
             self.metadata.commit(Action("add", channel), {channel: first}, top=top)
@@ -341,7 +341,7 @@ class ChannelRepository:
         """
         with self.locked():
             if role not in (ROOT, TOP, SNAPSHOT, TIMESTAMP, *self.channels):
-                raise ConfigError(f"there is no role or channel {role!r}", about="role", value=role)
+                raise ConfigError(f"there is no role or channel {role!r}", about="role")
             root, top = self.metadata.load(Root, ROOT), self.metadata.load(Targets, TOP)
             new, action, discarded = self.metadata.new_key(entropy), Action("rotate", role), False
             roles = (SNAPSHOT, TIMESTAMP) if role in (SNAPSHOT, TIMESTAMP) else (role,)
@@ -375,11 +375,11 @@ class ChannelRepository:
         rollout = Rollout.of(number + 1, number, share, languages)
         if rollout is not None and current is None:
             reason = f"channel {channel} has no release that the other devices could have: promote to all first"
-            raise ConfigError(reason, about="rollout", value=channel)
+            raise ConfigError(reason, about="rollout")
         if rollout is not None and self.rollout(channel) is not None:
             reason = f"channel {channel} still rolls out release {number}"
             remedy = "complete that with 'edgeadapt release rollout … --share 100', or roll back"
-            raise ConfigError(f"{reason}: {remedy}", about="rollout", value=channel)
+            raise ConfigError(f"{reason}: {remedy}", about="rollout")
         return rollout
 
     def add_release(
@@ -441,4 +441,4 @@ def _require_newer(new: AdapterManifest, current: AdapterManifest) -> None:
     ):
         reason = f"devices have version {current.version} of adapter {new.name!r} and would refuse this version "
         reason += f"{new.version}: export it under the version {current.version + 1} or later"
-        raise ConfigError(reason, about="adapter-manifest.version", value=new.version)
+        raise ConfigError(reason, about="adapter-manifest.version")

@@ -101,7 +101,7 @@ def publish_prepared(repository: ChannelRepository, channel: str, judged: Judged
         drift = judged if isinstance(judged, JudgedDrift) else None
         if evaluation and (before := rollback_after(evaluation, records)):
             reason = f"round {evaluation.round} led to the rollback of record {before.number} already: evaluate again"
-            raise TrustError(reason, about="evaluation", value=evaluation.round)
+            raise TrustError(reason, about="evaluation")
         release = prepared.release
         for name, content in prepared.files.items():
             repository.targets.write(channel, name, content)
@@ -131,7 +131,7 @@ def require_signer(repository: ChannelRepository, channel: str, release: Release
             AdapterManifest.accept(storage.read(place, MAX_ENVELOPE), [key])
         except TrustError as error:
             reason = f"the key did not sign adapter {name!r} of release {release.number} of channel {channel}"
-            raise TrustError(f"{reason}: name the vendor's", about="--key", value=name) from error
+            raise TrustError(f"{reason}: name the vendor's", about="--key") from error
 
 
 def _signed_again(

@@ -158,11 +158,11 @@ class JudgedEvaluation(Exact):
         expected = verdict(self.metrics, self.verdict.margin)
         stated = self.verdict
         if expected is None:
-            raise DataError(f"the figures of round {self.round} give no verdict", about="evaluation", value=self.round)
+            raise DataError(f"the figures of round {self.round} give no verdict", about="evaluation")
         apart = max(abs(getattr(expected, name) - getattr(stated, name)) for name in ("difference", "low", "high"))
         if apart > TOLERANCE or expected.worse != self.worse:
             reason = f"the figures of round {self.round} do not give the stated verdict, but: {expected}"
-            raise DataError(reason, about="evaluation", value=self.round)
+            raise DataError(reason, about="evaluation")
         return self
 
     def __str__(self) -> str:

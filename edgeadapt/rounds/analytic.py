@@ -118,7 +118,7 @@ class AnalyticTask(RoundTask):
     def vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
         if bool(bounds.noise) != bool(self.dimensions):
             text = f"an analytic head of {self.dimensions} dimensions does not go with noise of {bounds.noise:g}"
-            raise ConfigError(text, about="task.dimensions", value=self.dimensions)
+            raise ConfigError(text, about="task.dimensions")
         return RoundTask.vector(self, layout, bounds)
 
     def noisy_size(self, layout: Layout) -> int:

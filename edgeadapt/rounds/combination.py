@@ -39,7 +39,7 @@ class TrimmedMean:
     def __post_init__(self) -> None:
         if not 0 < self.share < 0.5:
             text = f"share {self.share} of a trimmed mean is not above 0 and below 1/2"
-            raise ConfigError(text, about="combination.share", value=self.share)
+            raise ConfigError(text, about="combination.share")
 
     def cut(self, groups: int) -> int:
         """Count the least, and the greatest, of ``groups`` values that do not count.
@@ -64,7 +64,7 @@ def of_rule(rule: ServerRule) -> Combination:
     kind = KINDS.get(rule.name)
     if kind is None or {field.name for field in fields(kind)} != set(rule.numbers):
         text = f"there is no combination of groups {rule.name!r} with such numbers"
-        raise ConfigError(text, about="combination", value=rule.name)
+        raise ConfigError(text, about="combination")
     return kind(**rule.numbers)
 
 

@@ -94,7 +94,7 @@ class FedAdam:
         _positive("tau", self.tau)
         if np.float32(self.tau) ** 2 == 0:
             reason = f"tau = {self.tau} is too small: its square is zero in float32"
-            raise ConfigError(reason, about="tau", value=self.tau)
+            raise ConfigError(reason, about="tau")
         _decay("beta1", self.beta1)
         _decay("beta2", self.beta2)
 
@@ -193,7 +193,7 @@ def _require_optimizer(name: str, kind: type[ServerOptimizer]) -> None:
         reason = f"{name!r} must have the name of its class {kind.__name__}, in lower case"
     else:
         return
-    raise ConfigError(f"the server optimizer {reason}", about="rule", value=name)
+    raise ConfigError(f"the server optimizer {reason}", about="rule")
 
 
 _OURS = (FedAvg, FedAvgM, FedAdam, FedYogi)
@@ -219,7 +219,7 @@ def made(name: str, numbers: Mapping[str, float]) -> ServerOptimizer:
         return kind(**numbers)
     except TypeError as error:
         reason = f"server optimizer {name!r} has the numbers {', '.join(numbers_of(kind))}, not {', '.join(numbers)}"
-        raise ConfigError(reason, about="rule", value=name) from error
+        raise ConfigError(reason, about="rule") from error
 
 
 def numbers_of(kind: type[ServerOptimizer]) -> list[str]:
@@ -245,7 +245,7 @@ def of_rule(rule: ServerRule) -> ServerOptimizer:
     kind = _NO_STEPS.get(rule.name) or OPTIMIZERS.find(rule.name.lower())
     if kind.__name__ != rule.name or {*numbers_of(kind)} != {*rule.numbers}:
         text = f"there is no server optimizer {rule.name!r} with such numbers"
-        raise ConfigError(text, about="rule", value=rule.name)
+        raise ConfigError(text, about="rule")
     return kind(**rule.numbers)
 
 
@@ -331,9 +331,9 @@ def _finite(vector: Floats, size: int) -> Floats:
 
 def _decay(name: str, value: float) -> None:
     if not 0 <= value < 1:
-        raise ConfigError(f"{name} = {value} must be at least 0 and below 1", about=name, value=value)
+        raise ConfigError(f"{name} = {value} must be at least 0 and below 1", about=name)
 
 
 def _positive(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name} = {value} must be a positive number", about=name, value=value)
+        raise ConfigError(f"{name} = {value} must be a positive number", about=name)

@@ -84,7 +84,6 @@ def require_exact(spec: VectorSpec, weight_cap: int) -> VectorSpec:
             f"a ring of {spec.ring_bits} bits cannot count {weight_cap} examples of each of {spec.max_clients} devices:"
             " take more bits or a lower weight cap",
             about="ring_bits",
-            value=spec.ring_bits,
         )
     return spec
 

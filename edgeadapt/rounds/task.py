@@ -107,7 +107,7 @@ class Task(roundtask.RoundTask):
         a frozen part is neither.
         """
         if not is_stable(self.learning_rate, self.proximal, self.weight_decay):
-            raise ProtocolError(f"task.proximal: {UNSTABLE}", about="task.proximal", value=self.proximal)
+            raise ProtocolError(f"task.proximal: {UNSTABLE}", about="task.proximal")
         if not set(self.trained) & set(self.shared):
             raise ProtocolError("task.shared: no part of the adapter is both trained and shared", about="task.shared")
         if Part.FROZEN in {*self.trained, *self.shared}:
@@ -229,7 +229,7 @@ class Training(roundtask.KindSettings):
         if method.splits_factors and (config.peft_type != "LORA" or config.use_dora or config.bias != "none"):
             kind = "DoRA" if config.use_dora else "LoRA with biases" if config.bias != "none" else config.peft_type
             reason = f"method {method.name} trains LoRA's matrices apart from each other, and the adapter is {kind}"
-            raise ConfigError(f"{reason}: choose fedit, fedper, fedbabu or head", about="method", value=method.name)
+            raise ConfigError(f"{reason}: choose fedit, fedper, fedbabu or head", about="method")
         own = self.model_dump() | {"optimizer": OptimizerName(self.optimizer), "schedule": RateSchedule(self.schedule)}
         return Task(config, of.labels, trained=method.trained(of.version), shared=method.shared, **own)
 
@@ -269,7 +269,7 @@ def least_ring_bits(layout: Layout, bounds: Bounds) -> int:
             if spec.step(spec.segment("delta")) * math.sqrt(layout.size) / clients <= RESOLUTION * bounds.clip_norm:
                 return bits
     text = f"no ring can hold the sum of {clients} updates of {bounds.weight_cap} examples with the clip norm "
-    raise ConfigError(f"{text}{bounds.clip_norm}", about="clip_norm", value=bounds.clip_norm)
+    raise ConfigError(f"{text}{bounds.clip_norm}", about="clip_norm")
 
 
 def contribution(
@@ -385,7 +385,7 @@ def weighted_mean(
     delta, weight = sums["delta"], float(sums["weight"][0])
     if delta.shape != (layout.size,):
         text = f"the sum is of {delta.size} numbers, and the shared tensors have {layout.size}"
-        raise DataError(text, about="shape", value=delta.size)
+        raise DataError(text, about="shape")
     noise = _width(spec, task, weight, survivors) * dither(noise_key(spec, sums, adapter), delta.size)
     update = rotation.rotate_back(delta, rotation.seed(adapter)) if weight else np.zeros(delta.size)
     mean = ((update + noise) / (weight or survivors)).astype(np.float32)
@@ -406,7 +406,7 @@ def noisy_mean(
     summed = sums[segment.name]
     if summed.shape != (layout.size,):
         text = f"the sum is of {summed.size} numbers, and the shared tensors have {layout.size}"
-        raise DataError(text, about="shape", value=summed.size)
+        raise DataError(text, about="shape")
     update = rotation.rotate_back(summed, rotation.seed(adapter))
     update += spec.vector.step(segment) * dither(noise_key(spec, sums, adapter), summed.size)
     mean = (update / survivors).astype(np.float32)

@@ -66,7 +66,7 @@ class TaskLimits(Settings):
         if high is not None and value > high and name != "gradient_norm":
             reason = f"{about} {value:g} is over this device's maximum of {high:g}"
         if reason:
-            raise ProtocolError(reason, COORDINATOR, about=about, value=value)
+            raise ProtocolError(reason, COORDINATOR, about=about)
 
 
 def _numbers_of(adapter: Tensors) -> Iterator[tuple[str, float]]:

@@ -60,7 +60,7 @@ def completed(
         virtual = [name for name in odd if name in VIRTUAL]
         remedies += [f"no slot for {virtual[0]}: export the base with 'bundle make --peft'"] if virtual else []
         remedies += [f"no place for {', '.join(others)}: train without modules_to_save"] if others else []
-        raise DataError(f"the base has {'; '.join(remedies)}", about=odd[0], value=odd)
+        raise DataError(f"the base has {'; '.join(remedies)}", about=odd[0])
     if missing := sorted(name for name in set(slots) - names if is_saved(name)):
         raise DataError(
             f"the adapter lacks {missing[0]!r}, which every adapter of this base must have: train its module in "

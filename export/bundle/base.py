@@ -57,7 +57,7 @@ def usual_task(base: Base) -> Task:
         return "text-generation"
     if "For" in architecture and not architecture.endswith(HEADS):
         reason = f"the base is a {architecture[:60]}, a task that devices do not run; choose a task with --task"
-        raise ConfigError(reason, about="architectures", value=architecture)
+        raise ConfigError(reason, about="architectures")
     return "text-classification"
 
 
@@ -92,14 +92,13 @@ def wanted(
     own: Head | None = None
     rank = max((shapes[path + LORA_A][0] for path in layers), default=1)
     if max_rank is not None and rank > max_rank:
-        raise ConfigError(f"the adapter has rank {rank}, --max-rank is {max_rank}", about="--max-rank", value=rank)
+        raise ConfigError(f"the adapter has rank {rank}, --max-rank is {max_rank}", about="--max-rank")
     if needed == "text-generation":
         if brought:
             raise ConfigError(
                 f"the adapter brings {', '.join(sorted(brought))[:200]}, for which a language model has no slot: merge "
                 "it into its base with 'edgeadapt base merge'",
                 about="modules_to_save",
-                value=sorted(brought),
             )
     else:
         if not brought:
@@ -135,7 +134,7 @@ def export_named(
         chosen = Profile(profile)
     except ValueError:
         raise ConfigError(
-            f"there is no profile {profile!r}; choose one of {', '.join(Profile)}", about="--profile", value=profile
+            f"there is no profile {profile!r}; choose one of {', '.join(Profile)}", about="--profile"
         ) from None
     base = find_base(name)
     if want.task == "text-generation":
@@ -153,7 +152,7 @@ def export_named(
 
 def _agree(option: str, given: str | None, needed: str) -> None:
     if given not in (None, needed):
-        raise ConfigError(f"{option} is {given}, but the adapter is for {needed}", about=option, value=given)
+        raise ConfigError(f"{option} is {given}, but the adapter is for {needed}", about=option)
 
 
 def resolved(origin: Origin, base: Base) -> Origin:
@@ -185,7 +184,7 @@ def _layers(
             layer = model.get_submodule(path)
         except AttributeError as error:
             reason = f"the base in {base.folder} has no layer {path!r}: name the base that the adapter was trained on"
-            raise ConfigError(reason, about="--base", value=path) from error
+            raise ConfigError(reason, about="--base") from error
         weight = layer.weight.detach().numpy()
         weights[path] = weight.T if type(layer) is Conv1D else weight
         if layer.bias is not None:

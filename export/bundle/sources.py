@@ -54,7 +54,6 @@ def fitted(origin: Origin, base_digest: str, slots: Mapping[str, Sequence[str]])
             f"the adapter was made for the base {str(origin.base_digest)[:12]}, not for {base_digest[:12]}; export "
             "that base, or name another bundle (what learned a task of a package has none)",
             about="base_digest",
-            value=origin.base_digest,
         )
     return replace(origin, tensors=trimmed(origin.tensors, slots)) if origin.shares_a else origin
 
@@ -71,7 +70,7 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
     manifest = registry.recorded(version)
     if manifest is None:
         which = "is empty" if version is None else f"has no version {version}"
-        raise DataError(f"the registry in {state_dir} {which}", about="version", value=version)
+        raise DataError(f"the registry in {state_dir} {which}", about="version")
     tensors = from_peft_tensors(registry.tensors(manifest), manifest.peft_config, {})
     return Origin(
         manifest.peft_config,

@@ -91,7 +91,7 @@ def _write_bundle(
     for source in sources:
         if source.adapter_inputs is None and exported.task == "text-generation":
             reason = f"adapter {source.name!r} lacks adapter_inputs, which hold the scaling of its layers"
-            raise ConfigError(reason, about="adapter_inputs", value=source.name)
+            raise ConfigError(reason, about="adapter_inputs")
         files |= _adapter_files(source, source.adapter_inputs or exported.adapter_inputs, manifest, limit, key, form)
     kept = _kept(out, manifest, {source.name for source in sources})
     with staged(out, replaces=True) as stage:
@@ -114,7 +114,6 @@ def _kept(out: Path, manifest: BaseManifest, replaced: set[str]) -> bool:
             f"the adapters in {out} ({', '.join(sorted(names))[:200]}) were made for a base with other slots, and "
             "devices would refuse them; name another folder, or the same --targets and --head",
             about="slots",
-            value=sorted(names),
         )
     return True
 
@@ -132,7 +131,7 @@ def add(
     before = stated_adapter(bundle, name)
     if before is not None and before.version > origin.version:
         reason = f"{bundle} holds version {before.version} of {name!r}; devices refuse the older {origin.version}"
-        raise DataError(reason, about="version", value=origin.version)
+        raise DataError(reason, about="version")
     source = source_of(name, origin, temperature=temperature)
     add_adapter(bundle, AdapterInputs.of_tensors(origin.peft_config, origin.tensors), source, key=key, form=form)
     return _written(bundle, name)
@@ -183,7 +182,6 @@ def check_base(bundle: Path, base: Base, profile: str | None) -> None:
             f"{bundle} holds the base {manifest.base_digest[:12]} as {manifest.profile}, not {base.digest[:12]} as "
             f"{profile or manifest.profile}; name another bundle",
             about="--base",
-            value=base.digest,
         )
 
 
@@ -296,7 +294,6 @@ def _adapter_files(
             f"adapter {source.name!r} has {len(source.labels)} labels for {sizes[LABELS]} rows of its head; name each "
             "row, in order (--labels)",
             about="labels",
-            value=len(source.labels),
         )
     check_labels(source.name, source.labels)
     if (count := virtual_tokens(filled)) and count >= (longest := limit()):
@@ -304,12 +301,11 @@ def _adapter_files(
             f"adapter {source.name!r} has {count} virtual tokens, which leave no room for a text: the base reads at "
             f"most {longest} tokens",
             about="num_virtual_tokens",
-            value=count,
         )
     ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(LORA_A)]
     if (rank := max(ranks, default=0)) > base.max_rank:
         reason = f"adapter {source.name!r} has rank {rank}, the base takes at most {base.max_rank} (--max-rank)"
-        raise DataError(reason, about="rank", value=rank)
+        raise DataError(reason, about="rank")
     manifest = AdapterManifest(
         name=source.name,
         sha256=sha256(blob),

@@ -147,7 +147,6 @@ def check_decoder(config: Any) -> None:
             f"{config.model_type} is an encoder-decoder: it would need a graph of its encoder, one of its decoder with "
             "a cache of cross-attention, and a device that runs both; use a decoder-only model",
             about="is_encoder_decoder",
-            value=config.model_type,
         )
 
 

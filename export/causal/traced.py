@@ -103,7 +103,6 @@ def cache_of(model: Any, sizes: tasks.Sizes) -> KeyValueCache:
             f"the cache of {model.config.model_type!r} is not equal keys and values in each layer, and cannot "
             "be exported",
             about="past_key_values",
-            value=model.config.model_type,
         )
     return KeyValueCache(keyword, len(layers), int(shape[1]), int(shape[3]))
 

@@ -40,7 +40,7 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
     """
     if profile not in BITS:
         reason = f"the profile {profile.value} does not round weights in blocks; choose {' or '.join(BITS)}"
-        raise ConfigError(reason, about="profile", value=profile.value)
+        raise ConfigError(reason, about="profile")
     with new_folder(out) as stage:
         model = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
         round_weights(model, BITS[profile])

@@ -79,7 +79,6 @@ def check_gradients(
                     f"{name}: the training graph is {difference:.2g} from torch, at most {limit:g}: export the base "
                     "with --no-training",
                     about=name,
-                    value=difference,
                 )
             worst = max(worst, difference)
     return worst
@@ -119,9 +118,7 @@ def _from_states(module: torch.nn.Module, batch: TrainingBatch, inputs: Tensors,
     nearest = min(distances, key=lambda name: distances[name], default="")
     if not distances.get(nearest, np.inf) <= STATES_LIMIT:
         raise ConfigError(
-            f"{LOWER}: its states are not those of any module in torch: export the base with --layers 0",
-            about=LOWER,
-            value=distances.get(nearest),
+            f"{LOWER}: its states are not those of any module in torch: export the base with --layers 0", about=LOWER
         )
     hook = module.get_submodule(nearest).register_forward_hook(replaced)
     try:

@@ -86,7 +86,7 @@ def find(graph: onnx.ModelProto, weights: Mapping[str, Floats], store: TensorSto
         same = [node for node in matmuls if _has_weight(node, values[_weight_name(node)], weight, store)]
         if len(same) != 1:
             reason = f"{path}: its weight is in {len(same)} MatMuls of the exported graph, not in one"
-            raise ConfigError(reason, about=path, value=len(same))
+            raise ConfigError(reason, about=path)
         (out, width), y = weight.shape, same[0].output[0]
         end, bias = _end(graph.graph, y, values, int(out))
         layers[path] = LayerMatMul(same[0].input[0], y, int(width), int(out), end, bias)

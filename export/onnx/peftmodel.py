@@ -249,7 +249,6 @@ def saved_slot(path: str, module: nn.Module) -> SavedSlot:
             f"{path}: a module in modules_to_save with a buffer ({buffers[0]!r}) cannot be exported: no adapter holds "
             "buffers",
             about="modules_to_save",
-            value=path,
         )
     return SavedSlot(path, tuple(TensorSpec(name, tuple(p.shape)) for name, p in module.named_parameters()))
 

@@ -39,7 +39,7 @@ def with_mean_head(base: Base, slots: Slots | Sequence[str]) -> SlottedModel:
     wanted = Slots.of(slots)
     if wanted.virtual:
         reason = "a head over the mean of the tokens has no virtual tokens, in peft neither: choose --head own"
-        raise ConfigError(reason, about="--head", value=wanted.virtual)
+        raise ConfigError(reason, about="--head")
     return _slotted(PhraseClassifier(encoder, ANY_LABELS), wanted, ["classifier"])
 
 
@@ -66,7 +66,7 @@ def with_own_head(
     kind, rows = model.config.problem_type, model.config.num_labels
     if rows < ANY_LABELS or kind not in (None, "single_label_classification"):
         reason = f"the base's head has {rows} labels ({kind}); a device chooses one of at least two"
-        raise ConfigError(reason, about="head", value=rows)
+        raise ConfigError(reason, about="head")
     return _slotted(model, wanted, saved)
 
 
@@ -78,7 +78,6 @@ def label_count(base: Base, brought: Mapping[str, tuple[int, ...]]) -> int | Non
             f"the base in {base.folder}, as a classifier, has no tensor named {', '.join(unknown)}, "
             "which the adapter brings: name the base that it was trained on",
             about=unknown[0],
-            value=unknown,
         )
     return next((shape[0] for name, shape in sorted(brought.items()) if two[name] != three[name]), None)
 
@@ -88,7 +87,7 @@ def _slotted(model: nn.Module, slots: Slots, saved: list[str]) -> SlottedModel:
     names = vectors(model, slots, saved)
     if whole := [path for path in (*layers, *map(layer_of, names)) if in_modules(f"{path}.weight", saved)]:
         reason = f"every adapter brings {summary(whole)} whole, in modules_to_save: leave it out of the targets"
-        raise ConfigError(reason, about="--targets", value=whole)
+        raise ConfigError(reason, about="--targets")
     brought = [path for path, _ in model.named_modules() if path.endswith(tuple(saved))]
     outermost = [path for path in brought if not any(path.startswith(f"{other}.") for other in brought)]
     modules = tuple(saved_slot(path, model.get_submodule(path)) for path in outermost)

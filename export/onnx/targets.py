@@ -61,7 +61,6 @@ class Slots:
             raise ConfigError(
                 "virtual tokens enter below all layers: leave out --layers, or the slots of virtual tokens",
                 about="--layers",
-                value=self.first,
             )
 
     @classmethod
@@ -105,9 +104,7 @@ def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[
     parameters = {name for name, value in model.named_parameters() if value.ndim == 1}
     sites = [vector_site(name) for name in slots.vectors if name.endswith(REPLACED)]
     if missing := [name for name in sites if name not in parameters]:
-        raise ConfigError(
-            f"the base has no vector among its parameters named {summary(missing)}", about="vectors", value=missing
-        )
+        raise ConfigError(f"the base has no vector among its parameters named {summary(missing)}", about="vectors")
     places = {path: number for number, (path, _) in enumerate(model.named_modules())}
     return tuple(sorted(names | set(slots.vectors), key=lambda name: (places[layer_of(name)], name)))
 
@@ -129,9 +126,7 @@ def _below(model: nn.Module, slots: Slots) -> Callable[[str], bool]:
     first = slots.first if slots.first > 0 else count + slots.first
     if not 0 <= first < count:
         raise ConfigError(
-            f"the base has {count} layers with a number: choose at most so many with --layers",
-            about="--layers",
-            value=slots.first,
+            f"the base has {count} layers with a number: choose at most so many with --layers", about="--layers"
         )
     return lambda path: _number(path) < first
 
@@ -139,9 +134,7 @@ def _below(model: nn.Module, slots: Slots) -> Callable[[str], bool]:
 def _refuse_below(names: Sequence[str], slots: Slots) -> None:
     if names:
         raise ConfigError(
-            f"{summary(names)} is below the layers that get slots: choose more of them with --layers",
-            about="--layers",
-            value=names,
+            f"{summary(names)} is below the layers that get slots: choose more of them with --layers", about="--layers"
         )
 
 
@@ -176,13 +169,12 @@ def linear_layers(model: nn.Module, targets: Sequence[str], heads: Sequence[str]
             f"the base has no layer named {', '.join(missing)}: choose --targets among "
             f"{pretrained.layer_names(model)}, or use a base of another architecture",
             about="--targets",
-            value=missing,
         )
     chosen: set[str] = set().union(*matched.values())
     if odd := [path for path in modules if path in chosen - linear]:
         kind = type(modules[odd[0]]).__name__
         reason = f"an adapter on {kind} cannot be exported, only on linear layers: {summary(odd)}"
-        raise ConfigError(reason, about=kind, value=odd[0])
+        raise ConfigError(reason, about=kind)
     return [path for path in modules if path in chosen]
 
 
@@ -197,5 +189,5 @@ def _matched(
     try:
         pattern = re.compile(target)
     except re.error as error:
-        raise ConfigError(f"{target!r} is no regular expression: {error}", about="--targets", value=target) from error
+        raise ConfigError(f"{target!r} is no regular expression: {error}", about="--targets") from error
     return {path for path in linear if pattern.fullmatch(path)}

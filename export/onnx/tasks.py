@@ -111,7 +111,6 @@ def readable_length(model: Any, ids: Sequence[int], length: int) -> int:
         f"the model states {length} positions, but cannot read a text of {max(0, length - OFFSETS) + 1} tokens: "
         f"{reason}; use another base",
         about="max_position_embeddings",
-        value=length,
     )
 
 

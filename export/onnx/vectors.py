@@ -163,7 +163,6 @@ def _initializer(graph: onnx.ModelProto, path: str, parameters: Mapping[str, Flo
         raise ConfigError(
             f"{path}: its values are in {len(same)} vectors of the exported graph, so an adapter cannot replace them",
             about=path,
-            value=len(same),
         )
     return matching[0]
 

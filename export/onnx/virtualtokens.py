@@ -204,7 +204,6 @@ def _reader(makers: Makers, layer: int, part: int) -> tuple[onnx.NodeProto, int]
         f"layer {layer} puts its {PARTS[part]}s into the cache by {node.op_type}: prefix tuning cannot be exported for "
         "this base",
         about="past_key_values",
-        value=layer,
     )
 
 
@@ -224,7 +223,6 @@ def _embeddings(graph: onnx.GraphProto, embedding: Embedding) -> onnx.NodeProto:
             f"the graph looks up the embeddings of tokens in {len(nodes)} places, not in one: virtual tokens cannot be "
             "exported for this base",
             about="embeddings",
-            value=len(nodes),
         )
     return nodes[0] if embedding.scale == 1 else _scaled(graph, nodes[0].output[0], embedding.scale)
 
@@ -249,7 +247,6 @@ def _scaled(graph: onnx.GraphProto, name: str, scale: float) -> onnx.NodeProto:
         f"the graph does not scale the embeddings of tokens by {scale:g}, as the model does: virtual tokens cannot be "
         "exported for this base",
         about="embeddings",
-        value=scale,
     )
 
 

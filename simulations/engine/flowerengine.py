@@ -33,7 +33,7 @@ PARTITION = "partition-id"  # Flower's number of a simulated node, from 0
 
 def require_ray() -> None:
     if find_spec("ray") is None:
-        raise ConfigError("--engine ray needs Ray: pip install 'edgeadapt[ray]'", about="--engine", value="ray")
+        raise ConfigError("--engine ray needs Ray: pip install 'edgeadapt[ray]'", about="--engine")
 
 
 def federate_on_ray(

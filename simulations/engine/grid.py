@@ -71,12 +71,12 @@ def read_trace(path: Path, clients: Iterable[Client]) -> Mapping[str, Steps]:
                 about = f"{path}, line {lines.line_num}"
                 name, number, share = _row(about, who, row)
                 if name not in named:
-                    raise DataError(f"{about}: the population has no {who} {name!r}", about=about, value=name)
+                    raise DataError(f"{about}: the population has no {who} {name!r}", about=about)
                 if number in shares.setdefault(name, {}):
-                    raise DataError(f"{about}: {name!r} has a row of round {number} before", about=about, value=number)
+                    raise DataError(f"{about}: {name!r} has a row of round {number} before", about=about)
                 shares[name][number] = share
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{KEY}: {path} cannot be read: {error}", about=KEY, value=str(path)) from error
+        raise ConfigError(f"{KEY}: {path} cannot be read: {error}", about=KEY) from error
     steps = {name: Steps(*zip(*sorted(rows.items()), strict=True)) for name, rows in shares.items()}
     return {client: each for name, each in steps.items() for client in named[name]}
 
@@ -86,16 +86,16 @@ def trace_digest(path: Path) -> str:
     try:
         return file_sha256(path)
     except OSError as error:
-        raise ConfigError(f"{KEY}: {path} cannot be read: {error}", about=KEY, value=str(path)) from error
+        raise ConfigError(f"{KEY}: {path} cannot be read: {error}", about=KEY) from error
 
 
 def _column(path: Path, header: Sequence[str]) -> str:
     if missing := [name for name in COLUMNS if name not in header]:
-        raise ConfigError(f"{KEY}: {path} has no column {missing[0]!r}", about=KEY, value=str(path))
+        raise ConfigError(f"{KEY}: {path} has no column {missing[0]!r}", about=KEY)
     columns = [name for name in WHO if name in header]
     if len(columns) != 1:
         text = f"{KEY}: {path} needs one of the columns 'client' and 'language', it has {len(columns)} of them"
-        raise ConfigError(text, about=KEY, value=str(path))
+        raise ConfigError(text, about=KEY)
     return columns[0]
 
 
@@ -106,7 +106,7 @@ def _row(about: str, who: str, row: Mapping[str, str | None]) -> tuple[str, int,
         raise DataError(f"{about}: round is no whole number, or available is no number", about=about) from None
     if not name or number < 1 or not 0 <= share <= 1:
         text = f"{about}: a row needs a {who}, a round from 1 on, and available from 0 to 1"
-        raise DataError(text, about=about, value=(name, number, share))
+        raise DataError(text, about=about)
     return name, number, share
 
 

@@ -60,15 +60,7 @@ from simulations.engine.publish import export_all
 from simulations.engine.workers import Fleet, WorkerGrid, Workers
 from simulations.plan import default_trials
 from simulations.report.pages import write_report
-from simulations.result import (
-    CanaryBounds,
-    ClientResult,
-    ExportResult,
-    GroupResult,
-    RunResult,
-    TrialResult,
-    metric_of,
-)
+from simulations.result import CanaryBounds, ClientResult, ExportResult, GroupResult, RunResult, TrialResult, metric_of
 from simulations.scenario import Scenario
 from simulations.suite.store import RUNS, Store, check_fresh
 from simulations.suite.trial import GRID_LOG, Material, TrialRun, rounds_of, tally_of, unfitted_rounds
@@ -199,7 +191,7 @@ class Plan:
                 raise ConfigError(text, about="--workers")
             if scenario.attack.kind != "none":
                 text = "attackers need the grid of this process: leave out --engine, or set attack.kind to none"
-                raise ConfigError(text, about="attack.kind", value=scenario.attack.kind)
+                raise ConfigError(text, about="attack.kind")
         loaded = populate(scenario.data, scenario.population, scenario.seed)
         base = provision.unrounded_base(scenario)
         return cls(scenario, engine, loaded, base, provision.grouped(loaded.population, scenario.groups))
@@ -367,7 +359,7 @@ def _require_same_engine(coordinator: Path, masks: bool) -> None:
     if masks == is_plain(coordinator) and (masks or (coordinator / TRANSCRIPT).exists()):
         began = "plain" if masks else "protocol"
         text = f"the rounds in {coordinator.parent} began on the engine {began}: add --engine {began}"
-        raise ConfigError(text, about="--engine", value=began)
+        raise ConfigError(text, about="--engine")
     if not masks:
         (coordinator / SUMS).mkdir(exist_ok=True)
 

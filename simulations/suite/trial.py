@@ -62,10 +62,7 @@ MOST_PUBLIC = 200  # public texts that each client's classifier is asked
 GRID_LOG = "grid.json"  # in the folder of a federation
 LAST_ROUND = "/last round"  # name of a training, which orders its examples
 # Of a kind: what fits its head, and the key of its penalty.
-HEADS: dict[Kind, tuple[FitHead, str]] = {
-    Kind.RIDGE: (ridge_head, "ridge"),
-    Kind.LOGISTIC: (logistic_head, "logistic"),
-}
+HEADS: dict[Kind, tuple[FitHead, str]] = {Kind.RIDGE: (ridge_head, "ridge"), Kind.LOGISTIC: (logistic_head, "logistic")}
 
 
 # Each arm of a run begins with it.

@@ -43,7 +43,7 @@ def test_no_device_unmasks_a_survivor_set_without_itself(malicious: Callable[...
     coordinator = malicious()
     coordinator.collect()
     message = isolating(coordinator, sorted(set(coordinator.uploads) - {"device-000"}))
-    with refused(ProtocolError, "survivors.self", peer="coordinator", value="device-000"):
+    with refused(ProtocolError, "survivors.self", peer="coordinator"):
         coordinator.ask("device-000", "on_unmask", Unmask(message, {}))
 
 

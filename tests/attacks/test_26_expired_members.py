@@ -165,7 +165,7 @@ def test_a_session_ends_with_the_first_certificate_that_expires(shortest: int) -
     _, plans = session.plan(**whole, at=END)
     for name, plan in plans.items():
         ready = unseal(seal(fleet.states[name], SEALING), SEALING)
-        with refused(ProtocolError, "plan.time", peer="coordinator", value=END):
+        with refused(ProtocolError, "plan.time", peer="coordinator"):
             ready.on_plan(fleet.devices[name], plan, END + timedelta(seconds=1))
         ready.on_plan(fleet.devices[name], plan, END)
 
@@ -183,7 +183,7 @@ def test_a_session_ends_with_the_revocation_list_that_it_applies() -> None:
     session = fleet.establish()
     _, plans = fleet.begin(session)
     for name, plan in plans.items():
-        with refused(ProtocolError, "plan.time", peer="coordinator", value=END):
+        with refused(ProtocolError, "plan.time", peer="coordinator"):
             fleet.states[name].on_plan(fleet.devices[name], plan, END + timedelta(seconds=1))
         fleet.states[name].on_plan(fleet.devices[name], plan, END)
     offering, _ = server.open_session(Coordinator(fleet.key), root, fleet.spec, fleet.certificates, fleet.entropy)

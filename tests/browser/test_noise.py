@@ -296,7 +296,7 @@ def walk(rng: random.Random) -> list[dict[str, Any]]:
         try:
             check_unshared(kept, BASE_DIGEST, task)
         except ProtocolError as error:
-            row["refused"] = error.value
+            row["refused"] = str(error).partition("the part ")[2].split()[0]
             continue
         subject, plan = subject_of(BASE_DIGEST, task, Layout.of(offered)), number.to_bytes(32, "big")
         begun = with_private(offered, kept.start(subject, plan) if kept else None, task)

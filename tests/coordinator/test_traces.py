@@ -87,7 +87,7 @@ def test_what_went_wrong_is_in_the_spans_by_its_kind_without_its_text(
     with receiving() as receiver:
         monkeypatch.setenv(ENDPOINT, receiver.url)
         with traces.exporting("edgeadapt-test"), pytest.raises(EdgeAdaptError), traces.span("round"):
-            raise EdgeAdaptError(f"no update of {device}", about="peer", value=device)
+            raise EdgeAdaptError(f"no update of {device}", about="peer")
     (span,) = receiver.spans()
     assert attributes(span) == {"error.type": "EdgeAdaptError"}
     assert (span.status.code, span.status.message, len(span.events)) == (2, "", 0)

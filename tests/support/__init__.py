@@ -18,12 +18,15 @@ Run = Callable[..., Outcome]
 
 
 @contextmanager
-def refused(kind: type[Error], about: str, **fields: object) -> Iterator[pytest.ExceptionInfo[Error]]:
-    """The block raises exactly ``kind``, about ``about``, with these ``fields`` (``peer``, ``value``), in one line."""
+def refused(
+    kind: type[Error], about: str, value: object = "", **fields: object
+) -> Iterator[pytest.ExceptionInfo[Error]]:
+    """The block raises exactly ``kind``, about ``about`` and with these ``fields``, in one line that has ``value``."""
     with pytest.raises(kind) as caught:
         yield caught
     error = caught.value
     assert type(error) is kind
     assert error.about == about, f"about {error.about!r}: {error}"
+    assert value is None or str(value) in str(error), f"{value!r} is not in: {error}"
     assert {name: getattr(error, name) for name in fields} == fields
     assert "\n" not in str(error)

@@ -57,8 +57,8 @@ class Invitation(NamedTuple):
         try:
             body = _CODEC.encode(self)
         except ConfigError as error:
-            text = f"{error.value!r} is neither an address, HOST:PORT, nor the name of a device"
-            raise ConfigError(text, about="invitation", value=error.value) from None
+            text = f"{error}: neither an address, HOST:PORT, nor the name of a device"
+            raise ConfigError(text, about="invitation") from None
         return _PREFIX + base64.urlsafe_b64encode(body + _check(body)).rstrip(b"=").decode()
 
     def to_pem(self) -> tuple[bytes, bytes]:

@@ -106,7 +106,7 @@ class DeviceRequest:
         if not 0 < len(names) == len(self.fields) + len(self.blobs) <= MAX_FIELDS:
             raise ConfigError("a request has 1 to 8 fields, each once", about="request.fields")
         if self.step not in _STEPS or not self.id:
-            raise ConfigError(f"{self.step!r} is not a step of the protocol", about="request.step", value=self.step)
+            raise ConfigError(f"{self.step!r} is not a step of the protocol", about="request.step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class DeviceAnswer:
         if (self.size > 0) == (self.code > 0) or (self.size and self.reason):
             raise ConfigError("an answer has either a body or a reason", about="answer.reason")
         if self.size > MAX_ANSWER:
-            raise ConfigError(f"answer of {self.size} bytes is over the limit", about="answer.size", value=self.size)
+            raise ConfigError(f"answer of {self.size} bytes is over the limit", about="answer.size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ class PartReader:
         """Add the next part. Raises ProtocolError if it is empty, or longer than a part or what is left."""
         if not 0 < len(part) <= min(CHUNK, self.left):
             text = f"a part has {len(part)} bytes, and {self.left} are left of its body"
-            raise ProtocolError(text, about="part.size", value=len(part))
+            raise ProtocolError(text, about="part.size")
         self.body += part
         self.left -= len(part)
 

@@ -86,26 +86,24 @@ def config_of(settings: Settings) -> PeftConfig:
         raise ConfigError(
             f"adapters of the type {kind[:40]!r} have no place in a graph, which takes {', '.join(HARMLESS)}: {remedy}",
             about="peft_type",
-            value=kind,
         )
     if (bias := settings.get("bias", "none")) not in BIASES:
         reason = f"the adapter was trained with bias={bias!r:.40}; choose among {', '.join(BIASES)}"
-        raise ConfigError(reason, about="bias", value=bias)
+        raise ConfigError(reason, about="bias")
     if (start := settings.get("init_lora_weights")) not in KEEPS_THE_BASE:
         reason = f"the adapter was made with init_lora_weights={start!r}, which changes the base: "
         reason += "convert it to plain LoRA first (path_initial_model_for_weight_conversion of save_pretrained)"
-        raise ConfigError(reason, about="init_lora_weights", value=start)
+        raise ConfigError(reason, about="init_lora_weights")
     if (stacks := settings.get("num_transformer_submodules")) not in (None, 1):
         raise ConfigError(
             f"the adapter has virtual tokens for {stacks!r:.40} stacks of layers; only a single stack can be exported",
             about="num_transformer_submodules",
-            value=stacks,
         )
     for name in sorted(settings.keys() - HARMLESS[kind]):
         if (value := settings[name]) not in OFF:
             remedy = ", or merge the adapter into its base with 'edgeadapt base merge'" if name in MERGEABLE else ""
             text = f"the adapter uses {name[:40]!r}: {value!r:.40}, which cannot be exported: train without it{remedy}"
-            raise ConfigError(text, about=name, value=value)
+            raise ConfigError(text, about=name)
     return _config(kind, settings)
 
 
@@ -119,7 +117,6 @@ def check_numbers(settings: Settings) -> None:
             raise DataError(
                 f"{name} in adapter_config.json is {value!r:.40}, not {what} above 0 and below {MAX_NUMBER}: {REMEDY}",
                 about=name,
-                value=value,
             )
 
 

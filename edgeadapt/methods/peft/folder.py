@@ -75,7 +75,7 @@ def read_settings(folder: Path) -> Settings:
     if not (folder / CONFIG).is_file():
         below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))  # where peft saves named adapters
         hint = f"; name one of the adapters in it: {', '.join(below)}" if below else ""
-        raise ConfigError(f"{folder} is not a PEFT folder: it has no {CONFIG}{hint}", about=CONFIG, value=below)
+        raise ConfigError(f"{folder} is not a PEFT folder: it has no {CONFIG}{hint}", about=CONFIG)
     if not (folder / WEIGHTS).is_file():
         if (folder / PICKLE).exists():
             reason = f"{folder} has only {PICKLE}, a pickle, which is not read: save it again with safetensors"
@@ -150,7 +150,7 @@ def _floats(name: str, kind: str, data: bytes, shape: list[int]) -> Floats:
 
 def _odd(name: str, kind: str) -> DataError:
     reason = f"tensor {name[:80]!r} of type {kind} is not one that peft saves for an adapter of floats"
-    return DataError(reason, about=name[:80], value=kind)
+    return DataError(reason, about=name[:80])
 
 
 def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:

@@ -109,5 +109,5 @@ def _lora(path: str, config: PeftConfig, values: Tensors) -> LoraSlot:
         raise DataError(text, about=path)
     if (rank := config.rank_of(path)) != a.shape[0]:
         reason = f"{path!r} has rank {a.shape[0]}, but the adapter's configuration says {rank}"
-        raise DataError(reason, about=path, value=a.shape[0])
+        raise DataError(reason, about=path)
     return LoraSlot(path, config.scaling_of(path))

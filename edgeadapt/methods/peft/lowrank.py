@@ -55,13 +55,12 @@ def as_lora(config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
             raise DataError(text, about=input_name(layer))
         if own != (stated := config.rank_of(input_name(layer))):
             reason = f"{input_name(layer)!r} has rank {own}, but the adapter's configuration says {stated}"
-            raise DataError(reason, about=input_name(layer), value=own)
+            raise DataError(reason, about=input_name(layer))
         if (rank := a.shape[0]) > MAX_RANK:
             raise ConfigError(
                 f"{input_name(layer)}: {method} of this rank is LoRA of rank {rank}, above {MAX_RANK}; train it with a "
                 "lower rank",
                 about="r",
-                value=rank,
             )
         result |= {layer + LORA_A: a, layer + LORA_B: b}
         ranks[input_name(layer)] = rank
@@ -128,7 +127,7 @@ def _converter(config: PeftConfig, tensors: Tensors) -> Callable[..., tuple[int,
     if config.peft_type == "ADALORA":
         start, alpha = config.r, config.lora_alpha
         if start < 1 or alpha <= 0:
-            raise ConfigError("AdaLoRA needs init_r and lora_alpha above 0", about="lora_alpha", value=alpha)
+            raise ConfigError("AdaLoRA needs init_r and lora_alpha above 0", about="lora_alpha")
         return lambda path, *parts: (len(parts[2]), *_adalora(alpha / (start + EPSILON), *parts))
     a, b = (tensors.get(name) for name in FROZEN)
     if a is None or b is None:

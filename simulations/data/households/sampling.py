@@ -171,7 +171,7 @@ def _phrasebooks(settings: PopulationSettings, seed: int) -> tuple[tuple[str, ..
         counts = ", ".join(f"{code} {len(usable)}" for code, usable in splits.items())
         reason = f"the languages share {len(labels)} intents with enough templates, {_FEWEST_LABELS} are needed; "
         reason += f"remove the languages with the fewest intents: {counts}"
-        raise ConfigError(reason, about="population.languages", value=codes)
+        raise ConfigError(reason, about="population.languages")
     books = {code: _Phrasebook(languages[code], [splits[code][label] for label in labels]) for code in codes}
     return labels, books
 
@@ -257,7 +257,7 @@ def _utterances(
     if len(said) < count:
         reason = f"household {speaker.name} has only {len(said)} of {count} different utterances: "
         reason += "ask for fewer utterances or raise population.concentration"
-        raise ConfigError(reason, about="population.concentration", value=speaker.name)
+        raise ConfigError(reason, about="population.concentration")
     return tuple(said)
 
 

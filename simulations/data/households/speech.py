@@ -282,7 +282,7 @@ def _import(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         reason = f"cannot import {module} ({error}): install it with pip install 'edgeadapt[simulations]'"
-        raise ConfigError(reason, about="edgeadapt[simulations]", value=module) from error
+        raise ConfigError(reason, about="edgeadapt[simulations]") from error
 
 
 def _intents(language: str) -> dict[str, Any]:
@@ -293,7 +293,7 @@ def _intents(language: str) -> dict[str, Any]:
     if intents is None:
         close = difflib.get_close_matches(language, languages, n=5, cutoff=0.3) or languages
         reason = f"home-assistant-intents has no language {language!r}; the closest are: {', '.join(close)}"
-        raise ConfigError(reason, about="population.languages", value=language)
+        raise ConfigError(reason, about="population.languages")
     return intents
 
 
@@ -382,7 +382,7 @@ class Voice:
         if name not in self.language.lists:
             reason = f"a sentence template uses the list {{{name}}}, which home-assistant-intents does not define; "
             reason += "install the version that edgeadapt[simulations] names"
-            raise ConfigError(reason, about="home-assistant-intents", value=name)
+            raise ConfigError(reason, about="home-assistant-intents")
         return self._listed(name, self.language.lists[name], domains)
 
     def _listed(self, name: str, entries: Mapping[str, Any], domains: tuple[str, ...]) -> str:

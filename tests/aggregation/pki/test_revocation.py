@@ -174,7 +174,7 @@ def test_an_authority_with_another_kind_of_key_signs_no_list(authority: Authorit
     subject = x509.load_der_x509_certificate(authority.der).subject
     builder = x509.CertificateBuilder(subject, subject, key.public_key(), 7, BEGIN, END)
     issuer = builder.sign(Ed25519PrivateKey.from_private_bytes(authority.key.raw), None)
-    with refused(TrustError, "authority.key", value="ECPublicKey"):
+    with refused(TrustError, "authority.key"):
         RevocationList.read(listed(authority).der, issuer)
 
 

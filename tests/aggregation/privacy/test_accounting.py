@@ -200,7 +200,7 @@ def test_calibrated_noise_meets_the_target_and_slightly_less_does_not(target: fl
 
 
 def test_a_target_that_no_noise_meets_is_refused() -> None:
-    with refused(ConfigError, "privacy.epsilon", value=1.0):
+    with refused(ConfigError, "privacy.epsilon"):
         calibrated(lambda _: 2.0, 1.0)
 
 

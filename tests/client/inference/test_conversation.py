@@ -200,17 +200,17 @@ def test_a_temperature_that_is_not_a_number_is_refused() -> None:
 
 @pytest.mark.parametrize("stop", ["", "a" * (MAX_STOP + 1)])
 def test_a_stop_string_of_a_wrong_length_is_refused(stop: str) -> None:
-    with refused(ConfigError, "stop", value=stop):
+    with refused(ConfigError, "stop"):
         SamplingParams(stop=("fine", stop))
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("", ""), (" \n", " \n"), ("a" * (MAX_TEXT + 1), MAX_TEXT + 1), ("a\0b", "\0"), ("lock \udcff", None)],
+    "text",
+    ["", " \n", "a" * (MAX_TEXT + 1), "a\0b", "lock \udcff"],
     ids=["empty", "white space", "too long", "NUL", "not Unicode"],
 )
-def test_a_text_that_no_model_can_read_is_refused(text: str, value: object) -> None:
-    with refused(DataError, "text", value=value):
+def test_a_text_that_no_model_can_read_is_refused(text: str) -> None:
+    with refused(DataError, "text"):
         checked(text)
 
 

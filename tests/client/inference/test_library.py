@@ -103,9 +103,9 @@ def test_replaced_parameters_are_composed_with_weights_that_add_up_to_one(
     adapters = with_vectors(verified(with_anna, "anna", "global"), **{NORM: [[[1.0, 2.0]], [[3.0, 0.0]]]})
     composed = compose(Composition.parse("anna:1.5+global:-0.5"), adapters, exported.manifest).inputs
     np.testing.assert_array_equal(composed[NORM], [[0.0, 3.0]])
-    with refused(ConfigError, "composition.weight", value=[1.0, 1.0]):
+    with refused(ConfigError, "composition.weight"):
         compose(Composition.parse("anna+global"), adapters, exported.manifest)
-    with refused(ConfigError, "composition.weight", value=[0.5]):
+    with refused(ConfigError, "composition.weight"):
         compose(Composition.parse("anna:0.5"), adapters[:1], exported.manifest)
 
 
@@ -118,7 +118,7 @@ def test_a_subtracted_adapter_loses_its_update_and_has_no_part_in_the_head(
     for name, found in updates(composed.inputs).items():
         expected = updates(shared.inputs)[name] - 0.5 * updates(anna.inputs)[name]
         np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
-    with refused(ConfigError, "composition.weight", value="classifier.bias"):
+    with refused(ConfigError, "composition.weight"):
         compose(Composition.parse("anna:-1"), [anna], exported.manifest)
 
 
@@ -184,7 +184,7 @@ def test_a_composition_with_a_wrong_name_is_refused(text: str) -> None:
 
 
 def test_as_many_weights_as_names_are_needed() -> None:
-    with refused(ConfigError, "composition.weight", value=[1.0]):
+    with refused(ConfigError, "composition.weight"):
         Composition.of(["global", "anna"], [1.0])
     with refused(ConfigError, "composition"):
         Composition.of([])
@@ -204,7 +204,7 @@ def test_the_default_is_the_personal_adapter_else_the_global_one(bundle: Path, s
     add(source("anna", parent="a" * 64))
     assert Library.open(bundle, None).default() == "anna"
     add(source("bert", parent="a" * 64))
-    with refused(ConfigError, "adapter", value=["anna", "bert"]):
+    with refused(ConfigError, "adapter"):
         Library.open(bundle, None).default()
 
 

@@ -157,7 +157,7 @@ def test_a_version_that_is_not_made_from_the_last_one_is_refused(
     rounds.seed(registry)
     rounds.commit(registry, 1)
     manifest = replace(rounds.manifest(2), parent=parent)
-    with refused(DataError, "manifest.parent", value=parent):
+    with refused(DataError, "manifest.parent"):
         registry.commit_round(rounds.record(2), manifest, rounds.blob(2), rounds.state(2), rounds.key)
 
 

@@ -220,7 +220,7 @@ def test_an_exit_code_after_which_a_restart_is_useless_ends_all_with_what_was_wr
 ) -> None:
     record = Recorder()
     work = service("work", "refuse", fatal=frozenset({2}))
-    with refused(EdgeAdaptError, "work", value=2) as caught:
+    with refused(EdgeAdaptError, "work") as caught:
         supervise([service("first"), work], PATIENT, record.events.append, record.show)
     assert "no such setting" in str(caught.value)
     assert record.of(Happening.ENDED) == ["work", "first"]

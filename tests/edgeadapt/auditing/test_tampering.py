@@ -25,7 +25,7 @@ def record(entry: Entry) -> bytes:
 def first(report: Report) -> int:
     """The place of the earliest failure."""
     earliest = report.failed[0]
-    with refused(TrustError, earliest.check.value, value=earliest.about):
+    with refused(TrustError, earliest.check.value, value=earliest.text):
         report.require()
     assert earliest.place is not None
     assert str(earliest.place) in earliest.text

@@ -162,8 +162,8 @@ def refuses(folder: Path, about: str, reason: str = "") -> Any:
     with refused(ConfigError, about) as caught:
         load(find_base(str(folder)), AutoModel)
     assert str(folder) in str(caught.value)
-    assert reason in str(caught.value.value)
-    return caught.value.value
+    assert reason in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def refuses(folder: Path, about: str, reason: str = "") -> Any:
     [
         ({"hidden_size": "big"}, "base", "hidden_size"),
         ({"hidden_size": 2**40}, "base", "overflow"),
-        ({"num_hidden_layers": 10**7}, "config.json", "(10000000, 39, "),
-        ({"max_position_embeddings": 2**40}, "config.json", f", {2**40})"),
+        ({"num_hidden_layers": 10**7}, "config.json", "10000000 layers of 39 tensors"),
+        ({"max_position_embeddings": 2**40}, "config.json", f"{2**40} tokens"),
         ({"num_attention_heads": 0}, "base", "zero"),
         ({"model_type": "nonesuch"}, "base", "nonesuch"),
         ({"architectures": 3}, "config.json", "3"),
@@ -224,14 +224,12 @@ def test_damaged_weights_and_tokenizers_are_refused(folder: Path, damage: str) -
 
 def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
     without(folder, "layer.1.attention.self.query")
-    assert len(refuses(folder, WEIGHTS, "query")) == 2
+    assert "lacks 2 of its tensors" in refuses(folder, WEIGHTS, "query")
 
 
 def test_a_layer_more_than_there_are_weights_for_is_refused(folder: Path) -> None:
     configure(folder, num_hidden_layers=3)
-    missing = refuses(folder, WEIGHTS)
-    assert len(missing) == 16
-    assert missing[0].startswith("encoder.layer.2")
+    assert "lacks 16 of its tensors, such as 'encoder.layer.2" in refuses(folder, WEIGHTS)
 
 
 def test_a_base_without_a_pooler_answers_as_with_one(folder: Path, tiny_base: Base) -> None:

@@ -36,7 +36,7 @@ SECRET = "hunter2"  # noqa: S105
 def test_an_address_with_a_password_or_of_another_kind_is_refused_and_not_shown(address: str) -> None:
     with refused(ConfigError, "database.url") as caught:
         postgresql_url(address)
-    assert SECRET not in f"{caught.value} {caught.value.value!r}"
+    assert SECRET not in str(caught.value)
     assert REGISTRY in str(caught.value)
 
 
@@ -44,7 +44,7 @@ def test_an_address_with_a_password_or_of_another_kind_is_refused_and_not_shown(
 def test_a_blob_address_with_keys_is_refused_and_not_shown(address: str) -> None:
     with refused(ConfigError, "blobs.url") as caught:
         Blobs.at(address)
-    assert SECRET not in f"{caught.value} {caught.value.value!r}"
+    assert SECRET not in str(caught.value)
 
 
 def test_a_folder_without_the_file_has_its_registry(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_overriding_leaves_the_table_as_it_was() -> None:
 
 @pytest.mark.parametrize("override", ["", "count", "=7", "inner.=7", "count.x=7"])
 def test_an_override_of_another_form_is_refused(override: str) -> None:
-    with refused(ConfigError, "--set", value=override):
+    with refused(ConfigError, "--set"):
         overridden({"count": 3}, [override])
 
 

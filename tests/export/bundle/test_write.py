@@ -103,7 +103,7 @@ def test_a_base_with_other_slots_does_not_replace_one_that_has_adapters(
 ) -> None:
     before = contents(bundle)
     other = replace(exported, slots=exported.slots | {"encoder.key.lora_A.weight": ("32", "rank_9")})
-    with refused(ConfigError, "slots", value=["global"]):
+    with refused(ConfigError, "slots"):
         write_bundle(bundle, other, [], key=vendor)
     assert contents(bundle) == before
     for name in ("global.json", "global.onnx_adapter"):
@@ -187,7 +187,7 @@ def test_labels_that_devices_refuse_are_not_signed(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey, label: str
 ) -> None:
     before = contents(bundle)
-    with refused(DataError, "labels", value=None if label == "a" else label):
+    with refused(DataError, "labels"):
         add_adapter(
             bundle, exported.adapter_inputs, replace(source("anna"), labels=("a", "b", "c", label)), key=household
         )

@@ -159,7 +159,7 @@ def test_no_file_contains_a_path_of_the_exporting_machine_or_an_embedding_twice(
 
 
 def test_a_layer_that_cannot_have_a_slot_is_refused_by_name(llama: Base) -> None:
-    with refused(ConfigError, "--targets", value=["query", "value"]):
+    with refused(ConfigError, "--targets"):
         export_causal(llama, ("q_proj", "query", "value"), Profile.FP32)
     with refused(ConfigError, "Embedding", value="model.embed_tokens"):
         export_causal(llama, ("embed_tokens",), Profile.FP32)

@@ -162,7 +162,7 @@ def test_a_model_that_reads_far_fewer_tokens_than_it_states_is_refused() -> None
 
 def test_xlnet_is_refused_by_what_it_lacks(make_family: MakeFamily) -> None:
     base = make_family("xlnet", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16})  # states -1 positions
-    with refused(ConfigError, "--targets", value=["query"]):
+    with refused(ConfigError, "--targets"):
         with_mean_head(base, ("query",))
     model, tokenizer = with_mean_head(base, ("layer_1",)), base.folder / "tokenizer.json"
     with refused(ConfigError, "max_position_embeddings", value=None):
@@ -217,4 +217,4 @@ def test_convolution_layers_are_refused_by_name(make_family: MakeFamily) -> None
     base = make_family("squeezebert", SIZES | {"embedding_size": 32})
     with refused(ConfigError, "Conv1d") as caught:
         with_mean_head(base, ("query",))
-    assert str(caught.value.value).endswith("attention.query")
+    assert "attention.query" in str(caught.value)

@@ -367,9 +367,9 @@ def test_a_folder_without_an_adapter_is_refused(saved: Path, tmp_path: Path) -> 
     (saved / WEIGHTS).unlink()
     with refused(ConfigError, WEIGHTS):
         read_peft(saved)
-    with refused(ConfigError, CONFIG, value=[]):
+    with refused(ConfigError, CONFIG):
         read_peft(tmp_path / "nowhere")
-    with refused(ConfigError, CONFIG, value=["saved"]):
+    with refused(ConfigError, CONFIG):
         read_peft(tmp_path)  # peft saves a named adapter in a folder of that name
 
 
