@@ -306,6 +306,33 @@ def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
     }
 
 
+def device_rows(records: Iterable[RoundRecord]) -> list[dict[str, Any]]:
+    """List the devices of the rounds, those first that have been in no sum for the longest.
+
+    Each has ``sums``: rounds whose sum it is in, ``round`` and ``ended`` of the last of them (None: it is in none), and
+    ``dropped``: step → rounds in which it dropped out there. A device that never joined a session is not known here.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for device in (*record.survivors, *record.dropped):
+            rows.setdefault(device, {"device": device, "sums": 0, "round": None, "ended": None, "dropped": Counter()})
+        for device in record.survivors if record.aborted is None else ():
+            last = {"round": record.round, "ended": optional_timestamp(record.ended)}
+            rows[device] |= {"sums": rows[device]["sums"] + 1, **last}
+        for device, step in record.dropped.items():
+            rows[device]["dropped"][step] += 1
+    return sorted(rows.values(), key=lambda row: (row["round"] or 0, row["device"]))
+
+
+def device_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    width = max(len(row["device"]) for row in [{"device": "device"}, *rows])
+    yield f"{'device':{width}}  sums  last  ended                 dropped out"
+    for row in rows:
+        dropped = ", ".join(f"{count} at {step}" for step, count in row["dropped"].items())
+        last = f"{row['round'] or '-':>4}  {row['ended'] or '-':20}"
+        yield f"{row['device']:{width}}  {row['sums']:>4}  {last}  {dropped}".rstrip()
+
+
 def lease_of(state_dir: CoordinatorStateDir) -> dict[str, Any] | None:
     """Describe who leads, of several coordinators with one registry; None if nobody did. Raises as ``leadership``."""
     leader = state_dir.leadership()

@@ -25,6 +25,8 @@ from coordinator.status import (
     LogFollower,
     SessionProgress,
     StuckError,
+    device_lines,
+    device_rows,
     heading,
     lines_of,
     require_moving,
@@ -242,6 +244,7 @@ def _run(flower: "Connection", state_dir: Path, gateway: str | None, as_json: bo
 @click.command()
 @directory
 @click.option("--rounds", is_flag=True, help="Show each round instead; with --json one object a line.")
+@click.option("--devices", is_flag=True, help="Show each device instead: when it was in a sum, where it dropped out.")
 @click.option("--follow", is_flag=True, help="With --rounds: wait for those to come, until all are done.")
 @click.option(
     "--stuck-after",
@@ -252,7 +255,7 @@ def _run(flower: "Connection", state_dir: Path, gateway: str | None, as_json: bo
     help="Exit with 7 if the fleet has waited longer for devices or a session.",
 )
 @as_json
-def status(state_dir: Path, rounds: bool, follow: bool, stuck_after: float, as_json: bool) -> None:
+def status(state_dir: Path, rounds: bool, devices: bool, follow: bool, stuck_after: float, as_json: bool) -> None:
     """Show what the run of the coordinator in DIR waits for, its services, versions, rounds, dropouts and last session.
 
     --follow also shows the step that is under way. It only reads: Ctrl-C ends nothing else.
@@ -263,9 +266,16 @@ def status(state_dir: Path, rounds: bool, follow: bool, stuck_after: float, as_j
     Examples:
       edgeadapt coordinator status fleet
       edgeadapt coordinator status fleet --rounds --follow
+      edgeadapt coordinator status fleet --devices
       edgeadapt coordinator status runs/demo/coordinator --json
     """
     opened = CoordinatorStateDir.open(state_dir)
+    if devices and (rounds or follow):
+        raise ConfigError("--devices is for all rounds so far: leave out --rounds and --follow", about="--devices")
+    if devices:
+        rows = device_rows(opened.registry.rounds())
+        click.echo(json.dumps(rows) if as_json else "\n".join(device_lines(rows)))
+        return
     if rounds or follow:
         _show_rounds(opened, follow, as_json)
         return

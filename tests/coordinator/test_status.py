@@ -22,7 +22,7 @@ from coordinator.cli import coordinator_group
 from coordinator.runstate import FILE, GatewaySnapshot, Need, RunRecord, read
 from coordinator.settings import FederationSettings
 from coordinator.statedir import LOCK, CoordinatorStateDir, Stopped
-from coordinator.status import farthest, lines_of, status_of
+from coordinator.status import device_lines, device_rows, farthest, lines_of, status_of
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.jsontext import timestamp
 from edgeadapt.formats.roundrecord import GroupRecord, RoundRecord
@@ -144,6 +144,27 @@ def test_the_device_that_is_always_in_the_farthest_group_is_named_first() -> Non
 def test_without_a_liar_as_many_are_named_as_chance_has_it() -> None:
     named = sum(len(farthest(rounds(40, "nobody", seed))) for seed in range(20))
     assert named < 20 * len(NAMES) * 0.01 * 2
+
+
+def test_the_device_that_was_in_no_sum_for_the_longest_is_listed_first() -> None:
+    one = replace(Rounds(IdentityKey(bytes(32))).record(1), aborted=None, survivors=("a", "b", "c"), dropped={})
+    records = [
+        replace(one, survivors=("a", "b"), dropped={"d": "plan"}, ended=60),
+        replace(one, round=2, survivors=("a", "c"), dropped={"d": "plan", "b": "input"}, ended=120),
+        replace(one, round=3, survivors=("a",), aborted="few", reason="few", version=None, adapter=None, sum=None),
+    ]
+    rows = device_rows(records)
+    assert [(row["device"], row["sums"], row["round"], row["dropped"]) for row in rows] == [
+        ("d", 0, None, {"plan": 2}),
+        ("b", 1, 1, {"input": 1}),
+        ("a", 2, 2, {}),
+        ("c", 1, 2, {}),
+    ]
+    assert rows[1]["ended"] == "1970-01-01T00:01:00Z"
+    assert list(device_lines(rows))[1:3] == [
+        "d          0     -  -                     2 at plan",
+        "b          1     1  1970-01-01T00:01:00Z  1 at input",
+    ]
 
 
 # What a run waits for, as it writes it down, and as everybody else reads it.
