@@ -308,5 +308,23 @@ def guardrails(run: Path) -> None:
     click.echo("\n".join(lines))
 
 
+@bench.command()
+@click.argument("folder", type=commandline.FOLDER, metavar="DIR")
+@commandline.bundle()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def retrieval(folder: Path, bundle: Path, as_json: bool) -> None:
+    """How often the section of a heading of DIR is found by the heading, by a bundle's base and words, and by bm25s.
+
+    \b
+    Examples:
+      python -m benchmarks retrieval /usr/share/doc/debian-handbook/html/en-US --bundle runs/demo/bundle
+    """
+    from benchmarks import retrieval as run
+
+    with status("measuring") as show:
+        found = run.measure(folder, bundle, show)
+    click.echo(json.dumps(dataclasses.asdict(found)) if as_json else run.table(found))
+
+
 if __name__ == "__main__":
     program.main(bench, "python -m benchmarks")

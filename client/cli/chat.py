@@ -13,6 +13,7 @@ import click
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.cli import learn, options
 from client.cli.options import printable
+from client.cli.sources import Finder, named
 from client.inference.generate import Conversation, Generator
 from client.inference.guide import Guide, GuideKind
 from client.inference.text import Answer, Finish, SamplingParams
@@ -95,6 +96,7 @@ def _text(path: Path) -> str:
 @click.option("--base-only", is_flag=True, help="Use no adapter.")
 @options.trust
 @click.option("--system", metavar="TEXT", help="System prompt.")
+@click.option("--sources", type=commandline.FOLDER, metavar="DIR", help="Answer from what is indexed for this bundle.")
 @sampling
 @click.option("--prompt", metavar="TEXT", help="Answer TEXT and quit.")
 @click.option("--teach", metavar="ANSWER", help="ANSWER is right to --prompt: learn that on this device.")
@@ -105,6 +107,7 @@ def chat(
     base_only: bool,
     trust: Path | None,
     system: str | None,
+    sources: Path | None,
     prompt: str | None,
     teach: str | None,
     as_json: bool,
@@ -126,6 +129,7 @@ def chat(
       edgeadapt device chat --bundle bundle --adapter global:0.5+anna --system "Answer in one sentence."
       edgeadapt device chat --bundle bundle --prompt "Good morning" --temperature 0.7 --seed 1
       edgeadapt device chat --bundle bundle --prompt "Where is the key?" --teach "Under the mat."
+      edgeadapt device chat --bundle bundle --sources encoder/bundle --prompt "When is the boiler serviced?"
       edgeadapt device chat --bundle bundle --repetition-penalty 1.2 --beams 4 --max-tokens 60
       edgeadapt device chat --bundle bundle --json-schema intents.json --prompt "Turn on the kitchen lights"
       edgeadapt device chat --bundle bundle --regex "[0-9]{1,3} minutes" --prompt "How long do eggs boil?"
@@ -143,7 +147,8 @@ def chat(
     generator = Generator.open(bundle, trust)
     if not base_only and adapter is None and generator.library.names():
         adapter = generator.library.default()
-    conversation = Conversation(generator, settings, system, adapter)
+    find = Finder(sources, trust).find if sources else None
+    conversation = Conversation(generator, settings, system, adapter, find)
     if prompt is None:
         converse(conversation, generator, trust)
     else:
@@ -154,13 +159,14 @@ def answer(conversation: Conversation, generator: Generator, prompt: str, as_jso
     """Answer one prompt. Raises DataError: the answer does not have the form of its guide, which JSON states instead.
     It was shown all the same."""
     if not as_json:
-        _show(conversation.ask(prompt), generator)
+        _show(conversation, prompt, generator)
         return
     text = "".join(conversation.ask(prompt))
     last = generator.last
     assert last is not None  # noqa: S101  # an answer was just read to its end
     adapter = conversation.adapter.name if conversation.adapter else None
-    counts = {"tokens": last.tokens, "prompt_tokens": last.prompt_tokens, "finish": last.finish.value}
+    counts: dict[str, Any] = {"sources": [named(one) for one in conversation.quoted]} if conversation.quoted else {}
+    counts |= {"tokens": last.tokens, "prompt_tokens": last.prompt_tokens, "finish": last.finish.value}
     if last.guide is not None:
         counts["valid"] = last.valid
     click.echo(json.dumps({"adapter": adapter, "prompt": prompt, "answer": text, **counts}, ensure_ascii=False))
@@ -180,7 +186,7 @@ def converse(conversation: Conversation, generator: Generator, trust: Path | Non
                 if not _command(line, conversation, generator, trust):
                     return
             elif line.strip():
-                _show(conversation.ask(line), generator)
+                _show(conversation, line, generator)
         except EdgeAdaptError as error:
             click.echo(f"edgeadapt: {error}", err=True)
         except KeyboardInterrupt:
@@ -202,12 +208,14 @@ def read_line(prompt: str) -> str | None:
             click.echo("  (Ctrl-D or /quit quits)")
 
 
-def _show(pieces: Iterator[str], generator: Generator) -> None:
-    """Print an answer as it is written. Raises as ``answer``."""
-    with closing(cast(Closable[str, None, None], pieces)):
+def _show(conversation: Conversation, prompt: str, generator: Generator) -> None:
+    """Print an answer as it is written, and the sources that were quoted. Raises as ``answer``."""
+    with closing(cast(Closable[str, None, None], conversation.ask(prompt))) as pieces:
         for piece in pieces:
             click.echo(printable(piece), nl=False)
     click.echo()
+    for number, one in enumerate(conversation.quoted, 1):
+        click.echo(f"[{number}] {printable(named(one))}")
     if generator.last is not None and generator.last.finish is not Finish.BLOCKED:
         _check(generator.last)
 

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -14,6 +14,7 @@ from aggregation.errors import ConfigError, DataError, one_line
 from client.inference import usage
 from client.inference.engine import GenerationEngine
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
+from client.inference.passages import Passage, quoted
 from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
 from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, require_plain
 from edgeadapt.formats.bundle import MODEL
@@ -118,6 +119,9 @@ class Generator:
         listed = [{"role": message.role, "content": message.content} for message in messages]
         return self._engine.encode(self._engine.apply_chat_template(listed))
 
+    def has_special_token(self, text: str) -> bool:
+        return any(token in text for token in self._engine.special_tokens)
+
     def check(self, params: SamplingParams) -> None:
         """Check that answers can be written by these parameters. Raises ConfigError as ``GenerationEngine.check``."""
         self._engine.check(params)
@@ -217,15 +221,22 @@ class Conversation:
     """
 
     def __init__(
-        self, generator: Generator, params: SamplingParams, system: str | None = None, adapter: Named | None = None
+        self,
+        generator: Generator,
+        params: SamplingParams,
+        system: str | None = None,
+        adapter: Named | None = None,
+        sources: Callable[[str], Sequence[Passage]] | None = None,
     ) -> None:
-        """Start without messages; several conversations may share a generator.
+        """Start without messages; several conversations may share a generator. ``sources`` finds passages that are
+        quoted before a question (``ask``).
 
         Raises TrustError, DataError, ConfigError: as ``use``; ConfigError: an answer of ``max_tokens`` leaves no room
         for a question, or the guide cannot be followed; DataError: the system prompt is not a valid message
         (``Generator.tokens``).
         """
-        self._generator, self._params = generator, params
+        self._generator, self._params, self._sources = generator, params, sources
+        self.quoted: tuple[Passage, ...] = ()  # before the last question
         self.adapter: Adapter | None = None
         self.use(adapter)
         if generator.max_prompt(params, self.adapter) < 1:
@@ -258,12 +269,29 @@ class Conversation:
         self.asked = None
 
     def ask(self, text: str) -> Iterator[str]:
-        """Answer ``text``, piece by piece. If the answer is not read to its end, the part that was read is kept. Raises
-        DataError: the text is not a valid message, or is too long even without the previous messages, which stay."""
-        self.asked = text
-        messages = self._fit([*self._messages, ChatMessage("user", text)])
+        """Answer ``text``, piece by piece. If the answer is not read to its end, the part that was read is kept.
+
+        The passages of ``sources`` are quoted before the text, the best of them where not all fit, and are not kept.
+        One that has a special token of the model is left out: it could pose as another message.
+
+        Raises DataError: the text is not a valid message, or is too long even without the previous messages, which
+        stay, and without sources.
+        """
+        self.asked, plain = text, ChatMessage("user", text)
+        passages = [] if self._sources is None else self._sources(text)
+        passages = [one for one in passages if not self._generator.has_special_token(one.read)]
+        for count in range(len(passages), -1, -1):
+            self.quoted = tuple(passages[:count])
+            asked = ChatMessage("user", f"{quoted(self.quoted)}\n\n{text}") if count else plain
+            try:
+                messages = self._fit([*self._messages, asked])
+                break
+            except DataError:
+                if not count:
+                    raise
         adapter = None if self.adapter is None else self.adapter.composition
-        return self._record(messages, self._generator.answer([*self._system, *messages], self._params, adapter))
+        pieces = self._generator.answer([*self._system, *messages], self._params, adapter)
+        return self._record([*messages[:-1], plain], pieces)
 
     def _record(self, messages: list[ChatMessage], pieces: Iterator[str]) -> Iterator[str]:
         text = ""

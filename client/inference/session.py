@@ -14,11 +14,13 @@ import numpy as np
 from aggregation.errors import ConfigError, DataError, one_line
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.phrases import PhraseReader
-from edgeadapt.bases.classifiergraph import ClassifierGraph, Feeds
-from edgeadapt.formats.bundle import MODEL, TOKENIZER
+from edgeadapt.bases.classifiergraph import ENCODER, MEAN_HEAD, ClassifierGraph, Feeds
+from edgeadapt.formats.bundle import MODEL, TOKENIZER, VerifiedBase
+from edgeadapt.formats.graphinputs import empty_inputs
 from edgeadapt.formats.layout import Floats
 from edgeadapt.formats.policy import Outcome
 from edgeadapt.formats.storage import File
+from edgeadapt.methods.peft.inputs import is_saved
 
 MAX_LOADED = 32  # adapters held in memory
 MAX_LOADED_BYTES = 2**28
@@ -174,6 +176,18 @@ class ClassificationSession:
         judged = zip(rows, logits, adapters, strict=True)
         return [self._judged(text, row, adapter, top)[0] for (text, _), row, adapter in judged]
 
+    def embed(self, texts: Sequence[str]) -> Floats:
+        """Embed texts by the frozen base alone, shape ``(len(texts), hidden)``, each of L2 norm 1. A text without a
+        known token is zeros. Raises ConfigError as ``require_mean_head``."""
+        require_mean_head(self.library.base)
+        slots = self.library.manifest.slots
+        read = [row for row, text in enumerate(texts) if text.strip() and self._reader.unknown_share(text) < 1]
+        with self._running():
+            rows = self._graph.embed([self._reader.tokens(texts[row]) for row in read], empty_inputs(slots))
+        vectors = np.zeros((len(texts), rows.shape[1]), np.float32)
+        vectors[read] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        return vectors
+
     def _get(self, composition: Composition) -> _Loaded:
         if (loaded := self._loaded.get(composition)) is None:
             adapter = self.library.load(composition)
@@ -196,6 +210,23 @@ class ClassificationSession:
         except Exception as error:  # onnxruntime raises classes without a common base
             reason = f"the base in {self.library.bundle} does not run: {one_line(error)}; export it again"
             raise DataError(reason, about=MODEL) from error
+
+
+def require_mean_head(base: VerifiedBase) -> None:
+    """Check that a base has a head over the mean of its tokens, and no virtual tokens. Raises ConfigError.
+
+    Federations train such a head, and it alone has embeddings.
+    """
+    saved = {name for name in base.manifest.slots if is_saved(name)}
+    odd = sorted(saved ^ set(MEAN_HEAD)) + sorted(
+        name for name in base.manifest.slots if name not in saved and not name.startswith(ENCODER)
+    )
+    if odd:
+        raise ConfigError(
+            f"the base in {base.folder} has a slot {odd[0]!r}, which is not of a head over the mean of the tokens: "
+            "export it with --head mean, without virtual tokens",
+            about=odd[0],
+        )
 
 
 def _best(logits: Floats, adapter: Adapter, top: int, denied: Sequence[str]) -> list[Prediction]:

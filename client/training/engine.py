@@ -37,11 +37,12 @@ def open_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> Trainer:
 
         return ownmodel.classifier(base, labels, config)
     if isinstance(base, VerifiedBase):
+        from client.inference.session import require_mean_head
         from client.training import graphengine
 
         if not labels:
             return graphengine.language(base, config)
-        graphengine.require_mean_head(base)
+        require_mean_head(base)
         return graphengine.classifier(base, labels, config)
     from client.training import torchengine
 

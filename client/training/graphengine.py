@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from aggregation.errors import ConfigError, DataError, one_line
+from client.inference.session import require_mean_head
 from client.training.denormals import without_denormals
 from client.training.encoding import Template, TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer
-from edgeadapt.bases.classifiergraph import ENCODER, MAX_TOKENS, ClassifierGraph
+from edgeadapt.bases.classifiergraph import MAX_TOKENS, ClassifierGraph
 from edgeadapt.bases.traininggraph import TrainingBatch, TrainingGraph, missing_slots
 from edgeadapt.formats.bundle import GENERATION, LOWER, TOKENIZER, TRAINING, WEIGHTS, VerifiedBase
 from edgeadapt.formats.graphinputs import (
@@ -44,7 +45,6 @@ from edgeadapt.methods.peft.inputs import LABELS, is_saved
 from edgeadapt.methods.peft.lowrank import FACTORS, as_lora, factor_shapes, gradients_of_factors, trimmed
 from edgeadapt.methods.peft.methods import VIRTUAL_TOKENS, from_peft_tensors, to_peft_tensors
 
-MEAN_HEAD = ("classifier.bias", "classifier.weight")  # over the mean of the tokens, as federations train it
 SETTINGS, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # either file of a base may hold the template
 V = TypeVar("V")
 VECTORS_OF = {"IA3": OUTPUT_SCALE, "BEFT": OFFSET, "LN_TUNING": REPLACED}  # method → the slots that it fills
@@ -153,25 +153,17 @@ class GraphEngine:
     def embed(self, adapter: Tensors | None, tokens: Sequence[Sequence[int]]) -> Floats:
         """Embed with the logits of a head that is the identity. Raises ConfigError as ``require_mean_head``."""
         require_mean_head(self.base)
-        (bias, weight), slots = MEAN_HEAD, self.base.manifest.slots
-        hidden = int(slots[weight][1])
-        if not tokens:
-            return np.zeros((0, hidden), np.float32)
-        empty = empty_inputs({name: slots[name] for name in slots if name not in MEAN_HEAD})
-        inputs = self.inputs_of(adapter) if adapter is not None else empty
-        identity = {bias: np.zeros(hidden, np.float32), weight: np.eye(hidden, dtype=np.float32)}
-        return self._rows(inputs | identity, tokens)
+        inputs = self.inputs_of(adapter) if adapter is not None else empty_inputs(self.base.manifest.slots)
+        with without_denormals():
+            return self.answering.embed(tokens, inputs)
 
     def scores(self, adapter: Tensors, batches: Iterable[TrainingBatch]) -> list[tuple[Floats, NDArray[np.bool_]]]:
         inputs = self.inputs_of(adapter)
         return [self._of_graph(partial(self.graph.scores, batch, inputs)) for batch in batches]
 
     def _rows(self, inputs: Tensors, tokens: Sequence[Sequence[int]]) -> Floats:
-        order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))  # texts of a run need little padding
         with without_denormals():
-            rows = self.answering.mixed([tokens[text] for text in order], [inputs] * len(order))
-        result: Floats = np.stack(rows)[np.argsort(order)]
-        return result
+            return self.answering.rows(tokens, inputs)
 
     def _of_inputs(self, inputs: Tensors) -> Tensors:
         """Name inputs as peft does. Law: it is the inverse of ``_inputs``, without what is empty."""
@@ -278,23 +270,6 @@ def _template(base: VerifiedBase) -> Template:
         return str(text)
 
     return render
-
-
-def require_mean_head(base: VerifiedBase) -> None:
-    """Check that a base has a head over the mean of its tokens, and no virtual tokens. Raises ConfigError.
-
-    Federations train such a head, and it alone has embeddings.
-    """
-    saved = {name for name in base.manifest.slots if is_saved(name)}
-    odd = sorted(saved ^ set(MEAN_HEAD)) + sorted(
-        name for name in base.manifest.slots if name not in saved and not name.startswith(ENCODER)
-    )
-    if odd:
-        raise ConfigError(
-            f"the base in {base.folder} has a slot {odd[0]!r}, which is not of a head over the mean of the tokens: "
-            "export it with --head mean, without virtual tokens",
-            about=odd[0],
-        )
 
 
 def _unusable(base: VerifiedBase, error: Exception) -> ConfigError:

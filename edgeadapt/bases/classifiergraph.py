@@ -28,6 +28,7 @@ from edgeadapt.formats.layout import Floats, Tensors
 LABELS = "labels"  # the symbolic dimension of a head's rows in the base's manifest
 RANK = "rank_"  # prefix of the symbolic dimension of a rank
 MIN_RANK = 2  # ONNX Runtime adds up a product with one column in an order that depends on the rows
+MEAN_HEAD = ("classifier.bias", "classifier.weight")  # a head over the mean of the tokens, as federations train it
 ENCODER = "encoder."  # begins the path of everything below a head over the mean of the tokens
 MAX_TOKENS = 128  # a longer text is cut
 MAX_ROWS = 16  # more are no faster, and each takes up to 5 MB on MiniLM
@@ -77,6 +78,23 @@ class ClassifierGraph:
             feeds = self.feeds(adapters[0]) if same_adapter else _ort_values(stack(adapters, self._slots))
             logits.update(zip(run, self._run(texts, feeds), strict=True))
         return [logits[row] for row in range(len(tokens))]
+
+    def embed(self, tokens: Sequence[Sequence[int]], inputs: Tensors) -> Floats:
+        """Return what ``MEAN_HEAD``, which the base must have, reads: the logits of a head that is the identity.
+        ``inputs``: of an adapter, one for each slot. Shape ``(len(tokens), hidden)``."""
+        bias, weight = MEAN_HEAD
+        hidden = int(self._slots[weight][1])
+        if not tokens:
+            return np.zeros((0, hidden), np.float32)
+        identity = {bias: np.zeros(hidden, np.float32), weight: np.eye(hidden, dtype=np.float32)}
+        return self.rows(tokens, inputs | identity)
+
+    def rows(self, tokens: Sequence[Sequence[int]], inputs: Tensors) -> Floats:
+        """Return the logits of at least one text by one adapter, shape ``(len(tokens), labels)``."""
+        order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))  # texts of a run need little padding
+        rows = self.mixed([tokens[text] for text in order], [inputs] * len(order))
+        result: Floats = np.stack(rows)[np.argsort(order)]
+        return result
 
     def _run(self, tokens: Sequence[Sequence[int]], adapter: Feeds) -> Floats:
         ids, mask = pad(tokens)
