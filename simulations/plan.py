@@ -197,8 +197,6 @@ class Trial:
     def rounds(self) -> Scenario:
         """Return the scenario with the defaults for all that no round depends on."""
         kept = self.scenario.model_dump(mode="json", exclude=AFTER_THE_ROUNDS)
-        if self.scenario.export.train_on_dequantized:
-            kept["export"] = self.scenario.export.model_dump(mode="json")
         return Scenario.parse({**kept, "name": "federation"}, "a suite")
 
     @property

@@ -176,16 +176,8 @@ class ExportSettings(Settings):
 
     profile: Literal["fp32", "native-int8", "native-int4"] = "native-int8"
     """how the base is quantized: fp32, native-int8 or native-int4"""
-    train_on_dequantized: bool = False
-    """train on the base as the profile rounds it, which is the base that devices run"""
     minimum_agreement: Annotated[float, Field(ge=0, le=1)] | Literal["profile"] = "profile"
     """share of test phrases on which the exported pair must agree with torch, 0 to 1; or the limits of the profile"""
-
-    @model_validator(mode="after")
-    def _rounds_the_base(self) -> Self:
-        if self.train_on_dequantized and self.profile == "fp32":
-            raise ValueError("train_on_dequantized needs a profile that rounds the base: native-int8 or native-int4")
-        return self
 
 
 class Scenario(Settings):
@@ -239,8 +231,7 @@ class Scenario(Settings):
     @property
     def base_is_made(self) -> bool:
         """Check whether the run makes its base from the one that it names."""
-        base = self.base
-        return bool(self.kept_languages or base.lexical) or base.center or self.export.train_on_dequantized
+        return bool(self.kept_languages or self.base.lexical) or self.base.center
 
     @property
     def round_epochs(self) -> int:

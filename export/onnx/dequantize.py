@@ -1,8 +1,4 @@
-"""A base whose weights are rounded as a profile rounds them, so that training runs on the weights of the device.
-
-The rounding of a profile changes the base more than an adapter's rounding changes the adapter. An adapter that is
-trained on the rounded base compensates for it; docs/decisions/0012 has the gain that was measured.
-"""
+"""Weights as a profile rounds them, so that a device trains on those with which it answers."""
 
 import copy
 import shutil
@@ -13,16 +9,11 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from aggregation.errors import ConfigError
-from edgeadapt.bases import pretrained
-from edgeadapt.bases.base import INDEX, Base, find_base
+from edgeadapt.bases.base import INDEX, Base
 from edgeadapt.bases.pretrained import is_linear
 from edgeadapt.formats.layout import Floats
-from edgeadapt.formats.manifest import Task
-from edgeadapt.formats.storage import new_folder
 from export.onnx.blocks import BLOCK, eight_bits, four_bits, four_bits_exactly
 from export.onnx.exported import Profile
 from export.onnx.peftmodel import SlottedModel, layer_weight
@@ -30,23 +21,6 @@ from export.onnx.storedweights import float_weights, in_integers, integer_weight
 from export.onnx.tensorstore import MEMORY, TensorStore
 
 BITS = {Profile.NATIVE_INT8: 8, Profile.NATIVE_INT4: 4}
-
-
-def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-classification") -> Base:
-    """Write a base folder with weights rounded as in ``profile``; exporting it in ``profile`` does not change them.
-
-    ``base`` is in float32, ``profile`` is ``native-int8`` or ``native-int4``. Everything else is copied to ``out``, a
-    new or empty folder. The new base has its own digest, so adapters trained on it fit no other base.
-    """
-    if profile not in BITS:
-        reason = f"the profile {profile.value} does not round weights in blocks; choose {' or '.join(BITS)}"
-        raise ConfigError(reason, about="profile")
-    with new_folder(out) as stage:
-        model = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
-        round_weights(model, BITS[profile])
-        model.save_pretrained(stage)
-        copy_others(base, stage)
-    return find_base(str(out))
 
 
 def copy_others(base: Base, stage: Path, *but: str) -> None:

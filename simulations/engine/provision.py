@@ -61,7 +61,6 @@ from export.bundle.write import write_bundle
 from export.causal import export_causal
 from export.features import centered, with_lexical_features
 from export.onnx.classifier import export_classifier
-from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head
 from export.onnx.targets import SlotKind, Slots
@@ -85,7 +84,6 @@ DORA = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
 CENTERED = "centered"  # folders in that of the run
 LEXICAL = "lexical"
 BUCKETS, LENGTHS = 1024, (2, 3)  # of hashed n-grams; characters
-DEQUANTIZED = "base"
 STATES = "states"  # as long as a run or suite is not finished
 AUTHORITY = "authority"
 AUTHORITY_KEY = "authority.pem"
@@ -193,16 +191,13 @@ def ridge_head(
 
 def training_base(out: Path, scenario: Scenario, population: Population) -> Base:
     """Return the base of the run in ``out``; what has to be made is made once. Raises ConfigError if it cannot be."""
-    base, export = unrounded_base(scenario), scenario.export
+    base = uncentered_base(scenario)
     if scenario.base.center:
         copy = out / CENTERED
         base = find_base(str(copy)) if copy.exists() else centered(base, [u.text for u in population.public], copy)
     if size := scenario.base.lexical:
         copy = out / LEXICAL
         base = find_base(str(copy)) if copy.exists() else with_lexical_features(base, size, copy)
-    if export.train_on_dequantized:
-        copy = out / DEQUANTIZED
-        base = find_base(str(copy)) if copy.exists() else dequantized(base, Profile(export.profile), copy)
     return with_task(base, scenario.data.task)
 
 
@@ -233,9 +228,8 @@ def forget_states(out: Path) -> None:
     shutil.rmtree(out / STATES, ignore_errors=True)
 
 
-def unrounded_base(scenario: Scenario) -> Base:
-    """Return the base before it is centered and rounded, which change no size, and before it has a task. Raises as
-    ``training_base``."""
+def uncentered_base(scenario: Scenario) -> Base:
+    """Return the base before it is centered, which changes no size, and has a task. Raises as ``training_base``."""
     base = find_base(scenario.base.model)
     _require_possible(scenario, isinstance(base, OwnModel))
     return _pruned(base, scenario.kept_languages) if scenario.kept_languages else base
@@ -250,7 +244,6 @@ def _require_possible(scenario: Scenario, own_model: bool) -> None:
         "base.center=false": own_model and scenario.base.center,
         "base.lexical=0": own_model and scenario.base.lexical > 0,
         "base.engine=torch": (own_model or own_task) and scenario.base.engine != "torch",
-        "export.train_on_dequantized=false": own_model and scenario.export.train_on_dequantized,
         "federation.analytic.rounds=0": (own_model or own_task) and scenario.federation.analytic.rounds > 0,
         "personal.method=fine-tune": (own_model or own_task) and scenario.personal.method in (*HEADS, "ensemble"),
         "attack.kind=none": own_task and scenario.attack.kind in ("label-flip", "boost"),

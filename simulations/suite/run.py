@@ -182,7 +182,7 @@ class Plan:
 
         Raises:
             ConfigError: The engine cannot run this scenario, or is not installed.
-            DataError, ConfigError: As ``populate`` and ``provision.unrounded_base``.
+            DataError, ConfigError: As ``populate`` and ``provision.uncentered_base``.
         """
         if engine.name == "ray":
             require_ray()
@@ -193,7 +193,7 @@ class Plan:
                 text = "attackers need the grid of this process: leave out --engine, or set attack.kind to none"
                 raise ConfigError(text, about="attack.kind")
         loaded = populate(scenario.data, scenario.population, scenario.seed)
-        base = provision.unrounded_base(scenario)
+        base = provision.uncentered_base(scenario)
         return cls(scenario, engine, loaded, base, provision.grouped(loaded.population, scenario.groups))
 
     @property

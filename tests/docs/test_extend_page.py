@@ -235,10 +235,10 @@ def test_what_counts_classes_is_refused_in_a_task_with_the_key_to_set(mine: None
         "federation": {"analytic": {"rounds": 0}},
         "personal": {"method": "fine-tune"},
     }
-    provision.unrounded_base(Scenario.parse(known, "mine"))
+    provision.uncentered_base(Scenario.parse(known, "mine"))
     odd = known | {table: known.get(table, {}) | keys for table, keys in CLASSES[key].items()}
     with refused(ConfigError, key.partition("=")[0]) as caught:
-        provision.unrounded_base(Scenario.parse(odd, "mine"))
+        provision.uncentered_base(Scenario.parse(odd, "mine"))
     assert str(caught.value).endswith(f": set {key}")
 
 

@@ -1,13 +1,29 @@
 """What a training graph must be: over the bytes with which the device answers, and torch on these."""
 
+from pathlib import Path
+
 import onnx
 from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
 
+from edgeadapt.bases import pretrained
+from edgeadapt.bases.base import Base, find_base
 from edgeadapt.formats.bundle import MODEL, TRAINING, WEIGHTS
-from export.onnx.dequantize import BITS, round_integers, round_weights
+from edgeadapt.formats.manifest import Task
+from export.onnx.dequantize import BITS, copy_others, round_integers, round_weights
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.storedweights import integer_weights
 from export.onnx.tensorstore import MEMORY
+
+
+def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-classification") -> Base:
+    """Write a base folder with the weights with which ``profile`` answers, for torch to train on."""
+    out.mkdir(parents=True)
+    model = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
+    round_weights(model, BITS[profile])
+    model.save_pretrained(out)
+    copy_others(base, out)
+    return find_base(str(out))
 
 
 def check_shared_weights(exported: ExportedBase, own: int) -> None:

@@ -26,12 +26,12 @@ from edgeadapt.methods.peft.lowrank import FACTORS
 from edgeadapt.rounds.task import Task
 from export.bundle.write import write_bundle
 from export.onnx.classifier import export_classifier
-from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head, with_own_head
 from export.onnx.targets import SlotKind, Slots
 from tests.support import refused
 from tests.support.models import with_biases
+from tests.support.training import dequantized
 
 LABELS = ("Light", "Music", "Timer")
 LORA = PeftConfig.lora(2, 4)

@@ -22,10 +22,10 @@ from edgeadapt.methods.parts import PARTS
 from edgeadapt.rounds.task import Task
 from export.bundle.write import write_bundle
 from export.causal import export_causal
-from export.onnx.dequantize import dequantized
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.targets import SlotKind, Slots
 from tests.support import refused
+from tests.support.training import dequantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = PeftConfig.lora(4, 8, ("q_proj", "v_proj"))

@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from aggregation.errors import ConfigError
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.classifier import build
 from export.onnx.classifier import export_classifier
-from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
 from export.parity.compare import OnnxRunner, log_softmax
-from tests.support import refused
 from tests.support.models import slotted_of
+from tests.support.training import dequantized
 
 TEXTS = ["turn on the kitchen lights", "lock the door", "set a timer for ten minutes"]
 BOTH = [Profile.NATIVE_INT8, Profile.NATIVE_INT4]
@@ -58,24 +56,3 @@ def _probabilities(base: Base, spec: PeftConfig, profile: Profile) -> np.ndarray
         if "lora" in name
     }
     return np.exp(log_softmax(OnnxRunner.open(exported.folder, exported.manifest).classify(TEXTS, inputs | empty)))
-
-
-def test_a_rounded_base_has_its_own_digest_and_the_same_tokenizer_and_configuration(
-    tmp_path: Path, tiny_base: Base
-) -> None:
-    rounded = dequantized(tiny_base, Profile.NATIVE_INT4, tmp_path / "rounded")
-    assert rounded.digest != tiny_base.digest
-    assert dequantized(tiny_base, Profile.NATIVE_INT4, tmp_path / "same").digest == rounded.digest
-    for name in ("config.json", "tokenizer.json"):
-        assert (rounded.folder / name).read_bytes() == (tiny_base.folder / name).read_bytes()
-
-
-def test_a_profile_without_rounding_and_an_existing_folder_are_refused(tmp_path: Path, tiny_base: Base) -> None:
-    with refused(ConfigError, "profile", value="fp32"):
-        dequantized(tiny_base, Profile.FP32, tmp_path / "x")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("kept")
-    with refused(ConfigError, "full"):
-        dequantized(tiny_base, Profile.NATIVE_INT8, tmp_path / "full")
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]

@@ -21,7 +21,6 @@ from simulations.data.population import LabelledText, Population
 from simulations.engine import provision
 from simulations.engine.provision import (
     CENTERED,
-    DEQUANTIZED,
     Enrolment,
     bundle_of,
     device_base,
@@ -73,24 +72,6 @@ def test_a_bundle_has_the_slots_of_the_method(fleet_of: Any, tmp_path: Path, met
     ours, theirs = graphengine.classifier(base, labels, config), torchengine.classifier(fleet.base, labels, config)
     assert ours.layout == theirs.layout
     assert (LOWER in base.manifest.files) == bool(layers)
-
-
-def rounded(base: Any, **export: Any) -> Scenario:
-    settings = {"name": "tiny", "base": {"model": str(base.folder)}, "adapter": {"rank": 2}, "export": export}
-    return Scenario.parse(settings, "tiny")
-
-
-def test_without_train_on_dequantized_the_base_is_the_scenarios_own(
-    tiny_base: Any, tmp_path: Path, fleet_of: Any
-) -> None:
-    chosen = rounded(tiny_base, profile="native-int4")
-    assert training_base(tmp_path / "run", chosen, fleet_of(4).population) == tiny_base
-    assert not (tmp_path / "run" / DEQUANTIZED).exists()
-
-
-def test_train_on_dequantized_is_refused_with_a_profile_that_does_not_quantize(tiny_base: Any) -> None:
-    with refused(ConfigError, "export"):
-        rounded(tiny_base, profile="fp32", train_on_dequantized=True)
 
 
 Given = Callable[..., Scenario]
@@ -162,17 +143,16 @@ def test_a_pruned_base_is_kept_for_the_next_run_with_its_languages(
     assert training_base(tmp_path / "again", given(languages=["no"]), population) == base
 
 
-def test_a_base_is_pruned_then_centered_then_rounded_and_made_once(
+def test_a_base_is_pruned_then_centered_and_made_once(
     given: Given, population: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, rounding = tmp_path / "run", {"profile": "native-int4", "train_on_dequantized": True}
-    chosen = given(languages=["no"], center=True, export=rounding)
+    run, chosen = tmp_path / "run", given(languages=["no"], center=True)
     base = training_base(run, chosen, population)
-    assert base.folder == run / DEQUANTIZED
+    assert base.folder == run / CENTERED
     pruned = training_base(tmp_path / "pruned", given(languages=["no"]), population)
     assert vocabulary(base) == vocabulary(pruned)
     assert mean(base, population.public) < 0.2 * mean(pruned, population.public)
-    for name in ("prune", "centered", "dequantized"):
+    for name in ("prune", "centered"):
         monkeypatch.setattr(f"simulations.engine.provision.{name}", None)
     assert training_base(run, chosen, population) == base
 

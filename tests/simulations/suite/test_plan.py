@@ -104,7 +104,7 @@ def test_arms_share_the_rounds_unless_a_key_that_rounds_depend_on_differs(suite_
     for key in ("personal__epochs", "head__ridge"):
         assert the(suite, "personal", **{key: 7}).federation == rounds
     assert the(suite, "personal", export__profile="fp32").federation == rounds
-    for change in ({"federation__rounds": 3}, {"adapter__rank": 2}, {"export__train_on_dequantized": True}):
+    for change in ({"federation__rounds": 3}, {"adapter__rank": 2}):
         assert the(suite, "personal", **change).federation != rounds
     assert the(suite, "personal", 1).federation != rounds
 
