@@ -1,6 +1,8 @@
 """Adding an adapter to a bundle, with all that the bundle needs for it: ``edgeadapt bundle add`` and ``export``."""
 
+import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ from edgeadapt.bases.base import find_base
 from edgeadapt.formats.bundle import TRUST, Bundle, VerifiedBase
 from edgeadapt.formats.calibration import Calibration
 from edgeadapt.formats.keyfiles import read_public_keys
-from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Format
+from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Card, Format
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.policy import Policy
 from edgeadapt.formats.storage import real
@@ -59,6 +61,7 @@ class Wanted:
     held_out: Path | None = None  # phrases to which the probabilities are fitted
     counted: bool = False  # the version of the origin was chosen, and is not the next one of the bundle
     policy: Path | None = None  # what the bundle may answer from now on
+    card: Path | None = None  # what is stated of the adapter
 
 
 def add_to(bundle: Path, origin: Origin, signer: IdentityKey, wanted: Wanted) -> Added:
@@ -70,6 +73,8 @@ def add_to(bundle: Path, origin: Origin, signer: IdentityKey, wanted: Wanted) ->
     origin = _resolved(origin, base_name)
     if wanted.policy:
         origin = replace(origin, policy=Policy.read(wanted.policy))
+    if wanted.card:
+        origin = replace(origin, card=read_card(wanted.card))
     examples = _examples(wanted.held_out, origin)
     if base_name is None and profile is not None:
         raise ConfigError(
@@ -96,6 +101,20 @@ def add_to(bundle: Path, origin: Origin, signer: IdentityKey, wanted: Wanted) ->
     warning = _warning(bundle, name, origin, temperature)
     manifest = add(bundle, origin, name=name, form=form, key=signer, temperature=temperature)
     return Added(manifest, origin.peft_config, calibration, warning=warning)
+
+
+def read_card(path: Path) -> Card:
+    """Read ``card.toml``. Raises ConfigError as ``Card.read``, or the license is not an SPDX expression, as far as the
+    installed packages tell."""
+    card = Card.read(path)
+    with suppress(ModuleNotFoundError):
+        from cyclonedx.spdx import is_expression  # with edgeadapt[governance]
+
+        listed = re.sub(r"\bLicenseRef-[A-Za-z0-9.-]+", "MIT", card.license)  # such names are the owner's own
+        if not is_expression(listed):
+            reason = f"{path}: license {card.license!r} is not in SPDX: write Apache-2.0, LicenseRef-Ours or the like"
+            raise ConfigError(reason, about="license")
+    return card
 
 
 def _resolved(origin: Origin, base_name: str | None) -> Origin:

@@ -27,7 +27,7 @@ def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
     library = Library.open(bundle, trust)
     rows = [_verified(library, name) for name in library.names()]
     if as_json:
-        click.echo(json.dumps({"adapters": rows}, ensure_ascii=False))
+        click.echo(json.dumps({"adapters": rows}, ensure_ascii=False, default=dict))
     else:
         for adapter in rows:
             click.echo(_described(adapter))
@@ -49,6 +49,7 @@ def _verified(library: Library, name: str) -> dict[str, Any]:
         "rank": manifest.rank,
         "bytes": manifest.size,
         "privacy": asdict(manifest.privacy) if manifest.privacy else None,
+        "card": manifest.card,
         "sha256": manifest.sha256,
         "labels": list(manifest.labels),
     }
@@ -59,9 +60,10 @@ def _described(adapter: dict[str, Any]) -> str:
         return f"{adapter['name']}  refused: {adapter['refused']}"
     privacy = f"{_privacy(adapter['privacy'])}  " if adapter["kind"] == "global" else ""
     labels = f"{len(adapter['labels'])} labels  " if adapter["labels"] else ""
+    card = f"\n  {adapter['card']}" if adapter["card"] else ""
     return (
         f"{adapter['name']}  {adapter['kind']}  version {adapter['version']}  {adapter['format']}  "
-        f"rank {adapter['rank']}  {labels}{privacy}{adapter['bytes']:,} bytes  {adapter['sha256'][:12]}"
+        f"rank {adapter['rank']}  {labels}{privacy}{adapter['bytes']:,} bytes  {adapter['sha256'][:12]}{card}"
     )
 
 

@@ -386,6 +386,7 @@ class Learner:
             source=digest,
             parent=origin.parent or origin.source,
             privacy=None,  # nothing bounds what a device fitted to its own examples
+            card=None,  # nor has the owner of the shared one released it
         )
         bundle, before = self.library.bundle, None
         if old.name == self.target:

@@ -131,6 +131,7 @@ def _place(released: ReleasedAdapter) -> dict[str, Any]:
         "version": adapter.version,
         "format": adapter.format,
         "sha256": adapter.sha256,
+        "card": adapter.card and dict(adapter.card),
     }
 
 
@@ -157,6 +158,8 @@ def _lines(version: GovernedVersion) -> Iterator[str]:
         state = "current" if released.current else "replaced"
         what = f"as {released.adapter.name} {released.adapter.version}, {released.adapter.format}"
         yield f"release      {released.channel} {released.release} of {released.made}, {what}, {state}"
+        if released.adapter.card:
+            yield f"             {released.adapter.card}"
     if version.releases == ():
         yield "release      none"
 

@@ -6,7 +6,7 @@ Coordinator, exporter and device meet in these documents: frozen values, signed 
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError
@@ -15,6 +15,7 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 from edgeadapt.formats import dsse, jsontext
 from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.settings import Settings
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]  # what every database has an integer for
@@ -25,6 +26,9 @@ PeftType = Annotated[str, Field(pattern=r"^[A-Z0-9_]{1,64}$")]
 RuntimeVersion = Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")]
 Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False)]
 Format = Literal["fp32", "fp16", "int8", "int4"]  # how an adapter file stores numbers (``quantization.py``)
+Line = Annotated[str, Field(pattern=r"^[^\p{C}\p{Z}]([^\p{C}\p{Z}]| )*$", max_length=500)]  # a terminal shows it
+License = Annotated[str, Field(pattern=r"^[A-Za-z0-9(][A-Za-z0-9.+() -]*$", max_length=200)]
+Language = Annotated[str, Field(pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$", max_length=35)]
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_LABEL = 256  # characters
 
@@ -71,10 +75,13 @@ class Manifest(jsontext.Exact):
 
     def _body(self) -> dict[str, Any]:
         """Return the fields. One that is newer than the format is left out where it says nothing: a PEFT config of all
-        layers has none for them, and an adapter without a policy does not name one."""
+        layers has none for them, and an adapter without a policy or a card does not name one."""
         body: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
-        if body.get("policy", "") is None:
-            del body["policy"]
+        for name in ("policy", "card"):
+            if body.get(name, "") is None:
+                del body[name]
+        if card := body.get("card"):
+            body["card"] = dict(card)
         if (config := body.get("peft_config")) and not config["layers_to_transform"]:
             del config["layers_to_transform"]
         return body
@@ -126,6 +133,19 @@ class PrivacyBound(jsontext.Exact):
 
     def __str__(self) -> str:
         return f"epsilon {self.epsilon:.2f} for delta {self.delta:g}"
+
+
+class Card(Settings):
+    """Whoever releases an adapter says what it is: ``card.toml``. Nothing proves it but the manifest's signature."""
+
+    owner: Line  # who answers for it
+    purpose: Line
+    data: Line  # that it was trained on
+    license: License  # an SPDX expression
+    languages: Annotated[tuple[Language, ...], Field(min_length=1, max_length=100)]  # as BCP 47 writes them
+
+    def __str__(self) -> str:
+        return f"{self.owner}: {self.purpose}; data: {self.data}; {self.license}; {', '.join(self.languages)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +228,10 @@ class AdapterManifest(Manifest):
     )
     privacy: PrivacyBound | None  # of a federation with differential privacy, as of ``VersionManifest``; None: no bound
     policy: Sha256 | None = None  # of the file that says what may be answered (``edgeadapt.formats.policy``)
+    card: Card | None = None
 
     @property
     def content(self) -> str:
-        """Hash tensors, scaling, labels, temperature and policy, but not name, version, number format or privacy."""
+        """Hash tensors, scaling, labels, temperature and policy: not name, version, number format, privacy or card."""
         same = {"name": "", "version": 0, "sha256": "", "size": 0, "format": "", "privacy": None}
-        return hashlib.sha256(jsontext.encode(self._body() | same)).hexdigest()
+        return hashlib.sha256(jsontext.encode(replace(self, card=None)._body() | same)).hexdigest()

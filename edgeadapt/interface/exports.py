@@ -33,6 +33,7 @@ def export(
     calibrate: File | None = None,
     trust: File | None = None,
     policy: File | None = None,
+    card: File | None = None,
 ) -> Classifier | LanguageModel:
     """Put an adapter into a bundle, sign it, and load the bundle.
 
@@ -50,6 +51,7 @@ def export(
         calibrate: A file of held-out phrases to which probabilities are fitted: lines of a label, a tab and a phrase.
         trust: Public keys that may have signed a registry; by default its own.
         policy: A TOML file of what the bundle may answer from now on; by default it keeps its own.
+        card: A TOML file of owner, purpose, data, license and languages.
 
     Raises:
         ConfigError: An argument is missing or does not fit, or the adapter is for another base.
@@ -58,7 +60,8 @@ def export(
     """
     check_texts("labels", labels)
     check_choice("format", format, get_args(Format))
-    out, (calibration, rules) = Path(bundle), (None if one is None else Path(one) for one in (calibrate, policy))
+    out, files = Path(bundle), (None if one is None else Path(one) for one in (calibrate, policy, card))
+    calibration, rules, stated = files
     with in_python(), ExitStack() as stack:
         signer = read_key(Path(key))
         if isinstance(source, (str, PathLike)):
@@ -72,7 +75,7 @@ def export(
         origin = _origin(folder, version, tuple(labels), None if trust is None else Path(trust))
         counted = version is not None or not (folder / CONFIG).exists()
         named = None if base is None else str(base)
-        add_to(out, origin, signer, Wanted(adapter, format, named, profile, calibration, counted, rules))
+        add_to(out, origin, signer, Wanted(adapter, format, named, profile, calibration, counted, rules, stated))
         with suppress(FileExistsError):
             create(real(out).parent / TRUST, signer.public.to_pem(), PUBLIC)
         return load(out, adapter=adapter)

@@ -12,6 +12,8 @@ from uuid import NAMESPACE_URL, uuid5
 from cyclonedx.model import HashAlgorithm, HashType, Property
 from cyclonedx.model.bom import Bom
 from cyclonedx.model.component import Component, ComponentType, Pedigree
+from cyclonedx.model.contact import OrganizationalEntity
+from cyclonedx.model.license import LicenseExpression
 from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 from packaging.requirements import Requirement
@@ -98,13 +100,19 @@ def _base(version: GovernedVersion) -> Component:
 def _exported(version: GovernedVersion) -> Iterator[Component]:
     """Yield the file of each release that has the version; a file that several releases have, once."""
     for adapter in {each.adapter.sha256: each.adapter for each in version.releases or ()}.values():
-        yield Component(
+        component = Component(
             name=f"{adapter.name}.onnx_adapter",
             type=FILE,
             version=str(adapter.version),
             bom_ref=f"file-{adapter.sha256}",
             hashes=[_sha256(adapter.sha256)],
         )
+        if card := adapter.card:
+            component.supplier, component.description = OrganizationalEntity(name=card.owner), card.purpose
+            component.licenses.add(LicenseExpression(card.license))
+            for name, value in (("data", card.data), ("languages", ", ".join(card.languages))):
+                component.properties.add(Property(name=f"{PROGRAM}:{name}", value=value))
+        yield component
 
 
 def _package(distribution: Distribution) -> Component:

@@ -8,7 +8,7 @@ from aggregation.errors import ConfigError, DataError
 from edgeadapt.formats import registryfiles
 from edgeadapt.formats.keyfiles import read_key, read_public_keys
 from edgeadapt.formats.layout import Tensors
-from edgeadapt.formats.manifest import PrivacyBound, Task
+from edgeadapt.formats.manifest import Card, PrivacyBound, Task
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.policy import Policy
 from edgeadapt.formats.registryfiles import SIGNING_KEY
@@ -36,6 +36,7 @@ class Origin:
     shares_a: bool = False  # VeRA as LoRA: A may have more columns than a layer reads (``lowrank.trimmed``)
     privacy: PrivacyBound | None = None  # bound on the sums that it was made from, as its version's manifest states it
     policy: Policy | None = None  # of the bundle, from now on; None: its own, if it has one
+    card: Card | None = None  # of who releases it
 
 
 def as_slots(origin: Origin) -> Origin:

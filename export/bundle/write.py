@@ -32,7 +32,7 @@ from edgeadapt.formats.dsse import MAX_ENVELOPE
 from edgeadapt.formats.files import sha256
 from edgeadapt.formats.graphinputs import LORA_A, check_slots, to_inputs, virtual_tokens
 from edgeadapt.formats.layout import Layout, Tensors
-from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Format, PrivacyBound, Task, check_labels
+from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Card, Format, PrivacyBound, Task, check_labels
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.policy import Policy
 from edgeadapt.formats.storage import link_files, link_or_copy, locked_folder, read, staged, write_files
@@ -57,6 +57,7 @@ class AdapterSource:
     adapter_inputs: AdapterInputs | None = None  # the tensors' model's; None: the exported base's
     privacy: PrivacyBound | None = None  # bound on the sums that it was made from; None: nothing bounds it
     policy: Policy | None = None  # of the bundle, from now on; None: its own, if it has one
+    card: Card | None = None  # of who releases it
 
 
 def write_bundle(
@@ -208,6 +209,7 @@ def source_of(name: str, origin: Origin, *, parent: str | None = None, temperatu
         AdapterInputs.of_tensors(origin.peft_config, origin.tensors),
         origin.privacy if parent is None else None,  # nothing bounds what a device fitted to its own examples
         origin.policy,
+        origin.card,
     )
 
 
@@ -322,6 +324,7 @@ def _adapter_files(
         temperature=source.temperature,
         privacy=source.privacy,
         policy=base.files.get(POLICY),
+        card=source.card,
     )
     contents = {adapter_path(source.name): blob, manifest_path(source.name): manifest.sign(key)}
     return {path.as_posix(): content for path, content in contents.items()}

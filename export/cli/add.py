@@ -19,6 +19,7 @@ from export.cli.options import (
     pinned,
     profiled,
     signed_by,
+    the_card,
     the_labels,
     the_policy,
     which,
@@ -32,6 +33,7 @@ from export.cli.options import (
 @pinned
 @the_labels
 @the_policy
+@the_card
 @commandline.adapter("name", "The adapter's name on devices.", default="global", show_default=True)
 @click.option(
     "--format", "form", default="int8", type=click.Choice(["fp32", "fp16", "int8", "int4"]), help="Default: int8."
@@ -61,6 +63,7 @@ def add_adapter(
     trust: Path | None,
     labels: Path | None,
     policy: Path | None,
+    card: Path | None,
     name: str,
     form: Format,
     held_out: Path | None,
@@ -83,15 +86,16 @@ def add_adapter(
       edgeadapt bundle add --peft my-lora --base my-base --labels labels.txt --bundle bundle --key vendor.pem
       edgeadapt bundle add --peft my-lora --adapter poet --version 2 --bundle chat --key vendor.pem
       edgeadapt bundle add --registry fleet --calibrate held-out.tsv --bundle bundle --key vendor.pem
-      edgeadapt bundle add --registry fleet --policy policy.toml --bundle bundle --key vendor.pem
+      edgeadapt bundle add --registry fleet --policy policy.toml --card card.toml --bundle bundle --key vendor.pem
     """
     signer = read_key(key_file)
     counted = registry is not None or version is not None
     origin = origin_of(registry, peft_folder, version, trust, labels)
-    added = add_to(bundle, origin, signer, Wanted(name, form, base_name, profile, held_out, counted, policy))
+    added = add_to(bundle, origin, signer, Wanted(name, form, base_name, profile, held_out, counted, policy, card))
     if added.warning:
         click.echo(added.warning, err=True)
     manifest, row = added.manifest, {"bundle": str(bundle), **asdict(added.manifest)}
+    row["card"] = manifest.card and dict(manifest.card)
     trains = learning(added.exported, added.config) if added.exported else ""
     size = f"{manifest.size:,} bytes{trains}"
     line = f"{bundle}: {name} version {manifest.version}, {form}, rank {manifest.rank}, {size}"

@@ -33,6 +33,9 @@ pinned = click.option(
     help="Public keys. Default: the registry's own, or trust.pem in the folder that holds the bundle.",
 )
 the_policy = click.option("--policy", type=FOLDER, metavar="FILE", help="What the bundle may answer from now on, TOML.")
+the_card = click.option(
+    "--card", type=FOLDER, metavar="FILE", help="Owner, purpose, data, license and languages, TOML."
+)
 the_labels = click.option(
     "--labels", type=FOLDER, metavar="FILE", help="Of a PEFT folder: the labels of its head, one a line, in order."
 )

@@ -34,6 +34,7 @@ def graph() -> grimp.ImportGraph:
     built.remove_import(importer="edgeadapt.promotion.evaluations", imported="coordinator.statedir")
     built.remove_import(importer="edgeadapt.commandline", imported="rich")  # a spinner, in commands with an extra
     built.remove_import(importer="edgeadapt.cli.versions", imported="edgeadapt.releases.sbom")  # with --sbom
+    built.remove_import(importer="export.addition", imported="cyclonedx")  # a license is checked by it if it is there
     # Only for traces, which take the extra of that name.
     built.remove_import(importer="edgeadapt.traceexport", imported="opentelemetry")
     return built

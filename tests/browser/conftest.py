@@ -17,7 +17,7 @@ from peft import PeftModel
 from aggregation.pki.identity import IdentityKey
 from client.browser.server import LIBRARIES, VENDOR, Site, http_server
 from edgeadapt.bases.base import Base
-from edgeadapt.formats.manifest import PrivacyBound
+from edgeadapt.formats.manifest import Card, PrivacyBound
 from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
@@ -113,7 +113,9 @@ def trainable(request: Any, model: PeftModel, tiny_base: Base) -> ExportedBase:
 def first(model: PeftModel) -> AdapterSource:
     """A global adapter whose answers are nearly undecided."""
     values = {name: value * np.float32(HEAD if "classifier" in name else 1) for name, value in draw(model, 0).items()}
-    return AdapterSource("global", values, LABELS, 3, "c" * 64, None, CONFIG, privacy=PrivacyBound(3.0, 1e-6))
+    card = Card(owner="Zoë", purpose="Lights", data="Volunteers", license="MIT", languages=("de", "en"))
+    bound = PrivacyBound(3.0, 1e-6)
+    return AdapterSource("global", values, LABELS, 3, "c" * 64, None, CONFIG, privacy=bound, card=card)
 
 
 @pytest.fixture

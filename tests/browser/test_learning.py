@@ -28,11 +28,12 @@ from edgeadapt.formats import container, storage
 from edgeadapt.formats.bundle import BASE, TRAINING
 from edgeadapt.formats.bundle import PHRASES as PHRASES_FILE
 from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.manifest import AdapterManifest
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase, Profile
 from tests.browser.conftest import IN_BROWSER
 from tests.browser.test_page import IN_USE, ROWS
-from tests.support.bundles import flip, resign_base
+from tests.support.bundles import flip, resign_base, stated
 from tests.support.models import LABELS, PHRASES
 from tests.support.nodetab import OPEN, NodeTab
 
@@ -251,6 +252,8 @@ def test_saved_files_answer_on_a_native_device_and_open_in_onnxruntime(
     while time.monotonic() < end and sorted(path.name for path in saved.glob("*")) != names:
         time.sleep(0.05)
     assert sorted(path.name for path in saved.glob("*")) == names
+    assert stated(phone).card
+    assert AdapterManifest.unverified((saved / names[0]).read_bytes()).card is None
     for name in names[:2]:
         shutil.copyfile(saved / name, phone / "adapters" / name)
     arguments = ["infer", "--bundle", str(phone), "--adapter", "personal", "--json", PHRASES[0]]

@@ -28,6 +28,14 @@ ORDER = 2**252 + 27742317777372353535851937790883648493  # RFC 8032, section 5.1
 FIELD, ORDER_8 = 2**255 - 19, 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
 PREFIX = bytes.fromhex("302a300506032b6570032100")  # RFC 8410, section 4
 
+CARD = {
+    "owner": "Zoë 灯",
+    "purpose": "Lights",
+    "data": "Phrases of volunteers",
+    "license": "LicenseRef-Ours OR (MIT AND CC0-1.0)",
+    "languages": ["de", "zh-Hant"],
+}
+
 Files = dict[str, Any]  # path → text, {"hex": …}, or None for a file that is removed
 Case = dict[str, Any]
 
@@ -249,6 +257,16 @@ class Made:
             ("an epsilon below 0", {"privacy": {"epsilon": -1, "delta": 1e-6}}),
             ("an epsilon without a delta", {"privacy": {"epsilon": 6.5}}),
             ("a policy that is no digest", {"policy": ""}),
+            ("a card that is a text", {"card": "of us"}),
+            ("a card without a license", {"card": {name: CARD[name] for name in CARD if name != "license"}}),
+            ("a card with another field", {"card": CARD | {"version": "1"}}),
+            ("a card without a language", {"card": CARD | {"languages": []}}),
+            ("a card with a language that is a sentence", {"card": CARD | {"languages": ["German and English"]}}),
+            ("a card whose license is a sentence", {"card": CARD | {"license": "Ask us, please!"}}),
+            ("a card with a line break", {"card": CARD | {"purpose": "Lights\nand more"}}),
+            ("a card with an escape sequence", {"card": CARD | {"owner": "\x1b[2J"}}),
+            ("a card with a blank text", {"card": CARD | {"data": " "}}),
+            ("a card with a text of 501 characters", {"card": CARD | {"data": "x" * 501}}),
         ):
             yield case(name, "manifest", self.with_fields(**fields))
         for name, fields in (
@@ -264,6 +282,8 @@ class Made:
         ):
             yield case(name, "manifest", self.with_base(**fields))
         spaced = json.dumps(dict(reversed(self.body.items())), indent=1).encode()
+        yield case("a card", None, self.with_fields(card=CARD))
+        yield case("a card with texts of 500 characters", None, self.with_fields(card=CARD | {"data": "灯" * 500}))
         yield case("a payload with white space, escapes and another order", None, {MANIFEST: signed(spaced, ADAPTER)})
 
     def base(self) -> Iterator[Case]:

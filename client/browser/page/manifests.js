@@ -61,6 +61,15 @@ const PRIVACY = {
   delta: between(Number.MIN_VALUE, 1 - Number.EPSILON / 2),
 };
 
+const line = (value) => string(value) && [...value].length <= 500 && /^[^\p{C}\p{Z}](?:[^\p{C}\p{Z}]| )*$/u.test(value);
+const CARD = {
+  owner: line,
+  purpose: line,
+  data: line,
+  license: matching(/^[A-Za-z0-9(][A-Za-z0-9.+() -]{0,199}$/),
+  languages: (value) => listOf(matching(/^(?=.{2,35}$)[A-Za-z]{2,8}(?:-[A-Za-z0-9]{1,8})*$/))(value) && value.length > 0 && value.length <= 100,
+};
+
 const ADAPTER = {
   name: string,
   sha256,
@@ -77,6 +86,7 @@ const ADAPTER = {
   temperature: between(0.05, 20), // edgeadapt/formats/manifest.py
   privacy: orNull((value) => isObject(value) && !misfit(value, PRIVACY)),
   policy: (value) => value === undefined || sha256(value), // of an adapter without one
+  card: (value) => value === undefined || (isObject(value) && !misfit(value, CARD)),
 };
 
 /** `name`, if an adapter and its two files can have it on any system. Throws ConfigError. */
@@ -97,11 +107,11 @@ export const adapterManifest = (raw, keys) => manifest(raw, "adapter-manifest", 
 export const signedAdapterManifest = async (body, key) => sign(body, typeOf("adapter-manifest"), await signer(key));
 
 /**
- * SHA-256 of what an adapter is, whatever its name, version, number format and privacy, as `AdapterManifest.content`; of a
+ * SHA-256 of what an adapter is, whatever its name, version, number format, privacy and card, as `AdapterManifest.content`; of a
  * manifest whose alphas are whole numbers, as those of every adapter that a federation trains.
  */
 export function contentDigest(manifest) {
-  const same = { name: "", version: 0, sha256: "", size: 0, format: "", privacy: null };
+  const same = { name: "", version: 0, sha256: "", size: 0, format: "", privacy: null, card: undefined };
   return digest(encode(canonical({ ...manifest, ...same })));
 }
 
@@ -110,7 +120,8 @@ function canonical(value) {
   if (Array.isArray(value)) return `[${value.map(canonical)}]`;
   if (!isObject(value)) return JSON.stringify(value);
   const written = (name) => (name === "temperature" && Number.isInteger(value[name]) ? `${value[name]}.0` : canonical(value[name]));
-  const names = Object.keys(value).filter((name) => name !== "layers_to_transform" || value[name].length);
+  const says = (name) => value[name] !== undefined && (name !== "layers_to_transform" || value[name].length);
+  const names = Object.keys(value).filter(says);
   return `{${names.sort().map((name) => `${JSON.stringify(name)}:${written(name)}`)}}`;
 }
 
@@ -119,7 +130,7 @@ const typeOf = (name) => `application/vnd.edgeadapt.${name}.v1+json`;
 async function manifest(raw, name, fields, keys) {
   const body = await accept(raw, typeOf(name), keys);
   if (!isObject(body)) throw new TrustError(`${name}: it is not an object`, name);
-  const [field, why] = misfit(Object.hasOwn(fields, "policy") ? { policy: undefined, ...body } : body, fields) ?? [];
+  const [field, why] = misfit(fields === ADAPTER ? { policy: undefined, card: undefined, ...body } : body, fields) ?? [];
   if (field) throw new TrustError(`${name}: field ${field} ${why}`, `${name}.${field}`);
   return body;
 }

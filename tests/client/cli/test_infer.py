@@ -21,6 +21,7 @@ from client.inference.text import SamplingParams
 from edgeadapt.cli.convert import convert
 from edgeadapt.formats import container
 from edgeadapt.formats.bundle import BASE, TOKENIZER, adapter_path
+from edgeadapt.formats.manifest import Card
 from export.bundle.write import write_bundle
 from export.cli import bundle_group
 from export.onnx.exported import ExportedBase
@@ -141,6 +142,18 @@ def test_the_listing_has_epsilon_and_delta_of_a_global_adapter_or_says_that_noth
     resign(with_anna, vendor, privacy=bound)
     assert "epsilon 6.07 for delta 1e-06 " in run("list", "--bundle", with_anna).output
     assert [each["privacy"] for each in adapters("list", "--bundle", with_anna, "--json")] == [None, bound]
+
+
+def test_the_listing_has_the_card_of_an_adapter(with_anna: Path, vendor: IdentityKey) -> None:
+    card = Card(owner="Zoë", purpose="Lights", data="Volunteers", license="MIT", languages=("de", "en"))
+    resign(with_anna, vendor, card=card)
+    listed = run("list", "--bundle", with_anna).output.splitlines()
+    assert [line.split()[0] for line in listed] == ["anna", "global", "Zoë:"]
+    assert listed[2] == "  Zoë: Lights; data: Volunteers; MIT; de, en"
+    assert [each["card"] for each in adapters("list", "--bundle", with_anna, "--json")] == [
+        None,
+        card.model_dump(mode="json"),
+    ]
 
 
 def test_a_listing_names_the_adapters_that_fail_verification_and_fails(with_anna: Path) -> None:

@@ -26,7 +26,7 @@ from client.learning.learner import HISTORY, LEARNED, LOCK
 from edgeadapt.bases.base import Base
 from edgeadapt.formats import storage
 from edgeadapt.formats.bundle import BASE, PHRASES, TRAINING, WEIGHTS, adapter_names
-from edgeadapt.formats.manifest import PrivacyBound
+from edgeadapt.formats.manifest import Card, PrivacyBound
 from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
@@ -39,6 +39,7 @@ __all__ = ["drawn", "phone", "trainable"]  # fixtures
 
 CONFIG = PeftConfig.lora(rank=4, alpha=8)
 BOUND = PrivacyBound(3.0, 1e-6)
+CARD = Card(owner="Zoë", purpose="Lights", data="Volunteers", license="MIT", languages=("de", "en"))
 TAUGHT = "turn on the kitchen lights"
 OTHERS = ("lock the door", "play music", "set a timer for ten minutes", "is the door open")
 
@@ -51,7 +52,7 @@ def trainable(model: PeftModel, tiny_base: Base) -> ExportedBase:
 @pytest.fixture(scope="module")
 def drawn(model: PeftModel) -> AdapterSource:
     values = {name: value * np.float32(0.02 if "classifier" in name else 1) for name, value in draw(model, 0).items()}
-    return AdapterSource("global", values, LABELS, 3, "c" * 64, None, CONFIG, privacy=BOUND)
+    return AdapterSource("global", values, LABELS, 3, "c" * 64, None, CONFIG, privacy=BOUND, card=CARD)
 
 
 @pytest.fixture
@@ -101,6 +102,7 @@ def test_a_correction_is_answered_from_then_on_and_undone(phone: Path) -> None:
     assert answer(phone) == label
     assert (learned.adapter, learned.version) == ("personal", 4)
     assert (stated(phone).privacy, stated(phone, "personal").privacy) == (BOUND, None)
+    assert (stated(phone).card, stated(phone, "personal").card) == (CARD, None)
     (own,) = learned.taught
     assert (own.before.label, own.after.label) == (before, label)
     assert own.after.probability >= 0.8

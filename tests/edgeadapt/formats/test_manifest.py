@@ -16,6 +16,7 @@ from edgeadapt.formats.dsse import MAX_ENVELOPE
 from edgeadapt.formats.manifest import (
     AdapterManifest,
     BaseManifest,
+    Card,
     PrivacyBound,
     ServerRule,
     VersionManifest,
@@ -73,6 +74,7 @@ ADAPTER = AdapterManifest(
     privacy=PrivacyBound(6.0, 1e-5),
     policy="e" * 64,
 )
+CARD = Card(owner="Zoë", purpose="Lights", data="Volunteers", license="MIT", languages=("de", "en"))
 DOCUMENTS = [VERSION, BASE, ADAPTER]
 
 
@@ -108,6 +110,16 @@ def test_an_adapter_without_a_policy_has_the_manifest_and_the_content_from_befor
     assert plain.content != ADAPTER.content
 
 
+def test_a_card_is_signed_and_the_content_and_the_manifests_without_one_stay_as_they_were(key: IdentityKey) -> None:
+    """The payload is the one that was signed before there were cards, bit for bit."""
+    stated = replace(ADAPTER, card=CARD)
+    assert AdapterManifest.accept(stated.sign(key), [key.public]) == stated
+    assert stated.content == ADAPTER.content
+    fields = {name: value for name, value in asdict(ADAPTER).items() if name != "card"}
+    del fields["peft_config"]["layers_to_transform"]
+    assert dsse.unverified(ADAPTER.sign(key), ADAPTER.payload_type()) == jsontext.encode(fields)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.NAME)
 def test_no_document_passes_for_another_or_by_an_unknown_signer(
     document: Any, key: IdentityKey, stranger: IdentityKey
@@ -128,7 +140,7 @@ def test_an_unknown_field_a_missing_one_and_one_of_a_wrong_type_are_refused_even
     for name in asdict(document):
         less = {other: value for other, value in asdict(document).items() if other != name}
         raws = [altered(document, {name: [[1]]}, key)]
-        if name != "policy":  # manifests from before there was one have none
+        if name not in ("policy", "card"):  # manifests from before there were such have none
             raws.append(signed(document, less, key))
         for raw in raws:
             with refused_field(document, name):

@@ -13,7 +13,7 @@ from coordinator.registry import Registry
 from edgeadapt.bases.base import Base
 from edgeadapt.formats import files
 from edgeadapt.formats.layout import Layout, Tensors
-from edgeadapt.formats.manifest import PrivacyBound, VersionManifest
+from edgeadapt.formats.manifest import Card, PrivacyBound, VersionManifest
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.releases.repository import ChannelRepository
 from export.bundle.write import AdapterSource, write_bundle
@@ -24,6 +24,7 @@ from tests.support.registry import Rounds, commit
 globals().update(models.FIXTURES)
 
 NOW = datetime.now(UTC)
+CARD = Card(owner="Zoë", purpose="Lights", data="Volunteers", license="LicenseRef-Ours OR MIT", languages=("de", "en"))
 
 
 def version_of(number: int, values: Tensors, base: Base, before: bytes | None) -> tuple[VersionManifest, bytes]:
@@ -72,6 +73,7 @@ class Vendor:
             number + 1 if version is None else version,
             files.sha256(files.encode(self.values[number])),
             peft_config=PeftConfig.lora(rank=4, alpha=8),
+            card=CARD,
         )
         write_bundle(self.bundle, self.exported, [source], key=self.key, form="fp32")
         self.repository.publish(channel, self.bundle, [self.key.public])

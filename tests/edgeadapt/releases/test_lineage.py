@@ -30,7 +30,7 @@ from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.lineage import Lineage
 from edgeadapt.releases.rollback import roll_back
 from tests.docs.conftest import ROOT, Reader, blocks_of
-from tests.edgeadapt.releases.conftest import Vendor, version_of
+from tests.edgeadapt.releases.conftest import CARD, Vendor, version_of
 from tests.edgeadapt.releases.test_gates import Place
 from tests.support import refused
 
@@ -71,6 +71,9 @@ def test_a_version_is_found_in_a_release_that_a_rollback_signed_again(vendor_pla
     found = as_json("versions", vendor_place.state_dir, 1, "--releases", vendor_place.repository.folder)
     places = [(each["release"], each["version"], each["current"]) for each in found["releases"]]
     assert places == [(1, 2, False), (3, 4, True)]
+    assert [each["card"] for each in found["releases"]] == [CARD.model_dump(mode="json")] * 2
+    words = ("versions", vendor_place.state_dir, 1, "--releases", vendor_place.repository.folder)
+    assert called(*words).count(f"\n             {CARD}\n") == 2
 
 
 def test_both_releases_of_a_rollout_are_on_offer(vendor_place: Vendor) -> None:
@@ -303,6 +306,10 @@ def test_it_has_the_file_of_a_release(document: dict[str, Any], vendor_place: Ve
     manifest = vendor_place.repository.manifest("canary", release, "global")
     (file,) = [each for each in document["components"] if each["type"] == "file"]
     assert (file["version"], file["hashes"][0]["content"]) == ("3", manifest.sha256)
+    assert (file["supplier"]["name"], file["description"]) == (CARD.owner, CARD.purpose)
+    assert file["licenses"] == [{"expression": CARD.license}]
+    stated = {each["name"]: each["value"] for each in file["properties"]}
+    assert stated == {"edgeadapt:data": CARD.data, "edgeadapt:languages": "de, en"}
 
 
 def test_it_has_the_packages_of_the_bare_install_and_no_more(document: dict[str, Any]) -> None:

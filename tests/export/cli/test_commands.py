@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
 from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
 from coordinator.statedir import open_registry
@@ -26,13 +28,15 @@ from edgeadapt.formats import files
 from edgeadapt.formats.bundle import PHRASES, Bundle
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.layout import Layout, Tensors
-from edgeadapt.formats.manifest import AdapterManifest, VersionManifest
+from edgeadapt.formats.manifest import AdapterManifest, Card, VersionManifest
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.workfolder import HIDDEN
 from edgeadapt.methods.classifier import PhraseClassifier, load, tensors
 from edgeadapt.program import TERMINATED
+from export.addition import read_card
 from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
+from tests.support import refused
 from tests.support.bundles import flip
 from tests.support.registry import commit
 from tests.support.traces import ROOT
@@ -158,6 +162,62 @@ def test_the_adapter_manifest_states_the_source_and_the_peft_config(export: Run,
     assert manifest.sha256 == files.sha256((shop / "bundle/adapters/global.onnx_adapter").read_bytes())
     assert (manifest.version, list(manifest.labels)) == (1, list(LABELS))
     assert done["layout_digest"] == manifest.layout_digest
+
+
+CARD = """owner = "Zoë Ltd"
+purpose = "Lights"
+data = "Phrases of volunteers"
+license = "LicenseRef-Ours OR Apache-2.0"
+languages = ["de", "en-GB"]
+"""
+
+
+def test_a_card_is_signed_into_the_manifest_and_the_version_stays(export: Run, shop: Path) -> None:
+    (shop / "card.toml").write_text(CARD)
+    assert export(*add(shop), "--json").json()["card"] is None
+    done = export(*add(shop), "--card", shop / "card.toml", "--json").json()
+    assert done["card"] == tomllib.loads(CARD)
+    key = IdentityKey.from_pem((shop / "key.pem").read_bytes())
+    manifest = AdapterManifest.accept((shop / "bundle/adapters/global.json").read_bytes(), [key.public])
+    assert manifest.card == Card.read(shop / "card.toml")
+    assert (manifest.version, export(*add(shop), "--json").json()["version"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "about"),
+    [
+        ("owner", 'ownr = "Zoë"\nowner', "ownr"),
+        ('data = "Phrases of volunteers"\n', "", "data"),
+        ("Zoë Ltd", "", "owner"),
+        ("Zoë Ltd", "Zoë\\u001b[2J", "owner"),
+        ("Lights", "x" * 501, "purpose"),
+        ("Apache-2.0", "Apache 2", "license"),
+        (" OR ", " OR (", "license"),
+        ('["de", "en-GB"]', "[]", "languages"),
+        ('["de", "en-GB"]', '"de"', "languages"),
+        ("en-GB", "English, of course", "languages.1"),
+        (CARD, "", "owner"),
+        ("owner", "x" * 2**17, "card.toml"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_card_that_says_something_else_is_refused(
+    export: Run, shop: Path, before: str, after: str, about: str
+) -> None:
+    (shop / "card.toml").write_text(CARD.replace(before, after))
+    everything_before = everything(shop)
+    export(*add(shop), "--card", shop / "card.toml").refused(2, about)
+    assert everything(shop) == everything_before
+
+
+def test_a_license_is_read_by_its_form_where_no_package_knows_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "card.toml").write_text(CARD.replace("Apache-2.0", "Unheard-of"))
+    with refused(ConfigError, "license"):
+        read_card(tmp_path / "card.toml")
+    monkeypatch.setitem(sys.modules, "cyclonedx.spdx", None)
+    assert read_card(tmp_path / "card.toml").license == "LicenseRef-Ours OR Unheard-of"
 
 
 def test_a_peft_folder_becomes_an_adapter_with_the_given_labels(export: Run, shop: Path, tiny_base: Base) -> None:

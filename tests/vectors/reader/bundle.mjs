@@ -11,6 +11,7 @@ const NEEDED = {
   "text-classification": ["model.onnx", "tokenizer.json"],
   "text-generation": ["model.onnx", "tokenizer.json", "genai_config.json"],
 };
+const LANGUAGE = /^(?=.{2,35}$)[A-Za-z]{2,8}(?:-[A-Za-z0-9]{1,8})*$/;
 const MAX_LABEL = 256; // characters
 const UNPRINTABLE = /[\p{C}\p{Z}]/u;
 const MAX_SEEN = 2 ** 22; // bytes
@@ -54,6 +55,18 @@ const ADAPTER = {
   temperature: number(0.05, 20),
   privacy: orNull((value) => value instanceof Map && value.size === 2 && epsilon(value.get("epsilon")) && delta(value.get("delta"))),
 };
+
+const line = (value) => text(value) && /^(?! )(?:[^\p{C}\p{Z}]| ){1,500}$/u.test(value);
+const CARD = {
+  owner: line,
+  purpose: line,
+  data: line,
+  license: (value) => text(value) && /^[A-Za-z0-9(][A-Za-z0-9.+() -]{0,199}$/.test(value),
+  languages: (value) => listOf((each) => text(each) && LANGUAGE.test(each))(value) && value.length > 0 && value.length <= 100,
+};
+const isCard = (value) =>
+  value instanceof Map && value.size === 5 && Object.entries(CARD).every(([name, form]) => form(value.get(name)));
+const OPTIONAL = { policy: digest, card: isCard }; // may be missing
 
 /**
  * Open the adapter `name`. `files` has read(path) → Buffer or null, and list(folder) → names.
@@ -113,8 +126,9 @@ function document(raw, kind, fields, keys) {
   const body = accept(raw, `application/vnd.edgeadapt.${kind}.v1+json`, keys);
   require(body instanceof Map, "manifest", "not an object");
   for (const [name, form] of Object.entries(fields)) require(body.has(name) && form(body.get(name)), "manifest", name);
-  const policy = fields === ADAPTER && body.has("policy") && digest(body.get("policy")); // may be missing
-  require(body.size === Object.keys(fields).length + Number(policy), "manifest", "an unknown field");
+  const missing = fields === ADAPTER ? Object.entries(OPTIONAL) : [];
+  const more = missing.filter(([name, form]) => body.has(name) && form(body.get(name))).length;
+  require(body.size === Object.keys(fields).length + more, "manifest", "an unknown field");
   return body;
 }
 
@@ -194,9 +208,10 @@ function readSeen(raw) {
   return seen;
 }
 
-/** The digest of what an adapter is, whatever its name, version, number format and privacy. */
+/** The digest of what an adapter is, whatever its name, version, number format, privacy and card. */
 function contentOf(manifest) {
   const blank = { name: "", sha256: "", format: "", version: 0n, size: 0n, privacy: null };
   const written = { ...blank, temperature: Number(manifest.get("temperature")) };
-  return sha256(canonical(new Map([...manifest, ...Object.entries(written)])));
+  const stated = [...manifest].filter(([name]) => name !== "card");
+  return sha256(canonical(new Map([...stated, ...Object.entries(written)])));
 }

@@ -103,6 +103,7 @@ export class Learner {
       source: digest,
       parent: old.parent ?? old.source,
       privacy: null, // of what a device fitted to its own examples, nothing is bounded
+      card: undefined, // nor has the owner of the shared one released it
     };
     const key = record.key ?? (await signingKey());
     const files = { manifest: await signedAdapterManifest(made, key), blob };
