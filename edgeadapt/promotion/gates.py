@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby, permutations
 from math import isfinite
+from operator import itemgetter
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Annotated, Any, Literal, Self, get_args
@@ -41,7 +43,8 @@ from edgeadapt.rounds.task import MAX_LOSS
 
 GATES = "gates.toml"
 HEADER = b"# The gates of a promotion. Paths are relative to this file. A gate that cannot be measured refuses.\n"
-GateName = Literal["size", "parity", "accuracy", "language", "canaries", "policy"]
+# The last one needs files that older settings do not name, so it is not in the default.
+GateName = Literal["size", "parity", "accuracy", "language", "canaries", "policy", "interference"]
 LONGEST = 1000  # characters of a reason, as the log has it
 ROUNDING = 1e-9  # of a share less a margin
 ALTERNATIVES = 255  # a secret never seen has the first rank (Carlini et al. 2019) with a chance of 1 / 256
@@ -110,11 +113,25 @@ class PolicyGate(Settings):
     """most of the other phrases that may be blocked or below their threshold"""
 
 
+class InterferenceGate(Settings):
+    """Answers of each adapter to its own held-out phrases, alone and combined with another one."""
+
+    held_out: dict[str, str] = Field(default_factory=dict)
+    """for each adapter a file as of accuracy, {global = "global.tsv", lamps = "lamps.tsv"}; where the policy does not
+    say which may be combined, these may"""
+    weights: tuple[float, float] = (1.0, 1.0)
+    """of the adapter, and of the one that is combined with it"""
+    margin: float = Field(default=0.01, ge=0, le=1)
+    """how far the accuracy may be below that of the adapter alone"""
+    fewest: int = Field(default=100, ge=1)
+    """fewest phrases that are a measurement"""
+
+
 class GateSettings(Settings):
     """``gates.toml`` of a repository of channels."""
 
-    gates: tuple[GateName, ...] = Field(default=get_args(GateName), min_length=1)
-    """the gates that a release must pass; language is of classifiers"""
+    gates: tuple[GateName, ...] = Field(default=get_args(GateName)[:-1], min_length=1)
+    """the gates that a release must pass; language and interference, which is not in the default, are of classifiers"""
     rollback_on_drift: bool = False
     """whether a prepared rollback is also published where answers got worse since the release: of two observations of
     days before it and after, the second shows more answers of low probability or corrections"""
@@ -124,6 +141,7 @@ class GateSettings(Settings):
     language: LanguageGate = LanguageGate()
     canaries: CanaryGate = CanaryGate()
     policy: PolicyGate = PolicyGate()
+    interference: InterferenceGate = InterferenceGate()
 
     @model_validator(mode="after")
     def _names_each_once(self) -> Self:
@@ -339,9 +357,7 @@ def _parity(trial: PromotionTrial) -> Results:
 
 def _accuracy(trial: PromotionTrial) -> Results:
     settings = trial.settings.accuracy
-    phrases = _held_out(trial)
-    if len(phrases) < settings.fewest:
-        raise DataError(f"{settings.held_out} has {len(phrases)} phrases, and {settings.fewest} are needed")
+    phrases = _held_out(trial, fewest=settings.fewest)
     for name in trial.names:
         right = sum(_right(trial.candidate, name, phrases))
         share, least, text = right / len(phrases), settings.least, f"{right} of {len(phrases)} right"
@@ -422,6 +438,27 @@ def _policy(trial: PromotionTrial) -> Results:
             yield _at_most(f"policy of {name}", sum(found) / max(1, len(found)), limit, text)
 
 
+def _interference(trial: PromotionTrial) -> Results:
+    settings, candidate = trial.settings.interference, trial.candidate
+    combined = candidate.verified.base().policy.combine
+    if (combined is None and len(settings.held_out) < 2) or not {*settings.held_out} <= {*trial.names}:
+        reason = f"interference.held_out of gates.toml does not name two or more of {', '.join(trial.names)}"
+        raise ConfigError(reason, about="interference.held_out")
+    groups = [{*group} for group in ([settings.held_out] if combined is None else combined)]
+    pairs = [pair for pair in permutations(trial.names, 2) if any({*pair} <= group for group in groups)]
+    if not pairs:
+        yield _at_most("interference", 0, 0, "the policy does not combine adapters of the release")
+    for name, joined in groupby(pairs, itemgetter(0)):
+        file = settings.held_out.get(name, "")
+        phrases = _held_out(trial, f"interference.held_out.{name}", file, settings.fewest)
+        alone, (own, weight) = sum(_right(candidate, name, phrases)), settings.weights
+        for _, other in joined:
+            right = sum(_right(candidate, f"{name}:{own}+{other}:{weight}", phrases))
+            text = f"{right} of {len(phrases)} right, {alone} without {other}"
+            least = alone / len(phrases) - settings.margin
+            yield _at_least(f"interference of {other} with {name}", right / len(phrases), least, text)
+
+
 _MEASURES: dict[GateName, Callable[[PromotionTrial], Results]] = {
     "size": _size,
     "parity": _parity,
@@ -429,6 +466,7 @@ _MEASURES: dict[GateName, Callable[[PromotionTrial], Results]] = {
     "language": _language,
     "canaries": _canaries,
     "policy": _policy,
+    "interference": _interference,
 }
 _OF_TEXTS: dict[GateName, Callable[[PromotionTrial], Results]] = {
     "accuracy": _nats,
@@ -437,14 +475,19 @@ _OF_TEXTS: dict[GateName, Callable[[PromotionTrial], Results]] = {
 }
 
 
-def _held_out(trial: PromotionTrial) -> list[HeldOutPhrase]:
-    """Read the held-out phrases, whose labels some release has: others are misspelled. Raises DataError."""
-    path = trial.path("accuracy.held_out", trial.settings.accuracy.held_out)
+def _held_out(
+    trial: PromotionTrial, key: str = "accuracy.held_out", file: str | None = None, fewest: int = 1
+) -> list[HeldOutPhrase]:
+    """Read held-out phrases, whose labels some release has: others are misspelled. Raises DataError, also for less than
+    ``fewest``."""
+    path = trial.path(key, trial.settings.accuracy.held_out if file is None else file)
     phrases, labels = read_held_out(path), set[str]()
     for release in (trial.candidate, trial.current):
         labels |= {label for name in trial.names for label in (release.labels(name) if release else ())}
     if unknown := sorted({each.label for each in phrases} - labels):
         raise DataError(f"no adapter has the label {unknown[0][:40]!r} of {path}", about="label")
+    if len(phrases) < fewest:
+        raise DataError(f"{path} has {len(phrases)} phrases, and {fewest} are needed")
     return phrases
 
 

@@ -1,6 +1,7 @@
 """The gates of a promotion, on real bundles in ONNX Runtime: what passes, what is refused, and what is in the log."""
 
 import json
+import operator
 import shutil
 import sys
 import tempfile
@@ -451,6 +452,97 @@ def test_a_policy_is_held_to_the_held_out_phrases(place: Place) -> None:
     assert names(place.refused()) == ["policy of global"]
     place.settings("policy.withheld=1", gates='["size", "policy"]')
     place.promote()
+
+
+# Adapters that answer as one
+
+
+FILES = '{global = "held-out.tsv", lamps = "lamps.tsv"}'
+
+
+def two(place: Place, number: int, version: int, policy: Policy | None = None) -> None:
+    """Publish version 1 as global, and version ``number`` as lamps."""
+    vendor, config = place.vendor, PeftConfig.lora(rank=4, alpha=8)
+    digests = [files.sha256(files.encode(values)) for values in vendor.values]
+    for name, which in (("global", 1), ("lamps", number)):
+        source = AdapterSource(
+            name, vendor.values[which], models.LABELS, version, digests[which], peft_config=config, policy=policy
+        )
+        add_adapter(vendor.bundle, vendor.exported.adapter_inputs, source, key=vendor.key, form="fp32")
+    vendor.repository.publish("canary", vendor.bundle, [vendor.key.public])
+
+
+def test_adapters_that_spoil_each_others_answers_are_refused_by_more_than_the_margin(
+    place: Place, tmp_path: Path
+) -> None:
+    two(place, 2, 3)
+    release = place.vendor.repository.release("canary")
+    assert release is not None
+    trust = place.folder / "trust.pem"
+    made = AssembledRelease.of(place.vendor.repository, "canary", release, trust, tmp_path / "both")
+    kept, losses = {}, []
+    for name, joined, file in (("lamps", "global", "lamps.tsv"), ("global", "lamps", "held-out.tsv")):
+        alone, both = (made.answers(answering, phrases()) for answering in (name, f"{name}+{joined}:0.75"))
+        labels = [(both if n % 4 == 0 else alone)[n] or "" for n in range(len(both))]
+        place.held_out(labels)
+        (place.folder / "held-out.tsv").rename(place.folder / file)
+        before, after = (sum(map(operator.eq, given, labels)) / len(labels) for given in (alone, both))
+        kept[f"interference of {joined} with {name}"] = after
+        losses.append(before - after)
+    loss = max(losses)
+    assert 0.1 < loss < 0.9
+    words = (f"interference.held_out={FILES}", "interference.fewest=40", "interference.weights=[1.0, 0.75]")
+    gates = '["interference"]'
+    place.settings(*words, f"interference.margin={loss - 0.001}", gates=gates)
+    assert {each.gate: each.measured for each in place.refused().action.gates} == pytest.approx(kept)
+    place.settings(*words, f"interference.margin={loss + 0.001}", gates=gates)
+    place.promote()
+    place.settings(*words, "interference.fewest=1000", gates=gates)
+    assert names(place.refused()) == ["interference"]
+
+
+def test_an_adapter_with_itself_in_equal_shares_answers_as_alone(place: Place) -> None:
+    two(place, 1, 3)
+    shutil.copyfile(place.folder / "held-out.tsv", place.folder / "lamps.tsv")
+    words = (f"interference.held_out={FILES}", "interference.fewest=40", "interference.margin=0")
+    place.settings(*words, "interference.weights=[0.5, 0.5]", gates='["interference"]')
+    place.promote()
+    results = audit_repository(place.folder, None).records[-1].action.gates
+    assert [each.measured for each in results] == [1.0, 1.0]
+
+
+def test_the_policy_says_which_adapters_are_measured_together(place: Place) -> None:
+    place.settings("interference.fewest=1", gates='["interference"]')
+    two(place, 2, 3, Policy(combine=(("global", "*"), ("lamps",))))
+    place.promote()
+    (result,) = audit_repository(place.folder, None).records[-1].action.gates
+    assert (result.gate, result.measured) == ("interference", 0)
+    two(place, 2, 5, Policy(combine=(("global", "lamps"),)))
+    (result,) = place.refused().action.gates
+    assert "interference.held_out.global" in result.text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ('interference.held_out={global = "held-out.tsv"}',),
+        ('interference.held_out={global = "held-out.tsv", lamp = "held-out.tsv"}',),
+        ('interference.held_out={global = "held-out.tsv", lamps = "nowhere.tsv"}',),
+        ('interference.held_out={global = "held-out.tsv", lamps = "canaries.tsv"}',),
+        ('interference.held_out={global = "held-out.tsv", lamps = "held-out.tsv"}', "interference.weights=[1.0, 17.0]"),
+    ],
+    ids=["no file", "one file", "misspelled", "missing", "another form", "no weight"],
+)
+def test_interference_that_cannot_be_measured_refuses(place: Place, words: tuple[str, ...]) -> None:
+    two(place, 1, 3)
+    place.settings("interference.fewest=40", "interference.margin=1", *words, gates='["interference"]')
+    result = place.refused().action.gates[-1]
+    assert (result.measured, result.passed) == (None, False)
+
+
+def test_interference_is_measured_only_where_gates_names_it() -> None:
+    assert GateSettings().gates == ("size", "parity", "accuracy", "language", "canaries", "policy")
 
 
 def test_a_rollback_to_another_policy_opens_on_a_device_that_had_the_newer_one(place: Place, tmp_path: Path) -> None:
