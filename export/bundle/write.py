@@ -76,10 +76,11 @@ def write_bundle(
     bundle's without being copied. Raises ConfigError: ``out`` is something other than a bundle, or keeps adapters that
     would no longer fit the base; an adapter's name cannot be a file's; or an adapter of a language model lacks its
     ``adapter_inputs``. DataError: an adapter does not fit the base, or has labels that do not match the rows of its
-    head or that devices refuse. At any error the content of ``out`` is unchanged.
+    head or that devices refuse. TrustError: as ``_under_policy``. At any error the
+    content of ``out`` is unchanged.
     """
     with locked_folder(out) as whole:
-        _write_bundle(whole, exported, sources, key, form, once)
+        _write_bundle(whole, _under_policy(whole, exported, key), sources, key, form, once)
 
 
 def _write_bundle(
@@ -102,6 +103,19 @@ def _write_bundle(
         for name in exported.digests:
             (link_or_copy if once else copyfile)(exported.folder / name, stage / BASE / name)
         write_files(stage, files)
+
+
+def _under_policy(out: Path, exported: ExportedBase, key: IdentityKey) -> ExportedBase:
+    """Keep the policy of a bundle in ``out`` with the same base: its adapters were released with it. Raises TrustError:
+    another key signed that bundle."""
+    old = stated_manifest(out)
+    if (
+        POLICY in exported.digests
+        or old is None
+        or (old.base_digest, POLICY in old.files) != (exported.base_digest, True)
+    ):
+        return exported
+    return exported.with_file(POLICY, Bundle(out, (key.public,)).base().files[POLICY])
 
 
 def _kept(out: Path, manifest: BaseManifest, replaced: set[str]) -> bool:

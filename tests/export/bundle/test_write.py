@@ -16,14 +16,16 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import POLICY, Bundle
 from edgeadapt.formats.files import sha256
 from edgeadapt.formats.graphinputs import check_slots, to_inputs
 from edgeadapt.formats.layout import Layout
 from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Format
 from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.policy import Policy
 from edgeadapt.methods.classifier import build, tensors
 from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.adapter import completed, decode, encode
@@ -96,6 +98,22 @@ def test_an_update_of_the_global_adapter_keeps_the_private_ones(
     write_bundle(bundle, exported, [source(seed=2, version=4)], key=vendor)
     assert contents(bundle)["adapters/anna.onnx_adapter"] == private
     assert contents(bundle)["adapters/global.onnx_adapter"] != old
+
+
+def test_another_export_of_the_base_keeps_the_policy_of_the_adapters(
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, household: IdentityKey
+) -> None:
+    policy = Policy(denied="Not here.")
+    add_adapter(bundle, exported.adapter_inputs, replace(source(version=4), policy=policy), key=vendor)
+    write_bundle(bundle, exported, [], key=vendor)
+    opened = Bundle(bundle, (vendor.public,))
+    base = opened.base()
+    assert base.policy == policy
+    assert opened.adapter("global", base.manifest).manifest.policy == base.manifest.files[POLICY]
+    before = contents(bundle)
+    with refused(TrustError, "keyid"):
+        write_bundle(bundle, exported, [], key=household)
+    assert contents(bundle) == before
 
 
 def test_a_base_with_other_slots_does_not_replace_one_that_has_adapters(
