@@ -3,11 +3,14 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import click
+import numpy as np
 
+from aggregation.errors import TrustError
 from client.cli import options
 from client.cli.options import printable
 from client.inference.passages import PASSAGES, Passage, PassageIndex, folder_of, read_folder
@@ -57,20 +60,20 @@ def index(folder: Path | None, bundle: Path, trust: Path | None, erase: bool, as
     begun = time.perf_counter()
     passages, odd = read_folder(folder)
     session = ClassificationSession.open(bundle, trust)
-    base = session.library.manifest.base_digest
+    base, before = session.library.manifest.base_digest, None
+    with suppress(TrustError):  # a damaged one is replaced
+        before = PassageIndex.read(bundle, base)
 
     with commandline.status("read passages") as report:
 
         def embed(texts: Sequence[str]) -> Floats:
-            import numpy as np
-
             parts = []
             for first in range(0, len(texts), AT_ONCE):
                 parts.append(session.embed(texts[first : first + AT_ONCE]))
                 report(f"{min(first + AT_ONCE, len(texts))} of {len(texts)}")
             return np.concatenate(parts)
 
-        PassageIndex.of(passages, embed, PassageIndex.read(bundle, base)).write(bundle, base)
+        PassageIndex.of(passages, embed, before).write(bundle, base)
     files, seconds = len({one.source for one in passages}), time.perf_counter() - begun
     for name, reason in odd.items():
         click.echo(f"edgeadapt: {printable(name)} is left out: {reason}", err=True)

@@ -267,6 +267,9 @@ def test_files_are_indexed_asked_and_erased(encoder: Path, tmp_path: Path) -> No
     answer = json.loads(run("ask", "which lamp", "--bundle", str(encoder), "--sources", "1", "--json").stdout)
     assert answer["sources"] == [{"source": "music.md", "heading": "Light", "text": "the lamp by the door"}]
     assert "[1] music.md: Light\n    the lamp" in run("ask", "which lamp", "--bundle", str(encoder)).stdout
+    (folder_of(encoder) / PASSAGES).write_bytes(b"damaged")
+    run("index", str(tmp_path), "--bundle", str(encoder))
+    assert PassageIndex.read(encoder, ClassificationSession.open(encoder).library.manifest.base_digest)
     run("index", "--erase", "--bundle", str(encoder))
     with refused(ConfigError, "index"):
         run("ask", "which lamp", "--bundle", str(encoder))
