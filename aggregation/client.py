@@ -14,19 +14,27 @@ A device that must survive a restart stores the new state (``sealed``) *before* 
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
+from typing import Annotated, TypeAlias
 
-from aggregation import checks, envelope, groups, masks, ring, sharing
+from aggregation import checks, envelope, groups, masks, ring, sharing, wire
 from aggregation.entropy import Entropy
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.masks import Mask
 from aggregation.messages import (
+    DEVICES,
+    MAX_COHORT,
+    SERIALS,
+    SESSION_SPEC,
     Advert,
     Assignment,
     Challenge,
     CheckIn,
     ConsistencySignature,
+    DeviceId,
+    Digest,
     EncryptedShares,
+    Key,
     M,
     MaskedInput,
     Message,
@@ -35,6 +43,7 @@ from aggregation.messages import (
     Roster,
     Shares,
     Survivors,
+    Uint32,
     Unmask,
     UnmaskResponse,
 )
@@ -45,8 +54,27 @@ from aggregation.ring import Ring
 from aggregation.session import COORDINATOR, Session, commitment, refused
 from aggregation.sharing import Secrets, SharePair
 from aggregation.singleuse import SingleUse
-from aggregation.spec import Adversary, SessionSpec
+from aggregation.spec import MAX_ROUNDS, Adversary, SessionSpec
 from aggregation.transcript.logstate import LogState
+from aggregation.wire import Codec
+
+_SECONDS, _DEVICE_SET = wire.uint(64), wire.mapping(DEVICES, wire.fixed(0), MAX_COHORT)
+_TIME: Codec[datetime] = Codec(  # X.509 has whole seconds
+    lambda out, value: _SECONDS.write(out, int(value.timestamp())),
+    lambda source: datetime.fromtimestamp(_SECONDS.read(source), UTC),
+)
+_DEALERS: Codec[frozenset[str]] = Codec(
+    lambda out, value: _DEVICE_SET.write(out, dict.fromkeys(value, b"")),
+    lambda source: frozenset(_DEVICE_SET.read(source)),
+)
+_PAIRS = wire.mapping(DEVICES, wire.record(SharePair), MAX_COHORT)
+_COHORT = wire.mapping(DEVICES, wire.record(PublicKey), MAX_COHORT)
+_Spec: TypeAlias = Annotated[SessionSpec, SESSION_SPEC]
+_Plan: TypeAlias = Annotated[Plan, Plan.codec()]
+_Held: TypeAlias = Annotated[Mapping[str, SharePair], _PAIRS]
+_Ends: TypeAlias = Annotated[datetime, _TIME]
+_Serials: TypeAlias = Annotated[Mapping[str, int], SERIALS]
+_Secrets: TypeAlias = Annotated[Mapping[int, Secrets], wire.mapping(wire.uint(32), wire.record(Secrets), MAX_ROUNDS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +193,15 @@ def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, 
 class Advertised:
     """The advert is sent; the roster is next. ``serials`` and ``ends``: see ``Ready``."""
 
-    me: str
-    spec: SessionSpec
-    offer: bytes
-    cohort: Mapping[str, PublicKey]
-    serials: Mapping[str, int]
-    ends: datetime
-    advert: bytes
-    share_key: bytes = field(repr=False)
-    secrets: Mapping[int, Secrets] = field(repr=False)
+    me: DeviceId
+    spec: _Spec
+    offer: Digest
+    cohort: Annotated[Mapping[str, PublicKey], _COHORT]
+    serials: _Serials
+    ends: _Ends
+    advert: Annotated[bytes, wire.blob(2 * Advert.LIMIT)]
+    share_key: Key = field(repr=False)
+    secrets: _Secrets = field(repr=False)
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_roster(self, device: Device, roster: bytes, entropy: Entropy) -> "tuple[Ready, bytes]":
@@ -198,17 +226,19 @@ class Advertised:
 class Ready:
     """Between rounds."""
 
-    session: Session
-    serials: Mapping[str, int]  # device id → serial of its certificate, of the whole cohort
+    session: Annotated[Session, wire.record(Session)]
+    serials: _Serials  # device id → serial of its certificate, of the whole cohort
     # When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
-    ends: datetime
-    me: str
-    last_round: int  # the last round begun; 0 before the first
-    dealers: frozenset[str] | None  # devices whose encrypted shares arrived; None before they arrive
-    share_key: bytes | None = field(repr=False)  # decrypts the shares; None once they are decrypted
-    secrets: Mapping[int, Secrets] = field(repr=False)  # this device's own, of rounds still to come
+    ends: _Ends
+    me: DeviceId
+    last_round: Uint32  # the last round begun; 0 before the first
+    # Devices whose encrypted shares arrived; None before they arrive.
+    dealers: Annotated[frozenset[str] | None, wire.optional(_DEALERS)]
+    # Decrypts the shares; None once they are decrypted.
+    share_key: Annotated[bytes | None, wire.optional(wire.fixed(32))] = field(repr=False)
+    secrets: _Secrets = field(repr=False)  # this device's own, of rounds still to come
     # Round → dealer → shares that this device holds, of rounds still to come.
-    held: Mapping[int, Mapping[str, SharePair]] = field(repr=False)
+    held: Annotated[Mapping[int, _Held], wire.mapping(wire.uint(32), _PAIRS, MAX_ROUNDS)] = field(repr=False)
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":
@@ -295,10 +325,10 @@ class Planned:
 class Masked:
     """The masked input is sent; the survivor set is next. ``vector`` is the digest of the sent vector."""
 
-    ready: "Ready"
-    plan: Plan
-    held: Mapping[str, SharePair] = field(repr=False)
-    vector: bytes
+    ready: Annotated[Ready, wire.record(Ready)]
+    plan: _Plan
+    held: _Held = field(repr=False)
+    vector: Digest
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":
@@ -337,10 +367,10 @@ class Masked:
 class Confirmed:
     """This device signed a survivor set; the signatures of the others are next."""
 
-    ready: "Ready"
-    plan: Plan
-    held: Mapping[str, SharePair] = field(repr=False)
-    survivors: Survivors
+    ready: Annotated[Ready, wire.record(Ready)]
+    plan: _Plan
+    held: _Held = field(repr=False)
+    survivors: Annotated[Survivors, Survivors.codec()]
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":

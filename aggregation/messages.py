@@ -12,10 +12,8 @@ from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar
 from aggregation import wire
 from aggregation.pki import DEVICE_ID, MAX_CERTIFICATE
 from aggregation.pki.identity import SIGNATURE
-from aggregation.privacy.accounting import Mechanism
 from aggregation.shamir import SHARE
-from aggregation.spec import MAX_ROUNDS, Adversary, Grouping, Privacy, SessionSpec
-from aggregation.vector import MAX_SEGMENTS, Segment, VectorSpec
+from aggregation.spec import MAX_ROUNDS, SessionSpec
 from aggregation.wire import Codec
 
 M = TypeVar("M", bound="Message")
@@ -30,44 +28,18 @@ MIB = 2**20  # bytes
 DIGESTS: Codec[bytes] = wire.fixed(DIGEST)
 DEVICES: Codec[str] = wire.text(DEVICE_ID)
 SERIALS: Codec[Mapping[str, int]] = wire.mapping(DEVICES, wire.uint(160), MAX_COHORT)  # RFC 5280: at most 20 bytes
-_U32, _U64, _HEX = wire.uint(32), wire.uint(64), wire.text(r"[0-9a-f]{64}")
 
 Digest: TypeAlias = Annotated[bytes, DIGESTS]
 DeviceId: TypeAlias = Annotated[str, DEVICES]
 DeviceIds: TypeAlias = Annotated[tuple[str, ...], wire.sequence(DEVICES, MAX_COHORT)]
-HexDigest: TypeAlias = Annotated[str, _HEX]
-Uint32: TypeAlias = Annotated[int, _U32]
-Uint64: TypeAlias = Annotated[int, _U64]
-_KeyOfEachRound: TypeAlias = Annotated[tuple[bytes, ...], wire.sequence(wire.fixed(32), MAX_ROUNDS)]
+HexDigest: TypeAlias = wire.HexDigest
+Uint32: TypeAlias = wire.Uint32
+Uint64: TypeAlias = wire.Uint64
+Key: TypeAlias = Annotated[bytes, wire.fixed(32)]
+KeyOfEachRound: TypeAlias = Annotated[tuple[bytes, ...], wire.sequence(wire.fixed(32), MAX_ROUNDS)]
 _ShareByDealer: TypeAlias = Annotated[Mapping[str, bytes], wire.mapping(DEVICES, wire.fixed(SHARE), MAX_COHORT)]
 
-_SEGMENT = wire.record(
-    Segment, {"name": wire.text(r"[A-Za-z0-9_./-]{1,128}"), "size": _U32, "bound": wire.real, "noise": wire.real}
-)
-_VECTOR_SPEC = wire.record(
-    VectorSpec, {"segments": wire.sequence(_SEGMENT, MAX_SEGMENTS), "ring_bits": wire.uint(8), "max_clients": _U32}
-)
-_PRIVACY = wire.record(Privacy, {"mechanism": wire.choice(Mechanism), "honest": _U32, "delta": wire.real})
-_GROUPING = wire.record(Grouping, {"count": _U32, "minimum": _U32})
-SESSION_SPEC: Codec[SessionSpec] = wire.record(
-    SessionSpec,
-    {
-        "rounds": _U32,
-        "threshold": _U32,
-        "minimum_survivors": _U32,
-        "degree": _U32,
-        "vector": _VECTOR_SPEC,
-        "clip_norm": wire.real,
-        "weight_cap": _U64,
-        "privacy": wire.optional(_PRIVACY),
-        "base_digest": _HEX,
-        "layout_digest": _HEX,
-        "adversary": wire.choice(Adversary),
-        "grouping": wire.optional(_GROUPING),
-    },
-)
-
-
+SESSION_SPEC: Codec[SessionSpec] = wire.record(SessionSpec)
 _CODECS: dict[type["Message"], Codec[Any]] = {}  # each built once
 
 
@@ -151,9 +123,9 @@ class Advert(Message):
     LIMIT: ClassVar = MIB
     offer: Digest
     device: DeviceId
-    share_key: Annotated[bytes, wire.fixed(32)]
-    mask_keys: _KeyOfEachRound
-    commitments: _KeyOfEachRound
+    share_key: Key
+    mask_keys: KeyOfEachRound
+    commitments: KeyOfEachRound
 
     @property
     def keys(self) -> frozenset[bytes]:

@@ -5,9 +5,7 @@ planned but not answered: sealing ``Planned`` keeps only the rounds after it, so
 out of that one. A device that seals the new state before it sends the answer never answers a step twice.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import cache
 from typing import Any, ClassVar, Self, TypeAlias, cast
 
@@ -18,83 +16,13 @@ from aggregation import wire
 from aggregation.client import Advertised, Confirmed, Masked, Planned, Ready
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, ProtocolError, TrustError
-from aggregation.messages import DEVICES, DIGESTS, MAX_COHORT, SERIALS, SESSION_SPEC, Advert, Plan, Survivors
-from aggregation.pki.identity import PublicKey
-from aggregation.session import Peer, Session
-from aggregation.shamir import SHARE
-from aggregation.sharing import Secrets, SharePair
 from aggregation.singleuse import SingleUse
-from aggregation.spec import MAX_ROUNDS
 from aggregation.wire import Codec
 
 ClientState: TypeAlias = Advertised | Ready | Planned | Masked | Confirmed
 _MAGIC = b"edgeadapt/state/1\x00"
 _KEY, _NONCE = 32, 12  # bytes
-_U32, _U64, _32 = wire.uint(32), wire.uint(64), wire.fixed(32)
-_TIME: Codec[datetime] = Codec(  # X.509 has whole seconds
-    lambda out, value: _U64.write(out, int(value.timestamp())),
-    lambda source: datetime.fromtimestamp(_U64.read(source), UTC),
-)
-_IDENTITY: Codec[PublicKey] = wire.record(PublicKey, {"raw": _32})
-_BY_ROUND = wire.sequence(_32, MAX_ROUNDS)
-_PEER: Codec[Peer] = wire.record(
-    Peer,
-    {
-        "device": DEVICES,
-        "position": _U32,
-        "identity": _IDENTITY,
-        "share_key": _32,
-        "mask_keys": _BY_ROUND,
-        "commitments": _BY_ROUND,
-    },
-)
-_SESSION: Codec[Session] = wire.record(
-    Session,
-    {"spec": SESSION_SPEC, "offer": DIGESTS, "context": DIGESTS, "peers": wire.mapping(DEVICES, _PEER, MAX_COHORT)},
-)
-_SECRETS = wire.mapping(_U32, wire.record(Secrets, {"mask_key": _32, "seed": _32}), MAX_ROUNDS)
-_SHARE = wire.fixed(SHARE)
-_PAIRS = wire.mapping(DEVICES, wire.record(SharePair, {"seed": _SHARE, "key": _SHARE}), MAX_COHORT)
-_DEVICE_SET: Codec[Mapping[str, bytes]] = wire.mapping(DEVICES, wire.fixed(0), MAX_COHORT)
-_DEALERS: Codec[frozenset[str]] = Codec(
-    lambda out, value: _DEVICE_SET.write(out, dict.fromkeys(value, b"")),
-    lambda source: frozenset(_DEVICE_SET.read(source)),
-)
-_READY: Codec[Ready] = wire.record(
-    Ready,
-    {
-        "session": _SESSION,
-        "serials": SERIALS,
-        "ends": _TIME,
-        "me": DEVICES,
-        "last_round": _U32,
-        "dealers": wire.optional(_DEALERS),
-        "share_key": wire.optional(_32),
-        "secrets": _SECRETS,
-        "held": wire.mapping(_U32, _PAIRS, MAX_ROUNDS),
-    },
-)
-_CODECS: dict[type, Codec[Any]] = {
-    Advertised: wire.record(
-        Advertised,
-        {
-            "me": DEVICES,
-            "spec": SESSION_SPEC,
-            "offer": DIGESTS,
-            "cohort": wire.mapping(DEVICES, _IDENTITY, MAX_COHORT),
-            "serials": SERIALS,
-            "ends": _TIME,
-            "advert": wire.blob(2 * Advert.LIMIT),
-            "share_key": _32,
-            "secrets": _SECRETS,
-        },
-    ),
-    Ready: _READY,
-    Masked: wire.record(Masked, {"ready": _READY, "plan": Plan.codec(), "held": _PAIRS, "vector": DIGESTS}),
-    Confirmed: wire.record(
-        Confirmed, {"ready": _READY, "plan": Plan.codec(), "held": _PAIRS, "survivors": Survivors.codec()}
-    ),
-}
+_CODECS: dict[type, Codec[Any]] = {kind: wire.record(kind) for kind in (Advertised, Ready, Masked, Confirmed)}
 _KINDS = tuple(_CODECS)
 
 

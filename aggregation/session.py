@@ -3,9 +3,11 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from aggregation import graph
+from aggregation import graph, wire
 from aggregation.errors import ProtocolError
+from aggregation.messages import DEVICES, MAX_COHORT, SESSION_SPEC, DeviceId, Digest, Key, KeyOfEachRound, Uint32
 from aggregation.pki.identity import PublicKey
 from aggregation.spec import SessionSpec
 
@@ -22,12 +24,12 @@ class Peer:
     """A device on the roster. ``position`` counts from 1 in order of device id: the x-coordinate of the device's
     shares. ``mask_keys`` and ``commitments`` hold one entry for each round."""
 
-    device: str
-    position: int
-    identity: PublicKey
-    share_key: bytes
-    mask_keys: tuple[bytes, ...]
-    commitments: tuple[bytes, ...]
+    device: DeviceId
+    position: Uint32
+    identity: Annotated[PublicKey, wire.record(PublicKey)]
+    share_key: Key
+    mask_keys: KeyOfEachRound
+    commitments: KeyOfEachRound
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,11 @@ class Session:
     Raises ConfigError: no graph of the spec's degree exists on so many devices.
     """
 
-    spec: SessionSpec  # as offered
-    offer: bytes  # digest of the offer
-    context: bytes  # digest of offer and roster; bound into every later message and every key
-    peers: Mapping[str, Peer]  # device id → peer, in ascending order
+    spec: Annotated[SessionSpec, SESSION_SPEC]  # as offered
+    offer: Digest  # digest of the offer
+    context: Digest  # digest of offer and roster; bound into every later message and every key
+    # Device id → peer, in ascending order.
+    peers: Annotated[Mapping[str, Peer], wire.mapping(DEVICES, wire.record(Peer), MAX_COHORT)]
     _neighbors: Mapping[str, frozenset[str]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

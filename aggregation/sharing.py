@@ -9,35 +9,37 @@ found out, and so is a dealer whose shares match their digests but not its commi
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, TypeAlias
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from aggregation import masks, shamir
+from aggregation import masks, shamir, wire
 from aggregation.entropy import Entropy
-from aggregation.messages import AEAD_TAG, PAIR, SHARE_DIGEST, EncryptedShares
+from aggregation.messages import AEAD_TAG, PAIR, SHARE_DIGEST, EncryptedShares, Key
 from aggregation.session import Session
 from aggregation.shamir import SHARE
 
 _TAG = b"edgeadapt/share-encryption/1"
 _NONCE = bytes(12)
+_Share: TypeAlias = Annotated[bytes, wire.fixed(SHARE)]
 
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
     """A device's own secrets of one round: X25519 mask key and self-mask seed, 32 bytes each."""
 
-    mask_key: bytes = field(repr=False)
-    seed: bytes = field(repr=False)
+    mask_key: Key = field(repr=False)
+    seed: Key = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class SharePair:
     """A holder's shares from one dealer for one round: one of the seed and one of the mask key, 33 bytes each."""
 
-    seed: bytes = field(repr=False)
-    key: bytes = field(repr=False)
+    seed: _Share = field(repr=False)
+    key: _Share = field(repr=False)
 
 
 def deal(

@@ -7,7 +7,9 @@ import math
 import re
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
+from aggregation import wire
 from aggregation.errors import ConfigError, check_fields
 from aggregation.privacy.accounting import Mechanism, NoisySum, Spent
 from aggregation.privacy.rounding import norm_squared
@@ -36,9 +38,9 @@ class Privacy:
     Raises ConfigError: ``delta`` is out of range.
     """
 
-    mechanism: Mechanism  # distribution of the noise
-    honest: int  # devices whose noise counts in the smallest sum, 1 or more: the others may be corrupt
-    delta: float  # the δ of the coordinator's account, between 0 and 1
+    mechanism: Annotated[Mechanism, wire.choice(Mechanism)]  # distribution of the noise
+    honest: wire.Uint32  # devices whose noise counts in the smallest sum, 1 or more: the others may be corrupt
+    delta: wire.Real  # the δ of the coordinator's account, between 0 and 1
 
     def __post_init__(self) -> None:
         check_fields(self, "spec.privacy.", [("delta", 0 < self.delta < 1, "between 0 and 1")], "privacy.")
@@ -52,8 +54,8 @@ class Grouping:
     and consistency signatures of the group that a device requires. Raises ConfigError: a number is below 2.
     """
 
-    count: int
-    minimum: int
+    count: wire.Uint32
+    minimum: wire.Uint32
 
     def __post_init__(self) -> None:
         ranges = (("count", self.count >= 2, "2 or more"), ("minimum", self.minimum >= 2, "2 or more"))
@@ -67,19 +69,23 @@ class SessionSpec:
     Raises ConfigError: a value is out of range or contradicts another.
     """
 
-    rounds: int  # rounds that the session's keys serve, 1 to ``MAX_ROUNDS``
-    threshold: int  # shares that reconstruct a secret, and answers without which a round aborts; 2 to ``degree + 1``
-    minimum_survivors: int  # contributions below which a sum is not unmasked, ``threshold`` or more
-    degree: int  # neighbors of a device in the masking graph; the cohort size less one is the complete graph
-    vector: VectorSpec  # layout, fixed-point format and ring of a contribution
-    clip_norm: float  # L2 bound on a device's update before it is weighted, in weight units
-    weight_cap: int  # largest weight of one device, in examples; 1 with noise, where every device has the weight 1
+    rounds: wire.Uint32  # rounds that the session's keys serve, 1 to ``MAX_ROUNDS``
+    # Shares that reconstruct a secret, and answers without which a round aborts; 2 to ``degree + 1``.
+    threshold: wire.Uint32
+    minimum_survivors: wire.Uint32  # contributions below which a sum is not unmasked, ``threshold`` or more
+    degree: wire.Uint32  # neighbors of a device in the masking graph; the cohort size less one is the complete graph
+    vector: Annotated[VectorSpec, wire.record(VectorSpec)]  # layout, fixed-point format and ring of a contribution
+    clip_norm: wire.Real  # L2 bound on a device's update before it is weighted, in weight units
+    # Largest weight of one device, in examples; 1 with noise, where every device has the weight 1.
+    weight_cap: wire.Uint64
     # Of the noise that devices add. None: they add none, and nothing bounds what a sum says about one.
-    privacy: Privacy | None
-    base_digest: str  # SHA-256 of the frozen base, 64 hex digits
-    layout_digest: str  # SHA-256 of the adapter's layout, 64 hex digits
-    adversary: Adversary  # the model against which the session is secure; ``ACTIVE`` runs the consistency check
-    grouping: Grouping | None = None  # of the devices of a round; None: a round has one sum
+    privacy: Annotated[Privacy | None, wire.optional(wire.record(Privacy))]
+    base_digest: wire.HexDigest  # of the frozen base
+    layout_digest: wire.HexDigest  # of the adapter's layout
+    # The model against which the session is secure; ``ACTIVE`` runs the consistency check.
+    adversary: Annotated[Adversary, wire.choice(Adversary)]
+    # Of the devices of a round; None: a round has one sum.
+    grouping: Annotated[Grouping | None, wire.optional(wire.record(Grouping))] = None
 
     def __post_init__(self) -> None:
         clients = self.vector.max_clients

@@ -11,12 +11,12 @@ step, and so every integer where ``step <= 1``, is encoded and summed without er
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregation import ring
+from aggregation import ring, wire
 from aggregation.errors import ConfigError, DataError, check_fields
 from aggregation.keystream import Keystream
 from aggregation.privacy import noise
@@ -42,10 +42,10 @@ class Segment:
     ``noise``, unless it is 0.
     """
 
-    name: str
-    size: int
-    bound: float
-    noise: float = 0.0
+    name: Annotated[str, wire.text(r"[A-Za-z0-9_./-]{1,128}")]
+    size: wire.Uint32
+    bound: wire.Real
+    noise: wire.Real = 0.0
 
     def __post_init__(self) -> None:
         between = f"between {_SMALLEST_BOUND} and {_LARGEST_BOUND}"
@@ -88,9 +88,9 @@ class VectorSpec:
     """
 
     # In wire order, 1 to ``MAX_SEGMENTS``, names unique, at most ``MAX_SIZE`` elements in all.
-    segments: tuple[Segment, ...]
-    ring_bits: int  # width of an element, 1 to 64
-    max_clients: int  # largest number of contributions in one sum, 1 to ``MAX_CLIENTS``
+    segments: Annotated[tuple[Segment, ...], wire.sequence(wire.record(Segment), MAX_SEGMENTS)]
+    ring_bits: Annotated[int, wire.uint(8)]  # width of an element, 1 to 64
+    max_clients: wire.Uint32  # largest number of contributions in one sum, 1 to ``MAX_CLIENTS``
 
     def __post_init__(self) -> None:
         ring.dtype(self.ring_bits)

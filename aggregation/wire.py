@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import Annotated, Any, Generic, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, TypeAlias, TypeVar, get_origin, get_type_hints
 
 from aggregation.errors import ConfigError, ProtocolError
 
@@ -173,6 +173,10 @@ def _read_real(source: Reader) -> float:
 
 real: Codec[float] = Codec(_write_real, _read_real)
 """A finite IEEE 754 double, big-endian; zero has one encoding."""
+Real: TypeAlias = Annotated[float, real]
+Uint32: TypeAlias = Annotated[int, uint(32)]
+Uint64: TypeAlias = Annotated[int, uint(64)]
+HexDigest: TypeAlias = Annotated[str, text(r"[0-9a-f]{64}")]  # SHA-256
 
 
 def choice(kind: type[E]) -> Codec[E]:

@@ -7,11 +7,13 @@ one: under a point of small order a single signature is valid for any number of 
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from aggregation import wire
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, TrustError
 
@@ -40,7 +42,7 @@ class PublicKey:
     must not see two.
     """
 
-    raw: bytes
+    raw: Annotated[bytes, wire.fixed(KEY)]
 
     def __post_init__(self) -> None:
         if len(self.raw) != KEY:

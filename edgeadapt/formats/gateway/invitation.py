@@ -9,7 +9,7 @@ password: anyone who has it can enrol instead of its device.
 import base64
 import binascii
 import hashlib
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from aggregation import wire
 from aggregation.entropy import Entropy
@@ -37,12 +37,12 @@ class Invitation(NamedTuple):
         coordinator: The coordinator's public key, raw.
     """
 
-    secret: bytes
-    device: str
-    enrolment: str
-    gateway: str
-    authority: bytes
-    coordinator: bytes
+    secret: Annotated[bytes, wire.fixed(SECRET)]
+    device: Annotated[str, wire.text(DEVICE_ID)]
+    enrolment: Annotated[str, wire.text(ADDRESS)]
+    gateway: Annotated[str, wire.text(ADDRESSES)]
+    authority: Annotated[bytes, wire.blob(MAX_CERTIFICATE)]
+    coordinator: Annotated[bytes, wire.fixed(KEY)]
 
     def __repr__(self) -> str:
         return f"Invitation({self.device})"
@@ -66,17 +66,7 @@ class Invitation(NamedTuple):
         return Root(self.authority).to_pem(), PublicKey(self.coordinator).to_pem()
 
 
-_CODEC = wire.record(
-    Invitation,
-    {
-        "secret": wire.fixed(SECRET),
-        "device": wire.text(DEVICE_ID),
-        "enrolment": wire.text(ADDRESS),
-        "gateway": wire.text(ADDRESSES),
-        "authority": wire.blob(MAX_CERTIFICATE),
-        "coordinator": wire.fixed(KEY),
-    },
-)
+_CODEC = wire.record(Invitation)
 
 
 def new_secret(entropy: Entropy) -> bytes:
