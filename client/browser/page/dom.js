@@ -38,6 +38,19 @@ export function settle(id, field) {
   field?.removeAttribute("aria-invalid");
 }
 
+/** Do `work` between `busy(true)` and `busy(false)`. The alert `id` shows its error, and no earlier one. */
+export async function attempt(id, work, busy) {
+  busy(true);
+  settle(id);
+  try {
+    await work();
+  } catch (error) {
+    complain(id, error);
+  } finally {
+    busy(false);
+  }
+}
+
 /** A sentence on the tokens at the end of a phrase that are not read; empty if all are. */
 export const leftOut = (unread) => (unread ? ` The last ${unread} tokens of the phrase are not read: shorten it.` : "");
 

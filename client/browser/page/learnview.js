@@ -1,7 +1,7 @@
 // The part of the page in which a person teaches the right answer to a phrase or a message, takes a lesson back, and saves
 // the private adapter to files.
 
-import { complain, create, element, leftOut, readExamples, save, settle, words } from "./dom.js";
+import { attempt, create, element, leftOut, readExamples, save, settle, words } from "./dom.js";
 
 const MAX_SHOWN = 60; // characters of a text, as `edgeadapt device learn` prints
 
@@ -81,21 +81,14 @@ export class LearnView {
     element("teach-undo").disabled = this.#busy || !this.#lessons;
   }
 
-  async #work(work) {
+  #work(work) {
     if (this.#busy) return;
-    this.#busy = true;
-    this.#buttons();
-    settle("teach-error");
     this.#result("", []);
-    try {
-      await work();
-    } catch (error) {
-      complain("teach-error", error);
-    } finally {
-      this.#busy = false;
+    attempt("teach-error", work, (busy) => {
+      this.#busy = busy;
       element("teach-progress").hidden = true;
       this.#buttons();
-    }
+    });
   }
 
   async #teach() {

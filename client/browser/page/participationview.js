@@ -1,6 +1,6 @@
 // The part of the page in which this browser enrols as a device, takes part in rounds, and says what became of them.
 
-import { complain, create, element, fact, readExamples, save, settle } from "./dom.js";
+import { attempt, complain, create, element, fact, readExamples, save, settle } from "./dom.js";
 
 const LIMITS = ["minimum_cohort", "minimum_survivors", "minimum_noise_multiplier", "maximum_epsilon"];
 const STATES = {
@@ -66,20 +66,13 @@ export class ParticipationView {
   }
 
   #on(id, event, work) {
-    element(id).addEventListener(event, async (given) => {
-      given.preventDefault();
-      if (this.#busy) return;
-      this.#busy = true;
+    const busy = (now) => {
+      this.#busy = now;
       this.#buttons();
-      settle("join-error");
-      try {
-        await work();
-      } catch (error) {
-        complain("join-error", error);
-      } finally {
-        this.#busy = false;
-        this.#buttons();
-      }
+    };
+    element(id).addEventListener(event, (given) => {
+      given.preventDefault();
+      if (!this.#busy) attempt("join-error", work, busy);
     });
   }
 

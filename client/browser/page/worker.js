@@ -74,19 +74,13 @@ const methods = {
     return { ...undone, ...(await known()) };
   },
 
-  async exported({ name }) {
-    return new Learner(opened()).exported(name);
-  },
+  exported: ({ name }) => new Learner(opened()).exported(name),
 
   /** What a person may know of this browser's identity as a device; null without one. */
-  async identity() {
-    return identity().shown();
-  },
-
-  async enrol(given) {
-    await identity().enrol(given);
-    return identity().shown();
-  },
+  identity: () => identity().shown(),
+  enrol: (given) => changed((own) => own.enrol(given)),
+  redeem: ({ token, url }) => changed((own) => own.redeem(token, url)),
+  install: ({ certificate }) => changed((own) => own.install(certificate)),
 
   /** What a person compares before this browser enrols with a token: its device, authority and coordinator. */
   async invited({ token }) {
@@ -94,20 +88,8 @@ const methods = {
     return { device, authority: await sha256(authority), coordinator: (await sha256(coordinator)).slice(0, 16) };
   },
 
-  async redeem({ token, url }) {
-    await identity().redeem(token, url);
-    return identity().shown();
-  },
-
   /** Whether the certificate was renewed. */
-  async renew({ url }) {
-    return renew(identity(), url);
-  },
-
-  async install({ certificate }) {
-    await identity().install(certificate);
-    return identity().shown();
-  },
+  renew: ({ url }) => renew(identity(), url),
 
   async forget() {
     leaving.abort();
@@ -166,6 +148,12 @@ function alone(work) {
 
 /** This browser's identity as a device with the open base. */
 const identity = () => new Identity(opened().base.base_digest);
+
+/** What is shown of the identity once `work` has changed it. */
+async function changed(work) {
+  await work(identity());
+  return identity().shown();
+}
 
 async function answer(id, method, args) {
   try {

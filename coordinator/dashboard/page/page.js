@@ -7,20 +7,16 @@ const byId = (id) => document.getElementById(id);
 const dash = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 const total = (counts) => Object.values(counts).reduce((sum, each) => sum + each, 0);
 
-/** An element with attributes and children; a child that is no element becomes a text. */
-function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
+/** A new element with attributes and children; a child that is no element becomes a text. */
+function filled(made, attributes, children) {
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   made.append(...children);
   return made;
 }
 
-function drawn(name, attributes, ...children) {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
+const element = (name, attributes = {}, ...children) => filled(document.createElement(name), attributes, children);
+const drawn = (name, attributes, ...children) => filled(document.createElementNS(SVG, name), attributes, children);
+const text = (x, y, anchor, content) => drawn("text", { x, y, "text-anchor": anchor }, content);
 
 function fill(table, rows) {
   const cells = (row) => element("tr", {}, ...row.map((each) => element("td", {}, each instanceof Node ? each : String(each))));
@@ -100,7 +96,6 @@ function line(id, rounds, value) {
   const x = (round) => left + ((width - left - edge) * (round - first)) / Math.max(1, last - first);
   const y = (number) => height - 24 - ((height - 24 - edge) * (number - low)) / (high - low);
   const path = points.map(([round, number]) => `${x(round).toFixed(1)},${y(number).toFixed(1)}`).join(" ");
-  const text = (at, down, anchor, content) => drawn("text", { x: at, y: down, "text-anchor": anchor }, content);
   const marks = high - low > 1e-6 ? [low, (low + high) / 2, high] : [low];
   const when = (round) => `round ${round}${ended(rounds, round)}`;
   byId(id).replaceChildren(
@@ -134,7 +129,6 @@ function bars(id, rounds) {
       return drawn("rect", { ...place, class: `step-${step}` }, drawn("title", {}, `round ${each.round}: ${each.dropouts[step]} at ${step}`));
     });
   });
-  const text = (x, y, anchor, content) => drawn("text", { x, y, "text-anchor": anchor }, content);
   const marks = parts.length ? [text(left - 6, edge + 4, "end", String(most)), text(left - 6, height - 20, "end", "0")] : [];
   const [first, last] = [rounds[0], rounds.at(-1)].map((each) => each && `round ${each.round}`);
   if (first) marks.push(text(left, height - 8, "start", first));
