@@ -13,7 +13,7 @@ A device that must survive a restart stores the new state (``sealed``) *before* 
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Annotated, TypeAlias
 
@@ -255,17 +255,9 @@ class Ready:
         checks.plan(self.session, self.me, dealers, self.last_round, message.plan)
         self.single_use.take("round")
         round_ = message.plan.round
-        later = Ready(
-            self.session,
-            self.serials,
-            self.ends,
-            self.me,
-            round_,
-            current.dealers,
-            current.share_key,
-            {number: secret for number, secret in self.secrets.items() if number > round_},
-            {number: pairs for number, pairs in current.held.items() if number > round_},
-        )
+        secrets = {number: secret for number, secret in self.secrets.items() if number > round_}
+        held = {number: pairs for number, pairs in current.held.items() if number > round_}
+        later = replace(current, last_round=round_, secrets=secrets, held=held, single_use=SingleUse())
         return Planned(later, message.plan, self.secrets[round_], current.held[round_])
 
     def _decrypt(self, device: Device, message: Assignment) -> "Ready":
@@ -277,7 +269,7 @@ class Ready:
                 for round_, pair in pairs.items():
                     held[round_][dealer] = pair
         dealers = frozenset(message.encrypted_shares)
-        return Ready(self.session, self.serials, self.ends, self.me, self.last_round, dealers, None, self.secrets, held)
+        return replace(self, dealers=dealers, share_key=None, held=held, single_use=SingleUse())
 
 
 @dataclass(frozen=True, slots=True)
