@@ -15,29 +15,8 @@ from coordinator.settings import FederationSettings
 from edgeadapt.bases.base import MODELS
 from edgeadapt.formats.peftconfig import MethodName
 from simulations.data.summary import DataSummary, lines
-from simulations.report.formatting import (
-    UNMASKED,
-    TrafficMeans,
-    accuracies,
-    canaries,
-    context,
-    count,
-    dropouts,
-    duration,
-    evaluated,
-    formatted_groups,
-    headline,
-    incomplete,
-    interrupted,
-    next_commands,
-    percent,
-    plain,
-    printable,
-    privacy,
-    reliability,
-    share,
-    size,
-)
+from simulations.report import formatting
+from simulations.report.formatting import count, duration, percent, printable, share, size
 from simulations.result import ARMS, TITLES, ExportResult, RunResult
 from simulations.scenario import AdapterSettings, Scenario
 
@@ -198,14 +177,14 @@ def _noise(federation: FederationSettings) -> str:
 def print_result(result: RunResult, console: Console, program: str = "edgeadapt") -> None:
     """Print what every arm reaches, what it cost, and what to type next with ``program``."""
     if result.exported is None:
-        if said := incomplete(result.round_tally):
+        if said := formatting.incomplete(result.round_tally):
             console.print(Text(said.strip(), style="bold"))
         console.print(_clients(result))
         _print_lines(_facts(result), console)
         return
     console.print()
-    console.print(Text(headline(result), style="bold"))
-    console.print(Text(context(result, program), style="dim"))
+    console.print(Text(formatting.headline(result), style="bold"))
+    console.print(Text(formatting.context(result, program), style="dim"))
     console.print()
     console.print(_accuracy(result))
     console.print()
@@ -244,29 +223,29 @@ def _clients(result: RunResult) -> Table:
 
 
 def _facts(result: RunResult) -> list[tuple[str, str | Text]]:
-    amount, meaning = privacy(result.epsilon, result.delta, len(result.rounds))
+    amount, meaning = formatting.privacy(result.epsilon, result.delta, len(result.rounds))
     private: list[tuple[str, str | Text]] = [("privacy", Text.assemble((amount, "bold"), f": {meaning}"))]
     if result.canaries:
-        private += zip(("canaries", ""), canaries(result.canaries), strict=True)
-    resumed = [("resumed", said)] if (said := interrupted(result.round_tally)) else []
+        private += zip(("canaries", ""), formatting.canaries(result.canaries), strict=True)
+    resumed = [("resumed", said)] if (said := formatting.interrupted(result.round_tally)) else []
     if result.exported is None:
         version = f"version {result.adapter['version']} after {count(len(result.rounds), 'round')}"
-        note = evaluated(len(result.clients), result.population)
+        note = formatting.evaluated(len(result.clients), result.population)
         return [
             ("adapter", f"{version}, {size(int(result.adapter['bytes']))}"),
-            *([("dropouts", dropouts(result.rounds))] if result.round_tally.aborted else []),
+            *([("dropouts", formatting.dropouts(result.rounds))] if result.round_tally.aborted else []),
             *resumed,
             *private,
-            *([] if result.masked else [("engine", UNMASKED)]),
+            *([] if result.masked else [("engine", formatting.UNMASKED)]),
             ("time", duration(result.seconds["total"])),
             *([("evaluated", note)] if note else []),
         ]
-    traffic = TrafficMeans.of(result)
+    traffic = formatting.TrafficMeans.of(result)
     return [
-        *([("groups", formatted_groups(result))] if result.groups else []),
+        *([("groups", formatting.formatted_groups(result))] if result.groups else []),
         ("up", _traffic(traffic.up, traffic.model)),
         ("down", _traffic(traffic.down, traffic.model)),
-        ("dropouts", dropouts(result.rounds)),
+        ("dropouts", formatting.dropouts(result.rounds)),
         *resumed,
         *private,
         ("time", _time(result.seconds)),
@@ -274,18 +253,18 @@ def _facts(result: RunResult) -> list[tuple[str, str | Text]]:
 
 
 def _exported(result: RunResult, exported: ExportResult, program: str) -> list[tuple[str, str | Text]]:
-    says, errors = reliability(exported.reliability)
+    says, errors = formatting.reliability(exported.reliability)
     return [
         ("parity", _parity(exported.parity)),
-        ("exported", accuracies(exported.parity)),
+        ("exported", formatting.accuracies(exported.parity)),
         ("confidence", f"when it says 90 %, {says}"),
         ("", errors),
-        *([("phrases", plain(exported.plain))] if exported.plain else []),
+        *([("phrases", formatting.plain(exported.plain))] if exported.plain else []),
         ("bundle", Text(exported.bundle)),
         ("report", Text(exported.report)),
         *(
             ("" if place else "try", Text(f"{words}:\n{'':{LABEL}}{typed}"))
-            for place, (words, typed) in enumerate(next_commands(result, exported, program))
+            for place, (words, typed) in enumerate(formatting.next_commands(result, exported, program))
         ),
     ]
 
