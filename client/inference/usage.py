@@ -21,7 +21,6 @@ from aggregation.entropy import Entropy, SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.wire import Codec
 from edgeadapt.formats import storage
-from edgeadapt.rounds.observation import LESSONS, keys
 
 if TYPE_CHECKING:  # imports ONNX Runtime
     from client.inference.library import Adapter
@@ -139,6 +138,8 @@ def count_answers(bundle: Path, used: "Adapter", answers: Iterable[tuple["Rankin
     """Count answers of an adapter with the seconds that each took; None: a language model wrote it."""
     if not counts_usage(bundle):
         return
+    from edgeadapt.rounds.observation import keys  # a third of the start of an answer
+
     found, content = list[str](), used.manifests[0].content if len(used.manifests) == 1 else ""
     for ranking, seconds in answers:
         best = ranking.predictions[0] if ranking and ranking.predictions else None
@@ -153,6 +154,8 @@ def count_answers(bundle: Path, used: "Adapter", answers: Iterable[tuple["Rankin
 
 
 def lesson_key(*, undone: bool) -> str:
+    from edgeadapt.rounds.observation import LESSONS
+
     return f"lessons/{LESSONS[2 if undone else 1]}"
 
 

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from aggregation.client import Device
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
-from aggregation.sealed import ClientState
+from aggregation.sealedstate import ClientState
 from aggregation.transcript.logstate import LogState
 from client.node.adapterstate import AdapterState
 from client.node.eligibility import EligibilitySettings

@@ -19,14 +19,14 @@ from typing import Any, Self, TypeVar, cast
 import tomli_w
 from pydantic import ValidationInfo, field_validator
 
-from aggregation import sealed
+from aggregation import sealedstate
 from aggregation.client import Device
 from aggregation.entropy import Entropy, SystemEntropy
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError, of_file
 from aggregation.masks import KEY
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
-from aggregation.sealed import ClientState
+from aggregation.sealedstate import ClientState
 from aggregation.transcript import logstate
 from aggregation.transcript.logstate import LogState
 from aggregation.wire import Codec
@@ -250,11 +250,11 @@ class DeviceStateDir:
         """
         if not (self.folder / STATE).exists():
             return None
-        return self._parse(partial(sealed.unseal, key=self._read(SEALING_KEY)), STATE)
+        return self._parse(partial(sealedstate.unseal, key=self._read(SEALING_KEY)), STATE)
 
     def save_state(self, state: ClientState) -> None:
         """Seal the state, and replace the old one atomically."""
-        replace(self.folder / STATE, sealed.seal(state, self._read(SEALING_KEY)))
+        replace(self.folder / STATE, sealedstate.seal(state, self._read(SEALING_KEY)))
 
     def take_snapshot(self, examples: bytes, share_key: bytes) -> None:
         """Seal what this device trains on in the session that it joins. ``share_key``: as for ``Snapshot.seal``."""

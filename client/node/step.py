@@ -25,7 +25,7 @@ from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, R
 from aggregation.entropy import DerivedEntropy, SystemEntropy
 from aggregation.errors import DataError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.messages import Offer, Plan, Survivors, Unmask
-from aggregation.sealed import ClientState
+from aggregation.sealedstate import ClientState
 from aggregation.session import COORDINATOR, refused
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, BODY, CONSENT, PROOF, REVOCATIONS, Step

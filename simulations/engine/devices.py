@@ -19,13 +19,13 @@ import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from aggregation import sealed
+from aggregation import sealedstate
 from aggregation.client import Device
 from aggregation.errors import TrustError
 from aggregation.masks import KEY, derive
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
-from aggregation.sealed import ClientState
+from aggregation.sealedstate import ClientState
 from aggregation.steps import Step
 from client.node.app import STATE, OpenState, register
 from client.node.devicestate import R, Record
@@ -172,7 +172,7 @@ class MemoryDevice:
         yield
 
     def load_state(self) -> ClientState | None:
-        return sealed.reopened(self._state) if self._state else None
+        return sealedstate.reopened(self._state) if self._state else None
 
     def save_state(self, state: ClientState) -> None:
         self._state = state

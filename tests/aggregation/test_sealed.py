@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from aggregation import ring
 from aggregation.client import Ready
 from aggregation.errors import ConfigError, ProtocolError, TrustError
-from aggregation.sealed import reopened, seal, unseal
+from aggregation.sealedstate import reopened, seal, unseal
 from tests.support import FleetOf, refused
 
 KEY = bytes(range(32))

@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from aggregation import checks, client, server
 from aggregation.errors import ProtocolError
 from aggregation.pki import Authority
-from aggregation.sealed import seal, unseal
+from aggregation.sealedstate import seal, unseal
 from aggregation.server import AbortReason, Coordinator, Established, RoundAborted
 from aggregation.steps import Step
 from client.node.app import app as client_app

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from aggregation import rotation
 from aggregation.client import Masked
-from aggregation.sealed import ClientState
+from aggregation.sealedstate import ClientState
 from aggregation.steps import Step
 from client.node import app as device_app
 from client.node.policy import TrainingLimits

@@ -26,7 +26,7 @@ from aggregation.messages import Offer, Plan
 from aggregation.pki import Authority, IdentityKey, Reason, Revocation, Root
 from aggregation.pki.identity import PublicKey
 from aggregation.policy import Policy
-from aggregation.sealed import reopened
+from aggregation.sealedstate import reopened
 from aggregation.spec import Grouping, SessionSpec
 from aggregation.transcript.logstate import LogState
 from aggregation.vector import Segment, VectorSpec

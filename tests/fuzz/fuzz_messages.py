@@ -23,7 +23,7 @@ from aggregation import envelope, ring  # noqa: E402
 from aggregation.errors import ProtocolError, TrustError  # noqa: E402
 from aggregation.messages import MESSAGES  # noqa: E402
 from aggregation.pki.identity import IdentityKey  # noqa: E402
-from aggregation.sealed import unseal  # noqa: E402
+from aggregation.sealedstate import unseal  # noqa: E402
 from aggregation.transcript import entries  # noqa: E402
 from aggregation.transcript.entries import ENTRY, MAGIC, Abort, Checkpoint, Result  # noqa: E402
 from aggregation.transcript.logstate import LOG_STATE, RECEIPT, SESSION_CHAIN_PROOF  # noqa: E402

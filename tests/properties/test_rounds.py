@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregation import envelope, graph, sealed
+from aggregation import envelope, graph, sealedstate
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.messages import Shares, Survivors, Unmask
 from aggregation.policy import Policy
@@ -213,7 +213,7 @@ def test_a_sparse_session_survives_a_restart(fleet_of: FleetOf, spec_of: Callabl
     fleet = sparse_fleet(fleet_of, spec_of)
     session = fleet.establish()
     key = bytes(32)
-    fleet.states = {name: sealed.unseal(sealed.seal(state, key), key) for name, state in fleet.states.items()}
+    fleet.states = {name: sealedstate.unseal(sealedstate.seal(state, key), key) for name, state in fleet.states.items()}
     fleet.assert_sum(fleet.round(session)[1])
 
 
