@@ -49,6 +49,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         "registry": lambda _: registry(),
         "policy": lambda _: policy(),
         "eligibility": lambda _: eligibility(),
+        "data": lambda _: data(),
         "api": api,
     }
     return MARK.sub(lambda mark: makers[mark[1]](mark[2]), markdown)
@@ -157,6 +158,14 @@ def eligibility() -> str:
     from client.node.eligibility import EligibilitySettings
 
     return _settings(EligibilitySettings)
+
+
+def data() -> str:
+    """What keeps an example of a device out of training."""
+    _importable()
+    from client.training.hygiene import HygieneSettings
+
+    return _settings(HygieneSettings)
 
 
 def _settings(kind: Any) -> str:

@@ -35,9 +35,11 @@ from client.inference.session import Prediction
 from client.inference.text import checked, require_plain, special_tokens
 from client.inference.usage import LEARNED, count, lesson_key, sealing_key
 from client.learning.corrections import HISTORY, MAX_FILE, Before, Correction, Lesson, LessonHistory, check_count
+from client.node.statedir import SETTINGS, DeviceSettings
 from client.training import graphengine
 from client.training.control import UNLIMITED, TrainingCheckpoint, TrainingControl
-from client.training.examples import MAX_TEXT, Example, Score, Split, encode_examples, in_split, read_examples
+from client.training.examples import MAX_TEXT, Example, Score, Split, encode_examples, in_split, parse_examples
+from client.training.hygiene import read_clean
 from client.training.personal import (
     FINE_TUNE,
     Candidate,
@@ -288,7 +290,10 @@ class Learner:
         manifest, old = origin.manifest, self.adapter.manifest
         subject = self._subject(manifest)
         step = subject.step(how)
-        own = read_examples(Path(examples), len(manifest.labels))
+        path = Path(examples)
+        device = path.parent / SETTINGS
+        data = DeviceSettings.read(device).data if device.is_file() else None
+        own = parse_examples(read_clean(path, data), path, len(manifest.labels))
         rate = learning_rate or subject.rate(lesson=False)
         trainer: Any = subject.trainer  # ``step`` asks a language model nothing that only a classifier has
         engine = _graph(trainer)

@@ -23,6 +23,7 @@ from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TaskLabels
+from client.training.hygiene import HygieneSettings
 from client.training.trainer import FrozenBase
 
 Record = LogState | AdapterState | TaskLabels | SumHistory | PrivateParts | PrivacyLedger
@@ -37,6 +38,9 @@ class DeviceState(Protocol):
 
     @property
     def eligibility(self) -> EligibilitySettings: ...
+
+    @property
+    def data(self) -> HygieneSettings | None: ...
 
     @property
     def last_round(self) -> datetime | None: ...

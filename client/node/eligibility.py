@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 
 from aggregation.errors import EdgeAdaptError
 from client.node.readings import Readings
-from client.training.examples import parse_examples, read_file
+from client.training.examples import parse_examples
+from client.training.hygiene import HygieneSettings, read_clean
 from edgeadapt.formats.settings import Settings
 
 IDLE = 0.25  # share of the processors' time; others use less
@@ -52,6 +53,9 @@ class EligibleState(Protocol):
 
     @property
     def eligibility(self) -> EligibilitySettings: ...
+
+    @property
+    def data(self) -> HygieneSettings | None: ...
 
     @property
     def examples(self) -> Path: ...
@@ -100,7 +104,7 @@ def conditions(
     demanded = machine_conditions(settings, readings, now)
     if settings.minimum_examples and count_examples:
         demanded.append(
-            _read("minimum_examples", lambda: _at_least(_count(state.examples), settings.minimum_examples, " examples"))
+            _read("minimum_examples", lambda: _at_least(_count(state), settings.minimum_examples, " examples"))
         )
     if settings.minimum_separation_hours and state.last_round is not None:
         since = now.astimezone(UTC) - state.last_round
@@ -146,5 +150,6 @@ def _at_least(value: float, least: int, unit: str) -> tuple[str, bool]:
     return f"{value:.0f}{unit}, and at least {least} are demanded", value >= least
 
 
-def _count(path: Path) -> int:
-    return len(parse_examples(read_file(path), path, 0))  # labels are not read, so both kinds count
+def _count(state: EligibleState) -> int:
+    raw = read_clean(state.examples, state.data)
+    return len(parse_examples(raw, state.examples, 0))  # labels are not read, so both kinds count

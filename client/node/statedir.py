@@ -42,6 +42,7 @@ from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TASK_LABELS, TaskLabels
+from client.training.hygiene import HygieneSettings
 from client.training.trainer import FrozenBase
 from edgeadapt.bases.base import find_base, with_task
 from edgeadapt.bases.tasks import CLASSIFICATION
@@ -105,6 +106,8 @@ class DeviceSettings(Settings):
     """HOST:PORT of the authority's service, which renews a light device's certificate; empty: it ends"""
     policy: PolicySettings = PolicySettings()
     eligibility: EligibilitySettings = EligibilitySettings()
+    data: HygieneSettings | None = None
+    """which examples are kept out of training; without the table, none"""
 
     @field_validator("gateway", "renewal")
     @classmethod
@@ -163,6 +166,10 @@ class DeviceStateDir:
     @property
     def eligibility(self) -> EligibilitySettings:
         return self.settings.eligibility
+
+    @property
+    def data(self) -> HygieneSettings | None:
+        return self.settings.data
 
     @property
     def last_round(self) -> datetime | None:

@@ -42,7 +42,7 @@ from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TaskLabels
 from client.node.training import TrainingDevice, adapter_of, contribute
 from client.training.engine import TrainerOf, trainer_of
-from client.training.examples import read_file
+from client.training.hygiene import read_clean
 from client.training.trainer import FrozenBase
 from edgeadapt.formats.cores import cores
 from edgeadapt.rounds import taskkinds
@@ -368,7 +368,7 @@ def _take_snapshot(state_dir: DeviceState, share_key: bytes) -> None:
     ``share_key``: the public one with which the device joined.
     """
     try:
-        examples = read_file(state_dir.examples)
+        examples = read_clean(state_dir.examples, state_dir.data)
     except DataError as error:
         log.warning("no examples for this session: %s", error, extra={"about": error.about})
         examples = b""

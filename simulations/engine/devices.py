@@ -134,7 +134,7 @@ class MemoryDevice:
         self._bases = {base.digest: base for base in bases}
         self.policy: PolicySettings = files.policy
         self.eligibility, self.last_round = EligibilitySettings(), None  # a simulated device always takes part
-        self.examples: Path = files.examples
+        self.examples, self.data = files.examples, files.data
         self._devices = {digest: self._opened(digest) for digest in self._bases}
         device = self._devices[bases[0].digest]
         self.identity: IdentityKey = device.identity

@@ -30,7 +30,8 @@ from client.node.app import app
 from client.node.statedir import DeviceStateDir
 from client.node.step import READS_EXAMPLES
 from client.node.tasklabels import TaskLabels
-from client.training.examples import Example, Score, Split, parse_examples, read_file, write_examples
+from client.training.examples import Example, Score, Split, parse_examples, write_examples
+from client.training.hygiene import read_clean
 from client.training.trainer import ClassifierTrainer
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.auditing import audit
@@ -259,21 +260,21 @@ def test_devices_that_trained_a_task_with_the_labels_of_the_others_refuse_that_t
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
     """The time of the devices: an example takes half a second to train on, and a quarter to read when they join."""
-    clock, train, read = VirtualClock(), ClassifierTrainer.train, read_file
+    clock, train, read = VirtualClock(), ClassifierTrainer.train, read_clean
 
     def slow(self: ClassifierTrainer, start: Tensors, examples: Any, *rest: Any, **named: Any) -> Tensors:
         clock.sleep(0.5 * len(examples))
         return train(self, start, examples, *rest, **named)
 
-    def slowly_read(path: Path) -> bytes:
-        content = read(path)
+    def slowly_read(path: Path, settings: Any) -> bytes:
+        content = read(path, settings)
         clock.sleep(0.25 * content.count(b"\n"))
         return content
 
     virtual = SimpleNamespace(monotonic=clock.now, perf_counter=clock.now, sleep=clock.sleep)
     monkeypatch.setattr("client.node.step.time", virtual)
     monkeypatch.setattr(ClassifierTrainer, "train", slow)
-    monkeypatch.setattr("client.node.step.read_file", slowly_read)
+    monkeypatch.setattr("client.node.step.read_clean", slowly_read)
     return clock
 
 

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from client.node import statedir as device
 from client.node.eligibility import EligibilitySettings
 from client.node.policy import PolicySettings
+from client.training.hygiene import HygieneSettings
 from coordinator import statedir as coordinator
 from coordinator.backup import BackupManifest
 from coordinator.transport import RUN_ID, SERVER_NODE
@@ -67,7 +68,11 @@ def test_the_page_of_scenario_keys_has_a_row_for_each_key(hooks: ModuleType) -> 
 
 
 def test_the_page_of_a_devices_policy_has_a_row_for_each_limit_and_condition(hooks: ModuleType) -> None:
-    for kind, table in ((PolicySettings, hooks.policy()), (EligibilitySettings, hooks.eligibility())):
+    for kind, table in (
+        (PolicySettings, hooks.policy()),
+        (EligibilitySettings, hooks.eligibility()),
+        (HygieneSettings, hooks.data()),
+    ):
         rows = re.findall(r"^\| `(\w+)` \| `(.+)` \| (.+) \|$", table, re.MULTILINE)
         fields = kind.model_fields.items()
         assert rows == [(name, json.dumps(field.default), field.description) for name, field in fields]

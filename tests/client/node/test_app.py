@@ -177,6 +177,18 @@ def test_whether_there_are_enough_examples_is_answered_to_an_offer_alone(talk: T
     assert talk.ask("device-01", Step.OFFER, offer)
 
 
+def test_what_the_owner_sets_aside_is_in_no_snapshot(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, taken = talk.fleet.out / "devices" / FIRST, list[bytes]()
+    with (folder / "device.toml").open("a") as file:
+        file.write('[data]\nremove = ["personal"]\n')
+    path = DeviceStateDir.open(folder).examples
+    before = path.read_bytes()
+    path.write_bytes(before + b'{"text": "write to anna@home.example", "label": 0}\n')
+    monkeypatch.setattr(DeviceStateDir, "take_snapshot", lambda _, examples, key: taken.append(examples))
+    assert talk.ask(FIRST, Step.OFFER, talk.offer()[1])
+    assert taken == [before + b"\n"]
+
+
 def test_only_a_challenge_of_the_coordinator_for_this_node_is_signed(talk: Talk) -> None:
     key, own = talk.coordinator.key, talk.fleet.state_dir(FIRST).identity
     for about, raw in {

@@ -1,0 +1,177 @@
+"""What ``[data]`` of ``device.toml`` keeps out of training: personal data, secrets, duplicates and broken texts.
+
+A line that is set aside becomes a blank one, so that the numbers of the others stay. It is named by its number and a
+reason, and never quoted. Patterns take linear time: a file may be hostile.
+"""
+
+import json
+import logging
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import model_validator
+
+from aggregation.errors import DataError
+from client.training.examples import MAX_TEXT, read_file
+from edgeadapt.formats.settings import Settings
+
+RANDOM = 3  # changes between letters and digits: 99% of 40 random ones have more, names have fewer
+Removed = Literal["personal", "secrets", "broken", "duplicates"]
+log = logging.getLogger("edgeadapt.device")
+_EMAIL = re.compile(r"[^\s@]@[\w-]+\.\w")
+_DATE = re.compile(r"(?<!\d)(?:\d{1,4}([./-])\d{1,2}\1\d{1,4}|\d{1,2}:\d\d)(?!\d)")  # or a time
+_NUMBER = re.compile(r"(?<!\w)[+(]{0,2}\d(?:[ ()./-]{0,3}\d){6,33}+")
+_PLAIN = re.compile(r"(?<!\w)[A-Za-z\d]{8,34}(?!\w)")
+_IBAN = re.compile(r"(?<!\w)[A-Za-z]{2}\d\d(?: ?[A-Za-z\d]){11,30}")
+# Without a check digit: the United States, Britain and Germany. With one: modules of stdnum.
+_NATIONAL = re.compile(
+    r"(?<![\w-])(?:\d{3}-\d\d-\d{4}|[A-Z]{2} ?\d\d ?\d\d ?\d\d ?[A-Z]|\d\d ?\d{6} ?[A-Z] ?\d{3})(?![\w-])"
+)
+_CHECKED = ("de.idnr", "es.nie", "es.nif", "fr.nir", "gb.nhs", "it.codicefiscale", "nl.bsn", "pl.pesel", "pt.nif")
+_SECRET = re.compile(
+    r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY|(?<![\w-])(?:(?:gh[pousr]_|github_pat_|glpat-|xox[a-z]-|sk[-_]|AKIA|ASIA|AIza|"
+    r"hf_|npm_|pypi-|ya29\.)[\w-]{16}|eyJ[\w-]{8,}\.[\w-]{4})"
+)
+_LONG = re.compile(r"[\w+=-]{20,}", re.ASCII)
+_CHANGE = re.compile(r"[A-Za-z](?=\d)|\d(?=[A-Za-z])")
+
+
+class HygieneSettings(Settings):
+    """``[data]``. Without the table, a device trains on all its examples; an empty one switches these on."""
+
+    remove: tuple[Removed, ...] = get_args(Removed)
+    """which texts are set aside: with an e-mail address, phone number, IBAN, payment card or national number; with a
+    private key, an access token or a long random word; with control characters or decoded wrongly; with the words and
+    the label of another one, whatever the case and punctuation"""
+    countries: tuple[str, ...] = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "PL", "PT")
+    """ISO codes of the countries whose phone numbers are known without a country code"""
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> Self:
+        needed = ["phonenumbers", "stdnum"] * ("personal" in self.remove) + ["ftfy"] * ("broken" in self.remove)
+        if missing := [package for package in needed if find_spec(package) is None]:
+            raise ValueError(f"it needs {missing[0]}, which is not installed: pip install 'edgeadapt[data]'")
+        known = import_module("phonenumbers").SUPPORTED_REGIONS if "phonenumbers" in needed else self.countries
+        if unknown := set(self.countries).difference(known):
+            raise ValueError(f"countries has {min(unknown)!r}: use codes of ISO 3166, such as DE")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """The content of a file. ``aside``: number of a line that is now blank → reason. ``lines``: examples before."""
+
+    raw: bytes = field(repr=False)
+    aside: Mapping[int, str]
+    lines: int
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(self.aside.values()).items()))
+        return f"{len(self.aside)} of {self.lines} examples are set aside" + (f": {reasons}" if reasons else "")
+
+
+def read_clean(path: Path, settings: HygieneSettings | None) -> bytes:
+    """Read an examples file, without what the settings set aside, which is counted in the log. Raises DataError as
+    ``read_file``; or a library failed at a text."""
+    raw = read_file(path)
+    if settings is None:
+        return raw
+    try:
+        cleaned = clean(raw, settings)
+    except Exception as error:  # its message may quote the text
+        reason = error if isinstance(error, DataError) else type(error).__name__
+        raise DataError(f"cannot clean {path}: {reason}", about="examples") from None
+    log.info("%s", cleaned)
+    return cleaned.raw
+
+
+def clean(raw: bytes, settings: HygieneSettings | None) -> Cleaned:
+    """Set aside what shall not be trained. ``settings``: None for the defaults. A line that is not valid stays
+    as it is: ``parse_examples`` refuses it. Raises DataError: it is not UTF-8."""
+    settings = settings or HygieneSettings.parse({}, "[data]")
+    try:
+        lines = raw.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise DataError("the examples are not UTF-8; convert them", about="examples") from None
+    rows = {number: row for number, line in enumerate(lines, 1) if (row := _row(line))}
+    aside, seen = dict[int, str](), set[str]()
+    for number, row in rows.items():
+        if reason := next(_reasons(row["text"], row.get("prompt") or "", settings), ""):
+            aside[number] = reason
+        elif "duplicates" in settings.remove:
+            key = json.dumps([*map(_words, (row["text"], row.get("prompt") or "")), row.get("label")])
+            aside |= {number: "duplicate"} if key in seen else {}
+            seen.add(key)
+    kept = "\n".join("" if number in aside else line for number, line in enumerate(lines, 1))
+    return Cleaned(kept.encode(), aside, len(rows))
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+        return row if isinstance(row["text"], str) and isinstance(row.get("prompt", ""), str) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _words(text: str) -> str:
+    return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
+
+
+def _reasons(text: str, prompt: str, settings: HygieneSettings) -> Iterator[str]:
+    if max(len(text), len(prompt)) > MAX_TEXT:
+        yield "long"
+        return
+    text = f"{prompt}\n{text}"
+    if "broken" in settings.remove:
+        controls = any(unicodedata.category(char) in ("Cc", "Cs", "Co") for char in text if char not in "\n\r\t")
+        if controls or "\ufffd" in text or import_module("ftfy.badness").is_bad(text):
+            yield "broken"
+    if "secrets" in settings.remove:
+        random = any(len(_CHANGE.findall(word)) >= RANDOM for word in _LONG.findall(text))
+        if random or _SECRET.search(text):
+            yield "secret"
+    if "personal" in settings.remove:
+        yield from identifiers(text, settings.countries)
+
+
+def identifiers(text: str, countries: Sequence[str]) -> Iterator[str]:
+    """Yield the kinds of personal identifiers in a text, which may repeat."""
+    if _EMAIL.search(text):
+        yield "email"
+    if sum(map(str.isdigit, text)) < 6:
+        return
+    iban, luhn, *checked = (import_module(f"stdnum.{name}") for name in ("iban", "luhn", *_CHECKED))
+    for found in _IBAN.findall(text):
+        compact = found.replace(" ", "")
+        if any(iban.is_valid(compact[:size], check_country=False) for size in range(15, len(compact) + 1)):
+            yield "iban"
+    numbers = _NUMBER.findall(_DATE.sub(";", text))
+    digits = (re.sub(r"\D", "", number) for number in numbers)
+    plain = {*_PLAIN.findall(text), *(one for one in digits if len(one) > 10)}
+    if any(12 <= len(one) <= 19 and luhn.is_valid(one) for one in plain):
+        yield "card"
+    if _NATIONAL.search(text) or any(module.is_valid(one) for module in checked for one in plain):
+        yield "national number"
+    parts = {part for number in numbers for part in (number, number.rpartition(" ")[0])}  # what follows may be a number
+    if any(_is_phone(part, country) for part in parts for country in countries):
+        yield "phone"
+
+
+def _is_phone(number: str, country: str) -> bool:
+    """Whether a number is a phone number of a country: a valid one or, with enough digits, one that could be."""
+    phones, digits, dialled = import_module("phonenumbers"), sum(map(str.isdigit, number)), number[:1] in tuple("+(0")
+    if digits < 9 and not dialled:
+        return False
+    try:
+        parsed = phones.parse(number, country)
+    except phones.NumberParseException:
+        return False
+    return bool(phones.is_possible_number(parsed) if digits + dialled > 9 else phones.is_valid_number(parsed))
