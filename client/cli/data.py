@@ -1,6 +1,7 @@
 """``edgeadapt device data``: what a device trains on."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def data() -> None:
 @commandline.as_json
 def check(state_dir: Path, as_json: bool) -> None:
     """Name the lines of the examples file that [data] in device.toml sets aside before training, each with the reason:
-    personal data, a secret, a duplicate, a broken or long text. No text is printed.
+    personal data, a secret, a duplicate, a broken, long or old text. No text is printed.
 
     Without [data], the device trains on every line; this says what an empty table would set aside.
 
@@ -39,12 +40,12 @@ def check(state_dir: Path, as_json: bool) -> None:
     from client.node.statedir import DeviceStateDir
 
     opened = DeviceStateDir.open(state_dir)
-    cleaned = clean(read_file(opened.examples), opened.data)
+    cleaned = clean(read_file(opened.examples), opened.data, time.time())
     if len(cleaned.aside) < cleaned.lines or not cleaned.lines:
         parse_examples(cleaned.raw, opened.examples, 0)
-    row = {"applied": opened.data is not None}
+    row = {"applied": opened.data is not None, "untimed": cleaned.untimed}
     off = "" if opened.data else "\nnothing is set aside in training: device.toml does not have the table [data]"
-    _print(row, cleaned, f"{cleaned}{off}", as_json)
+    _print(row, cleaned, f"{cleaned}; {cleaned.untimed} have no time{off}", as_json)
 
 
 @data.command("import", short_help="Append examples that are clean.")
@@ -73,7 +74,7 @@ def import_(state_dir: Path, as_json: bool, file: Path) -> None:
     with opened.locked():
         old = read_file(opened.examples) if opened.examples.exists() else b""
         old += b"\n" if old and not old.endswith(b"\n") else b""
-        cleaned = clean(old + raw.removeprefix(b"\xef\xbb\xbf"), opened.data)
+        cleaned = clean(old + raw.removeprefix(b"\xef\xbb\xbf"), opened.data, time.time())
         known = old.count(b"\n")
         aside = {number - known: reason for number, reason in cleaned.aside.items() if number > known}
         new = [line.strip() for line in cleaned.raw.split(b"\n")[known:]]

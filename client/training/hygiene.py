@@ -1,4 +1,4 @@
-"""What ``[data]`` of ``device.toml`` keeps out of training: personal data, secrets, duplicates and broken texts.
+"""What ``[data]`` of ``device.toml`` keeps out of training: personal data, secrets, duplicates, broken and old texts.
 
 A line that is set aside becomes a blank one, so that the numbers of the others stay. It is named by its number and a
 reason, and never quoted. Patterns take linear time: a file may be hostile.
@@ -6,22 +6,26 @@ reason, and never quoted. Patterns take linear time: a file may be hostile.
 
 import json
 import logging
+import math
 import re
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from aggregation.errors import DataError
 from client.training.examples import MAX_TEXT, read_file
 from edgeadapt.formats.settings import Settings
 
+DAY = 86_400  # seconds
 RANDOM = 3  # changes between letters and digits: 99% of 40 random ones have more, names have fewer
 Removed = Literal["personal", "secrets", "broken", "duplicates"]
 log = logging.getLogger("edgeadapt.device")
@@ -52,6 +56,10 @@ class HygieneSettings(Settings):
     the label of another one, whatever the case and punctuation"""
     countries: tuple[str, ...] = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "PL", "PT")
     """ISO codes of the countries whose phone numbers are known without a country code"""
+    days: int = Field(default=0, ge=0)
+    """set texts aside that are older than this; 0: none"""
+    most: int = Field(default=0, ge=0)
+    """use this many of the texts that have a time, the newest; 0: all"""
 
     @model_validator(mode="after")
     def _can_be_met(self) -> Self:
@@ -66,11 +74,13 @@ class HygieneSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """The content of a file. ``aside``: number of a line that is now blank → reason. ``lines``: examples before."""
+    """The content of a file. ``aside``: number of a line that is now blank → reason. ``lines``: examples before.
+    ``untimed``: those without a time, which ``days`` and ``most`` keep."""
 
     raw: bytes = field(repr=False)
     aside: Mapping[int, str]
     lines: int
+    untimed: int = 0
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(self.aside.values()).items()))
@@ -84,7 +94,7 @@ def read_clean(path: Path, settings: HygieneSettings | None) -> bytes:
     if settings is None:
         return raw
     try:
-        cleaned = clean(raw, settings)
+        cleaned = clean(raw, settings, time.time())
     except Exception as error:  # its message may quote the text
         reason = error if isinstance(error, DataError) else type(error).__name__
         raise DataError(f"cannot clean {path}: {reason}", about="examples") from None
@@ -92,25 +102,32 @@ def read_clean(path: Path, settings: HygieneSettings | None) -> bytes:
     return cleaned.raw
 
 
-def clean(raw: bytes, settings: HygieneSettings | None) -> Cleaned:
-    """Set aside what shall not be trained. ``settings``: None for the defaults. A line that is not valid stays
-    as it is: ``parse_examples`` refuses it. Raises DataError: it is not UTF-8."""
+def clean(raw: bytes, settings: HygieneSettings | None, now: float) -> Cleaned:
+    """Set aside what shall not be trained. ``settings``: None for the defaults; ``now``: seconds since 1970. A line
+    that is not valid stays as it is: ``parse_examples`` refuses it. Raises DataError: it is not UTF-8."""
     settings = settings or HygieneSettings.parse({}, "[data]")
     try:
         lines = raw.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise DataError("the examples are not UTF-8; convert them", about="examples") from None
     rows = {number: row for number, line in enumerate(lines, 1) if (row := _row(line))}
+    times = {number: _time(row["time"]) for number, row in rows.items() if "time" in row}
     aside, seen = dict[int, str](), set[str]()
-    for number, row in rows.items():
+    for number in sorted(rows, key=lambda number: -times.get(number, math.inf)):  # of duplicates the newest is kept
+        row = rows[number]
         if reason := next(_reasons(row["text"], row.get("prompt") or "", settings), ""):
             aside[number] = reason
+        elif settings.days and now - times.get(number, now) > settings.days * DAY:
+            aside[number] = "old"
         elif "duplicates" in settings.remove:
             key = json.dumps([*map(_words, (row["text"], row.get("prompt") or "")), row.get("label")])
             aside |= {number: "duplicate"} if key in seen else {}
             seen.add(key)
+    if settings.most:
+        newest = sorted(times.keys() - aside.keys(), key=lambda number: (times[number], number))
+        aside |= dict.fromkeys(newest[: -settings.most], "surplus")
     kept = "\n".join("" if number in aside else line for number, line in enumerate(lines, 1))
-    return Cleaned(kept.encode(), aside, len(rows))
+    return Cleaned(kept.encode(), dict(sorted(aside.items())), len(rows), len(rows) - len(times))
 
 
 def _row(line: str) -> dict[str, Any] | None:
@@ -123,6 +140,15 @@ def _row(line: str) -> dict[str, Any] | None:
 
 def _words(text: str) -> str:
     return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
+
+
+def _time(value: Any) -> float:
+    """Read seconds since 1970, or an ISO date, which may be in local time. What cannot be read is older than all."""
+    try:
+        seconds = datetime.fromisoformat(value).timestamp() if isinstance(value, str) else float(value)
+        return seconds if math.isfinite(seconds) else -math.inf
+    except (TypeError, ValueError, OverflowError):
+        return -math.inf
 
 
 def _reasons(text: str, prompt: str, settings: HygieneSettings) -> Iterator[str]:

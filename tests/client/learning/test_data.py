@@ -43,10 +43,10 @@ def test_the_lines_that_are_set_aside_are_named_and_not_quoted(kitchen: Path) ->
     done = run("data", "check", "--state", kitchen)
     found = ["line 5: duplicate", "line 7: email", "line 8: duplicate"]
     assert done.output.splitlines()[:3] == found, done.output
-    assert done.output.splitlines()[3] == "3 of 8 examples are set aside: 2 duplicate, 1 email"
+    assert done.output.splitlines()[3] == "3 of 8 examples are set aside: 2 duplicate, 1 email; 7 have no time"
     row = json.loads(run("data", "check", "--state", kitchen, "--json").output)
     assert row["aside"][1] == {"line": 7, "reason": "email"}
-    assert (row["applied"], row["examples"]) == (True, 8)
+    assert (row["applied"], row["examples"], row["untimed"]) == (True, 8, 7)
     (kitchen / "device.toml").write_text('base = "b"\n')
     assert json.loads(run("data", "check", "--state", kitchen, "--json").output) == row | {"applied": False}
     assert "[data]" in run("data", "check", "--state", kitchen).output

@@ -1,9 +1,10 @@
-"""What ``[data]`` sets aside: identifiers of nine countries, secrets, duplicates and broken texts."""
+"""What ``[data]`` sets aside: identifiers of nine countries, secrets, duplicates, broken, old and surplus texts."""
 
 import json
 import random
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from string import ascii_letters, digits
 from typing import Any
@@ -14,7 +15,7 @@ from faker import Faker
 from aggregation.errors import ConfigError, DataError
 from client.training import hygiene
 from client.training.examples import MAX_TEXT, parse_examples
-from client.training.hygiene import HygieneSettings, clean, identifiers, read_clean
+from client.training.hygiene import DAY, HygieneSettings, clean, identifiers, read_clean
 from edgeadapt.formats.settings import Settings
 from simulations.data.households.sampling import PopulationSettings, sample_population
 from tests.support import refused
@@ -23,6 +24,7 @@ LOCALES = ("en_US", "en_GB", "de_DE", "fr_FR", "es_ES", "it_IT", "nl_NL", "pl_PL
 ON, OFF = HygieneSettings(), HygieneSettings(remove=())
 SEED = 20_261_202  # of this test alone: the patterns were chosen on others
 EACH = 40  # identifiers of each kind and locale
+NOW = datetime(2026, 12, 2, tzinfo=UTC).timestamp()
 NATIONAL = {"de_DE": "rvnr", "es_ES": "nie"}  # for these, and for Portugal, ``ssn`` is that of the United States
 AT_LEAST = {"email": 0.99, "phone": 0.95, "iban": 0.99, "card": 0.99, "national number": 0.95}
 
@@ -32,7 +34,7 @@ def lines(*rows: dict[str, Any] | str) -> bytes:
 
 
 def reasons(*texts: str, settings: HygieneSettings = ON) -> list[str | None]:
-    found = clean(lines(*({"text": text, "label": 0} for text in texts)), settings).aside
+    found = clean(lines(*({"text": text, "label": 0} for text in texts)), settings, NOW).aside
     return [found.get(number) for number in range(1, len(texts) + 1)]
 
 
@@ -128,15 +130,15 @@ def test_a_duplicate_has_the_same_words_prompt_and_label() -> None:
         {"text": "light on", "prompt": "what?"},
         {"text": "light on", "prompt": "What"},
     )
-    assert clean(raw, ON).aside == {2: "duplicate", 6: "duplicate"}
-    assert clean(raw, OFF).aside == {}
+    assert clean(raw, ON, NOW).aside == {2: "duplicate", 6: "duplicate"}
+    assert clean(raw, OFF, NOW).aside == {}
 
 
 def test_the_other_lines_keep_their_bytes_and_numbers_and_the_prompt_counts() -> None:
     raw = b"\xef\xbb\xbf" + lines(
         {"text": "light on", "label": 0}, "", {"text": "call me@home.example", "label": 0}, '{"text":  "x", "label": 1}'
     )
-    cleaned = clean(raw, ON)
+    cleaned = clean(raw, ON, NOW)
     assert cleaned.raw.split(b"\n") == [
         lines({"text": "light on", "label": 0}),
         b"",
@@ -144,18 +146,41 @@ def test_the_other_lines_keep_their_bytes_and_numbers_and_the_prompt_counts() ->
         b'{"text":  "x", "label": 1}',
     ]
     assert (cleaned.lines, str(cleaned)) == (3, "1 of 3 examples are set aside: 1 email")
-    assert clean(lines({"text": "yes", "prompt": "is it me@home.example?"}), ON).aside == {1: "email"}
+    assert clean(lines({"text": "yes", "prompt": "is it me@home.example?"}), ON, NOW).aside == {1: "email"}
     assert "home.example" not in repr(cleaned)
 
 
 def test_what_is_no_example_stays_for_the_reader_to_refuse() -> None:
     wrong = lines("[1, 2]", "nothing", '{"text": 3}', '{"text": "x", "prompt": 1}', "[" * 10**5, "")
-    assert clean(wrong, ON).raw == wrong
-    assert clean(b"", ON).lines == 0
+    assert clean(wrong, ON, NOW).raw == wrong
+    assert clean(b"", ON, NOW).lines == 0
     with refused(DataError, "example"):
-        parse_examples(clean(wrong, ON).raw, Path("x"), 0)
+        parse_examples(clean(wrong, ON, NOW).raw, Path("x"), 0)
     with refused(DataError, "examples"):
-        clean(b"\xff\xfe", ON)
+        clean(b"\xff\xfe", ON, NOW)
+
+
+def test_retention_keeps_what_has_no_time_and_the_newest_of_the_rest() -> None:
+    raw = lines(
+        {"text": "a"},
+        {"text": "b", "time": NOW - 31 * DAY},
+        {"text": "c", "time": "2026-12-01"},
+        {"text": "d", "time": "2026-11-30T12:00:00+01:00"},
+        {"text": "e", "time": NOW},
+        {"text": "f", "time": "yesterday"},
+        {"text": "g", "time": float("nan")},
+        {"text": "h", "time": 10**400},
+    )
+    assert clean(raw, OFF, NOW).aside == {}
+    assert clean(raw, OFF, NOW).untimed == 1
+    days = OFF.model_copy(update={"days": 30})
+    assert clean(raw, days, NOW).aside == dict.fromkeys((2, 6, 7, 8), "old")
+    most = OFF.model_copy(update={"most": 2})
+    assert set(clean(raw, most, NOW).aside) == {2, 4, 6, 7, 8}
+    both = clean(raw, days.model_copy(update={"most": 1}), NOW).aside
+    assert both == dict.fromkeys((2, 6, 7, 8), "old") | dict.fromkeys((3, 4), "surplus")
+    same = lines({"text": "a", "time": 1}, {"text": "A", "time": 2}, {"text": "b", "time": 0})
+    assert clean(same, ON.model_copy(update={"most": 1}), NOW).aside == {1: "duplicate", 3: "surplus"}
 
 
 @pytest.mark.parametrize(
@@ -191,8 +216,8 @@ def test_settings_that_cannot_be_met_are_refused_in_one_line(monkeypatch: pytest
     with refused(ConfigError, "data") as caught:
         Device.parse({"data": {"countries": ["Germany"]}}, "device.toml")
     assert "ISO 3166" in str(caught.value)
-    with refused(ConfigError, "data.remove.0"):
-        Device.parse({"data": {"remove": ["all"]}}, "device.toml")
+    with refused(ConfigError, "data.days"):
+        Device.parse({"data": {"days": -1}}, "device.toml")
     monkeypatch.setattr(hygiene, "find_spec", lambda _: None)
     with refused(ConfigError, "data") as caught:
         Device.parse({"data": {}}, "device.toml")
