@@ -10,7 +10,7 @@ COMMANDS = {
     "run": ("client.cli.agent", "agent", "Take part through the coordinator's gateway.", "gateway"),
     "policy": ("client.cli.node", "policy", "Print the device's policy.", ""),
     "forget": ("client.cli.node", "forget", "Delete what the device remembers of the coordinator.", ""),
-    "data": ("client.cli.data", "data", "Check and import this device's examples.", ""),
+    "data": ("client.cli.data", "data", "Check, import or erase this device's examples.", ""),
     "infer": ("client.cli.infer", "infer", "Classify phrases, or continue texts.", ""),
     "chat": ("client.cli.chat", "chat", "Chat with the language model of a bundle.", ""),
     "index": ("client.cli.sources", "index", "Index own files for questions.", ""),

@@ -1,27 +1,32 @@
 """``edgeadapt device data``: what a device trains on."""
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
-from aggregation.errors import DataError
+from aggregation.errors import ConfigError, DataError
 from client.cli import options
+from client.cli.node import confirmed
+from client.inference import usage
 from client.training.examples import MAX_FILE, parse_examples, read_file
-from client.training.hygiene import Cleaned, clean
+from client.training.hygiene import Cleaned, clean, without, words
+from client.updates.channel import PRIVATE, UPDATES
 from edgeadapt import commandline
 from edgeadapt.bases.tasks import CLASSIFICATION
 from edgeadapt.formats import storage
-from edgeadapt.formats.bundle import BASE_MANIFEST
+from edgeadapt.formats.bundle import BASE_MANIFEST, adapter_names
 from edgeadapt.formats.phrases import read_phrases
 
 
 @click.group(cls=commandline.HelpfulGroup)
 def data() -> None:
-    """Check and import the examples of a device, which never leave it."""
+    """Check, import or erase the examples of a device, which never leave it."""
 
 
 @data.command(short_help="Name the lines that training leaves out.")
@@ -88,6 +93,77 @@ def import_(state_dir: Path, as_json: bool, file: Path) -> None:
             storage.replace(opened.examples, content)
     cleaned = Cleaned(b"", aside, count + len(aside))
     _print({"imported": count}, cleaned, f"{count} imported; {cleaned}", as_json)
+
+
+@data.command(short_help="Erase examples, and what was learned of them.")
+@options.state_dir
+@click.option("--bundle", type=commandline.FOLDER, metavar="DIR", help="Default: 'base' in device.toml, if it is one.")
+@click.option("--text", default="", metavar="TEXT", help="Erase what has the words of TEXT.")
+@click.option("--containing", default="", metavar="WORD", help="Erase what contains WORD, such as a name.")
+@click.option("--all", "everything", is_flag=True, help="Erase everything.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@commandline.as_json
+def erase(
+    state_dir: Path, bundle: Path | None, text: str, containing: str, everything: bool, yes: bool, as_json: bool
+) -> None:
+    """Erase examples and corrections, and what this device counted, computed and learned of them. It leaves the session
+    that is under way.
+
+    The private adapter is made again from the global one: lessons of what remains are repeated, and personal steps are
+    with their default settings. No sum of the past can be taken back.
+
+    \b
+    Examples:
+      edgeadapt device data erase --state kitchen --containing Anna
+      edgeadapt device data erase --state kitchen --bundle phone/bundle --text "call the office" --yes
+      edgeadapt device data erase --state kitchen --all
+    """
+    from client.learning import Correction, Learner
+    from client.node.privacyledger import PrivacyLedger
+    from client.node.statedir import DeviceStateDir
+
+    wanted = words(text or containing)
+    if bool(text) + bool(containing) + everything != 1 or not (wanted or everything):
+        raise ConfigError("name what to erase: --text with words, --containing a word, or --all", about="--text")
+
+    def erased(value: str) -> bool:
+        return everything or (wanted == words(value) if text else wanted in words(value))
+
+    def gone(one: Correction) -> bool:
+        names = learner.adapter.manifest.labels if learner else ()  # which are not texts
+        return erased(one.text) or (one.label not in names and erased(one.label))
+
+    opened = DeviceStateDir.open(state_dir)
+    if not yes and not confirmed("What is erased cannot be brought back, and lessons of before are undone no more."):
+        raise ConfigError("nothing was erased: the answer was no", about="--yes")
+    place = bundle or Path(opened.settings.base)
+    is_bundle = bundle or ((place / BASE_MANIFEST).is_file() and adapter_names(place))
+    with Learner.open(place) if is_bundle else nullcontext() as learner:
+        with opened.locked():
+            kept, examples = without(read_file(opened.examples) if opened.examples.exists() else b"", erased)
+            corrections = sum(map(gone, learner.history.corrections)) if learner else 0
+            # Also a private adapter of no lesson that is known, as after a kill.
+            unknown = learner and learner.adapter.manifest.parent and not learner.history.lessons
+            if not (examples or corrections or everything or unknown):
+                raise DataError("nothing has this text, and nothing was erased: see --containing", about="--text")
+            if learner:
+                learner.forget(gone)
+            storage.replace(opened.examples, kept)
+            opened.forget_examples()
+        if learner:
+            shutil.rmtree(storage.real(place).parent / UPDATES / PRIVATE, ignore_errors=True)
+            learner.relearn(opened.examples)
+            if usage.counts_usage(place):
+                usage.erase(place)
+                usage.begin(place)
+    ledger = opened.load(PrivacyLedger) or PrivacyLedger()
+    epsilon = ledger.spent.epsilon(opened.policy.delta)
+    sums = f"{ledger.noisy} with noise, epsilon {epsilon:.2f}, and {ledger.bare} without"
+    used = learner.adapter.manifest.name if learner else ""
+    line = f"{examples} examples and {corrections} corrections are erased; in use is {used or 'the bundle as it was'}\n"
+    line += f"contributions to sums of the past, which cannot be taken back: {sums}"
+    row = {"examples": examples, "corrections": corrections, "adapter": used, "sums": sums}
+    commandline.print_result(row, line, as_json)
 
 
 def _print(row: dict[str, Any], cleaned: Cleaned, line: str, as_json: bool) -> None:

@@ -87,7 +87,7 @@ def forget(state_dir: Path, yes: bool, as_json: bool) -> None:
     from client.node.statedir import DeviceStateDir
 
     opened = DeviceStateDir.open(state_dir)
-    if not yes and not _confirmed():
+    if not yes and not confirmed(FORGETTING):
         raise ConfigError("nothing was deleted: the answer was no", about="--yes")
     with opened.locked():
         opened.forget()
@@ -95,9 +95,9 @@ def forget(state_dir: Path, yes: bool, as_json: bool) -> None:
     commandline.print_result({"forgotten": str(state_dir)}, line, as_json)
 
 
-def _confirmed() -> bool:
+def confirmed(consequences: str) -> bool:
     try:
-        return click.confirm(f"{FORGETTING} Continue?", err=True)
+        return click.confirm(f"{consequences} Continue?", err=True)
     except click.Abort as error:
         if isinstance(error.__context__, EOFError):
             raise ConfigError("standard input is closed, so nobody can confirm: give --yes", about="--yes") from None

@@ -5,8 +5,9 @@ written before the bundle: after a kill between the two, the last lesson made no
 ``LessonHistory.current`` finds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
@@ -92,6 +93,17 @@ class LessonHistory(sealed.SealedRecord):
         dropped, lessons = lessons[:-MAX_LESSONS], lessons[-MAX_LESSONS:]
         kept = (*self.kept, *(one for old in dropped for one in old.corrections))
         return replace(self, kept=kept[-MAX_CORRECTIONS:], lessons=lessons)
+
+    def without(self, erased: Callable[[Correction], bool]) -> list[tuple[Correction, ...]]:
+        """List the lessons without the corrections that ``erased`` is true of; an empty one is a personal step."""
+        every = [self.kept[i : i + MAX_AT_ONCE] for i in range(0, len(self.kept), MAX_AT_ONCE)]
+        every += [lesson.corrections for lesson in self.lessons]
+        after = [tuple(one for one in old if not erased(one)) for old in every]
+        return [new for new, old in zip(after, every, strict=True) if new or not old]
+
+    def keeping(self, lessons: Iterable[Sequence[Correction]]) -> Self:
+        """Add the corrections of lessons that cannot be undone."""
+        return replace(self, kept=(*self.kept, *chain.from_iterable(lessons))[-MAX_CORRECTIONS:])
 
     def undone(self) -> tuple[Lesson, Self]:
         """Split off the last lesson. Raises DataError if none is left."""

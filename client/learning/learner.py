@@ -173,6 +173,7 @@ class Learner:
     keys: tuple[IdentityKey, bytes] = field(repr=False)  # signing, sealing
     folder: Path
     history: LessonHistory
+    pending: Sequence[tuple[Correction, ...]] = ()  # lessons to repeat, whose corrections the file keeps until then
     relinked: bool = False  # whether the files of the base were linked again since they were hashed
 
     @classmethod
@@ -363,9 +364,35 @@ class Learner:
             used = replace(manifest, version=self._next())
             self._install(used, lesson.before.blob)
         self._save(history)
-        self._use(used.name)
+        self._use(used.name, history)
         count(self.library.bundle, [lesson_key(undone=True)] * len(lesson.corrections))
         return Undone(used.name, used.version, lesson.corrections)
+
+    def forget(self, erased: Callable[[Correction], bool]) -> None:
+        """Delete the private adapter, those before it and the corrections of which ``erased`` is true. ``relearn``
+        makes it again. Raises DataError, TrustError, ConfigError as ``undo``, before anything is deleted."""
+        lessons = self.history.lessons
+        used = self._shared(lessons[0].used if lessons else "") if self.adapter.manifest.parent else None
+        self.pending = self.history.without(erased)
+        self._save(LessonHistory())
+        (self.folder / TRAINING_STATE).unlink(missing_ok=True)
+        if used is not None:
+            self._write({}, removed=self.target)
+            self._use(used.name, LessonHistory())
+
+    def relearn(self, examples: storage.File) -> None:
+        """Repeat the lessons that remain after ``forget``, and personal steps with the defaults. A correction that
+        cannot be learned now is kept for the next personal step. Raises OSError, TrustError as ``teach``."""
+        while self.pending:
+            corrections, *self.pending = self.pending
+            try:
+                if corrections:
+                    self.teach(corrections)
+                else:
+                    self.personalize(examples, PersonalStep(3, 16.0), None)
+            except (DataError, ConfigError):
+                self.history = self.history.keeping([corrections])
+                self._save(self.history)
 
     def _shared(self, digest: str) -> AdapterManifest:
         """Find the adapter with this SHA-256, else the one to use instead of the private one."""
@@ -398,14 +425,13 @@ class Learner:
             paths = (bundle / manifest_path(old.name), bundle / adapter_path(old.name))
             before = Before(*(storage.read(path, MAX_FILE) for path in paths))
         lesson = Lesson(tuple(corrections), digest, old.sha256, before)
-        self._save(self.history.then(lesson))  # first: a lesson that made no adapter is found and left out
+        self._save(history := self.history.then(lesson))  # first: a lesson that made no adapter is found and left out
         self._install(manifest, blob)
-        self._use(manifest.name)
+        self._use(manifest.name, history)
         return manifest
 
-    def _use(self, name: str) -> None:
+    def _use(self, name: str, history: LessonHistory) -> None:
         self.adapter = self.library.trust.adapter(name, self.library.base)
-        history = LessonHistory.read(self.folder / HISTORY, self.keys[1])
         self.history = history.current(self.adapter.manifest.sha256)
 
     def _next(self) -> int:
@@ -413,7 +439,7 @@ class Learner:
         return max(seen, self.adapter.manifest.version) + 1
 
     def _save(self, history: LessonHistory) -> None:
-        storage.replace(self.folder / HISTORY, history.seal(self.keys[1]))
+        storage.replace(self.folder / HISTORY, history.keeping(self.pending).seal(self.keys[1]))
 
     def _install(self, manifest: AdapterManifest, blob: bytes) -> None:
         """Put an adapter into the bundle, signed with the device's key, which is pinned first."""

@@ -24,6 +24,7 @@ from aggregation.client import Device
 from aggregation.entropy import Entropy, SystemEntropy
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError, of_file
 from aggregation.masks import KEY
+from aggregation.messages import DIGEST
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealedstate import ClientState
@@ -330,6 +331,13 @@ class DeviceStateDir:
         """Leave the session, and delete what this device remembers of the coordinator; its privacy ledger stays."""
         for name in (STATE, SNAPSHOT, LOG_STATE, ADAPTERS, LABELS, SUMS, PRIVATE, STATES):
             (self.folder / name).unlink(missing_ok=True)
+
+    def forget_examples(self) -> None:
+        """Delete what was kept and trained of the examples. Parts that were private once stay private."""
+        for name in (SNAPSHOT, STATES):
+            (self.folder / name).unlink(missing_ok=True)
+        if parts := self.load(PrivateParts):
+            self.save(PrivateParts(bytes(DIGEST), bytes(DIGEST), b"", b"", parts.ever))
 
     def _parse(self, parse: Callable[[bytes], Read], name: str) -> Read:
         raw = self._read(name)

@@ -11,7 +11,7 @@ import re
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import import_module
@@ -120,7 +120,7 @@ def clean(raw: bytes, settings: HygieneSettings | None, now: float) -> Cleaned:
         elif settings.days and now - times.get(number, now) > settings.days * DAY:
             aside[number] = "old"
         elif "duplicates" in settings.remove:
-            key = json.dumps([*map(_words, (row["text"], row.get("prompt") or "")), row.get("label")])
+            key = json.dumps([*map(words, (row["text"], row.get("prompt") or "")), row.get("label")])
             aside |= {number: "duplicate"} if key in seen else {}
             seen.add(key)
     if settings.most:
@@ -128,6 +128,20 @@ def clean(raw: bytes, settings: HygieneSettings | None, now: float) -> Cleaned:
         aside |= dict.fromkeys(newest[: -settings.most], "surplus")
     kept = "\n".join("" if number in aside else line for number, line in enumerate(lines, 1))
     return Cleaned(kept.encode(), dict(sorted(aside.items())), len(rows), len(rows) - len(times))
+
+
+def without(raw: bytes, erased: Callable[[str], bool]) -> tuple[bytes, int]:
+    """Remove the lines in which ``erased`` recognises a text, also what is no example, and count them."""
+    lines = raw.split(b"\n")
+    kept = [line for line in lines if not any(map(erased, _texts(line.decode(errors="replace"))))]
+    return b"\n".join(kept), len(lines) - len(kept)
+
+
+def _texts(line: str) -> list[str]:
+    try:
+        return [value for value in json.loads(line).values() if isinstance(value, str)]
+    except (ValueError, AttributeError, RecursionError):
+        return [line] if line.strip() else []
 
 
 def _row(line: str) -> dict[str, Any] | None:
@@ -138,7 +152,8 @@ def _row(line: str) -> dict[str, Any] | None:
         return None
 
 
-def _words(text: str) -> str:
+def words(text: str) -> str:
+    """Reduce a text to its words, in which neither case nor punctuation counts."""
     return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
 
 

@@ -1,17 +1,25 @@
-"""``edgeadapt device data``: what is set aside, and imported, and that no personal step learns the former."""
+"""``edgeadapt device data``: what is set aside, imported and erased, and that no personal step learns the former."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from aggregation.errors import DataError, EdgeAdaptError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from client.inference import usage
+from client.learning import Correction, Learned, Learner
+from client.learning.corrections import LessonHistory
 from client.node.eligibility import conditions
+from client.node.privacyledger import PrivacyLedger
+from client.node.privateparts import PrivateParts
 from client.node.readings import SYSTEM
 from client.node.statedir import DeviceStateDir
 from client.training.examples import parse_examples
 from edgeadapt.formats import storage
-from tests.client.learning.test_learner import drawn, phone, run, trainable
+from edgeadapt.formats.bundle import adapter_names
+from tests.client.learning.test_learner import OTHERS, drawn, phone, run, teach, trainable
 from tests.client.learning.test_personal_step import MINE, examples, personalized, weights
 from tests.client.node.test_eligibility import NIGHT
 from tests.support import refused
@@ -127,3 +135,171 @@ def test_an_import_beyond_the_limit_of_the_file_changes_nothing(kitchen: Path, m
     with refused(DataError, "examples"):
         raise run("data", "import", "--state", kitchen, kitchen / "more.tsv").exception or AssertionError
     assert storage.read(kitchen / "examples.jsonl") == before
+
+
+# --- erasing
+
+
+def erase(kitchen: Path, *what: str) -> dict[str, object]:
+    done = run("data", "erase", "--state", kitchen, *what, "--yes", "--json")
+    assert done.exit_code == 0, done.output
+    row: dict[str, object] = json.loads(done.output)
+    return row
+
+
+def lived(kitchen: Path, phone: Path, *lessons: tuple[str, str], mine: tuple[str, ...] = (), step: bool = True) -> None:
+    """Let a device keep examples, be taught, and make a personal step between the lessons."""
+    append(kitchen, *({"text": text, "label": 2} for text in mine))
+    for number, (label, text) in enumerate(lessons):
+        teach(phone, label, text)
+        if step and number == 0:
+            assert run("personalize", "--bundle", phone, kitchen / "examples.jsonl").exit_code == 0
+
+
+def contents(folder: Path) -> bytes:
+    """All that a device keeps, with the history decrypted."""
+    key = (folder / "learned" / "sealing.key").read_bytes()
+    history = LessonHistory.read(folder / "learned" / "history.sealed", key)
+    adapters = b"".join(lesson.before.manifest for lesson in history.lessons if lesson.before)
+    texts = "".join(one.text + one.label for one in history.corrections).encode() + adapters
+    return texts + b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+SONG = "Anneliese's birthday song"
+HEARD = ("play Anneliese's birthday song", "is ANNELIESE at home")
+
+
+def test_after_erasing_the_adapter_is_that_of_a_device_that_never_had_the_text(
+    phone: Path, kitchen: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = Path(shutil.copytree(phone.parent, tmp_path_factory.mktemp("other") / "home")) / "bundle"
+    lessons = [(LABELS[3], OTHERS[0]), (LABELS[0], OTHERS[1])]
+    lived(other.parent / "kitchen", other, *lessons)
+    lived(kitchen, phone, lessons[0], (LABELS[1], SONG), lessons[1], mine=HEARD)
+    usage.begin(phone)
+    usage.count(phone, ["labels/x"])
+    for name in ("examples.sealed", "states.sealed"):
+        (kitchen / name).write_bytes(b"anything")
+    (phone.parent / "updates" / "private" / "base").mkdir(parents=True)
+    assert weights(phone) != weights(other)
+    assert b"nneliese" in contents(phone.parent)
+    row = erase(kitchen, "--containing", "anneliese")
+    assert (row["examples"], row["corrections"], row["adapter"]) == (2, 1, "personal")
+    assert weights(phone) == weights(other)
+    assert (kitchen / "examples.jsonl").read_bytes() == (other.parent / "kitchen" / "examples.jsonl").read_bytes()
+    assert b"anneliese" not in contents(phone.parent).lower()
+    assert {path.name for path in kitchen.iterdir()} == {"device.toml", "sealing.key", "examples.jsonl", "session.lock"}
+    assert not (phone.parent / "updates" / "private").exists()
+    found = usage.Usage.read(phone)
+    assert found is not None
+    assert found.counts(0, 10**6)["labels/x"] == 0
+    with Learner.open(phone) as learner, Learner.open(other) as never:
+        assert learner.history.corrections == never.history.corrections
+        assert learner.undo().corrections == never.undo().corrections
+    assert weights(phone) == weights(other)
+
+
+def test_all_leaves_the_global_adapter_and_an_epsilon_that_cannot_be_taken_back(phone: Path, kitchen: Path) -> None:
+    lived(kitchen, phone, (LABELS[3], OTHERS[0]))
+    opened = DeviceStateDir.open(kitchen)
+    opened.save(PrivacyLedger(noisy=2, bare=1))
+    opened.save(PrivateParts(bytes([1]) * 32, bytes([2]) * 32, b"before", b"after", (f"{'0' * 64}/head",)))
+    row = erase(kitchen, "--all")
+    assert (row["examples"], row["corrections"], row["adapter"]) == (6, 1, "global")
+    assert row["sums"] == "2 with noise, epsilon 0.00, and 1 without"
+    assert ((kitchen / "examples.jsonl").read_bytes(), adapter_names(phone)) == (b"", ["global"])
+    assert opened.load(PrivacyLedger) == PrivacyLedger(noisy=2, bare=1)
+    parts = opened.load(PrivateParts)
+    assert parts is not None
+    assert (parts.before, parts.after, parts.ever) == (b"", b"", (f"{'0' * 64}/head",))
+    with Learner.open(phone) as learner:
+        assert learner.history == LessonHistory()
+
+
+def test_a_text_is_erased_by_its_words_and_another_with_more_words_stays(phone: Path, kitchen: Path) -> None:
+    teach(phone, LABELS[3], "Lock the door!")
+    teach(phone, LABELS[3], "lock the door now")
+    append(kitchen, {"text": "LOCK the door", "label": 3}, {"text": "yes", "label": 3, "prompt": "lock the door?"})
+    row = erase(kitchen, "--text", "lock the door")
+    assert (row["examples"], row["corrections"]) == (2, 1)
+    with Learner.open(phone) as learner:
+        assert [one.text for one in learner.history.corrections] == ["lock the door now"]
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ((), ConfigError),
+        (("--text", "a", "--all"), ConfigError),
+        (("--containing", "?!"), ConfigError),
+        (("--text", ""), ConfigError),
+        (("--text", "music"), DataError),
+        (("--containing", LABELS[3]), DataError),
+        (("--containing", "nobody"), DataError),
+    ],
+)
+def test_what_names_nothing_erases_nothing(
+    phone: Path, kitchen: Path, what: tuple[str, ...], error: type[EdgeAdaptError]
+) -> None:
+    teach(phone, LABELS[3], OTHERS[0])
+    before = contents(phone.parent)
+    with refused(error, "--text"):
+        raise run("data", "erase", "--state", kitchen, *what, "--yes").exception or AssertionError
+    assert contents(phone.parent) == before
+
+
+def test_nothing_is_erased_without_a_yes(phone: Path, kitchen: Path) -> None:
+    before = (kitchen / "examples.jsonl").read_bytes()
+    with refused(ConfigError, "--yes"):
+        raise run("data", "erase", "--state", kitchen, "--all").exception or AssertionError
+    assert (kitchen / "examples.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["_write", "_use", "teach"])
+def test_an_erasure_that_was_interrupted_has_lost_no_other_correction_and_is_finished_by_the_next(
+    phone: Path, kitchen: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    for label, text in ((LABELS[1], SONG), (LABELS[3], OTHERS[0]), (LABELS[0], OTHERS[1])):
+        teach(phone, label, text)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, place, interrupted)
+        assert run("data", "erase", "--state", kitchen, "--containing", "Anneliese", "--yes").exit_code == 1
+    left = "personal" if place == "_write" else "global"
+    with Learner.open(phone) as learner:
+        assert [one.text for one in learner.history.corrections] == list(OTHERS[:2])
+        assert (learner.adapter.manifest.name, learner.history.lessons) == (left, ())
+    if place == "_write":
+        assert erase(kitchen, "--containing", "Anneliese")["adapter"] == "personal"
+        assert b"nneliese" not in contents(phone.parent)
+
+
+def test_a_correction_that_cannot_be_learned_any_more_is_kept(
+    phone: Path, kitchen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for label, text in ((LABELS[1], SONG), (LABELS[3], OTHERS[0]), (LABELS[0], OTHERS[1])):
+        teach(phone, label, text)
+    real = Learner.teach
+
+    def picky(self: Learner, corrections: Sequence[Correction]) -> Learned:
+        if corrections[0].text == OTHERS[0]:
+            raise DataError("nothing was learned", about="corrections")
+        return real(self, corrections)
+
+    monkeypatch.setattr(Learner, "teach", picky)
+    assert erase(kitchen, "--containing", "Anneliese")["adapter"] == "personal"
+    with Learner.open(phone) as learner:
+        assert [[one.text for one in lesson.corrections] for lesson in learner.history.lessons] == [[OTHERS[1]]]
+        assert [one.text for one in learner.history.kept] == [OTHERS[0]]
+
+
+def test_a_device_without_a_bundle_erases_its_examples(tmp_path: Path) -> None:
+    (tmp_path / "device.toml").write_text('base = "some_base"\n')
+    (tmp_path / "sealing.key").write_bytes(bytes(32))
+    (tmp_path / "examples.jsonl").write_text(json.dumps({"text": SONG}) + "\nAnneliese, not an example\n")
+    done = run("data", "erase", "--state", tmp_path, "--containing", "anneliese", "--yes")
+    assert done.output.startswith("2 examples and 0 corrections are erased; in use is the bundle as it was\n")
+    assert (tmp_path / "examples.jsonl").read_bytes() == b""

@@ -15,7 +15,7 @@ from faker import Faker
 from aggregation.errors import ConfigError, DataError
 from client.training import hygiene
 from client.training.examples import MAX_TEXT, parse_examples
-from client.training.hygiene import DAY, HygieneSettings, clean, identifiers, read_clean
+from client.training.hygiene import DAY, HygieneSettings, clean, identifiers, read_clean, without
 from edgeadapt.formats.settings import Settings
 from simulations.data.households.sampling import PopulationSettings, sample_population
 from tests.support import refused
@@ -158,6 +158,16 @@ def test_what_is_no_example_stays_for_the_reader_to_refuse() -> None:
         parse_examples(clean(wrong, ON, NOW).raw, Path("x"), 0)
     with refused(DataError, "examples"):
         clean(b"\xff\xfe", ON, NOW)
+
+
+def test_lines_are_removed_by_any_of_their_texts_and_no_key_or_number_is_one() -> None:
+    stays = lines({"text": "lights on", "split": "train", "label": 3}, "", "[1]")
+    raw = b"\n".join(
+        [stays, lines({"text": "x", "prompt": "Anna?"}, '{"text": "An\\u006ea"}', "Anna"), b"\xff Anna", b""]
+    )
+    assert without(raw, lambda text: "Anna" in text) == (stays + b"\n", 4)
+    assert without(raw, lambda text: text in ("text", "3", "label")) == (raw, 0)
+    assert without(b"", lambda _: True) == (b"", 0)
 
 
 def test_retention_keeps_what_has_no_time_and_the_newest_of_the_rest() -> None:
