@@ -14,6 +14,7 @@ from aggregation.errors import ConfigError, DataError
 from client.cli import options
 from client.cli.node import confirmed
 from client.inference import usage
+from client.inference.passages import PassageIndex
 from client.training.examples import MAX_FILE, parse_examples, read_file
 from client.training.hygiene import Cleaned, clean, without, words
 from client.updates.channel import PRIVATE, UPDATES
@@ -106,8 +107,8 @@ def import_(state_dir: Path, as_json: bool, file: Path) -> None:
 def erase(
     state_dir: Path, bundle: Path | None, text: str, containing: str, everything: bool, yes: bool, as_json: bool
 ) -> None:
-    """Erase examples and corrections, and what this device counted, computed and learned of them. It leaves the session
-    that is under way.
+    """Erase examples and corrections, and what this device counted, computed and learned of them, and the index of
+    'device index' if it has the text; the files stay. It leaves the session that is under way.
 
     The private adapter is made again from the global one: lessons of what remains are repeated, and personal steps are
     with their default settings. No sum of the past can be taken back.
@@ -153,6 +154,7 @@ def erase(
         if learner:
             shutil.rmtree(storage.real(place).parent / UPDATES / PRIVATE, ignore_errors=True)
             learner.relearn(opened.examples)
+            PassageIndex.forget(place, learner.adapter.manifest.base_digest, lambda text: wanted in words(text))
             if usage.counts_usage(place):
                 usage.erase(place)
                 usage.begin(place)

@@ -13,6 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -229,6 +230,15 @@ class PassageIndex:
             return index
         reason = f"no files are indexed for {bundle}: edgeadapt device index DIR --bundle {bundle}"
         raise ConfigError(reason, about="index")
+
+    @classmethod
+    def forget(cls, bundle: Path, base: str, erased: Callable[[str], bool]) -> None:
+        """Delete the index of a bundle if ``erased`` is true of a passage, or it cannot be read."""
+        with suppress(TrustError):
+            index = cls.read(bundle, base)
+            if index and not any(erased(one.read) for one in index.passages):
+                return
+        (folder_of(bundle) / PASSAGES).unlink(missing_ok=True)
 
 
 def words_of(text: str) -> list[str]:

@@ -5,10 +5,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference import usage
+from client.inference.passages import Passage, PassageIndex
 from client.learning import Correction, Learned, Learner
 from client.learning.corrections import LessonHistory
 from client.node.eligibility import conditions
@@ -294,6 +296,18 @@ def test_a_correction_that_cannot_be_learned_any_more_is_kept(
     with Learner.open(phone) as learner:
         assert [[one.text for one in lesson.corrections] for lesson in learner.history.lessons] == [[OTHERS[1]]]
         assert [one.text for one in learner.history.kept] == [OTHERS[0]]
+
+
+def test_an_index_that_has_the_text_is_deleted_and_another_stays(phone: Path, kitchen: Path) -> None:
+    lived(kitchen, phone, (LABELS[1], "music please"), step=False)
+    with Learner.open(phone) as learner:
+        base = learner.adapter.manifest.base_digest
+    for text, stays in (("the music box", False), ("a garden", True)):
+        index = PassageIndex.of([Passage("a.md", "", text)], lambda texts: np.ones((len(texts), 2), np.float32))
+        index.write(phone, base)
+        append(kitchen, {"text": "music please", "label": 1})
+        erase(kitchen, "--containing", "music")
+        assert bool(PassageIndex.read(phone, base)) == stays
 
 
 def test_a_device_without_a_bundle_erases_its_examples(tmp_path: Path) -> None:
