@@ -18,7 +18,7 @@ They are pure and raise ``ProtocolError``; nothing is logged and ignored. Rules 
 
 import itertools
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 
@@ -36,7 +36,7 @@ from aggregation.messages import (
     Survivors,
 )
 from aggregation.pki import Root
-from aggregation.pki.certificates import not_after, same_name, serial
+from aggregation.pki.certificates import load, not_after, same_name, serial
 from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR, Peer, Session, context_of, refused
 from aggregation.spec import SessionSpec
@@ -95,15 +95,24 @@ def members(
     authority's, an id or key is repeated or out of order, or two ids differ in upper and lower case only.
     """
     try:
-        pairs = tuple(root.verify(der, at) for der in certificates)
+        # Lists that are equal may differ in what an audit counts as revoked: they are no part of the key.
+        cohort, numbers, begins, ends = _members(replace(root, revoked=None), tuple(certificates), coordinator)
+        valid = at is None or begins <= at <= ends
+        if not valid or (root.revoked is not None and not numbers.isdisjoint(root.revoked.revoked)):
+            for der in certificates:
+                root.verify(der, at)
     except TrustError as error:
         raise ProtocolError.of(error) from None
-    return _distinct(pairs, coordinator)
+    return cohort
 
 
 @lru_cache(maxsize=COHORTS)
-def _distinct(pairs: tuple[tuple[str, PublicKey], ...], coordinator: PublicKey) -> Mapping[str, PublicKey]:
-    """The pairs, if they are those of ``members``; one mapping for all devices that a process simulates."""
+def _members(
+    root: Root, certificates: tuple[bytes, ...], coordinator: PublicKey
+) -> tuple[Mapping[str, PublicKey], frozenset[int], datetime, datetime]:
+    """``members``, serials of certificates, and between which times all are valid: once for all devices that a
+    process simulates."""
+    pairs = [root.verify(der) for der in certificates]
     if not ascending(device for device, _ in pairs):
         raise ProtocolError("the cohort repeats a device, or is out of order", about="offer.order")
     if len({same_name(device) for device, _ in pairs}) != len(pairs):
@@ -113,7 +122,10 @@ def _distinct(pairs: tuple[tuple[str, PublicKey], ...], coordinator: PublicKey) 
         raise ProtocolError(
             "two devices of the cohort, or one and the coordinator, have the same key", about="offer.keys"
         )
-    return dict(pairs)
+    loaded = [load(der) for der in (*certificates, root.der)]
+    numbers = frozenset(one.serial_number for one in loaded)
+    begins, ends = max(one.not_valid_before_utc for one in loaded), min(one.not_valid_after_utc for one in loaded)
+    return dict(pairs), numbers, begins, ends
 
 
 @lru_cache(maxsize=COHORTS)

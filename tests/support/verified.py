@@ -3,7 +3,7 @@
 import sys
 
 VERIFIED_ONCE = {
-    "aggregation.checks": ("_distinct", "_serials", "_first_to_expire", "_roster", "_signed"),
+    "aggregation.checks": ("_members", "_serials", "_first_to_expire", "_roster", "_signed"),
     "aggregation.envelope": ("_opened_once",),
     "aggregation.pki.certificates": ("load", "_certified"),
 }
