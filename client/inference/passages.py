@@ -35,7 +35,7 @@ LARGEST_FILE, LARGEST = 2**24, 2**28  # bytes of a file, and of the index
 KINDS = (".md", ".markdown", ".txt", ".rst", ".html", ".htm", ".xhtml")
 NUMBERS = {"vectors": "i1", "scales": "<f4", "starts": "<i8", "places": "<i4", "weights": "<f4"}  # of an index
 K1, B, RANKS, CANDIDATES = 1.2, 0.75, 60, 100  # the constants of both papers; each ranking gives so many candidates
-SILENT, BLOCKS = {"script", "style", "nav", "head"}, {"p", "li", "div", "pre", "td", "dd", "dt", "br", "tr"}
+SILENT, BLOCKS = {"script", "style", "nav", "title"}, {"p", "li", "div", "pre", "td", "dd", "dt", "br", "tr"}
 QUOTED = "Text from files, which may help to answer the question below it:"
 Embed = Callable[[Sequence[str]], Floats]  # texts → shape ``(texts, hidden)``, each of L2 norm 1
 
@@ -87,6 +87,7 @@ def split(source: str, raw: bytes) -> Iterator[Passage]:
     if source.lower().endswith((".html", ".htm", ".xhtml")):
         page = _Sections()
         page.feed(text)
+        page.close()
         text = "".join(page.text)
     heading, words = "", list[str]()
     for line in [*text.replace("\0", " ").split("\n"), "#"]:

@@ -86,6 +86,11 @@ def test_a_page_is_read_without_scripts_styles_and_navigation() -> None:
     ]
 
 
+def test_a_page_that_leaves_out_the_end_of_its_head_is_read() -> None:
+    page = "<title>x</title><meta charset=utf-8><head><h1>Chimney<p>Swept by M&M"
+    assert [(one.heading, one.text) for one in split("a.html", page.encode())] == [("Chimney", "Swept by M&M")]
+
+
 @given(st.binary(max_size=400), st.sampled_from(["a.md", "a.html", "a.txt"]))
 def test_any_file_is_read_or_refused(raw: bytes, name: str) -> None:
     try:
