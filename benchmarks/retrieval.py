@@ -17,8 +17,9 @@ import bm25s
 import numpy as np
 
 from aggregation.errors import DataError
-from client.inference.passages import Passage, PassageIndex, read_folder, words_of
+from client.inference.passages import PassageIndex, words_of
 from client.inference.session import ClassificationSession
+from edgeadapt.formats.passages import Passage, read_folder
 
 TOP, FEWEST = 5, 2  # passages that count, and words of a heading that is a question
 

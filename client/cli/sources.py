@@ -1,36 +1,70 @@
-"""``edgeadapt device index`` and ``ask``: passages of one's own files that say something about a question."""
+"""``edgeadapt device index`` and ``ask``: passages of one's own files, and of the bundle, that answer a question."""
 
 import json
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 import numpy as np
 
-from aggregation.errors import TrustError
+from aggregation.errors import ConfigError, TrustError
 from client.cli import options
 from client.cli.options import printable
-from client.inference.passages import PASSAGES, Passage, PassageIndex, folder_of, read_folder
+from client.inference.passages import PASSAGES, PassageIndex, folder_of
 from client.inference.session import ClassificationSession
 from edgeadapt import commandline
+from edgeadapt.formats.bundle import KNOWLEDGE
 from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.passages import Passage, parse_passages, read_folder
 
 AT_ONCE = 64  # passages between two lines of progress
 
 
 class Finder:
-    """Finds passages for questions with the base of a bundle. Raises as ``ClassificationSession.open``, and
-    ``PassageIndex.require``."""
+    """Finds passages for questions with the base of a bundle. Raises as ``ClassificationSession.open``, ``PassageIndex.
+    read`` and ``updated``."""
 
     def __init__(self, bundle: Path, trust: Path | None) -> None:
         self._session = ClassificationSession.open(bundle, trust)
-        self._index = PassageIndex.require(bundle, self._session.library.manifest.base_digest)
+        self._index = updated(self._session, None)
 
     def find(self, question: str, top: int = 3) -> list[Passage]:
         return self._index.search(question, self._session.embed([question])[0], top)
+
+
+def updated(session: ClassificationSession, own: Sequence[Passage] | None) -> PassageIndex:
+    """Bring the index of a bundle to its vendor's passages and to its owner's; None: those that it has. Raises
+    ConfigError: there is none; DataError: those of the bundle are damaged; TrustError: the index is."""
+    bundle, base = session.library.bundle, session.library.base
+    vendor = list[Passage]()
+    if KNOWLEDGE in base.manifest.files:
+        vendor = parse_passages(base.read(KNOWLEDGE), base.folder / KNOWLEDGE)
+    before = None
+    with suppress(TrustError) if own else nullcontext():  # a damaged one is replaced
+        before = PassageIndex.read(bundle, base.digest)
+    if own is None:
+        own = [one for one in before.passages if not one.vendor] if before else []
+    passages = (*own, *vendor)
+    if before and before.passages == passages:
+        return before
+    if not passages:
+        reason = f"no files are indexed for {bundle}: edgeadapt device index DIR --bundle {bundle}"
+        raise ConfigError(reason, about="index")
+    with commandline.status("read passages") as report:
+
+        def embed(texts: Sequence[str]) -> Floats:
+            parts = []
+            for first in range(0, len(texts), AT_ONCE):
+                parts.append(session.embed(texts[first : first + AT_ONCE]))
+                report(f"{min(first + AT_ONCE, len(texts))} of {len(texts)}")
+            return np.concatenate(parts)
+
+        index = PassageIndex.of(passages, embed, before)
+    index.write(bundle, base.digest)
+    return index
 
 
 @click.command()
@@ -59,21 +93,7 @@ def index(folder: Path | None, bundle: Path, trust: Path | None, erase: bool, as
         return
     begun = time.perf_counter()
     passages, odd = read_folder(folder)
-    session = ClassificationSession.open(bundle, trust)
-    base, before = session.library.manifest.base_digest, None
-    with suppress(TrustError):  # a damaged one is replaced
-        before = PassageIndex.read(bundle, base)
-
-    with commandline.status("read passages") as report:
-
-        def embed(texts: Sequence[str]) -> Floats:
-            parts = []
-            for first in range(0, len(texts), AT_ONCE):
-                parts.append(session.embed(texts[first : first + AT_ONCE]))
-                report(f"{min(first + AT_ONCE, len(texts))} of {len(texts)}")
-            return np.concatenate(parts)
-
-        PassageIndex.of(passages, embed, before).write(bundle, base)
+    updated(ClassificationSession.open(bundle, trust), passages)
     files, seconds = len({one.source for one in passages}), time.perf_counter() - begun
     for name, reason in odd.items():
         click.echo(f"edgeadapt: {printable(name)} is left out: {reason}", err=True)
@@ -88,7 +108,8 @@ def index(folder: Path | None, bundle: Path, trust: Path | None, erase: bool, as
 @click.option("--sources", type=click.IntRange(1, 100), default=3, show_default=True, metavar="N", help="So many.")
 @commandline.as_json
 def ask(question: str, bundle: Path, trust: Path | None, sources: int, as_json: bool) -> None:
-    """Show the passages of the indexed files that say most about QUESTION, by its words and its meaning.
+    """Show the passages of the indexed files, and of the bundle's own knowledge, that say most about QUESTION, by its
+    words and its meaning.
 
     \b
     Examples:
@@ -104,4 +125,5 @@ def ask(question: str, bundle: Path, trust: Path | None, sources: int, as_json: 
 
 
 def named(passage: Passage) -> str:
-    return f"{passage.source}: {passage.heading}" if passage.heading else passage.source
+    source = f"vendor's {passage.source}" if passage.vendor else passage.source
+    return f"{source}: {passage.heading}" if passage.heading else source

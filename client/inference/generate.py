@@ -14,11 +14,12 @@ from aggregation.errors import ConfigError, DataError, one_line
 from client.inference import usage
 from client.inference.engine import GenerationEngine
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
-from client.inference.passages import Passage, quoted
+from client.inference.passages import quoted
 from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
 from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, require_plain
 from edgeadapt.formats.bundle import MODEL
 from edgeadapt.formats.graphinputs import with_placeholders
+from edgeadapt.formats.passages import Passage
 from edgeadapt.formats.policy import blocks
 from edgeadapt.formats.storage import File
 

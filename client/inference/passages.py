@@ -1,21 +1,19 @@
-"""Passages of a person's files, found by their words and by their meaning: what own notes say about a question.
+"""Passages of a person's files and of the bundle, found by their words and by their meaning.
 
 ::
 
     learned/passages.sealed    the index, encrypted with learned/sealing.key
 
-A passage is a part of a section of Markdown, HTML or plain text. Words are ranked by BM25 (Robertson and Zaragoza
-2009), meaning by embeddings of the bundle's frozen base in eight bits; both rankings are added by reciprocal ranks
-(Cormack et al. 2009). What a passage says is data: nothing here follows it.
+Words are ranked by BM25 (Robertson and Zaragoza 2009), meaning by embeddings of the bundle's frozen base in eight bits;
+both rankings are added by reciprocal ranks (Cormack et al. 2009).
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
@@ -23,107 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregation import sealed, wire
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
+from aggregation.errors import EdgeAdaptError, TrustError
 from client.inference.usage import LEARNED, sealing_key
 from edgeadapt.formats import storage
 from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.passages import Passage
 
 PASSAGES = "passages.sealed"
-WORDS = 80  # of a passage: a base reads 128 tokens
-MOST = 50_000  # passages
-LARGEST_FILE, LARGEST = 2**24, 2**28  # bytes of a file, and of the index
-KINDS = (".md", ".markdown", ".txt", ".rst", ".html", ".htm", ".xhtml")
+LARGEST = 2**28  # bytes of the index
 NUMBERS = {"vectors": "i1", "scales": "<f4", "starts": "<i8", "places": "<i4", "weights": "<f4"}  # of an index
 K1, B, RANKS, CANDIDATES = 1.2, 0.75, 60, 100  # the constants of both papers; each ranking gives so many candidates
-SILENT, BLOCKS = {"script", "style", "nav", "title"}, {"p", "li", "div", "pre", "td", "dd", "dt", "br", "tr"}
 QUOTED = "Text from files, which may help to answer the question below it:"
 Embed = Callable[[Sequence[str]], Floats]  # texts → shape ``(texts, hidden)``, each of L2 norm 1
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """``source``: path of the file below the folder that was indexed; ``heading``: of its section, or empty."""
-
-    source: str
-    heading: str
-    text: str
-
-    @property
-    def read(self) -> str:
-        """What is embedded and searched."""
-        return f"{self.heading}\n{self.text}" if self.heading else self.text
-
-
-class _Sections(HTMLParser):
-    """Writes the text of a page as Markdown, as far as headings are concerned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text, self._silent = list[str](), 0
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self._silent += tag in SILENT
-        if re.fullmatch("h[1-6]", tag):
-            self.text.append("\n# ")
-        elif tag in BLOCKS:
-            self.text.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._silent -= tag in SILENT and self._silent > 0
-        if re.fullmatch("h[1-6]", tag):
-            self.text.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self._silent:
-            self.text.append(re.sub(r"\s+", " ", data))
-
-
-def split(source: str, raw: bytes) -> Iterator[Passage]:
-    """Split a file into passages of at most ``WORDS`` words, each of one section. Raises DataError: it is not UTF-8."""
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError("it is not UTF-8", about=source) from None
-    if source.lower().endswith((".html", ".htm", ".xhtml")):
-        page = _Sections()
-        page.feed(text)
-        page.close()
-        text = "".join(page.text)
-    heading, words = "", list[str]()
-    for line in [*text.replace("\0", " ").split("\n"), "#"]:
-        if title := re.match(r"\s{0,3}#{1,6}(?:\s+(.*?))?\s*#*\s*$", line):
-            for first in range(0, len(words), WORDS):
-                yield Passage(source, heading, " ".join(words[first : first + WORDS]))
-            heading, words = " ".join((title[1] or "").split())[:200], []
-        else:
-            words += (word[:100] for word in line.split())
-
-
-def read_folder(folder: Path) -> tuple[list[Passage], dict[str, str]]:
-    """Read the files of a folder in order; links and hidden files are left out.
-
-    Returns the passages, and the files that cannot be read with the reason. Raises DataError: there is no passage, or
-    there are more than ``MOST``.
-    """
-    passages, odd = list[Passage](), dict[str, str]()
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.suffix.lower() not in KINDS or any(part.startswith(".") for part in name.parts) or path.is_symlink():
-            continue
-        try:
-            passages += split(str(name), storage.read(path, LARGEST_FILE))
-        except OSError as error:
-            odd[str(name)] = error.strerror or str(error)
-        except EdgeAdaptError as error:
-            odd[str(name)] = str(error)
-        if len(passages) > MOST:
-            raise DataError(f"{folder} has more than {MOST} passages: index a part of it", about="DIR")
-    if not passages:
-        raise DataError(f"{folder} has no text in files of {', '.join(KINDS)}", about="DIR")
-    return passages, odd
-
-
-_BLOBS = wire.mapping(wire.text("[a-z]+"), wire.blob(LARGEST), len(NUMBERS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,19 +134,11 @@ class PassageIndex:
         return cls(passages, words, vectors.reshape(len(passages), -1), *numbers)
 
     @classmethod
-    def require(cls, bundle: Path, base: str) -> Self:
-        """Read it. Raises ConfigError: nothing was indexed for this base; TrustError as ``read``."""
-        if index := cls.read(bundle, base):
-            return index
-        reason = f"no files are indexed for {bundle}: edgeadapt device index DIR --bundle {bundle}"
-        raise ConfigError(reason, about="index")
-
-    @classmethod
     def forget(cls, bundle: Path, base: str, erased: Callable[[str], bool]) -> None:
-        """Delete the index of a bundle if ``erased`` is true of a passage, or it cannot be read."""
+        """Delete the index of a bundle if ``erased`` is true of a passage of its owner's, or it cannot be read."""
         with suppress(TrustError):
             index = cls.read(bundle, base)
-            if index and not any(erased(one.read) for one in index.passages):
+            if index and not any(erased(one.read) for one in index.passages if not one.vendor):
                 return
         (folder_of(bundle) / PASSAGES).unlink(missing_ok=True)
 

@@ -45,6 +45,7 @@ LOWER, UPPER = "lower.onnx", "upper.onnx"
 CHAT = "chat.onnx"  # of a language model of that kind: ``MODEL``, which also goes on from the states that it returns
 POLICY = "policy.json"  # what may be answered (``edgeadapt.formats.policy``)
 PHRASES = "phrases.tsv"  # public phrases with their labels, which a device may rehearse and test (``phrases``)
+KNOWLEDGE = "knowledge.jsonl"  # passages that answer questions (``passages``)
 TOKENIZER, GENERATION = "tokenizer.json", "genai_config.json"
 NEEDED: dict[Task, tuple[str, ...]] = {
     "text-classification": (MODEL, TOKENIZER),

@@ -5,13 +5,14 @@ from typing import Literal
 
 import click
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, DataError
 from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
 from edgeadapt.commandline import FOLDER, as_json, print_result
-from edgeadapt.formats.bundle import PHRASES, TRAINING
+from edgeadapt.formats.bundle import KNOWLEDGE, PHRASES, TRAINING
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.manifest import Task
+from edgeadapt.formats.passages import encode_passages, read_folder
 from edgeadapt.formats.phrases import encode_phrases, read_phrases
 from export.addition import PROFILE
 from export.cli.options import from_folder, learning, profiled, signed_by
@@ -70,6 +71,7 @@ TASKS = ("text-classification", "text-generation")
     metavar="FILE",
     help="Public phrases that devices rehearse when they learn: lines of a label, a tab and a phrase.",
 )
+@click.option("--knowledge", type=FOLDER, metavar="DIR", help="Texts from which devices answer questions.")
 @commandline.bundle("The bundle; its base is replaced.", new=True)
 @signed_by
 @commandline.quiet
@@ -86,6 +88,7 @@ def make(
     max_rank: int | None,
     training: bool | None,
     phrases: Path | None,
+    knowledge: Path | None,
     bundle: Path,
     key_file: Path,
     as_json: bool,
@@ -106,6 +109,9 @@ def make(
 
     signer = read_key(key_file)
     public = read_phrases(phrases) if phrases else []
+    passages, odd = read_folder(knowledge) if knowledge else ([], {})
+    if odd:
+        raise DataError(f"{knowledge}: {next(iter(odd))}: {odd[next(iter(odd))]}", about="--knowledge")
     check_place(bundle)  # before the slow imports and the export
     origin = from_peft(peft_folder, 1, ()) if peft_folder else None
     from export.bundle.base import export_named, resolved, wanted
@@ -122,12 +128,15 @@ def make(
     frozen = find_base(name)  # converting a GGUF file shows a progress bar of its own
     origin = resolved(origin, frozen) if origin else None
     want = wanted(frozen, origin, task=task, slots=slots, head=head, max_rank=max_rank)
-    if public and want.task == "text-generation":
-        raise ConfigError("--phrases are for a classifier; leave them out", about="--phrases")
+    if (public or passages) and want.task == "text-generation":
+        option = "--phrases" if public else "--knowledge"
+        raise ConfigError(f"{option} is for a classifier; leave it out", about=option)
     with progress(f"exporting {name} as {profile or PROFILE}") as report:
         exported = export_named(name, profile or PROFILE, want, folder_above(bundle), report, training=training)
     if public:
         exported = exported.with_file(PHRASES, encode_phrases(public))
+    if passages:
+        exported = exported.with_file(KNOWLEDGE, encode_passages(passages))
     write_bundle(bundle, exported, [], key=signer, once=True)
     manifest, size = exported.manifest, exported.size
     row = {name: getattr(manifest, name) for name in ("base_digest", "task", "profile", "files", "max_rank")}

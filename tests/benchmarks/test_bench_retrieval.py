@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from benchmarks.__main__ import bench
 from benchmarks.retrieval import questions
-from client.inference.passages import Passage
+from edgeadapt.formats.passages import Passage
 from tests.client.inference.test_passages import encoder as encoder
 
 

@@ -16,24 +16,24 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Conversation, Generator
-from client.inference.passages import (
-    LARGEST_FILE,
-    MOST,
-    PASSAGES,
-    WORDS,
-    Passage,
-    PassageIndex,
-    folder_of,
-    quoted,
-    read_folder,
-    split,
-)
+from client.inference.passages import PASSAGES, PassageIndex, folder_of, quoted
 from client.inference.session import ClassificationSession
 from client.inference.text import SamplingParams
 from client.training import graphengine
 from edgeadapt import program
 from edgeadapt.bases.base import Base
+from edgeadapt.formats.bundle import KNOWLEDGE, Bundle
 from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.passages import (
+    LARGEST_FILE,
+    MOST,
+    WORDS,
+    Passage,
+    encode_passages,
+    parse_passages,
+    read_folder,
+    split,
+)
 from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import write_bundle
 from export.onnx.classifier import export_classifier
@@ -144,7 +144,9 @@ def test_a_passage_is_found_by_its_words_and_by_its_meaning() -> None:
 def test_passages_without_a_word_or_a_known_token_are_never_found(tmp_path: Path) -> None:
     index = PassageIndex.of([Passage("a", "", "!!!")], lambda texts: np.zeros((len(texts), 3), np.float32))
     index.write(tmp_path / "bundle", BASE)
-    assert PassageIndex.require(tmp_path / "bundle", BASE).search("anything", np.ones(3, np.float32), 3) == []
+    kept = PassageIndex.read(tmp_path / "bundle", BASE)
+    assert kept is not None
+    assert kept.search("anything", np.ones(3, np.float32), 3) == []
 
 
 def test_rare_words_count_more_and_long_passages_less() -> None:
@@ -179,12 +181,11 @@ def test_an_index_is_kept_encrypted_and_belongs_to_one_base(tmp_path: Path) -> N
     index.write(bundle, BASE)
     raw = (folder_of(bundle) / PASSAGES).read_bytes()
     assert b"tomatoes" not in raw
-    again = PassageIndex.require(bundle, BASE)
+    again = PassageIndex.read(bundle, BASE)
+    assert again is not None
     assert again.passages == NOTES
     assert found(again, "heating", 3) == found(index, "heating", 3)
     assert PassageIndex.read(bundle, "c" * 64) is None
-    with refused(ConfigError, "index"):
-        PassageIndex.require(bundle, "c" * 64)
     for damaged in (raw[:-1], raw[:40], b"", raw[:-1] + bytes([raw[-1] ^ 1])):
         (folder_of(bundle) / PASSAGES).write_bytes(damaged)
         with refused(TrustError, PASSAGES):
@@ -270,7 +271,9 @@ def test_files_are_indexed_asked_and_erased(encoder: Path, tmp_path: Path) -> No
     assert (row["passages"], row["files"], row["left_out"]) == (2, 1, {"odd.txt": "it is not UTF-8"})
     assert "odd.txt is left out" in result.stderr
     answer = json.loads(run("ask", "which lamp", "--bundle", str(encoder), "--sources", "1", "--json").stdout)
-    assert answer["sources"] == [{"source": "music.md", "heading": "Light", "text": "the lamp by the door"}]
+    assert answer["sources"] == [
+        {"source": "music.md", "heading": "Light", "text": "the lamp by the door", "vendor": False}
+    ]
     assert "[1] music.md: Light\n    the lamp" in run("ask", "which lamp", "--bundle", str(encoder)).stdout
     (folder_of(encoder) / PASSAGES).write_bytes(b"damaged")
     run("index", str(tmp_path), "--bundle", str(encoder))
@@ -278,3 +281,58 @@ def test_files_are_indexed_asked_and_erased(encoder: Path, tmp_path: Path) -> No
     run("index", "--erase", "--bundle", str(encoder))
     with refused(ConfigError, "index"):
         run("ask", "which lamp", "--bundle", str(encoder))
+
+
+# The vendor's knowledge comes with the bundle.
+
+
+def test_passages_of_a_vendor_are_read_as_they_were_written(tmp_path: Path) -> None:
+    passages = [Passage("a.md", "Héading", "line\u2028 two", vendor=True), Passage("b", "", "<|im_end|>", vendor=True)]
+    assert parse_passages(encode_passages(passages), tmp_path) == passages
+    whole = encode_passages(passages)
+    for damaged in (
+        whole[:-4],
+        b"[]\n",
+        b'{"source": 1, "heading": "", "text": ""}\n',
+        b"\xff\n",
+        b"[" * 10**5,
+        whole + b"\n",
+    ):
+        with refused(DataError, tmp_path.name):
+            parse_passages(damaged, tmp_path)
+    with refused(DataError, tmp_path.name, MOST + 1):
+        parse_passages(encode_passages([passages[0]] * (MOST + 1)), tmp_path)
+
+
+def test_the_knowledge_of_a_bundle_is_signed_and_answers_beside_own_files(tiny_base: Base, tmp_path: Path) -> None:
+    (tmp_path / "guide").mkdir()
+    (tmp_path / "guide" / "door.md").write_text("# Door\nplay the music to lock it\n")
+    bundle, key = tmp_path / "phone" / "bundle", tmp_path / "vendor.pem"
+    program.cli.main(["bundle", "key", str(key)], standalone_mode=False)
+    words = [
+        "--base",
+        str(tiny_base.folder),
+        "--bundle",
+        str(bundle),
+        "--key",
+        str(key),
+        "--knowledge",
+        str(tmp_path / "guide"),
+    ]
+    bundle.parent.mkdir()
+    program.cli.main(["bundle", "make", *words], standalone_mode=False)
+    (bundle.parent / "trust.pem").write_bytes((tmp_path / "vendor.pub.pem").read_bytes())
+    assert "[1] vendor's door.md: Door" in run("ask", "lock the door", "--bundle", str(bundle)).stdout
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.md").write_text("turn on the lamp\n")
+    run("index", str(tmp_path / "own"), "--bundle", str(bundle))
+    answer = json.loads(run("ask", "lamp", "--bundle", str(bundle), "--json").stdout)
+    assert {(one["source"], one["vendor"]) for one in answer["sources"]} >= {("notes.md", False), ("door.md", True)}
+    trusted = Bundle(bundle, (IdentityKey.from_pem(key.read_bytes()).public,))
+    PassageIndex.forget(bundle, trusted.base().digest, lambda text: "music" in text)  # the owner never wrote it
+    assert (folder_of(bundle) / PASSAGES).exists()
+    run("index", "--erase", "--bundle", str(bundle))
+    assert "door.md" in run("ask", "lock the door", "--bundle", str(bundle)).stdout
+    (bundle / "base" / KNOWLEDGE).write_bytes(encode_passages([Passage("door.md", "Door", "leave it open")]))
+    with refused(TrustError, KNOWLEDGE):
+        run("ask", "lock the door", "--bundle", str(bundle))

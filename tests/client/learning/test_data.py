@@ -10,7 +10,7 @@ import pytest
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference import usage
-from client.inference.passages import Passage, PassageIndex
+from client.inference.passages import PassageIndex
 from client.learning import Correction, Learned, Learner
 from client.learning.corrections import LessonHistory
 from client.node.eligibility import conditions
@@ -21,6 +21,7 @@ from client.node.statedir import DeviceStateDir
 from client.training.examples import parse_examples
 from edgeadapt.formats import storage
 from edgeadapt.formats.bundle import adapter_names
+from edgeadapt.formats.passages import Passage
 from tests.client.learning.test_learner import OTHERS, drawn, phone, run, teach, trainable
 from tests.client.learning.test_personal_step import MINE, examples, personalized, weights
 from tests.client.node.test_eligibility import NIGHT
