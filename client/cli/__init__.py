@@ -14,7 +14,7 @@ COMMANDS = {
     "infer": ("client.cli.infer", "infer", "Classify phrases, or continue texts.", ""),
     "chat": ("client.cli.chat", "chat", "Chat with the language model of a bundle.", ""),
     "index": ("client.cli.sources", "index", "Index own files for questions.", ""),
-    "ask": ("client.cli.sources", "ask", "Show the passages of own files that answer a question.", ""),
+    "ask": ("client.cli.sources", "ask", "Find passages of own files, or texts worth a label.", ""),
     "learn": ("client.cli.learn", "learn", "Learn corrections on this device, or undo that.", ""),
     "personalize": ("client.cli.learn", "personalize", "Make a private adapter from this device's examples.", ""),
     "usage": ("client.cli.usage", "usage", "Count answers on this device, show or erase the counts.", ""),

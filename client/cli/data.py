@@ -13,8 +13,8 @@ import click
 from aggregation.errors import ConfigError, DataError
 from client.cli import options
 from client.cli.node import confirmed
-from client.inference import usage
 from client.inference.passages import PassageIndex
+from client.inference.usage import Usage
 from client.training.examples import MAX_FILE, parse_examples, read_file
 from client.training.hygiene import Cleaned, clean, without, words
 from client.updates.channel import PRIVATE, UPDATES
@@ -107,8 +107,8 @@ def import_(state_dir: Path, as_json: bool, file: Path) -> None:
 def erase(
     state_dir: Path, bundle: Path | None, text: str, containing: str, everything: bool, yes: bool, as_json: bool
 ) -> None:
-    """Erase examples and corrections, and what this device counted, computed and learned of them, and the index of
-    'device index' if it has the text; the files stay. It leaves the session that is under way.
+    """Erase examples, corrections and texts that were asked, and what this device counted, computed and learned of
+    them, and the index of 'device index' if it has the text; the files stay. It leaves the session that is under way.
 
     The private adapter is made again from the global one: lessons of what remains are repeated, and personal steps are
     with their default settings. No sum of the past can be taken back.
@@ -119,7 +119,7 @@ def erase(
       edgeadapt device data erase --state kitchen --bundle phone/bundle --text "call the office" --yes
       edgeadapt device data erase --state kitchen --all
     """
-    from client.learning import Correction, Learner
+    from client.learning import Correction, Learner, questions
     from client.node.privacyledger import PrivacyLedger
     from client.node.statedir import DeviceStateDir
 
@@ -145,7 +145,8 @@ def erase(
             corrections = sum(map(gone, learner.history.corrections)) if learner else 0
             # Also a private adapter of no lesson that is known, as after a kill.
             unknown = learner and learner.adapter.manifest.parent and not learner.history.lessons
-            if not (examples or corrections or everything or unknown):
+            asked = questions.forget(place, erased) if learner else 0
+            if not (examples or corrections or asked or everything or unknown):
                 raise DataError("nothing has this text, and nothing was erased: see --containing", about="--text")
             if learner:
                 learner.forget(gone)
@@ -155,9 +156,9 @@ def erase(
             shutil.rmtree(storage.real(place).parent / UPDATES / PRIVATE, ignore_errors=True)
             learner.relearn(opened.examples)
             PassageIndex.forget(place, learner.adapter.manifest.base_digest, lambda text: wanted in words(text))
-            if usage.counts_usage(place):
-                usage.erase(place)
-                usage.begin(place)
+            if Usage.is_on(place):
+                Usage.erase(place)
+                Usage.begin(place)
     ledger = opened.load(PrivacyLedger) or PrivacyLedger()
     epsilon = ledger.spent.epsilon(opened.policy.delta)
     sums = f"{ledger.noisy} with noise, epsilon {epsilon:.2f}, and {ledger.bare} without"

@@ -116,6 +116,10 @@ def _classify(library: Library, names: Sequence[str], phrases: list[str], top: i
     asked = [[_asked(session, adapter, text, top) for adapter in adapters] for text in phrases]
     if len(adapters) == 1:
         usage.count_answers(library.bundle, adapters[0], [one for (one,) in asked])
+        if usage.is_kept(library.bundle, usage.ASKED):
+            from client.learning.questions import remember
+
+            remember(library.bundle, [(text, one[0]) for text, (one,) in zip(phrases, asked, strict=True)])
     answers = [[_answer(text, ranking) for ranking, _ in row] for text, row in zip(phrases, asked, strict=True)]
     used = ({"adapter": one.name, "version": one.version, "temperature": one.temperature} for one in adapters)
     return [{**stated, "answers": list(own)} for stated, own in zip(used, zip(*answers, strict=True), strict=True)]

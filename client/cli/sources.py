@@ -1,8 +1,9 @@
-"""``edgeadapt device index`` and ``ask``: passages of one's own files, and of the bundle, that answer a question."""
+"""``edgeadapt device index`` and ``ask``: passages of one's own files and of the bundle that answer a question, and the
+questions that a device has for its owner."""
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +13,13 @@ import numpy as np
 
 from aggregation.errors import ConfigError, TrustError
 from client.cli import options
+from client.cli.learn import teach
 from client.cli.options import printable
 from client.inference.passages import PASSAGES, PassageIndex, folder_of
 from client.inference.session import ClassificationSession
+from client.learning import Correction
+from client.learning.corrections import MAX_AT_ONCE
+from client.learning.questions import AskedTexts, questions
 from edgeadapt import commandline
 from edgeadapt.formats.bundle import KNOWLEDGE
 from edgeadapt.formats.layout import Floats
@@ -102,26 +107,77 @@ def index(folder: Path | None, bundle: Path, trust: Path | None, erase: bool, as
 
 
 @click.command()
-@click.argument("question")
-@commandline.bundle("The bundle for which files are indexed.")
+@click.argument("question", required=False, metavar="[QUESTION]")
+@commandline.bundle()
 @options.trust
 @click.option("--sources", type=click.IntRange(1, 100), default=3, show_default=True, metavar="N", help="So many.")
+@click.option("--next", "count", type=click.IntRange(1, MAX_AT_ONCE), metavar="N", help="Ask about N texts instead.")
 @commandline.as_json
-def ask(question: str, bundle: Path, trust: Path | None, sources: int, as_json: bool) -> None:
+def ask(question: str | None, bundle: Path, trust: Path | None, sources: int, count: int | None, as_json: bool) -> None:
     """Show the passages of the indexed files, and of the bundle's own knowledge, that say most about QUESTION, by its
     words and its meaning.
+
+    With --next, show the texts that the device was asked whose labels would teach it most: those it is unsure of, that
+    are like many others and like none that was taught (`edgeadapt device usage --on --texts` keeps what is asked). On a
+    terminal it asks for the label of each, and learns them at once as `edgeadapt device learn` does; Ctrl-C leaves all
+    as it was. A text that is taught or skipped is not asked about again.
 
     \b
     Examples:
       edgeadapt device ask "when is the boiler serviced" --bundle phone/bundle
       edgeadapt device ask "Wann kommt der Schornsteinfeger?" --bundle phone/bundle --sources 5 --json
+      edgeadapt device ask --next 3 --bundle phone/bundle
     """
-    found = Finder(bundle, trust).find(question, sources)
+    if (question is None) == (count is None):
+        raise click.UsageError("give a QUESTION to your files, or --next N alone")
+    if count is not None:
+        _ask_person(bundle, trust, count, as_json)
+        return
+    found = Finder(bundle, trust).find(str(question), sources)
     if as_json:
         click.echo(json.dumps({"question": question, "sources": [asdict(one) for one in found]}, ensure_ascii=False))
         return
     for number, one in enumerate(found, 1):
         click.echo(f"[{number}] {printable(named(one))}\n    {printable(one.text)}")
+
+
+def _ask_person(bundle: Path, trust: Path | None, count: int, as_json: bool) -> None:
+    """Show texts that are worth a label, and learn the labels that a person gives on a terminal. Raises ConfigError: no
+    texts are kept."""
+    if (kept := AskedTexts.read(bundle)) is None:
+        reason = f"no texts are kept: edgeadapt device usage --on --texts --bundle {bundle}"
+        raise ConfigError(reason, about="--next")
+    session = ClassificationSession.open(bundle, trust)
+    adapter = session.load(session.library.default())
+    with commandline.status("read texts") as report:
+        asked = questions(session, adapter.name, kept.texts, count, report)
+    if as_json:
+        click.echo(json.dumps({"questions": [asdict(one) for one in asked]}, ensure_ascii=False))
+        return
+    meant = {options.words(label): label for label in adapter.labels} | {label: label for label in adapter.labels}
+    asks, answers = bool(asked) and options.standard_input().isatty(), dict[str, str | None]()
+    for one in asked:
+        click.echo(" ".join(printable(one.text).split()))
+        for number, guess in enumerate(one.guesses, 1):
+            click.echo(f"  {number} {options.words(guess.label)} {guess.probability:.1%}")
+        if asks:
+            numbered = {str(number): guess.label for number, guess in enumerate(one.guesses, 1)}
+            answers[one.text] = _label(numbered | meant)
+    if not asked:
+        click.echo("nothing that was asked is left to ask about")
+    if corrections := [Correction(text, label) for text, label in answers.items() if label]:
+        teach(bundle, trust, adapter.name, corrections, as_json)
+    if answers:
+        AskedTexts.change(bundle, lambda found: found.settling([*answers]))
+
+
+def _label(meant: Mapping[str, str]) -> str | None:
+    """Read a label until it is a number of a guess or a name; None: nothing was typed."""
+    while typed := str(click.prompt("its label (number or name; empty: skip)", "", show_default=False)).strip():
+        if typed in meant:
+            return meant[typed]
+        click.echo(f"{printable(typed)!r} is not a label of the adapter: {', '.join([*meant][:40])}")
+    return None
 
 
 def named(passage: Passage) -> str:

@@ -5,12 +5,13 @@
     learned/usage.sealed     the counts of the last ``KEPT`` days; without it nothing is counted
     learned/sealing.key      encrypts it
 
-No text is kept. A round of observation may ask for sums of them (``edgeadapt.rounds.observation``).
+No text is counted (``client.learning.questions`` keeps texts). A round of observation may ask for sums of the counts
+(``edgeadapt.rounds.observation``).
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -28,14 +29,68 @@ if TYPE_CHECKING:  # imports ONNX Runtime
 
 log = logging.getLogger("edgeadapt.device")
 LEARNED, SEALING_KEY, USAGE, LOCK = "learned", "sealing.key", "usage.sealed", "usage.lock"
+ASKED = "asked.sealed"  # of ``client.learning.questions``
 KEPT = 62  # days
 MOST_KEYS = 4096  # of a day; an answer with a new one is not counted beyond it
 LARGEST = 2**26  # bytes
 EPOCH = date(1970, 1, 1)
-_KEY: Codec[str] = Codec(
-    lambda out, value: wire.blob(2**14).write(out, value.encode()),
-    lambda source: wire.blob(2**14).read(source).decode(),
-)
+
+
+def utf8(limit: int) -> Codec[str]:
+    """Encode texts of at most ``limit`` bytes."""
+    raw = wire.blob(limit)
+    return Codec(lambda out, value: raw.write(out, value.encode()), lambda source: raw.read(source).decode())
+
+
+class OptIn(sealed.SealedRecord):
+    """A record of a device's answers, encrypted next to a bundle; its owner wants it if its file is there."""
+
+    __slots__ = ()
+    FILE: ClassVar[str]
+
+    @classmethod
+    def is_on(cls, bundle: storage.File) -> bool:
+        """Check, at the cost of a look at the disk, whether the record is kept."""
+        return is_kept(bundle, cls.FILE)
+
+    @classmethod
+    def begin(cls, bundle: Path) -> None:
+        """Keep the record from now on; what it has stays."""
+        folder = _folder(bundle)
+        folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
+        with storage.locked(folder / LOCK):
+            if not cls.is_on(bundle):
+                cls().write(bundle)
+
+    @classmethod
+    def erase(cls, bundle: Path) -> None:
+        """Delete the record, and keep none from now on."""
+        if cls.is_on(bundle):
+            with storage.locked(_folder(bundle) / LOCK):  # or an answer under way would write it again
+                (_folder(bundle) / cls.FILE).unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, bundle: Path) -> Self | None:
+        """Read what is kept next to a bundle; None: nothing. Raises TrustError: it is damaged."""
+        folder = _folder(bundle)
+        if not cls.is_on(bundle):
+            return None
+        try:
+            return cls.open(storage.read(folder / cls.FILE, LARGEST), sealing_key(folder))
+        except (TrustError, ConfigError, DataError, ProtocolError, ValueError) as error:
+            reason = f"{folder / cls.FILE} is damaged: begin again with 'edgeadapt device usage --erase' and --on"
+            raise TrustError(reason, about=cls.FILE) from error
+
+    @classmethod
+    def change(cls, bundle: Path, how: Callable[[Self], Self]) -> None:
+        """Replace the record, if it is kept. Raises as ``read``."""
+        if cls.is_on(bundle):
+            with storage.locked(_folder(bundle) / LOCK):
+                if found := cls.read(bundle):
+                    how(found).write(bundle)
+
+    def write(self, bundle: Path) -> None:
+        storage.replace(_folder(bundle) / self.FILE, self.seal(sealing_key(_folder(bundle))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +98,17 @@ class UsageDay:
     """``day``: since 1970, in UTC. ``counts``: by ``observation.keys``."""
 
     day: Annotated[int, wire.uint(32)]
-    counts: Annotated[Mapping[str, int], wire.mapping(_KEY, wire.uint(32), MOST_KEYS)]
+    counts: Annotated[Mapping[str, int], wire.mapping(utf8(2**14), wire.uint(32), MOST_KEYS)]
 
 
 USAGE_DAYS = wire.sequence(wire.record(UsageDay), KEPT)
 
 
 @dataclass(frozen=True, slots=True)
-class Usage(sealed.SealedRecord):
+class Usage(OptIn):
     """Counts of the last days, oldest first. Law: ``open(seal(u, k), k) == u``."""
 
+    FILE: ClassVar[str] = USAGE
     MAGIC: ClassVar[bytes] = b"edgeadapt/usage/1\x00"
 
     days: Annotated[tuple[UsageDay, ...], USAGE_DAYS] = ()
@@ -77,21 +133,6 @@ class Usage(sealed.SealedRecord):
         others = [one for one in self.days if one.day != day and one.day > day - KEPT]
         return replace(self, days=tuple(sorted([*others, UsageDay(day, counts)], key=lambda one: one.day)[-KEPT:]))
 
-    @classmethod
-    def read(cls, bundle: Path) -> "Usage | None":
-        """Read what is kept next to a bundle; None: nothing is counted. Raises TrustError: it is damaged."""
-        folder = _folder(bundle)
-        if not (folder / USAGE).exists():
-            return None
-        try:
-            return cls.open(storage.read(folder / USAGE, LARGEST), sealing_key(folder))
-        except (TrustError, ConfigError, DataError, ProtocolError, ValueError) as error:
-            reason = f"{folder / USAGE} is damaged: begin again with 'edgeadapt device usage --erase' and --on"
-            raise TrustError(reason, about=USAGE) from error
-
-    def write(self, bundle: Path) -> None:
-        storage.replace(_folder(bundle) / USAGE, self.seal(sealing_key(_folder(bundle))))
-
 
 def today() -> int:
     return (datetime.now(UTC).date() - EPOCH).days
@@ -101,42 +142,22 @@ def day_of(number: int) -> date:
     return EPOCH + timedelta(days=number)
 
 
-def counts_usage(bundle: storage.File) -> bool:
-    """Check, at the cost of a look at the disk, whether answers are counted."""
-    return (_folder(Path(bundle)) / USAGE).exists()
-
-
-def begin(bundle: Path) -> None:
-    """Count answers from now on; what was counted stays."""
-    folder = _folder(bundle)
-    folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
-    with storage.locked(folder / LOCK):
-        if not (folder / USAGE).exists():
-            Usage().write(bundle)
-
-
-def erase(bundle: Path) -> None:
-    """Delete all counts, and count nothing from now on."""
-    if counts_usage(bundle):
-        with storage.locked(_folder(bundle) / LOCK):  # or an answer under way would write them again
-            (_folder(bundle) / USAGE).unlink(missing_ok=True)
+def is_kept(bundle: storage.File, name: str) -> bool:
+    return (_folder(Path(bundle)) / name).exists()
 
 
 def count(bundle: Path, found: Iterable[str]) -> None:
     """Add keys to the counts of today, if answers are counted. Why they cannot be is logged: an answer or a lesson is
     good all the same."""
     try:
-        if counts_usage(bundle):
-            with storage.locked(_folder(bundle) / LOCK):
-                if usage := Usage.read(bundle):
-                    usage.plus(today(), found).write(bundle)
+        Usage.change(bundle, lambda usage: usage.plus(today(), found))
     except (EdgeAdaptError, OSError) as error:
         log.warning("not counted: %s", error)
 
 
 def count_answers(bundle: Path, used: "Adapter", answers: Iterable[tuple["Ranking | None", float]]) -> None:
     """Count answers of an adapter with the seconds that each took; None: a language model wrote it."""
-    if not counts_usage(bundle):
+    if not Usage.is_on(bundle):
         return
     from edgeadapt.rounds.observation import keys  # a third of the start of an answer
 

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Self
 
 from aggregation import sealed, wire
 from aggregation.errors import ConfigError, DataError, TrustError
-from aggregation.wire import Codec
+from client.inference.usage import LEARNED, sealing_key, utf8
 from client.training.examples import MAX_TEXT
 from edgeadapt.formats import storage
 
@@ -25,17 +25,12 @@ MAX_FILE = 2**26  # bytes of an adapter before a lesson
 HISTORY = "history.sealed"
 
 
-def _utf8(limit: int) -> Codec[str]:
-    raw = wire.blob(limit)
-    return Codec(lambda out, value: raw.write(out, value.encode()), lambda source: raw.read(source).decode())
-
-
 @dataclass(frozen=True, slots=True)
 class Correction:
     """A phrase and its label, or a prompt and its answer, as a person stated it. ``repr`` shows neither."""
 
-    text: Annotated[str, _utf8(4 * MAX_TEXT)] = field(repr=False)
-    label: Annotated[str, _utf8(4 * MAX_TEXT)] = field(repr=False)
+    text: Annotated[str, utf8(4 * MAX_TEXT)] = field(repr=False)
+    label: Annotated[str, utf8(4 * MAX_TEXT)] = field(repr=False)
 
 
 _CORRECTIONS = wire.sequence(wire.record(Correction), MAX_CORRECTIONS + MAX_AT_ONCE)
@@ -110,6 +105,12 @@ class LessonHistory(sealed.SealedRecord):
         if not self.lessons:
             raise DataError("there is nothing to undo: the adapter in use was not learned here", about="--undo")
         return self.lessons[-1], replace(self, lessons=self.lessons[:-1])
+
+    @classmethod
+    def of(cls, bundle: Path) -> "LessonHistory":
+        """Read what was taught next to a bundle. Raises TrustError as ``read``."""
+        folder = storage.real(bundle).parent / LEARNED
+        return cls.read(folder / HISTORY, sealing_key(folder)) if (folder / HISTORY).exists() else cls()
 
     @classmethod
     def read(cls, path: Path, key: bytes) -> "LessonHistory":

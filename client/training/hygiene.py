@@ -115,7 +115,7 @@ def clean(raw: bytes, settings: HygieneSettings | None, now: float) -> Cleaned:
     aside, seen = dict[int, str](), set[str]()
     for number in sorted(rows, key=lambda number: -times.get(number, math.inf)):  # of duplicates the newest is kept
         row = rows[number]
-        if reason := next(_reasons(row["text"], row.get("prompt") or "", settings), ""):
+        if reason := next(reasons(row["text"], row.get("prompt") or "", settings), ""):
             aside[number] = reason
         elif settings.days and now - times.get(number, now) > settings.days * DAY:
             aside[number] = "old"
@@ -166,7 +166,8 @@ def _time(value: Any) -> float:
         return -math.inf
 
 
-def _reasons(text: str, prompt: str, settings: HygieneSettings) -> Iterator[str]:
+def reasons(text: str, prompt: str, settings: HygieneSettings) -> Iterator[str]:
+    """Yield why a text with its prompt is set aside whatever else is there, if it is."""
     if max(len(text), len(prompt)) > MAX_TEXT:
         yield "long"
         return

@@ -14,6 +14,7 @@ from client.inference.library import Composition, Library
 from client.inference.session import ClassificationSession, Ranking
 from client.inference.text import SamplingParams, checked
 from client.learning import Correction, Learned, Learner, Personalized, Undone
+from client.learning.questions import remember
 from client.training.personal import FINE_TUNE, PersonalStep
 from client.updates import ChannelSource, Updated, follow, update
 from edgeadapt.formats.storage import File
@@ -184,14 +185,15 @@ class Classifier(_Model):
         return self._answers([text], count, adapter)[0]
 
     def _answers(self, texts: Iterable[str], count: int, adapter: str | None) -> list[list[Answer]]:
-        used, found = adapter or self.adapter, list[tuple[Ranking, float]]()
-        for text in texts:
+        used, found, asked = adapter or self.adapter, list[tuple[Ranking, float]](), list(texts)
+        for text in asked:
             if not isinstance(text, str):
                 raise DataError(f"a {type(text).__name__} is not a text: give a string", about="text")
             checked(text)
             begun = time.perf_counter()
             found.append((self._session.ranking(text, used, count), time.perf_counter() - begun))
         usage.count_answers(self.bundle, self._session.load(used), found)  # once: it writes a file
+        remember(self.bundle, [(text, ranking) for text, (ranking, _) in zip(asked, found, strict=True)])
         return [self._ranked(used, ranking) for ranking, _ in found]
 
     @staticmethod

@@ -13,7 +13,7 @@ import pytest
 import tomli_w
 
 from aggregation.errors import ProtocolError
-from client.inference.usage import Usage, begin, today
+from client.inference.usage import Usage, today
 from client.node.policy import PolicySettings
 from client.node.statedir import SETTINGS
 from edgeadapt.bases.base import Base
@@ -46,7 +46,7 @@ def observed(app_fleet_of: Callable[..., Any], tiny_base: Base, multiplier: floa
         table["policy"] |= {"observations": True, "minimum_evaluation_noise": demanded}
         file.write_text(tomli_w.dumps(table))
     victim = staged.bundle(staged.devices[0])
-    begin(victim)
+    Usage.begin(victim)
     counts = [keys("on", 0.2 if number < DOUBT else 0.97, 0.0, 0.01, "a" * 64) for number in range(ANSWERS)]
     Usage().plus(today() - 1, [key for own in counts for key in own]).write(victim)
     run("coordinator", "observe", staged.fleet.out / "coordinator", "--days", 1)

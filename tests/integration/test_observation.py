@@ -17,7 +17,7 @@ import tomli_w
 from click.testing import CliRunner
 
 from aggregation.errors import ConfigError, EdgeAdaptError
-from client.inference.usage import Usage, begin, today
+from client.inference.usage import Usage, today
 from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import SETTINGS
 from coordinator.dashboard.view import Viewer, exposition
@@ -87,7 +87,7 @@ def test_what_devices_answered_is_summed_by_week_and_a_change_is_found(staged: S
     agree(staged, agreeing)
     counting = agreeing[:-1]  # the last device counts nothing
     for device in counting:
-        begin(staged.bundle(device))
+        Usage.begin(staged.bundle(device))
         answered(staged.bundle(device), BEFORE, 4, "a" * 64)
         answered(staged.bundle(device), AFTER, 10, "b" * 64)
         answered(staged.bundle(device), today(), 40, "b" * 64)  # a day that is not over
@@ -154,7 +154,7 @@ def test_counts_of_a_session_are_those_of_its_begin(staged: StagedFleet) -> None
     device = staged.devices[0]
     agree(staged, [device])
     state = staged.fleet.state_dir(device)
-    begin(staged.bundle(device))
+    Usage.begin(staged.bundle(device))
     answered(staged.bundle(device), AFTER, 10, "b" * 64)
     state.take_snapshot(b"", b"k" * 32)
     before = state.load_snapshot(b"k" * 32)

@@ -23,13 +23,13 @@ def ask(conversation: Conversation, text: str) -> str:
 
 def test_answers_of_an_adapter_are_counted_by_latency_where_the_owner_wants_it(generator: Generator) -> None:
     bundle = generator.library.bundle
-    usage.begin(bundle)
+    usage.Usage.begin(bundle)
     try:
         ask(Conversation(generator, SHORT, adapter="anna"), "lock the door")
         ask(Conversation(generator, SHORT), "lock the door")  # the bare base
         found = usage.Usage.read(bundle)
     finally:
-        usage.erase(bundle)
+        usage.Usage.erase(bundle)
     assert found is not None
     (counts,) = (day.counts for day in found.days)
     assert sorted(key.partition("/")[0] for key in counts) == ["adapter", "latency", "lessons"]

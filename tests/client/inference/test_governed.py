@@ -85,7 +85,7 @@ def test_infer_and_python_say_what_the_policy_says(
 ) -> None:
     govern(deny=(ranked[0][0],), denied="Not from here.", confirm=(ranked[1][0],))
     run = CliRunner()
-    usage.begin(bundle)
+    usage.Usage.begin(bundle)
     done = run.invoke(device, ["infer", "--bundle", str(bundle), "--json", TEXT, "🔥"])
     counted = usage.Usage.read(bundle)
     assert counted is not None

@@ -179,7 +179,7 @@ def test_after_erasing_the_adapter_is_that_of_a_device_that_never_had_the_text(
     lessons = [(LABELS[3], OTHERS[0]), (LABELS[0], OTHERS[1])]
     lived(other.parent / "kitchen", other, *lessons)
     lived(kitchen, phone, lessons[0], (LABELS[1], SONG), lessons[1], mine=HEARD)
-    usage.begin(phone)
+    usage.Usage.begin(phone)
     usage.count(phone, ["labels/x"])
     for name in ("examples.sealed", "states.sealed"):
         (kitchen / name).write_bytes(b"anything")

@@ -77,7 +77,7 @@ def test_counts_of_days_add_up_and_old_days_go(asked: list[tuple[int, str]]) -> 
 
 def test_what_is_damaged_is_named_and_can_be_begun_again(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    usage.begin(bundle)
+    usage.Usage.begin(bundle)
     usage.count(bundle, ["labels/on"])
     found = Usage.read(bundle)
     assert found is not None
@@ -87,8 +87,8 @@ def test_what_is_damaged_is_named_and_can_be_begun_again(tmp_path: Path) -> None
         file.write_bytes(damage)
         with refused(TrustError, USAGE):
             Usage.read(bundle)
-    usage.erase(bundle)
-    usage.begin(bundle)
+    usage.Usage.erase(bundle)
+    usage.Usage.begin(bundle)
     assert Usage.read(bundle) == Usage()
 
 
