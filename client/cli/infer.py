@@ -1,7 +1,6 @@
 """``edgeadapt device infer``: classifies phrases, or continues texts."""
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from aggregation.errors import ConfigError, DataError
 from client.cli import options
 from client.cli.options import printable
 from client.inference.generate import Generator
-from client.inference.library import Adapter, Library
-from client.inference.session import ClassificationSession, Ranking
+from client.inference.library import Library
+from client.inference.session import AUTO, ROUTER, ClassificationSession, Ranking
 from client.inference.text import SamplingParams
 from edgeadapt import commandline
 
@@ -22,7 +21,8 @@ from edgeadapt import commandline
 @commandline.bundle()
 @commandline.adapter(
     "names",
-    "One, or NAME:WEIGHT+NAME for several as one; may be repeated. Default: the personal adapter, else the global one.",
+    "One, NAME:WEIGHT+NAME for several as one, or auto for the one that the bundle's router chooses; may be repeated. "
+    "Default: the personal adapter, else the global one.",
     multiple=True,
 )
 @options.trust
@@ -111,25 +111,24 @@ def _classify(library: Library, names: Sequence[str], phrases: list[str], top: i
     from client.inference import usage  # an answer waits for nothing that it does not need
 
     session = ClassificationSession.of(library)
-    adapters = [session.load(name) for name in names or (library.default(),)]
+    names = names or (library.default(),)
     # One text by all adapters, then the next: what is below the adapters reads it once.
-    asked = [[_asked(session, adapter, text, top) for adapter in adapters] for text in phrases]
-    if len(adapters) == 1:
-        usage.count_answers(library.bundle, adapters[0], [one for (one,) in asked])
+    asked = [[session.answer(text, name, top) for name in names] for text in phrases]
+    if len(names) == 1:
+        usage.count_answers(library.bundle, [one for (one,) in asked])
         if usage.is_kept(library.bundle, usage.ASKED):
             from client.learning.questions import remember
 
-            remember(library.bundle, [(text, one[0]) for text, (one,) in zip(phrases, asked, strict=True)])
-    answers = [[_answer(text, ranking) for ranking, _ in row] for text, row in zip(phrases, asked, strict=True)]
-    used = ({"adapter": one.name, "version": one.version, "temperature": one.temperature} for one in adapters)
-    return [{**stated, "answers": list(own)} for stated, own in zip(used, zip(*answers, strict=True), strict=True)]
-
-
-def _asked(session: ClassificationSession, adapter: Adapter, text: str, top: int) -> tuple[Ranking, float]:
-    """Return what an adapter answers to a text, and in how many seconds."""
-    begun = time.perf_counter()
-    ranking = session.ranking(text, adapter.composition, top)
-    return ranking, time.perf_counter() - begun
+            remember(library.bundle, [(text, one[1]) for text, (one,) in zip(phrases, asked, strict=True)])
+    results = []
+    for number, name in enumerate(names):
+        one = session.load(ROUTER if name == AUTO else name)
+        answers = [_answer(text, row[number][1]) for text, row in zip(phrases, asked, strict=True)]
+        if name == AUTO:
+            answers = [{**answer, "adapter": row[number][0].name} for answer, row in zip(answers, asked, strict=True)]
+        stated = {"adapter": name if name == AUTO else one.name, "version": one.version, "temperature": one.temperature}
+        results.append({**stated, "answers": answers})
+    return results
 
 
 def _answer(text: str, ranking: Ranking) -> dict[str, Any]:
@@ -165,7 +164,7 @@ def _table(adapters: list[dict[str, Any]]) -> list[str]:
             f"{intent['probability']:6.1%}" if intent else "",
             "confirm" if answer["outcome"] == "confirm" else "",
             f"({answer['unknown']:.0%} unknown)" if intent and answer["unknown"] else "",
-            result["adapter"] if len(adapters) > 1 else "",
+            answer.get("adapter", result["adapter"] if len(adapters) > 1 else ""),
             " ".join(printable(answer["text"]).split()),
         )
         for result in adapters

@@ -178,7 +178,7 @@ class Generator:
             begun = time.perf_counter()
             yield from self._generate(prompt, params, adapter)
             if adapter:
-                usage.count_answers(self.library.bundle, adapter, [(None, time.perf_counter() - begun)])
+                usage.count_answers(self.library.bundle, [(adapter, None, time.perf_counter() - begun)])
 
     def _generate(self, prompt: list[int], params: SamplingParams, adapter: Adapter | None) -> Iterator[str]:
         engine, stops, decoder = self._engine, StopFilter(params.stop), self._engine.decoder()

@@ -4,6 +4,7 @@ An adapter is a set of inputs of the graph, held in memory in float32: switching
 reference (docs/decisions/0010-profiles-of-a-base.md).
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from edgeadapt.methods.peft.inputs import is_saved
 
 MAX_LOADED = 32  # adapters held in memory
 MAX_LOADED_BYTES = 2**28
+AUTO, ROUTER = "auto", "router"  # chooses for each text, by the adapter whose labels are names of adapters
+SURE = 0.5  # least probability of such a choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,19 @@ class ClassificationSession:
         TrustError, DataError, ConfigError: as ``Composition.of`` and ``Library.load``.
         """
         return self._get(Composition.of(adapter)).adapter
+
+    def answer(self, text: str, adapter: Named, top: int) -> tuple[Adapter, Ranking, float]:
+        """Return the adapter that answers a text, what it answers, and the seconds that this took.
+
+        For ``AUTO`` the bundle's ``ROUTER`` names the adapter; the default one answers where the router is unsure, the
+        policy withholds its answer, or the bundle does not have what it names. Raises as ``rank``.
+        """
+        begun = time.perf_counter()
+        if adapter == AUTO:
+            best = self.ranking(text, ROUTER, 1).predictions
+            known = best and best[0].probability >= SURE and best[0].label in self.library.names()
+            adapter = best[0].label if known else self.library.default(without=ROUTER)
+        return self.load(adapter), self.ranking(text, adapter, top), time.perf_counter() - begun
 
     def classify(self, texts: Sequence[str], adapter: Named) -> list[Prediction]:
         """Find the most likely label of each text. Raises as ``rank``; DataError: the bundle's policy withholds one."""

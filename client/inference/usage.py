@@ -155,14 +155,15 @@ def count(bundle: Path, found: Iterable[str]) -> None:
         log.warning("not counted: %s", error)
 
 
-def count_answers(bundle: Path, used: "Adapter", answers: Iterable[tuple["Ranking | None", float]]) -> None:
-    """Count answers of an adapter with the seconds that each took; None: a language model wrote it."""
+def count_answers(bundle: Path, answers: Iterable[tuple["Adapter", "Ranking | None", float]]) -> None:
+    """Count answers, each with its adapter and the seconds that it took; None: a language model wrote it."""
     if not Usage.is_on(bundle):
         return
     from edgeadapt.rounds.observation import keys  # a third of the start of an answer
 
-    found, content = list[str](), used.manifests[0].content if len(used.manifests) == 1 else ""
-    for ranking, seconds in answers:
+    found = list[str]()
+    for used, ranking, seconds in answers:
+        content = used.manifests[0].content if len(used.manifests) == 1 else ""
         best = ranking.predictions[0] if ranking and ranking.predictions else None
         label, probability = (best.label, best.probability) if best else (None, 0.0)
         own = keys(label, probability, ranking.unknown if ranking else 0.0, seconds, content)

@@ -1,6 +1,5 @@
 """``edgeadapt.load``: a verified bundle as an object that answers, learns and follows its channel."""
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,8 +9,8 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError
 from client.inference import usage
 from client.inference.generate import Conversation, Generator
-from client.inference.library import Composition, Library
-from client.inference.session import ClassificationSession, Ranking
+from client.inference.library import Adapter, Composition, Library
+from client.inference.session import AUTO, ROUTER, ClassificationSession, Ranking
 from client.inference.text import SamplingParams, checked
 from client.learning import Correction, Learned, Learner, Personalized, Undone
 from client.learning.questions import remember
@@ -185,16 +184,15 @@ class Classifier(_Model):
         return self._answers([text], count, adapter)[0]
 
     def _answers(self, texts: Iterable[str], count: int, adapter: str | None) -> list[list[Answer]]:
-        used, found, asked = adapter or self.adapter, list[tuple[Ranking, float]](), list(texts)
+        named, found, asked = adapter or self.adapter, list[tuple[Adapter, Ranking, float]](), list(texts)
         for text in asked:
             if not isinstance(text, str):
                 raise DataError(f"a {type(text).__name__} is not a text: give a string", about="text")
             checked(text)
-            begun = time.perf_counter()
-            found.append((self._session.ranking(text, used, count), time.perf_counter() - begun))
-        usage.count_answers(self.bundle, self._session.load(used), found)  # once: it writes a file
-        remember(self.bundle, [(text, ranking) for text, (ranking, _) in zip(asked, found, strict=True)])
-        return [self._ranked(used, ranking) for ranking, _ in found]
+            found.append(self._session.answer(text, named, count))
+        usage.count_answers(self.bundle, found)  # once: it writes a file
+        remember(self.bundle, [(text, ranking) for text, (_, ranking, _) in zip(asked, found, strict=True)])
+        return [self._ranked(used.name, ranking) for used, ranking, _ in found]
 
     @staticmethod
     def _ranked(used: str, found: Ranking) -> list[Answer]:
@@ -207,7 +205,7 @@ class Classifier(_Model):
 
         Raises as ``ClassificationSession.load``.
         """
-        self._session.load(adapter)
+        self._session.load(ROUTER if adapter == AUTO else adapter)
         return type(self)(self._session, adapter, self._threads)
 
     def teach(self, text: str, label: str) -> Learned:
@@ -266,7 +264,8 @@ def load(
 
     Args:
         adapter: The adapter that answers, or several as one, "global:0.5+anna"; by default the bundle's own choice,
-            which a lesson or an update may change.
+            which a lesson or an update may change. "auto": of a classifier, the one that its adapter "router" names for
+            each text.
         trust: The file of pinned keys; by default ``trust.pem`` in the folder that contains the bundle.
         threads: For matrix products.
 

@@ -21,7 +21,7 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.library import Composition, Library
 from client.inference.phrases import PhraseReader
-from client.inference.session import ClassificationSession, Prediction
+from client.inference.session import AUTO, ROUTER, SURE, ClassificationSession, Prediction
 from edgeadapt.bases.classifiergraph import MAX_ROWS, group_rows, stack
 from edgeadapt.formats.bundle import TOKENIZER
 from edgeadapt.formats.layout import Tensors
@@ -394,3 +394,52 @@ def test_special_tokens_and_white_space_do_not_count_as_known(kind: str, text: s
             reader(kind).tokens(text)
     else:
         assert reader(kind).tokens(text)
+
+
+# A router chooses the adapter for each text.
+
+
+def router(given: AdapterSource, rows: Any) -> AdapterSource:
+    """An adapter that changes nothing but the head, whose rows stand for the names of adapters."""
+    names = ("anna", "global", "elsewhere", "none")
+    head = {name: rows if name.endswith("classifier.weight") else 0 * value for name, value in given.tensors.items()}
+    return replace(given, tensors=head, labels=names)
+
+
+@pytest.fixture
+def routed(with_anna: Path, source: Source, add: Add) -> Path:
+    """A bundle whose router names "anna" for the first of ``PHRASES``, "global" for the second, and for the third an
+    adapter that the bundle does not have."""
+    meaning = ClassificationSession.open(with_anna).embed(PHRASES[:3])
+    rows = np.vstack([meaning - meaning.mean(axis=0), np.zeros_like(meaning[:1])]) * np.float32(1000)
+    add(router(source("router"), rows))
+    return with_anna
+
+
+def test_each_text_is_answered_by_the_adapter_that_the_router_names(routed: Path) -> None:
+    session = ClassificationSession.open(routed)
+    chosen = [session.answer(text, AUTO, 4)[:2] for text in PHRASES[:3]]
+    assert [adapter.name for adapter, _ in chosen] == ["anna", "global", "anna"]  # the private one is the default
+    for text, (adapter, ranking) in zip(PHRASES[:3], chosen, strict=True):
+        assert ranking == session.ranking(text, adapter.name, 4)
+
+
+def test_where_the_router_is_unsure_or_withheld_the_default_adapter_answers(
+    routed: Path, source: Source, add: Add
+) -> None:
+    session = ClassificationSession.open(routed)
+    assert session.answer("", AUTO, 1)[0].name == "anna"
+    assert session.answer(PHRASES[1], AUTO, 1)[0].name == "global"
+    policy = session.policy
+    session.policy = policy.model_copy(update={"deny": ("global",)})
+    assert session.answer(PHRASES[1], AUTO, 1)[0].name == "anna"
+    session.policy = policy
+    hidden = session.embed(PHRASES[:1]).shape[1]
+    add(router(source("router", version=4), np.zeros((4, hidden), np.float32)))
+    assert session.ranking(PHRASES[1], ROUTER, 1).predictions[0].probability < SURE
+    assert session.answer(PHRASES[1], AUTO, 1)[0].name == "anna"
+
+
+def test_without_a_router_no_adapter_is_chosen(with_anna: Path) -> None:
+    with refused(DataError, "router.json", "anna"):
+        ClassificationSession.open(with_anna).answer("unlock", AUTO, 1)
