@@ -326,5 +326,23 @@ def retrieval(folder: Path, bundle: Path, as_json: bool) -> None:
     click.echo(json.dumps(dataclasses.asdict(found)) if as_json else run.table(found))
 
 
+@bench.command()
+@commandline.bundle()
+def routing(bundle: Path) -> None:
+    """How often a router finds the language of a household's phrase, and what answers are worth by one adapter for all,
+    by that of the household's language and by the one that the router chooses.
+
+    \b
+    Examples:
+      python -m benchmarks routing --bundle e5/bundle
+    """
+    from benchmarks import routing as run
+    from client.inference.session import ClassificationSession
+
+    with status("measuring") as show:
+        rows = run.measure(ClassificationSession.open(bundle), show)
+    click.echo(run.table(rows))
+
+
 if __name__ == "__main__":
     program.main(bench, "python -m benchmarks")
