@@ -5,6 +5,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
 WEB := client/browser/page/node_modules/.package-lock.json
+KIT := client/browser/kit/node_modules/.package-lock.json
 
 # Nothing is fetched or reported once the environment stands, whatever a library's defaults are.
 export FLWR_TELEMETRY_ENABLED := 0
@@ -15,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fast exhaustive mutants bench doctest lint style types docs picture web wheel setup install clean
+.PHONY: demo test fast exhaustive mutants bench doctest lint style types docs picture web kit wheel setup install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
@@ -86,10 +87,14 @@ picture: $(STAMP)  ## docs/images/report.png from the demo, or from the run in R
 
 web: $(WEB)  ## the libraries of the page that runs a bundle in a browser; without them its tests are skipped
 
+kit: $(WEB) $(KIT)  ## build/kit, the npm package @edgeadapt/device: the page's code for apps and for Node
+	@node client/browser/kit/build.mjs build/kit
+	@client/browser/kit/node_modules/.bin/publint --strict build/kit
+
 # npm writes this file last.
-$(WEB): client/browser/page/package-lock.json
+$(WEB) $(KIT): %/node_modules/.package-lock.json: %/package-lock.json
 	@command -v npm >/dev/null || { echo "edgeadapt: npm not found: install it (Debian: apt install npm)" >&2; exit 1; }
-	@npm ci --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error --prefix client/browser/page
+	@npm ci --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error --prefix $*
 	@touch $@
 
 wheel: $(STAMP) $(WEB)  ## dist/edgeadapt-*.whl with the page and its libraries
@@ -117,5 +122,5 @@ install:
 	  { echo "edgeadapt: setting up failed, see above; the first time needs the network. Then run make again" >&2; exit 1; }
 
 clean:  ## the environment and what tools leave behind; runs/ stays
-	rm -rf .venv client/browser/page/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf .venv client/browser/*/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

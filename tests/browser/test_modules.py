@@ -8,8 +8,6 @@ import base64
 import json
 import os
 import random
-import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -23,7 +21,7 @@ from tokenizers import Tokenizer
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
-from client.browser.server import LIBRARIES, Site
+from client.browser.server import Site
 from client.inference.library import Composition, compose
 from client.inference.phrases import PhraseReader
 from client.inference.text import Detokenizer, TextDecoder
@@ -45,9 +43,9 @@ from export.bundle import adapter
 from export.bundle.write import add_adapter
 from export.onnx.exported import ExportedBase
 from tests.support.models import Source
-from tests.support.programs import READER, other_reader
+from tests.support.programs import other_reader
 from tests.support.tokenizers import TOKENIZERS, UNREADABLE, WRITERS
-from tests.vectors.make_bundle import FOLDER, LABELS, in_hex
+from tests.vectors.make_bundle import in_hex
 
 FORMATS: tuple[Format, ...] = ("fp32", "fp16", "int8", "int4")
 LEAVES = (0, -1, 2**53 - 1, 1.5, -0.25, 1e16, 1e-5, 1.5e300, 123456789.125, 2.0, 1e15, 5e-324, True, False, None, "")
@@ -461,24 +459,3 @@ def test_a_reader_that_shares_no_code_reads_what_the_exporter_writes_for_a_trans
         assert answer["rule"] is None
         assert answer["tensors"] == in_hex(trusted.adapter(form, base).inputs)
         assert len(answer["tensors"]) > 8
-
-
-# The program for Node in the how-to on using a bundle runs, with the runtime that the page's own libraries bring.
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "use-a-bundle.md"
-RUNTIME = LIBRARIES / "onnxruntime-web" / "dist" / "ort.node.min.mjs"
-
-
-def test_the_page_for_node_gives_the_expected_logits(tmp_path: Path, node: str) -> None:
-    (program,) = re.findall(r"^```js\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert program.count('"onnxruntime-node"') == 1
-    (tmp_path / "classify.mjs").write_text(program.replace("onnxruntime-node", RUNTIME.as_uri()))
-    shutil.copytree(FOLDER, tmp_path / "bundle")
-    shutil.copytree(READER, tmp_path / "reader")
-    done = subprocess.run([node, "classify.mjs"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
-    found = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
-    answer = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))["answers"][0]
-    assert f"[{', '.join(f'{token}n' for token in answer['ids'])}]" in program
-    assert f'"{answer["text"]}"' in program
-    expected = dict(zip(LABELS, answer["logits"]["int4"], strict=True))
-    assert {label: float(logit) for label, logit in found.items()} == pytest.approx(expected, abs=1e-5)
-    assert '"version":7' in (tmp_path / "bundle" / "trust.seen.json").read_text()

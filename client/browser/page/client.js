@@ -15,20 +15,20 @@ export class Client {
   }
 
   open = (args = {}, progress) => this.#call("open", args, progress);
-  use = (name) => this.#call("use", { name });
-  rank = (text, top) => this.#call("rank", { text, top });
+  use = (name) => this.#call("use", [name]);
+  rank = (text, top) => this.#call("classify", [text, top]);
   generate = (args, piece) => this.#call("generate", args, piece);
   teach = (name, corrections, compared = [], piece) => this.#call("teach", { name, corrections, compared }, piece);
-  undo = () => this.#call("undo", {});
-  exported = (name) => this.#call("exported", { name });
-  reset = () => this.#call("reset", {});
-  identity = () => this.#call("identity", {});
-  enrol = (args) => this.#call("enrol", args);
-  invited = (token) => this.#call("invited", { token });
-  redeem = (token, url) => this.#call("redeem", { token, url });
-  renew = (url) => this.#call("renew", { url });
-  install = (certificate) => this.#call("install", { certificate });
-  forget = () => this.#call("forget", {});
+  undo = () => this.#call("undo", []);
+  exported = (name) => this.#call("exported", [name]);
+  reset = () => this.#call("reset", []);
+  identity = () => this.#call("identity", []);
+  enrol = (args) => this.#call("enrol", [args]);
+  invited = (token) => this.#call("invited", [token]);
+  redeem = (token, url) => this.#call("redeem", [token, url]);
+  renew = (url) => this.#call("renew", [url]);
+  install = (certificate) => this.#call("install", [certificate]);
+  forget = () => this.#call("forget", []);
   takePart = (args, piece) => this.#call("takePart", args, piece);
   leave = () => this.#worker.postMessage({ method: "leave" });
   stop = () => this.#worker.postMessage({ method: "stop" });

@@ -25,30 +25,39 @@ export class Engine {
   #trainsOnGpu; // once it is chosen
 
   /** Use `open`, which verifies. */
-  constructor(source, trust, base, policy, text, { opened: { session, generation }, runsOn }, provider) {
-    Object.assign(this, { source, trust, base, policy, session, text, generation, runsOn, provider });
-    this.history = new History(`${trust.seen.keys}/${base.base_digest}`);
+  constructor(given) {
+    Object.assign(this, given); // { source, trust, base, policy, text, session, generation, runsOn, provider }
+    const { trust, base, generation } = given;
+    this.history = new History(`${trust.seen.keys}/${base.base_digest}`, trust.seen.store);
     this.conversation = generation && new Conversation(generation);
   }
 
   /**
    * Verify the base of `source` with the keys of `pem`, and load it. No adapter is in use yet. `progress` is called as by
    * `Trust.base`, and with { starting: true } when the files are verified. `provider` as in `choose`; `runsOn` says which it is.
+   * `store` as of `Trust.open`.
    *
    * Throws TrustError: no pinned key signed it. DataError: a file is missing or cannot be loaded. Or as `choose`.
    */
-  static async open(source, pem, progress = () => {}, provider = undefined) {
-    const trust = await Trust.open(pem);
+  static async open(source, pem, progress = () => {}, provider = undefined, store = undefined) {
+    const trust = await Trust.open(pem, store);
     const { manifest: base, files } = await trust.base(source, progress);
     progress({ starting: true });
     try {
       const text = new Text(files.get(TOKENIZER), files.get("tokenizer_config.json"));
-      const chosen = await choose((gpu) => loaded(base, files, text, gpu), provider);
-      return new Engine(source, trust, base, policyOf(files), text, chosen, provider);
+      const { opened: { session, generation }, runsOn } = await choose((gpu) => loaded(base, files, text, gpu), provider);
+      return new Engine({ source, trust, base, policy: policyOf(files), text, session, generation, runsOn, provider });
     } catch (error) {
       if (error instanceof EdgeAdaptError) throw error;
       throw new DataError(`this page cannot read the base's tokenizer or settings: ${error.message}`, TOKENIZER);
     }
+  }
+
+  /** The same base with the adapters of another source, of which the one in use is read and verified. Throws as `use`. */
+  async from(source) {
+    const next = new Engine({ ...this, source });
+    if (this.#current) await next.use(this.#current.name);
+    return next;
   }
 
   /** Every adapter, of the bundle or learned here: { name, manifest }, verified, or { name, refused: reason }. */

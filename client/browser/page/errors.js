@@ -1,6 +1,8 @@
 // The errors of the page. A message is one line: what is wrong and what to do. As aggregation/errors.py.
 
 export class EdgeAdaptError extends Error {
+  static name = "EdgeAdaptError"; // written out: a minifier renames classes
+
   /** `about` says what the error is about, for programs and tests: "text", "seed", "base/manifest.json". */
   constructor(message, about = "") {
     super(message);
@@ -10,16 +12,24 @@ export class EdgeAdaptError extends Error {
 }
 
 /** A file is not what a trusted party signed: digest, signature, base, or version. */
-export class TrustError extends EdgeAdaptError {}
+export class TrustError extends EdgeAdaptError {
+  static name = "TrustError";
+}
 
 /** A setting contradicts another or is out of range, or the browser lacks a feature. */
-export class ConfigError extends EdgeAdaptError {}
+export class ConfigError extends EdgeAdaptError {
+  static name = "ConfigError";
+}
 
 /** A file, tensor or text cannot be used. */
-export class DataError extends EdgeAdaptError {}
+export class DataError extends EdgeAdaptError {
+  static name = "DataError";
+}
 
 /** A peer sent what the protocol does not allow. `peer` names it where it is known. */
 export class ProtocolError extends EdgeAdaptError {
+  static name = "ProtocolError";
+
   constructor(message, about = "", peer = "") {
     super(peer ? `${peer}: ${message}` : message, about);
     this.peer = peer;

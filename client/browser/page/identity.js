@@ -28,7 +28,7 @@ import { equal, sha256 } from "./bytes.js";
 import { ConfigError, TrustError } from "./errors.js";
 import { certified, readInvitation, renewed } from "./invitation.js";
 import { pinned, publicKeyOf, signingKey } from "./keys.js";
-import { IDENTITIES, transact } from "./storage.js";
+import { BROWSER, IDENTITIES } from "./storage.js";
 
 const MAX_ROUNDS = 100; // that are kept
 const LEFT = 1 / 3; // of its validity: a certificate that has less left is renewed
@@ -40,8 +40,8 @@ const UNSPENT = { privacy: EMPTY, maximum_epsilon: 0 };
 
 export class Identity {
   /** `place` names the base. */
-  constructor(place) {
-    this.place = place;
+  constructor(place, store = BROWSER) {
+    [this.place, this.store] = [place, store];
   }
 
   /**
@@ -50,14 +50,14 @@ export class Identity {
    */
   async load() {
     const account = await this.#account();
-    const found = await transact(IDENTITIES, "readonly", (store) => store.get(this.place));
+    const found = await this.store.transact(IDENTITIES, "readonly", (store) => store.get(this.place));
     return found && { ...FRESH, ...found, ...account }; // an older page wrote fewer fields
   }
 
   /** The account, to which is added, once, what an older page kept with each base. Throws as `load`. */
   async #account() {
     const found = {};
-    await transact(IDENTITIES, "readwrite", (store) => {
+    await this.store.transact(IDENTITIES, "readwrite", (store) => {
       const [keys, values] = [store.getAllKeys(), store.getAll()];
       values.onsuccess = () => {
         const stored = new Map(keys.result.map((key, i) => [key, values.result[i]]));
@@ -76,7 +76,7 @@ export class Identity {
   /** Replace the record and the account together. Throws ConfigError: they cannot be stored; those before stay. */
   async save({ privacy, maximum_epsilon, ...record }) {
     const rounds = record.rounds.slice(0, MAX_ROUNDS);
-    await transact(IDENTITIES, "readwrite", (store) => {
+    await this.store.transact(IDENTITIES, "readwrite", (store) => {
       store.put({ privacy, maximum_epsilon }, ACCOUNT);
       return store.put({ ...record, rounds }, this.place);
     });
@@ -85,7 +85,7 @@ export class Identity {
   /** Whether `change` made another record of the one that is stored now, in the same transaction. Throws as `save`. */
   async #change(change) {
     let next;
-    await transact(IDENTITIES, "readwrite", (store) => {
+    await this.store.transact(IDENTITIES, "readwrite", (store) => {
       const request = store.get(this.place);
       request.onsuccess = () => {
         next = change(request.result);
@@ -99,7 +99,7 @@ export class Identity {
   /** Delete the key and all that belongs to it. The account of what was revealed stays. */
   async forget() {
     await this.#account();
-    await transact(IDENTITIES, "readwrite", (store) => store.delete(this.place));
+    await this.store.transact(IDENTITIES, "readwrite", (store) => store.delete(this.place));
   }
 
   /**

@@ -11,7 +11,6 @@ const BASE_POINT = "58" + "66".repeat(31); // RFC 8032, section 5.1: a sound key
 const FIELD = 2n ** 255n - 19n; // RFC 8032, section 5.1
 const ORDER_8 = 0x7a03ac9277fdc74ec6cc392cfa53202a0f67100d760b3cba4fd84d3d706a17c7n; // as aggregation/pki/identity.py
 const SMALL_ORDER = [0n, 1n, FIELD - 1n, ORDER_8, FIELD - ORDER_8]; // y of the eight points
-const NOBLE = "./vendor/noble-ed25519/index.js";
 
 /**
  * The keys of a trust.pem: [{ raw, id }].
@@ -109,8 +108,8 @@ async function native() {
  * The library multiplies the equation by the cofactor, so that R plus a point of small order would do as well. Without
  * such a part in R and the key, it accepts what WebCrypto and OpenSSL accept.
  */
-export async function portable(module = NOBLE) {
-  const { Point, verifyAsync } = await import(module);
+export async function portable(library = import("./vendor/noble-ed25519/index.js")) {
+  const { Point, verifyAsync } = await library;
   return async (raw, signature, message) => {
     try {
       if (![raw, signature.slice(0, 32)].every((point) => Point.fromBytes(point).isTorsionFree())) return false;

@@ -10,10 +10,14 @@ import { Participant } from "./aggregation/participant.js";
 import { Policy } from "./aggregation/policy.js";
 import { readRevocations } from "./aggregation/revocations.js";
 import { attend, nodeOf } from "./aggregation/websocket.js";
+import { sha256 } from "./bytes.js";
 import { ConfigError, DataError } from "./errors.js";
+import { readInvitation } from "./invitation.js";
 import { publicKeyOf } from "./keys.js";
 import { trainerOf } from "./learning/round.js";
 import { LIMITS } from "./learning/task.js";
+
+export { Identity } from "./identity.js";
 
 const LOCK = "edgeadapt/participation"; // one for all bases, as the account is
 const ANOTHER = "another tab takes part: close it first";
@@ -34,7 +38,7 @@ export async function takePart({ engine, identity, url, examples, minimum, momen
   if (own < Math.max(1, minimum)) {
     throw new DataError(`there are ${own} examples to train on, and your minimum is ${minimum}: add some, or lower it`, "examples");
   }
-  return navigator.locks.request(LOCK, { ifAvailable: true }, async (lock) => {
+  return identity.store.lock(LOCK, { ifAvailable: true }, async (lock) => {
     if (!lock) throw new ConfigError(ANOTHER, "participation");
     const known = await identity.load();
     if (!known?.certificate) throw new ConfigError("this browser is not enrolled: install its certificate first", "identity");
@@ -79,10 +83,16 @@ async function deviceOf({ pair, authority, coordinator, certificate, revocations
   return new Device({ key: pair.privateKey, publicKey: raw, certificate, root, coordinator, policy: limits });
 }
 
+/** What a person compares before this device enrols with a token: its device, authority and coordinator. */
+export async function invited(token) {
+  const { device, authority, coordinator } = await readInvitation(token);
+  return { device, authority: await sha256(authority), coordinator: (await sha256(coordinator)).slice(0, 16) };
+}
+
 /** Delete an identity, when no tab takes part with it any more. Throws ConfigError: another tab does. */
 export async function forget(identity) {
   try {
-    await navigator.locks.request(LOCK, { signal: AbortSignal.timeout(PATIENCE) }, () => identity.forget());
+    await identity.store.lock(LOCK, { signal: AbortSignal.timeout(PATIENCE) }, () => identity.forget());
   } catch (error) {
     if (error.name !== "TimeoutError") throw error;
     throw new ConfigError(ANOTHER, "participation");
@@ -94,9 +104,9 @@ export async function forget(identity) {
  * begin meanwhile, because the authority may be slow; the newer certificate is then left. Throws as `Identity.renewal`.
  */
 export async function renew(identity, url) {
-  const { held } = await navigator.locks.query();
-  const found = held.some(({ name }) => name === LOCK) ? null : await identity.renewal(url);
-  return Boolean(found) && navigator.locks.request(LOCK, { ifAvailable: true }, (lock) => lock !== null && identity.renew(found));
+  const isFree = await identity.store.lock(LOCK, { ifAvailable: true }, (lock) => lock !== null);
+  const found = isFree ? await identity.renewal(url) : null;
+  return Boolean(found) && identity.store.lock(LOCK, { ifAvailable: true }, (lock) => lock !== null && identity.renew(found));
 }
 
 /** The rounds of a record, and the states in it. */

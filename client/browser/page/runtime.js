@@ -35,8 +35,7 @@ export async function open(files, graph = MODEL, { gpu = false, kept = [], ...op
 
 function configured(library) {
   const { env } = library;
-  // Relative to this file, so that the page works below any path. Threads need an isolated page (COOP and COEP headers).
-  env.wasm.wasmPaths = new URL("./vendor/onnxruntime-web/", import.meta.url).href;
+  // Its WebAssembly is next to the library. Threads need an isolated page (COOP and COEP headers).
   env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(4, Math.ceil(navigator.hardwareConcurrency / 2)) : 1;
   env.logLevel = "error";
   return library;

@@ -96,7 +96,7 @@ async function reached(path, answer) {
   try {
     return await answer;
   } catch {
-    const why = navigator.onLine
+    const why = globalThis.navigator?.onLine !== false
       ? "the server cannot be reached, or broke off; is it still running?"
       : "this browser is offline; connect it, or open a folder";
     throw new DataError(`${path} cannot be fetched: ${why}`, fileName(path));

@@ -1,9 +1,9 @@
-// What the page keeps in IndexedDB, which a worker can use too: stores of records by key.
+// What is kept: stores of records by key, in IndexedDB, which a worker can use too, or in a `Store` that an app gives.
 //
 // A transaction is done as a whole or not at all: a tab that is closed in the middle leaves the record that was there. It
 // is as safe as the browser's storage: whoever can write to the profile, or clear it, can change it.
 
-import { ConfigError } from "./errors.js";
+import { ConfigError, EdgeAdaptError } from "./errors.js";
 
 const DATABASE = "edgeadapt";
 const VERSION = 4; // to be raised with each new store
@@ -50,3 +50,67 @@ const settled = (target, done, ...failed) =>
     target[done] = resolve;
     for (const name of failed) target[name] = () => reject(target.error ?? new Error(name.slice(2)));
   });
+
+/** The browser's own: IndexedDB, and the locks that all tabs share. */
+export const BROWSER = { transact, lock: (name, options, work) => navigator.locks.request(name, options, work) };
+
+/**
+ * The same for one process without them, such as Node's: records in memory. A class derived from it keeps more by its own `read` and
+ * `write`. Records can be cloned; those of VERSIONS can be written as JSON too, the others contain keys that no script can read.
+ */
+export class Store {
+  #records = new Map(); // store → its records by key
+  #held = new Map(); // lock → settled once it is free
+  #last = Promise.resolve();
+
+  /** The records of a store, a Map; undefined before the first `write`. */
+  async read(store) {
+    return this.#records.get(store);
+  }
+
+  /** Replace the records of a store as a whole. */
+  async write(store, records) {
+    this.#records.set(store, records);
+  }
+
+  /** As `transact`. */
+  transact(store, mode, ask) {
+    const found = this.#last.then(() => this.#transact(store, mode, ask));
+    this.#last = found.catch(() => {});
+    return found;
+  }
+
+  async #transact(store, mode, ask) {
+    try {
+      const records = new Map(await this.read(store));
+      const requests = [];
+      const asked = (result) => requests[requests.push({ result: structuredClone(result) }) - 1];
+      const request = ask({
+        get: (key) => asked(records.get(key)),
+        getAll: () => asked([...records.values()]),
+        getAllKeys: () => asked([...records.keys()]),
+        put: (value, key) => asked(records.set(key, structuredClone(value)) && key),
+        delete: (key) => asked(void records.delete(key)),
+      });
+      for (const each of requests) each.onsuccess?.(); // which may ask for more
+      if (mode === "readwrite") await this.write(store, records);
+      return request.result;
+    } catch (error) {
+      if (error instanceof EdgeAdaptError) throw error;
+      throw new ConfigError(`the store of this app does not keep ${store} (${error}); make room, or repair it`, store);
+    }
+  }
+
+  /** As `navigator.locks.request`, with `ifAvailable` or `signal`. */
+  async lock(name, { ifAvailable = false, signal }, work) {
+    while (this.#held.has(name)) {
+      if (ifAvailable) return work(null);
+      signal?.throwIfAborted();
+      const aborted = new Promise((_, reject) => signal?.addEventListener("abort", () => reject(signal.reason)));
+      await Promise.race([this.#held.get(name), aborted]);
+    }
+    const done = Promise.resolve({ name }).then(work);
+    this.#held.set(name, done.catch(() => {}));
+    return done.finally(() => this.#held.delete(name));
+  }
+}

@@ -12,7 +12,7 @@ import { keySet, pinned } from "./keys.js";
 import * as manifests from "./manifests.js";
 import { POLICY } from "./policy.js";
 import { restore } from "./quantization.js";
-import { VERSIONS, transact } from "./storage.js";
+import { BROWSER, VERSIONS } from "./storage.js";
 
 export const MODEL = "web.onnx";
 export const WEIGHTS = "model.onnx.data";
@@ -35,13 +35,13 @@ export class Trust {
     [this.keys, this.seen] = [keys, seen];
   }
 
-  /** Trust in the keys of a trust.pem. Throws TrustError, or ConfigError where the browser has no cryptography. */
-  static async open(pem) {
+  /** Trust in the keys of a trust.pem, with the accepted versions in `store`. Throws TrustError, or ConfigError where the browser has no cryptography. */
+  static async open(pem, store = BROWSER) {
     if (!globalThis.crypto?.subtle) {
       throw new ConfigError("the browser verifies signatures only on HTTPS pages and on localhost; open this page there", "https");
     }
     const keys = await pinned(pem);
-    return new Trust(keys, new SeenVersions(await keySet(keys)));
+    return new Trust(keys, new SeenVersions(await keySet(keys), store));
   }
 
   /**
@@ -49,7 +49,7 @@ export class Trust {
    * { received, total }, in bytes; `total` is null where the source does not know it. Throws TrustError, DataError.
    */
   async base(source, progress = () => {}) {
-    const manifest = await this.#accept(manifests.baseManifest, source, BASE_MANIFEST);
+    const manifest = await this.baseManifest(source);
     const missing = NEEDED[manifest.task].find((name) => !Object.hasOwn(manifest.files, name));
     if (missing) throw new DataError(`the base has no ${missing}, which a browser needs; export it again`, missing);
     const sizes = await Promise.all(Object.keys(manifest.files).map((name) => source.size(`base/${name}`)));
@@ -59,6 +59,11 @@ export class Trust {
     const files = new Map();
     for (const name of Object.keys(manifest.files)) files.set(name, await this.file(source, manifest, name, count));
     return { manifest, files };
+  }
+
+  /** What is signed about the base (rule 1). Throws as `base`. */
+  baseManifest(source) {
+    return this.#accept(manifests.baseManifest, source, BASE_MANIFEST);
   }
 
   /** A file of a base, by its verified manifest (rule 2). `count` as of the source. Throws TrustError, DataError. */
@@ -170,11 +175,11 @@ function checkLabels(name, labels, base) {
   if (odd !== undefined) refuse(`has the label ${quoted(odd, 40)}, which is not a printable name`);
 }
 
-/** The highest version of each adapter that this browser has accepted, by set of pinned keys and by base. */
+/** The highest version of each adapter that this device has accepted, by set of pinned keys and by base. */
 class SeenVersions {
   /** `keys` is the name of the set of pinned keys (`keySet`). */
-  constructor(keys) {
-    this.keys = keys;
+  constructor(keys, store) {
+    [this.keys, this.store] = [keys, store];
   }
 
   /**
@@ -186,7 +191,7 @@ class SeenVersions {
     const { name, version } = manifest;
     const content = contentOf(manifest);
     const place = this.#place(manifest);
-    const seen = await transact(VERSIONS, "readwrite", (store) => {
+    const seen = await this.store.transact(VERSIONS, "readwrite", (store) => {
       const request = store.get(place); // in one transaction, so that another tab's higher version stays
       request.onsuccess = () => (request.result?.version >= version ? null : store.put({ version, content }, place));
       return request;
@@ -212,7 +217,7 @@ class SeenVersions {
 
   /** The highest version that was accepted of the adapter of a manifest; 0 if none was. Throws ConfigError. */
   async highest(manifest) {
-    const seen = await transact(VERSIONS, "readonly", (store) => store.get(this.#place(manifest)));
+    const seen = await this.store.transact(VERSIONS, "readonly", (store) => store.get(this.#place(manifest)));
     return seen?.version ?? 0;
   }
 

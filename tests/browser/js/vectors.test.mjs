@@ -2,10 +2,8 @@ import assert from "node:assert/strict";
 import { existsSync, readFileSync } from "node:fs";
 import test from "node:test";
 
-import { EdgeAdaptError } from "../../../client/browser/page/errors.js";
-import { pinned } from "../../../client/browser/page/keys.js";
-import { Trust } from "../../../client/browser/page/trust.js";
-
+// The page's own modules, or the built package.
+const { EdgeAdaptError, Store, verify } = await import(process.env.EDGEADAPT_KIT ?? new URL(`file://${process.env.EDGEADAPT_SITE}/device.js`));
 const VECTORS = new URL("../../vectors/bundle/", import.meta.url);
 const TRUST = new URL("trust.pem", VECTORS);
 const read = (name) => JSON.parse(readFileSync(new URL(name, VECTORS), "utf8"));
@@ -35,9 +33,8 @@ function source(changes) {
 
 async function open({ adapter, files }) {
   const pem = new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes(files["trust.pem"] ?? readFileSync(TRUST, "utf8")));
-  const trust = new Trust(await pinned(pem), { accept: async () => {} });
-  const { manifest } = await trust.base(source(files));
-  return trust.adapter(source(files), manifest, adapter);
+  const { adapters } = await verify({ source: source(files), keys: pem, store: new Store(), adapters: [adapter] });
+  return adapters[adapter];
 }
 
 for (const { name, rule, ...changed } of read("cases.json")) {

@@ -75,7 +75,7 @@ export class Participant {
     if (step === "plan" && state?.onPlan) return this.#plan(body, adapter, proof, at);
     if (step === "survivors" && state?.onSurvivors) return this.#survivors(body);
     if (step === "unmask" && state?.onUnmask) return this.#unmask(body);
-    const held = state ? `is in the state ${state.constructor.name}` : "has joined no session";
+    const held = state ? "is in another step of its session" : "has joined no session";
     refuse(`unexpected ${step}: this device ${held}`, "step");
   }
 

@@ -8,7 +8,7 @@
 
 import { DataError, TrustError } from "../errors.js";
 import { publicKeyOf } from "../keys.js";
-import { LEARNED, transact } from "../storage.js";
+import { BROWSER, LEARNED } from "../storage.js";
 
 const MAX_LESSONS = 8; // that can be undone
 const MAX_CORRECTIONS = 512; // that are kept; the oldest are dropped
@@ -17,13 +17,13 @@ const EMPTY = { key: null, adapters: {}, kept: [], lessons: [] };
 /** The stored record. It is a source of adapters, as those of sources.js. */
 export class History {
   /** `place` names the base and the set of pinned keys. */
-  constructor(place) {
-    this.place = place;
+  constructor(place, store = BROWSER) {
+    [this.place, this.store] = [place, store];
   }
 
   /** The record. Throws ConfigError: the browser does not store. TrustError: what is stored is damaged. */
   async load() {
-    const found = await transact(LEARNED, "readonly", (store) => store.get(this.place));
+    const found = await this.store.transact(LEARNED, "readonly", (store) => store.get(this.place));
     if (found === undefined) return EMPTY;
     if (found.adapters && Array.isArray(found.kept) && Array.isArray(found.lessons)) return found;
     throw new TrustError("what was learned is damaged; clear the page's data to start anew", LEARNED);
@@ -31,7 +31,7 @@ export class History {
 
   /** Replace the record. Throws ConfigError: it cannot be stored; the one before stays. */
   async save(record) {
-    await transact(LEARNED, "readwrite", (store) => store.put(record, this.place));
+    await this.store.transact(LEARNED, "readwrite", (store) => store.put(record, this.place));
   }
 
   async adapterNames() {

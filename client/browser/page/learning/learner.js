@@ -125,7 +125,7 @@ export class Learner {
   /** What `work` does with the stored record while no other tab learns with this base. */
   async #alone(work) {
     const { history } = this.engine;
-    return navigator.locks.request(`edgeadapt/${LOCK}/${history.place}`, { ifAvailable: true }, async (lock) => {
+    return history.store.lock(`edgeadapt/${LOCK}/${history.place}`, { ifAvailable: true }, async (lock) => {
       if (lock) return work(await history.load());
       throw new ConfigError("another tab is learning with this bundle: try again when it has ended", LOCK);
     });
