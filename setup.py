@@ -13,7 +13,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 BROWSER = Path("client/browser")
-PAGE = ["*.html", "*.css", "*.js", "*.svg", "*.LICENSE", "aggregation/*.js", "learning/*.js"]  # as in server.py
+# As in server.py.
+PAGE = ["*.html", "*.css", "*.js", "*.svg", "*.webmanifest", "*.LICENSE", "aggregation/*.js", "learning/*.js"]
 MISSING = "edgeadapt: this build has no browser page, because its libraries are missing: run make web, and build again"
 
 

@@ -28,7 +28,7 @@ from edgeadapt.formats.storage import new_folder, real
 
 WEB = Path(__file__).parent / "page"
 LIBRARIES = WEB / "node_modules"
-PAGE = ("*.html", "*.css", "*.js", "*.svg", "*.LICENSE", "aggregation/*.js", "learning/*.js")
+PAGE = ("*.html", "*.css", "*.js", "*.svg", "*.webmanifest", "*.LICENSE", "aggregation/*.js", "learning/*.js")
 # A library's file on the page → in node_modules. The build (setup.py) reads the same file.
 VENDOR: dict[str, str] = json.loads(Path(__file__).with_name("vendor.json").read_bytes())
 PACKED = ".wasm.gz"  # of a library in a wheel, and on its way to a browser: a quarter of the bytes
@@ -46,6 +46,7 @@ TYPES = {
     ".pem": "text/plain; charset=utf-8",
     ".svg": "image/svg+xml",
     ".wasm": "application/wasm",
+    ".webmanifest": "application/manifest+json",
 }
 # Nothing from another origin; and cross-origin isolation, without which browsers give a page no threads.
 HEADERS = {

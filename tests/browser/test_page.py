@@ -1,5 +1,6 @@
 """The page as its user sees it."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -511,3 +512,21 @@ def test_an_older_version_or_another_content_is_refused_even_after_the_page_was_
     assert opened(source(version=5)) == ""
     (bundle.parent / "trust.pem").write_bytes(vendor.public.to_pem())
     assert opened(source(version=4)) == ""
+
+
+def test_the_page_can_be_installed(page: Any, serve: Callable[[Path], str], bundle: Path) -> None:
+    def errors() -> set[str]:
+        found = page.call("Page.getInstallabilityErrors")["installabilityErrors"]
+        return {error["errorId"] for error in found} - {"in-incognito"}  # as every context of the tests is
+
+    assert errors()
+    url = serve(bundle)
+    page.goto(url)
+    assert errors() == set()
+    found = page.call("Page.getAppManifest")
+    assert (found["errors"], found["url"]) == ([], f"{url}manifest.webmanifest")
+    manifest = json.loads(found["data"])
+    assert manifest["display"] == "standalone"
+    for icon in manifest["icons"]:
+        load = f"Object.assign(new Image(), {{ src: {icon['src']!r} }}).decode().then(() => 'loaded')"
+        assert page.evaluate(load) == "loaded"
