@@ -87,9 +87,10 @@ picture: $(STAMP)  ## docs/images/report.png from the demo, or from the run in R
 
 web: $(WEB)  ## the libraries of the page that runs a bundle in a browser; without them its tests are skipped
 
-kit: $(WEB) $(KIT)  ## build/kit, the npm package @edgeadapt/device: the page's code for apps and for Node
+kit: $(WEB) $(KIT)  ## build/edgeadapt-device-*.tgz, the npm package @edgeadapt/device: the page's code for apps and Node
 	@node client/browser/kit/build.mjs build/kit
 	@client/browser/kit/node_modules/.bin/publint --strict build/kit
+	@npm pack --silent --pack-destination build ./build/kit
 
 # npm writes this file last.
 $(WEB) $(KIT): %/node_modules/.package-lock.json: %/package-lock.json

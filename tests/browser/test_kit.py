@@ -1,12 +1,15 @@
 """The package @edgeadapt/device, built from the page's modules, in Node: small, typed, with native numbers."""
 
 import base64
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
+import threading
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
-from client.browser.server import LIBRARIES
+from client.browser.server import LIBRARIES, Site
 from client.inference.session import ClassificationSession
 from client.learning import Correction, Learner
 from edgeadapt.formats import container
@@ -32,6 +35,8 @@ KIT = ROOT / "client" / "browser" / "kit"
 TOOLS = KIT / "node_modules"
 PAGE = ROOT / "docs" / "how-to" / "use-a-bundle.md"
 ANSWERS = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))["answers"]
+EXAMPLE = ROOT / "docs" / "example-app"
+READY = "document.querySelector('button')?.disabled === false"
 SCRIPTS = Path(__file__).parent / "js"
 LIMIT = 200_000  # bytes that an app loads before it enrols as a device, besides ONNX Runtime
 OPENED = """
@@ -86,6 +91,10 @@ const altered = Object.assign(await folder(bundle), { read: async () => new Uint
 const forged = await device.update(altered).catch(({ name }) => name);
 told({ before, after, replaced, forged, still: (await device.classify("kitchen lights", 1)).adapter });
 """
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +254,39 @@ def test_an_update_takes_over_newer_adapters_and_a_forged_one_changes_nothing(
     assert [versions for versions, _ in (found["before"], found["after"])] == [[3], [4]]
     assert found["before"][1] != found["after"][1]
     assert (found["replaced"], found["forged"], found["still"]) == (False, "TrustError", "global")
+
+
+@pytest.mark.slow
+def test_the_example_app_is_built_answers_learns_and_undoes(node: str, app: Path, phone: Path, page: Any) -> None:
+    """Its web part, in Chromium; nothing here builds or runs its native part."""
+    example = app / "example"
+    shutil.copytree(EXAMPLE, example, ignore=shutil.ignore_patterns("node_modules", "www"))
+    build = json.loads((example / "package.json").read_text())["scripts"]["build"]
+    (example / "node_modules").symlink_to(app / "node_modules")
+    Site.of(phone).export(example / "site")
+    run("sh", "-c", build, cwd=example, environment={"PATH": f"{TOOLS / '.bin'}:{os.environ['PATH']}"})
+    handler = functools.partial(Quiet, directory=example / "www")
+    serving = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def pressed(button: str) -> list[str]:
+        page.evaluate(f"document.querySelector('{button}').click()")
+        page.until(READY)
+        return [page.evaluate(f"document.getElementById('{name}').textContent") for name in ("status", "answer")]
+
+    try:
+        page.call("Page.navigate", url=f"http://127.0.0.1:{serving.server_port}/")
+        page.until(READY)
+        page.evaluate(f"document.getElementById('phrase').value = {PHRASES[0]!r}")
+        first, label = pressed("#ask button"), other(phone)
+        assert first[0] == "global, version 3"
+        assert first[1].split()[0] not in ("", label)
+        page.evaluate(f"document.getElementById('label').value = {label!r}")
+        taught = pressed("#correct button")
+        assert (taught[0], taught[1].split()[0]) == ("personal, version 4", label)
+        undone = pressed("#undo")
+        assert [text.split("(")[0] for text in undone] == [text.split("(")[0] for text in first]
+        assert page.errors() == []
+    finally:
+        serving.shutdown()
+        serving.server_close()
