@@ -19,17 +19,20 @@ import pytest
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.browser.server import LIBRARIES, Site
+from client.inference.generate import Conversation, Generator
 from client.inference.session import ClassificationSession
 from client.learning import Correction, Learner
 from edgeadapt.formats import container
 from edgeadapt.formats.manifest import AdapterManifest
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase
-from tests.browser.test_learning import other
+from tests.browser import test_generation
+from tests.browser.test_learning import other, public
 from tests.support.models import LABELS, PHRASES
 from tests.support.programs import need
 from tests.vectors.make_bundle import FOLDER
 
+globals().update({name: getattr(test_generation, name) for name in ("chatty", "writer", "sources")})  # its fixtures
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / "client" / "browser" / "kit"
 TOOLS = KIT / "node_modules"
@@ -89,7 +92,21 @@ const { replaced } = await device.update(await folder(bundle));
 const after = [await versions(), (await device.classify("kitchen lights", 1)).labels[0].probability];
 const altered = Object.assign(await folder(bundle), { read: async () => new Uint8Array(3) });
 const forged = await device.update(altered).catch(({ name }) => name);
-told({ before, after, replaced, forged, still: (await device.classify("kitchen lights", 1)).adapter });
+const still = (await device.classify("kitchen lights", 1)).adapter;
+cpSync(process.argv[3], bundle, { recursive: true });
+const other = (await device.update(await folder(bundle))).replaced;
+const unused = await device.classify("kitchen lights", 1).catch(({ about }) => about);
+told({ before, after, replaced, forged, still, other, unused });
+"""
+CHATTED = """
+const device = await opened();
+await device.use("global");
+const [first, second] = [await device.chat("hi", { maxTokens: 4 }), await device.chat("yo", { maxTokens: 4 })];
+const stopping = new AbortController();
+const stopped = await device.chat("so", { maxTokens: 4, signal: stopping.signal, onPiece: () => stopping.abort() });
+await device.reset();
+const again = await device.chat("hi", { maxTokens: 4 });
+told({ texts: [first.text, second.text, again.text], stopped: [stopped.finish, stopped.tokens] });
 """
 
 
@@ -118,10 +135,10 @@ def run(*command: str | Path, cwd: Path | None = None, environment: dict[str, st
     return done.stdout
 
 
-def told(node: str, app: Path, script: str, bundle: Path, given: Any = None) -> Any:
+def told(node: str, app: Path, script: str, bundle: Path, *given: Any) -> Any:
     arguments = ["--no-warnings", "--input-type=module", "--eval", OPENED + script, "--", str(bundle)]
-    last = given if isinstance(given, str) else json.dumps(given)
-    return json.loads(run(node, *arguments, last, cwd=app).splitlines()[-1])
+    more = [each if isinstance(each, Path) else json.dumps(each) for each in given]
+    return json.loads(run(node, *arguments, *more, cwd=app).splitlines()[-1])
 
 
 @pytest.fixture
@@ -250,10 +267,25 @@ def test_an_update_takes_over_newer_adapters_and_a_forged_one_changes_nothing(
     tensors = {name: -value for name, value in first.tensors.items()}
     newer = replace(first, tensors=tensors, version=4, sha256="d" * 64)
     write_bundle(tmp_path / "newer", trainable, [newer], key=vendor, form="fp32")
-    found = told(node, app, UPDATED, phone, str(tmp_path / "newer"))
+    shutil.copytree(tmp_path / "newer", tmp_path / "replaced")
+    public(tmp_path / "replaced", vendor, trainable)
+    found = told(node, app, UPDATED, phone, tmp_path / "newer", tmp_path / "replaced")
     assert [versions for versions, _ in (found["before"], found["after"])] == [[3], [4]]
     assert found["before"][1] != found["after"][1]
     assert (found["replaced"], found["forged"], found["still"]) == (False, "TrustError", "global")
+    assert (found["other"], found["unused"]) == (True, "adapter"), "its base has public phrases"
+
+
+def test_a_conversation_of_the_package_is_the_native_one_and_can_be_stopped(
+    node: str, app: Path, tmp_path: Path, writer: ExportedBase, sources: list[AdapterSource], vendor: IdentityKey
+) -> None:
+    write_bundle(tmp_path / "chat", writer, sources, key=vendor)
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    native = Conversation(Generator.open(tmp_path / "chat"), test_generation.SHORT, adapter="global")
+    expected = ["".join(native.ask(text)) for text in ("hi", "yo")]
+    found = told(node, app, CHATTED, tmp_path / "chat")
+    assert found["texts"] == [*expected, expected[0]]
+    assert found["stopped"] == ["interrupted", 1]
 
 
 @pytest.mark.slow
