@@ -344,5 +344,26 @@ def routing(bundle: Path) -> None:
     click.echo(run.table(rows))
 
 
+@bench.command()
+@commandline.bundle()
+@click.option(
+    "--data", type=click.Choice(["households", "reuters"]), required=True, help="Whose texts are asked about."
+)
+@commandline.as_json
+def questions(bundle: Path, data: str, as_json: bool) -> None:
+    """What the labels are worth that 'device ask --next' asks for, against those of random and of the newest texts.
+
+    \b
+    Examples:
+      python -m benchmarks questions --bundle phone/bundle --data households
+    """
+    from benchmarks import questions as run
+    from client.inference.session import ClassificationSession
+
+    with status("measuring") as show:
+        found = run.measure(ClassificationSession.open(bundle), data, show)
+    click.echo(json.dumps(found) if as_json else run.table(found))
+
+
 if __name__ == "__main__":
     program.main(bench, "python -m benchmarks")
