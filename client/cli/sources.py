@@ -18,8 +18,8 @@ from client.cli.options import printable
 from client.inference.passages import PASSAGES, PassageIndex, folder_of
 from client.inference.session import ClassificationSession
 from client.learning import Correction
-from client.learning.corrections import MAX_AT_ONCE
 from client.learning.questions import AskedTexts, questions
+from client.training.corrections import MAX_AT_ONCE
 from edgeadapt import commandline
 from edgeadapt.formats.bundle import KNOWLEDGE
 from edgeadapt.formats.layout import Floats

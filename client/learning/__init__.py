@@ -3,7 +3,7 @@
 It runs on the bare install, and uses no network.
 """
 
-from client.learning.corrections import Correction
 from client.learning.learner import Answers, Learned, Learner, Personalized, TextBits, Undone
+from client.training.corrections import Correction
 
 __all__ = ["Answers", "Correction", "Learned", "Learner", "Personalized", "TextBits", "Undone"]

@@ -34,10 +34,10 @@ from client.inference.phrases import PhraseReader
 from client.inference.session import Prediction
 from client.inference.text import checked, require_plain, special_tokens
 from client.inference.usage import LEARNED, count, lesson_key, sealing_key
-from client.learning.corrections import HISTORY, MAX_FILE, Before, Correction, Lesson, LessonHistory, check_count
 from client.node.statedir import SETTINGS, DeviceSettings
 from client.training import graphengine
 from client.training.control import UNLIMITED, TrainingCheckpoint, TrainingControl
+from client.training.corrections import HISTORY, MAX_FILE, Before, Correction, Lesson, LessonHistory, check_count
 from client.training.examples import MAX_TEXT, Example, Score, Split, encode_examples, in_split, parse_examples
 from client.training.hygiene import read_clean
 from client.training.personal import (

@@ -20,7 +20,7 @@ from aggregation import wire
 from aggregation.errors import EdgeAdaptError, TrustError
 from client.inference.session import ClassificationSession, Prediction, Ranking
 from client.inference.usage import ASKED, OptIn, utf8
-from client.learning.corrections import LessonHistory
+from client.training.corrections import LessonHistory
 from client.training.examples import MAX_TEXT
 from client.training.hygiene import HygieneSettings, reasons, words
 from edgeadapt.formats.layout import Floats

@@ -29,7 +29,7 @@ from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.guide import Guide, GuideKind
 from client.inference.text import SamplingParams
 from client.learning import Correction, Learner
-from client.learning.corrections import LessonHistory
+from client.training.corrections import LessonHistory
 from edgeadapt.formats.bundle import adapter_names
 from edgeadapt.formats.peftconfig import PeftConfig
 from export.bundle.write import AdapterSource, write_bundle

@@ -12,12 +12,12 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference import usage
 from client.inference.passages import PassageIndex
 from client.learning import Correction, Learned, Learner
-from client.learning.corrections import LessonHistory
 from client.node.eligibility import conditions
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.readings import SYSTEM
 from client.node.statedir import DeviceStateDir
+from client.training.corrections import LessonHistory
 from client.training.examples import parse_examples
 from edgeadapt.formats import storage
 from edgeadapt.formats.bundle import adapter_names

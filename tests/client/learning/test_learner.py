@@ -127,7 +127,7 @@ def test_each_lesson_is_undone_to_the_very_adapter_before(phone: Path) -> None:
 def test_only_the_last_lessons_can_be_undone_and_all_corrections_are_kept(
     phone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.learning.corrections.MAX_LESSONS", 2)
+    monkeypatch.setattr("client.training.corrections.MAX_LESSONS", 2)
     for text in OTHERS[:3]:
         teach(phone, other(phone, text), text)
     for _ in range(2):

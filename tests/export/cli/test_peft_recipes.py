@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from client.learning.corrections import Correction
 from client.learning.learner import Learner
+from client.training.corrections import Correction
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.bundle import BASE_MANIFEST
 from edgeadapt.formats.graphinputs import LORA_A

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from aggregation.errors import DataError, TrustError
-from client.learning.corrections import MAX_CORRECTIONS, MAX_LESSONS, Before, Correction, Lesson, LessonHistory
+from client.training.corrections import MAX_CORRECTIONS, MAX_LESSONS, Before, Correction, Lesson, LessonHistory
 from tests.support import refused
 from tests.support.bundles import LENGTHS
 
