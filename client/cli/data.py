@@ -16,7 +16,7 @@ from client.cli.node import confirmed
 from client.inference.passages import PassageIndex
 from client.inference.usage import Usage
 from client.training.examples import MAX_FILE, parse_examples, read_file
-from client.training.hygiene import Cleaned, clean, without, words
+from client.training.hygiene import Cleaned, clean, with_taught, without, words
 from client.updates.channel import PRIVATE, UPDATES
 from edgeadapt import commandline
 from edgeadapt.bases.tasks import CLASSIFICATION
@@ -46,10 +46,11 @@ def check(state_dir: Path, as_json: bool) -> None:
     from client.node.statedir import DeviceStateDir
 
     opened = DeviceStateDir.open(state_dir)
-    cleaned = clean(read_file(opened.examples), opened.data, time.time())
+    taught = opened.corrections()
+    cleaned = clean(with_taught(read_file(opened.examples), taught), opened.data, time.time())
     if len(cleaned.aside) < cleaned.lines or not cleaned.lines:
         parse_examples(cleaned.raw, opened.examples, 0)
-    row = {"applied": opened.data is not None, "untimed": cleaned.untimed}
+    row = {"applied": opened.data is not None, "untimed": cleaned.untimed, "corrections": taught.count(b"\n")}
     off = "" if opened.data else "\nnothing is set aside in training: device.toml does not have the table [data]"
     _print(row, cleaned, f"{cleaned}; {cleaned.untimed} have no time{off}", as_json)
 
@@ -98,7 +99,9 @@ def import_(state_dir: Path, as_json: bool, file: Path) -> None:
 
 @data.command(short_help="Erase examples, and what was learned of them.")
 @options.state_dir
-@click.option("--bundle", type=commandline.FOLDER, metavar="DIR", help="Default: 'base' in device.toml, if it is one.")
+@click.option(
+    "--bundle", type=commandline.FOLDER, metavar="DIR", help="Default, by device.toml: [data] corrections, else base."
+)
 @click.option("--text", default="", metavar="TEXT", help="Erase what has the words of TEXT.")
 @click.option("--containing", default="", metavar="WORD", help="Erase what contains WORD, such as a name.")
 @click.option("--all", "everything", is_flag=True, help="Erase everything.")
@@ -137,7 +140,7 @@ def erase(
     opened = DeviceStateDir.open(state_dir)
     if not yes and not confirmed("What is erased cannot be brought back, and lessons of before are undone no more."):
         raise ConfigError("nothing was erased: the answer was no", about="--yes")
-    place = bundle or Path(opened.settings.base)
+    place = bundle or Path((opened.data and opened.data.corrections) or opened.settings.base)
     is_bundle = bundle or ((place / BASE_MANIFEST).is_file() and adapter_names(place))
     with Learner.open(place) if is_bundle else nullcontext() as learner:
         with opened.locked():

@@ -4,6 +4,7 @@ The conditions are those of Google's on-device federated compute. A condition th
 not met. Those of the machine are read again while the device trains; the others are read when it joins a session.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
@@ -18,6 +19,7 @@ from client.training.examples import parse_examples
 from client.training.hygiene import HygieneSettings, read_clean
 from edgeadapt.formats.settings import Settings
 
+log = logging.getLogger("edgeadapt.device")
 IDLE = 0.25  # share of the processors' time; others use less
 LOOK = 10.0  # seconds between two readings of the machine
 
@@ -59,6 +61,8 @@ class EligibleState(Protocol):
 
     @property
     def examples(self) -> Path: ...
+
+    def corrections(self) -> bytes: ...
 
     @property
     def last_round(self) -> datetime | None: ...
@@ -151,5 +155,14 @@ def _at_least(value: float, least: int, unit: str) -> tuple[str, bool]:
 
 
 def _count(state: EligibleState) -> int:
-    raw = read_clean(state.examples, state.data)
-    return len(parse_examples(raw, state.examples, 0))  # labels are not read, so both kinds count
+    return len(parse_examples(read_trained(state), state.examples, 0))  # labels are not read, so both kinds count
+
+
+def read_trained(state: EligibleState) -> bytes:
+    """Read what a session trains on. Why corrections cannot be read is logged. Raises DataError as ``read_clean``."""
+    taught = b""
+    try:
+        taught = state.corrections()
+    except EdgeAdaptError as error:
+        log.warning("no corrections for this session: %s", error, extra={"about": error.about})
+    return read_clean(state.examples, state.data, taught)

@@ -6,6 +6,7 @@ newest revocation list are replaced in the same way; none of them is secret. Wha
 well (``snapshot``), and so are the parts of an adapter that are not shared (``privateparts``).
 """
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +43,8 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 from client.node.sumhistory import SumHistory
-from client.node.tasklabels import TASK_LABELS, TaskLabels
+from client.node.tasklabels import TASK_LABELS, TaskLabels, signed_labels
+from client.training.corrections import LessonHistory
 from client.training.hygiene import HygieneSettings
 from client.training.trainer import FrozenBase
 from edgeadapt.bases.base import find_base, with_task
@@ -279,6 +281,31 @@ class DeviceStateDir:
             log.warning("no counts of answers for this session: %s", error, extra={"about": error.about})
             return ()
         return found.before(today()).days if found else ()
+
+    def corrections(self) -> bytes:
+        """Read what a person taught next to the bundle that ``[data]`` names, as lines of an examples file.
+
+        Raises ConfigError: there is no bundle, or its labels are not those of this device's rounds; DataError: nothing
+        was taught; TrustError: it is damaged, or no pinned key signed the bundle.
+        """
+        if not self.data or not self.data.corrections:
+            return b""
+        bundle, remedy = Path(self.data.corrections), "change [data] corrections in device.toml"
+        if not (bundle / BASE_MANIFEST).is_file():
+            raise ConfigError(f"{bundle} is not a bundle: {remedy}", about="data.corrections")
+        trained = self.load(TaskLabels)
+        own = {*signed_labels(self.base())} or ({trained.labels} if trained else set())
+        if len(shared := own & {*signed_labels(Trust.open(bundle).bundle.base())}) != 1:
+            reason = f"the labels of {bundle} are not those of this device's rounds, or no round was trained yet"
+            raise ConfigError(f"{reason}: {remedy}", about="data.corrections")
+        if not (taught := LessonHistory.of(bundle).corrections):
+            reason = f"nothing was taught next to {bundle}: use 'edgeadapt device learn', or {remedy}"
+            raise DataError(reason, about="data.corrections")
+        (labels,) = shared
+        pairs = [(one.text, one.label) for one in taught]
+        rows = [{"text": text, "label": labels.index(name)} for text, name in pairs if name in labels]
+        answers = [] if labels else [{"text": answer, "prompt": prompt} for prompt, answer in pairs]
+        return "".join(json.dumps(row) + "\n" for row in (*rows, *answers)).encode()
 
     def save_snapshot(self, snapshot: Snapshot, share_key: bytes) -> None:
         """Seal a snapshot, and replace the old one atomically. ``share_key``: as for ``Snapshot.seal``."""

@@ -34,7 +34,7 @@ from aggregation.transcript.logstate import LogState
 from client.node import adapterstate, privacyledger, sumhistory, tasklabels
 from client.node.adapterstate import AdapterState
 from client.node.devicestate import DeviceState
-from client.node.eligibility import LOOK, EligibilityError, conditions, machine_conditions, require
+from client.node.eligibility import LOOK, EligibilityError, conditions, machine_conditions, read_trained, require
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.readings import SYSTEM, Readings
@@ -42,7 +42,6 @@ from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TaskLabels
 from client.node.training import TrainingDevice, adapter_of, contribute
 from client.training.engine import TrainerOf, trainer_of
-from client.training.hygiene import read_clean
 from client.training.trainer import FrozenBase
 from edgeadapt.formats.cores import cores
 from edgeadapt.rounds import taskkinds
@@ -368,7 +367,7 @@ def _take_snapshot(state_dir: DeviceState, share_key: bytes) -> None:
     ``share_key``: the public one with which the device joined.
     """
     try:
-        examples = read_clean(state_dir.examples, state_dir.data)
+        examples = read_trained(state_dir)
     except DataError as error:
         log.warning("no examples for this session: %s", error, extra={"about": error.about})
         examples = b""

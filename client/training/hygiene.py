@@ -22,7 +22,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from aggregation.errors import DataError
-from client.training.examples import MAX_TEXT, read_file
+from client.training.examples import MAX_FILE, MAX_TEXT, read_file
 from edgeadapt.formats.settings import Settings
 
 DAY = 86_400  # seconds
@@ -60,6 +60,9 @@ class HygieneSettings(Settings):
     """set texts aside that are older than this; 0: none"""
     most: int = Field(default=0, ge=0)
     """use this many of the texts that have a time, the newest; 0: all"""
+    corrections: str = ""
+    """bundle next to which a person taught the device: rounds train on these corrections too, each in place of
+    examples of the same text; empty: none"""
 
     @model_validator(mode="after")
     def _can_be_met(self) -> Self:
@@ -87,10 +90,12 @@ class Cleaned:
         return f"{len(self.aside)} of {self.lines} examples are set aside" + (f": {reasons}" if reasons else "")
 
 
-def read_clean(path: Path, settings: HygieneSettings | None) -> bytes:
-    """Read an examples file, without what the settings set aside, which is counted in the log. Raises DataError as
-    ``read_file``; or a library failed at a text."""
-    raw = read_file(path)
+def read_clean(path: Path, settings: HygieneSettings | None, taught: bytes = b"") -> bytes:
+    """Read an examples file and what was ``taught``, without what the settings set aside, which is counted in the log.
+    Raises DataError as ``read_file``; or a library failed at a text."""
+    raw = with_taught(read_file(path), taught)
+    if len(raw) > MAX_FILE:
+        raise DataError(f"with corrections, {path} has more than {MAX_FILE} bytes: shorten it", about="examples")
     if settings is None:
         return raw
     try:
@@ -130,6 +135,18 @@ def clean(raw: bytes, settings: HygieneSettings | None, now: float) -> Cleaned:
     return Cleaned(kept.encode(), dict(sorted(aside.items())), len(rows), len(rows) - len(times))
 
 
+def with_taught(raw: bytes, taught: bytes) -> bytes:
+    """Append lines to an examples file, where a line of the same words, or prompt, becomes a blank one."""
+
+    def asked(line: bytes) -> str:
+        row = _row(line) or {"text": ""}
+        return words(row.get("prompt") or row["text"])
+
+    known = {*map(asked, taught.splitlines())} - {""}
+    kept = (b"" if asked(line) in known else line for line in raw.split(b"\n"))
+    return b"\n".join([*kept, taught]) if taught else raw
+
+
 def without(raw: bytes, erased: Callable[[str], bool]) -> tuple[bytes, int]:
     """Remove the lines in which ``erased`` recognises a text, also what is no example, and count them."""
     lines = raw.split(b"\n")
@@ -144,7 +161,7 @@ def _texts(line: str) -> list[str]:
         return [line] if line.strip() else []
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _row(line: str | bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
         return row if isinstance(row["text"], str) and isinstance(row.get("prompt", ""), str) else None

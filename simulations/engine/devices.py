@@ -177,6 +177,9 @@ class MemoryDevice:
     def save_state(self, state: ClientState) -> None:
         self._state = state
 
+    def corrections(self) -> bytes:
+        return self._files.corrections()
+
     def take_snapshot(self, examples: bytes, share_key: bytes) -> None:
         self.save_snapshot(Snapshot(self._entropy.bytes(KEY), examples), share_key)
 

