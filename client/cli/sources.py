@@ -109,11 +109,20 @@ def index(folder: Path | None, bundle: Path, trust: Path | None, erase: bool, as
 @click.command()
 @click.argument("question", required=False, metavar="[QUESTION]")
 @commandline.bundle()
+@commandline.adapter("name", "With --next: the adapter that is unsure and learns. Default: the one in use.")
 @options.trust
 @click.option("--sources", type=click.IntRange(1, 100), default=3, show_default=True, metavar="N", help="So many.")
 @click.option("--next", "count", type=click.IntRange(1, MAX_AT_ONCE), metavar="N", help="Ask about N texts instead.")
 @commandline.as_json
-def ask(question: str | None, bundle: Path, trust: Path | None, sources: int, count: int | None, as_json: bool) -> None:
+def ask(
+    question: str | None,
+    bundle: Path,
+    name: str | None,
+    trust: Path | None,
+    sources: int,
+    count: int | None,
+    as_json: bool,
+) -> None:
     """Show the passages of the indexed files, and of the bundle's own knowledge, that say most about QUESTION, by its
     words and its meaning.
 
@@ -131,7 +140,7 @@ def ask(question: str | None, bundle: Path, trust: Path | None, sources: int, co
     if (question is None) == (count is None):
         raise click.UsageError("give a QUESTION to your files, or --next N alone")
     if count is not None:
-        _ask_person(bundle, trust, count, as_json)
+        _ask_person(bundle, trust, name, count, as_json)
         return
     found = Finder(bundle, trust).find(str(question), sources)
     if as_json:
@@ -141,14 +150,14 @@ def ask(question: str | None, bundle: Path, trust: Path | None, sources: int, co
         click.echo(f"[{number}] {printable(named(one))}\n    {printable(one.text)}")
 
 
-def _ask_person(bundle: Path, trust: Path | None, count: int, as_json: bool) -> None:
+def _ask_person(bundle: Path, trust: Path | None, name: str | None, count: int, as_json: bool) -> None:
     """Show texts that are worth a label, and learn the labels that a person gives on a terminal. Raises ConfigError: no
     texts are kept."""
     if (kept := AskedTexts.read(bundle)) is None:
         reason = f"no texts are kept: edgeadapt device usage --on --texts --bundle {bundle}"
         raise ConfigError(reason, about="--next")
     session = ClassificationSession.open(bundle, trust)
-    adapter = session.load(session.library.default())
+    adapter = session.load(name or session.library.default())
     with commandline.status("read texts") as report:
         asked = questions(session, adapter.name, kept.texts, count, report)
     if as_json:

@@ -164,7 +164,7 @@ def test_a_person_gives_labels_by_number_and_name_and_is_not_asked_again(
 ) -> None:
     first, second, third = json.loads(run("ask", "--bundle", curious, "--next", "3", "--json").output)["questions"]
     typed += ["2", "nonsense", LABELS[3], ""]
-    done = run("ask", "--bundle", curious, "--next", "3")
+    done = run("ask", "--bundle", curious, "--next", "3", "--adapter", "global")
     assert done.exit_code == 0, done.output
     assert "'nonsense' is not a label" in done.output
     with Learner.open(curious) as learner:
