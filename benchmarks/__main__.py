@@ -362,7 +362,26 @@ def questions(bundle: Path, data: str, as_json: bool) -> None:
 
     with status("measuring") as show:
         found = run.measure(ClassificationSession.open(bundle), data, show)
-    click.echo(json.dumps(found) if as_json else run.table(found))
+    click.echo(json.dumps(found) if as_json else run.table(found, run.ASKED))
+
+
+@bench.command()
+@commandline.bundle()
+@commandline.as_json
+def synthesis(bundle: Path, as_json: bool) -> None:
+    """What phrases of a grammar add to three of each label that a household said.
+
+    \b
+    Examples:
+      python -m benchmarks synthesis --bundle phone/bundle
+    """
+    from benchmarks import synthesis as run
+    from benchmarks.questions import table
+    from client.inference.session import ClassificationSession
+
+    with status("measuring") as show:
+        found = run.measure(ClassificationSession.open(bundle), show)
+    click.echo(json.dumps(found) if as_json else table(found, run.OURS))
 
 
 if __name__ == "__main__":

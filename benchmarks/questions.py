@@ -20,7 +20,7 @@ from client.training.personal import PENALTY
 from edgeadapt.formats.layout import Floats
 from simulations.data import populate
 from simulations.data.households import PopulationSettings
-from simulations.data.population import LabelledText
+from simulations.data.population import LabelledText, Population
 from simulations.data.tables import DataSettings
 
 SEEDS = range(100, 105)
@@ -45,12 +45,11 @@ POPULATIONS = {
         PopulationSettings(),
     ),
 }
-Labels = NDArray[np.int64]
+Embedded = tuple[Floats, NDArray[np.int64]]  # texts and their labels
+ASKED = f"asked {FEW}"
 
 
-def shares(
-    head: Matrix, pool: tuple[Floats, Labels], test: tuple[Floats, Labels], rng: np.random.Generator
-) -> dict[str, float]:
+def shares(head: Matrix, pool: Embedded, test: Embedded, rng: np.random.Generator) -> dict[str, float]:
     """Measure the shares of right answers to a device's test texts, by what it was taught of its pool, oldest first."""
     texts, labels = pool
 
@@ -76,7 +75,7 @@ def shares(
         asked += [left[row] for row in worth_asking(doubts, texts[left], texts[asked], AT_ONCE)]
     return {
         "none": right(()),
-        f"asked {FEW}": right(asked),
+        ASKED: right(asked),
         f"random {FEW}": random(FEW),
         f"random {MANY}": random(MANY),
         f"newest {MANY}": right(every[-MANY:]),
@@ -84,21 +83,29 @@ def shares(
     }
 
 
+def embedding(session: ClassificationSession) -> Callable[[Sequence[LabelledText]], Embedded]:
+    """Embed texts by the base of a bundle, each once, with their labels."""
+    vector: Callable[[str], Floats] = cache(lambda text: session.embed([text])[0])
+    return lambda texts: (
+        np.stack([vector(one.text) for one in texts]),
+        np.array([one.label for one in texts], np.int64),
+    )
+
+
+def shared_head(population: Population, embedded: Callable[[Sequence[LabelledText]], Embedded]) -> Matrix:
+    """Fit a head to the public texts and those of the clients that take part."""
+    shared = [one for client in population.clients if not client.unseen for one in client.train]
+    x, labels = embedded([*population.public, *shared])
+    return logistic_head(with_constant(x), labels, np.ones(len(x)), len(population.labels), PENALTY)
+
+
 def measure(session: ClassificationSession, data: str, report: Callable[[str], object]) -> list[dict[str, float]]:
     """Measure ``shares`` of each unseen client of each seed."""
-    vector: Callable[[str], Floats] = cache(lambda text: session.embed([text])[0])
-
-    def embedded(texts: Sequence[LabelledText]) -> tuple[Floats, Labels]:
-        return np.stack([vector(one.text) for one in texts]), np.array([one.label for one in texts], np.int64)
-
-    rows = []
+    embedded, rows = embedding(session), []
     for seed in SEEDS:
         report(f"seed {seed}")
         population = populate(*POPULATIONS[data], seed).population
-        shared = [one for client in population.clients if not client.unseen for one in client.train]
-        x, labels = embedded([*population.public, *shared])
-        head = logistic_head(with_constant(x), labels, np.ones(len(x)), len(population.labels), PENALTY)
-        rng = np.random.default_rng(seed)
+        head, rng = shared_head(population, embedded), np.random.default_rng(seed)
         rows += [
             shares(head, embedded(client.train), embedded(client.test), rng)
             for client in population.clients
@@ -107,9 +114,9 @@ def measure(session: ClassificationSession, data: str, report: Callable[[str], o
     return rows
 
 
-def table(rows: Sequence[Mapping[str, float]]) -> str:
-    """Format medians over devices, and what asking gains on average, with a bootstrap over devices of 95 %."""
-    draws, ours = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows))), f"asked {FEW}"
+def table(rows: Sequence[Mapping[str, float]], ours: str) -> str:
+    """Format medians over devices, and what ``ours`` gains on average, with a bootstrap over devices of 95 %."""
+    draws = np.random.default_rng(0).integers(0, len(rows), (2000, len(rows)))
     lines = [f"{len(rows)} devices{'':<6}median  {ours} gains"]
     for name in rows[0]:
         gains = np.array([row[ours] - row[name] for row in rows])

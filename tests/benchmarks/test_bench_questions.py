@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from benchmarks.questions import FEW, MANY, shares, table
+from benchmarks.questions import ASKED, FEW, MANY, shares, table
 
 
 def test_labels_of_a_device_help_and_all_of_them_most() -> None:
@@ -21,4 +21,4 @@ def test_labels_of_a_device_help_and_all_of_them_most() -> None:
 
 def test_the_table_has_what_asking_gains() -> None:
     rows = [{"none": 0.5, f"asked {FEW}": 0.75}, {"none": 0.25, f"asked {FEW}": 0.5}]
-    assert table(rows).splitlines()[1].split() == ["none", "0.375", "+0.250", "(+0.250", "to", "+0.250)"]
+    assert table(rows, ASKED).splitlines()[1].split() == ["none", "0.375", "+0.250", "(+0.250", "to", "+0.250)"]
