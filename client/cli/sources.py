@@ -21,7 +21,7 @@ from client.learning import Correction
 from client.learning.questions import AskedTexts, questions
 from client.training.corrections import MAX_AT_ONCE
 from edgeadapt import commandline
-from edgeadapt.formats.bundle import KNOWLEDGE
+from edgeadapt.formats.bundle import KNOWLEDGE, TRAINING
 from edgeadapt.formats.layout import Floats
 from edgeadapt.formats.passages import Passage, parse_passages, read_folder
 
@@ -152,7 +152,7 @@ def ask(
 
 def _ask_person(bundle: Path, trust: Path | None, name: str | None, count: int, as_json: bool) -> None:
     """Show texts that are worth a label, and learn the labels that a person gives on a terminal. Raises ConfigError: no
-    texts are kept."""
+    texts are kept, or the bundle cannot learn on a terminal."""
     if (kept := AskedTexts.read(bundle)) is None:
         reason = f"no texts are kept: edgeadapt device usage --on --texts --bundle {bundle}"
         raise ConfigError(reason, about="--next")
@@ -165,6 +165,9 @@ def _ask_person(bundle: Path, trust: Path | None, name: str | None, count: int, 
         return
     meant = {options.words(label): label for label in adapter.labels} | {label: label for label in adapter.labels}
     asks, answers = bool(asked) and options.standard_input().isatty(), dict[str, str | None]()
+    if asks and TRAINING not in session.library.manifest.files:  # before a label is typed in vain
+        reason = f"{bundle} has no training graph, by which labels are learned: make it with 'bundle make --training'"
+        raise ConfigError(f"{reason}, or list the texts with --json", about=TRAINING)
     for one in asked:
         click.echo(" ".join(printable(one.text).split()))
         for number, guess in enumerate(one.guesses, 1):

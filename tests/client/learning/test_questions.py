@@ -228,3 +228,13 @@ def test_doubt_likeness_to_others_and_distance_from_what_is_known_choose() -> No
     assert worth_asking(np.array([0.0, 0.0, 0.1, 0.2]), meaning, nothing, 2) == [3, 2]
     assert worth_asking(np.array([0.5, 0.4, 0.8, 0.7]), meaning, north[None], 2) == [0, 3]
     assert worth_asking(np.zeros(0), meaning[:0], nothing, 2) == []
+
+
+def test_no_label_is_asked_for_that_the_bundle_cannot_learn(bundle: Path, typed: list[str | BaseException]) -> None:
+    assert run("usage", "--bundle", bundle, "--on", "--texts").exit_code == 0
+    ask(bundle, *TEXTS)
+    assert typed == []  # nothing may be asked
+    refusal = run("ask", "--next", "1", "--bundle", bundle)
+    assert isinstance(refusal.exception, ConfigError)
+    assert refusal.exception.about == "training.onnx"
+    assert kept(bundle).texts == TEXTS
