@@ -22,8 +22,8 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from benchmarks.ondevice.memory import Pages
 from benchmarks.simulation.contender import ENGINES, tree
 from benchmarks.simulation.fleets import make_fleet
+from benchmarks.simulation.flowerengine import require_ray
 from benchmarks.timing import Note, aligned, in_turn, spread_text
-from simulations.engine.flowerengine import require_ray
 
 SAMPLE = 0.5  # seconds between two looks at the memory
 ENVIRONMENT = {

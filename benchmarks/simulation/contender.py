@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.simulation.flowerengine import federate_on_ray
 from client.node.statedir import DeviceStateDir
 from coordinator.app import run
 from coordinator.transport import SERVER_NODE
@@ -23,7 +24,6 @@ from edgeadapt.formats.registryfiles import SUMS
 from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.formats.storage import kill_safe
 from simulations.engine import provision
-from simulations.engine.flowerengine import federate_on_ray
 from simulations.engine.grid import FaultModel
 from simulations.engine.plain import open_coordinator
 from simulations.engine.workers import Fleet, WorkerGrid, Workers

@@ -32,7 +32,7 @@ PURPOSES = {  # extra → what it is for
     "traces": "spans for OpenTelemetry",
     "export": "bundles from bases and adapters",
     "governance": "gates and bills of material of releases",
-    "ray": "Flower's simulation engine",
+    "ray": "the benchmark of simulation engines",
     "simulations": "demo, simulate and suites",
     "bench": "python -m benchmarks ondevice",
     "dev": "tests and the documentation",

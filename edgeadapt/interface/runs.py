@@ -132,7 +132,7 @@ def simulate(
     out: File | None = None,
     resume: bool = False,
     workers: int = 1,
-    engine: Literal["plain", "protocol", "ray"] | None = None,
+    engine: Literal["plain", "protocol"] | None = None,
     quiet: bool = False,
     **settings: Any,
 ) -> Run:
@@ -146,7 +146,7 @@ def simulate(
         resume: Continue the run of the same source and settings in ``out``, or the newest one in ``runs/``.
         workers: Processes that the devices of the rounds share.
         engine: How the rounds run: with sums without masks, which make the same adapters and leave no transcript, by
-            default; with the protocol, as ``audit`` needs it; or so on Flower's simulation engine.
+            default; or with the protocol, as ``audit`` needs it.
         quiet: Show no progress.
         settings: Keys of the scenario, as in ``federation__rounds=20`` or ``**{"federation.rounds": 20}``. A task, a
             model, a server rule and a personal step may be your own, in place of a name (docs/how-to/extend.md).
@@ -156,7 +156,7 @@ def simulate(
         DataError: A text or a row is not valid.
     """
     if engine is not None:
-        check_choice("engine", engine, ("plain", "protocol", "ray"))
+        check_choice("engine", engine, ("plain", "protocol"))
     keys = {name.replace("__", "."): value for name, value in settings.items()}
     keys |= {} if client is None else {"data.client": client}
     _name_own(keys)

@@ -27,9 +27,9 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable."),
         click.option(
             "--engine",
-            type=click.Choice(["plain", "protocol", "ray"]),
+            type=click.Choice(["plain", "protocol"]),
             help="How the rounds run: with sums without masks, which make the same adapters and leave no transcript; "
-            "with the protocol; or so on Flower's simulation engine.  [default: plain; of demo: protocol]",
+            "or with the protocol.  [default: plain; of demo: protocol]",
         ),
         click.option(
             "--workers",

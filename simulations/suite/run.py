@@ -43,7 +43,6 @@ from simulations.data.tables import Loaded
 from simulations.engine import provision
 from simulations.engine.canaries import canary_bounds
 from simulations.engine.devices import LyingApp, MemoryDevices, attackers
-from simulations.engine.flowerengine import federate_on_ray, require_ray
 from simulations.engine.grid import (
     ROUND_STEPS,
     SHORT_ROUND_STEPS,
@@ -76,15 +75,15 @@ MOST_THREADS = 4  # one phrase does not keep more busy
 MANY, RARE = 50, 0.1  # devices more than a run has, and rounds that abort, where advice is looked for
 MOST_REPEATS = 5  # rounds of the analytic head, after those that were planned
 MOST_AT_ONCE = 4  # clients; each holds a base in memory
-EngineName = Literal["plain", "protocol", "ray"]
+EngineName = Literal["plain", "protocol"]
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
     """Says where the devices work, and whether they mask.
 
-    ``plain``: without masks (``simulations.engine.plain``). ``protocol``: with all of secure aggregation. ``ray``: the
-    same on Flower's engine, which has its own processes and no faults. None: as the rounds began, at first ``plain``.
+    ``plain``: without masks (``simulations.engine.plain``). ``protocol``: with all of secure aggregation. None: as the
+    rounds began, at first ``plain``.
     """
 
     workers: int = 1  # processes; 1: this one
@@ -92,7 +91,7 @@ class Engine:
 
     def masks(self, scenario: Scenario, coordinator: Path) -> bool:
         """Whether the rounds in a coordinator's state directory have masks, as they must if these are to be kept."""
-        if scenario.federation.aggregation.keep_masked_inputs or self.name in ("protocol", "ray"):
+        if scenario.federation.aggregation.keep_masked_inputs or self.name == "protocol":
             return True
         return self.name is None and (coordinator / TRANSCRIPT).exists()
 
@@ -178,20 +177,7 @@ class Plan:
 
     @classmethod
     def of(cls, scenario: Scenario, engine: Engine = HERE) -> Self:
-        """Make the population, and find the base.
-
-        Raises:
-            ConfigError: The engine cannot run this scenario, or is not installed.
-            DataError, ConfigError: As ``populate`` and ``provision.uncentered_base``.
-        """
-        if engine.name == "ray":
-            require_ray()
-            if engine.workers > 1:
-                text = "--workers is not of the engine ray: Ray has as many as there are cores"
-                raise ConfigError(text, about="--workers")
-            if scenario.attack.kind != "none":
-                text = "attackers need the grid of this process: leave out --engine, or set attack.kind to none"
-                raise ConfigError(text, about="attack.kind")
+        """Make the population, and find the base. Raises as ``populate`` and ``provision.uncentered_base``."""
         loaded = populate(scenario.data, scenario.population, scenario.seed)
         base = provision.uncentered_base(scenario)
         return cls(scenario, engine, loaded, base, provision.grouped(loaded.population, scenario.groups))
@@ -335,11 +321,7 @@ def _federate(
     trained, done, log = progress.training_seconds, len(provision.registry(folder.path).rounds()), _grid_log(folder)
     try:
         with folder.timed("rounds"), progress.rounds(done, scenario.federation.rounds), kill_safe():
-            if engine.name == "ray":
-                enrolment.enrol(nodes.values())
-                state_dirs = [provision.device_folder(folder.path, name) for name in nodes.values()]
-                _in_rounds(folder, log, lambda: federate_on_ray(coordinator, state_dirs))
-            elif engine.workers == 1:
+            if engine.workers == 1:
                 devices = MemoryDevices(enrolment.state_dir, trained_on, not masks)
                 app = LyingApp(scenario.attack.kind, liars, devices.open)
                 grid = InProcessGrid(app, nodes, faults, devices.before, log)

@@ -8,9 +8,8 @@ from importlib.util import find_spec
 import pytest
 
 from aggregation.errors import ConfigError
-from benchmarks.simulation import compare
+from benchmarks.simulation import compare, flowerengine
 from benchmarks.simulation.contender import tree
-from simulations.engine import flowerengine
 
 
 def test_a_tree_of_processes_has_all_descendants() -> None:

@@ -266,7 +266,7 @@ def test_what_cannot_be_simulated_is_refused_before_anything_is_written(
     with refused(edgeadapt.ConfigError, "SCENARIO"):
         edgeadapt.simulate("nothing.csv")
     with refused(edgeadapt.ConfigError, "engine"):
-        edgeadapt.simulate("households.toml", engine="Ray")  # type: ignore[arg-type]
+        edgeadapt.simulate("households.toml", engine="ray")  # type: ignore[arg-type]
     with refused(edgeadapt.ConfigError, "federation.round"):
         edgeadapt.simulate("households.toml", federation__round=3)
     for rows in (["turn on the light"], [{"text": "a", "label": math.inf}]):

@@ -1,8 +1,6 @@
-"""The rounds on Flower's own simulation engine: the same two apps, with the devices in Ray's processes.
+"""The rounds on Flower's own simulation engine, the peer: the same two apps, with the devices in Ray's processes.
 
-It is for more than one machine can compute. Each message may be handled by another process, so a device's state is in
-its files, in a folder that all machines of the Ray cluster see under the same path. This engine has no faults and no
-time of its own: every device answers, and waiting takes real time.
+Each message may be handled by another process, so a device's state is in its files.
 """
 
 import logging
@@ -33,7 +31,7 @@ PARTITION = "partition-id"  # Flower's number of a simulated node, from 0
 
 def require_ray() -> None:
     if find_spec("ray") is None:
-        raise ConfigError("--engine ray needs Ray: pip install 'edgeadapt[ray]'", about="--engine")
+        raise ConfigError("Flower's engine needs Ray: pip install 'edgeadapt[ray]'", about="bench")
 
 
 def federate_on_ray(

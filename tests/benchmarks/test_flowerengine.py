@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aggregation.errors import EdgeAdaptError
-from simulations.engine.flowerengine import CLUSTER, federate_on_ray
+from benchmarks.simulation.flowerengine import CLUSTER, federate_on_ray
 from tests.support import FleetOf
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
