@@ -8,67 +8,91 @@ no text of an error either: those may name one.
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from aggregation.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgeadapt.traceexport import Tracing, Value
+    from opentelemetry import trace
 
 COORDINATOR, GOVERNANCE = "edgeadapt-coordinator", "edgeadapt-governance"  # service.name
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 PROTOCOL = "http/protobuf"
+_tracer: "trace.Tracer | None" = None
 
 
-class Span(Protocol):
-    """Measures something: ``traceexport.RecordedSpan``, or ``NO_SPAN``, which is not recorded."""
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Measures something. ``recorded``: OpenTelemetry's span; None if nothing is recorded."""
 
-    def set(self, **attributes: "Value") -> None: ...
+    recorded: "trace.Span | None" = None
+
+    def set(self, **attributes: str | float) -> None:
+        """Note attributes; each is exported as ``edgeadapt.NAME``."""
+        if self.recorded is not None:
+            self.recorded.set_attributes({f"edgeadapt.{name}": value for name, value in attributes.items()})
 
     def fail(self, kind: str) -> None:
         """Note that it failed, and how: a closed choice, such as a reason or the type of an error."""
+        if self.recorded is not None and self.recorded.is_recording():
+            from opentelemetry.trace import StatusCode
+
+            self.recorded.set_attribute("error.type", kind)
+            self.recorded.set_status(StatusCode.ERROR)
 
     def end(self) -> None:
         """End it. A second call does nothing."""
+        if self.recorded is not None and self.recorded.is_recording():
+            self.recorded.end()
 
 
-class _NoSpan:
-    __slots__ = ()
-
-    def set(self, **attributes: "Value") -> None:
-        pass
-
-    def fail(self, kind: str) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
+NO_SPAN = Span()
 
 
-NO_SPAN: Span = _NoSpan()
-_OFF = nullcontext(NO_SPAN)
-_tracing: "Tracing | None" = None
-
-
-def begin(name: str, *, within: Span | None = None, **attributes: "Value") -> Span:
+def begin(name: str, *, within: Span = NO_SPAN, **attributes: str | float) -> Span:
     """Begin a span that its owner ends, for what no block of code contains. Arguments as ``span``."""
-    return NO_SPAN if _tracing is None else _tracing.begin(name, within, attributes)
+    if _tracer is None:
+        return NO_SPAN
+    from opentelemetry import trace
+
+    begun = Span(_tracer.start_span(name, within.recorded and trace.set_span_in_context(within.recorded)))
+    begun.set(**attributes)
+    return begun
 
 
-def span(name: str, *, within: Span | None = None, **attributes: "Value") -> AbstractContextManager[Span]:
+@contextmanager
+def span(name: str, *, within: Span = NO_SPAN, **attributes: str | float) -> Iterator[Span]:
     """Open a span as long as the block. An error that leaves it marks it as failed, with the error's type.
 
-    ``within``: the span that it is a part of. Default: the one of the block around it. ``attributes``: each is exported
-    as ``edgeadapt.NAME``.
+    ``within``: the span that it is a part of. Default: the one of the block around it.
     """
-    return _OFF if _tracing is None else _tracing.span(name, within, attributes)
+    begun = begin(name, within=within, **attributes)
+    if begun.recorded is None:
+        yield begun
+        return
+    from opentelemetry import trace
+
+    try:
+        # Neither the text of an error nor its traceback: they may name a device.
+        with trace.use_span(begun.recorded, record_exception=False, set_status_on_exception=False):
+            yield begun
+    except Exception as error:
+        begun.fail(type(error).__name__)
+        raise
+    finally:
+        begun.end()
 
 
 def current() -> Span:
-    return NO_SPAN if _tracing is None else _tracing.current()
+    if _tracer is None:
+        return NO_SPAN
+    from opentelemetry import trace
+
+    return Span(trace.get_current_span())
 
 
 @contextmanager
@@ -79,22 +103,20 @@ def exporting(service: str) -> Iterator[None]:
     the process's ``service.name``, unless the environment has one. Raises ConfigError: the variables are not valid or
     ask for another protocol, or the extra ``traces`` is not installed.
     """
-    global _tracing
-    if not is_wanted() or _tracing is not None:
+    global _tracer
+    if not is_wanted() or _tracer is not None:
         yield
         return
     try:
-        from edgeadapt.traceexport import Tracing
+        from edgeadapt.traceexport import tracing
     except ModuleNotFoundError as error:
         text = "OTEL_EXPORTER_OTLP_ENDPOINT asks for traces, which are not installed: pip install 'edgeadapt[traces]', "
         raise ConfigError(f"{text}or set OTEL_SDK_DISABLED=true", about="traces") from error
-    _tracing = Tracing.start(service)
-    tracing = _tracing
-    try:
-        yield
-    finally:
-        _tracing = None
-        tracing.stop()
+    with tracing(service) as _tracer:
+        try:
+            yield
+        finally:
+            _tracer = None
 
 
 def is_wanted() -> bool:

@@ -37,6 +37,7 @@ def graph() -> grimp.ImportGraph:
     built.remove_import(importer="export.addition", imported="cyclonedx")  # a license is checked by it if it is there
     # Only for traces, which take the extra of that name.
     built.remove_import(importer="edgeadapt.traceexport", imported="opentelemetry")
+    built.remove_import(importer="edgeadapt.traces", imported="opentelemetry")
     return built
 
 
