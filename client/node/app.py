@@ -12,14 +12,13 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from aggregation.steps import BODY, RECORD, Step
-from client.node.devicestate import DeviceState
 from client.node.statedir import DeviceStateDir
 from client.node.step import Refusal, answer
 from client.training.engine import TrainerOf, trainer_of
 
 STATE = "state"  # key of the Flower node's configuration: the path of the state directory
 
-OpenState = Callable[[Context], DeviceState]
+OpenState = Callable[[Context], DeviceStateDir]
 app = ClientApp()
 
 
@@ -42,8 +41,4 @@ def register(app: ClientApp, open_state: OpenState, choose: TrainerOf = trainer_
         kind(step.value)(handler)
 
 
-def _open_state_dir(context: Context) -> DeviceStateDir:
-    return DeviceStateDir.open(Path(str(context.node_config.get(STATE, ""))))
-
-
-register(app, _open_state_dir)
+register(app, lambda context: DeviceStateDir.open(Path(str(context.node_config.get(STATE, "")))))

@@ -35,7 +35,6 @@ from aggregation.wire import Codec
 from client.inference.trust import Trust
 from client.inference.usage import Usage, UsageDay, today
 from client.node.adapterstate import ADAPTER_STATE, AdapterState
-from client.node.devicestate import R, Record
 from client.node.eligibility import EligibilitySettings
 from client.node.keptstates import StatesFile
 from client.node.policy import PolicySettings
@@ -88,6 +87,8 @@ KEPT: Mapping[type[Any], tuple[str, Codec[Any] | None]] = {
     PrivacyLedger: (LEDGER, None),
 }
 
+Record = LogState | AdapterState | TaskLabels | SumHistory | PrivateParts | PrivacyLedger
+R = TypeVar("R", LogState, AdapterState, TaskLabels, SumHistory, PrivateParts, PrivacyLedger)
 Read = TypeVar("Read")
 log = logging.getLogger("edgeadapt.device")
 
@@ -128,11 +129,13 @@ class DeviceSettings(Settings):
         return super().read(path, overrides)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # a simulation derives a class that has more attributes
 class DeviceStateDir:
-    """An open state directory. It keeps nothing in memory: open it for every message.
+    """An open state directory. It keeps nothing in memory, unlike a simulation's: open it for every message.
 
-    ``entropy`` draws the secret of each session.
+    An answer leaves only after the new state was saved, and what was saved is what the next message finds, unless the
+    device was restarted in between. A device that then finds no session takes part in the next one. ``entropy`` draws
+    the secret of each session.
     """
 
     folder: Path
@@ -325,7 +328,8 @@ class DeviceStateDir:
     def delete_snapshot(self) -> None:
         (self.folder / SNAPSHOT).unlink(missing_ok=True)
 
-    def states(self) -> StatesFile:
+    def states(self) -> StatesFile | None:
+        """Find where the states of texts are kept; None if they are not."""
         return StatesFile(self.folder / STATES, self._read(SEALING_KEY))
 
     def load(self, kind: type[R]) -> R | None:

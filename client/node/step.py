@@ -1,7 +1,7 @@
 """One protocol step of one device: bytes in, one state transition, bytes out. No transport is known here.
 
 The protocol core decides what is legal, the trainer trains, and the state directory keeps the state between messages,
-because each message may be handled by another process; a simulation keeps it in memory (``DeviceState``). Flower
+because each message may be handled by another process; a simulation keeps it in memory. Flower
 (``client.node.app``) carries the bytes. A refusal is a value. Its reason says what is wrong with the coordinator's
 message; an error in the device's own files is only logged here, and the reason says no more than that there was one.
 
@@ -33,11 +33,11 @@ from aggregation.transcript.log import logged_part
 from aggregation.transcript.logstate import LogState
 from client.node import adapterstate, privacyledger, sumhistory, tasklabels
 from client.node.adapterstate import AdapterState
-from client.node.devicestate import DeviceState
 from client.node.eligibility import LOOK, EligibilityError, conditions, machine_conditions, read_trained, require
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.readings import SYSTEM, Readings
+from client.node.statedir import DeviceStateDir
 from client.node.sumhistory import SumHistory
 from client.node.tasklabels import TaskLabels
 from client.node.training import TrainingDevice, adapter_of, contribute
@@ -69,7 +69,7 @@ class Refusal:
 
 
 def answer(
-    open_state: Callable[[], DeviceState],
+    open_state: Callable[[], DeviceStateDir],
     step: Step,
     fields: Mapping[str, bytes],
     node: int,
@@ -138,7 +138,7 @@ def _wait(arrived: float, quantum: float) -> None:
         time.sleep(quantum - passed % quantum)
 
 
-def _check_in(state_dir: DeviceState, fields: Mapping[str, bytes], node: int) -> bytes:
+def _check_in(state_dir: DeviceStateDir, fields: Mapping[str, bytes], node: int) -> bytes:
     """Say who this device is, unless its owner contributes nothing to such a session; the plan is checked as well."""
     log_state = state_dir.load(LogState)
     last_offer = None if log_state is None else log_state.offer
@@ -148,7 +148,7 @@ def _check_in(state_dir: DeviceState, fields: Mapping[str, bytes], node: int) ->
     return checked_in
 
 
-def _eligible(state_dir: DeviceState, readings: Readings) -> Callable[[], None]:
+def _eligible(state_dir: DeviceStateDir, readings: Readings) -> Callable[[], None]:
     """Make a check of the machine that runs at most every ``LOOK`` seconds and raises ``EligibilityError``."""
     settings, looked = state_dir.eligibility, -LOOK
 
@@ -162,7 +162,7 @@ def _eligible(state_dir: DeviceState, readings: Readings) -> Callable[[], None]:
 
 
 def _transition(
-    state_dir: DeviceState, step: Step, fields: Mapping[str, bytes], choose: TrainerOf, readings: Readings
+    state_dir: DeviceStateDir, step: Step, fields: Mapping[str, bytes], choose: TrainerOf, readings: Readings
 ) -> bytes:
     """Load the state, make one step of the protocol, save the new state, and only then return the answer."""
     if step is Step.OFFER and REVOCATIONS in fields:
@@ -227,7 +227,7 @@ class _Means:
 
 
 def _contribute(
-    state_dir: DeviceState, device: Device, planned: Planned, fields: Mapping[str, bytes], means: _Means
+    state_dir: DeviceStateDir, device: Device, planned: Planned, fields: Mapping[str, bytes], means: _Means
 ) -> tuple[Masked, bytes]:
     """Hold a plan to what the device allows, train and mask, and save what the contribution costs: it may leave."""
     adapter_state = adapterstate.on_plan(
@@ -257,7 +257,7 @@ def _contribute(
     return masked, answer
 
 
-def _install_revocations(state_dir: DeviceState, raw: bytes) -> None:
+def _install_revocations(state_dir: DeviceStateDir, raw: bytes) -> None:
     """Install the revocation list that the coordinator forwards. It can withhold a list, but not forge one."""
     state_dir.root()  # an error in the device's own files must not become a ProtocolError
     try:
@@ -297,7 +297,9 @@ def _after_receipt(
     return device.followed(log_state, _proof(fields), plan)
 
 
-def _after_plan(state_dir: DeviceState, device: Device, planned: Planned, task: RoundTask, blob: bytes) -> SumHistory:
+def _after_plan(
+    state_dir: DeviceStateDir, device: Device, planned: Planned, task: RoundTask, blob: bytes
+) -> SumHistory:
     """Verify that the adapter of a plan is far enough from those of earlier sums. Returns the history after it."""
     history, adapter = state_dir.load(SumHistory), adapter_of(planned.plan, blob)
     history = history or SumHistory.new(SystemEntropy())
@@ -305,7 +307,7 @@ def _after_plan(state_dir: DeviceState, device: Device, planned: Planned, task: 
 
 
 def _after_sum(
-    state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors
+    state_dir: DeviceStateDir, device: Device, state: Masked | Confirmed, survivors: Survivors
 ) -> tuple[AdapterState, SumHistory | None]:
     """Verify that the sum over ``survivors`` is over the devices of earlier ones from the same adapter, or a near one.
     Returns what to save before the device helps to it."""
@@ -315,7 +317,7 @@ def _after_sum(
     return bound, sumhistory.on_survivors(state_dir.load(SumHistory), *facts)
 
 
-def _save_bound(state_dir: DeviceState, adapter_state: AdapterState, history: SumHistory | None) -> None:
+def _save_bound(state_dir: DeviceStateDir, adapter_state: AdapterState, history: SumHistory | None) -> None:
     """Replace what binds the device to survivors. After a kill between the two, it is bound and has not answered."""
     if history is not None:
         state_dir.save(history)
@@ -323,7 +325,7 @@ def _save_bound(state_dir: DeviceState, adapter_state: AdapterState, history: Su
 
 
 def _after_unmasking(
-    state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors
+    state_dir: DeviceStateDir, device: Device, state: Masked | Confirmed, survivors: Survivors
 ) -> PrivacyLedger:
     """Charge the privacy ledger for the shares that this device reveals for the sum over ``survivors``."""
     ledger, ready = state_dir.load(PrivacyLedger) or PrivacyLedger(), state.ready
@@ -336,7 +338,7 @@ def _share_key(ready: Ready) -> bytes:
     return ready.session.peers[ready.me].share_key
 
 
-def _forget_round(state_dir: DeviceState, masked: Masked) -> None:
+def _forget_round(state_dir: DeviceStateDir, masked: Masked) -> None:
     """Keep nothing of what was drawn in the round, and the snapshot for later rounds only if there are any."""
     if masked.ready.secrets:
         key = _share_key(masked.ready)
@@ -361,7 +363,7 @@ def _dealing(joined: Advertised, roster: bytes) -> DerivedEntropy:
     return DerivedEntropy(masks.derive(joined.share_key, b"edgeadapt/dealing/1", content))
 
 
-def _take_snapshot(state_dir: DeviceState, share_key: bytes) -> None:
+def _take_snapshot(state_dir: DeviceStateDir, share_key: bytes) -> None:
     """Fix what this session trains on; whether the examples can be read makes no difference to an answer.
 
     ``share_key``: the public one with which the device joined.

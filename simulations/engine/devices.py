@@ -28,13 +28,11 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealedstate import ClientState
 from aggregation.steps import Step
 from client.node.app import STATE, OpenState, register
-from client.node.devicestate import R, Record
 from client.node.eligibility import EligibilitySettings
-from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
-from client.node.statedir import SNAPSHOT, DeviceStateDir
+from client.node.statedir import SNAPSHOT, DeviceStateDir, R, Record
 from client.node.sumhistory import SumHistory
 from client.training.engine import trainer_of
 from client.training.examples import Example, Score
@@ -125,29 +123,38 @@ def open_state_dir(folder: Path) -> DeviceStateDir:
     return DeviceStateDir(folder, DeviceStateDir.open(folder).settings, StoredEntropy(folder / SEED))
 
 
-class MemoryDevice:
-    """Keeps a ``DeviceState`` in memory. What a file gives is read once. ``plain``: it masks nothing. ``bases``: its
-    base, and the one to which its coordinator migrates, if it has that."""
+class MemoryDevice(DeviceStateDir):
+    """Keeps a device in memory. What a file of the directory ``files`` gives is read once. ``plain``: it masks nothing.
+    ``bases``: its base, and the one to which its coordinator migrates, if it has that."""
+
+    eligibility, last_round = EligibilitySettings(), None  # a simulated device always takes part
+    _first: Device | None = None  # on its own base; None: it is to be read
 
     def __init__(self, files: DeviceStateDir, *bases: FrozenBase, plain: bool = False) -> None:
-        self._files, self._plain = files, plain
+        super().__init__(files.folder, files.settings)
+        self._plain = plain
         self._bases = {base.digest: base for base in bases}
-        self.policy: PolicySettings = files.policy
-        self.eligibility, self.last_round = EligibilitySettings(), None  # a simulated device always takes part
-        self.examples, self.data = files.examples, files.data
-        self._devices = {digest: self._opened(digest) for digest in self._bases}
-        device = self._devices[bases[0].digest]
-        self.identity: IdentityKey = device.identity
-        self.certificate: bytes = device.certificate
-        self.coordinator: PublicKey = device.coordinator
+        self._reopen()
         self._entropy = SeededEntropy((files.folder / SEED).read_bytes())
-        parts, ledger = files.load(PrivateParts), files.load(PrivacyLedger)
+        parts, ledger = super().load(PrivateParts), super().load(PrivacyLedger)
         # The key protects from a coordinator that lies. Without masks, one for all saves a sketch for each.
         history = SumHistory(bytes(KEY)) if plain else None
         self._kept: dict[type[Any], Any] = {type(kept): kept for kept in (parts, ledger, history) if kept is not None}
         self._written = self._entropy.key, parts, ledger
         self._state: ClientState | None = None
         self._snapshot: tuple[bytes, Snapshot] | None = None
+
+    @property
+    def identity(self) -> IdentityKey:
+        return self._first.identity if self._first else super().identity
+
+    @property
+    def certificate(self) -> bytes:
+        return self._first.certificate if self._first else super().certificate
+
+    @property
+    def coordinator(self) -> PublicKey:
+        return self._first.coordinator if self._first else super().coordinator
 
     def base(self, digest: str = "") -> FrozenBase:
         return self._bases.get(digest) or next(iter(self._bases.values()))
@@ -156,15 +163,17 @@ class MemoryDevice:
         return self._devices[base_digest]
 
     def root(self) -> Root:
-        return next(iter(self._devices.values())).root
+        return self._first.root if self._first else super().root()
 
     def revoke(self, raw: bytes) -> None:
-        self._files.revoke(raw)
-        self._devices = {digest: self._opened(digest) for digest in self._bases}
+        super().revoke(raw)
+        self._reopen()
 
-    def _opened(self, digest: str) -> Device:
-        device = self._files.device(digest)
-        return PlainDevice.of(device) if self._plain else device
+    def _reopen(self) -> None:
+        self._first = None
+        devices = {digest: super(MemoryDevice, self).device(digest) for digest in self._bases}
+        self._devices = {name: PlainDevice.of(each) if self._plain else each for name, each in devices.items()}
+        self._first = next(iter(self._devices.values()))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -177,9 +186,6 @@ class MemoryDevice:
     def save_state(self, state: ClientState) -> None:
         self._state = state
 
-    def corrections(self) -> bytes:
-        return self._files.corrections()
-
     def take_snapshot(self, examples: bytes, share_key: bytes) -> None:
         self.save_snapshot(Snapshot(self._entropy.bytes(KEY), examples), share_key)
 
@@ -188,7 +194,7 @@ class MemoryDevice:
 
     def load_snapshot(self, share_key: bytes) -> Snapshot:
         if self._snapshot is None or self._snapshot[0] != share_key:
-            text = f"{self._files.folder} has no snapshot of this session: this device takes part from the next one on"
+            text = f"{self.folder} has no snapshot of this session: this device takes part from the next one on"
             raise TrustError(text, about=SNAPSHOT)
         return self._snapshot[1]
 
@@ -215,13 +221,13 @@ class MemoryDevice:
         key, parts, ledger = self._written
         end = step is None
         if self._entropy.key != key and step is not Step.PLAN:
-            storage.replace(self._files.folder / SEED, self._entropy.key)
+            storage.replace(self.folder / SEED, self._entropy.key)
             key = self._entropy.key
         now, spent = self.load(PrivacyLedger), ledger or PrivacyLedger()
         if (own := self.load(PrivateParts)) is not parts and own is not None:
-            self._files.save(own)
+            super().save(own)
         if now is not None and (now.spent != spent.spent or (end and now != spent)):
-            self._files.save(now)
+            super().save(now)
             ledger = now
         self._written = key, own, ledger
 
