@@ -21,7 +21,7 @@ from coordinator.registry.lease import LOOK
 from coordinator.rounds import federate
 from coordinator.runstate import Need
 from coordinator.statedir import CoordinatorStateDir, Stopped
-from coordinator.transport import Clock, SystemClock, Transport
+from coordinator.transport import Clock, Transport
 from edgeadapt import traces
 from edgeadapt.commandline import JsonLines
 from edgeadapt.formats.roundrecord import RoundRecord
@@ -123,14 +123,14 @@ def run(state_dir: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
 def lead(leader: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
     """Run the rounds of a state directory from ``CoordinatorStateDir.leading``, like ``run``."""
     # A simulated grid has its own time, which does not wait.
-    clock: Clock = getattr(grid, "clock", None) or SystemClock()
+    clock: Clock = getattr(grid, "clock", None) or Clock()
     if leader.lease is not None or leader.is_service:
         clock = LeaderClock(clock, leader.require_goes_on)
     yield from federate(leader, Transport(grid, clock, leader.settings.deadline))
 
 
 @dataclass(frozen=True, slots=True)
-class LeaderClock:
+class LeaderClock(Clock):
     """End the run of a coordinator once another one leads, or it is to stop. Everything that waits reads a clock."""
 
     clock: Clock

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import grpc
 
@@ -41,6 +40,7 @@ class ServerTls:
         return _hosts(self.certificate)
 
     def newest(self) -> "ServerTls":
+        """Return itself, as ``TlsFiles`` returns what a connection that begins now gets: in any thread, at any time."""
         return self
 
 
@@ -48,13 +48,6 @@ class ServerTls:
 def _hosts(certificate: bytes) -> frozenset[str]:
     """Keep the names, as each request of a browser asks."""
     return frozenset(name.lower() for name in hosts_of(to_der(certificate)))
-
-
-class TlsSource(Protocol):
-    """Source of the newest TLS files: ``ServerTls`` itself, or the ``TlsFiles`` of a state directory."""
-
-    def newest(self) -> ServerTls:
-        """Read the key and the certificate for a connection that begins now. Called from any thread; does not fail."""
 
 
 class TlsFiles:
@@ -94,6 +87,9 @@ class TlsFiles:
 
     def _stamp(self) -> tuple[tuple[int, int, int] | None, ...]:
         return tuple(_stamp(self._state_dir.folder / name) for name in (TLS_CERTIFICATE, TLS_KEY, NEXT_TLS_KEY))
+
+
+TlsSource = ServerTls | TlsFiles
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -34,16 +33,9 @@ BY_THE_LINK = (  # error replies by Flower instead of a node
 log = logging.getLogger("edgeadapt.coordinator")
 
 
-class Clock(Protocol):
-    """Time in seconds: the system's, or a simulation's, which does not wait. ``wait`` is a pause between two polls of
-    the grid. A grid that knows when an answer arrives ends it then."""
+class Clock:
+    """Time in seconds, by the system. A simulation's does not wait, and that of a grid may know when answers arrive."""
 
-    def now(self) -> float: ...
-    def sleep(self, seconds: float) -> None: ...
-    def wait(self, seconds: float) -> None: ...
-
-
-class SystemClock:
     def now(self) -> float:
         return time.monotonic()
 
@@ -51,8 +43,8 @@ class SystemClock:
         time.sleep(seconds)
 
     def wait(self, seconds: float) -> None:
-        """Sleep: Flower's grids do not say when an answer arrives."""
-        time.sleep(seconds)
+        """Pause between two polls of the grid: Flower's grids do not say when an answer arrives."""
+        self.sleep(seconds)
 
 
 def identify() -> None:

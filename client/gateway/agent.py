@@ -39,7 +39,7 @@ from client.gateway.calls import (
 )
 from client.gateway.enrolment import Renewal
 from client.node.eligibility import LOOK, Condition, conditions, machine_conditions
-from client.node.readings import Readings, SystemReadings
+from client.node.readings import Readings
 from client.node.statedir import AGENT_LOCK, AUTHORITY, LONGEST, DeviceStateDir
 from client.node.step import Refusal, RefusalCode, answer
 from edgeadapt.formats import storage
@@ -53,7 +53,7 @@ log = logging.getLogger("edgeadapt.agent")
 class Agent:
     folder: Path  # the device's state directory
     addresses: tuple[str, ...]  # ``HOST:PORT`` of the gateway; several where another coordinator can take over
-    readings: Readings = field(default_factory=SystemReadings)
+    readings: Readings = field(default_factory=Readings)
     look: float = LOOK  # seconds between two checks of the conditions
     _failed: int = 0  # addresses in a row, of the attempts so far
     _stop: threading.Event = field(default_factory=threading.Event)

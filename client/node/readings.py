@@ -10,7 +10,6 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from aggregation.errors import DataError
 
@@ -20,36 +19,17 @@ METERED, UNMETERED = {1, 3}, {2, 4}  # NMMetered: yes, guess-yes; no, guess-no
 NETWORK_MANAGER = "org.freedesktop.NetworkManager"
 
 
-class Readings(Protocol):
-    """The machine of a device: ``SystemReadings``, or what an app knows. Each raises ``DataError`` if unknown."""
-
-    def used_by_others(self) -> float:
-        """Share of the processors' time that other processes used since the last call, 0 to 1."""
-        ...
-
-    def external_power(self) -> bool:
-        """Whether the device runs on external power."""
-        ...
-
-    def battery(self) -> float:
-        """Charge of the battery in percent."""
-        ...
-
-    def metered(self) -> bool:
-        """Whether the network connection is metered."""
-        ...
-
-
 @dataclass(slots=True)
-class SystemReadings:
-    """Readings of a Linux machine whose ``proc`` and ``sys`` are in ``root``."""
+class Readings:
+    """Reads a Linux machine, whose ``proc`` and ``sys`` are in ``root``. An app of another one derives a class, whose
+    methods raise DataError too if the answer is unknown."""
 
     root: Path = Path("/")
     _before: tuple[float, float, float] | None = field(default=None, repr=False)
 
     def used_by_others(self) -> float:
-        """Measure since the last call; the first call takes a second. Raises DataError: there is no ``/proc/stat``, or
-        it is not the kernel's."""
+        """Measure the share of the processors' time that other processes used since the last call, 0 to 1; the first
+        call takes a second. Raises DataError: there is no ``/proc/stat``, or it is not the kernel's."""
         if self._before is None:
             self._before = self._times()
             time.sleep(SAMPLE)
@@ -75,7 +55,8 @@ class SystemReadings:
         raise DataError(f"{self._folder} lists no power supply of this machine", about="charging")
 
     def battery(self) -> float:
-        """Average the charge of several batteries. Raises DataError: the machine has none that states its charge."""
+        """Average the charge of several batteries, in percent. Raises DataError: the machine has none that states its
+        charge."""
         texts = [_text(each / "capacity") for each in self._supplies() if _text(each / "type") == "Battery"]
         percent = [int(text) for text in texts if text.isdecimal() and int(text) <= 100]
         if not percent:
@@ -133,4 +114,4 @@ def _text(path: Path) -> str:
         return ""
 
 
-SYSTEM = SystemReadings()
+SYSTEM = Readings()

@@ -23,7 +23,7 @@ from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot, Refused
 from coordinator.runstate import GatewaySnapshot
 from coordinator.servertls import TlsFiles, TlsSource
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.transport import OwnGrid, identify
+from coordinator.transport import Clock, OwnGrid, identify
 from edgeadapt.formats.gateway.messages import ATTEND, node_of
 
 PREFIX = "gateway-"  # Flower's own message ids are hexadecimal
@@ -68,17 +68,11 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
         grid.close()
 
 
-class ArrivalClock:
+class ArrivalClock(Clock):
     """The machine's clock. ``wait`` ends early when an answer arrives."""
 
     def __init__(self) -> None:
         self.arrived = threading.Event()
-
-    def now(self) -> float:
-        return time.monotonic()
-
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
 
     def wait(self, seconds: float) -> None:
         """Wait until an answer has arrived since the last call, at most ``seconds``."""

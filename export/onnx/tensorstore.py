@@ -7,7 +7,7 @@ mapped when it is read, and written as soon as it is computed.
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,39 +17,29 @@ from onnx import TensorProto, helper, numpy_helper
 INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference finds constants
 
 
-class TensorStore(Protocol):
-    """Reads and makes the initializers of a graph."""
+class TensorStore:
+    """Reads and makes the initializers of a graph, which keeps them itself."""
 
-    folder: Path | None  # folder of the external data
+    folder: Path | None = None  # of the external data
 
     def array(self, tensor: TensorProto) -> NDArray[Any]:
         """Read a tensor, not to be written to; of one in four bits its bytes."""
-
-    def tensor(self, values: NDArray[Any], name: str) -> TensorProto: ...
-
-    def keep(self, graphs: Iterable[onnx.ModelProto]) -> None:
-        """Forget every tensor that none of these graphs has."""
-
-
-class InMemory:
-    folder: Path | None = None
-
-    def array(self, tensor: TensorProto) -> NDArray[Any]:
         return _held(tensor)
 
     def tensor(self, values: NDArray[Any], name: str) -> TensorProto:
         return numpy_helper.from_array(values, name)
 
-    def keep(self, graphs: Iterable[onnx.ModelProto]) -> None: ...
+    def keep(self, graphs: Iterable[onnx.ModelProto]) -> None:
+        """Forget every tensor that none of these graphs has."""
 
 
-class OnDisk:
+class OnDisk(TensorStore):
     """Store tensors of ``INLINE`` bytes and more in files of a new folder, ``place``, and read any file there."""
 
     def __init__(self, place: Path) -> None:
         place.mkdir()
         self.place = place
-        self.folder: Path | None = place
+        self.folder = place
         self._numbers = itertools.count()
         self._report: Callable[[int], object] = lambda _: None
 
@@ -126,4 +116,4 @@ def _held(tensor: TensorProto) -> NDArray[Any]:
     return values
 
 
-MEMORY = InMemory()
+MEMORY = TensorStore()

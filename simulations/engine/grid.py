@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from aggregation.errors import ConfigError, DataError
 from aggregation.steps import BODY, RECORD, Step
 from client.node.app import STATE
-from coordinator.transport import RUN_ID, OwnGrid, identify
+from coordinator.transport import RUN_ID, Clock, OwnGrid, identify
 from edgeadapt.formats.storage import file_sha256, replace
 from simulations.data.population import Client
 
@@ -110,8 +110,8 @@ def _row(about: str, who: str, row: Mapping[str, str | None]) -> tuple[str, int,
     return name, number, share
 
 
-class VirtualClock:
-    """Counts seconds that pass only by ``sleep``: a ``coordinator.transport.Clock`` for simulations."""
+class VirtualClock(Clock):
+    """Counts seconds that pass only by ``sleep``."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -121,8 +121,6 @@ class VirtualClock:
 
     def sleep(self, seconds: float) -> None:
         self._now += seconds
-
-    wait = sleep
 
 
 @dataclass(frozen=True, slots=True)

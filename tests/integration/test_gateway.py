@@ -18,7 +18,7 @@ from flwr.app import Message
 
 from aggregation.steps import BODY, RECORD
 from client.gateway.agent import Agent
-from client.node.readings import SystemReadings
+from client.node.readings import Readings
 from coordinator.gateway.grid import GatewayGrid
 from coordinator.gateway.server import GatewayLimits
 from coordinator.settings import GatewaySettings
@@ -173,11 +173,11 @@ AGENT = """
 import logging, sys
 from pathlib import Path
 from client.gateway.agent import Agent
-from client.node.readings import SystemReadings
+from client.node.readings import Readings
 logging.basicConfig(format="%(message)s")
 logging.getLogger("edgeadapt").setLevel(logging.INFO)
 folder, address, root = sys.argv[1:]
-Agent(Path(folder), (address,), SystemReadings(Path(root)), look=0.05).run()
+Agent(Path(folder), (address,), Readings(Path(root)), look=0.05).run()
 """
 
 
@@ -237,7 +237,7 @@ def test_an_agent_waits_says_why_once_comes_and_leaves_as_the_power_does(app_fle
     ]
 
 
-class Unplugged(SystemReadings):
+class Unplugged(Readings):
     """Loses its power when training has begun: after it waited, checked in, joined, and read its plan; once."""
 
     calls = 0

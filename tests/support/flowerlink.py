@@ -16,7 +16,7 @@ from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
 from client.node.app import app as client_app
-from coordinator.transport import SystemClock, Transport
+from coordinator.transport import Clock, Transport
 
 LINK_NODE = 1  # the SuperLink's own id
 HOURS = 3600.0  # seconds between heartbeats that nobody waits for
@@ -32,7 +32,7 @@ class Link:
     attachments = MappingProxyType({ADAPTER: b"adapter"})  # what a message of ``ask`` carries besides its body
 
     def transport(self, deadline: float) -> Transport:
-        return Transport(self.grid, SystemClock(), deadline)
+        return Transport(self.grid, Clock(), deadline)
 
     def ask(self, transport: Transport, nodes: list[int] | None = None) -> dict[int, bytes | str]:
         """Node → its answer, or the reason for its absence."""

@@ -14,7 +14,7 @@ from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
 from client.node.eligibility import Condition, EligibilityError, conditions, require
-from client.node.readings import SystemReadings
+from client.node.readings import Readings
 from client.node.statedir import ADAPTERS, DeviceSettings, DeviceStateDir
 from tests.support import refused
 from tests.support.machine import Machine
@@ -39,12 +39,12 @@ def state_dir(folder: Path, eligibility: str = "") -> DeviceStateDir:
 
 
 def found(tmp_path: Path, machine: Machine, eligibility: str, now: datetime = NIGHT) -> Condition:
-    (one,) = conditions(state_dir(tmp_path / "state", eligibility), SystemReadings(machine.root), now)
+    (one,) = conditions(state_dir(tmp_path / "state", eligibility), Readings(machine.root), now)
     return one
 
 
 def test_without_conditions_nothing_is_read_and_the_device_is_eligible(tmp_path: Path) -> None:
-    nothing = conditions(state_dir(tmp_path), SystemReadings(tmp_path / "missing"), NIGHT)
+    nothing = conditions(state_dir(tmp_path), Readings(tmp_path / "missing"), NIGHT)
     assert nothing == []
     require(nothing)
 
@@ -71,7 +71,7 @@ def test_external_power_is_read_from_the_supplies_of_the_machine(
 ) -> None:
     for name, files in supplies.items():
         machine.supply(name, **files)
-    assert SystemReadings(machine.root).external_power() is external
+    assert Readings(machine.root).external_power() is external
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_machine_that_does_not_say_is_not_eligible(
     for name, files in supplies.items():
         machine.supply(name, **files)
     with refused(DataError, "charging"):
-        SystemReadings(machine.root).external_power()
+        Readings(machine.root).external_power()
     for key in ("charging = true", "minimum_battery = 5"):
         condition = found(tmp_path, machine, key)
         assert (condition.name, condition.met) == (key.split()[0], False)
@@ -100,13 +100,13 @@ def test_a_machine_that_does_not_say_is_not_eligible(
 def test_the_charge_is_the_mean_of_the_batteries(tmp_path: Path, machine: Machine) -> None:
     machine.supply("BAT0", type="Battery", capacity="20")
     machine.supply("BAT1", type="Battery", capacity="80")
-    assert SystemReadings(machine.root).battery() == 50
+    assert Readings(machine.root).battery() == 50
     assert found(tmp_path, machine, "minimum_battery = 50").met
     assert not found(tmp_path, machine, "minimum_battery = 51").met
 
 
 def test_a_processor_that_others_use_is_not_idle(tmp_path: Path, machine: Machine) -> None:
-    readings, state = SystemReadings(machine.root), state_dir(tmp_path / "state", "idle = true")
+    readings, state = Readings(machine.root), state_dir(tmp_path / "state", "idle = true")
     machine.processors(busy=1_000, idle=1_000)
     assert conditions(state, readings, NIGHT)[0].met  # nothing passed
     machine.processors(busy=1_200_000, idle=1_800_000)
@@ -116,7 +116,7 @@ def test_a_processor_that_others_use_is_not_idle(tmp_path: Path, machine: Machin
 
 
 def test_the_time_that_this_process_uses_does_not_count_as_that_of_others(machine: Machine) -> None:
-    readings = SystemReadings(machine.root)
+    readings = Readings(machine.root)
     machine.processors(busy=0, idle=0)
     readings.used_by_others()
     before = sum(os.times()[:4])
@@ -130,7 +130,7 @@ def test_the_time_that_this_process_uses_does_not_count_as_that_of_others(machin
 
 
 def test_this_machine_says_how_busy_it_is() -> None:
-    assert 0 <= SystemReadings().used_by_others() <= 1
+    assert 0 <= Readings().used_by_others() <= 1
 
 
 @pytest.mark.parametrize("text", ["", "cpu 1 2\n", "cpu a b c d e f\n", "intr 1 2 3 4 5 6\n"])
@@ -196,11 +196,11 @@ def test_the_last_round_is_long_enough_ago_or_the_clock_was_set_back(
     tmp_path: Path, machine: Machine, hours: float, met: bool
 ) -> None:
     state = state_dir(tmp_path / "state", "minimum_separation_hours = 1.0")
-    assert conditions(state, SystemReadings(machine.root), NIGHT) == []  # it took part in none
+    assert conditions(state, Readings(machine.root), NIGHT) == []  # it took part in none
     at = (NIGHT.astimezone(UTC) - timedelta(hours=hours)).timestamp()
     (state.folder / ADAPTERS).write_bytes(b"")
     os.utime(state.folder / ADAPTERS, (at, at))
-    assert conditions(state, SystemReadings(machine.root), NIGHT)[0].met is met
+    assert conditions(state, Readings(machine.root), NIGHT)[0].met is met
 
 
 def test_each_condition_that_is_not_met_is_named_in_one_line() -> None:

@@ -16,7 +16,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.superlink.servicer.runtime import runtime_handlers
 
 from aggregation.steps import BODY, RECORD, Step
-from coordinator.transport import Reply, SystemClock, Transport
+from coordinator.transport import Clock, Reply, Transport
 
 
 def test_every_node_gets_its_own_body_and_each_answer_has_its_node(link: Any) -> None:
@@ -193,7 +193,7 @@ def ask(link: Any, grid: HttpGrid, spoil: Callable[[list[Message]], tuple[str, b
 
     ``spoil``: the messages to all nodes → which object of the answer is spoiled, and by what.
     """
-    transport = Transport(grid, SystemClock(), 5.0)
+    transport = Transport(grid, Clock(), 5.0)
     push = grid.push_messages
 
     def pushed(messages: Any) -> Any:
