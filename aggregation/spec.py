@@ -12,7 +12,7 @@ from typing import Annotated
 from aggregation import wire
 from aggregation.errors import ConfigError, check_fields
 from aggregation.privacy.accounting import Mechanism, NoisySum, Spent
-from aggregation.privacy.rounding import norm_squared
+from aggregation.privacy.noise import norm_squared
 from aggregation.vector import VectorSpec
 
 MAX_ROUNDS = 1024

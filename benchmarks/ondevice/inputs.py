@@ -26,10 +26,10 @@ from benchmarks.ondevice.process import PEER, TORCH, ContenderSpec
 from edgeadapt.bases.base import Base
 from edgeadapt.formats import files
 from edgeadapt.formats.bundle import BASE, TRUST, adapter_path
-from edgeadapt.formats.cache import cached
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.manifest import Format
 from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.storage import cached
 from edgeadapt.methods import causal
 from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.write import AdapterSource, add_adapter, write_bundle

@@ -43,8 +43,21 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from client.inference.trust import Trust
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.bundle import MAX_BASE_FILE, Bundle, adapter_names, adapter_path, manifest_path
-from edgeadapt.formats.release import MAX_RELEASE, METADATA, RELEASE, TARGETS, Release, check_channel, previous, target
-from edgeadapt.formats.rollout import FLAGS, MAX_FLAGS, Language, Rollout, check_language
+from edgeadapt.formats.release import (
+    FLAGS,
+    MAX_FLAGS,
+    MAX_RELEASE,
+    METADATA,
+    RELEASE,
+    TARGETS,
+    Language,
+    Release,
+    Rollout,
+    check_channel,
+    check_language,
+    previous,
+    target,
+)
 
 UPDATES, FILES, PRIVATE = "updates", "files", "private"
 SOURCE, ROOT, TARGETING = "source.json", "root.json", "targeting.json"
@@ -104,7 +117,7 @@ class Updated:
 
 @dataclass(frozen=True, slots=True)
 class Targeting:
-    """What decides on the device whether it gets the newest release of a rollout (``edgeadapt.formats.rollout``).
+    """What decides on the device whether it gets the newest release of a rollout (``edgeadapt.formats.release``).
 
     The key is a random number that the device makes once, in hex. It is an input of the decision and nothing else, and
     never leaves the device; the server of the files sees which of them a device fetches, as for every release.

@@ -20,7 +20,7 @@ from edgeadapt.formats import storage
 from edgeadapt.formats.jsontext import optional_timestamp
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.registryfiles import TRANSCRIPT
-from edgeadapt.formats.rollout import ALL
+from edgeadapt.formats.release import ALL
 from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.releases.actions import ActionRecord
 from edgeadapt.releases.history import audit_repository

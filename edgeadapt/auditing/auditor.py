@@ -25,7 +25,7 @@ from edgeadapt.auditing import history as histories
 from edgeadapt.auditing import rules
 from edgeadapt.auditing.findings import Check, Finding, NotClosed, Problem, Report, RoundSummary, Skipped, Status, count
 from edgeadapt.auditing.history import History
-from edgeadapt.auditing.sums import UnmaskedRound, Vectors, produced, secrets, sums
+from edgeadapt.auditing.rules import UnmaskedRound, Vectors, produced, secrets, sums
 
 
 def audit(

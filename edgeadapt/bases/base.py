@@ -19,9 +19,8 @@ import numpy as np
 from aggregation.errors import ConfigError
 from edgeadapt.bases.tasks import Classification, Objective, OwnTask, find_task
 from edgeadapt.extensions import Extensions
-from edgeadapt.formats.cache import cached
 from edgeadapt.formats.layout import Floats, Layout, Tensors
-from edgeadapt.formats.storage import file_sha256, read
+from edgeadapt.formats.storage import cached, file_sha256, read
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights in several files

@@ -16,7 +16,7 @@ from edgeadapt.cli.channel import name, open_repository, print_published, reposi
 from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, print_result
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.keyfiles import read_key
-from edgeadapt.formats.rollout import ALL
+from edgeadapt.formats.release import ALL
 from edgeadapt.promotion import gates
 from edgeadapt.promotion.evaluations import act, judge
 from edgeadapt.releases.actions import GateResult

@@ -16,8 +16,14 @@ from aggregation.errors import ConfigError
 from edgeadapt.commandline import FILE, FOLDER, as_json, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.manifest import PrivacyBound, ServerRule
-from edgeadapt.releases.difference import TensorChange, VersionDifference, difference
-from edgeadapt.releases.lineage import GovernedVersion, Lineage, ReleasedAdapter
+from edgeadapt.releases.lineage import (
+    GovernedVersion,
+    Lineage,
+    ReleasedAdapter,
+    TensorChange,
+    VersionDifference,
+    difference,
+)
 from edgeadapt.releases.repository import ChannelRepository
 
 NUMBER = click.IntRange(0, 2**63 - 1)

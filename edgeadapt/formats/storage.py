@@ -3,13 +3,15 @@
 A kill at any instant leaves the old content or the new one. A folder that replaces another one may be left as
 ``.NAME.previous`` by a kill between the two renames; ``locked_folder`` and ``restore`` bring it back. A power cut is
 survived as well, except by what a simulation writes (``kill_safe``).
+
+Folders of the cache are computed once and kept, each named by a digest of its source; complete or absent.
 """
 
 import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,10 +19,12 @@ from tempfile import mkstemp
 from typing import IO, BinaryIO
 
 from filelock import FileLock
+from platformdirs import user_cache_path
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from edgeadapt.formats.workfolder import WorkFolder
 
+CACHE = "EDGEADAPT_CACHE"
 PUBLIC, PRIVATE = 0o644, 0o600
 PUBLIC_FOLDER, PRIVATE_FOLDER = 0o755, 0o700
 LARGEST = 2**32  # bytes of a file that is read whole
@@ -28,6 +32,31 @@ LONGEST_LIST = 2**24  # bytes of a file of texts or labels
 POLL = 0.02  # seconds between two attempts to take a lock
 File = str | os.PathLike[str]  # how a caller of the public interface names a file or folder
 _POWER_CUTS: ContextVar[bool] = ContextVar("power_cuts", default=True)  # whether to survive them
+
+
+def cache_folder() -> Path:
+    """Return ``$EDGEADAPT_CACHE``, or the folder for a user's caches on this system."""
+    named = os.environ.get(CACHE)
+    return Path(named) if named else user_cache_path("edgeadapt", appauthor=False)
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """Return the folder ``name`` of the cache; if it does not exist, ``make`` fills it first.
+
+    It appears under its name only when it is complete, also if two processes make it at the same time. Raises
+    ConfigError if the cache cannot be written.
+    """
+    target = cache_folder() / name
+    if target.is_dir():
+        return target
+    try:
+        with staged(target) as stage:
+            make(stage)
+    except OSError as error:
+        if not target.is_dir():  # else another process was faster, and its folder is as good
+            reason = f"cannot write {target} ({error.strerror}): free some space, or set {CACHE} to another folder"
+            raise ConfigError(reason, about=CACHE) from error
+    return target
 
 
 @contextmanager

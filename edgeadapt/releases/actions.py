@@ -23,7 +23,7 @@ from tuf.api.metadata import Snapshot
 from aggregation.errors import DataError
 from edgeadapt.formats.jsontext import Exact
 from edgeadapt.formats.manifest import Count, Manifest, Sha256
-from edgeadapt.formats.rollout import Rollout
+from edgeadapt.formats.release import Rollout
 from edgeadapt.releases.drift import JudgedDrift
 from edgeadapt.releases.verdict import Figure, JudgedEvaluation
 

@@ -32,8 +32,7 @@ from aggregation.errors import DataError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.identity import PublicKey
 from edgeadapt.formats import storage
 from edgeadapt.formats.dsse import MAX_ENVELOPE
-from edgeadapt.formats.release import METADATA, RELEASE, target
-from edgeadapt.formats.rollout import FLAGS
+from edgeadapt.formats.release import FLAGS, METADATA, RELEASE, target
 from edgeadapt.releases.actions import LOG, ActionRecord, LogHead, action_path, digest_of
 from edgeadapt.releases.metadata import MAX_METADATA, PUBLIC, ROOT, SNAPSHOT, TIMESTAMP, TOP, delegations, protected
 from edgeadapt.releases.prepared import RollbackCondition

@@ -33,17 +33,20 @@ from edgeadapt.formats.dsse import MAX_ENVELOPE
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.manifest import AdapterManifest
 from edgeadapt.formats.release import (
+    ALL,
     CANARY,
+    FLAGS,
+    MAX_FLAGS,
     MAX_RELEASE,
     RELEASE,
     STABLE,
     TARGETS,
     Release,
+    Rollout,
     check_channel,
     previous,
     target,
 )
-from edgeadapt.formats.rollout import ALL, FLAGS, MAX_FLAGS, Rollout
 from edgeadapt.releases.actions import Action, GateResult
 from edgeadapt.releases.metadata import (
     KEYS,

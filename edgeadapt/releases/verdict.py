@@ -19,7 +19,7 @@ from pydantic import Field
 from aggregation.errors import DataError
 from edgeadapt.formats.jsontext import Exact
 from edgeadapt.formats.manifest import Count, Sha256
-from edgeadapt.formats.rollout import NEWEST, PREVIOUS
+from edgeadapt.formats.release import NEWEST, PREVIOUS
 from edgeadapt.rounds.evaluation import ACCURACY, DEVIATION, DEVICES, EXAMPLES, RELATIVE, SPREAD, SQUARE
 from edgeadapt.rounds.task import DECIMALS
 

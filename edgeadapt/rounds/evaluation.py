@@ -31,7 +31,7 @@ from aggregation.vector import VectorSpec
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.manifest import Sha256
 from edgeadapt.formats.peftconfig import PeftConfig
-from edgeadapt.formats.rollout import NEWEST, PREVIOUS
+from edgeadapt.formats.release import NEWEST, PREVIOUS
 from edgeadapt.rounds import optimizer
 from edgeadapt.rounds.analytic import LARGEST, ClassifierHead
 from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask, ServerStep, SummedRound

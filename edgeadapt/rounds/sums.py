@@ -19,7 +19,7 @@ from aggregation import rotation
 from aggregation.errors import ConfigError, DataError
 from aggregation.keystream import Keystream
 from aggregation.privacy import noise
-from aggregation.privacy.rounding import norm_squared, round_within
+from aggregation.privacy.noise import norm_squared, round_within
 from aggregation.ring import MAX_BITS, Ring
 from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec, noise_reach

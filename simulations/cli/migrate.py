@@ -27,8 +27,10 @@ def migrate(run: Path, scenario: Path, rounds: int, margin: float, overrides: tu
       edgeadapt simulate migrate runs/houses multilingual.toml --rounds 6
     """
     to = read_scenario(scenario, overrides)
-    from simulations.suite.migration import migrate_run  # torch
-    from simulations.suite.run import RunFolder
+    from simulations.suite.run import (
+        RunFolder,
+        migrate_run,  # torch
+    )
 
     done = list[dict[str, Any]]()
 

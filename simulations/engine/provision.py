@@ -47,12 +47,11 @@ from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
 from edgeadapt.bases.base import Base, OwnModel, find_base, with_task
 from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.formats.bundle import TRUST
-from edgeadapt.formats.cache import cached
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.peftconfig import OWN, PeftConfig, require_gradients
 from edgeadapt.formats.registryfiles import RegistrySettings
-from edgeadapt.formats.storage import PRIVATE_FOLDER, PUBLIC, replace, staged
+from edgeadapt.formats.storage import PRIVATE_FOLDER, PUBLIC, cached, replace, staged
 from edgeadapt.methods.classifier import seed_adapter
 from edgeadapt.methods.parts import HEAD
 from edgeadapt.methods.trainable import configuration, initial

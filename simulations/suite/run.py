@@ -2,6 +2,9 @@
 
 Each stage leaves its outcome in the folder, and skips the work whose outcome it finds there: a kill loses at most the
 current round, client or export. The ServerApp and the ClientApp are the real ones, on the in-process grid.
+
+The fleet of a run can move to the base of another scenario, on the in-process grid: clients, coordinator and devices
+stay, every device has both bases.
 """
 
 import json
@@ -18,13 +21,16 @@ from typing import Literal, Self
 
 import torch
 from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
 
 from aggregation.errors import ConfigError, EdgeAdaptError
+from client.node.app import register
 from client.node.statedir import EXAMPLES, PERSONAL
 from client.training.examples import encode_examples, parse_examples
 from coordinator import lastsum
 from coordinator.app import STATE, conduct
 from coordinator.app import app as server_app
+from coordinator.migration import MigrationResult, MigrationRound, Target, conclude, migrate
 from coordinator.settings import SETTINGS
 from coordinator.statedir import HEADER, CoordinatorStateDir
 from coordinator.transport import RUN_ID, SERVER_NODE
@@ -76,6 +82,7 @@ MANY, RARE = 50, 0.1  # devices more than a run has, and rounds that abort, wher
 MOST_REPEATS = 5  # rounds of the analytic head, after those that were planned
 MOST_AT_ONCE = 4  # clients; each holds a base in memory
 EngineName = Literal["plain", "protocol"]
+NEXT = "next"  # folder of the next base, in that of the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -547,3 +554,41 @@ def _group_result(folder: RunFolder, group: provision.Group) -> GroupResult:
     names = tuple(client.name for client in group.population.clients)
     aborted = sum(record.aborted is not None for record in registry.rounds())
     return GroupResult(group.name, str(group.folder), names, group.devices, aborted, last.sha256)
+
+
+def migrate_run(
+    folder: RunFolder, to: Scenario, rounds: int, margin: float, report: Callable[[MigrationRound], object]
+) -> MigrationResult:
+    """Migrate the fleet of a run, or go on with that. ``report`` gets each round once it is committed.
+
+    Raises ConfigError: the run has several federations, or the base or its adapter is not for its texts; or as
+    ``coordinator.migration.migrate``.
+    """
+    if folder.scenario.groups.by != "none":
+        raise ConfigError("a migration is of one federation, and the run has groups", about="groups.by")
+    stored = folder.scenario
+    population, scenario = populate(stored.data, stored.population, stored.seed).population, _next(stored, to)
+    first, place = provision.training_base(folder.path, stored, population), folder.path / NEXT
+    place.mkdir(exist_ok=True)
+    base = provision.training_base(place, scenario, population)
+    old = provision.device_base(folder.path, stored, first, population)
+    new = provision.device_base(place, scenario, base, population)
+    leading = open_coordinator(coordinator := folder.path / provision.COORDINATOR)
+    settings = leading.settings.model_copy(update={"training": to.federation.training})
+    target = Target(*provision.first_adapter(scenario, population, base), settings, rounds, margin)
+    enrolment = provision.Enrolment.of(folder.path, stored, population, first)
+    devices = MemoryDevices(enrolment.state_dir, old, is_plain(coordinator), new)
+    nodes = {n: each.name for n, each in enumerate(population.clients, SERVER_NODE + 1) if not each.unseen}
+    register(app := ClientApp(), devices.open)
+    with kill_safe(), leading.leading() as leader:
+        done = len(leader.registry.rounds())  # other faults than those of the rounds before
+        grid = InProcessGrid(app, nodes, faults_of(stored, {}, done), devices.before)
+        for each in migrate(leader, grid, target):
+            report(each)
+        devices.write()
+        return conclude(leader, target)
+
+
+def _next(scenario: Scenario, to: Scenario) -> Scenario:
+    federation = scenario.federation.model_copy(update={"training": to.federation.training})
+    return scenario.model_copy(update={"base": to.base, "adapter": to.adapter, "federation": federation})

@@ -15,7 +15,7 @@ AUDITOR = ("edgeadapt.cli.audit", "edgeadapt.auditing.transcripts")
 TRAINING = ("edgeadapt.bases.traininggraph", "client.training.graphengine")
 COMMANDS = ("promotion", "versions")
 GOVERNANCE = ("edgeadapt.promotion", "edgeadapt.releases", *(f"edgeadapt.cli.{name}" for name in COMMANDS))
-COMPARISON = ("edgeadapt.cli.versions", "edgeadapt.releases.difference", "edgeadapt.releases.lineage")
+COMPARISON = ("edgeadapt.cli.versions", "edgeadapt.releases.lineage", "edgeadapt.releases.lineage")
 DISTRIBUTIONS = {  # import package → distribution of another name
     "cyclonedx": "cyclonedx-python-lib",
     "google": "protobuf",

@@ -280,7 +280,7 @@ def test_a_round_with_another_ending_than_was_recorded_is_found(
         next_session(fleet, no_answers)
     code, printed = audited(fleet.out)
     assert (code, "round 2 was recorded with another ending" in printed["error"]) == (4, True)
-    monkeypatch.setattr("edgeadapt.auditing.records._agrees", lambda record, logged: True)
+    monkeypatch.setattr("edgeadapt.auditing.transcripts._agrees", lambda record, logged: True)
     assert audited(fleet.out)[0] == 0
 
 

@@ -31,7 +31,7 @@ from client.node.statedir import SETTINGS as DEVICE_SETTINGS
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import Recorder
 from edgeadapt import program
-from edgeadapt.auditing import Check, Finding, Status, history, rules, sums
+from edgeadapt.auditing import Check, Finding, Status, history, rules
 from edgeadapt.auditing.transcripts import VECTORS, logs, vector_path
 from edgeadapt.auditing.weaknesses import RepeatedSums
 from tests.support import FleetOf
@@ -111,9 +111,9 @@ def mean_of_aborted(out: Path, withheld: dict[str, UnmaskResponse]) -> Any:
     current = logged.rounds[0]
     current.responses.update(withheld)
     assert logged.session is not None
-    unmasked = sums._recover(logged.session, logged, current)
+    unmasked = rules._recover(logged.session, logged, current)
     folder = path.parent / VECTORS
-    sums._recompute(logged, current, unmasked, lambda digest, _: vector_path(folder, digest).read_bytes())
+    rules._recompute(logged, current, unmasked, lambda digest, _: vector_path(folder, digest).read_bytes())
     assert unmasked.sums is not None
     (one,) = unmasked.sums
     return one.values["delta"] / one.values["weight"][0]

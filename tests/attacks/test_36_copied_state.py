@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from aggregation.client import Planned
 from aggregation.errors import TrustError
-from aggregation.privacy import noise, rounding
+from aggregation.privacy import noise
 from aggregation.ring import Ring
 from client.node import step as device_step
 from client.node.app import STATE, register
@@ -77,7 +77,7 @@ def longest(planned: Planned) -> float:
     spec = planned.spec
     (segment,) = spec.vector.segments
     norm = spec.clip_norm / spec.vector.step(segment)
-    return float(DEVICES * np.sqrt(rounding.norm_squared(norm, segment.size)))
+    return float(DEVICES * np.sqrt(noise.norm_squared(norm, segment.size)))
 
 
 def left_of_the_sums(app_fleet_of: FleetOf, open_: Open, monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:

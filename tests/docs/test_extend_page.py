@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from aggregation.errors import ConfigError, DataError
-from client.training.engine import classifier_trainer, open_trainer
+from client.training.engine import OwnTrainer, classifier_trainer, open_trainer
 from client.training.examples import Example, read_examples
-from client.training.ownmodel import OwnTrainer
 from client.training.personal import METHODS, Candidate, Choice, PersonalStep, personalize
 from edgeadapt.auditing.findings import Check, Status
 from edgeadapt.auditing.transcripts import AuditInput, AuditOptions

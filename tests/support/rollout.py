@@ -18,7 +18,7 @@ from client.node.statedir import SETTINGS
 from client.training.examples import Split, in_split, read_examples
 from client.updates import ChannelSource, follow, update
 from client.updates.channel import Targeting
-from edgeadapt.formats.rollout import Rollout
+from edgeadapt.formats.release import Rollout
 from edgeadapt.program import cli
 from edgeadapt.promotion.gates import GateSettings
 from edgeadapt.releases.repository import ChannelRepository

@@ -24,8 +24,7 @@ from aggregation.errors import ConfigError, DataError
 from aggregation.messages import SESSION_SPEC
 from aggregation.privacy import noise
 from aggregation.privacy.accounting import ORDERS, Mechanism, NoisySum, Spent, calibrated
-from aggregation.privacy.noise import MAX_DEVIATION
-from aggregation.privacy.rounding import norm_squared, round_within
+from aggregation.privacy.noise import MAX_DEVIATION, norm_squared, round_within
 from aggregation.spec import Privacy, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from tests.support import refused
@@ -123,7 +122,7 @@ def test_ten_sums_cost_no_less_than_by_the_privacy_loss_distribution_and_little_
 
 # Of the accounting code that the authors of both papers published: github.com/google-research/federated, commit
 # 5e27a86, distributed_dp/accounting_utils.py, _skellam_rdp and compute_rdp_dgaussian after rounded_l2_norm_bound, with
-# the β of aggregation.privacy.rounding. Steps for a weight unit, clip norm, numbers, devices, deviation of the noise of
+# the β of aggregation.privacy.noise. Steps for a weight unit, clip norm, numbers, devices, deviation of the noise of
 # one device; divergences of Skellam and of discrete Gaussian noise for the orders 2, 8 and 32.
 PUBLISHED = [
     ((100, 1.0, 1_000, 100, 0.05), (4.274546, 17.09711, 68.38738), (4.27248, 17.08992, 68.35968)),

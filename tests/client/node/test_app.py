@@ -32,13 +32,13 @@ from client.node.statedir import LOCK, SEALING_KEY, SETTINGS, STATES, DeviceSett
 from client.node.statedir import STATE as STATE_FILE
 from client.node.step import RefusalCode
 from client.training.control import TrainingControl
+from client.training.torchengine import FrozenLayers
 from client.training.trainer import ClassifierTrainer
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.bases.states import StateCache
 from edgeadapt.formats import files, jsontext, storage
 from edgeadapt.formats.layout import Floats, Layout
 from edgeadapt.formats.peftconfig import PeftConfig
-from edgeadapt.methods.frozen import FrozenLayers
 from edgeadapt.rounds.task import Task
 from tests.support import FleetOf
 

@@ -12,7 +12,7 @@ from aggregation import rotation
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.privacy import noise
 from aggregation.privacy.accounting import Mechanism
-from aggregation.privacy.rounding import norm_squared
+from aggregation.privacy.noise import norm_squared
 from aggregation.spec import Adversary, Privacy, SessionSpec
 from client.node.training import check_bounds
 from client.training.examples import Score

@@ -15,7 +15,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from client.updates import ChannelSource, Updated, follow, update
 from client.updates.channel import TARGETING, Targeting
-from edgeadapt.formats.rollout import FLAGS, Rollout
+from edgeadapt.formats.release import FLAGS, Rollout
 from edgeadapt.releases.actions import Action
 from edgeadapt.releases.history import audit_repository
 from tests.client.updates.conftest import Handler, Place

@@ -18,7 +18,7 @@ from coordinator.settings import FederationSettings
 from edgeadapt.auditing import AuditInput, AuditOptions
 from edgeadapt.auditing.account import Account, audited, require_recorded
 from edgeadapt.auditing.findings import Check, Status
-from edgeadapt.auditing.records import require_published
+from edgeadapt.auditing.transcripts import require_published
 from edgeadapt.formats.layout import Layout, TensorSpec
 from edgeadapt.formats.manifest import PrivacyBound
 from tests.support import FleetOf, refused

@@ -28,7 +28,6 @@ from edgeadapt.auditing import (
     Recomputation,
     Report,
     Status,
-    records,
     transcripts,
 )
 from edgeadapt.auditing.transcripts import VECTORS, log_name, logs, vector_path
@@ -414,7 +413,7 @@ def test_a_record_that_says_something_else_than_the_log_is_found(
     sign(state_dir, lambda found: [found[0], replace(found[1], **changes)])
     with refused(TrustError, "record", value=2):
         require(state_dir)
-    monkeypatch.setattr(records, "_agrees", lambda record, logged: True)
+    monkeypatch.setattr(transcripts, "_agrees", lambda record, logged: True)
     monkeypatch.setattr(transcripts, "require_published", lambda *_: None)
     require(state_dir)
 
@@ -488,10 +487,10 @@ def test_a_log_that_was_cut_before_the_recorded_end_of_its_last_round_is_no_sess
     for unfinished in (False, True):
         with refused(TrustError, "session.cut", value=2):
             require(state_dir, unfinished=unfinished)
-    monkeypatch.setattr(records, "_is_cut", lambda size, record: False)
+    monkeypatch.setattr(transcripts, "_is_cut", lambda size, record: False)
     with refused(TrustError, "record", value=2):
         require(state_dir, unfinished=True)
-    monkeypatch.setattr(records, "_agrees_so_far", lambda record, logged: True)
+    monkeypatch.setattr(transcripts, "_agrees_so_far", lambda record, logged: True)
     require(state_dir, unfinished=True)
 
 

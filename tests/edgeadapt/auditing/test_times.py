@@ -15,7 +15,7 @@ from aggregation.pki.revocation import Revocation
 from aggregation.transcript.entries import ENTRY, MAGIC, UNTIMED, Checkpoint, Entry
 from edgeadapt.auditing import AuditInput, AuditOptions, Check, Report, audit
 from edgeadapt.auditing.auditor import chain
-from edgeadapt.auditing.records import require_logged
+from edgeadapt.auditing.transcripts import require_logged
 from tests.support import FleetOf, refused
 from tests.support.sessions import AT, LoggedSession, failure, finding_of, record
 

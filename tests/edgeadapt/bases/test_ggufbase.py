@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from edgeadapt.bases.base import find_base
-from edgeadapt.bases.ggufbase import convert
-from edgeadapt.bases.gguffile import MAX_HEADER, MAX_ITEMS, MAX_KEYS, MAX_TENSORS, GgufFile
+from edgeadapt.bases.ggufbase import MAX_HEADER, MAX_ITEMS, MAX_KEYS, MAX_TENSORS, GgufFile, convert
 from tests.support import gguf, refused
 from tests.support.limits import limited
 

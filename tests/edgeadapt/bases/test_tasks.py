@@ -11,8 +11,8 @@ from aggregation.errors import ConfigError, DataError
 from client.node import training
 from client.node.enrolment import DeviceSettings
 from client.node.statedir import DeviceStateDir
+from client.training.engine import OwnTrainer
 from client.training.examples import Example
-from client.training.ownmodel import OwnTrainer
 from edgeadapt.bases.base import OwnModel, with_task
 from edgeadapt.bases.tasks import TASKS, OwnTask, check_task
 from edgeadapt.rounds.analytic import AnalyticTask

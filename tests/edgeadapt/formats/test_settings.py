@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from aggregation.errors import ConfigError, TrustError
-from edgeadapt.formats.rollout import MAX_FLAGS, Rollout, check_language, murmur3
+from edgeadapt.formats.release import MAX_FLAGS, Rollout, check_language, murmur3
 from edgeadapt.formats.settings import Settings, overridden, toml_value
 from tests.support import refused
 

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from aggregation.errors import ConfigError
 from edgeadapt.formats import storage, workfolder
-from edgeadapt.formats.cache import VARIABLE, cache_folder, cached
+from edgeadapt.formats.storage import CACHE, cache_folder, cached
 from edgeadapt.formats.workfolder import HIDDEN, LOCK, WorkFolder, remove_abandoned
 from tests.support import refused
 
@@ -135,7 +135,7 @@ def test_a_folder_that_is_deleted_while_it_is_locked_is_made_again(
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -156,7 +156,7 @@ def test_a_failure_leaves_nothing_and_the_next_call_tries_again(cache: Path) -> 
         (folder / "half").write_text("x")
         raise OSError(28, "No space left on device")
 
-    with refused(ConfigError, VARIABLE, value=str(cache / "a")) as caught:
+    with refused(ConfigError, CACHE, value=str(cache / "a")) as caught:
         cached("a", fail)
     assert "No space left on device" in str(caught.value)
     assert list(cache.iterdir()) == []
@@ -174,14 +174,14 @@ def test_the_slower_of_two_processes_uses_the_folder_of_the_faster(cache: Path) 
 
 def test_a_cache_that_cannot_be_written_is_named(cache: Path) -> None:
     cache.write_text("a file")
-    with refused(ConfigError, VARIABLE):
+    with refused(ConfigError, CACHE):
         cached("a", lambda folder: None)
 
 
 def test_without_the_variable_it_is_the_systems_folder_for_caches(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(CACHE)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_folder().is_relative_to(tmp_path)

@@ -20,7 +20,7 @@ from edgeadapt.bases.base import Base
 from edgeadapt.formats import files
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.policy import Outcome, Policy
-from edgeadapt.formats.rollout import Rollout
+from edgeadapt.formats.release import Rollout
 from edgeadapt.program import cli
 from edgeadapt.promotion.gates import AssembledRelease, GateError, GateSettings, read_held_out
 from edgeadapt.releases.actions import ActionRecord, GateResult

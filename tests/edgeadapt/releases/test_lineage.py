@@ -25,9 +25,8 @@ from edgeadapt.formats.registryfiles import DATABASE, REGISTRY, RegistrySettings
 from edgeadapt.formats.registrystores import postgresql_url
 from edgeadapt.formats.storage import PRIVATE
 from edgeadapt.program import cli
-from edgeadapt.releases.difference import TensorChange, difference
 from edgeadapt.releases.history import audit_repository
-from edgeadapt.releases.lineage import Lineage
+from edgeadapt.releases.lineage import Lineage, TensorChange, difference
 from edgeadapt.releases.rollback import roll_back
 from tests.docs.conftest import ROOT, Reader, blocks_of
 from tests.edgeadapt.releases.conftest import CARD, Vendor, version_of

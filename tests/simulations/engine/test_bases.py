@@ -14,8 +14,8 @@ from client.node.statedir import DeviceStateDir
 from client.training import graphengine, torchengine
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.bundle import BASE_MANIFEST, LOWER, TRAINING, VerifiedBase
-from edgeadapt.formats.cache import VARIABLE
 from edgeadapt.formats.peftconfig import PeftConfig
+from edgeadapt.formats.storage import CACHE
 from edgeadapt.methods import classifier
 from simulations.data.population import LabelledText, Population
 from simulations.engine import provision
@@ -87,7 +87,7 @@ def population(fleet_of: Any) -> Population:
 @pytest.fixture
 def given(tmp_path: Path, make_base: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> Given:
     """A scenario on a tiny base with a Unigram vocabulary, whose pruned copies are in a cache of the test's own."""
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr("simulations.engine.provision.frequent_words", lambda languages, _: [*languages, *WORDS])
     tokenizer = unigram()
     tokenizer.add_special_tokens(

@@ -13,8 +13,7 @@ from edgeadapt.bases.base import Base
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import grouped, registry, training_base
 from simulations.scenario import Scenario
-from simulations.suite.migration import migrate_run
-from simulations.suite.run import Plan, RunFolder, federate, prepare
+from simulations.suite.run import Plan, RunFolder, federate, migrate_run, prepare
 from tests.support import refused
 from tests.support.trial import call
 
