@@ -24,7 +24,7 @@ from coordinator.statedir import CoordinatorStateDir, Stopped
 from coordinator.transport import Clock, Transport
 from edgeadapt import traces
 from edgeadapt.commandline import JsonLines
-from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.manifest import RoundRecord
 
 log = logging.getLogger("edgeadapt.coordinator")
 app = ServerApp()

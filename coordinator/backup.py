@@ -54,11 +54,10 @@ from edgeadapt.formats import registryfiles, storage
 from edgeadapt.formats.blobs import OBJECT_STORES
 from edgeadapt.formats.dsse import MAX_ENVELOPE
 from edgeadapt.formats.keyfiles import MAX_PEM, NEXT_TLS_KEY, TLS_CERTIFICATE, TLS_KEY
-from edgeadapt.formats.manifest import Count, Manifest, Sha256
+from edgeadapt.formats.manifest import INTERRUPTED, Count, Manifest, Sha256
 from edgeadapt.formats.registryreader import open_registry_files
 from edgeadapt.formats.registrystores import shown
-from edgeadapt.formats.roundrecord import INTERRUPTED
-from edgeadapt.formats.workfolder import WorkFolder
+from edgeadapt.formats.storage import WorkFolder
 
 MANIFEST, SUMS = "backup.json", "SHA256SUMS"
 LARGEST_LIST = 2**28  # bytes of SHA256SUMS: two million files

@@ -28,7 +28,7 @@ from coordinator.registry import Registry, StoredAdapter
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import Transcripts
 from edgeadapt.formats.layout import Layout
-from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.manifest import RoundRecord
 from edgeadapt.methods.parts import Part, part_of
 from edgeadapt.rounds import taskkinds
 from edgeadapt.rounds.optimizer import FedAdam, FedAvg, FedAvgM

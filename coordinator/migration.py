@@ -29,8 +29,7 @@ from coordinator.transport import Grid
 from edgeadapt.bases.base import LEXICAL, LONGEST, Base, OwnModel, find_base
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.layout import Layout
-from edgeadapt.formats.manifest import VersionManifest
-from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.manifest import RoundRecord, VersionManifest
 from edgeadapt.methods.parts import Part
 from edgeadapt.rounds import optimizer
 from edgeadapt.rounds.analytic import AnalyticTask, ClassifierHead

@@ -32,8 +32,7 @@ from edgeadapt.auditing.account import Account, logged
 from edgeadapt.formats import files
 from edgeadapt.formats.cores import cores
 from edgeadapt.formats.layout import Tensors
-from edgeadapt.formats.manifest import PrivacyBound, VersionManifest
-from edgeadapt.formats.roundrecord import GroupRecord, RoundRecord
+from edgeadapt.formats.manifest import GroupRecord, PrivacyBound, RoundRecord, VersionManifest
 from edgeadapt.rounds import combination, optimizer
 from edgeadapt.rounds.evaluation import EvaluationTask
 from edgeadapt.rounds.roundtask import RoundTask, ServerStep, SummedRound

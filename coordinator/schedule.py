@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aggregation.errors import EdgeAdaptError
-from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.manifest import RoundRecord
 from edgeadapt.releases.repository import ChannelRepository
 from edgeadapt.releases.verdict import verdict
 from edgeadapt.rounds.evaluation import EvaluationRounds, is_evaluation

@@ -26,9 +26,8 @@ from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats import storage
 from edgeadapt.formats.jsontext import optional_timestamp
-from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.manifest import RoundRecord, VersionManifest
 from edgeadapt.formats.registryfiles import TRANSCRIPT
-from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.releases import drift
 
 _REQUESTS = {kind.TAG: step for step, kind in REQUESTS.items()}

@@ -51,8 +51,8 @@ from edgeadapt.auditing import Problem, checkpoints, history
 from edgeadapt.auditing.history import History
 from edgeadapt.auditing.transcripts import VECTORS, log_name, log_number, logs, vector_path
 from edgeadapt.formats import storage
+from edgeadapt.formats.manifest import INTERRUPTED, RoundRecord
 from edgeadapt.formats.registryfiles import AUTHORITY, PUBLIC_KEY, REVOKED
-from edgeadapt.formats.roundrecord import INTERRUPTED, RoundRecord
 from edgeadapt.formats.storage import PUBLIC
 
 LONGEST = 1.0  # seconds that records which need not be synced yet wait for those that follow them

@@ -29,8 +29,8 @@ from coordinator.services.deployment import HOME, running
 from coordinator.settings import SERVICES, ServiceSettings
 from coordinator.statedir import KEY, open_registry
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, TLS_KEY
+from edgeadapt.formats.manifest import RoundRecord
 from edgeadapt.formats.registryfiles import AUTHORITY, RegistrySettings
-from edgeadapt.formats.roundrecord import RoundRecord
 from simulations.engine import provision
 from simulations.engine.provision import device_base
 from simulations.scenario import Scenario

@@ -28,8 +28,8 @@ from coordinator.transcripts import StoredLog
 from edgeadapt.auditing import AuditInput, AuditOptions
 from edgeadapt.auditing.account import Account, logged
 from edgeadapt.auditing.transcripts import logs
+from edgeadapt.formats.manifest import RoundRecord
 from edgeadapt.formats.registryfiles import TRANSCRIPT
-from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.formats.storage import kill_safe
 from simulations.engine import provision
 

@@ -20,8 +20,8 @@ from coordinator.app import run
 from coordinator.transport import SERVER_NODE
 from edgeadapt.bases.base import find_base
 from edgeadapt.formats.cores import cores
+from edgeadapt.formats.manifest import RoundRecord
 from edgeadapt.formats.registryfiles import SUMS
-from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.formats.storage import kill_safe
 from simulations.engine import provision
 from simulations.engine.grid import FaultModel

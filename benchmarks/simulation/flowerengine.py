@@ -22,7 +22,7 @@ from client.node.statedir import DeviceStateDir
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.formats.cores import cores
-from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.manifest import RoundRecord
 from simulations.engine.devices import open_state_dir
 
 CLUSTER = "RAY_ADDRESS"  # environment variable of Ray: the cluster to use; without it one is started here

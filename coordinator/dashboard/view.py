@@ -18,10 +18,9 @@ from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import LogFollower, counts_of, drift_of, operation_of
 from edgeadapt.formats import storage
 from edgeadapt.formats.jsontext import optional_timestamp
-from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.manifest import RoundRecord, VersionManifest
 from edgeadapt.formats.registryfiles import TRANSCRIPT
 from edgeadapt.formats.release import ALL
-from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.releases.actions import ActionRecord
 from edgeadapt.releases.history import audit_repository
 from edgeadapt.releases.metadata import MAX_METADATA

@@ -22,9 +22,8 @@ from coordinator.registry.lease import fenced
 from edgeadapt.formats import files
 from edgeadapt.formats.blobs import Blobs
 from edgeadapt.formats.layout import Layout, Tensors
-from edgeadapt.formats.manifest import VersionManifest
+from edgeadapt.formats.manifest import RoundRecord, VersionManifest, accept_chain, digest_of
 from edgeadapt.formats.registrystores import shown
-from edgeadapt.formats.roundrecord import RoundRecord, accept_chain, digest_of
 
 
 @dataclass(frozen=True, slots=True)

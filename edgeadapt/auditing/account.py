@@ -16,7 +16,7 @@ from aggregation.privacy.accounting import NOTHING, Spent
 from aggregation.spec import SessionSpec
 from aggregation.transcript.entries import Entry
 from edgeadapt.auditing.findings import Check, Finding, Report, Status, count
-from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.manifest import RoundRecord
 
 _TOLERANCE = 1e-9  # relative: logarithms differ in the last bits between machines
 

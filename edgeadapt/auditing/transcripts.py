@@ -33,10 +33,9 @@ from edgeadapt.auditing.findings import Check, Finding, NotClosedError, Report, 
 from edgeadapt.auditing.recompute import Recomputation
 from edgeadapt.auditing.weaknesses import RepeatedSums, Weaknesses
 from edgeadapt.formats import storage
-from edgeadapt.formats.manifest import PrivacyBound, VersionManifest
+from edgeadapt.formats.manifest import INTERRUPTED, PrivacyBound, RoundRecord, VersionManifest
 from edgeadapt.formats.registryfiles import AUTHORITY, DATABASE, PUBLIC_KEY, REGISTRY, REVOKED, SUMS, RegistryFiles
 from edgeadapt.formats.registryreader import open_registry_files
-from edgeadapt.formats.roundrecord import INTERRUPTED, RoundRecord
 
 VECTORS = "vectors"  # folder
 COORDINATOR = "coordinator"  # folder of a run

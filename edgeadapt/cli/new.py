@@ -17,7 +17,7 @@ import click
 from aggregation.errors import ConfigError
 from edgeadapt.commandline import program
 from edgeadapt.formats import storage
-from edgeadapt.formats.workfolder import WorkFolder
+from edgeadapt.formats.storage import WorkFolder
 
 TEMPLATE = files("edgeadapt.cli") / "template"
 TEXTS = "texts.csv"

@@ -26,8 +26,7 @@ from aggregation.pki.identity import PublicKey
 from edgeadapt.formats import storage
 from edgeadapt.formats.dsse import MAX_ENVELOPE
 from edgeadapt.formats.layout import Floats, Layout, Tensors
-from edgeadapt.formats.manifest import VersionManifest
-from edgeadapt.formats.roundrecord import RoundRecord, accept_chain
+from edgeadapt.formats.manifest import RoundRecord, VersionManifest, accept_chain
 from edgeadapt.formats.settings import Settings
 
 # Files and folders of a coordinator's state directory.

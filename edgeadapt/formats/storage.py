@@ -4,25 +4,28 @@ A kill at any instant leaves the old content or the new one. A folder that repla
 ``.NAME.previous`` by a kill between the two renames; ``locked_folder`` and ``restore`` bring it back. A power cut is
 survived as well, except by what a simulation writes (``kill_safe``).
 
-Folders of the cache are computed once and kept, each named by a digest of its source; complete or absent.
+Folders of the cache are computed once and kept, each named by a digest of its source; complete or absent. Folders to
+work in are deleted when they are no longer needed, whatever ends the process. A killed process cannot delete its
+folder. Each folder therefore holds a lock, which the operating system releases with its holder, and who makes the next
+folder in the same place deletes those whose lock is free.
 """
 
 import hashlib
 import os
 import shutil
 import stat
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from tempfile import mkstemp
+from tempfile import gettempdir, mkdtemp, mkstemp
 from typing import IO, BinaryIO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
-from edgeadapt.formats.workfolder import WorkFolder
 
 CACHE = "EDGEADAPT_CACHE"
 PUBLIC, PRIVATE = 0o644, 0o600
@@ -32,6 +35,8 @@ LONGEST_LIST = 2**24  # bytes of a file of texts or labels
 POLL = 0.02  # seconds between two attempts to take a lock
 File = str | os.PathLike[str]  # how a caller of the public interface names a file or folder
 _POWER_CUTS: ContextVar[bool] = ContextVar("power_cuts", default=True)  # whether to survive them
+HIDDEN = ".edgeadapt-"  # begins the name of a folder to work in
+LOCK, CONTENT = "lock", "content"
 
 
 def cache_folder() -> Path:
@@ -351,3 +356,55 @@ def _named(error: BaseException, path: Path) -> BaseException:
     if isinstance(error, OSError):
         error.filename = error.filename or str(path)  # Python does not name the file when the disk is full
     return error
+
+
+class WorkFolder:
+    """Is a new empty folder, deleted by ``close``, with the last reference to this object, or when the process ends.
+    ``where`` holds it; None for the system's folder of temporary files."""
+
+    def __init__(self, where: Path | None = None) -> None:
+        where = where or Path(gettempdir())
+        remove_abandoned(where)
+        folder, lock = _claimed(where)
+        self.path = folder / CONTENT
+        self.path.mkdir()
+        self._delete = weakref.finalize(self, _delete, folder, lock)
+
+    def close(self) -> None:
+        self._delete()
+
+
+def remove_abandoned(where: Path) -> None:
+    """Delete the folders to work in that killed processes left in ``where``. A folder without a lock is not deleted: it
+    is not known to be one of these, or its maker is about to lock it."""
+    with suppress(OSError):  # what cannot be read or deleted stays
+        for folder in where.glob(f"{HIDDEN}*"):
+            if _is_own(folder, stat.S_ISDIR) and _is_own(folder / LOCK, stat.S_ISREG):
+                lock = FileLock(folder / LOCK, blocking=False)
+                with suppress(Timeout, OSError), lock:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _claimed(where: Path) -> tuple[Path, FileLock]:
+    while True:
+        folder = Path(mkdtemp(prefix=HIDDEN, dir=where))
+        # Any thread may drop the last reference.
+        lock = FileLock(folder / LOCK, thread_local=False)
+        lock.acquire()
+        if (folder / LOCK).exists():
+            return folder, lock
+        lock.release()  # another process had found the lock free, and deleted it
+
+
+def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
+    """Check that ``path`` is of a kind and belongs to this user. A link is not followed."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return is_kind(status.st_mode) and (os.name == "nt" or status.st_uid == os.getuid())
+
+
+def _delete(folder: Path, lock: FileLock) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.release()

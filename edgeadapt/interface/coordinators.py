@@ -10,8 +10,7 @@ from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import status_of
 from edgeadapt.formats.keyfiles import MAX_PEM
-from edgeadapt.formats.manifest import VersionManifest
-from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.manifest import RoundRecord, VersionManifest
 from edgeadapt.formats.settings import overridden
 from edgeadapt.formats.storage import File, read
 from edgeadapt.interface.names import check_texts, in_python, overrides

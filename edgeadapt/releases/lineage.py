@@ -20,10 +20,9 @@ from edgeadapt.formats import registryfiles
 from edgeadapt.formats.graphinputs import LORA_A, LORA_B, input_name
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.layout import Floats, Tensors
-from edgeadapt.formats.manifest import AdapterManifest, PrivacyBound, VersionManifest
+from edgeadapt.formats.manifest import AdapterManifest, PrivacyBound, RoundRecord, VersionManifest
 from edgeadapt.formats.registryfiles import PUBLIC_KEY, RegistryFiles
 from edgeadapt.formats.registryreader import open_registry_files
-from edgeadapt.formats.roundrecord import RoundRecord
 from edgeadapt.releases.repository import ChannelRepository
 
 

@@ -29,7 +29,7 @@ from edgeadapt.bases.states import KEPT_RANGE, KEPT_STATES, STATES
 from edgeadapt.formats.bundle import CHAT, GENERATION, MODEL, TOKENIZER, TRAINING
 from edgeadapt.formats.graphinputs import OUTPUT_SCALE, PREFIX, PROMPT, layer_of
 from edgeadapt.formats.layout import Floats
-from edgeadapt.formats.workfolder import WorkFolder
+from edgeadapt.formats.storage import WorkFolder
 from edgeadapt.methods.peft.inputs import AdapterInputs, LoraSlot
 from export.causal import builder, traced
 from export.causal.sample import Sample, sample_logits

@@ -12,8 +12,7 @@ from aggregation.errors import ConfigError
 from edgeadapt import commandline
 from edgeadapt.bases.base import PACKAGES, Base, Package, find_base, in_package
 from edgeadapt.commandline import FOLDER, as_json, print_result, status
-from edgeadapt.formats.storage import read_lines
-from edgeadapt.formats.workfolder import WorkFolder
+from edgeadapt.formats.storage import WorkFolder, read_lines
 
 
 @click.command()

@@ -16,7 +16,7 @@ from edgeadapt.bases.classifiergraph import LABELS, ClassifierGraph
 from edgeadapt.formats.bundle import LOWER, MODEL, TOKENIZER, TRAINING, UPPER
 from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
 from edgeadapt.formats.layout import Floats, Tensors
-from edgeadapt.formats.workfolder import WorkFolder
+from edgeadapt.formats.storage import WorkFolder
 from export.onnx import graph, headers
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
 from export.onnx.dequantize import as_stored

@@ -10,7 +10,7 @@ from edgeadapt.bases.base import Base
 from edgeadapt.formats.bundle import MODEL
 from edgeadapt.formats.files import sha256
 from edgeadapt.formats.manifest import BaseManifest, Task
-from edgeadapt.formats.workfolder import WorkFolder
+from edgeadapt.formats.storage import WorkFolder
 from edgeadapt.methods.peft.inputs import AdapterInputs
 
 MAX_RANK = 64  # the default limit on the rank of an adapter's layers

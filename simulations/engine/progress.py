@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from edgeadapt.commandline import plain_progress
-from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.manifest import RoundRecord
 from simulations.report.formatting import count, duration, printable, share, size
 from simulations.result import ACCURACY
 

@@ -22,7 +22,7 @@ from edgeadapt.bases.tasks import find_task
 from edgeadapt.formats import files
 from edgeadapt.formats.cores import ahead
 from edgeadapt.formats.layout import Tensors
-from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.manifest import RoundRecord
 from edgeadapt.methods.lorasb import folded
 from edgeadapt.methods.parts import Part
 from simulations.data.population import Client, LabelledText, Population

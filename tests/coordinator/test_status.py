@@ -25,7 +25,7 @@ from coordinator.statedir import LOCK, CoordinatorStateDir, Stopped
 from coordinator.status import device_lines, device_rows, farthest, lines_of, status_of
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.jsontext import timestamp
-from edgeadapt.formats.roundrecord import GroupRecord, RoundRecord
+from edgeadapt.formats.manifest import GroupRecord, RoundRecord
 from tests.support import FleetOf
 from tests.support.gateway import wait_until
 from tests.support.registry import Rounds

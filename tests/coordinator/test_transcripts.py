@@ -24,7 +24,7 @@ from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import TORN, Recorder, Transcripts
 from edgeadapt.auditing import Report, audit, chain, checkpoints
 from edgeadapt.auditing.transcripts import VECTORS, logs, vector_path
-from edgeadapt.formats.roundrecord import RoundRecord, digest_of
+from edgeadapt.formats.manifest import RoundRecord, digest_of
 from tests.support import FleetOf, refused
 from tests.support.fleet import make_fleet
 

@@ -24,8 +24,7 @@ from coordinator import statedir as coordinator
 from coordinator.backup import BackupManifest
 from coordinator.transport import RUN_ID, SERVER_NODE
 from edgeadapt.bases.base import Base
-from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Manifest, VersionManifest
-from edgeadapt.formats.roundrecord import RoundRecord
+from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Manifest, RoundRecord, VersionManifest
 from edgeadapt.releases.actions import ActionRecord
 from simulations.engine.grid import FaultModel, InProcessGrid
 from simulations.scenario import Scenario

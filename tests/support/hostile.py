@@ -13,7 +13,7 @@ from sqlalchemy import select
 from coordinator import lastsum, rounds, transcripts
 from coordinator.registry import Head, Registry, database
 from edgeadapt.auditing import AuditInput, AuditOptions, Status
-from edgeadapt.formats.roundrecord import RoundRecord, digest_of
+from edgeadapt.formats.manifest import RoundRecord, digest_of
 from tests.support.verified import forget_verified
 
 

@@ -9,8 +9,7 @@ from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry, state_digest
 from edgeadapt.formats import files
 from edgeadapt.formats.layout import Layout, Tensors
-from edgeadapt.formats.manifest import PeftConfig, ServerRule, VersionManifest
-from edgeadapt.formats.roundrecord import RoundRecord, digest_of
+from edgeadapt.formats.manifest import PeftConfig, RoundRecord, ServerRule, VersionManifest, digest_of
 
 
 def _tensors(value: float) -> Tensors:

@@ -27,7 +27,7 @@ from edgeadapt.formats.graphinputs import LORA_A, LORA_B, OFFSET, PEFT_PREFIX
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import Format, PrivacyBound
 from edgeadapt.formats.peftconfig import PeftConfig
-from edgeadapt.formats.workfolder import WorkFolder
+from edgeadapt.formats.storage import WorkFolder
 from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx import headers

@@ -25,7 +25,7 @@ from client.inference.session import AUTO, ROUTER, SURE, ClassificationSession, 
 from edgeadapt.bases.classifiergraph import MAX_ROWS, group_rows, stack
 from edgeadapt.formats.bundle import TOKENIZER
 from edgeadapt.formats.layout import Tensors
-from edgeadapt.formats.workfolder import WorkFolder
+from edgeadapt.formats.storage import WorkFolder
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.exported import ExportedBase, written
 from export.parity.compare import torch_logits

@@ -15,8 +15,7 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustErro
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry, database
 from edgeadapt.formats import files
-from edgeadapt.formats.manifest import VersionManifest
-from edgeadapt.formats.roundrecord import digest_of
+from edgeadapt.formats.manifest import VersionManifest, digest_of
 from tests.support import refused
 from tests.support.registry import Rounds, commit
 

@@ -31,10 +31,9 @@ from edgeadapt.auditing import (
     transcripts,
 )
 from edgeadapt.auditing.transcripts import VECTORS, log_name, logs, vector_path
-from edgeadapt.formats.manifest import PeftConfig, PrivacyBound, ServerRule, VersionManifest
+from edgeadapt.formats.manifest import PeftConfig, PrivacyBound, RoundRecord, ServerRule, VersionManifest, digest_of
 from edgeadapt.formats.registryfiles import BLOBS, DATABASE, SIGNING_KEY, RegistryFiles
 from edgeadapt.formats.registryreader import open_registry_files
-from edgeadapt.formats.roundrecord import RoundRecord, digest_of
 from edgeadapt.rounds.optimizer import FedAdam, FedAvg, ServerOptimizer, to_rule
 from edgeadapt.rounds.task import Task
 from tests.support import refused

@@ -18,13 +18,13 @@ from edgeadapt.formats.manifest import (
     BaseManifest,
     Card,
     PrivacyBound,
+    RoundRecord,
     ServerRule,
     VersionManifest,
     check_labels,
     check_name,
 )
 from edgeadapt.formats.peftconfig import PeftConfig
-from edgeadapt.formats.roundrecord import RoundRecord
 from tests.support import refused
 
 PLAIN = PeftConfig("LORA", 8, 16, ("query", "value"))

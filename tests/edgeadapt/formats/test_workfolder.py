@@ -14,15 +14,14 @@ import pytest
 from filelock import FileLock
 
 from aggregation.errors import ConfigError
-from edgeadapt.formats import storage, workfolder
-from edgeadapt.formats.storage import CACHE, cache_folder, cached
-from edgeadapt.formats.workfolder import HIDDEN, LOCK, WorkFolder, remove_abandoned
+from edgeadapt.formats import storage
+from edgeadapt.formats.storage import CACHE, HIDDEN, LOCK, WorkFolder, cache_folder, cached, remove_abandoned
 from tests.support import refused
 
 FILL = """
 import sys
 from pathlib import Path
-from edgeadapt.formats.workfolder import WorkFolder
+from edgeadapt.formats.storage import WorkFolder
 work = WorkFolder(Path(sys.argv[1]))
 (work.path / "weights").write_bytes(bytes(1000))
 print("filled", flush=True)
@@ -124,7 +123,7 @@ def test_a_folder_that_is_deleted_while_it_is_locked_is_made_again(
                 shutil.rmtree(locked[0])
             return proxy
 
-    monkeypatch.setattr(workfolder, "FileLock", Late)
+    monkeypatch.setattr(storage, "FileLock", Late)
     work = WorkFolder(tmp_path)
     assert len(locked) == 2
     assert hidden(tmp_path) == [work.path.parent] == locked[1:]

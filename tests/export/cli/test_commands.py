@@ -30,7 +30,7 @@ from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.manifest import AdapterManifest, Card, VersionManifest
 from edgeadapt.formats.peftconfig import PeftConfig
-from edgeadapt.formats.workfolder import HIDDEN
+from edgeadapt.formats.storage import HIDDEN
 from edgeadapt.methods.classifier import PhraseClassifier, load, tensors
 from edgeadapt.program import TERMINATED
 from export.addition import read_card
