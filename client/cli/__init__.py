@@ -17,8 +17,8 @@ COMMANDS = {
     "ask": ("client.cli.sources", "ask", "Find passages of own files, or texts worth a label.", ""),
     "learn": ("client.cli.learn", "learn", "Learn corrections on this device, or undo that.", ""),
     "personalize": ("client.cli.learn", "personalize", "Make a private adapter from this device's examples.", ""),
-    "usage": ("client.cli.usage", "usage", "Count answers on this device, show or erase the counts.", ""),
-    "update": ("client.cli.update", "update", "Bring a bundle to the release of its channel.", ""),
+    "usage": ("client.cli.bundles", "usage", "Count answers on this device, show or erase the counts.", ""),
+    "update": ("client.cli.bundles", "update", "Bring a bundle to the release of its channel.", ""),
     "web": ("client.cli.serve_web", "serve_web", "Serve a page that runs a bundle in the browser.", ""),
 }
 

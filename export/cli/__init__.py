@@ -16,7 +16,7 @@ BUNDLE = {
     "key": ("export.cli.key", "key", "Make a signing key (Ed25519).", ""),
     "make": ("export.cli.make", "make", "Export a frozen base: one graph with open slots.", "export"),
     "add": ("export.cli.add", "add_adapter", "Add an adapter from a registry or peft to a bundle.", "export"),
-    "list": ("client.cli.adapters", "adapters", "List and verify the adapters of a bundle.", ""),
+    "list": ("client.cli.bundles", "adapters", "List and verify the adapters of a bundle.", ""),
     "check": ("export.cli.check", "check", "Compare an exported base and adapter with torch on texts.", "export"),
     "convert": ("edgeadapt.cli.convert", "convert", "Write an adapter for PEFT or ONNX Runtime.", "export"),
 }
