@@ -330,12 +330,7 @@ def _parity(trial: PromotionTrial) -> Results:
     if not base:
         raise ConfigError("gates.toml names no parity.base", about="parity.base")
     from export.bundle.sources import from_registry
-    from export.parity.compare import (  # torch, after what can be refused without it
-        compare,
-        limits_of,
-        open_pair,
-        too_far,
-    )
+    from export.parity.compare import open_pair  # torch, after what can be refused without it
 
     lines, lineage = read_lines(texts, "text"), Lineage.read(state, None, None)
     for name in trial.names:
@@ -345,12 +340,10 @@ def _parity(trial: PromotionTrial) -> Results:
             raise DataError(f"{state} has no version that {name} {manifest.version} was exported from", about="source")
         origin = from_registry(state, version.version, state / PUBLIC_KEY)
         pair = open_pair(trial.candidate.verified, name, base, origin)
-        measured = compare(pair.model, pair.runner, pair.adapter.inputs, lines)
-        limits = limits_of(pair.base.profile, pair.base.task)
+        measured, limits, broken = pair.measured(lines)
         generates = pair.base.task == "text-generation"
         figure = measured.perplexity_ratio if generates else measured.max_abs_diff
         limit = limits.perplexity_ratio if generates else limits.max_abs_diff
-        broken = too_far(measured, limits)
         text = "; ".join([str(measured), *broken.values()])
         yield GateResult(f"parity of {name}", not broken, figure if isfinite(figure) else None, limit, text[:LONGEST])
 

@@ -54,21 +54,13 @@ def check(
     """
     trusted = read_public_keys(real(bundle).parent / TRUST)
     origin, lines = origin_of(registry, peft_folder, version, trust, None), read_lines(texts, "text")
-    from export.parity.compare import (  # torch, after what can be refused without it
-        compare,
-        gate,
-        limits_of,
-        open_pair,
-        too_far,
-    )
+    from export.parity.compare import gate, open_pair  # torch, after what can be refused without it
 
     pair = open_pair(Bundle(bundle, trusted), name, base_name, origin)
     with click.progressbar(
         length=len(lines), label=f"comparing {len(lines)} texts", file=sys.stderr, hidden=commandline.is_quiet()
     ) as bar:
-        measured = compare(pair.model, pair.runner, pair.adapter.inputs, lines, lambda: bar.update(1))
-    limits = limits_of(pair.base.profile, pair.base.task)
-    broken = too_far(measured, limits)
+        measured, limits, broken = pair.measured(lines, lambda: bar.update(1))
     passed = not broken if measured.count >= FEWEST or broken.keys() & MAXIMA else None
     form = pair.adapter.manifest.format
     kind = {"task": pair.base.task, "profile": pair.base.profile, "format": form, "texts": len(lines)}

@@ -359,6 +359,14 @@ class ExportedPair:
     runner: OnnxRunner
     model: PeftModel
 
+    def measured(
+        self, texts: Sequence[str], step: Callable[[], object] = lambda: None
+    ) -> tuple[Parity, Limits, dict[str, str]]:
+        """Compare the two as ``compare``. Returns also the limits of the profile, and what is ``too_far``."""
+        parity = compare(self.model, self.runner, self.adapter.inputs, texts, step)
+        limits = limits_of(self.base.profile, self.base.task)
+        return parity, limits, too_far(parity, limits)
+
 
 def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> ExportedPair:
     """Read back and verify the base and the adapter ``name`` of a bundle, which was exported from ``origin``.
