@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,16 +18,34 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from aggregation.errors import ConfigError
+from aggregation.masks import KEY
 from client.node.app import register
 from client.node.statedir import DeviceStateDir
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
+from edgeadapt.formats import storage
 from edgeadapt.formats.cores import cores
 from edgeadapt.formats.manifest import RoundRecord
-from simulations.engine.devices import open_state_dir
+from simulations.engine.devices import SEED, SeededEntropy
 
 CLUSTER = "RAY_ADDRESS"  # environment variable of Ray: the cluster to use; without it one is started here
 PARTITION = "partition-id"  # Flower's number of a simulated node, from 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEntropy:
+    path: Path
+
+    def bytes(self, n: int) -> bytes:
+        chain = SeededEntropy(storage.read(self.path, KEY))
+        drawn = chain.bytes(n)
+        storage.replace(self.path, chain.key)
+        return drawn
+
+
+def open_state_dir(folder: Path) -> DeviceStateDir:
+    """Open the state directory of a simulated device. Raises as ``DeviceStateDir.open``."""
+    return DeviceStateDir(folder, DeviceStateDir.open(folder).settings, StoredEntropy(folder / SEED))
 
 
 def require_ray() -> None:

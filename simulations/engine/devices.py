@@ -12,7 +12,6 @@ is not asked when a session begins leaves the previous session, which takes the 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,22 +104,6 @@ class SeededEntropy:
         drawn = derive(self.key, b"edgeadapt/session-training/1")
         self.key = derive(self.key, b"edgeadapt/next-training/1")
         return drawn[:n]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredEntropy:
-    path: Path
-
-    def bytes(self, n: int) -> bytes:
-        chain = SeededEntropy(storage.read(self.path, KEY))
-        drawn = chain.bytes(n)
-        storage.replace(self.path, chain.key)
-        return drawn
-
-
-def open_state_dir(folder: Path) -> DeviceStateDir:
-    """Open the state directory of a simulated device. Raises as ``DeviceStateDir.open``."""
-    return DeviceStateDir(folder, DeviceStateDir.open(folder).settings, StoredEntropy(folder / SEED))
 
 
 class MemoryDevice(DeviceStateDir):

@@ -20,12 +20,12 @@ from aggregation.client import Planned
 from aggregation.errors import TrustError
 from aggregation.privacy import noise
 from aggregation.ring import Ring
+from benchmarks.simulation import flowerengine as seeded
 from client.node import step as device_step
 from client.node.app import STATE, register
 from client.node.privacyledger import PrivacyLedger
 from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import DeviceStateDir
-from simulations.engine import devices as seeded
 from tests.support import FleetOf, refused
 
 Open = Callable[[Path], DeviceStateDir]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from flwr.clientapp import ClientApp
 
+from benchmarks.simulation.flowerengine import open_state_dir
 from client.node.app import STATE, register
-from simulations.engine.devices import open_state_dir
 
 app = ClientApp()
 register(app, lambda context: open_state_dir(Path(str(context.node_config[STATE]))))
