@@ -115,8 +115,7 @@ def enrol(
 
 
 def _install(state_dir: Path, certificate: Path | None, revoked: Path | None, as_json: bool) -> None:
-    from client.node.enrolment import install_certificate
-    from client.node.statedir import LONGEST, DeviceStateDir
+    from client.node.statedir import LONGEST, DeviceStateDir, install_certificate
 
     opened, row, lines = DeviceStateDir.open(state_dir), {}, []
     if revoked is not None:
@@ -163,9 +162,8 @@ def _with_request(
     state_dir: Path, table: dict[str, object], name: str, pinned: tuple[bytes, bytes], as_json: bool
 ) -> None:
     from aggregation.entropy import SystemEntropy
-    from client.node.enrolment import REQUEST, TrustAnchors
-    from client.node.enrolment import enrol as create
-    from client.node.statedir import DeviceSettings
+    from client.node.statedir import REQUEST, DeviceSettings, TrustAnchors
+    from client.node.statedir import enrol as create
 
     settings, anchors = DeviceSettings.parse(table, "--set"), TrustAnchors(*pinned)
     key = create(state_dir, name, settings, anchors, SystemEntropy())

@@ -20,8 +20,17 @@ from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.certificates import load, subject
 from client.gateway.calls import PASSING, ask, clock, one_line, pause, refusal
-from client.node.enrolment import REQUEST, TrustAnchors, enrol, install_certificate
-from client.node.statedir import AUTHORITY, CERTIFICATE, LONGEST, DeviceSettings, DeviceStateDir
+from client.node.statedir import (
+    AUTHORITY,
+    CERTIFICATE,
+    LONGEST,
+    REQUEST,
+    DeviceSettings,
+    DeviceStateDir,
+    TrustAnchors,
+    enrol,
+    install_certificate,
+)
 from edgeadapt.formats import storage
 from edgeadapt.formats.gateway import invitation as tokens
 from edgeadapt.formats.gateway import messages

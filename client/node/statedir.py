@@ -4,6 +4,9 @@ Every file is readable by its owner only. The state of a session is encrypted at
 an answer leaves the device: a device that restarts never answers a step twice. Log state, adapter state, labels and the
 newest revocation list are replaced in the same way; none of them is secret. What a session trains on is encrypted as
 well (``snapshot``), and so are the parts of an adapter that are not shared (``privateparts``).
+
+At an enrolment the private key is created here, and never leaves the device. The trust anchors are pinned at the same
+time: the authority's certificate and the coordinator's key, as the owner of the device received them.
 """
 
 import json
@@ -26,7 +29,7 @@ from aggregation.entropy import Entropy, SystemEntropy
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError, of_file
 from aggregation.masks import KEY
 from aggregation.messages import DIGEST
-from aggregation.pki import Root
+from aggregation.pki import Root, certificates, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealedstate import ClientState
 from aggregation.transcript import logstate
@@ -47,11 +50,11 @@ from client.training.corrections import LessonHistory
 from client.training.hygiene import HygieneSettings
 from client.training.trainer import FrozenBase
 from edgeadapt.bases.base import find_base, with_task
-from edgeadapt.bases.tasks import CLASSIFICATION
+from edgeadapt.bases.tasks import CLASSIFICATION, find_task
 from edgeadapt.formats.bundle import BASE_MANIFEST
 from edgeadapt.formats.gateway.invitation import ADDRESS, ADDRESSES
 from edgeadapt.formats.settings import Settings
-from edgeadapt.formats.storage import locked, read, replace
+from edgeadapt.formats.storage import PRIVATE_FOLDER, locked, new_folder, read, replace
 
 SETTINGS = "device.toml"
 AGENT_LOCK = "agent.lock"  # held by an agent, and while its certificate is renewed without one
@@ -91,6 +94,7 @@ Record = LogState | AdapterState | TaskLabels | SumHistory | PrivateParts | Priv
 R = TypeVar("R", LogState, AdapterState, TaskLabels, SumHistory, PrivateParts, PrivacyLedger)
 Read = TypeVar("Read")
 log = logging.getLogger("edgeadapt.device")
+REQUEST = "request.csr"
 
 
 class DeviceSettings(Settings):
@@ -383,3 +387,54 @@ class DeviceStateDir:
         except FileNotFoundError as error:
             reason = f"{self.folder} has no {name}: enrol this device first, with 'edgeadapt device enrol'"
             raise TrustError(reason, about=name) from error
+
+
+@dataclass(frozen=True, slots=True)
+class TrustAnchors:
+    """The authority's certificate and the coordinator's public key, both PEM, that a device pins. Raises TrustError:
+    one of them is not valid."""
+
+    authority: bytes
+    coordinator: bytes
+
+    def __post_init__(self) -> None:
+        with of_file("the authority's certificate"):
+            Root.from_pem(self.authority)
+        with of_file("the coordinator's key"):
+            PublicKey.from_pem(self.coordinator)
+
+
+def enrol(folder: Path, name: str, settings: DeviceSettings, anchors: TrustAnchors, entropy: Entropy) -> PublicKey:
+    """Create a state directory with a certificate request, completely or not at all, and return the key to certify.
+
+    ``folder`` is new or empty; the path of a base that is a folder or a file is made absolute in the settings. Raises
+    ConfigError: the folder is not empty or is the working directory, the name is not valid, or as ``find_task``.
+    """
+    find_task(settings.task)
+    identity = IdentityKey.generate(entropy)
+    request = requests.request(identity, name)
+    base = Path(settings.base)
+    settings = settings.model_copy(update={"base": str(base.resolve())}) if base.exists() else settings
+    trust = {
+        AUTHORITY: anchors.authority,
+        COORDINATOR: anchors.coordinator,
+        # The device opens adapters of the coordinator, and its own personal adapter.
+        TRUST: PublicKey.from_pem(anchors.coordinator).to_pem() + identity.public.to_pem(),
+        REQUEST: request,
+    }
+    with new_folder(folder, mode=PRIVATE_FOLDER) as stage:
+        DeviceStateDir.create(stage, settings, identity, trust, entropy)
+    return identity.public
+
+
+def install_certificate(state_dir: DeviceStateDir, certificate: bytes, at: datetime) -> tuple[str, datetime]:
+    """Install the certificate, PEM or DER, that the authority issued. Returns the device's name and its end. Raises
+    TrustError: the pinned authority did not issue it, it is for another key or revoked, or not valid at ``at``."""
+    der = certificates.to_der(certificate)
+    name, key = state_dir.root().verify(der, at)
+    own = state_dir.identity.public
+    if key != own:
+        reason = f"the certificate is for the key {key.key_id}, and this device's key is {own.key_id}"
+        raise TrustError(f"{reason}; ask the authority to certify {REQUEST} of this device", about="certificate.key")
+    replace(state_dir.folder / CERTIFICATE, der)
+    return name, certificates.not_after(der)

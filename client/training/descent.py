@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,23 +25,10 @@ DISTANCE = np.float32(1000.0)  # in weight units: the farthest that training tak
 GradientsOf = Callable[[Tensors, list[int]], tuple[float, Tensors]]
 
 
-class Optimizer(Protocol):
-    """``AdamW`` or ``SGD``. Buffers are in double precision, in which squares of small gradients are not denormal."""
-
-    steps: int
-    buffers: dict[str, Doubles]
-
-    def step(self, parameters: Tensors, gradients: Tensors, factor: float = 1.0) -> None:
-        """Replace each parameter that has a gradient (the same ones in each step); their arrays stay as they are.
-
-        ``factor``: of the learning rate.
-        """
-        ...
-
-
 @dataclass(slots=True)
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2, as torch has it)."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2, as torch has it). Its buffers are in
+    double precision, in which squares of small gradients are not denormal."""
 
     learning_rate: float
     weight_decay: float
@@ -50,6 +36,8 @@ class AdamW:
     buffers: dict[str, Doubles] = field(default_factory=dict, repr=False)
 
     def step(self, parameters: Tensors, gradients: Tensors, factor: float = 1.0) -> None:
+        """Replace each parameter that has a gradient (the same ones in each step); their arrays stay as they are.
+        ``factor``: of the learning rate."""
         self.steps += 1
         first_bias, second_bias = (1 - beta**self.steps for beta in BETAS)
         rate = factor * self.learning_rate
@@ -162,7 +150,7 @@ def regularized(gradients: Tensors, values: Tensors, start: Tensors, task: Task)
     }
 
 
-def optimizer_of(task: Task) -> Optimizer:
+def optimizer_of(task: Task) -> AdamW | SGD:
     if task.optimizer is OptimizerName.SGD:
         return SGD(task.learning_rate, task.momentum)
     return AdamW(task.learning_rate, task.weight_decay)

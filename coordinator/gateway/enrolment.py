@@ -26,8 +26,7 @@ from coordinator.gateway.places import RefusalRates, Turns
 from coordinator.servertls import ServerTls
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.authority.record import AuthorityRecord
-from edgeadapt.authority.rules import NOT_REDEEMABLE
-from edgeadapt.authority.store import RECORD
+from edgeadapt.authority.store import NOT_REDEEMABLE, RECORD
 from edgeadapt.formats.gateway import messages
 
 NAME = "enrolment"  # in the service's own certificate

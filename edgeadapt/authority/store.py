@@ -6,6 +6,8 @@
     record.jsonl    every certificate, revocation and list (``record``)
 
 The private key is read only to sign. Anyone who has it can enrol any number of devices.
+
+Which names and keys, invitations and renewals are allowed follows from the record.
 """
 
 import base64
@@ -19,12 +21,12 @@ from typing import Self, TypeAlias
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError, of_file
 from aggregation.pki import Authority, Root, new_serial
-from aggregation.pki.certificates import load, require_device_id, serial
+from aggregation.pki.certificates import load, require_device_id, same_name, serial
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.requests import read_request
-from aggregation.pki.revocation import MAX_REVOCATIONS, Reason, Revocation
+from aggregation.pki.revocation import AHEAD, MAX_REVOCATIONS, Reason, Revocation
 from aggregation.pki.tls import TlsPublicKey
-from edgeadapt.authority import record, rules
+from edgeadapt.authority import record
 from edgeadapt.formats import storage
 from edgeadapt.formats.gateway import invitation
 from edgeadapt.formats.gateway.messages import RENEWAL_TAG
@@ -36,6 +38,9 @@ SHORTEST_PASSPHRASE = 12  # characters: one guess at PKCS #8 as OpenSSL writes i
 LIMITS = {KEY: MAX_PEM, CERTIFICATE: MAX_PEM, REVOKED: 2 * MAX_REVOCATIONS, RECORD: 2**28}  # bytes
 Admit: TypeAlias = Callable[[str], None]  # counts a call of the device that has proved this; may raise
 SKEW = timedelta(hours=1)  # a device's clock may be behind
+RENEWABLE = 1 / 2  # share of the validity that is left; devices ask at 1/3, and clocks differ
+ENROL_AGAIN = "enrol this device again, with a token"
+NOT_REDEEMABLE = "the invitation is not valid, has expired, or was used: ask for a new one"
 
 
 def utc_now() -> datetime:
@@ -105,7 +110,7 @@ class AuthorityStore:
     def _issue(
         self, writer: record.RecordWriter, authority: Authority, name: str, key: PublicKey, end: datetime
     ) -> bytes:
-        rules.require_new(writer, name, key, self.clock())
+        require_new(writer, name, key, self.clock())
         begin, serial = self.clock() - SKEW, new_serial(SystemEntropy())
         der = authority.issue(name, key, not_before=begin, not_after=end, serial=serial)
         self._add(writer, name, key.key_id, der, record.Purpose.IDENTITY)
@@ -149,11 +154,11 @@ class AuthorityStore:
         name, key = read_request(request)
         admit(token)
         with self._writing() as writer:
-            rules.require_redeemable(writer.events, token, name, key.key_id, self.clock())
+            require_redeemable(writer.events, token, name, key.key_id, self.clock())
             if not any(isinstance(event, record.InvitationUsed) and event.token == token for event in writer.events):
-                rules.require_new(writer, name, key, self.clock())
+                require_new(writer, name, key, self.clock())
                 writer.add(record.InvitationUsed(at=self.clock(), token=token, key=key.key_id))
-            issued = rules.certificate_of(writer.events, key.key_id)
+            issued = certificate_of(writer.events, key.key_id)
             return issued or self._issue(writer, authority, name, key, self._end(authority, name, days))
 
     def renew(self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Admit) -> bytes:
@@ -175,13 +180,13 @@ class AuthorityStore:
             name, key = authority.root.verify(certificate, now)
             key.verify(RENEWAL_TAG, certificate, signature)
         except TrustError as error:
-            raise TrustError(f"{error}: {rules.ENROL_AGAIN}", about=error.about) from error
+            raise TrustError(f"{error}: {ENROL_AGAIN}", about=error.about) from error
         admit(name)
         with self._writing() as writer:
-            rules.require_unrevoked(writer.events, name, serial(certificate))
-            rules.require_new(writer, name, key, now)
+            require_unrevoked(writer.events, name, serial(certificate))
+            require_new(writer, name, key, now)
             end = min(now + timedelta(days), authority.root.not_after)  # no person chooses fewer days
-            lasting = rules.lasting_certificate_of(writer.events, name, key.key_id, now, end)
+            lasting = lasting_certificate_of(writer.events, name, key.key_id, now, end)
             return lasting or self._issue(writer, authority, name, key, end)
 
     def _end(self, authority: Authority, name: str, days: float) -> datetime:
@@ -218,20 +223,20 @@ class AuthorityStore:
         Nothing is revoked.
         """
         with self._writing() as writer:
-            issued, serial = rules.issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")
+            issued, serial = issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")
             matching = [each for each in issued if each.name == which]
             matching = matching or [each for each in issued if each.serial == serial]
             if not matching:
                 text = f"there is no certificate with the name or serial {which}: 'edgeadapt authority list' shows all"
                 raise ConfigError(text, about="certificate")
-            before = rules.revoked_in(writer.events)
+            before = revoked_in(writer.events)
             new = tuple(each for each in matching if each.serial not in before)
             lines = [record.CertificateRevoked(at=self.clock(), serial=each.serial, reason=reason) for each in new]
             self._sign_list(writer, authority, list_days, lines)
         return new
 
     def sign_list(self, authority: Authority, days: int) -> int:
-        """Sign a revocation list (``rules.listed_revocations``), valid for ``days``; return its number."""
+        """Sign a revocation list (``listed_revocations``), valid for ``days``; return its number."""
         with self._writing() as writer:
             return self._sign_list(writer, authority, days)
 
@@ -243,8 +248,8 @@ class AuthorityStore:
         new: Sequence[record.CertificateRevoked] = (),
     ) -> int:
         now = self.clock()
-        number = rules.count_lists(writer.events) + 1
-        listed = rules.listed_revocations([*writer.events, *new], now)
+        number = count_lists(writer.events) + 1
+        listed = listed_revocations([*writer.events, *new], now)
         revoked = {int(serial, 16): Revocation(each.at, each.reason) for serial, each in listed.items()}
         signed = authority.revocations(number, revoked, now, now + timedelta(days))
         # Before the record has a line: a list that nobody reads would be the last.
@@ -259,14 +264,14 @@ class AuthorityStore:
     def certificates(self) -> tuple[tuple[record.CertificateIssued, str], ...]:
         """Return every certificate, in order, with its status: valid, expired, or revoked with the reason."""
         events, now = self._record().read(), self.clock()
-        revoked = rules.revoked_in(events)
+        revoked = revoked_in(events)
 
         def status(each: record.CertificateIssued) -> str:
             if each.serial in revoked:
                 return f"revoked ({revoked[each.serial].reason.value})"
             return "valid" if now <= each.not_after else "expired"
 
-        return tuple((each, status(each)) for each in rules.issued_in(events))
+        return tuple((each, status(each)) for each in issued_in(events))
 
     @contextmanager
     def _writing(self) -> Iterator[record.RecordWriter]:
@@ -280,8 +285,8 @@ class AuthorityStore:
             newest = self.root.revocations(self._read(REVOKED))
         except (ConfigError, TrustError):  # missing or damaged: the next list replaces it
             return
-        recorded = {int(serial, 16) for serial in rules.revoked_in(events)}
-        if newest.number > rules.count_lists(events) or newest.revoked.keys() - recorded:
+        recorded = {int(serial, 16) for serial in revoked_in(events)}
+        if newest.number > count_lists(events) or newest.revoked.keys() - recorded:
             text = f"{self.folder / RECORD} lacks lines that {REVOKED} depends on: restore it from a backup"
             raise DataError(text, about=RECORD)
 
@@ -295,3 +300,94 @@ class AuthorityStore:
         except (FileNotFoundError, NotADirectoryError):
             text = f"{self.folder} is not an authority's folder: it has no {name}"
             raise ConfigError(text, about=name) from None
+
+
+def require_new(writer: record.RecordWriter, name: str, key: PublicKey, now: datetime) -> None:
+    """Check that a key may be certified under a name: neither is another device's, and neither was revoked."""
+    revoked, key_id = revoked_in(writer.events), key.key_id
+    for issued in issued_in(writer.events):
+        if issued.purpose is not record.Purpose.IDENTITY:
+            continue
+        if issued.key == key_id and issued.serial in revoked:
+            text = f"the key {key_id} was revoked: generate a new one on the device"
+            raise ConfigError(text, about="key.revoked")
+        if issued.key == key_id and issued.name != name:
+            text = f"the key {key_id} is that of {issued.name}: generate a new one on {name}"
+            raise ConfigError(text, about="key.name")
+        if issued.name != name and same_name(issued.name) == same_name(name):
+            text = f"{name} differs from {issued.name} in upper and lower case only: choose another name"
+            raise ConfigError(text, about="name.case")
+        if issued.name == name and issued.key != key_id and issued.serial not in revoked and now <= issued.not_after:
+            text = f"{name} has a valid certificate with another key ({issued.key}): revoke it first"
+            raise ConfigError(text, about="name.key")
+
+
+def require_unrevoked(events: Sequence[record.Event], name: str, serial: int) -> None:
+    """Check that the certificate with a serial, which a device presents, was not revoked."""
+    if f"{serial:x}" in revoked_in(events):
+        raise TrustError(f"a certificate of {name} was revoked: {ENROL_AGAIN}", about="renewal.revoked")
+
+
+def require_redeemable(events: Sequence[record.Event], token: str, name: str, key_id: str, now: datetime) -> None:
+    """Check that an invitation is for this name, and was not used for another key. The TrustError does not say whether
+    such an invitation exists."""
+    invited = [event for event in events if isinstance(event, record.InvitationIssued) and event.token == token]
+    used = [event.key for event in events if isinstance(event, record.InvitationUsed) and event.token == token]
+    if not invited or (used and used[0] != key_id) or (not used and now > invited[0].expires):
+        raise TrustError(NOT_REDEEMABLE, about="invitation")
+    if name != invited[0].name:
+        text = f"the invitation is for {invited[0].name}, and the request for {name}"
+        raise TrustError(text, about="invitation.name")
+
+
+def certificate_of(events: Sequence[record.Event], key_id: str) -> bytes | None:
+    """Return the certificate of a key, if it has one that is not revoked."""
+    revoked = revoked_in(events)
+    valid = [each for each in issued_in(events) if each.key == key_id and each.serial not in revoked]
+    return base64.b64decode(valid[-1].certificate) if valid else None
+
+
+def lasting_certificate_of(
+    events: Sequence[record.Event], name: str, key_id: str, now: datetime, end: datetime
+) -> bytes | None:
+    """Return the certificate of a device's key, DER, if it does not end soon, or no sooner than a new one, at ``end``.
+    So an answer that did not arrive is given once more, and the record does not grow, however often a device asks."""
+    revoked = revoked_in(events)
+    for certificate in issued_in(events):
+        if (certificate.name, certificate.key) != (name, key_id) or certificate.serial in revoked:
+            continue
+        left, whole = certificate.not_after - now, certificate.not_after - certificate.not_before
+        if certificate.not_after >= end or left >= RENEWABLE * whole:
+            return base64.b64decode(certificate.certificate)
+    return None
+
+
+def issued_in(events: Sequence[record.Event]) -> list[record.CertificateIssued]:
+    return [event for event in events if isinstance(event, record.CertificateIssued)]
+
+
+def revoked_in(events: Sequence[record.Event]) -> dict[str, record.CertificateRevoked]:
+    return {event.serial: event for event in events if isinstance(event, record.CertificateRevoked)}
+
+
+def listed_revocations(events: Sequence[record.Event], now: datetime) -> dict[str, record.CertificateRevoked]:
+    """Return the revocations that a list signed now has, by serial number.
+
+    The revocation of an expired certificate is on one more list, which was signed after that, and then on none (RFC
+    5280, section 3.3): lists stay as short as the fleet is large. That list is signed a day later at least. By the
+    clock of who accepts a list (``RevocationList.require_fresh``), what it lacks has expired as well. A list with a
+    later time than ``now`` was signed by a clock that ran ahead, and shows nothing.
+    """
+    ends = {each.serial: each.not_after for each in issued_in(events)}
+    listed = dict[str, record.CertificateRevoked]()
+    for event in events:
+        if isinstance(event, record.CertificateRevoked):
+            listed[event.serial] = event
+        elif isinstance(event, record.ListSigned) and event.at <= now:
+            until = event.at - AHEAD
+            listed = {serial: each for serial, each in listed.items() if serial not in ends or until <= ends[serial]}
+    return listed
+
+
+def count_lists(events: Sequence[record.Event]) -> int:
+    return sum(isinstance(event, record.ListSigned) for event in events)

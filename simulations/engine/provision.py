@@ -32,9 +32,8 @@ from aggregation.errors import ConfigError
 from aggregation.pki import Authority, new_serial
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
-from client.node.enrolment import TrustAnchors, enrol, install_certificate
 from client.node.policy import SAFE, PolicySettings, TrainingLimits
-from client.node.statedir import DeviceSettings, DeviceStateDir
+from client.node.statedir import DeviceSettings, DeviceStateDir, TrustAnchors, enrol, install_certificate
 from client.training.engine import classifier_trainer, language_trainer, open_trainer, trainer_of
 from client.training.examples import Example, Split, write_examples
 from client.training.logistic import cross_entropy, logistic_head, with_constant

@@ -10,7 +10,7 @@ import pytest
 
 PARTS = ("aggregation", "client", "coordinator", "edgeadapt", "export", "simulations")
 DEVICE = ("client.cli", "client.cli.bundles", "client.cli.infer", "client.inference", "client.learning")
-ENROLMENT = ("client.cli.node", "client.node.enrolment", "edgeadapt.cli.authority", "edgeadapt.authority.store")
+ENROLMENT = ("client.cli.node", "client.node.statedir", "edgeadapt.cli.authority", "edgeadapt.authority.store")
 AUDITOR = ("edgeadapt.cli.audit", "edgeadapt.auditing.transcripts")
 TRAINING = ("edgeadapt.bases.traininggraph", "client.training.graphengine")
 COMMANDS = ("promotion", "versions")

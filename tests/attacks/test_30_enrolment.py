@@ -132,7 +132,7 @@ def test_one_name_has_one_key_and_one_key_has_one_name(
     with refused(ConfigError, "key.name"):
         call(*same_key)
     assert names(store) == ["kitchen"]
-    monkeypatch.setattr("edgeadapt.authority.rules.require_new", lambda *given: None)
+    monkeypatch.setattr("edgeadapt.authority.store.require_new", lambda *given: None)
     call(*same_name)
     call(*same_key)
     assert names(store) == ["kitchen", "kitchen", "hall"]

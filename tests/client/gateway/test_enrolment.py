@@ -318,7 +318,7 @@ def test_a_disk_that_fails_leaves_the_old_certificate_and_ends_no_look_at_the_co
             patch.setattr(*broken, failing)
             assert not agent._renewed()
     with monkeypatch.context() as patch:
-        patch.setattr("client.node.enrolment.replace", failing)
+        patch.setattr("client.node.statedir.replace", failing)
         assert not agent._renewed()
     assert files(state_dir.folder) == kept
     assert Renewal(state_dir.folder).attempt()

@@ -17,8 +17,18 @@ from aggregation.pki.revocation import Revocation
 from aggregation.transcript.logstate import LogState
 from client.cli import device
 from client.node.adapterstate import AdapterState
-from client.node.enrolment import REQUEST, TrustAnchors, enrol, install_certificate
-from client.node.statedir import CERTIFICATE, IDENTITY, LOCK, LOG_STATE, DeviceSettings, DeviceStateDir
+from client.node.statedir import (
+    CERTIFICATE,
+    IDENTITY,
+    LOCK,
+    LOG_STATE,
+    REQUEST,
+    DeviceSettings,
+    DeviceStateDir,
+    TrustAnchors,
+    enrol,
+    install_certificate,
+)
 from tests.support import refused
 
 NOW = datetime.now(UTC).replace(microsecond=0)

@@ -9,8 +9,7 @@ import pytest
 
 from aggregation.errors import ConfigError, DataError
 from client.node import training
-from client.node.enrolment import DeviceSettings
-from client.node.statedir import DeviceStateDir
+from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.engine import OwnTrainer
 from client.training.examples import Example
 from edgeadapt.bases.base import OwnModel, with_task
