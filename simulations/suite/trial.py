@@ -1,48 +1,53 @@
-"""Compute a trial: make each client's adapter or head as its arm does, and tally what it does on the client's texts."""
+"""Compute a trial: make each client's adapter or head as its arm does, and tally what it does on the client's texts.
 
+An arm says whom a client trains with, and what it keeps, of a classifier or a language model. A loss of a language
+model is in bits per byte of text: a byte is the same in every language and for every tokenizer, and a model that
+predicts nothing needs about eight.
+"""
+
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import zip_longest
+from functools import cached_property, lru_cache, partial
+from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock
+from typing import Self
 
+import numpy as np
 import torch
 from cachetools import LRUCache, cached
+from numpy.typing import NDArray
 
+from client.node.privateparts import PrivateParts
 from client.node.statedir import DeviceStateDir
-from client.training.logistic import logistic_head
-from client.training.trainer import FrozenBase
+from client.training.control import TrainingControl
+from client.training.engine import open_trainer, trainer_of
+from client.training.examples import Example, Split, in_split
+from client.training.logistic import logistic_head, with_constant
+from client.training.personal import Candidate, Choice, PersonalStep, personalize, rehearsal
+from client.training.private import subject_of, with_private
+from client.training.trainer import ClassifierTrainer, FrozenBase, Trainer
 from edgeadapt.bases.base import Base
-from edgeadapt.bases.tasks import find_task
+from edgeadapt.bases.tasks import Numbers, find_task
 from edgeadapt.formats import files
 from edgeadapt.formats.cores import ahead
-from edgeadapt.formats.layout import Tensors
-from edgeadapt.formats.manifest import RoundRecord
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.manifest import RoundRecord, VersionManifest
 from edgeadapt.methods.lorasb import folded
-from edgeadapt.methods.parts import Part
+from edgeadapt.methods.parts import PARTS, Part
+from edgeadapt.rounds.task import Task
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
-from simulations.engine.arms import (
-    CENTRAL,
-    ArmInputs,
-    Arms,
-    ClassifierArms,
-    FitHead,
-    Kept,
-    Model,
-    aggregation_error,
-    arms_of,
-    training_examples,
-)
 from simulations.engine.canaries import canary_bounds
 from simulations.engine.grid import GridLog
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import Group, fleet_folders, grouped, ridge_head
+from simulations.engine.provision import Group, Matrix, fleet_folders, grouped, ridge_head
 from simulations.plan import Kind, Trial
 from simulations.result import (
     ACCURACY,
@@ -58,6 +63,13 @@ from simulations.result import (
 from simulations.scenario import Scenario
 from simulations.suite.store import Store
 
+MOST_KEPT = 100_000  # embeddings: 150 MB for MiniLM
+CENTRAL = "/central"  # name of the pooled training, which orders its examples
+A, B = ".lora_A.", ".lora_B."
+
+Parts = Sequence[Sequence[LabelledText]]
+Model = Callable[[Parts], list[Tally]]  # what a client has: parts of texts → a tally of each
+FitHead = Callable[..., Matrix]  # ``provision.ridge_head`` or ``logistic_head``
 MOST_PUBLIC = 200  # public texts that each client's classifier is asked
 GRID_LOG = "grid.json"  # in the folder of a federation
 LAST_ROUND = "/last round"  # name of a training, which orders its examples
@@ -71,6 +83,278 @@ _first_adapter = cached(
     key=lambda scenario, people, base: (scenario.model_dump_json(), people.labels, tuple(people.public), base),
     lock=Lock(),
 )(provision.first_adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class ArmInputs:
+    scenario: Scenario
+    population: Population
+    task: Task  # the federation's training settings, for all parts of the adapter
+    seed_adapter: Tensors  # the vendor's adapter, version 0
+    released: Sequence[Example]  # training examples that every device can have
+
+    @classmethod
+    def of(cls, scenario: Scenario, manifest: VersionManifest, seed_adapter: Tensors, population: Population) -> Self:
+        """Return the inputs that a scenario gives; the manifest is that of any version."""
+        task = replace(scenario.federation.task(manifest), trained=PARTS, proximal=0.0)
+        released = provision.public_examples(provision.released_texts(population))
+        return cls(scenario, population, task, seed_adapter, released)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Holds the adapter that a client keeps, which candidate it is, and that one before its validation texts were
+    fitted, if they were."""
+
+    choice: str
+    adapter: Tensors
+    judged: Tensors
+
+
+@dataclass
+class Arms(ABC):
+    """Has what the arms share. Each client at work at the same time needs its own."""
+
+    mine: Trainer
+    inputs: ArmInputs
+    step: Callable[[], object] = field(default=lambda: None)
+
+    def local(self, client: Client) -> Kept:
+        """Make what the client makes alone: as many epochs as others, two learning rates, and the same choice."""
+        first, second = self.inputs.scenario.local_rates
+        task, epochs = replace(self.inputs.task, learning_rate=first), self.inputs.scenario.round_epochs
+        alone = self.train(self.inputs.seed_adapter, training_examples(client), task, epochs, client.name, "/local")
+        return self.personal(client, alone, "/local/personal step", second)
+
+    def personal(self, client: Client, start: Tensors, arm: str = "", rate: float = 0.0) -> Kept:
+        """Make the personal step from ``start``. ``arm``, ``rate``: for another use than in the personal arm."""
+        own = self.inputs.scenario.personal
+        proximal = 0.0 if arm else own.proximal
+        task = replace(self.inputs.task, learning_rate=rate or own.learning_rate, proximal=proximal)
+        return self._personal(client, start, task, arm)
+
+    def after_the_rounds(self, state_dir: DeviceStateDir, global_adapter: Tensors) -> Tensors:
+        """Return the global adapter with the parts of it that the device has trained and not shared."""
+        subject = subject_of(self.mine.base.digest, self.inputs.task, self.mine.layout)
+        parts = state_dir.load(PrivateParts)
+        return with_private(global_adapter, parts.start(subject) if parts else None, self.inputs.task)
+
+    def pooled(self) -> Tensors:
+        """Train version 0 on the texts of all clients that are not unseen, for the epochs of all rounds."""
+        inputs = self.inputs
+        seen = (client for client in inputs.population.clients if not client.unseen)
+        examples = [example for client in seen for example in training_examples(client)]
+        return self.train(inputs.seed_adapter, examples, inputs.task, inputs.scenario.round_epochs, "", CENTRAL)
+
+    def train(
+        self, start: Tensors, examples: Sequence[Example], task: Task, epochs: int, client: str, arm: str
+    ) -> Tensors:
+        """Train in the order that seed, client and arm give; for no epoch, return the start itself."""
+        if not epochs:
+            return start
+        order = generator(self.inputs.scenario.seed, client, arm)
+        return self.mine.train(start, examples, task, epochs=epochs, rng=order, control=TrainingControl(step=self.step))
+
+    @abstractmethod
+    def _personal(self, client: Client, start: Tensors, task: Task, arm: str) -> Kept: ...
+
+    @abstractmethod
+    def rehearsed(self, client: Client) -> int:
+        """Count the examples that the client's personal step trains on."""
+
+    @abstractmethod
+    def model(self, adapter: Tensors) -> Model:
+        """Return what tallies texts with an adapter."""
+
+
+@dataclass
+class ClassifierArms(Arms):
+    mine: ClassifierTrainer
+    # Digest of the last adapter, and what it made of texts.
+    _embedded: tuple[str, dict[str, Floats]] = field(default_factory=lambda: ("", {}))
+
+    def _personal(self, client: Client, start: Tensors, task: Task, arm: str) -> Kept:
+        own, examples = self.inputs.scenario.personal, provision.examples_of(client)
+        scale = self.inputs.scenario.federation.analytic.scale
+        how = PersonalStep(own.epochs, scale, own.method, own.share, Choice(own.choice), own.patience)
+        public = rehearsal(self.mine, examples, self.inputs.released, own.public)
+        if (digest := files.sha256(files.encode(start))) != self._embedded[0]:
+            self._embedded = digest, {}
+        kept = personalize(
+            self.mine,
+            {Candidate.BASE: self.inputs.seed_adapter, Candidate.GLOBAL: start},
+            [*examples, *public.trained],
+            task,
+            how,
+            rng=generator(self.inputs.scenario.seed, client.name, arm),
+            plain=public.counted,
+            control=TrainingControl(step=self.step),
+            rows=self._embedded[1],
+        )
+        return Kept(kept.chosen.value, kept.adapter, kept.judged)
+
+    def rehearsed(self, client: Client) -> int:
+        own = self.inputs.scenario.personal.public
+        public = rehearsal(self.mine, provision.examples_of(client), self.inputs.released, own)
+        return len(client.train) + len(public.trained)
+
+    def model(self, adapter: Tensors) -> Model:
+        return partial(self._answered, partial(self.mine.logits, adapter))
+
+    def head(self, client: Client, fit: FitHead, penalty: float) -> tuple[Model, Model, float]:
+        """Fit a linear head to the client's own and the public texts.
+
+        Returns the model for its validation texts, the one that is fitted to these as well, and the processor seconds
+        of its embeddings that other heads have spent already.
+        """
+        own = _own(client)
+        texts = [*own, *provision.public_examples(self.inputs.population.public)]
+        weights = np.where(np.arange(len(texts)) < len(own), self.inputs.scenario.head.own_weight, 1.0)
+        return self._fitted(texts, weights, partial(fit, penalty=penalty))
+
+    def summed(self, client: Client) -> tuple[Model, Model, float]:
+        """Fit what one sum over all clients gives to the client's own texts, and return it as ``head`` does."""
+        own = _own(client)
+        weights = np.full(len(own), self.inputs.scenario.head.own_weight)
+        return self._fitted(own, weights, partial(ridge_head, penalty=1.0, prior=self._shared_head))
+
+    @cached_property
+    def _shared_head(self) -> Matrix:
+        seen = [training_examples(client) for client in self.inputs.population.clients if not client.unseen]
+        texts = [*chain.from_iterable(seen), *provision.public_examples(self.inputs.population.public)]
+        rows, _ = self._features([text.text for text in texts])
+        labels, penalty = np.array([text.label for text in texts], np.int64), self.inputs.scenario.head.ridge
+        return ridge_head(rows, labels, np.ones(len(texts)), len(self.inputs.task.labels), penalty)
+
+    def _fitted(self, texts: Sequence[Example], weights: Matrix, fit: FitHead) -> tuple[Model, Model, float]:
+        before = time.thread_time()
+        rows, seconds = self._features([text.text for text in texts])
+        saved = seconds - (time.thread_time() - before)
+        labels = np.array([text.label for text in texts], np.int64)
+        held_out = np.array([text.split is Split.VALIDATION for text in texts])
+
+        def fitted(some: NDArray[np.bool_]) -> Model:
+            head = fit(rows[some], labels[some], weights=weights[some], count=len(self.inputs.task.labels))
+            return partial(self._answered, lambda asked: (self._features(asked)[0] @ head).astype(np.float32))
+
+        return fitted(~held_out), fitted(np.ones_like(held_out)), saved
+
+    def _answered(self, answers: Callable[[Sequence[str]], Floats], parts: Parts) -> list[Tally]:
+        """Return the tallies of a classifier, which is asked all texts at once. ``answers``: texts → outputs."""
+        texts = [text for part in parts for text in part]
+        scores, losses = self.mine.rated(answers([text.text for text in texts]), texts)
+        ends = list(accumulate(map(len, parts)))
+        slices = [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
+        return [self._tally(scores[place], losses[place]) for place in slices]
+
+    def _tally(self, scores: Numbers, losses: Numbers) -> Tally:
+        loss = float(losses.mean()) if len(losses) else 0.0
+        if self.inputs.scenario.data.own_task:
+            return Tally("", loss, scores=tuple(map(float, scores)))
+        return Tally("".join("1" if one else "0" for one in scores), loss)
+
+    def _features(self, texts: Sequence[str]) -> tuple[Matrix, float]:
+        """Return what ``head.features`` names, with a constant, and the seconds of it when it was computed."""
+        kind, before = self.inputs.scenario.head.features, time.thread_time()
+        ngrams = provision.hashed_ngrams(texts) if kind != "embedding" else np.zeros((len(texts), 0))
+        spent = time.thread_time() - before
+        if kind == "ngrams":
+            return with_constant(ngrams), spent
+        rows, seconds = _embeddings(self.mine).of(texts)
+        return with_constant(np.concatenate([rows, ngrams], axis=1)), seconds + spent
+
+
+class LanguageArms(Arms):
+    def _personal(self, client: Client, start: Tensors, task: Task, arm: str) -> Kept:
+        """Return the best on the client's validation texts, base and start included; among equals the last one."""
+        epochs = self.inputs.scenario.personal.epochs
+        tuned = self.train(start, training_examples(client), task, epochs, client.name, arm)
+        candidates = {"base": self.inputs.seed_adapter, "global": start, "personal": tuned}
+        held_out = in_split(provision.examples_of(client), Split.VALIDATION)
+        best = min(reversed(candidates), key=lambda name: self.mine.score(candidates[name], held_out).loss)
+        return Kept(best, candidates[best], candidates[best])
+
+    def rehearsed(self, client: Client) -> int:
+        return len(client.train)
+
+    def model(self, adapter: Tensors) -> Model:
+        return lambda parts: [self._predicted(adapter, part) for part in parts]
+
+    def _predicted(self, adapter: Tensors, part: Sequence[LabelledText]) -> Tally:
+        examples = [Example(text.text, text.label, Split.TEST, text.prompt) for text in part]
+        score = self.mine.score(adapter, examples)
+        return Tally("", score.loss / score.count if score.count else 0.0, score.count)
+
+
+def arms_of(base: FrozenBase, inputs: ArmInputs, count: int, step: Callable[[], object]) -> list[Arms]:
+    """Make the arms of ``count`` clients at the same time: of a classifier, or without labels of a language model."""
+    labels, config = len(inputs.task.labels), inputs.task.peft_config
+    of_task: type[Arms] = ClassifierArms if labels else LanguageArms
+    trainers = (trainer_of(base, labels, config), *(open_trainer(base, labels, config) for _ in range(count - 1)))
+    return [of_task(trainer, inputs, step) for trainer in trainers]
+
+
+def generator(seed: int, client: str, arm: str) -> np.random.Generator:
+    """Return what orders the examples of one training: of a scenario's seed, a client and an arm."""
+    name = int.from_bytes(hashlib.sha256(f"{client}{arm}".encode()).digest()[:8], "big")
+    return np.random.default_rng([seed, name])
+
+
+def _own(client: Client) -> Sequence[Example]:
+    """Return what a client can learn of: its training and validation examples."""
+    return [example for example in provision.examples_of(client) if example.split is not Split.TEST]
+
+
+def training_examples(client: Client) -> Sequence[Example]:
+    return in_split(provision.examples_of(client), Split.TRAIN)
+
+
+class _Embeddings:
+    """Embeds by the frozen base, each text once for all candidates and arms."""
+
+    def __init__(self, mine: ClassifierTrainer) -> None:
+        self._mine = mine
+        self._kept: dict[str, tuple[Floats, float]] = {}  # text → embedding, and the processor time that it took
+
+    def of(self, texts: Sequence[str]) -> tuple[Floats, float]:
+        """Return embeddings, shape ``(len(texts), hidden)``, and the processor seconds that they took when computed."""
+        if len(self._kept) > MOST_KEPT:
+            self._kept.clear()
+        if missing := [text for text in dict.fromkeys(texts) if text not in self._kept]:
+            before = time.thread_time()
+            embedded = self._mine.embed(missing)
+            each = (time.thread_time() - before) / len(missing)
+            self._kept.update((text, (row, each)) for text, row in zip(missing, embedded, strict=True))
+        rows = [self._kept[text] for text in texts]
+        return np.stack([row for row, _ in rows]), sum(seconds for _, seconds in rows)
+
+
+_embeddings = lru_cache(maxsize=1)(_Embeddings)
+
+
+def aggregation_error(trained: Iterable[tuple[Mapping[str, NDArray[np.float32]], float]]) -> float:
+    """Return ‖mean(B A) - mean(B) mean(A)‖ / ‖mean(B A)‖ over the devices of a round, Frobenius norms over all layers.
+
+    The error of averaging LoRA's factors, which a coordinator, which knows sums only, cannot measure. It is 0 where all
+    devices have the same A or the same B (Sun et al. 2024, section 3.2); NaN if the mean update is zero. ``trained``
+    has each device's adapter, under peft's names, and its weight in the mean; they are read one after the other.
+    """
+    total, means, products = 0.0, dict[str, Matrix](), dict[str, Matrix]()
+    for tensors, weight in trained:
+        total += weight
+        for name, b in tensors.items():
+            if B not in name:
+                continue
+            a = tensors[name.replace(B, A)]
+            for sums, key, value in ((means, name, b), (means, name.replace(B, A), a), (products, name, b @ a)):
+                sums[key] = sums.get(key, 0.0) + weight * value.astype(np.float64)
+    pairs = [
+        (product / total, (means[name] / total) @ (means[name.replace(B, A)] / total))
+        for name, product in products.items()
+    ]
+    size = math.sqrt(sum(float(np.square(exact).sum()) for exact, _ in pairs))
+    off = math.sqrt(sum(float(np.square(exact - mean).sum()) for exact, mean in pairs))
+    return off / size if size else math.nan
 
 
 class _Stopped(Exception):  # noqa: N818  # no error: the run has ended

@@ -13,7 +13,6 @@ import pytest
 
 from aggregation.errors import DataError
 from edgeadapt.formats.layout import Tensors
-from simulations.engine.arms import aggregation_error
 from simulations.plan import Kind, SearchOutcome, Suite, Trial
 from simulations.report.pages import headline, markdown, notes, sentences, suite_page, write_suite_report
 from simulations.report.summary import PairSummary, SuiteSummary, summarize
@@ -21,6 +20,7 @@ from simulations.result import CanaryBounds, RoundPoint, RoundTally, Tally, Tria
 from simulations.scenario import Scenario
 from simulations.suite.execute import compute, compute_rounds
 from simulations.suite.store import Store
+from simulations.suite.trial import aggregation_error
 from tests.support import refused
 from tests.support.pages import outline
 

@@ -20,7 +20,6 @@ from client.training.trainer import ClassifierTrainer
 from edgeadapt.formats.layout import Tensors
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText, Population
-from simulations.engine.arms import ClassifierArms
 from simulations.engine.grid import DeliveryOutcome, FaultModel, round_of
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import BUCKETS, hashed_ngrams
@@ -30,7 +29,7 @@ from simulations.scenario import Scenario
 from simulations.suite import trial as module
 from simulations.suite.execute import Worker, _material, compute, compute_rounds
 from simulations.suite.store import Store
-from simulations.suite.trial import TrialRun
+from simulations.suite.trial import ClassifierArms, TrialRun
 from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
