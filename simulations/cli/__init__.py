@@ -7,9 +7,9 @@ from edgeadapt.commandline import LazyGroup
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
     "run": ("simulations.cli.simulate", "simulate", "Run a scenario, from population to report.", "simulations"),
-    "migrate": ("simulations.cli.migrate", "migrate", "Move a run's fleet to another base.", "simulations"),
+    "migrate": ("simulations.cli.simulate", "migrate", "Move a run's fleet to another base.", "simulations"),
     "look": ("simulations.cli.look", "look", "Show clients, sizes, labels; or list what is shipped.", "simulations"),
-    "suite": ("simulations.cli.suite", "suite", "Compare arms of a scenario on several seeds.", "simulations"),
+    "suite": ("simulations.cli.simulate", "suite", "Compare arms of a scenario on several seeds.", "simulations"),
     "privacy": ("coordinator.cli.privacy", "privacy", "Print noise and epsilon for sizes of a cohort.", "coordinator"),
 }
 
