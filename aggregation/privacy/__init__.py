@@ -1,4 +1,4 @@
 """Distributed differential privacy: the noise that each device adds, and what the sums reveal in spite of it.
 
-``rounding`` bounds what a device contributes, ``noise`` draws what it adds, ``accounting`` says what is revealed.
+``noise`` bounds what a device contributes and draws what it adds, ``accounting`` says what is revealed.
 """

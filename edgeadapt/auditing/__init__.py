@@ -1,7 +1,7 @@
 """Audit a coordinator from its files: ``AuditInput`` reads them, ``audit`` checks a session and returns a ``Report``.
 
 An auditor needs the bare install only. In reading order: ``transcripts`` (files), ``history`` (a log, message by
-message), ``rules`` and ``sums`` (the checks on a history), ``auditor`` (all checks of a session in their order),
+message), ``rules`` (the checks on a history), ``auditor`` (all checks of a session in their order),
 ``weaknesses`` (warnings), ``recompute`` (the published adapters) and ``findings`` (what is reported).
 """
 

@@ -2,7 +2,7 @@
 
 ``checkpoints`` compares the log with what the coordinator signed about it. ``begin``, ``verify`` and ``follow`` read
 the certified devices, the signature of each message, and its step, up to the first message that does not belong, into
-the ``History`` that the later checks (``rules``, ``sums``) work on.
+the ``History`` that the later checks (``rules``) work on.
 """
 
 from collections.abc import Collection, Mapping, Sequence

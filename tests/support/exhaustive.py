@@ -46,7 +46,7 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/integration/test_faults.py": (
         *("aggregation", "benchmarks/faults", "client/gateway", "client/node", "coordinator", "edgeadapt/formats"),
     ),
-    "tests/simulations/engine/test_bases.py": ("edgeadapt/methods", "export", "simulations/engine"),
+    "tests/simulations/engine/test_bases.py": ("client/training", "edgeadapt/methods", "export", "simulations"),
     "tests/simulations/engine/test_language.py": ("client/training", "edgeadapt/methods", "simulations"),
     "tests/integration/test_methods.py": ("client/training", "edgeadapt/methods", "export/causal", "export/onnx"),
     "tests/properties/test_large_cohorts.py": ("aggregation",),
