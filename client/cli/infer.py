@@ -12,7 +12,7 @@ from client.cli import options
 from client.cli.options import printable
 from client.inference.generate import Generator
 from client.inference.library import Library
-from client.inference.session import AUTO, ROUTER, ClassificationSession, Ranking
+from client.inference.session import AUTO, ROUTER, ClassificationSession
 from client.inference.text import SamplingParams
 from edgeadapt import commandline
 
@@ -123,18 +123,12 @@ def _classify(library: Library, names: Sequence[str], phrases: list[str], top: i
     results = []
     for number, name in enumerate(names):
         one = session.load(ROUTER if name == AUTO else name)
-        answers = [_answer(text, row[number][1]) for text, row in zip(phrases, asked, strict=True)]
+        answers = [{"text": text, **row[number][1].to_json()} for text, row in zip(phrases, asked, strict=True)]
         if name == AUTO:
             answers = [{**answer, "adapter": row[number][0].name} for answer, row in zip(answers, asked, strict=True)]
         stated = {"adapter": name if name == AUTO else one.name, "version": one.version, "temperature": one.temperature}
         results.append({**stated, "answers": answers})
     return results
-
-
-def _answer(text: str, ranking: Ranking) -> dict[str, Any]:
-    intents = [{"intent": one.label, "probability": round(one.probability, 6)} for one in ranking.predictions]
-    stated = {"unknown": round(ranking.unknown, 3), "unread": ranking.unread, "outcome": ranking.outcome.value}
-    return {"text": text, **stated, "says": ranking.says, "intents": intents}
 
 
 def _continue(library: Library, names: Sequence[str], texts: list[str], tokens: int) -> list[dict[str, Any]]:

@@ -5,14 +5,14 @@ reference (docs/decisions/0010-profiles-of-a-base.md).
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
-from aggregation.errors import ConfigError, DataError, one_line
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, one_line
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.phrases import PhraseReader
 from edgeadapt.bases.classifiergraph import ENCODER, MEAN_HEAD, ClassifierGraph, Feeds
@@ -46,6 +46,11 @@ class Ranking:
     unread: int  # tokens at the end that are beyond the model's limit
     outcome: Outcome
     says: str  # what the policy says instead of an answer
+
+    def to_json(self) -> dict[str, Any]:
+        intents = [{"intent": one.label, "probability": round(one.probability, 6)} for one in self.predictions]
+        stated = {"unknown": round(self.unknown, 3), "unread": self.unread, "outcome": self.outcome.value}
+        return {**stated, "says": self.says, "intents": intents}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +131,15 @@ class ClassificationSession:
         """
         begun = time.perf_counter()
         if adapter == AUTO:
-            best = self.ranking(text, ROUTER, 1).predictions
-            known = best and best[0].probability >= SURE and best[0].label in self.library.names()
-            adapter = best[0].label if known else self.library.default(without=ROUTER)
+            adapter = self.route(self.ranking(text, ROUTER, 1), self.library.names().__contains__)
         return self.load(adapter), self.ranking(text, adapter, top), time.perf_counter() - begun
+
+    def route(self, found: Ranking, has: Callable[[str], bool]) -> str:
+        """Name the adapter for a text of which the router said ``found``: one that the bundle ``has``, or the default.
+        Raises as ``Library.default``."""
+        best = found.predictions
+        known = best and best[0].probability >= SURE and has(best[0].label)
+        return best[0].label if known else self.library.default(without=ROUTER)
 
     def classify(self, texts: Sequence[str], adapter: Named) -> list[Prediction]:
         """Find the most likely label of each text. Raises as ``rank``; DataError: the bundle's policy withholds one."""
@@ -167,11 +177,25 @@ class ClassificationSession:
 
     def ranking(self, text: str, adapter: Named, top: int) -> Ranking:
         """Find the ``top`` most likely labels of a text as ``rank``, or that it is unknown. Raises as ``rank``."""
-        share, unsure = self.unknown_share(text) if text.strip() else 1.0, Outcome.UNSURE
-        if share == 1:
-            return Ranking((), share, 0, unsure, self.policy.says(unsure))
-        best, outcome = self._ranked([text], adapter, top)[0]
-        return Ranking(tuple(best), share, self.unread(text, adapter), outcome, self.policy.says(outcome))
+        share = self.unknown_share(text) if text.strip() else 1.0
+        best, outcome = ([], Outcome.UNSURE) if share == 1 else self._ranked([text], adapter, top)[0]
+        return self._stated(text, adapter, share, best, outcome)
+
+    def _stated(self, text: str, adapter: Named, share: float, best: Sequence[Prediction], outcome: Outcome) -> Ranking:
+        unread = 0 if share == 1 else self.unread(text, adapter)
+        return Ranking(tuple(best), share, unread, outcome, self.policy.says(outcome))
+
+    def rankings(self, rows: Sequence[tuple[str, Named]], top: int) -> list[Ranking | EdgeAdaptError]:
+        """Answer a batch as ``rank_mixed`` runs it, each row as ``ranking`` does, or with the error that it raises."""
+        try:
+            shares = [self.unknown_share(text) if text.strip() else 1.0 for text, _ in rows]
+            judged = iter(self._mixed([row for row, share in zip(rows, shares, strict=True) if share < 1], top))
+            nothing: tuple[list[Prediction], Outcome] = [], Outcome.UNSURE
+            found = [next(judged) if share < 1 else nothing for share in shares]
+            return [self._stated(*row, share, *one) for row, share, one in zip(rows, shares, found, strict=True)]
+        except EdgeAdaptError as error:
+            half = len(rows) // 2
+            return [error] if not half else self.rankings(rows[:half], top) + self.rankings(rows[half:], top)
 
     def rank_mixed(self, rows: Sequence[tuple[str, Named]], top: int) -> list[list[Prediction]]:
         """Classify a batch of pairs of a text and an adapter. Errors are those of ``rank``.
@@ -180,6 +204,9 @@ class ClassificationSession:
         number of rows and the longest text, else the same up to 1e-6. A base whose manifest does not state
         ``independent_rows`` runs each row alone, which is slower.
         """
+        return [predictions for predictions, _ in self._mixed(rows, top)]
+
+    def _mixed(self, rows: Sequence[tuple[str, Named]], top: int) -> list[tuple[list[Prediction], Outcome]]:
         if not rows:
             return []
         compositions = [Composition.of(names) for _, names in rows]
@@ -190,7 +217,7 @@ class ClassificationSession:
         with self._running():
             logits = self._graph.mixed(tokens, [adapter.inputs for adapter in adapters])
         judged = zip(rows, logits, adapters, strict=True)
-        return [self._judged(text, row, adapter, top)[0] for (text, _), row, adapter in judged]
+        return [self._judged(text, row, adapter, top) for (text, _), row, adapter in judged]
 
     def embed(self, texts: Sequence[str]) -> Floats:
         """Embed texts by the frozen base alone, shape ``(len(texts), hidden)``, each of L2 norm 1. A text without a
@@ -214,6 +241,10 @@ class ClassificationSession:
     def unknown_share(self, text: str) -> float:
         """Measure ``PhraseReader.unknown_share``. The other methods refuse a text of share 1."""
         return self._reader.unknown_share(text)
+
+    def size(self, text: str) -> int:
+        """Count the tokens of a text, without special ones. Raises as ``PhraseReader.known``."""
+        return self._reader.known(text)[1]
 
     def unread(self, text: str, adapter: Named) -> int:
         """Count ``PhraseReader.unread`` with an adapter's virtual tokens. Raises as that and ``load``."""
