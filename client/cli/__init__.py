@@ -19,6 +19,7 @@ COMMANDS = {
     "personalize": ("client.cli.learn", "personalize", "Make a private adapter from this device's examples.", ""),
     "usage": ("client.cli.bundles", "usage", "Count answers on this device, show or erase the counts.", ""),
     "update": ("client.cli.bundles", "update", "Bring a bundle to the release of its channel.", ""),
+    "serve": ("client.cli.serve", "serve", "Answer many tenants by HTTP, each with its adapters.", "serve"),
     "web": ("client.cli.serve_web", "serve_web", "Serve a page that runs a bundle in the browser.", ""),
 }
 

@@ -22,6 +22,7 @@ from edgeadapt.program import shadowed
 
 PURPOSES = {  # extra → what it is for
     "generate": "language models on a device",
+    "serve": "a server for many tenants",
     "data": "devices that keep personal data out of training",
     "train": "devices that train with torch",
     "federate": "devices that train with a bundle, on Flower",

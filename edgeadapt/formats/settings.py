@@ -29,6 +29,7 @@ class Settings(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+    longest: ClassVar[int] = LONGEST  # bytes of a file
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -40,7 +41,7 @@ class Settings(BaseModel):
         """Read a file, changed by ``overridden``. ``read`` of what ``to_toml`` returned gives the same settings. Raises
         ConfigError: the file is missing, too large or not TOML, a key is unknown, or a value is out of range."""
         try:
-            table = _toml(storage.read(path, LONGEST).decode())
+            table = _toml(storage.read(path, cls.longest).decode())
         except DataError as error:
             raise ConfigError(str(error), about=error.about) from error
         except ValueError as error:
@@ -50,11 +51,12 @@ class Settings(BaseModel):
         return cls.parse(overridden(table, overrides), str(path))
 
     @classmethod
-    def parse(cls, table: dict[str, Any], where: str) -> Self:
-        """Check a parsed table, which an error names as ``where``. Raises as ``read``."""
+    def parse(cls, table: dict[str, Any] | bytes, where: str) -> Self:
+        """Check a parsed table or JSON, which an error names as ``where``. Raises as ``read``."""
         try:
             # As JSON: then strict accepts a list for a tuple, and still neither true nor "5" for a number.
-            return cls.model_validate_json(json.dumps(table, default=str), strict=True)
+            raw = table if isinstance(table, bytes) else json.dumps(table, default=str)
+            return cls.model_validate_json(raw, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))

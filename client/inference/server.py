@@ -1,0 +1,461 @@
+"""Serves the adapters of a bundle to many tenants by HTTP, in the form of OpenAI's interface: a model is an adapter.
+
+The model does one thing at a time, in the order of arrival. Texts to classify that wait while it runs are its next run,
+whatever their adapters. A tenant sees the adapters that match its patterns; any other does not exist for it. Nothing
+that is logged or counted has a text. ``client.cli.serve`` decides where this listens.
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+import math
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from hmac import compare_digest
+from pathlib import Path
+from socket import socket
+from types import FrameType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import anyio
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BeforeValidator, Field, model_validator
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
+from client.inference import generate
+from client.inference.guide import Guide, GuideKind
+from client.inference.library import Composition, Library
+from client.inference.session import AUTO, ROUTER, ClassificationSession, Ranking
+from client.inference.text import Answer, Finish, SamplingParams
+from edgeadapt.bases.classifiergraph import MAX_ROWS
+from edgeadapt.formats.bundle import manifest_path
+from edgeadapt.formats.policy import blocks
+from edgeadapt.formats.settings import Settings
+
+BASE = "base"  # the model without an adapter: of embeddings, and of a language model
+MAX_BODY = 2**20  # bytes
+MAX_TEXTS, MAX_MESSAGES = 256, 1024  # of one request
+MAX_WAITING = 2048  # texts and answers, of all tenants
+MAX_CONNECTIONS = 1024
+PATIENCE = 30.0  # seconds to send a body
+LOADED = 2**14  # adapters in memory: it is their bytes that are limited
+END = object()
+FINISHES = {Finish.LENGTH: "length", Finish.BLOCKED: "content_filter"}  # any other is stop
+SENT = ("text", "prompt", "message")  # begin what a DataError is about that is the caller's
+T = TypeVar("T")
+
+
+class TenantSettings(Settings):
+    """A table ``[tenants.NAME]``."""
+
+    token_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    adapters: tuple[str, ...]
+    requests_per_minute: Annotated[int, Field(ge=1)] = 600
+    waiting: Annotated[int, Field(ge=1)] = 64
+    metrics: bool = False
+
+
+class Tenants(Settings):
+    longest: ClassVar[int] = 2**22
+    tenants: Annotated[dict[str, TenantSettings], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> "Tenants":
+        if len({one.token_sha256 for one in self.tenants.values()}) < len(self.tenants):
+            raise ValueError("two tenants have the same token_sha256; give each a token of its own")
+        return self
+
+
+Model = Annotated[str, Field(max_length=256)]
+Strings = Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+
+
+class TextsRequest(Settings):
+    model: Model
+    input: Annotated[Strings, Field(min_length=1, max_length=MAX_TEXTS)]
+    top: Annotated[int, Field(ge=1, le=1000)] = 1
+    encoding_format: Literal["float", "base64"] = "float"
+
+
+class _Message(Settings):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class _Form(Settings):
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any]
+
+
+class WrittenRequest(Settings):
+    model: Model
+    prompt: str = ""
+    messages: Annotated[tuple[_Message, ...], Field(max_length=MAX_MESSAGES)] = ()
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: Strings = []  # noqa: RUF012  # pydantic copies it
+    response_format: _Form | None = None
+    stream: bool = False
+    stream_options: dict[Literal["include_usage"], bool] = {}  # noqa: RUF012
+    n: Literal[1] = 1
+
+    def parts(self, model: generate.Generator, adapter: Composition | None) -> Generator[Any, None, None]:
+        """Yield the pieces of an answer, then the ``Answer``. What the policy blocks in an earlier message is answered
+        as if it were the last one. Raises as ``answer`` and ``complete``; ConfigError: a value is out of range."""
+        form = self.response_format
+        guide = Guide(GuideKind.JSON_SCHEMA, json.dumps(form.json_schema.get("schema"))) if form else None
+        sampling = self.max_tokens, self.temperature, self.top_p, 0, self.seed, tuple(self.stop)
+        params = SamplingParams(*sampling, guide=guide)
+        said, policy = [generate.ChatMessage(one.role, one.content) for one in self.messages], model.library.base.policy
+        blocked = [generate.ChatMessage("user", one.content) for one in said if blocks(policy.input, one.content)]
+        if said:
+            yield from model.answer(blocked[:1] or said, params, adapter)
+        else:
+            yield from model.complete(self.prompt, params, adapter)
+        yield model.last
+
+
+class RequestError(EdgeAdaptError):
+    """A request that is not answered."""
+
+    def __init__(self, status: int, message: str, **headers: str) -> None:
+        super().__init__(message, about="request")
+        self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+@dataclass(slots=True)
+class Account:
+    """A tenant at work."""
+
+    name: str
+    settings: TenantSettings
+    left: float = math.inf  # of its quota; below 0 after a request of many texts
+    waiting: int = 0  # requests
+    _at: float = 0.0
+
+    def charge(self) -> None:
+        """Take a request from the quota. Raises RequestError: it is used up."""
+        now, most = time.monotonic(), self.settings.requests_per_minute
+        self.left, self._at = min(most, self.left + (now - self._at) * most / 60), now
+        if self.left < 1:
+            wait = str(math.ceil((1 - self.left) * 60 / most))
+            raise RequestError(429, f"{most} requests a minute are used up; retry in {wait} s", retry_after=wait)
+        self.left -= 1
+
+    def may(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.settings.adapters)
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    text: str
+    adapter: Composition
+    top: int
+    found: Any = None  # a Ranking, or the error
+
+
+class Service:
+    """The endpoints of a bundle, for one event loop."""
+
+    def __init__(self, library: Library, tenants: Tenants | None, threads: int, nbytes: int) -> None:
+        """Load the base. Without ``tenants``, whoever can connect may use every adapter. ``nbytes``: of the adapters in
+        memory. Raises as ``ClassificationSession.of`` and ``Generator.of``."""
+        writes, opened = library.manifest.task == "text-generation", (library, threads, LOADED, nbytes)
+        self._model: Any = generate.Generator.of(*opened) if writes else ClassificationSession.of(*opened)
+        given = {"token_sha256": "0" * 64, "adapters": ["*"], "waiting": MAX_WAITING, "requests_per_minute": 10**9}
+        everybody = TenantSettings.parse({**given, "metrics": True}, "tenants")
+        self._everybody = None if tenants else Account("", everybody)
+        self._accounts = [Account(name, one) for name, one in tenants.tenants.items()] if tenants else []
+        self._library, self._turn, self._rows = library, asyncio.Lock(), list[_Row]()
+        self._waiting, self.closed = 0, False
+        self._calls: dict[str, Callable[[Request, Account], Awaitable[Response]]]
+        self._calls = {"/v1/models": self._models, "/metrics": self._metrics}
+        if writes:
+            self._calls |= {"/v1/chat/completions": self._write, "/v1/completions": self._write}
+        else:
+            self._calls |= {"/v1/classify": self._classify, "/v1/embeddings": self._embed}
+        of: dict[str, Any] = {"namespace": "edgeadapt", "registry": CollectorRegistry()}
+        self._registry = of["registry"]
+        self._requests = Counter("requests", "Requests.", ["tenant", "path", "status"], **of)
+        self._tokens = Counter("tokens", "Tokens that were read or written.", ["tenant", "kind"], **of)
+        self._seconds = Histogram("seconds", "Seconds until an answer, or its first part.", ["path"], **of)
+        self._runs = Histogram("rows", "Texts of a run.", buckets=[2**n for n in range(5)], **of)
+        Gauge("waiting", "Texts and answers that wait.", **of).set_function(lambda: self._waiting)
+
+    def application(self, hosts: Sequence[str]) -> Starlette:
+        """Make the web application. ``hosts``: names by which it may be called, or ``*``: a foreign site whose name
+        resolves to this machine is refused."""
+        gets = self._models, self._metrics
+        routes = [
+            Route(path, self._answer, methods=["GET" if call in gets else "POST"]) for path, call in self._calls.items()
+        ]
+        routes.append(Route("/health", lambda _: Response("ok\n")))
+        return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, hosts, www_redirect=False)])
+
+    async def _answer(self, request: Request) -> Response:
+        begun, tenant, path = time.perf_counter(), "", request.url.path
+        try:
+            account = self._account(request)
+            tenant = account.name
+            response = await self._calls[path](request, account)
+        except EdgeAdaptError as error:
+            response = JSONResponse(_body(error), _status(error), getattr(error, "headers", None))
+        except ClientDisconnect:
+            response = Response(status_code=499)  # as nginx counts it
+        self._requests.labels(tenant, path, response.status_code).inc()
+        self._seconds.labels(path).observe(time.perf_counter() - begun)
+        return response
+
+    def _account(self, request: Request) -> Account:
+        if self._everybody:
+            return self._everybody
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(token.strip().encode()).hexdigest()
+        found = [one for one in self._accounts if compare_digest(one.settings.token_sha256, digest)]
+        if scheme.lower() != "bearer" or not found:
+            raise RequestError(401, "send a tenant's token: Authorization: Bearer TOKEN", www_authenticate="Bearer")
+        return found[0]
+
+    def _named(self, account: Account, model: str) -> Composition:
+        """Read the name of a model. Raises RequestError, alike: there is none, or the tenant may not use it."""
+        with suppress(ConfigError):
+            composition = Composition.parse(model)
+            if all(account.may(part.name) and self._has(part.name) for part in composition.parts):
+                return composition
+        raise RequestError(404, "there is no such model; GET /v1/models lists yours")
+
+    def _has(self, name: str) -> bool:
+        return (self._library.bundle / manifest_path(name)).exists()
+
+    def _of(self, account: Account) -> list[str]:
+        return [name for name in self._library.names() if account.may(name)]
+
+    @contextmanager
+    def _place(self, account: Account, count: int) -> Iterator[None]:
+        """Hold a place in the queue. Raises RequestError: it is full, or the server stops."""
+        if self.closed or account.waiting >= account.settings.waiting or self._waiting + count > MAX_WAITING:
+            raise RequestError(503, "the queue is full; retry in a second", retry_after="1")
+        account.waiting, self._waiting = account.waiting + 1, self._waiting + count
+        try:
+            yield
+        finally:
+            account.waiting, self._waiting = account.waiting - 1, self._waiting - count
+
+    async def _parts(self, account: Account, work: Generator[T, None, None]) -> AsyncGenerator[T, None]:
+        """Yield what ``work`` yields, in its turn; closing this ends it, after the step under way."""
+        with self._place(account, 1):
+            async with self._turn:
+                self._check_open()
+                try:
+                    while (part := await anyio.to_thread.run_sync(next, work, END)) is not END:
+                        yield part  # type: ignore[misc]
+                finally:
+                    work.close()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RequestError(503, "the server stops")
+
+    async def _rank(self, account: Account, mine: Sequence[_Row]) -> list[Ranking]:
+        """Rank rows, with what else waits when it is their turn. A client that hangs up while they run leaves the other
+        rows their answers: a thread that was begun is waited for."""
+        with self._place(account, len(mine)):
+            self._rows += mine
+            try:
+                while any(row.found is None for row in mine):
+                    async with self._turn:
+                        self._check_open()
+                        if (run := self._rows[:MAX_ROWS]) and any(row.found is None for row in mine):
+                            texts, top = [(row.text, row.adapter) for row in run], max(row.top for row in run)
+                            self._runs.observe(len(run))
+                            found = await anyio.to_thread.run_sync(self._model.rankings, texts, top)
+                            for row, one in zip(run, found, strict=True):
+                                row.found = one
+                            self._rows = [row for row in self._rows if row.found is None]
+            finally:
+                self._rows = [row for row in self._rows if row not in mine]
+        for row in mine:
+            if isinstance(row.found, EdgeAdaptError):
+                raise row.found
+        return [row.found for row in mine]
+
+    async def _models(self, _: Request, account: Account) -> Response:
+        names = self._of(account)
+        names += [AUTO] * (ROUTER in names)
+        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "edgeadapt"} for name in [*names, BASE]]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def _metrics(self, _: Request, account: Account) -> Response:
+        if not account.settings.metrics:
+            raise RequestError(403, "this tenant may not read the metrics; its table needs metrics = true")
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _classify(self, request: Request, account: Account) -> Response:
+        asked = await _read(request, account, TextsRequest)
+        auto = asked.model == AUTO
+        names = [self._named(account, ROUTER if auto else asked.model)] * len(asked.input)
+        if auto:
+            routed = await _unless_gone(request, self._rank(account, [_Row(text, names[0], 1) for text in asked.input]))
+            has = self._of(account).__contains__
+            chosen = [await anyio.to_thread.run_sync(self._model.route, one, has) for one in routed]
+            names = [self._named(account, name) for name in chosen]
+        rows = [_Row(text, name, asked.top) for text, name in zip(asked.input, names, strict=True)]
+        found = await _unless_gone(request, self._rank(account, rows))
+        data = [{"index": index, "adapter": str(names[index]), **one.to_json()} for index, one in enumerate(found)]
+        for row in data:
+            row["intents"] = row["intents"][: asked.top]  # a run is for the most that one of its texts needs
+        return JSONResponse({"object": "list", "model": asked.model, "data": data})
+
+    async def _embed(self, request: Request, account: Account) -> Response:
+        asked = await _read(request, account, TextsRequest)
+        if asked.model != BASE:
+            self._named(account, asked.model)
+        tokens = sum(map(self._model.size, asked.input))  # refuses what cannot be read
+        runs = (asked.input[at : at + MAX_ROWS] for at in range(0, len(asked.input), MAX_ROWS))
+        parts = self._parts(account, (self._model.embed(texts) for texts in runs))
+        vectors = [row.astype("<f4") for part in await _unless_gone(request, _listed(parts)) for row in part]
+        coded = asked.encoding_format == "base64"
+        rows = [base64.b64encode(row.tobytes()).decode() if coded else row.tolist() for row in vectors]
+        data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
+        usage = self._usage(account, prompt_tokens=tokens)
+        return JSONResponse({"object": "list", "model": BASE, "data": data, "usage": usage})
+
+    async def _write(self, request: Request, account: Account) -> Response:
+        asked, chat = await _read(request, account, WrittenRequest), request.url.path.startswith("/v1/chat")
+        adapter = None if asked.model == BASE else self._named(account, asked.model)
+        parts = self._parts(account, asked.parts(self._model, adapter))
+        kind = ("chat.completion" + ".chunk" * asked.stream) if chat else "text_completion"
+        head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": asked.model}
+
+        def shown(text: str, last: Answer | None = None, **role: str) -> dict[str, Any]:
+            finish = last and FINISHES.get(last.finish, "stop")
+            said = {"delta" if asked.stream else "message": {**role, "content": text}} if chat else {"text": text}
+            return {**head, "choices": [{"index": 0, **said, "finish_reason": finish}]}
+
+        async def events(part: Any) -> AsyncGenerator[str, None]:
+            async with aclosing(parts):
+                try:
+                    yield _event(shown("", role="assistant"))
+                    while not isinstance(part, Answer):
+                        yield _event(shown(part))
+                        part = await anext(parts)
+                    yield _event(shown("", part))
+                    counted = self._usage(account, prompt_tokens=part.prompt_tokens, completion_tokens=part.tokens)
+                    if asked.stream_options.get("include_usage"):
+                        yield _event({**head, "choices": [], "usage": counted})
+                except EdgeAdaptError as error:
+                    yield _event(_body(error))
+            yield "data: [DONE]\n\n"
+
+        if asked.stream:
+            first = await _unless_gone(request, anext(parts))  # whose error has a status
+            return StreamingResponse(events(first), media_type="text/event-stream")
+        *pieces, last = await _unless_gone(request, _listed(parts))
+        usage = self._usage(account, prompt_tokens=last.prompt_tokens, completion_tokens=last.tokens)
+        return JSONResponse({**shown("".join(pieces), last, role="assistant"), "usage": usage})
+
+    def _usage(self, account: Account, **counts: int) -> dict[str, int]:
+        for kind, count in counts.items():
+            self._tokens.labels(account.name, kind).inc(count)
+        return {**counts, "total_tokens": sum(counts.values())}
+
+
+def _event(row: dict[str, Any]) -> str:
+    return f"data: {json.dumps(row, ensure_ascii=False)}\n\n"
+
+
+async def _listed(parts: AsyncGenerator[T, None]) -> list[T]:
+    async with aclosing(parts):
+        return [part async for part in parts]
+
+
+async def _unless_gone(request: Request, answer: Awaitable[T]) -> T:
+    """Await an answer. Raises ClientDisconnect, and ends it, if the client hangs up before."""
+    with anyio.CancelScope() as scope:
+        gone = asyncio.ensure_future(request.receive())  # the body was read: nothing else can come
+        gone.add_done_callback(lambda _: scope.cancel())
+        try:
+            return await answer
+        finally:
+            gone.cancel()
+    raise ClientDisconnect
+
+
+R = TypeVar("R", TextsRequest, WrittenRequest)
+
+
+async def _read(request: Request, account: Account, kind: type[R]) -> R:
+    """Read the body of a request, which counts. Raises RequestError: it is too large or slow, or the quota is used up;
+    ConfigError: it is not what ``kind`` describes."""
+    account.charge()
+    body = b""
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY:
+                    raise RequestError(413, f"the body has more than {MAX_BODY} bytes; send less", connection="close")
+    except TimeoutError as error:
+        raise RequestError(408, f"the body did not come within {PATIENCE:.0f} s", connection="close") from error
+    asked = kind.parse(body, "the request")
+    account.left -= len(getattr(asked, "input", ".")) - 1  # each text counts
+    return asked
+
+
+def _status(error: EdgeAdaptError) -> int:
+    if isinstance(error, RequestError):
+        return error.status
+    if isinstance(error, DataError) and not error.about.startswith(SENT):
+        return 422  # the adapter is broken
+    return {TrustError: 409, ConfigError: 400, DataError: 400}.get(type(error), 500)
+
+
+def _body(error: EdgeAdaptError) -> dict[str, Any]:
+    kind = "server_error" if (status := _status(error)) >= 500 else "invalid_request_error"
+    return {"error": {"message": str(error), "type": kind, "code": str(status), "param": error.about or None}}
+
+
+def serve(service: Service, listening: socket, hosts: Sequence[str], tls: tuple[Path, Path] | None) -> None:
+    """Serve until SIGINT or SIGTERM, and end after the running answer; at once after a second one. ``tls``: certificate
+    and key. Raises ConfigError: they cannot be used."""
+    config = uvicorn.Config(
+        service.application(hosts),
+        loop="asyncio",
+        http="h11",  # the other parser has no limit on headers
+        ws="none",
+        proxy_headers=False,  # who is on this machine could claim any address
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=2**14,
+        ssl_certfile=tls and str(tls[0]),
+        ssl_keyfile=tls and str(tls[1]),
+    )
+    try:
+        config.load()
+    except OSError as error:  # also of OpenSSL
+        raise ConfigError(f"the certificate or its key cannot be used: {error}", about="--certificate") from error
+    runner = uvicorn.Server(config)
+    stop = runner.handle_exit
+
+    def handle_exit(number: int, frame: FrameType | None) -> None:
+        service.closed = True
+        stop(number, frame)
+
+    runner.handle_exit = handle_exit  # type: ignore[assignment, method-assign]
+    runner.run([listening])

@@ -1,0 +1,526 @@
+"""A server answers each tenant with its own adapters and nothing of another's, and refuses the rest in one line."""
+
+import asyncio
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from starlette.testclient import TestClient
+
+from aggregation.errors import ConfigError
+from aggregation.pki.identity import IdentityKey
+from client.cli import device
+from client.inference import server
+from client.inference.generate import ChatMessage, Generator
+from client.inference.library import Library
+from client.inference.session import AUTO, ClassificationSession
+from client.inference.text import SamplingParams
+from edgeadapt.formats.policy import Policy
+from export.bundle.write import AdapterSource, add_adapter
+from export.onnx.exported import ExportedBase
+from tests.support.bundles import flip
+from tests.support.models import Source
+
+TEXT = "turn on the kitchen lights"
+TOKENS = {"anna": "a" * 32, "ben": "b" * 32}
+Add = Callable[[AdapterSource], None]
+
+
+def tenants(**limits: Any) -> server.Tenants:
+    """Anna may use ``anna*`` and ``global``, Ben ``ben*``; ``limits`` are Ben's."""
+    digest = {name: hashlib.sha256(token.encode()).hexdigest() for name, token in TOKENS.items()}
+    anna = {"token_sha256": digest["anna"], "adapters": ["anna*", "global"], "metrics": True}
+    return server.Tenants.parse(
+        {"tenants": {"anna": anna, "ben": {"token_sha256": digest["ben"], "adapters": ["ben*"], **limits}}}, "test"
+    )
+
+
+@contextmanager
+def calling(bundle: Path, of: server.Tenants | None = None, name: str = "") -> Iterator[TestClient]:
+    """Call the application of a bundle, as a tenant if there is a ``name``."""
+    app = server.Service(Library.open(bundle, None), of, 1, 2**28).application(["testserver"])
+    headers = {"authorization": f"Bearer {TOKENS[name]}"} if name else {}
+    with TestClient(app, headers=headers) as client:
+        yield client
+
+
+def problem(response: httpx.Response) -> str:
+    """The line of a refusal, in OpenAI's form."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "code", "param"}
+    assert error["code"] == str(response.status_code)
+    assert "\n" not in error["message"]
+    return str(error["message"])
+
+
+@pytest.fixture
+def two(bundle: Path, source: Source, add: Add) -> Path:
+    add(source("anna", seed=7, parent="a" * 64))
+    add(source("ben", seed=9, parent="a" * 64))
+    return bundle
+
+
+def test_a_text_is_answered_as_infer_answers_it(two: Path) -> None:
+    with calling(two) as client:
+        found = client.post("/v1/classify", json={"model": "anna", "input": [TEXT, "🔥"], "top": 2}).json()
+    done = CliRunner().invoke(
+        device, ["infer", "--bundle", str(two), "--adapter", "anna", "--json", "--top", "2", TEXT]
+    )
+    (expected,) = json.loads(done.stdout)["adapters"][0]["answers"]
+    first, unknown = found["data"]
+    assert first == {key: value for key, value in expected.items() if key != "text"} | {"index": 0, "adapter": "anna"}
+    assert (unknown["outcome"], unknown["intents"], unknown["unknown"]) == ("unsure", [], 1)
+
+
+def test_a_tenant_sees_and_uses_its_own_adapters_and_no_others(two: Path) -> None:
+    of = tenants()
+    with calling(two, of, "anna") as anna, calling(two, of, "ben") as ben:
+        listed = [[one["id"] for one in each.get("/v1/models").json()["data"]] for each in (anna, ben)]
+        assert listed == [["anna", "global", "base"], ["ben", "base"]]
+        assert anna.post("/v1/classify", json={"model": "anna+global", "input": TEXT}).status_code == 200
+        lines = set()
+        for model in ("anna", "nobody", "global+ben", "../base/model", "", "ben:", AUTO, "base"):
+            refusal = ben.post("/v1/classify", json={"model": model, "input": TEXT})
+            assert refusal.status_code == 404, model
+            lines.add(problem(refusal))
+        assert len(lines) == 1  # one of another tenant looks like none
+        assert ben.post("/v1/embeddings", json={"model": "anna", "input": TEXT}).status_code == 404
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", f"Basic {'a' * 32}", f"Bearer {'c' * 32}", "Bearer \xff"])
+def test_who_has_no_token_of_a_tenant_gets_nothing(two: Path, header: str) -> None:
+    with calling(two, tenants()) as client:
+        for path in ("/v1/models", "/metrics"):
+            refusal = client.get(path, headers={"authorization": header.encode("latin-1")})
+            assert (refusal.status_code, refusal.headers["www-authenticate"]) == (401, "Bearer")
+            problem(refusal)
+        assert (
+            client.post("/v1/classify", content=b"{", headers={"authorization": header.encode("latin-1")}).status_code
+            == 401
+        )
+        assert client.get("/health").text == "ok\n"
+
+
+def test_only_a_tenant_that_may_reads_the_metrics(two: Path) -> None:
+    of = tenants()
+    with calling(two, of, "ben") as ben:
+        assert ben.get("/metrics").status_code == 403
+    with calling(two, of, "anna") as anna:
+        anna.post("/v1/classify", json={"model": "anna", "input": [TEXT, TEXT]})
+        anna.post("/v1/classify", json={"model": "ben", "input": TEXT})
+        text = anna.get("/metrics").text
+    assert 'edgeadapt_requests_total{path="/v1/classify",status="200",tenant="anna"} 1.0' in text
+    assert 'edgeadapt_requests_total{path="/v1/classify",status="404",tenant="anna"} 1.0' in text
+    assert "edgeadapt_rows_sum 2.0" in text
+    assert "edgeadapt_waiting 0.0" in text
+    assert TEXT not in text
+
+
+BAD = {
+    "no JSON": b"{",
+    "empty": b"",
+    "a list": b"[]",
+    "deep": b'{"model": ' + b"[" * 5000,
+    "no text": b'{"model": "global"}',
+    "no texts": b'{"model": "global", "input": []}',
+    "a number": b'{"model": "global", "input": 7}',
+    "tokens": b'{"model": "global", "input": [1, 2]}',
+    "many": json.dumps({"model": "global", "input": ["a"] * (server.MAX_TEXTS + 1)}).encode(),
+    "top": b'{"model": "global", "input": "a", "top": 0}',
+    "unknown key": b'{"model": "global", "input": "a", "tools": []}',
+    "NUL": json.dumps({"model": "global", "input": "a\0"}).encode(),
+    "surrogate": b'{"model": "global", "input": "\\ud800"}',
+    "long text": json.dumps({"model": "global", "input": "a" * 70_000}).encode(),
+    "not UTF-8": b'{"model": "global", "input": "\xff"}',
+}
+
+
+@pytest.mark.parametrize("body", BAD.values(), ids=BAD)
+def test_a_bad_body_is_refused_in_one_line(bundle: Path, body: bytes) -> None:
+    with calling(bundle) as client:
+        refusal = client.post("/v1/classify", content=body)
+        assert refusal.status_code == 400
+        assert problem(refusal)
+        assert client.post("/v1/classify", json={"model": "global", "input": TEXT}).status_code == 200
+
+
+def test_an_oversized_body_is_refused(bundle: Path) -> None:
+    with calling(bundle) as client:
+        body = json.dumps({"model": "global", "input": "a"}).encode()
+        assert client.post("/v1/classify", content=body.ljust(server.MAX_BODY)).status_code == 200
+        refusal = client.post("/v1/classify", content=body.ljust(server.MAX_BODY + 1))
+        assert (refusal.status_code, refusal.headers["connection"]) == (413, "close")
+        problem(refusal)
+
+
+def test_a_foreign_site_is_refused(bundle: Path) -> None:
+    with calling(bundle) as client:
+        assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_each_text_counts_in_the_quota_of_its_tenant(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter))
+    of = tenants(requests_per_minute=6)
+    with calling(two, of, "ben") as ben:
+        assert ben.post("/v1/classify", json={"model": "ben", "input": [TEXT] * 8}).status_code == 200
+        refusal = ben.post("/v1/classify", json={"model": "ben", "input": TEXT})
+        assert (refusal.status_code, refusal.headers["retry-after"]) == (429, "30")
+        problem(refusal)
+        now += 29.5
+        assert ben.post("/v1/classify", json={"model": "ben", "input": TEXT}).status_code == 429
+        now += 1
+        assert ben.post("/v1/classify", json={"model": "ben", "input": TEXT}).status_code == 200
+    with calling(two, of, "anna") as anna:
+        assert anna.post("/v1/classify", json={"model": "anna", "input": TEXT}).status_code == 200
+
+
+def test_a_broken_or_outdated_adapter_says_why_and_harms_no_other(
+    two: Path, source: Source, add: Add, exported: ExportedBase
+) -> None:
+    with calling(two) as client:
+        ask = lambda model: client.post("/v1/classify", json={"model": model, "input": TEXT})  # noqa: E731
+        first = ask("ben").json()
+        old = {path: path.read_bytes() for path in (two / "adapters").glob("ben.*")}
+        add(source("ben", seed=11, version=4, parent="a" * 64))
+        replaced = ask("ben").json()
+        assert replaced["data"][0]["intents"] != first["data"][0]["intents"]  # under way
+        for path, content in old.items():
+            path.write_bytes(content)
+        outdated = ask("ben")
+        assert outdated.status_code == 409
+        assert "version 4 was accepted" in problem(outdated)
+        flip(two / "adapters/anna.onnx_adapter", 0.9)
+        assert ask("anna").status_code == 409
+        (two / "adapters/anna.onnx_adapter").unlink()
+        assert ask("anna").status_code == 422
+        assert ask("global").status_code == 200
+
+
+def test_the_router_chooses_among_the_tenants_adapters(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"x": "ben"}
+    monkeypatch.setattr(ClassificationSession, "route", lambda self, found, has: chosen["x"])
+    monkeypatch.setattr(server, "ROUTER", "anna")
+    with calling(two, tenants(), "anna") as client:
+        assert client.get("/v1/models").json()["data"][-2]["id"] == AUTO
+        assert client.post("/v1/classify", json={"model": AUTO, "input": TEXT}).status_code == 404
+        chosen["x"] = "global"
+        (row,) = client.post("/v1/classify", json={"model": AUTO, "input": TEXT}).json()["data"]
+        assert row["adapter"] == "global"
+
+
+def test_the_policy_holds(bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey) -> None:
+    policy = Policy(input=("kitchen",), denied="Not from here.")
+    add_adapter(bundle, exported.adapter_inputs, replace(source(version=4), policy=policy), key=vendor)
+    with calling(bundle) as client:
+        (row,) = client.post("/v1/classify", json={"model": "global", "input": TEXT}).json()["data"]
+    assert (row["outcome"], row["says"], row["intents"]) == ("blocked", "Not from here.", [])
+
+
+# What waits, and who hangs up.
+
+Call = Callable[..., Any]
+
+
+class Caller:
+    """Calls an application as uvicorn does, in this event loop. ``gone`` hangs up."""
+
+    def __init__(self, app: Any, path: str, token: str = "", **body: Any) -> None:
+        self.gone, self.text, self.status, self._sent = asyncio.Event(), "", 0, False
+        self._body = json.dumps(body).encode()
+        headers = [(b"host", b"testserver"), (b"authorization", f"Bearer {token}".encode())]
+        scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1"}
+        scope |= {"method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+        scope |= {"scheme": "http", "server": ("testserver", 80), "client": ("127.0.0.1", 1), "root_path": ""}
+        self.task = asyncio.create_task(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        if not self._sent:
+            self._sent = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.status = message.get("status", self.status)
+        self.text += message.get("body", b"").decode()
+
+    async def json(self) -> Any:
+        await asyncio.wait_for(self.task, 60)
+        return json.loads(self.text)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not holds():
+            await asyncio.sleep(0)
+
+
+class Gate:
+    """Lets one call after another of a session through, and notes the rows of each."""
+
+    def __init__(self, service: Any) -> None:
+        self.open, self.runs, self._call = threading.Semaphore(0), list[list[Any]](), service._model.rankings
+        service._model.rankings = self._rankings
+
+    def _rankings(self, rows: Any, top: int) -> Any:
+        self.runs.append([(text, str(name)) for text, name in rows])
+        assert self.open.acquire(timeout=60)
+        return self._call(rows, top)
+
+
+def test_texts_that_wait_are_one_run_and_each_tenant_gets_its_own_answer(two: Path) -> None:
+    async def run() -> None:
+        service = server.Service(Library.open(two, None), tenants(), 1, 2**28)
+        gate, app = Gate(service), service.application(["testserver"])
+        alone = {name: service._model.ranking(TEXT, name, 3).to_json()["intents"] for name in ("anna", "ben")}
+        assert alone["anna"] != alone["ben"]
+        ask = lambda name, **more: Caller(app, "/v1/classify", TOKENS[name], model=name, input=TEXT, **more)  # noqa: E731
+        first = ask("anna")
+        await until(lambda: len(gate.runs) == 1)
+        waiting = [ask("ben", top=3), ask("anna", top=3), ask("ben", top=1)]
+        gone = ask("anna")
+        await until(lambda: service._waiting == 5)
+        gone.gone.set()
+        await until(lambda: service._waiting == 4)
+        gate.open.release(2)
+        assert [len((await first.json())["data"][0]["intents"])] == [1]
+        for caller, name, top in zip(waiting, ("ben", "anna", "ben"), (3, 3, 1), strict=True):
+            (row,) = (await caller.json())["data"]
+            assert (row["adapter"], [one["intent"] for one in row["intents"]]) == (
+                name,
+                [one["intent"] for one in alone[name][:top]],
+            )
+        assert gate.runs == [[(TEXT, "anna")], [(TEXT, "ben"), (TEXT, "anna"), (TEXT, "ben")]]
+        assert (service._waiting, gone.status) == (0, 499)
+
+    asyncio.run(run())
+
+
+def test_one_who_hangs_up_while_a_run_is_under_way_costs_the_others_nothing(two: Path) -> None:
+    async def run() -> None:
+        service = server.Service(Library.open(two, None), None, 1, 2**28)
+        gate, app = Gate(service), service.application(["testserver"])
+        ask = lambda name: Caller(app, "/v1/classify", model=name, input=TEXT)  # noqa: E731
+        ask("global")
+        await until(lambda: len(gate.runs) == 1)
+        leader = ask("anna")
+        await until(lambda: len(service._rows) == 2)
+        other = ask("ben")
+        await until(lambda: len(service._rows) == 3)
+        gate.open.release()
+        await until(lambda: len(gate.runs) == 2)
+        leader.gone.set()
+        gate.open.release()
+        assert (await other.json())["data"][0]["adapter"] == "ben"
+        assert len(gate.runs) == 2
+        await until(lambda: service._waiting == 0)
+
+    asyncio.run(run())
+
+
+def test_a_full_queue_and_a_server_that_stops_say_so(two: Path) -> None:
+    async def run() -> None:
+        service = server.Service(Library.open(two, None), tenants(waiting=1), 1, 2**28)
+        gate, app = Gate(service), service.application(["testserver"])
+        ask = lambda name: Caller(app, "/v1/classify", TOKENS[name], model=name, input=TEXT)  # noqa: E731
+        running = ask("ben")
+        await until(lambda: len(gate.runs) == 1)
+        refusal = ask("ben")
+        assert "full" in (await refusal.json())["error"]["message"]
+        waits = ask("anna")  # whose places are its own
+        await until(lambda: service._waiting == 2)
+        service.closed = True
+        gate.open.release()
+        assert (await running.json())["data"]
+        assert "stops" in (await waits.json())["error"]["message"]
+        assert (refusal.status, waits.status, running.status) == (503, 503, 200)
+
+    asyncio.run(run())
+
+
+# Language models.
+
+SAMPLING = {"max_tokens": 6, "model": "anna"}
+MESSAGES = [{"role": "user", "content": "ab"}]
+
+
+def written(bundle: Path, adapter: str | None = "anna", **params: Any) -> str:
+    """What the generator answers to ``MESSAGES``."""
+    given = SamplingParams(**{"max_tokens": 6, **params})
+    return "".join(Generator.open(bundle, threads=1).answer([ChatMessage("user", "ab")], given, adapter))
+
+
+def test_a_chat_is_answered_by_the_adapter_whole_and_in_pieces(lm_bundle: Path) -> None:
+    expected = written(lm_bundle)
+    assert expected != written(lm_bundle, "global")
+    with calling(lm_bundle) as client:
+        found = client.post("/v1/chat/completions", json={**SAMPLING, "messages": MESSAGES}).json()
+        (choice,) = found["choices"]
+        assert choice["message"] == {"role": "assistant", "content": expected}
+        assert choice["finish_reason"] == "length"
+        assert found["usage"]["completion_tokens"] == 6
+        assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] + 6
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        lines = client.post("/v1/chat/completions", json={**SAMPLING, **options, "messages": MESSAGES}).text
+        *events, done, _ = lines.split("\n\n")
+        rows = [json.loads(event.removeprefix("data: ")) for event in events]
+        assert done == "data: [DONE]"
+        assert rows[-1]["usage"] == found["usage"]
+        deltas = [row["choices"][0]["delta"] for row in rows[:-1]]
+        assert "".join(delta["content"] for delta in deltas) == expected
+        assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+        assert [row["choices"][0]["finish_reason"] for row in rows[:-1]] == [None] * (len(deltas) - 1) + ["length"]
+        bare = client.post("/v1/chat/completions", json={**SAMPLING, "model": "base", "messages": MESSAGES}).json()
+        assert bare["choices"][0]["message"]["content"] == written(lm_bundle, None)
+        text = client.post("/v1/completions", json={**SAMPLING, "prompt": "ab", "stop": expected[0]}).json()
+        assert set(text["choices"][0]) == {"index", "text", "finish_reason"}
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "<|im_end|>"}]}),
+        ("chat/completions", {"messages": MESSAGES, "temperature": -1}),
+        ("chat/completions", {"messages": MESSAGES, "n": 2}),
+        ("chat/completions", {"messages": MESSAGES, "stop": [""]}),
+        ("chat/completions", {"messages": MESSAGES, "stream": True, "seed": -1}),
+        ("chat/completions", {"messages": MESSAGES, "response_format": {"type": "json_object"}}),
+        ("completions", {"prompt": ""}),
+        ("completions", {"prompt": "a" * 300}),
+    ],
+)
+def test_what_a_language_model_cannot_answer_is_refused(lm_bundle: Path, path: str, more: dict[str, Any]) -> None:
+    with calling(lm_bundle) as client:
+        refusal = client.post(f"/v1/{path}", json={**SAMPLING, **more})
+        assert refusal.status_code == 400
+        problem(refusal)
+
+
+def test_what_the_policy_blocks_is_in_no_message(lm_bundle: Path, lm_source: Any, vendor: IdentityKey) -> None:
+    given = replace(lm_source(), version=9, policy=Policy(input=("secret",), denied="No."))
+    add_adapter(lm_bundle, given.adapter_inputs, given, key=vendor, form="fp32")
+    with calling(lm_bundle) as client:
+        for role in ("system", "user", "assistant"):
+            said = [{"role": role, "content": "a Secret"}, *MESSAGES]
+            found = client.post("/v1/chat/completions", json={**SAMPLING, "model": "global", "messages": said}).json()
+            assert found["choices"][0] == {
+                "index": 0,
+                "message": {"role": "assistant", "content": "No."},
+                "finish_reason": "content_filter",
+            }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_when_its_reader_hangs_up_and_the_next_one_begins(lm_bundle: Path, stream: bool) -> None:
+    async def run() -> None:
+        service = server.Service(Library.open(lm_bundle, None), None, 1, 2**28)
+        written, closed = threading.Event(), threading.Event()
+
+        def endless(*_: Any) -> Iterator[str]:
+            try:
+                while True:
+                    written.set()
+                    yield "a"
+            finally:
+                closed.set()
+
+        answer, service._model.answer = service._model.answer, endless
+        app = service.application(["testserver"])
+        ask = lambda: Caller(app, "/v1/chat/completions", **SAMPLING, messages=MESSAGES, stream=stream)  # noqa: E731
+        first = ask()
+        await until(written.is_set)
+        service._model.answer = answer
+        second = ask()
+        await until(lambda: service._waiting == 2)
+        first.gone.set()
+        await until(closed.is_set)
+        await asyncio.wait_for(asyncio.gather(first.task, second.task), 60)
+        assert second.status == 200
+        assert service._waiting == 0
+
+    asyncio.run(run())
+
+
+# The command.
+
+
+def test_a_process_serves_until_it_is_told_to_stop(lm_bundle: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "edgeadapt",
+        "device",
+        "serve",
+        "--bundle",
+        str(lm_bundle),
+        "--port",
+        "0",
+        "--json",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        url = json.loads(process.stdout.readline())["url"]
+        body = {**SAMPLING, "max_tokens": 100, "messages": MESSAGES, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(60) == 130
+        assert process.stderr.read().strip() == "edgeadapt: interrupted"
+
+
+@pytest.mark.parametrize(
+    ("words", "about"),
+    [
+        (["--host", "0.0.0.0"], "--host"),  # noqa: S104
+        (["--host", "0.0.0.0", "--tenants", "tenants.toml"], "--host"),  # noqa: S104
+        (["--certificate", "x.pem"], "--host"),
+        (["--tenants", "nowhere.toml"], "nowhere.toml"),
+        (["--tenants", "tenants.toml", "--certificate", "x.pem", "--key", "x.key", "--port", "0"], "--certificate"),
+        (["--host", "203.0.113.1", "--tenants", "tenants.toml", "--certificate", "x", "--key", "x"], "--port"),
+    ],
+)
+def test_it_listens_to_other_machines_only_with_tenants_and_tls(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], about: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tenants.toml").write_text(f'[tenants.anna]\ntoken_sha256 = "{"a" * 64}"\nadapters = ["*"]\n')
+    Path("x.pem").write_text("no certificate")
+    Path("x.key").write_text("no key")
+    error = CliRunner().invoke(device, ["serve", "--bundle", str(bundle), *words]).exception
+    assert isinstance(error, ConfigError)
+    assert error.about == about
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {},
+        {"tenants": {}},
+        {"tenants": {"a": {"token": "secret"}}},
+        {"tenants": {"a": {"token_sha256": "A" * 64, "adapters": []}}},
+        {"tenants": {"a": {"token_sha256": "a" * 64, "adapters": [], "requests_per_minute": 0}}},
+        {"tenants": {name: {"token_sha256": "a" * 64, "adapters": []} for name in "ab"}},
+    ],
+)
+def test_a_wrong_file_of_tenants_is_refused(table: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        server.Tenants.parse(table, "test")
