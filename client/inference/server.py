@@ -19,7 +19,6 @@ from fnmatch import fnmatchcase
 from hmac import compare_digest
 from pathlib import Path
 from socket import socket
-from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import anyio
@@ -181,7 +180,8 @@ class Service:
         self._everybody = None if tenants else Account("", everybody)
         self._accounts = [Account(name, one) for name, one in tenants.tenants.items()] if tenants else []
         self._library, self._turn, self._rows = library, asyncio.Lock(), list[_Row]()
-        self._waiting, self.closed = 0, False
+        self._waiting = 0
+        self.stops: Callable[[], bool] = lambda: False
         self._calls: dict[str, Callable[[Request, Account], Awaitable[Response]]]
         self._calls = {"/v1/models": self._models, "/metrics": self._metrics}
         if writes:
@@ -212,10 +212,10 @@ class Service:
             account = self._account(request)
             tenant = account.name
             response = await self._calls[path](request, account)
-        except EdgeAdaptError as error:
-            response = JSONResponse(_body(error), _status(error), getattr(error, "headers", None))
         except ClientDisconnect:
             response = Response(status_code=499)  # as nginx counts it
+        except Exception as error:  # a log of it could have a text
+            response = JSONResponse(_body(error), _status(error), getattr(error, "headers", None))
         self._requests.labels(tenant, path, response.status_code).inc()
         self._seconds.labels(path).observe(time.perf_counter() - begun)
         return response
@@ -247,7 +247,7 @@ class Service:
     @contextmanager
     def _place(self, account: Account, count: int) -> Iterator[None]:
         """Hold a place in the queue. Raises RequestError: it is full, or the server stops."""
-        if self.closed or account.waiting >= account.settings.waiting or self._waiting + count > MAX_WAITING:
+        if self.stops() or account.waiting >= account.settings.waiting or self._waiting + count > MAX_WAITING:
             raise RequestError(503, "the queue is full; retry in a second", retry_after="1")
         account.waiting, self._waiting = account.waiting + 1, self._waiting + count
         try:
@@ -267,7 +267,7 @@ class Service:
                     work.close()
 
     def _check_open(self) -> None:
-        if self.closed:
+        if self.stops():
             raise RequestError(503, "the server stops")
 
     async def _rank(self, account: Account, mine: Sequence[_Row]) -> list[Ranking]:
@@ -357,7 +357,7 @@ class Service:
                     counted = self._usage(account, prompt_tokens=part.prompt_tokens, completion_tokens=part.tokens)
                     if asked.stream_options.get("include_usage"):
                         yield _event({**head, "choices": [], "usage": counted})
-                except EdgeAdaptError as error:
+                except Exception as error:
                     yield _event(_body(error))
             yield "data: [DONE]\n\n"
 
@@ -416,17 +416,20 @@ async def _read(request: Request, account: Account, kind: type[R]) -> R:
     return asked
 
 
-def _status(error: EdgeAdaptError) -> int:
+def _status(error: Exception) -> int:
     if isinstance(error, RequestError):
         return error.status
     if isinstance(error, DataError) and not error.about.startswith(SENT):
         return 422  # the adapter is broken
-    return {TrustError: 409, ConfigError: 400, DataError: 400}.get(type(error), 500)
+    if isinstance(error, TrustError):
+        return 409
+    return 400 if isinstance(error, ConfigError | DataError) else 500
 
 
-def _body(error: EdgeAdaptError) -> dict[str, Any]:
+def _body(error: Exception) -> dict[str, Any]:
     kind = "server_error" if (status := _status(error)) >= 500 else "invalid_request_error"
-    return {"error": {"message": str(error), "type": kind, "code": str(status), "param": error.about or None}}
+    line = str(error) if isinstance(error, EdgeAdaptError) else f"the server failed: {type(error).__name__}"
+    return {"error": {"message": line, "type": kind, "code": str(status), "param": getattr(error, "about", None)}}
 
 
 def serve(service: Service, listening: socket, hosts: Sequence[str], tls: tuple[Path, Path] | None) -> None:
@@ -451,11 +454,5 @@ def serve(service: Service, listening: socket, hosts: Sequence[str], tls: tuple[
     except OSError as error:  # also of OpenSSL
         raise ConfigError(f"the certificate or its key cannot be used: {error}", about="--certificate") from error
     runner = uvicorn.Server(config)
-    stop = runner.handle_exit
-
-    def handle_exit(number: int, frame: FrameType | None) -> None:
-        service.closed = True
-        stop(number, frame)
-
-    runner.handle_exit = handle_exit  # type: ignore[assignment, method-assign]
+    service.stops = lambda: runner.should_exit
     runner.run([listening])

@@ -1,6 +1,7 @@
 """A server answers each tenant with its own adapters and nothing of another's, and refuses the rest in one line."""
 
 import asyncio
+import base64
 import hashlib
 import json
 import signal
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from starlette.testclient import TestClient
@@ -31,6 +33,7 @@ from client.inference.text import SamplingParams
 from edgeadapt.formats.policy import Policy
 from export.bundle.write import AdapterSource, add_adapter
 from export.onnx.exported import ExportedBase
+from tests.client.inference.test_passages import encoder as encoder
 from tests.support.bundles import flip
 from tests.support.models import Source
 
@@ -155,6 +158,31 @@ def test_a_bad_body_is_refused_in_one_line(bundle: Path, body: bytes) -> None:
         assert refusal.status_code == 400
         assert problem(refusal)
         assert client.post("/v1/classify", json={"model": "global", "input": TEXT}).status_code == 200
+
+
+def test_a_failure_of_the_server_shows_no_text(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    service = server.Service(Library.open(bundle, None), None, 1, 2**28)
+    ranked, service._model.rankings = service._model.rankings, lambda rows, top: [][rows[0][0]]
+    with TestClient(service.application(["testserver"])) as client:
+        refusal = client.post("/v1/classify", json={"model": "global", "input": TEXT})
+        assert (refusal.status_code, problem(refusal)) == (500, "the server failed: TypeError")
+        service._model.rankings = ranked
+        assert client.post("/v1/classify", json={"model": "global", "input": TEXT}).status_code == 200
+    assert TEXT not in "".join(capfd.readouterr())
+
+
+def test_embeddings_are_those_of_the_base(encoder: Path) -> None:
+    expected = ClassificationSession.open(encoder).embed([TEXT, "play music"])
+    with calling(encoder) as client:
+        for coding in ("float", "base64"):
+            body = {"model": "base", "input": [TEXT, "play music"], "encoding_format": coding}
+            found = client.post("/v1/embeddings", json=body).json()
+            rows = [one["embedding"] for one in found["data"]]
+            if coding == "base64":
+                rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]
+            np.testing.assert_allclose(rows, expected, atol=1e-6)
+        assert found["usage"]["prompt_tokens"] == found["usage"]["total_tokens"] > 2
+        assert client.post("/v1/embeddings", json={"model": "base", "input": [TEXT, ""]}).status_code == 400
 
 
 def test_an_oversized_body_is_refused(bundle: Path) -> None:
@@ -343,7 +371,7 @@ def test_a_full_queue_and_a_server_that_stops_say_so(two: Path) -> None:
         assert "full" in (await refusal.json())["error"]["message"]
         waits = ask("anna")  # whose places are its own
         await until(lambda: service._waiting == 2)
-        service.closed = True
+        service.stops = lambda: True
         gate.open.release()
         assert (await running.json())["data"]
         assert "stops" in (await waits.json())["error"]["message"]
