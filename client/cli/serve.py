@@ -18,7 +18,7 @@ from edgeadapt import commandline
 @options.trust
 @click.option("--host", default=LOCAL[0], show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", default=8081, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
-@click.option("--tenants", type=commandline.FILE, metavar="FILE", help="Who may use what; see below.")
+@click.option("--tenants", type=commandline.FILE, metavar="FILE", help="Who may use what; TOML, as above.")
 @click.option("--certificate", type=commandline.FILE, metavar="FILE", help="TLS certificate, PEM.")
 @click.option("--key", type=commandline.FILE, metavar="FILE", help="Its key, PEM.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 256), help="Threads of the model.")
