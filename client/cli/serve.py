@@ -50,6 +50,7 @@ def serve(bundle: Path, trust: Path | None, host: str, port: int, as_json: bool,
     with listening:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else an answer waits 40 ms for the first ACK
         service = server.Service(Library.open(bundle, trust), tenants, given["threads"], given["memory"] * 2**20)
+        runner = server.server_of(service, LOCAL if local else ("*",), tls if any(tls) else None)
         url = f"http{'s' * any(tls)}://{host}:{listening.getsockname()[1]}"
         commandline.print_result({"url": url}, f"serving at {url} until Ctrl-C", as_json)
-        server.serve(service, listening, LOCAL if local else ("*",), tls if any(tls) else None)
+        runner.run([listening])

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hmac import compare_digest
 from pathlib import Path
-from socket import socket
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import anyio
@@ -432,9 +431,9 @@ def _body(error: Exception) -> dict[str, Any]:
     return {"error": {"message": line, "type": kind, "code": str(status), "param": getattr(error, "about", None)}}
 
 
-def serve(service: Service, listening: socket, hosts: Sequence[str], tls: tuple[Path, Path] | None) -> None:
-    """Serve until SIGINT or SIGTERM, and end after the running answer; at once after a second one. ``tls``: certificate
-    and key. Raises ConfigError: they cannot be used."""
+def server_of(service: Service, hosts: Sequence[str], tls: tuple[Path, Path] | None) -> uvicorn.Server:
+    """Make what serves a socket until SIGINT or SIGTERM, and ends after the running answer; at once after a second one.
+    ``tls``: certificate and key. Raises ConfigError: they cannot be used."""
     config = uvicorn.Config(
         service.application(hosts),
         loop="asyncio",
@@ -455,4 +454,4 @@ def serve(service: Service, listening: socket, hosts: Sequence[str], tls: tuple[
         raise ConfigError(f"the certificate or its key cannot be used: {error}", about="--certificate") from error
     runner = uvicorn.Server(config)
     service.stops = lambda: runner.should_exit
-    runner.run([listening])
+    return runner

@@ -5,6 +5,7 @@ import base64
 import hashlib
 import json
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,9 @@ import pytest
 from click.testing import CliRunner
 from starlette.testclient import TestClient
 
+from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
+from aggregation.pki.authority import Authority
 from aggregation.pki.identity import IdentityKey
 from client.cli import device
 from client.inference import server
@@ -35,6 +39,7 @@ from export.bundle.write import AdapterSource, add_adapter
 from export.onnx.exported import ExportedBase
 from tests.client.inference.test_passages import encoder as encoder
 from tests.support.bundles import flip
+from tests.support.gateway import certify
 from tests.support.models import Source
 
 TEXT = "turn on the kitchen lights"
@@ -487,20 +492,34 @@ def test_an_answer_ends_when_its_reader_hangs_up_and_the_next_one_begins(lm_bund
 # The command.
 
 
+def serving(bundle: Path, *words: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "edgeadapt", "device", "serve", "--bundle", str(bundle), "--port", "0", "--json"]
+    return subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_tenant_is_served_over_tls(bundle: Path, tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    authority = Authority.create("fleet", SystemEntropy(), now - timedelta(days=1), now + timedelta(days=1))
+    for name, content in zip(("key.pem", "tls.pem"), certify(authority), strict=True):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "root.pem").write_bytes(authority.root.to_pem())
+    token = hashlib.sha256(b"secret").hexdigest()
+    (tmp_path / "tenants.toml").write_text(f'[tenants.anna]\ntoken_sha256 = "{token}"\nadapters = ["*"]\n')
+    files = {"tenants": "tenants.toml", "certificate": "tls.pem", "key": "key.pem"}
+    words = [word for option, name in files.items() for word in (f"--{option}", str(tmp_path / name))]
+    with serving(bundle, *words) as process:
+        assert process.stdout is not None
+        url = json.loads(process.stdout.readline())["url"]
+        with httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=tmp_path / "root.pem")) as client:
+            assert client.get("/v1/models").status_code == 401
+            found = client.get("/v1/models", headers={"Authorization": "Bearer secret"})
+            assert [one["id"] for one in found.json()["data"]] == ["global", server.BASE]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+
+
 def test_a_process_serves_until_it_is_told_to_stop(lm_bundle: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "edgeadapt",
-        "device",
-        "serve",
-        "--bundle",
-        str(lm_bundle),
-        "--port",
-        "0",
-        "--json",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with serving(lm_bundle) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         url = json.loads(process.stdout.readline())["url"]
@@ -532,9 +551,11 @@ def test_it_listens_to_other_machines_only_with_tenants_and_tls(
     Path("tenants.toml").write_text(f'[tenants.anna]\ntoken_sha256 = "{"a" * 64}"\nadapters = ["*"]\n')
     Path("x.pem").write_text("no certificate")
     Path("x.key").write_text("no key")
-    error = CliRunner().invoke(device, ["serve", "--bundle", str(bundle), *words]).exception
+    result = CliRunner().invoke(device, ["serve", "--bundle", str(bundle), *words])
+    error = result.exception
     assert isinstance(error, ConfigError)
     assert error.about == about
+    assert result.output == ""  # it does not say that it serves
     assert "\n" not in str(error)
 
 
