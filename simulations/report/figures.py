@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulations.report.formatting import TrafficMeans, count, dropouts, percent, share, size
+from simulations.report.formatting import TrafficMeans, count, percent, share, size
 from simulations.report.summary import Difference, Estimate, SuiteSummary
-from simulations.result import ARMS, ClientResult, Metric, ReportedRound, RunResult, dropouts_by_step
+from simulations.result import ARMS, ClientResult, Metric, ReportedRound, RunResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.patches import PathPatch
 
 POINTS = 72  # an inch; one point is one unit of the SVG
 SHARPNESS = 3  # pixels a unit of a PNG
@@ -31,14 +30,13 @@ CHARACTER = 6.6  # units, about
 
 # Each color stands for a variable of the style sheet, which has a light and a dark value. The arms differ in shape as
 # well; the hues are of Okabe and Ito's palette for color-blind readers, darkened until they are readable as text.
-INK, MUTED, LINE, TILE, DROPPED = "#1b1f24", "#59636e", "#d4d9df", "#c5dcea", "#b3400d"
+INK, MUTED, LINE, DROPPED = "#1b1f24", "#59636e", "#d4d9df", "#b3400d"
 ARM_COLORS = {"base": "#6a737d", "local": "#a65a00", "global": "#0069a8", "personal": "#00735a"}
 PAPER = "#fefefe"
 VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
     LINE: "--line",
-    TILE: "--tile",
     DROPPED: "--dropped",
     PAPER: "--paper",
     **{color: f"--{arm}" for arm, color in ARM_COLORS.items()},
@@ -71,10 +69,6 @@ LANES = {"base": 0.0, "local": -0.28, "global": 0.28, "personal": 0.0}  # rows b
 LEFT = 48.0  # units next to a plot of rounds
 PANEL = 112.0  # units high
 CURVES = {"accuracy": "accuracy, a share", "loss": "loss, nats a phrase"}
-FULL_GRID = 40  # devices; a larger fleet shows only the devices that ever dropped out
-TILE_HEIGHT = 15.0  # units
-WIDEST_TILE = 48.0
-LETTER_WIDTH = 11.0  # units of the narrowest tile that has room for a letter
 SHOWN = ("mean", "p10", "unseen")
 ACCENT, NOISE = "#0069a8", "#6a737d"
 SUITE_ROW = 22.0  # units
@@ -191,7 +185,9 @@ def _dumbbells(figure: "Figure", rows: Sequence[ClientResult], places: Sequence[
             "took no part in training", (0, first - 1), (2, 0), ("axes fraction", "data"), "offset points",
             va="center", color=MUTED, style="italic",
         )  # fmt: skip
-    key = _key(figure, 24)
+    key = axes(figure, left=0, top=4, width=WIDTH, height=24)
+    key.set_axis_off()
+    key.set(xlim=(0, WIDTH), ylim=(-1, 1))
     for x, arm in zip((14, 90, 170, 260), ARMS, strict=True):
         _marks(key, arm, [x], [0])
         key.text(x + 10, 0, arm, va="center", color=ARM_COLORS[arm])
@@ -205,13 +201,6 @@ def _marks(ax: "Axes", arm: str, x: Iterable[float], y: Iterable[float]) -> None
         list(x), list(y), s=area, marker=marker, facecolor=face, edgecolor=ARM_COLORS[arm], linewidth=1.4,
         zorder=order, clip_on=False,
     )  # fmt: skip
-
-
-def _key(figure: "Figure", height: float) -> "Axes":
-    ax = axes(figure, left=0, top=4, width=WIDTH, height=height)
-    ax.set_axis_off()
-    ax.set(xlim=(0, WIDTH), ylim=(-1, 1))
-    return ax
 
 
 # Accuracy and loss by round.
@@ -231,6 +220,8 @@ def learning(result: RunResult) -> str:
 
 
 def _curves(figure: "Figure", rounds: Sequence[ReportedRound]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for i, (metric, title) in enumerate(CURVES.items()):
         ax = axes(figure, left=LEFT, top=30 + i * (PANEL + 46), width=WIDTH - LEFT - 48, height=PANEL)
         _curve(ax, metric, rounds)
@@ -238,7 +229,8 @@ def _curves(figure: "Figure", rounds: Sequence[ReportedRound]) -> None:
         ax.grid(axis="y")
         if metric == "accuracy":
             ax.yaxis.set_major_formatter(lambda value, _: share(value, 2))
-        _count_rounds(ax, rounds)
+        ax.set_xlim(min(r.round for r in rounds) - 0.5, max(r.round for r in rounds) + 0.5)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
     ax.set_xlabel("round (measured at its start, on validation phrases)")
 
 
@@ -258,13 +250,6 @@ def _curve(ax: "Axes", metric: str, rounds: Sequence[ReportedRound]) -> None:
     ax.margins(y=0.15)
     text = share(y[-1]) if metric == "accuracy" else f"{y[-1]:.2f}"
     ax.annotate(text, (x[-1], y[-1]), (8, 0), textcoords="offset points", va="center", color=color, weight="bold")
-
-
-def _count_rounds(ax: "Axes", rounds: Sequence[ReportedRound]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    ax.set_xlim(min(r.round for r in rounds) - 0.5, max(r.round for r in rounds) + 0.5)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
 
 
 # Bytes on the wire.
@@ -308,86 +293,6 @@ def _bytes(value: float, model: float) -> str:
     if value == model:
         return size(value)
     return f"{size(value)} · {percent(value, model)} of the model" if value > 0 else "none"
-
-
-# Dropouts by device and round.
-
-
-def dropouts_by_device(result: RunResult) -> str:
-    """Draw a grid of devices by rounds: which finished the round, dropped out at which step, or did not take part."""
-    devices, hidden = _devices(result)
-    letters = {step: step[:1].upper() for step in dropouts_by_step(result.rounds)}
-    note = f"; {count(hidden, 'device')} without a dropout not drawn" if hidden else ""
-    height = 90 + TILE_HEIGHT * max(len(devices), 1)
-    return svg("dropouts", "Dropouts by device and round", dropouts(result.rounds) + ".", height,
-               lambda figure: _grid(figure, result.rounds, devices, letters, height, note))  # fmt: skip
-
-
-def _devices(result: RunResult) -> tuple[list[str], int]:
-    """Return the devices to draw, in the clients' order, unknown ones last; and how many are left out."""
-    dropped = {device for r in result.rounds for device in r.dropped}
-    devices = dropped.union(*(r.survivors for r in result.rounds))
-    drawn = dropped if len(devices) > FULL_GRID else devices
-    order = {h.name: i for i, h in enumerate(result.clients)}
-    return sorted(drawn, key=lambda device: (order.get(device, len(order)), device)), len(devices) - len(drawn)
-
-
-def _grid(
-    figure: "Figure",
-    rounds: Sequence[ReportedRound],
-    devices: list[str],
-    letters: dict[str, str],
-    height: float,
-    note: str,
-) -> None:
-    names = [short(device) for device in devices]
-    left = 12 + CHARACTER * max(map(len, names), default=0)
-    width = min(WIDTH - left - 12, WIDEST_TILE * len(rounds))
-    ax = axes(figure, left=left, top=50, width=width, height=height - 90)
-    row = {device: i for i, device in enumerate(devices)}
-    dropped = [(r.round, row[d], step) for r in rounds for d, step in r.dropped.items()]
-    finished = {(r.round, row[d]) for r in rounds for d in r.survivors if d in row} - {(x, y) for x, y, _ in dropped}
-    absent = {(r.round, y) for r in rounds if not r.aborted for y in row.values()}
-    absent -= finished | {(x, y) for x, y, _ in dropped}
-    ax.add_patch(_tiles(sorted(finished), TILE))
-    ax.add_patch(_tiles([(x, y) for x, y, _ in dropped], DROPPED))
-    ax.add_patch(_tiles(sorted(absent), "none"))
-    if width / len(rounds) >= LETTER_WIDTH:
-        for x, y, step in dropped:
-            ax.text(x, y, letters[step], ha="center", va="center_baseline", fontsize=9, color=PAPER, weight="bold")
-    ax.set_ylim(max(len(devices), 1) - 0.5, -0.5)
-    ax.set_yticks(range(len(names)), names)
-    _count_rounds(ax, rounds)
-    ax.set_xlabel("round" + (" (× aborted)" if any(r.aborted for r in rounds) else "") + note, loc="left")
-    for r in rounds:
-        if r.aborted:
-            at = ("data", "axes fraction")
-            ax.annotate("×", (r.round, 1), (0, 3), at, "offset points", ha="center", color=DROPPED)
-    _dropout_key(figure, letters, absent=bool(absent))
-
-
-def _dropout_key(figure: "Figure", letters: dict[str, str], *, absent: bool) -> None:
-    ax = _key(figure, 36)
-    ax.scatter([12], [0.5], s=70, marker="s", color=TILE)
-    ax.text(22, 0.5, "finished the round", va="center_baseline", color=MUTED)
-    if absent:
-        ax.scatter([160], [0.5], s=60, marker="s", facecolor="none", edgecolor=LINE)
-        ax.text(170, 0.5, "did not take part", va="center_baseline", color=MUTED)
-    if letters:
-        ax.scatter([12], [-0.5], s=70, marker="s", color=DROPPED)
-        steps = ", ".join(f"{step} ({letter})" for step, letter in letters.items())
-        ax.text(22, -0.5, f"dropped out at {steps}", va="center_baseline", color=DROPPED)
-
-
-def _tiles(places: Iterable[tuple[float, float]], color: str) -> "PathPatch":
-    """Draw one path for all tiles, so that the page of a hundred devices in a hundred rounds stays small."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    unit = [(-0.45, -0.44), (0.45, -0.44), (0.45, 0.44), (-0.45, 0.44)]
-    squares = [Path([*((x + dx, y + dy) for dx, dy in unit), (x, y)], closed=True) for x, y in places]
-    path = Path.make_compound_path(*squares)
-    return PathPatch(path, facecolor=color, edgecolor=LINE, linewidth=0.7 if color == "none" else 0)
 
 
 # Accuracies of arms and differences of pairs, of a suite.

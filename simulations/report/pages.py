@@ -56,12 +56,11 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
         dropouts=formatting.dropouts(result.rounds),
         privacy=formatting.privacy(result.epsilon, result.delta, len(result.rounds)),
         canaries=formatting.canaries(result.canaries) if result.canaries else (),
-        dropout_count=sum(dropouts_by_step(result.rounds).values()),
+        dropouts_by_step=dropouts_by_step(result.rounds),
         figures={
             "clients": figures.clients(result),
             "traffic": figures.traffic(result),
             "learning": figures.learning(result),
-            "dropouts": figures.dropouts_by_device(result),
         },
         command=formatting.command(exported, program),
         steps=formatting.next_commands(result, exported, program),
