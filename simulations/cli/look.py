@@ -12,19 +12,17 @@ from simulations.shipped import SCENARIOS, SUITES, described
 @click.command()
 @click.argument("scenario", type=click.Path(path_type=Path), metavar="[SCENARIO|FILE|DIR]", required=False)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
-@click.option("--clients", is_flag=True, help="Also a line for each client.")
 @as_json
-def look(scenario: Path | None, overrides: tuple[str, ...], clients: bool, as_json: bool) -> None:
+def look(scenario: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show clients, sizes, labels, languages and broken rows of a SCENARIO, or of a file of texts.
 
-    Broken rows are counted and listed, and never end this command. Without SCENARIO, list the scenarios for 'simulate
-    run' and the suites for 'simulate suite' that are shipped.
+    Broken rows are counted and listed, and never end this command; --json has each client. Without SCENARIO, list the
+    scenarios for 'simulate run' and the suites for 'simulate suite' that are shipped.
 
     \b
     Examples:
       edgeadapt simulate look
       edgeadapt simulate look texts.csv --set data.client=user
-      edgeadapt simulate look my.toml --clients
       edgeadapt simulate look texts.jsonl --set data.partition=shard --set data.clients=8 --json
     """
     if scenario is None:
@@ -36,7 +34,7 @@ def look(scenario: Path | None, overrides: tuple[str, ...], clients: bool, as_js
     from edgeadapt.bases.base import find_base
     from simulations.data import populate
     from simulations.data.summary import summarize
-    from simulations.report.terminal import print_clients, print_data
+    from simulations.report.terminal import print_data
     from simulations.scenario import read_scenario
 
     settings = read_scenario(scenario, (*overrides, "data.broken=skip"))
@@ -44,10 +42,8 @@ def look(scenario: Path | None, overrides: tuple[str, ...], clients: bool, as_js
     summary = summarize(loaded, find_base(settings.base.model))
     if as_json:
         click.echo(json.dumps(summary.to_json()))
-        return
-    print_data(summary, Console())
-    if clients:
-        print_clients(summary, Console())
+    else:
+        print_data(summary, Console())
 
 
 def _show_shipped(as_json: bool) -> None:

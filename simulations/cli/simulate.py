@@ -44,7 +44,6 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         as_json,
         quiet,
-        click.option("-v", "--verbose", is_flag=True, help="Say all about the run before it starts."),
         click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest run in runs/."),
         click.option(
             "--out", type=click.Path(path_type=Path), help="Folder of the run; by default a new one in runs/."
@@ -104,7 +103,6 @@ def _run(
     out: Path | None,
     resume: bool,
     as_json: bool,
-    verbose: bool,
     engine: "EngineName | None",
     workers: int | None,
     overrides: tuple[str, ...],
@@ -114,7 +112,6 @@ def _run(
     from simulations.data.summary import summarize
     from simulations.engine.progress import RunProgress
     from simulations.engine.provision import COORDINATOR
-    from simulations.engine.provision import describe as describe_groups
     from simulations.report.formatting import UNMASKED
     from simulations.report.terminal import print_result, print_scenario
     from simulations.suite.run import Engine, Plan
@@ -124,12 +121,10 @@ def _run(
         click.echo(f"edgeadapt: {plan.warning}", err=True)
     folder = plan.folder(out, resume=resume)
     if not is_quiet():
-        notes = {"groups": describe_groups(plan.groups) if scenario.groups.by != "none" else ""}
         first = folder.of(plan.groups[0]).path / COORDINATOR
-        notes["engine"] = "" if plan.engine.masks(scenario, first) else UNMASKED
-        data = summarize(plan.loaded, plan.base)
-        console = Console(stderr=as_json)
-        print_scenario(scenario, folder.log, console, data=data, devices=plan.devices, notes=notes, verbose=verbose)
+        note = "" if plan.engine.masks(scenario, first) else UNMASKED
+        data, console = summarize(plan.loaded, plan.base), Console(stderr=as_json)
+        print_scenario(scenario, folder.log, console, data=data, devices=plan.devices, note=note)
     with resumable(folder.path), RunProgress(quiet=is_quiet()) as progress:
         result = plan.run(folder, progress)
     if as_json:

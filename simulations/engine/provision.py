@@ -132,15 +132,6 @@ def grouped(population: Population, settings: GroupSettings) -> tuple[Group, ...
     )
 
 
-def describe(groups: Sequence[Group]) -> str:
-    """Describe the groups in one line: ``de 9 devices, en 8, common 5 (it, nl)``."""
-    parts = []
-    for group in groups:
-        inside = ", ".join(sorted({client.language for client in group.population.clients}))
-        parts.append(f"{group.name} {group.devices}{f' ({inside})' if group.name == COMMON else ''}")
-    return f"devices of each federation: {'; '.join(parts)}"
-
-
 def fleet_folders(out: Path, groups: Sequence[Group]) -> dict[str, Path]:
     """Map each client to the folder of its federation in the run in ``out``."""
     return {client.name: out / group.folder for group in groups for client in group.population.clients}

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich import box
@@ -10,15 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from client.training.personal import HEADS
 from coordinator.settings import FederationSettings
 from edgeadapt.bases.base import MODELS
-from edgeadapt.formats.peftconfig import MethodName
 from simulations.data.summary import DataSummary, lines
 from simulations.report import formatting
 from simulations.report.formatting import count, duration, percent, printable, share, size
 from simulations.result import ARMS, TITLES, ExportResult, RunResult
-from simulations.scenario import AdapterSettings, Scenario
+from simulations.scenario import Scenario
 
 NOTES = {
     "base": "the vendor's head, no training",
@@ -26,41 +24,19 @@ NOTES = {
     "global": "the last global adapter",
     "personal": "global, then the personal step",
 }
-METHODS: Mapping[MethodName, str] = {
-    "lora": "LoRA",
-    "rslora": "rsLoRA",
-    "dora": "DoRA",
-    "adalora": "AdaLoRA",
-    "loha": "LoHa",
-    "vera": "VeRA",
-    "ia3": "IA³",
-    "ln_tuning": "LayerNorm tuning",
-    "beft": "BEFT",
-    "prompt_tuning": "prompt tuning",
-    "prefix_tuning": "prefix tuning",
-}
 LABEL = 11  # columns
-# Lines without --verbose.
-SHORT = ("base", "rounds", "sums", "privacy", "ATTACK", "clients", "texts", "look at", "broken", "engine")
+SHORT = ("clients", "texts", "look at", "broken")  # lines about the data; 'simulate look' has all
 
 
 def print_scenario(
-    scenario: Scenario,
-    log: Path,
-    console: Console,
-    *,
-    data: DataSummary,
-    devices: int,
-    notes: Mapping[str, str] = {},
-    verbose: bool = False,
+    scenario: Scenario, log: Path, console: Console, *, data: DataSummary, devices: int, note: str = ""
 ) -> None:
-    """Print what a run is about, before it starts: in some lines, or with ``verbose`` in all.
+    """Print what a run is about, before it starts.
 
-    ``devices`` take part in training, in the smallest federation. ``notes``: label → a further line, unless empty.
+    ``devices`` take part in training, in the smallest federation. ``note``: about the engine, unless empty.
     """
-    about = [*_plan(scenario, data, devices), *((name, text) for name, text in notes.items() if text), *lines(data)]
-    if not verbose:
-        about = [line for line in about if line[0] in SHORT or (line[0] == "unknown" and data.warns)]
+    about = [*_plan(scenario, devices), *([("engine", note)] if note else [])]
+    about += [line for line in lines(data) if line[0] in SHORT or (line[0] == "unknown" and data.warns)]
     console.print(Text(f"Scenario {scenario.name}, seed {scenario.seed}", style="bold"))
     _print_lines([*about, ("log", f"tail -f {shlex.quote(str(log))}")], console)
     console.print()
@@ -71,83 +47,29 @@ def print_data(summary: DataSummary, console: Console) -> None:
     console.print()
 
 
-def print_clients(summary: DataSummary, console: Console) -> None:
-    table = _table("client", ("train", "validation", "test", "labels", "unknown tokens"), names=("language",))
-    for client in summary.clients:
-        numbers = (client.train, client.validation, client.test, client.labels)
-        names = (printable(client.name), printable(client.language))
-        cells = map(Text, (*names, *map(str, numbers), f"{100 * client.unknown:.1f} %"))
-        table.add_row(*cells, Text("unseen" if client.unseen else "", style="dim"))
-    console.print(table)
-
-
 def _print_lines(lines: Iterable[tuple[str, str | Text]], console: Console) -> None:
     for label, text in lines:
         line = Text.assemble((f"{label:<{LABEL}}", "dim"), printable(text) if isinstance(text, str) else text)
         console.print(line, soft_wrap=True, highlight=False)
 
 
-def _described(adapter: AdapterSettings) -> str:
-    """Name the method of a scenario's adapter, with its size, and its modules unless they are the usual ones."""
-    name = METHODS[adapter.method]
-    if adapter.method in ("prompt_tuning", "prefix_tuning"):
-        return f"{name} with {count(adapter.virtual_tokens, 'virtual token')}"
-    size = f" of rank {adapter.rank}" if adapter.method in ("lora", "rslora", "dora", "adalora", "loha", "vera") else ""
-    place = f" on {', '.join(adapter.targets)}" if adapter.targets else ""
-    return f"{name}{size}{place}" + {"none": "", "all": ", all biases", "lora_only": ", their biases"}[adapter.bias]
-
-
-def _plan(scenario: Scenario, data: DataSummary, devices: int) -> list[tuple[str, str]]:
-    adapter, federation = scenario.adapter, scenario.federation
+def _plan(scenario: Scenario, devices: int) -> list[tuple[str, str]]:
+    federation, model = scenario.federation, scenario.base.model
     training, fitted = federation.training, federation.analytic.rounds
-    adversary = federation.aggregation.adversary
     each = f"each with {count(training.epochs, 'epoch')} at learning rate {training.learning_rate:g}"
     rounds = [f"{federation.training_rounds} that train, {each}"] if federation.training_rounds else []
     rounds += [f"{fitted} that {'fit' if fitted > 1 else 'fits'} the head"] if fitted else []
-    writes = scenario.data.for_language_model
-    clients, most = len(data.clients), scenario.evaluation.clients
-    kind, head = ("language model", "") if writes else ("text encoder", " and the vendor's head")
-    own = scenario.base.model in MODELS.names()
-    layers = _described(adapter)
-    kind_of_head = f"head for the task {scenario.data.task}" if scenario.data.own_task else "classification head"
+    kind = "language model" if scenario.data.for_language_model else "text encoder"
+    what = f"a pretrained {kind}, frozen on every device"
+    if model in MODELS.names():
+        what = "with its own training loop: all of its parameters are trained"
     attack = f"{100 * scenario.attack.share:g} % of the devices lie in their updates: {scenario.attack.kind}"
     return [
-        ("model", f"{scenario.base.model}, with its own training loop: all of its parameters are trained")
-        if own
-        else ("base", f"{scenario.base.model}, a pretrained {kind}, frozen on every device"),
-        *([] if own else [("adapter", layers if writes else f"{layers}, and a {kind_of_head}")]),
-        ("rounds", f"{', then '.join(rounds)}; {adversary} secure aggregation"),
+        ("base", f"{model}, {what}"),
+        ("rounds", f"{', then '.join(rounds)}; {federation.aggregation.adversary} secure aggregation"),
         *([("sums", _price(federation, devices))] if federation.aggregation.groups > 1 else []),
         ("privacy", _noise(federation)),
         *([("ATTACK", attack)] if scenario.attack.kind != "none" else []),
-        ("arms", "base      its first parameters" if own else f"base      the frozen model{head}, no training"),
-        *(("", line) for line in _personal(scenario)),
-        *([("evaluated", f"{most} of {clients} clients, chosen by the seed")] if clients > most else []),
-    ]
-
-
-def _personal(scenario: Scenario) -> list[str]:
-    """List the arms after the base, and what their personal steps have in common."""
-    training, step, writes = scenario.federation.training, scenario.personal, scenario.data.for_language_model
-    alone = count(scenario.federation.training_rounds * training.epochs, "epoch")
-    texts = "texts" if writes else "phrases"
-    first, *rates = (*scenario.local_rates, step.learning_rate)
-    tuned = [f"{count(step.epochs, 'epoch')} at {rate:g}" for rate in rates]
-    of_local, of_personal = [f"a {step.method} head"] * 2 if step.method in HEADS else tuned
-    shared = {
-        "rehearse": f"rehearse {count(step.public, 'public phrase')} of each label",
-        "ensemble": "the trained head and a ridge head, added",
-        "interpolate": f"{100 * step.share:g} % of the way from the adapter before",
-        "best": f"the best candidate on own validation {texts}",
-        "significant": f"another only if significantly better on own {texts}",
-    }
-    used = {"best"} if writes else {step.method, step.choice, "rehearse" if step.public else ""}
-    lines = [line for name, line in shared.items() if name in used]
-    return [
-        f"local     own data only: {alone} at {first:g}, then {of_local}",
-        "global    the adapter after the last round",
-        f"personal  global, then {of_personal} on own data",
-        *(f"local, personal: {line}" for line in lines),
     ]
 
 
@@ -191,10 +113,8 @@ def print_result(result: RunResult, console: Console, program: str = "edgeadapt"
     _print_lines([*_facts(result), *_exported(result, result.exported, program)], console)
 
 
-def _table(title: str, columns: Iterable[str], names: Iterable[str] = ()) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
-    for name in (title, *names):
-        table.add_column(name, no_wrap=bool(names))
+def _table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(title, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")

@@ -326,13 +326,10 @@ def table(tmp_path: Path) -> Path:
 
 
 def test_the_clients_of_a_table_are_shown(run: Run, table: Path) -> None:
-    code, out, err = run(
-        "simulate", "look", table, "--set", "data.client=user", "--set", "data.language=lang", "--clients"
-    )
+    code, out, err = run("simulate", "look", table, "--set", "data.client=user", "--set", "data.language=lang")
     assert (code, err) == (0, "")
     assert "8, 2 of them unseen" in out
     assert "de 4, en 4" in out
-    assert out.count("user-") >= 8
     dealt = run("simulate", "look", table, "--set", "data.clients=6", "--set", "data.minimum_texts=3")[1]
     assert ["dealt out to them: name the column" in text for text in (out, dealt)] == [False, True]
 

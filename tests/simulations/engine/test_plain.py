@@ -25,7 +25,7 @@ from simulations.engine.canaries import audited
 from simulations.engine.devices import LyingApp, MemoryDevices
 from simulations.engine.grid import FaultModel, GridLog, InProcessGrid
 from simulations.engine.plain import PlainCoordinator, PlainDevice, PlainRoot, UnsignedKey
-from simulations.engine.provision import COMMON, COORDINATOR, Enrolment, describe, fleet_folders, grouped
+from simulations.engine.provision import COMMON, COORDINATOR, Enrolment, fleet_folders, grouped
 from simulations.result import ReportedRound, joined_rounds
 from simulations.scenario import GroupSettings, Scenario
 from simulations.suite.run import Engine, _on_grid, _require_same_engine
@@ -170,7 +170,6 @@ def test_without_groups_all_clients_share_one_federation_in_the_folder_of_the_ru
 def test_a_language_with_too_few_devices_is_in_the_common_group_and_its_unseen_clients_too() -> None:
     people = _population(*[("en", False)] * 3, *[("it", False)] * 2, *[("nl", False)], ("it", True), ("en", True))
     assert _of(people) == {"en": ["c-00", "c-01", "c-02", "c-07"], COMMON: ["c-03", "c-04", "c-05", "c-06"]}
-    assert describe(grouped(people, GroupSettings(by="language", smallest=3))).endswith("en 3; common 3 (it, nl)")
 
 
 def test_the_smallest_group_joins_a_common_one_that_would_be_too_small() -> None:
