@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulations.report.formatting import TrafficMeans, count, percent, share, size
+from simulations.report.formatting import count, share
 from simulations.report.summary import Difference, Estimate, SuiteSummary
 from simulations.result import ARMS, ClientResult, Metric, ReportedRound, RunResult
 
@@ -250,49 +250,6 @@ def _curve(ax: "Axes", metric: str, rounds: Sequence[ReportedRound]) -> None:
     ax.margins(y=0.15)
     text = share(y[-1]) if metric == "accuracy" else f"{y[-1]:.2f}"
     ax.annotate(text, (x[-1], y[-1]), (8, 0), textcoords="offset points", va="center", color=color, weight="bold")
-
-
-# Bytes on the wire.
-
-
-def traffic(result: RunResult) -> str:
-    """Draw the bytes of one device in one round, up and down, compared with the full model."""
-    mean = TrafficMeans.of(result)
-    rows = [
-        ("up, a round", [r.bytes_up for r in result.rounds], mean.up, ARM_COLORS["personal"]),
-        ("down, a round", [r.bytes_down for r in result.rounds], mean.down, ARM_COLORS["global"]),
-        ("the full model, once", [], mean.model, MUTED),
-    ]
-    text = "; ".join(f"{name}: {_bytes(value, mean.model)}" for name, _, value, _ in rows) + "."
-    return svg("traffic", "Bytes on the wire", text, 216, lambda figure: _scale(figure, rows, mean.model))
-
-
-def _scale(figure: "Figure", rows: list[tuple[str, list[int], float, str]], model: float) -> None:
-    ax = axes(figure, left=16, top=6, width=WIDTH - 36, height=170)
-    sizes = [value for _, means, mean, _ in rows for value in (*means, mean) if value > 0]  # NaN is not
-    ax.set_xscale("log")
-    ax.set_xlim(10 ** (math.log10(min(sizes)) - 0.15), 10 ** (math.log10(max(sizes)) + 0.15))
-    ax.set_ylim(len(rows) - 0.3, -0.55)
-    ax.set_yticks([])
-    ax.grid(axis="x")
-    ax.minorticks_off()
-    ax.xaxis.set_major_formatter(lambda value, _: size(value).replace(".00 ", " ").replace(".0 ", " "))
-    ax.set_xlabel("bytes, logarithmic; small marks are single rounds")
-    for y, (name, means, mean, color) in enumerate(rows):
-        at = y + 0.3
-        ax.axhline(at, color=LINE, linewidth=1, zorder=1)
-        ax.text(0, y, name, transform=ax.get_yaxis_transform(), va="center", color=INK, backgroundcolor=PAPER)
-        ax.text(1, y, _bytes(mean, model), transform=ax.get_yaxis_transform(), va="center", ha="right", color=color,
-                weight="bold")  # fmt: skip
-        values = [value for value in means if value > 0]
-        ax.scatter(values, [at] * len(values), s=60, marker="|", color=color, linewidth=1, zorder=2)
-        ax.scatter([mean], [at], s=62, color=color, zorder=3)
-
-
-def _bytes(value: float, model: float) -> str:
-    if value == model:
-        return size(value)
-    return f"{size(value)} · {percent(value, model)} of the model" if value > 0 else "none"
 
 
 # Accuracies of arms and differences of pairs, of a suite.
