@@ -8,16 +8,18 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
-from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
 from aggregation.errors import EdgeAdaptError
 from client.node.readings import Readings
 from client.training.examples import parse_examples
-from client.training.hygiene import HygieneSettings, read_clean
+from client.training.hygiene import read_clean
 from edgeadapt.formats.settings import Settings
+
+if TYPE_CHECKING:
+    from client.node.statedir import DeviceStateDir
 
 log = logging.getLogger("edgeadapt.device")
 IDLE = 0.25  # share of the processors' time; others use less
@@ -50,24 +52,6 @@ class EligibilitySettings(Settings):
         return self
 
 
-class EligibleState(Protocol):
-    """What the conditions need of a device's state."""
-
-    @property
-    def eligibility(self) -> EligibilitySettings: ...
-
-    @property
-    def data(self) -> HygieneSettings | None: ...
-
-    @property
-    def examples(self) -> Path: ...
-
-    def corrections(self) -> bytes: ...
-
-    @property
-    def last_round(self) -> datetime | None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Condition:
     """A condition that the owner demands. ``name``: its key; ``reading``: what is now, or why that is unknown."""
@@ -84,10 +68,8 @@ class EligibilityError(EdgeAdaptError):
 def machine_conditions(settings: EligibilitySettings, readings: Readings, now: datetime) -> list[Condition]:
     """List the conditions of the machine that are demanded; ``now`` is in local time."""
     demanded = []
-    if settings.hours:
-        demanded.append(
-            Condition("hours", f"{now:%H:%M}, and {settings.hours} is demanded", _within(settings.hours, now))
-        )
+    if hours := settings.hours:
+        demanded.append(Condition("hours", f"{now:%H:%M}, and {hours} is demanded", _within(hours, now)))
     if settings.charging:
         demanded.append(_read("charging", lambda: _power(readings.external_power())))
     if settings.minimum_battery:
@@ -100,16 +82,14 @@ def machine_conditions(settings: EligibilitySettings, readings: Readings, now: d
 
 
 def conditions(
-    state: EligibleState, readings: Readings, now: datetime, *, count_examples: bool = True
+    state: "DeviceStateDir", readings: Readings, now: datetime, *, count_examples: bool = True
 ) -> list[Condition]:
     """List the conditions that are demanded of a device that joins a session. ``count_examples``: whether
     ``minimum_examples`` is one of them. Counting takes time that depends on the examples."""
     settings = state.eligibility
     demanded = machine_conditions(settings, readings, now)
-    if settings.minimum_examples and count_examples:
-        demanded.append(
-            _read("minimum_examples", lambda: _at_least(_count(state), settings.minimum_examples, " examples"))
-        )
+    if (least := settings.minimum_examples) and count_examples:
+        demanded.append(_read("minimum_examples", lambda: _at_least(_count(state), least, " examples")))
     if settings.minimum_separation_hours and state.last_round is not None:
         since = now.astimezone(UTC) - state.last_round
         # A time that is still to come was written before the clock was set back; it may be years.
@@ -154,11 +134,11 @@ def _at_least(value: float, least: int, unit: str) -> tuple[str, bool]:
     return f"{value:.0f}{unit}, and at least {least} are demanded", value >= least
 
 
-def _count(state: EligibleState) -> int:
+def _count(state: "DeviceStateDir") -> int:
     return len(parse_examples(read_trained(state), state.examples, 0))  # labels are not read, so both kinds count
 
 
-def read_trained(state: EligibleState) -> bytes:
+def read_trained(state: "DeviceStateDir") -> bytes:
     """Read what a session trains on. Why corrections cannot be read is logged. Raises DataError as ``read_clean``."""
     taught = b""
     try:

@@ -45,7 +45,6 @@ from client.training.engine import TrainerOf, trainer_of
 from client.training.trainer import FrozenBase
 from edgeadapt.formats.cores import cores
 from edgeadapt.rounds import taskkinds
-from edgeadapt.rounds.roundtask import RoundTask
 
 READS_EXAMPLES = (Step.OFFER, Step.PLAN)
 JOINS = (Step.CHECK_IN, Step.OFFER)
@@ -106,17 +105,12 @@ def answer(
         return Refusal(RefusalCode.NOT_ELIGIBLE, "does not take part now")
     except EdgeAdaptError as error:
         log.warning("%s refused: %s", step.value, error, extra={"about": error.about})
-        return Refusal(RefusalCode.REFUSED, _reason(error))
+        # Of an error in the device's own files, the coordinator learns no more than that there was one.
+        own = "cannot take part; the device's log has the reason"
+        return Refusal(RefusalCode.REFUSED, " ".join(str(error).split()) if isinstance(error, ProtocolError) else own)
     except Exception:
         log.exception("%s failed", step.value)
         return Refusal(RefusalCode.FAILED, "failed on the device; its log has the reason")
-
-
-def _reason(error: EdgeAdaptError) -> str:
-    """Choose the reason that the coordinator receives: for an error in the device's own files, only its kind."""
-    if isinstance(error, ProtocolError):
-        return " ".join(str(error).split())
-    return "cannot take part; the device's log has the reason"
 
 
 @contextmanager
@@ -179,15 +173,16 @@ def _transition(
         device.policy.check_revocations(device.root.revoked, now)
         after, answer = client.join(device, body, SystemEntropy(), now)
         trained = state_dir.load(TaskLabels)
-        last = trained.base if trained else state_dir.base().digest
-        log_state = _after_offer(device, log_state, fields, after, last != base.digest)
+        other = (trained.base if trained else state_dir.base().digest) != base.digest
+        proofs = device.policy.demand_proofs
+        log_state = device.log_state_of(after, log_state, _proof(fields), other_base=other) if proofs else None
         _take_snapshot(state_dir, device.public_key(after.share_key))
     elif step is Step.ROSTER and isinstance(state, Advertised):
         after, answer = state.on_roster(device, body, _dealing(state, body))
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
         planned = state.on_plan(device, body, datetime.now(UTC))
         log_state = _after_receipt(device, log_state, fields, planned.plan)
-        after, answer = _contribute(state_dir, device, planned, fields, _Means(base, choose, readings))
+        after, answer = _contribute(state_dir, device, planned, fields, base, choose, _eligible(state_dir, readings))
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)
@@ -201,7 +196,9 @@ def _transition(
         survivors = Unmask.decode(envelope.unverified_body(body)).survivors
         if not state.ready.session.spec.grouping:
             _save_bound(state_dir, *_after_sum(state_dir, device, state, survivors))
-        state_dir.save(_after_unmasking(state_dir, device, state, survivors))
+        spec, many, left = state.ready.session.spec, len(state.ready.serials), len(survivors.vectors)
+        ledger = state_dir.load(PrivacyLedger) or PrivacyLedger()  # charged for the shares that this device reveals
+        state_dir.save(privacyledger.on_survivors(ledger, spec, many, left, device.policy))
         log_state = log_state and log_state.on_survivors(survivors.vectors)
     else:
         held = "has joined no session" if state is None else f"is in the state {type(state).__name__}"
@@ -217,36 +214,35 @@ def _transition(
     return answer
 
 
-@dataclass(frozen=True, slots=True)
-class _Means:
-    """What a device trains with."""
-
-    base: FrozenBase
-    choose: TrainerOf
-    readings: Readings
-
-
 def _contribute(
-    state_dir: DeviceStateDir, device: Device, planned: Planned, fields: Mapping[str, bytes], means: _Means
+    state_dir: DeviceStateDir,
+    device: Device,
+    planned: Planned,
+    fields: Mapping[str, bytes],
+    base: FrozenBase,
+    choose: TrainerOf,
+    look: Callable[[], None],
 ) -> tuple[Masked, bytes]:
-    """Hold a plan to what the device allows, train and mask, and save what the contribution costs: it may leave."""
+    """Hold a plan to what the device allows, train and mask, and save what the contribution costs: it may leave.
+    ``look``: of ``_eligible``."""
     adapter_state = adapterstate.on_plan(
         state_dir.load(AdapterState), planned.plan, planned.spec, device.policy.maximum_repeats
     )
     task = taskkinds.decode(planned.plan.training)
-    labels = tasklabels.on_plan(state_dir.load(TaskLabels), means.base, task.labels)
+    labels = tasklabels.on_plan(state_dir.load(TaskLabels), base, task.labels)
     snapshot = state_dir.load_snapshot(_share_key(planned.ready))
     ledger = privacyledger.on_plan(
         state_dir.load(PrivacyLedger) or PrivacyLedger(), planned.spec, len(planned.ready.serials), device.policy
     )
     kept = state_dir.load(PrivateParts)
     blob = fields.get(ADAPTER, b"")
-    history = _after_plan(state_dir, device, planned, task, blob)
+    history, adapter = state_dir.load(SumHistory) or SumHistory.new(SystemEntropy()), adapter_of(planned.plan, blob)
+    # It is far enough from the adapters of earlier sums.
+    history = sumhistory.on_plan(history, planned.plan, task, planned.spec, adapter, device.policy.minimum_movement)
     # Nothing is saved if the device stops here: it has answered no plan, and its keys masked nothing.
-    look = _eligible(state_dir, means.readings)
     look()
     files = state_dir.examples, state_dir.policy, kept, state_dir.states()
-    training = TrainingDevice(means.base, *files, means.choose, look)
+    training = TrainingDevice(base, *files, choose, look)
     vector, parts = contribute(training, planned, task, blob, snapshot)
     masked, answer = planned.contribute(device, vector, cores())
     state_dir.save(ledger)  # first: whatever is interrupted after this counts as spent
@@ -278,14 +274,6 @@ def _spec_of(state: ClientState | None, offer: bytes) -> SessionSpec:
     return state.ready.session.spec
 
 
-def _after_offer(
-    device: Device, log_state: LogState | None, fields: Mapping[str, bytes], joined: Advertised, other_base: bool
-) -> LogState | None:
-    if not device.policy.demand_proofs:
-        return None
-    return device.log_state_of(joined, log_state, _proof(fields), other_base=other_base)
-
-
 def _after_receipt(
     device: Device, log_state: LogState | None, fields: Mapping[str, bytes], plan: Plan
 ) -> LogState | None:
@@ -295,15 +283,6 @@ def _after_receipt(
         reason = "this device has no log state of the session; it takes part again from the next offer on"
         raise ProtocolError(reason, about="log state")
     return device.followed(log_state, _proof(fields), plan)
-
-
-def _after_plan(
-    state_dir: DeviceStateDir, device: Device, planned: Planned, task: RoundTask, blob: bytes
-) -> SumHistory:
-    """Verify that the adapter of a plan is far enough from those of earlier sums. Returns the history after it."""
-    history, adapter = state_dir.load(SumHistory), adapter_of(planned.plan, blob)
-    history = history or SumHistory.new(SystemEntropy())
-    return sumhistory.on_plan(history, planned.plan, task, planned.spec, adapter, device.policy.minimum_movement)
 
 
 def _after_sum(
@@ -322,16 +301,6 @@ def _save_bound(state_dir: DeviceStateDir, adapter_state: AdapterState, history:
     if history is not None:
         state_dir.save(history)
     state_dir.save(adapter_state)
-
-
-def _after_unmasking(
-    state_dir: DeviceStateDir, device: Device, state: Masked | Confirmed, survivors: Survivors
-) -> PrivacyLedger:
-    """Charge the privacy ledger for the shares that this device reveals for the sum over ``survivors``."""
-    ledger, ready = state_dir.load(PrivacyLedger) or PrivacyLedger(), state.ready
-    return privacyledger.on_survivors(
-        ledger, ready.session.spec, len(ready.serials), len(survivors.vectors), device.policy
-    )
 
 
 def _share_key(ready: Ready) -> bytes:

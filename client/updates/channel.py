@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -62,10 +62,18 @@ from edgeadapt.formats.release import (
 UPDATES, FILES, PRIVATE = "updates", "files", "private"
 SOURCE, ROOT, TARGETING = "source.json", "root.json", "targeting.json"
 MAX_ROOT = 512_000  # bytes, as TUF's client has it
-MAX_SOURCE = 2**12  # bytes
-MAX_TARGETING = 2**10  # bytes
+MAX_FILE = 2**12  # bytes of ``SOURCE`` or ``TARGETING``
 KEY = 16  # bytes
 CHUNK = 2**16  # bytes
+OUTDATED = "the repository has not been renewed in time, or somebody shows an old state of it"
+# Errors of TUF → part of the repository, and what is wrong with it; the first that fits.
+BROKEN: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], ...] = (
+    (ExpiredMetadataError, "expired", OUTDATED),
+    (BadVersionNumberError, "version", "the repository is older than it was before"),
+    ((LengthOrHashMismatchError, DownloadLengthMismatchError), "file", "a file is not what the repository has signed"),
+    (RepositoryError, "signature", "the repository is not signed as its root demands"),
+)
+T = TypeVar("T")
 Note = Callable[[str, int], None]  # the name of a file that is fetched, and its size in bytes
 
 
@@ -137,13 +145,7 @@ class Targeting:
             new = cls(entropy.bytes(KEY).hex())
             new.write(folder)
             return new
-        try:
-            raw = storage.read(path, MAX_TARGETING)
-            jsontext.decode(raw)
-            return jsontext.decode_as(cls, raw)
-        except (DataError, ValueError, ValidationError) as error:
-            reason = f"{path} is damaged: delete it, and the device takes part in rollouts under a new number"
-            raise DataError(reason, about=path.name) from error
+        return _decoded(cls, path, "delete it, and the device takes part in rollouts under a new number")
 
     def with_language(self, language: str) -> Self:
         """Replace the language. Raises ConfigError if that has no such code."""
@@ -208,7 +210,7 @@ def update(
     if not (folder / SOURCE).is_file():
         raise ConfigError(f"{bundle} follows no channel yet: name --repository, --channel and --root once")
     with storage.locked(folder / ".lock"), storage.locked_folder(bundle) as place, _said():
-        source = _source(folder / SOURCE)
+        source = _decoded(ChannelSource, folder / SOURCE, "name --repository and --channel again")
         files = folder / FILES
         files.mkdir(exist_ok=True)
         if language is not None:
@@ -244,33 +246,20 @@ class _Folder(FetcherInterface):
 def _said() -> Iterator[None]:
     try:
         yield
-    except ExpiredMetadataError as error:
-        raise TrustError(
-            f"the repository has not been renewed in time, or somebody shows an old state of it ({error}): the bundle "
-            "in use stays",
-            about="repository.expired",
-        ) from error
-    except BadVersionNumberError as error:
-        raise TrustError(
-            f"the repository is older than it was before ({error}): the bundle in use stays", about="repository.version"
-        ) from error
-    except (LengthOrHashMismatchError, DownloadLengthMismatchError) as error:
-        reason = f"a file is not what the repository has signed ({error}): the bundle in use stays"
-        raise TrustError(reason, about="repository.file") from error
-    except RepositoryError as error:
-        reason = f"the repository is not signed as its root demands ({error}): the bundle in use stays"
-        raise TrustError(reason, about="repository.signature") from error
+    except (RepositoryError, DownloadLengthMismatchError) as error:
+        part, what = next(said for kinds, *said in BROKEN if isinstance(error, kinds))
+        raise TrustError(f"{what} ({error}): the bundle in use stays", about=f"repository.{part}") from error
     except DownloadError as error:
         raise ConfigError(f"the repository cannot be read ({error}): try again later", about="repository") from error
 
 
-def _source(path: Path) -> ChannelSource:
+def _decoded(kind: type[T], path: Path, remedy: str) -> T:
     try:
-        raw = storage.read(path, MAX_SOURCE)
+        raw = storage.read(path, MAX_FILE)
         jsontext.decode(raw)
-        return jsontext.decode_as(ChannelSource, raw)
+        return jsontext.decode_as(kind, raw)
     except (DataError, ValueError, ValidationError) as error:
-        raise DataError(f"{path} is damaged: name --repository and --channel again", about=path.name) from error
+        raise DataError(f"{path} is damaged: {remedy}", about=path.name) from error
 
 
 def _updater(folder: Path, source: ChannelSource) -> Updater:
