@@ -2,9 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,25 +14,15 @@ from edgeadapt.formats.settings import overridden
 if TYPE_CHECKING:
     from coordinator.settings import FederationSettings
 
+LINE = (
+    "{devices:>7}  {minimum_survivors:>7}  {honest:>6}  {noise_multiplier:>10.3f}  {epsilon:>7.3f}  "
+    "{epsilon_all:>14.3f}  {noise:>15.3f}  {ring_bits:>4}  {bytes_up:>8,}"
+)
+IN_GROUPS = (
+    "{devices:>7} devices in {groups} sums: one hides in a sum of {smallest_sum} or more, and the noise of the mean is "
+    "{price:.2f} × that of one sum"
+)
 HEAD = "devices  survive  honest  multiplier  epsilon  if all survive  noise/clip norm  bits  bytes up"
-
-
-@dataclass(frozen=True, slots=True)
-class CohortPlan:
-    """What a cohort of one size costs."""
-
-    devices: int
-    minimum_survivors: int
-    honest: int  # survivors of ``minimum_survivors`` whose noise counts
-    noise_multiplier: float  # standard deviation of their noise over the clip norm
-    epsilon: float  # spent in all rounds, if no more devices survive
-    epsilon_all: float  # spent in all rounds, if every device survives
-    noise: float  # norm of the noise in the mean of all devices over the clip norm, which no mean exceeds
-    ring_bits: int  # bits of an element
-    bytes_up: int  # bytes of an update of one device
-    groups: int  # sums of a round
-    smallest_sum: int  # fewest devices in one of them
-    price: float  # ``noise`` over that of a round with one sum
 
 
 @click.command()
@@ -71,24 +60,19 @@ def privacy(
         raise ConfigError(text, about="privacy.mechanism")
     rows = [_row(wanted, numbers, count) for count in devices]
     if as_json:
-        plans = [{name: None if value == math.inf else value for name, value in asdict(row).items()} for row in rows]
+        plans = [{name: None if value == math.inf else value for name, value in row.items()} for row in rows]
         click.echo(json.dumps({"rounds": wanted.rounds, "delta": wanted.privacy.delta, "plans": plans}))
         return
     click.echo(f"{wanted.rounds} rounds of {wanted.privacy.mechanism} noise, delta {wanted.privacy.delta:g}")
     click.echo(HEAD)
     for row in rows:
-        click.echo(
-            f"{row.devices:>7}  {row.minimum_survivors:>7}  {row.honest:>6}  {row.noise_multiplier:>10.3f}  "
-            f"{row.epsilon:>7.3f}  {row.epsilon_all:>14.3f}  {row.noise:>15.3f}  {row.ring_bits:>4}  {row.bytes_up:>8,}"
-        )
-    for row in (row for row in rows if row.groups > 1):
-        click.echo(
-            f"{row.devices:>7} devices in {row.groups} sums: one hides in a sum of {row.smallest_sum} or more, and the "
-            f"noise of the mean is {row.price:.2f} × that of one sum"
-        )
+        click.echo(LINE.format(**row))
+    for row in (row for row in rows if row["groups"] > 1):
+        click.echo(IN_GROUPS.format(**row))
 
 
-def _row(settings: "FederationSettings", numbers: int, devices: int) -> CohortPlan:
+def _row(settings: "FederationSettings", numbers: int, devices: int) -> dict[str, Any]:
+    """Compute what a cohort of one size costs."""
     from aggregation.ring import packed_size
     from edgeadapt.formats.layout import Layout, TensorSpec
 
@@ -99,17 +83,18 @@ def _row(settings: "FederationSettings", numbers: int, devices: int) -> CohortPl
     (segment,), delta = spec.vector.segments, settings.privacy.delta
     sizes = spec.minimum_survivors, devices
     fewest, most = (spec.spent(count).times(settings.rounds).epsilon(delta) for count in sizes)
-    return CohortPlan(
-        devices=devices,
-        minimum_survivors=spec.minimum_survivors,
-        honest=spec.honest(spec.minimum_survivors),
-        noise_multiplier=spec.noise_multiplier(),
-        epsilon=fewest,
-        epsilon_all=most,
-        noise=segment.noise * math.sqrt(numbers / devices) / spec.clip_norm,
-        ring_bits=spec.vector.ring_bits,
-        bytes_up=packed_size(numbers, spec.vector.ring_bits),
-        groups=spec.groups,
-        smallest_sum=spec.smallest_sum,
-        price=segment.noise / of_one_sum.noise,
-    )
+    return {
+        "devices": devices,
+        "minimum_survivors": spec.minimum_survivors,
+        "honest": spec.honest(spec.minimum_survivors),  # whose noise counts
+        "noise_multiplier": spec.noise_multiplier(),  # standard deviation of their noise over the clip norm
+        "epsilon": fewest,  # spent in all rounds, if no more devices survive
+        "epsilon_all": most,  # spent in all rounds, if every device survives
+        # Norm of the noise in the mean of all devices over the clip norm, which no mean exceeds.
+        "noise": segment.noise * math.sqrt(numbers / devices) / spec.clip_norm,
+        "ring_bits": spec.vector.ring_bits,
+        "bytes_up": packed_size(numbers, spec.vector.ring_bits),  # of an update of one device
+        "groups": spec.groups,
+        "smallest_sum": spec.smallest_sum,
+        "price": segment.noise / of_one_sum.noise,
+    }

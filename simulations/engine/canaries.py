@@ -18,7 +18,8 @@ Two bounds, each with a confidence:
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,6 @@ from edgeadapt.rounds.sums import noisy_vector
 from simulations.engine import provision
 from simulations.engine.plain import open_coordinator
 from simulations.result import CanaryBounds
-from simulations.scenario import Scenario
 
 CONFIDENCE = 0.95
 ADAPTER = bytes(32)  # stands for the digest that seeds the rotation
@@ -53,12 +53,7 @@ class Guesses:
         return self.inside - self.missed + self.outside - self.mistaken
 
     def __add__(self, other: "Guesses") -> "Guesses":
-        return Guesses(
-            self.inside + other.inside,
-            self.missed + other.missed,
-            self.outside + other.outside,
-            self.mistaken + other.mistaken,
-        )
+        return Guesses(*map(add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +96,17 @@ def _readings(
     return rotation.rotate_back(decoded, rotation.seed(ADAPTER))[: coins.size]
 
 
-def bounded(sums: Sequence[Sum], account: float, delta: float, canaries: int) -> CanaryBounds:
-    """Bound what canaries find in the sums of one device, whose account is epsilon ``account`` for ``delta``.
+def audited(fleets: Iterable[Path], delta: float, canaries: int) -> CanaryBounds | None:
+    """Bound what canaries find in sums like a run's: for the device that spent most, of all its federations.
 
-    At least ``canaries`` are planted, in the same sums again until there are enough.
+    The sums are those that the coordinators' logs name, with as many devices as the account counts on: of the
+    survivors, those that may be corrupt add nothing. At least so many ``canaries`` are planted, in the same sums again
+    until there are enough. None if there are to be none, no sum with noise was revealed, or nothing bounds it.
     """
+    read = (_spent_most(folder / provision.COORDINATOR, delta) for folder in fleets) if canaries else ()
+    account, sums = max(filter(None, read), key=lambda one: one[0], default=(math.inf, []))
+    if not math.isfinite(account):
+        return None
     guesses = Guesses(0, 0, 0, 0)
     while guesses.inside + guesses.outside < canaries:
         guesses += planted(sums, os.urandom)
@@ -117,25 +118,6 @@ def bounded(sums: Sequence[Sum], account: float, delta: float, canaries: int) ->
         gaussian=gaussian_epsilon(guesses, delta),
         confidence=CONFIDENCE,
     )
-
-
-def canary_bounds(scenario: Scenario, fleets: Iterable[Path]) -> CanaryBounds | None:
-    """Bound what a scenario's canaries find in sums like its rounds'; None without canaries or noise."""
-    privacy, canaries = scenario.federation.privacy, scenario.evaluation.canaries
-    return audited(fleets, privacy.delta, canaries) if canaries and privacy.noisy else None
-
-
-def audited(fleets: Iterable[Path], delta: float, canaries: int) -> CanaryBounds | None:
-    """Bound what canaries find in sums like a run's: for the device that spent most, of all its federations.
-
-    The sums are those that the coordinators' logs name, with as many devices as the account counts on: of the
-    survivors, those that may be corrupt add nothing. None if no sum with noise was revealed, or nothing bounds it.
-    """
-    spent = [one for folder in fleets if (one := _spent_most(folder / provision.COORDINATOR, delta)) is not None]
-    if not spent:
-        return None
-    account, sums = max(spent, key=lambda one: one[0])
-    return bounded(sums, account, delta, canaries) if math.isfinite(account) else None
 
 
 def _spent_most(coordinator: Path, delta: float) -> tuple[float, list[Sum]] | None:

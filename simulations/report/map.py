@@ -5,7 +5,7 @@ That one is chosen by the same test texts, which is a little hard on the first a
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ class MapSummary:
             {
                 "place": dict(zip(self.axes, place, strict=True)),
                 "strongest": (pair := self.strongest(place)) and pair.second,
-                "gain": plain(asdict(pair.figures["mean"])) if pair else None,
+                "gain": plain(pair.figures["mean"]) if pair else None,
                 "suite": summary.to_json(),
             }
             for place, summary in self.cells.items()

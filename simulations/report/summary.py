@@ -7,14 +7,16 @@ Where clients differ more than seeds do, the intervals are a little too wide; wh
 intervals that are too narrow. The tests measure both.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from aggregation.errors import DataError
 from simulations.plan import Kind, Overrides, SearchOutcome, SuiteSettings
@@ -196,10 +198,9 @@ class SuiteSummary:
     def compared_by(self) -> Metric:
         return metric_named(self.metric)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Any:
         """Return the object that ``--json`` prints. NaN becomes null."""
-        table: dict[str, Any] = plain(asdict(self))
-        return table
+        return plain(self)
 
 
 def summarize(settings: SuiteSettings, outcomes: Found) -> SuiteSummary:
@@ -396,17 +397,8 @@ def _reached(runs: Sequence[Sequence[RoundPoint]], target: float, metric: Metric
     return Reached(len(reached), _mean([rounds for rounds, _ in reached]), _mean([size for _, size in reached]))
 
 
-def plain(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: plain(below) for key, below in value.items()}
-        case list() | tuple():
-            return [plain(below) for below in value]
-        case Kind():
-            return value.value
-        case float() if not math.isfinite(value):
-            return None
-    return value
+def plain(value: object) -> Any:
+    return json.loads(TypeAdapter(Any).dump_json(value))  # NaN becomes null
 
 
 def _mean(values: Sequence[float]) -> float:

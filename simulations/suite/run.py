@@ -47,7 +47,7 @@ from simulations.data import populate
 from simulations.data.population import Client, Population
 from simulations.data.tables import Loaded
 from simulations.engine import provision
-from simulations.engine.canaries import canary_bounds
+from simulations.engine.canaries import audited
 from simulations.engine.devices import LyingApp, MemoryDevices, attackers
 from simulations.engine.grid import (
     ROUND_STEPS,
@@ -492,7 +492,8 @@ def _canary_bounds(folder: RunFolder, groups: Sequence[provision.Group]) -> Cana
     path = folder.path / CANARIES
     if path.exists():
         return CanaryBounds(**json.loads(path.read_bytes()))
-    if bounds := canary_bounds(folder.scenario, [folder.of(group).path for group in groups]):
+    fleets, scenario = [folder.of(group).path for group in groups], folder.scenario
+    if bounds := audited(fleets, scenario.federation.privacy.delta, scenario.evaluation.canaries):
         replace(path, json.dumps(asdict(bounds)).encode())
     return bounds
 

@@ -44,7 +44,7 @@ from edgeadapt.methods.parts import PARTS, Part
 from edgeadapt.rounds.task import Task
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
-from simulations.engine.canaries import canary_bounds
+from simulations.engine.canaries import audited
 from simulations.engine.grid import GridLog
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import Group, Matrix, fleet_folders, grouped, ridge_head
@@ -509,7 +509,8 @@ class TrialRun:
         if self.trial.kind is not Kind.GLOBAL or not self.thorough:
             return result
         fleets = [self.material.federation / group.folder for group in self._groups]
-        canaries = canary_bounds(self.trial.scenario, fleets)
+        scenario = self.trial.scenario
+        canaries = audited(fleets, scenario.federation.privacy.delta, scenario.evaluation.canaries)
         return replace(result, aggregation_error=self._error(mine), canaries=canaries)
 
     def _value(self, round_: ReportedRound) -> float | None:
