@@ -5,9 +5,7 @@ The words of a page are in ``templates``, which escape every value; the numbers 
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace as with_changes
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -15,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from edgeadapt.formats.storage import PUBLIC, replace
 from simulations.report import figures, formatting
 from simulations.report.formatting import aborted, count, duration, interrupted, share, size_or_dash
-from simulations.report.summary import LEVEL, ArmSummary, Difference, Estimate, PairSummary, SuiteSummary
-from simulations.result import ACCURACY, ARMS, Metric, RoundTally, RunResult, dropouts_by_step
+from simulations.report.summary import LEVEL, ArmSummary, Difference, Estimate, SuiteSummary
+from simulations.result import ARMS, Metric, RoundTally, RunResult, dropouts_by_step
 
 FILTERS = {
     "duration": formatting.duration,
@@ -26,9 +24,7 @@ FILTERS = {
     "size": formatting.size,
     "size_or_dash": formatting.size_or_dash,
 }
-PLACES = {"mean": "", "p10": "at the {decile} percentile, ", "unseen": "for unseen clients, "}
 CHANCE = 0.05
-MOST_NAMED = 3  # pairs within noise, in a sentence
 RETRY = "The same command with --resume tries again what failed, and with --retry also the rounds of marked arms, with "
 RETRY += "other faults of the network."
 
@@ -93,77 +89,14 @@ def difference(found: Difference, metric: Metric) -> str:
     return f"{metric.size(found.value, signed=True)} ({spread if math.isfinite(found.low) else 'too few clients'})"
 
 
-def compared(pair: PairSummary, title: str, pairs: int, metric: Metric = ACCURACY) -> str:
-    """Compare one figure in plain words, without a capital and a full stop.
-
-    A difference whose interval contains 0 is called noise; where there are too few clients for an interval, it says so.
-    A difference that is not significant at ``CHANCE`` after Holm's correction for ``pairs`` is stated with that.
-    """
-    found = pair.figures[title]
-    if not math.isfinite(found.low):
-        return f"too few {'unseen ' if title == 'unseen' else ''}clients to compare {pair.first} and {pair.second}"
-    if found.is_noise:
-        return f"the difference between {pair.first} and {pair.second} is within noise: {difference(found, metric)}"
-    low, high = (metric.size(bound) for bound in sorted((abs(found.low), abs(found.high))))
-    better = "better" if metric.sign * found.value > 0 else "worse"
-    text = f"{pair.first} is {metric.size(abs(found.value))} {metric.unit} {better} than {pair.second}"
-    text += f" ({100 * LEVEL:.0f} %: {low} to {high})"
-    if found.adjusted > CHANCE:
-        text += f", and of {pairs} pairs one may differ so much by chance (Holm: p = {found.adjusted:.2f})"
-    return text
-
-
-def sentences(summary: SuiteSummary) -> Iterator[str]:
-    """Yield one sentence for each of ``PLACES``: the largest gain and loss of a pair, and what is within noise.
-
-    They are about the arm that most pairs are compared with, and leave out arms that are void, unless all are.
-    """
-    metric, void = summary.compared_by, {name for name, arm in summary.arms.items() if arm.is_void}
-    sound = [pair for pair in summary.pairs if not void & {pair.first, pair.second}]
-    others = Counter(pair.second for pair in sound or summary.pairs)
-    pairs = [
-        with_changes(pair, first=marked(summary, pair.first), second=marked(summary, pair.second))
-        for pair in sound or summary.pairs
-        if others[pair.second] == max(others.values())
-    ]
-    for title, place in PLACES.items():
-        rows = [pair for pair in pairs if title in pair.figures]
-        if not rows:
-            continue
-        known = [pair for pair in rows if math.isfinite(pair.figures[title].low)]
-        differ = [pair for pair in known if not pair.figures[title].is_noise]
-        parts = []
-        for sign, word in ((1, "gain"), (-1, "loss")):
-            side = [pair for pair in differ if sign * metric.sign * pair.figures[title].value > 0]
-            if side:
-                most = max(side, key=lambda pair: abs(pair.figures[title].value))
-                text = compared(most, title, len(summary.pairs), metric)
-                parts.append(text + (f", the largest {word} of {len(side)}" if len(side) > 1 else ""))
-        noise = [pair for pair in known if pair.figures[title].is_noise]
-        if len(noise) == 1:
-            parts.append(compared(noise[0], title, len(summary.pairs), metric))
-        elif noise:
-            named = ", ".join(f"{pair.first} and {pair.second}" for pair in noise[:MOST_NAMED])
-            more = f", and {len(noise) - MOST_NAMED} more" if len(noise) > MOST_NAMED else ""
-            parts.append(f"within noise are {count(len(noise), 'difference')}: {named}{more}")
-        if not known:
-            parts.append(
-                compared(rows[0], title, len(summary.pairs), metric)
-                if len(rows) == 1
-                else f"too few {'unseen ' if title == 'unseen' else ''}clients to compare arms"
-            )
-        text = (place.format(decile=metric.decile) if known else "") + "; ".join(parts)
-        yield f"{text[0].upper()}{text[1:]}."
-
-
 def pair_rows(summary: SuiteSummary) -> list[list[str]]:
-    """Tabulate every pair: its name, and each difference of ``PLACES``."""
+    """Tabulate every pair: its name, and each difference of ``figures.SHOWN``."""
     return [
         [
             f"{marked(summary, pair.first)} - {marked(summary, pair.second)}",
             *(
                 difference_cell(pair.figures[title], summary.compared_by) if title in pair.figures else "–"
-                for title in PLACES
+                for title in figures.SHOWN
             ),
         ]
         for pair in summary.pairs
@@ -318,7 +251,6 @@ def markdown(summary: SuiteSummary) -> str:
                 for name, arm in summary.arms.items()
             ],
         ),
-        "\n".join(f"- {line}" for line in sentences(summary)),
         table([f"difference in {metric.differences}", *_places(metric)], pair_rows(summary)) if summary.pairs else "",
         table(
             ["cost of a seed", "epochs", "steps", "CPU", "up", "down", to_target(summary)],
@@ -336,7 +268,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _places(metric: Metric) -> list[str]:
-    return [metric.titles[title] for title in PLACES]
+    return [metric.titles[title] for title in figures.SHOWN]
 
 
 def _list(seeds: Iterable[int]) -> str:
@@ -380,6 +312,5 @@ def suite_page(summary: SuiteSummary) -> str:
         further_titles=FURTHER,
         costs=costs,
         constants=constants,
-        sentences=list(sentences(summary)),
         figures={"arms": figures.arms(summary), "pairs": figures.pairs(summary) if summary.pairs else ""},
     )
