@@ -48,15 +48,9 @@ class SessionProgress:
 
     def as_json(self) -> dict[str, Any]:
         step = None if self.step is None else {"name": self.step.value, "answered": self.answered}
-        return {
-            "log": self.log,
-            "began": optional_timestamp(self.began),
-            "latest": optional_timestamp(self.latest),
-            "devices": self.devices,
-            "rounds": self.round,
-            "step": step,
-            "closed": self.closed,
-        }
+        times = {"began": optional_timestamp(self.began), "latest": optional_timestamp(self.latest)}
+        counts = {"devices": self.devices, "rounds": self.round}
+        return {"log": self.log, **times, **counts, "step": step, "closed": self.closed}
 
     def add(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
@@ -118,6 +112,9 @@ def require_moving(status: dict[str, Any], patience: float) -> None:
         raise StuckError(f"the fleet is stuck: it {next(runstate.lines(run))}", about="run.waited")
 
 
+OF_VERSION = ("version", "round", "sha256")
+OF_ROUND = ("round", "dropped", "aborted", "spoiled", "metrics", "epsilon", "version")
+COSTS = ("bytes_up", "bytes_down", "seconds")  # of a round
 SUSPICIOUS = 0.01  # probability
 GAP = "  "
 COLUMNS = {  # name in the table of rounds → heading, which is as wide as the cells
@@ -143,7 +140,10 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
         "authority": state_dir.root.fingerprint,
         **operation_of(state_dir),
         **counts_of(rounds),
-        "versions": [*map(_version, manifests)],
+        "versions": [
+            {**{name: getattr(each, name) for name in OF_VERSION}, "bytes": each.size, "labels": len(each.labels)}
+            for each in manifests
+        ],
         "drift": drift_of(manifests),
         "rounds": [round_row(record) for record in rounds],
         "farthest": farthest(rounds),
@@ -340,29 +340,7 @@ def lease_of(state_dir: CoordinatorStateDir) -> dict[str, Any] | None:
     return asdict(leader) | {"own": leader.leader == state_dir.name and not state_dir.waits()}
 
 
-def _version(manifest: VersionManifest) -> dict[str, Any]:
-    return {
-        "version": manifest.version,
-        "round": manifest.round,
-        "sha256": manifest.sha256,
-        "bytes": manifest.size,
-        "labels": len(manifest.labels),
-    }
-
-
 def round_row(record: RoundRecord) -> dict[str, Any]:
-    return {
-        "groups": [asdict(group) for group in record.groups],
-        "round": record.round,
-        "survivors": list(record.survivors),
-        "dropped": record.dropped,
-        "aborted": record.aborted,
-        "spoiled": record.spoiled,
-        "bytes_up": record.bytes_up,
-        "bytes_down": record.bytes_down,
-        "seconds": record.seconds,
-        "metrics": record.metrics,
-        "epsilon": record.epsilon,
-        "version": record.version,
-        "ended": optional_timestamp(record.ended),
-    }
+    lists = {"groups": [asdict(group) for group in record.groups], "survivors": list(record.survivors)}
+    row = {name: getattr(record, name) for name in (*OF_ROUND, *COSTS)}
+    return {**row, **lists, "ended": optional_timestamp(record.ended)}

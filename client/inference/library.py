@@ -106,19 +106,11 @@ class Composition:
         return cls(tuple(WeightedAdapter.parse(part.strip()) for part in text.split("+")))
 
     @classmethod
-    def of(cls, names: Named, weights: Sequence[float] | None = None) -> "Composition":
-        """Make a composition, also in writing, or of several names; each weight is 1 by default. Raises ConfigError: as
-        ``parse``, or the numbers of names and weights differ."""
+    def of(cls, names: Named) -> "Composition":
+        """Make a composition, also in writing, or of several names, each with the weight 1. Raises as ``parse``."""
         if isinstance(names, Composition):
             return names
-        if isinstance(names, str) and weights is None:
-            return cls.parse(names)
-        listed = [names] if isinstance(names, str) else list(names)
-        factors = [1.0] * len(listed) if weights is None else list(weights)
-        if len(factors) != len(listed):
-            reason = f"{len(factors)} weights are given for {len(listed)} adapters; give one for each"
-            raise ConfigError(reason, about="composition.weight")
-        return cls(tuple(map(WeightedAdapter, listed, factors)))
+        return cls.parse(names) if isinstance(names, str) else cls(tuple(map(WeightedAdapter, names)))
 
     def __str__(self) -> str:
         return "+".join(map(str, self.parts))

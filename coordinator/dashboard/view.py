@@ -83,22 +83,18 @@ def _channel(records: Sequence[ActionRecord], channel: str, protected: bool) -> 
     later = [record for record in own if record.number > release.number]
     staged = next((record for record in reversed(later) if record.action.kind == "rollout"), release)
     refusal = next((record for record in reversed(later) if record.action.kind == "refuse"), None)
-    judged = next((record for record in reversed([release, *later]) if record.action.evaluation), None)
+    judged = next(filter(None, map(_evaluation, reversed([release, *later]))), None)
     action, rollout = release.action, staged.action.rollout
     return {
-        "release": action.release,
-        "adapters": action.adapters,
+        **{name: getattr(action, name) for name in OF_ACTION},
         "protected": protected,
-        "kind": action.kind,
-        "source": action.source,
-        "again": action.again,
         "since": release.made,
         "by": release.by,
         "share": ALL if rollout is None else rollout.share,
         "languages": [] if rollout is None else list(rollout.languages),
         "previous": None if rollout is None else rollout.previous,
         "share_since": staged.made,
-        "evaluation": None if judged is None else _evaluation(judged),
+        "evaluation": judged,
         "prepared": None,
         "unprepared": "",
         "gates": [asdict(each) for each in action.gates],
@@ -122,6 +118,8 @@ def _evaluation(record: ActionRecord) -> dict[str, Any] | None:
     return {"round": evaluation.round, "worse": evaluation.worse, "text": str(evaluation.verdict), "since": record.made}
 
 
+OF_ROUND = ("round", "version", "seconds", "bytes_up", "epsilon", "metrics", "reason")
+OF_ACTION = ("release", "adapters", "kind", "source", "again")
 LISTED = 200  # rounds at most, the last ones
 
 
@@ -188,19 +186,9 @@ def _history(records: tuple[RoundRecord, ...], manifests: tuple[VersionManifest,
 
 
 def _round(record: RoundRecord) -> dict[str, Any]:
-    return {
-        "round": record.round,
-        "version": record.version,
-        "survivors": len(record.survivors),
-        "dropouts": dict(Counter(record.dropped.values())),
-        "seconds": record.seconds,
-        "bytes_up": record.bytes_up,
-        "epsilon": record.epsilon,
-        "metrics": record.metrics,
-        "reason": record.reason,
-        "ended": optional_timestamp(record.ended),
-        "spoiled": record.spoiled is not None,
-    }
+    row = {name: getattr(record, name) for name in OF_ROUND}
+    counts = {"survivors": len(record.survivors), "dropouts": dict(Counter(record.dropped.values()))}
+    return {**row, **counts, "ended": optional_timestamp(record.ended), "spoiled": record.spoiled is not None}
 
 
 PREFIX = "edgeadapt_"

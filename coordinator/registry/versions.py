@@ -181,9 +181,9 @@ class Registry:
         Raises TrustError: the manifest or the blob was altered."""
         return self.blobs.get(self.version(number).manifest.sha256)
 
-    def tensors(self, number: int, layout: Layout | None = None) -> Tensors:
-        """Read a version's tensors. Raises as ``blob``, and ``DataError`` for tensors that are not of ``layout``."""
-        return files.decode(self.blob(number), layout)
+    def tensors(self, number: int) -> Tensors:
+        """Read a version's tensors. Raises as ``blob``."""
+        return files.decode(self.blob(number))
 
     def rounds(self, first: int = 1) -> tuple[RoundRecord, ...]:
         """Read the records of all rounds from ``first`` on, in order. Raises TrustError: a record is missing or was

@@ -273,24 +273,20 @@ def prepare(folder: RunFolder, groups: Sequence[provision.Group], base: Base) ->
 
     Raises ConfigError if they are of another population, base or trace, or as ``device_base``.
     """
-    for group in groups:
-        _prepare(folder.of(group).path, folder.scenario, group.population, base)
-
-
-def _prepare(out: Path, scenario: Scenario, population: Population, base: Base) -> None:
-    marker, digests = out / PREPARED, {"population": population.digest, "base": base.digest}
-    if scenario.network.trace:
-        digests["trace"] = trace_digest(Path(scenario.network.trace))
-    if marker.exists():
-        if json.loads(marker.read_bytes()) != digests:
+    scenario = folder.scenario
+    for out, population in ((folder.of(group).path, group.population) for group in groups):
+        marker, digests = out / PREPARED, {"population": population.digest, "base": base.digest}
+        if scenario.network.trace:
+            digests["trace"] = trace_digest(Path(scenario.network.trace))
+        if not marker.exists():
+            for name in (provision.AUTHORITY, provision.COORDINATOR, provision.DEVICES):  # what an interrupted run left
+                shutil.rmtree(out / name, ignore_errors=True)
+            provision.device_base(out, scenario, base, population)
+            provision.provision(out, scenario, population, base)
+            replace(marker, json.dumps(digests).encode())
+        elif json.loads(marker.read_bytes()) != digests:
             reason = f"{out} contains a run with another population, base model or trace: choose another --out"
             raise ConfigError(reason, about="--out")
-        return
-    for name in (provision.AUTHORITY, provision.COORDINATOR, provision.DEVICES):  # what an interrupted run left
-        shutil.rmtree(out / name, ignore_errors=True)
-    provision.device_base(out, scenario, base, population)
-    provision.provision(out, scenario, population, base)
-    replace(marker, json.dumps(digests).encode())
 
 
 def federate(

@@ -183,12 +183,9 @@ def test_a_composition_with_a_wrong_name_is_refused(text: str) -> None:
         Composition.parse(text)
 
 
-def test_as_many_weights_as_names_are_needed() -> None:
-    with refused(ConfigError, "composition.weight"):
-        Composition.of(["global", "anna"], [1.0])
+def test_a_composition_names_an_adapter() -> None:
     with refused(ConfigError, "composition"):
         Composition.of([])
-    assert Composition((WeightedAdapter("anna", 2.0),)) == Composition.of("anna", [2.0])
 
 
 # The bundle
