@@ -71,11 +71,14 @@ def machine_conditions(settings: EligibilitySettings, readings: Readings, now: d
     if hours := settings.hours:
         demanded.append(Condition("hours", f"{now:%H:%M}, and {hours} is demanded", _within(hours, now)))
     if settings.charging:
-        demanded.append(_read("charging", lambda: _power(readings.external_power())))
+        demanded.append(
+            _read("charging", lambda: _either(readings.external_power(), "on external power", "on battery"))
+        )
     if settings.minimum_battery:
         demanded.append(_read("minimum_battery", lambda: _at_least(readings.battery(), settings.minimum_battery, " %")))
     if settings.unmetered:
-        demanded.append(_read("unmetered", lambda: _network(readings.metered())))
+        free, paid = "the connection is not metered", "the connection is metered"
+        demanded.append(_read("unmetered", lambda: _either(not readings.metered(), free, paid)))
     if settings.idle:
         demanded.append(_read("idle", lambda: _use(readings.used_by_others())))
     return demanded
@@ -118,12 +121,8 @@ def _within(hours: str, now: datetime) -> bool:
     return begin <= at < end if begin < end else at >= begin or at < end
 
 
-def _power(external: bool) -> tuple[str, bool]:
-    return ("on external power" if external else "on battery", external)
-
-
-def _network(metered: bool) -> tuple[str, bool]:
-    return ("the connection is metered" if metered else "the connection is not metered", not metered)
+def _either(met: bool, yes: str, no: str) -> tuple[str, bool]:
+    return yes if met else no, met
 
 
 def _use(share: float) -> tuple[str, bool]:

@@ -176,7 +176,7 @@ def _transition(
         other = (trained.base if trained else state_dir.base().digest) != base.digest
         proofs = device.policy.demand_proofs
         log_state = device.log_state_of(after, log_state, _proof(fields), other_base=other) if proofs else None
-        _take_snapshot(state_dir, device.public_key(after.share_key))
+        state_dir.take_snapshot(_examples(state_dir), device.public_key(after.share_key))
     elif step is Step.ROSTER and isinstance(state, Advertised):
         after, answer = state.on_roster(device, body, _dealing(state, body))
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
@@ -332,14 +332,10 @@ def _dealing(joined: Advertised, roster: bytes) -> DerivedEntropy:
     return DerivedEntropy(masks.derive(joined.share_key, b"edgeadapt/dealing/1", content))
 
 
-def _take_snapshot(state_dir: DeviceStateDir, share_key: bytes) -> None:
-    """Fix what this session trains on; whether the examples can be read makes no difference to an answer.
-
-    ``share_key``: the public one with which the device joined.
-    """
+def _examples(state_dir: DeviceStateDir) -> bytes:
+    """Read what this session trains on; whether the examples can be read makes no difference to an answer."""
     try:
-        examples = read_trained(state_dir)
+        return read_trained(state_dir)
     except DataError as error:
         log.warning("no examples for this session: %s", error, extra={"about": error.about})
-        examples = b""
-    state_dir.take_snapshot(examples, share_key)
+        return b""

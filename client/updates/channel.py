@@ -102,12 +102,9 @@ class ReleaseOffer:
     def why(self) -> str:
         if self.rollout is None:
             return "for all devices"
-        newest = f"release {self.rollout.release} is for {self.rollout}"
-        if self.chosen:
-            return f"{newest}, and this is one of them"
-        if self.release.number == self.rollout.release:
-            return f"{newest}, and this is not one of them, but has it already and does not go back"
-        return f"{newest}, and this is not one of them"
+        kept = ", but has it already and does not go back" if self.release.number == self.rollout.release else ""
+        what = "one of them" if self.chosen else f"not one of them{kept}"
+        return f"release {self.rollout.release} is for {self.rollout}, and this is {what}"
 
 
 @dataclass(frozen=True, slots=True)
