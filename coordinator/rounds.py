@@ -407,13 +407,10 @@ def _report(record: RoundRecord, rounds: int) -> None:
 def _measure(span: traces.Span, record: RoundRecord) -> None:
     """Describe a round's span by what its record says of all devices together."""
     counts = {"survivors": len(record.survivors), "dropouts": len(record.dropped)}
-    span.set(
-        outcome="sum" if record.version else "abort", **counts, bytes_up=record.bytes_up, bytes_down=record.bytes_down
-    )
-    if record.version is not None:
-        span.set(version=record.version)
-    if record.epsilon is not None:
-        span.set(epsilon=record.epsilon)
+    sizes = {"bytes_up": record.bytes_up, "bytes_down": record.bytes_down}
+    made = {"version": record.version, "epsilon": record.epsilon}
+    known = {name: value for name, value in made.items() if value is not None}
+    span.set(outcome="sum" if record.version else "abort", **counts, **sizes, **known)
     if record.reason is not None:
         span.fail(record.reason)
 

@@ -42,7 +42,7 @@ COLUMNS = ("text", "label", "prompt", "client", "split", "time", "group", "langu
 MAX_ROWS = 5_000_000
 MAX_FIELD = 2**20  # characters of a field of a CSV file; a text above MAX_TEXT is a broken row, not a broken file
 MAX_NAME = 256  # characters of a label, a client or a group
-SPLITS = ("train", "validation", "test")
+SPLITS = TRAIN, VALIDATION, TEST = ("train", "validation", "test")
 Fields = Mapping[str, Any]
 Placed = tuple[str, Fields | str]  # where it stands, and the fields of a row or what is wrong with it
 PUBLIC_SHARE = 0.2  # of a label's texts that are taken from clients
@@ -53,7 +53,6 @@ WRITTEN = frozenset("#%&*@/\\")  # punctuation by its category, part of a name b
 LISTED = re.compile(r"""\[(['"].*['"]|-?\d[\d., -]*|)\]|\{(['"].*|)\}""")
 NOTHING_SAID = frozenset({"na", "n/a", "nan", "null", "none", "-", "?"})  # labels that programs write for a missing one
 FEWEST_TRAINED = 3  # clients that take part: what a secure sum needs
-TEST, TRAIN, VALIDATION = "test", "train", "validation"
 
 
 class DataSettings(Settings):

@@ -235,14 +235,11 @@ class MemoryDevices:
     def before(self, step: Step | None, names: Sequence[str]) -> None:
         """Prepare for a message of ``step`` to the devices ``names``: see the module."""
         if step in WRITTEN_BEFORE:
-            self._write(step)
+            self.write(step)
         if step is Step.CHECK_IN:
             for name in self._awake.keys() - set(names):
                 self._awake[name].leave()
 
-    def write(self) -> None:
-        self._write(None)
-
-    def _write(self, step: Step | None) -> None:
+    def write(self, step: Step | None = None) -> None:
         for device in self._awake.values():
             device.write(step)
