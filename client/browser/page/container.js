@@ -13,8 +13,7 @@ const ADAPTER = { formatVersion: 0, parameters: 3 }; // the fields' places in th
 const PARAMETER = { name: 0, dims: 1, dataType: 2, rawData: 3 };
 const FLOAT32 = 1;
 const TYPES = { 1: ["float32", 4], 2: ["uint8", 1], 3: ["int8", 1], 10: ["float16", 2] }; // name, bytes of an element
-const MAX_PARAMETERS = 2 ** 16;
-const MAX_DIMENSIONS = 8;
+const [MAX_DIMENSIONS, MAX_DIMENSION] = [8, 2 ** 31];
 
 /**
  * The tensors of a file: Map of name → { type, shape, bytes }. `bytes` is a copy, so that it is aligned.
@@ -22,90 +21,71 @@ const MAX_DIMENSIONS = 8;
  * Throws DataError: not such a file, of another version, or with an offset, a size or a name that cannot be.
  */
 export function parse(file) {
-  const view = new DataView(file.buffer, file.byteOffset, file.byteLength);
-  if (file.length < 8 || view.getUint32(4, true) !== IDENTIFIER) throw damaged("it does not begin like one");
+  try {
+    return tensors(file, new DataView(file.buffer, file.byteOffset, file.byteLength));
+  } catch (error) {
+    if (!(error instanceof RangeError || error instanceof TypeError)) throw error; // of a view, or of text that is not UTF-8
+    throw new DataError(`not a sound .onnx_adapter file: ${error.message}`, ".onnx_adapter");
+  }
+}
+
+function tensors(file, view) {
+  if (view.getUint32(4, true) !== IDENTIFIER) throw new RangeError("it does not begin like one");
   const root = table(view, follow(view, 0));
-  if (root.scalar(ADAPTER.formatVersion) !== FORMAT) throw damaged("it is of another version of the format");
-  const places = vector(view, root.reference(ADAPTER.parameters), 4, MAX_PARAMETERS);
+  if (root.scalar(ADAPTER.formatVersion) !== FORMAT) throw new RangeError("it is of another version of the format");
   const found = new Map();
   let left = file.length;
-  for (let i = 0; i < places.length; i++) {
-    const [name, tensor] = parameter(view, file, table(view, follow(view, places.start + 4 * i)));
-    if (found.has(name)) throw damaged("it names a tensor twice");
+  for (const at of elements(view, root.place(ADAPTER.parameters), 4)) {
+    const [name, tensor] = parameter(view, file, table(view, follow(view, at)));
+    if (found.has(name)) throw new RangeError("it names a tensor twice");
     left -= tensor.bytes.length;
-    if (left < 0) throw damaged("two tensors share their bytes");
+    if (left < 0) throw new RangeError("two tensors share their bytes");
     found.set(name, tensor);
   }
   return found;
 }
 
 function parameter(view, file, fields) {
-  const label = vector(view, fields.reference(PARAMETER.name), 1, 2 ** 12);
-  const dims = vector(view, fields.reference(PARAMETER.dims), 8, MAX_DIMENSIONS);
-  const data = vector(view, fields.reference(PARAMETER.rawData), 1, file.length);
   const [type, width] = TYPES[fields.scalar(PARAMETER.dataType)] ?? [];
-  if (!type) throw damaged("it holds numbers of a type that no adapter has");
-  const shape = Array.from({ length: dims.length }, (_, i) => dimension(view, dims.start + 8 * i));
-  if (shape.reduce((size, each) => size * each, width) !== data.length) throw damaged("a tensor is not of its size");
-  return [name(file, label), { type, shape, bytes: file.slice(data.start, data.start + data.length) }];
-}
-
-function name(file, { start, length }) {
-  try {
-    return decode(file.subarray(start, start + length));
-  } catch {
-    throw damaged("a name is not text");
+  const shape = Array.from(elements(view, fields.place(PARAMETER.dims), 8), (at) => Number(view.getBigInt64(at, true)));
+  if (!type || shape.length > MAX_DIMENSIONS || !shape.every((size) => 0 <= size && size <= MAX_DIMENSION)) {
+    throw new RangeError("a tensor has a type or shape that no adapter has");
   }
-}
-
-function dimension(view, at) {
-  const size = view.getBigInt64(at, true);
-  if (size < 0n || size > 2n ** 31n) throw damaged("a dimension cannot be");
-  return Number(size);
+  const [name, bytes] = [PARAMETER.name, PARAMETER.rawData].map((field) => {
+    const { start, end } = elements(view, fields.place(field), 1);
+    return file.slice(start, end);
+  });
+  if (shape.reduce((size, each) => size * each, width) !== bytes.length) throw new RangeError("a tensor is not of its size");
+  return [decode(name), { type, shape, bytes }];
 }
 
 /** The table at `start`: its vtable gives each field's distance from it, 0 for one that is absent. */
 function table(view, start) {
-  const vtable = start - int32(view, start);
-  within(view, vtable, 4);
-  const [size, extent] = [view.getUint16(vtable, true), view.getUint16(vtable + 2, true)];
-  if (size < 4 || size % 2 || extent < 4) throw damaged("a table is not sound");
-  within(view, vtable, size);
-  within(view, start, extent);
+  const vtable = start - view.getInt32(start, true);
+  const size = view.getUint16(vtable, true);
   const place = (field) => {
     const distance = 6 + 2 * field <= size ? view.getUint16(vtable + 4 + 2 * field, true) : 0;
-    if (distance && (distance < 4 || distance + 4 > extent)) throw damaged("a field lies outside its table");
     return distance && start + distance;
   };
+  return { place, scalar: (field) => (place(field) ? view.getInt32(place(field), true) : 0) };
+}
+
+/** The positions of the elements, `width` bytes each, of the vector to which the field at `reference` refers; none without it. */
+function elements(view, reference, width) {
+  const vector = reference && follow(view, reference);
+  const [start, length] = reference ? [vector + 4, view.getUint32(vector, true)] : [0, 0];
+  const end = start + length * width;
+  if (end > view.byteLength) throw new RangeError("a list ends outside of it");
   return {
-    scalar: (field) => (place(field) ? int32(view, place(field)) : 0),
-    reference: (field) => (place(field) ? follow(view, place(field)) : 0),
+    start,
+    end,
+    *[Symbol.iterator]() {
+      for (let at = start; at < end; at += width) yield at;
+    },
   };
 }
 
-/** Where the vector at `at` begins, and how many elements of `width` bytes it has; an absent one is empty. */
-function vector(view, at, width, most) {
-  if (!at) return { start: 0, length: 0 };
-  within(view, at, 4);
-  const length = view.getUint32(at, true);
-  if (length > most) throw damaged("a list is too long");
-  within(view, at + 4, length * width);
-  return { start: at + 4, length };
-}
-
-function follow(view, at) {
-  within(view, at, 4);
-  return at + view.getUint32(at, true);
-}
-
-function int32(view, at) {
-  within(view, at, 4);
-  return view.getInt32(at, true);
-}
-
-function within(view, start, size) {
-  if (start < 0 || start + size > view.byteLength) throw damaged("an offset points outside of it");
-}
+const follow = (view, at) => at + view.getUint32(at, true);
 
 /**
  * The file of float32 tensors, Map of name → { shape, values }. Law: `parse(pack(inputs))` has these tensors.
@@ -164,5 +144,3 @@ export function pack(inputs) {
   });
   return file.slice(0, end);
 }
-
-const damaged = (why) => new DataError(`not a sound .onnx_adapter file: ${why}`, ".onnx_adapter");
