@@ -52,11 +52,6 @@ export class Der {
     return new Der(this.take("SEQUENCE"));
   }
 
-  /** The next element if it has this tag, else null. */
-  optional(tag) {
-    return this.next === (TAGS[tag] ?? tag) ? this.take(tag) : null;
-  }
-
   /** A non-negative integer, a BigInt. */
   integer() {
     const raw = this.take("INTEGER");
@@ -89,12 +84,11 @@ export class Der {
     const { tag, content } = this.any();
     const match = /^(\d{2}|\d{4})(\d{2})(\d{2})(\d{2})(\d{2})(\d{2})Z$/.exec(UTF8.decode(content));
     if (!match || match[1].length !== { [UTC_TIME]: 2, [GENERALIZED_TIME]: 4 }[tag]) throw new SyntaxError("not a time");
-    const [year, month, ...rest] = match.slice(1).map(Number);
-    const full = tag === UTC_TIME ? year + (year < 50 ? 2000 : 1900) : year;
-    const found = new Date(Date.UTC(full, month - 1, ...rest));
-    found.setUTCFullYear(full, month - 1, rest[0]); // Date.UTC takes the years 0 to 99 for those of the last century
-    const same = [found.getUTCMonth() + 1, found.getUTCDate(), found.getUTCHours(), found.getUTCMinutes(), found.getUTCSeconds()];
-    if (String(same) !== String([month, ...rest])) throw new SyntaxError("no such time");
+    const [year, month, day, ...clock] = match.slice(1);
+    const full = tag === UTC_TIME ? (year < "50" ? "20" : "19") + year : year;
+    const text = `${full}-${month}-${day}T${clock.join(":")}.000Z`;
+    const found = new Date(text);
+    if (Number.isNaN(found.getTime()) || found.toISOString() !== text) throw new SyntaxError("no such time"); // it may roll over
     return found.getTime();
   }
 

@@ -51,8 +51,8 @@ export class Device {
   }
 }
 
-/** A flag that is taken once: the second attempt is refused. */
-class SingleUse {
+/** A state produces its answer once: the second attempt is refused. */
+class State {
   #taken = false;
 
   take(what) {
@@ -113,13 +113,13 @@ async function findSelf(device, offer, at) {
 }
 
 /** The advert is sent; the roster is next. */
-class Advertised {
+class Advertised extends State {
   #known;
   #advert;
   #own;
-  #singleUse = new SingleUse();
 
   constructor(known, advert, own) {
+    super();
     [this.#known, this.#advert, this.#own] = [known, advert, own];
   }
 
@@ -147,7 +147,7 @@ class Advertised {
     const [session, adverts] = await checks.roster(spec, offer, cohort, message);
     device.policy.checkRoster(spec, cohort.size, adverts.size);
     if (!equal(adverts.get(me) ?? [], this.#advert)) m.refuse("roster does not have this device's own advert", "roster.self");
-    this.#singleUse.take("shares");
+    this.take("shares");
     const { shareKey, dealing, secrets } = this.#own;
     const content = await digest(m.Roster.encode(message));
     entropy ??= derivedEntropy(await derive(dealing, "AES-CTR", utf8("edgeadapt/dealing/1"), content));
@@ -170,12 +170,12 @@ class Advertised {
  * cohort; `lastRound`: the last one begun, 0 before the first; `dealers`: the Set of devices whose shares arrived, null before.
  * The secrets are a Map of round → { maskKey, seed, held }, of rounds still to come.
  */
-class Ready {
+class Ready extends State {
   #shareKey;
   #rounds;
-  #singleUse = new SingleUse();
 
   constructor(known, shareKey, rounds) {
+    super();
     Object.assign(this, known);
     [this.#shareKey, this.#rounds] = [shareKey, rounds];
     Object.freeze(this);
@@ -187,10 +187,10 @@ class Ready {
     checks.beforeEnd(this.ends, at);
     const [rounds, dealers] = this.dealers ? [this.#rounds, this.dealers] : [await this.#decrypt(shares), new Set(shares.keys())];
     await checks.plan(this.session, this.me, dealers, this.lastRound, plan);
-    this.#singleUse.take("round");
+    this.take("round");
     const later = new Map([...rounds].filter(([round]) => round > plan.round));
     const next = new Ready({ ...this, lastRound: plan.round, dealers }, null, later);
-    return new Planned(next, plan, rounds.get(plan.round));
+    return new Planned({ ready: next, plan }, rounds.get(plan.round));
   }
 
   async #decrypt(shares) {
@@ -204,24 +204,31 @@ class Ready {
   }
 }
 
-/** A round has begun; the trained vector is next. */
-class Planned {
+/** A state within a round: { ready, plan, … }, and secrets of the round. */
+class InRound extends State {
   #secrets;
-  #singleUse = new SingleUse();
 
-  constructor(ready, plan, secrets) {
-    Object.assign(this, { ready, plan });
+  constructor(known, secrets) {
+    super();
+    Object.assign(this, known);
     this.#secrets = secrets;
     Object.freeze(this);
   }
 
-  get spec() {
-    return this.ready.session.spec;
+  secrets() {
+    return this.#secrets;
   }
 
-  /** Abandons this round for a later one; so does `onPlan` of the states after it. */
+  /** Abandons this round for a later one. */
   onPlan(device, assignment, at = null) {
     return this.ready.onPlan(device, assignment, at);
+  }
+}
+
+/** A round has begun; the trained vector is next. */
+class Planned extends InRound {
+  get spec() {
+    return this.ready.session.spec;
   }
 
   /** Masks and signs the vector (step 6), a ring vector that is overwritten: the state and the masked input. */
@@ -229,17 +236,17 @@ class Planned {
     const { ready, plan } = this;
     const [bits, planned] = [this.spec.vector.ring_bits, await m.Plan.digest(plan)];
     requireVector(vector, sizeOf(this.spec.vector), bits);
-    this.#singleUse.take("masked-input");
+    this.take("masked-input");
     await apply(vector, await this.#masks(planned));
     const packed = pack(vector, bits);
     const header = { plan: planned, device: ready.me, vector: await digest(packed) };
     const signed = await device.sign(m.MaskedInput, header);
-    return [new Masked(ready, plan, header.vector, this.#secrets.held), m.withVector(packed, signed)];
+    return [new Masked({ ready, plan, vector: header.vector }, this.secrets().held), m.withVector(packed, signed)];
   }
 
   async #masks(planned) {
     const { session, me } = this.ready;
-    const { maskKey, seed } = this.#secrets;
+    const { maskKey, seed } = this.secrets();
     const masks = [{ key: await selfKey(seed, session.context, planned, me), add: true }];
     for (const peer of await maskPeers(session, this.plan, me)) {
       const raw = session.peers.get(peer).maskKeys[this.plan.round - 1];
@@ -250,30 +257,17 @@ class Planned {
 }
 
 /** The masked input is sent; the survivor set is next. `vector`: digest of the sent vector. */
-class Masked {
-  #held;
-  #singleUse = new SingleUse();
-
-  constructor(ready, plan, vector, held) {
-    Object.assign(this, { ready, plan, vector });
-    this.#held = held;
-    Object.freeze(this);
-  }
-
-  onPlan(device, assignment, at = null) {
-    return this.ready.onPlan(device, assignment, at);
-  }
-
+class Masked extends InRound {
   /** Checks the survivor set and signs it, once (step 7): the state and the consistency signature. */
   async onSurvivors(device, survivors) {
     this.#requireAdversary(ACTIVE, "survivor set");
     const message = await device.open(m.Survivors, survivors);
     const { session, me } = this.ready;
     await checks.survivors(session, this.plan, me, this.vector, message);
-    this.#singleUse.take("consistency-signature");
+    this.take("consistency-signature");
     const signed = await m.Survivors.digest(message);
     const answer = await device.sign(m.ConsistencySignature, { survivors: signed, device: me });
-    return [new Confirmed(this.ready, this.plan, message, signed, this.#held), answer];
+    return [new Confirmed({ ready: this.ready, plan: this.plan, survivors: message, signed }, this.secrets()), answer];
   }
 
   /** Reveals shares for a survivor set without a consistency check (step 8, honest-but-curious sessions only). */
@@ -281,8 +275,8 @@ class Masked {
     this.#requireAdversary(HONEST_BUT_CURIOUS, "unmask request without consistency signatures");
     const { survivors } = await device.open(m.Unmask, unmask);
     await checks.survivors(this.ready.session, this.plan, this.ready.me, this.vector, survivors);
-    this.#singleUse.take("unmask-response");
-    return [this.ready, await unmaskResponse(device, this, this.#held, survivors)];
+    this.take("unmask-response");
+    return [this.ready, await unmaskResponse(device, this, survivors)];
   }
 
   #requireAdversary(expected, what) {
@@ -293,20 +287,7 @@ class Masked {
 }
 
 /** This device signed a survivor set; the signatures of the others are next. */
-class Confirmed {
-  #held;
-  #singleUse = new SingleUse();
-
-  constructor(ready, plan, survivors, signed, held) {
-    Object.assign(this, { ready, plan, survivors, signed });
-    this.#held = held;
-    Object.freeze(this);
-  }
-
-  onPlan(device, assignment, at = null) {
-    return this.ready.onPlan(device, assignment, at);
-  }
-
+class Confirmed extends InRound {
   /** Reveals shares for the survivor set that this device signed (step 8). The shares of the round are dropped. */
   async onUnmask(device, unmask) {
     const { survivors, consistency_signatures: signatures } = await device.open(m.Unmask, unmask);
@@ -314,13 +295,14 @@ class Confirmed {
       m.refuse("unmask request is for another survivor set than this device signed", "unmask.survivors");
     }
     await checks.consistencySignatures(this.ready.session, this.plan, survivors, signatures);
-    this.#singleUse.take("unmask-response");
-    return [this.ready, await unmaskResponse(device, this, this.#held, survivors)];
+    this.take("unmask-response");
+    return [this.ready, await unmaskResponse(device, this, survivors)];
   }
 }
 
 /** One kind of share for each dealer: of the seed of a survivor, of the mask key of a dropout. */
-async function unmaskResponse(device, { ready, plan }, held, survivors) {
+async function unmaskResponse(device, state, survivors) {
+  const [{ ready, plan }, held] = [state, state.secrets()];
   const [seeds, keys] = [new Map(), new Map()];
   for (const dealer of [ready.me, ...ready.session.neighbors(ready.me, plan.members)]) {
     if (!held.has(dealer)) continue;
