@@ -1,5 +1,8 @@
 // The page's side of worker.js: calls that return promises.
 
+// Calls without pieces, as device.js has them.
+const PLAIN = ["use", "classify", "undo", "exported", "reset", "identity", "enrol", "invited", "redeem", "renew", "install", "forget"];
+
 export class Client {
   #worker = new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
   #waiting = new Map(); // id → { resolve, reject, piece }
@@ -12,23 +15,12 @@ export class Client {
       for (const { reject } of this.#waiting.values()) reject(error);
       this.#waiting.clear();
     };
+    for (const name of PLAIN) this[name] = (...args) => this.#call(name, args);
   }
 
   open = (args = {}, progress) => this.#call("open", args, progress);
-  use = (name) => this.#call("use", [name]);
-  rank = (text, top) => this.#call("classify", [text, top]);
   generate = (args, piece) => this.#call("generate", args, piece);
   teach = (name, corrections, compared = [], piece) => this.#call("teach", { name, corrections, compared }, piece);
-  undo = () => this.#call("undo", []);
-  exported = (name) => this.#call("exported", [name]);
-  reset = () => this.#call("reset", []);
-  identity = () => this.#call("identity", []);
-  enrol = (args) => this.#call("enrol", [args]);
-  invited = (token) => this.#call("invited", [token]);
-  redeem = (token, url) => this.#call("redeem", [token, url]);
-  renew = (url) => this.#call("renew", [url]);
-  install = (certificate) => this.#call("install", [certificate]);
-  forget = () => this.#call("forget", []);
   takePart = (args, piece) => this.#call("takePart", args, piece);
   leave = () => this.#worker.postMessage({ method: "leave" });
   stop = () => this.#worker.postMessage({ method: "stop" });

@@ -49,7 +49,7 @@ export class PhraseView {
     const [text, number] = [field.value, ++this.#asked];
     settle("phrase-error", field);
     try {
-      const found = await this.client.rank(text, TOP);
+      const found = await this.client.classify(text, TOP);
       if (number === this.#asked) this.#answer(caption(text, found), found.labels, `${found.milliseconds.toFixed(1)} ms`);
     } catch (error) {
       if (number !== this.#asked) return;

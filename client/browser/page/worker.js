@@ -48,8 +48,6 @@ const methods = {
   invited: ([token]) => invited(token),
   takePart: async (options, onProgress) => (await opened()).takePart({ ...options, onProgress }),
 };
-const SAME = ["use", "classify", "undo", "exported", "reset", "identity", "enrol", "redeem", "install", "renew", "forget"]; // as the device's
-for (const name of SAME) methods[name] = async (args) => (await opened())[name](...args);
 
 self.onmessage = async ({ data: { id, method, args } }) => {
   if (method === "stop") {
@@ -61,7 +59,8 @@ self.onmessage = async ({ data: { id, method, args } }) => {
 
 async function answer(id, method, args) {
   try {
-    const result = await methods[method](args, (piece) => self.postMessage({ id, piece }));
+    const work = methods[method] ?? (async () => (await opened())[method](...args)); // others are as the device has them
+    const result = await work(args, (piece) => self.postMessage({ id, piece }));
     self.postMessage({ id, result });
   } catch (error) {
     const known = error instanceof EdgeAdaptError;
