@@ -1,6 +1,6 @@
 // The part of the page that shows the adapters of the bundle, and puts one, or several as one, in use.
 
-import { complain, create, element, settle } from "./dom.js";
+import { complain, create, element, onSubmit, settle } from "./dom.js";
 import { Picker } from "./picker.js";
 
 const BARE = ""; // engine.js: the base without an adapter
@@ -18,7 +18,7 @@ export class AdapterView {
     this.picker = new Picker(elements, (name) => this.#pick(name));
     element("composing").addEventListener("change", () => this.#startOrEnd());
     element("parts").addEventListener("change", ({ target }) => this.#weigh(target.dataset.name, target.value));
-    element("parts").addEventListener("submit", (event) => event.preventDefault());
+    onSubmit("parts", () => {});
     element("parts").addEventListener("click", ({ target }) => target.type === "button" && this.#remove(target.value));
   }
 

@@ -4,7 +4,7 @@
 import { AdapterView } from "./adapterview.js";
 import { ChatView } from "./chatview.js";
 import { Client } from "./client.js";
-import { complain, element, fact, settle } from "./dom.js";
+import { complain, element, settle, showFacts } from "./dom.js";
 import { LearnView } from "./learnview.js";
 import { ParticipationView } from "./participationview.js";
 import { PhraseView } from "./phraseview.js";
@@ -42,7 +42,7 @@ async function open(options) {
     element("progress").hidden = true;
   }
   generates = bundle.task === "text-generation";
-  element("facts").replaceChildren(...facts(bundle).map(fact));
+  showFacts("facts", facts(bundle));
   element("work").hidden = false;
   element("classify").hidden = generates;
   element("generate").hidden = !generates;
@@ -68,13 +68,10 @@ function progress({ received, total, starting }) {
 
 const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
 
-const facts = ({ task, profile, base, runsOn, context }) => [
-  ["Task", task],
-  ["Profile", profile],
-  ["Base", base.slice(0, 16)],
-  ["Runs on", runsOn],
-  ...(context ? [["Context", `${context.toLocaleString("en")} tokens`]] : []),
-];
+const facts = ({ task, profile, base, runsOn, context }) => ({
+  ...{ Task: task, Profile: profile, Base: base.slice(0, 16), "Runs on": runsOn },
+  ...(context ? { Context: `${context.toLocaleString("en")} tokens` } : {}),
+});
 
 /** Open the served bundle when the page is loaded. */
 async function begin() {

@@ -1,6 +1,6 @@
 // The part of the page that writes text: a chat of several messages, or the continuation of a text.
 
-import { complain, create, element, settle, submitOnCtrlEnter } from "./dom.js";
+import { complain, create, element, onSubmit, settle } from "./dom.js";
 
 const MOST_TOKENS = 256; // of an answer, unless the user says otherwise
 const ENDS = {
@@ -17,14 +17,9 @@ export class ChatView {
   /** `adapter` returns the name of the adapter in use; `correct` is called with a message and its answer that is not right. */
   constructor(client, adapter, correct) {
     Object.assign(this, { client, adapter, correct });
-    const form = element("generate-form");
-    submitOnCtrlEnter(form);
-    form.addEventListener("submit", (event) => {
-      event.preventDefault();
-      this.#send();
-    });
+    onSubmit("generate-form", () => this.#send());
     // A field that is not shown cannot say what is wrong with it.
-    form.addEventListener("invalid", () => (element("sampling").open = true), true);
+    element("generate-form").addEventListener("invalid", () => (element("sampling").open = true), true);
     element("stop").addEventListener("click", () => client.stop());
     element("new-chat").addEventListener("click", () => this.#restart());
     element("chat").addEventListener("change", () => this.#restart());

@@ -1,17 +1,19 @@
 // What the parts of the page share: finding and making elements, errors next to what failed, and keys.
 
-
 export const element = (id) => document.getElementById(id);
 
 /** A new element with a text and properties. */
 export const create = (tag, text, properties = {}) =>
   Object.assign(document.createElement(tag), { textContent: text }, properties);
 
-/** A pair of a list of facts. */
-export function fact([term, value]) {
-  const pair = create("div", "");
-  pair.append(create("dt", term), create("dd", value));
-  return pair;
+/** Show facts, { term: value }, in the list `id`. */
+export function showFacts(id, facts) {
+  const pairs = Object.entries(facts).map(([term, value]) => {
+    const pair = create("div", "");
+    pair.append(create("dt", term), create("dd", value));
+    return pair;
+  });
+  element(id).replaceChildren(...pairs);
 }
 
 /** Save a file where the browser saves files. */
@@ -54,8 +56,13 @@ export async function attempt(id, work, busy) {
 /** A sentence on the tokens at the end of a phrase that are not read; empty if all are. */
 export const leftOut = (unread) => (unread ? ` The last ${unread} tokens of the phrase are not read: shorten it.` : "");
 
-/** Submit `form` on Ctrl+Enter and, on a Mac, Cmd+Enter in any of its fields. */
-export function submitOnCtrlEnter(form) {
+/** Do `work` when the form `id` is submitted, also by Ctrl+Enter and, on a Mac, Cmd+Enter in any of its fields. */
+export function onSubmit(id, work) {
+  const form = element(id);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    work();
+  });
   form.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
     event.preventDefault();

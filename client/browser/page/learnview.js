@@ -1,7 +1,7 @@
 // The part of the page in which a person teaches the right answer to a phrase or a message, takes a lesson back, and saves
 // the private adapter to files.
 
-import { attempt, create, element, leftOut, readExamples, save, settle, words } from "./dom.js";
+import { attempt, create, element, leftOut, onSubmit, readExamples, save, settle, words } from "./dom.js";
 
 const MAX_SHOWN = 60; // characters of a text, as `edgeadapt device learn` prints
 
@@ -17,10 +17,7 @@ export class LearnView {
   /** `taught` is called with the adapters after a lesson, and the name of the one to use. */
   constructor(client, taught) {
     Object.assign(this, { client, taught });
-    element("teach-form").addEventListener("submit", (event) => {
-      event.preventDefault();
-      this.#work(() => this.#teach());
-    });
+    onSubmit("teach-form", () => this.#work(() => this.#teach()));
     element("teach-cancel").addEventListener("click", () => client.stop());
     element("teach-undo").addEventListener("click", () => this.#work(() => this.#undo()));
     element("teach-files").addEventListener("click", () => this.#work(() => this.#save()));

@@ -1,6 +1,6 @@
 // The part of the page in which this browser enrols as a device, takes part in rounds, and says what became of them.
 
-import { attempt, complain, create, element, fact, readExamples, save, settle } from "./dom.js";
+import { attempt, complain, create, element, readExamples, save, settle, showFacts } from "./dom.js";
 
 const LIMITS = ["minimum_cohort", "minimum_survivors", "minimum_noise_multiplier", "maximum_epsilon"];
 const STATES = {
@@ -86,16 +86,12 @@ export class ParticipationView {
     this.#known = found;
     const { device, key, coordinator, authority, until, privacy, rounds = [] } = found ?? {};
     const day = until && new Date(until).toISOString().slice(0, 10);
-    const facts = found && [
-      ["Device", device],
-      ["Key", key],
-      ["Coordinator", coordinator],
-      ["Authority", authority],
-      ["Gateway", this.gateway],
-      ["Certificate", day ? `until ${day}` : "not installed yet"],
-      ["Privacy spent", spentOf(privacy)],
-    ];
-    element("identity").replaceChildren(...(facts ?? []).map(fact));
+    const certificate = day ? `until ${day}` : "not installed yet";
+    const facts = found && {
+      ...{ Device: device, Key: key, Coordinator: coordinator, Authority: authority, Gateway: this.gateway, Certificate: certificate },
+      "Privacy spent": spentOf(privacy),
+    };
+    showFacts("identity", facts ?? {});
     element("token-form").hidden = !this.enrolment || Boolean(until);
     element("enrol-form").hidden = Boolean(found);
     element("certificate-form").hidden = !found || Boolean(until);
@@ -114,12 +110,8 @@ export class ParticipationView {
     const token = element("token").value;
     const found = await this.client.invited(token).catch(() => null);
     if (token !== element("token").value) return; // another one since
-    const facts = found && [
-      ["Device", found.device],
-      ["Authority", found.authority],
-      ["Coordinator", found.coordinator],
-    ];
-    element("invited").replaceChildren(...(facts ?? []).map(fact));
+    const { device, authority, coordinator } = found ?? {};
+    showFacts("invited", found ? { Device: device, Authority: authority, Coordinator: coordinator } : {});
   }
 
   async #redeem() {

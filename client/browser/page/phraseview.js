@@ -1,6 +1,6 @@
 // The part of the page that classifies a phrase and shows the most likely intents.
 
-import { breakable, complain, create, element, leftOut, settle, submitOnCtrlEnter, words } from "./dom.js";
+import { breakable, complain, create, element, leftOut, onSubmit, settle, words } from "./dom.js";
 
 const TOP = 5;
 
@@ -11,12 +11,7 @@ export class PhraseView {
 
   constructor(client) {
     this.client = client;
-    const form = element("classify-form");
-    submitOnCtrlEnter(form);
-    form.addEventListener("submit", (event) => {
-      event.preventDefault();
-      this.#ask();
-    });
+    onSubmit("classify-form", () => this.#ask());
   }
 
   /** Begin with another bundle, without an answer. */
