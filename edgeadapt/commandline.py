@@ -215,6 +215,20 @@ def adapter(name: str, meaning: str, **settings: Any) -> Decorator:
     return click.option("--adapter", name, metavar="NAME", help=meaning, **settings)
 
 
+def path_option(flag: str, meaning: str, *, name: str | None = None, **settings: Any) -> Decorator:
+    """Add an option that takes a path, shown as that of a file unless ``metavar`` says otherwise."""
+    usual: dict[str, Any] = {"type": FOLDER, "metavar": "FILE", "help": meaning}
+    return click.option(*filter(None, (flag, name)), **usual | settings)
+
+
+def number_option(
+    flag: str, meaning: str, least: int, most: int | None = None, *, name: str | None = None, **settings: Any
+) -> Decorator:
+    """Add an option that takes a whole number from ``least`` to ``most``. Its default is shown, if it has one."""
+    kind, shown = click.IntRange(least, most), "default" in settings
+    return click.option(*filter(None, (flag, name)), type=kind, help=meaning, show_default=shown, **settings)
+
+
 def bundle(meaning: str = "The bundle's folder.", *, new: bool = False, **settings: Any) -> Decorator:
     """Add ``--bundle DIR``, by default ``$EDGEADAPT_BUNDLE`` or else ``./bundle``, which must exist unless ``new``."""
 

@@ -14,7 +14,7 @@ from aggregation.errors import TrustError
 from aggregation.transcript.entries import read
 from edgeadapt.auditing import AuditInput, AuditOptions, Finding, Report, Status
 from edgeadapt.auditing.findings import NotClosedError, count
-from edgeadapt.commandline import FOLDER, as_json
+from edgeadapt.commandline import as_json, path_option
 from edgeadapt.formats import storage
 from edgeadapt.formats.jsontext import optional_timestamp, timestamp
 from edgeadapt.interface.audits import audited
@@ -40,17 +40,11 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         as_json,
         click.option("--unfinished", is_flag=True, help="Accept that the last session is still under way."),
-        click.option(
-            "--root",
-            type=FOLDER,
-            metavar="FILE",
-            help="Of a repository of channels: a root that you trust. Default: the repository's own.",
-        ),
-        click.option(
+        path_option("--root", "Of a repository of channels: a root that you trust. Default: the repository's own."),
+        path_option(
             "--registry",
-            type=FOLDER,
+            "The coordinator's state directory, to check the adapters too. Default: the one that has the logs.",
             metavar="DIR",
-            help="The coordinator's state directory, to check the adapters too. Default: the one that has the logs.",
         ),
         click.option(
             "--at",
@@ -59,25 +53,13 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             help="When the sessions took place (UTC), to check certificates and revocations; a day without a time "
             "means its end. Default: when each log says that its session began.",
         ),
-        click.option(
+        path_option(
             "--revoked",
-            type=FOLDER,
-            metavar="FILE",
-            help="The authority's revocation list. A certificate must not have been revoked when its session began. "
+            "The authority's revocation list. A certificate must not have been revoked when its session began. "
             "Default: not checked.",
         ),
-        click.option(
-            "--coordinator",
-            type=FOLDER,
-            metavar="FILE",
-            help="The coordinator's public key, PEM. Default: the one next to the logs.",
-        ),
-        click.option(
-            "--authority",
-            type=FOLDER,
-            metavar="FILE",
-            help="The authority's certificate, PEM. Default: the one next to the logs.",
-        ),
+        path_option("--coordinator", "The coordinator's public key, PEM. Default: the one next to the logs."),
+        path_option("--authority", "The authority's certificate, PEM. Default: the one next to the logs."),
         click.argument("path", type=click.Path(exists=True, path_type=Path)),
     ):
         command = option(command)

@@ -16,7 +16,7 @@ from aggregation.pki.revocation import Reason
 from aggregation.pki.tls import read_tls_request
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.authority.store import CERTIFICATE, KEY, REVOKED, SHORTEST_PASSPHRASE
-from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, print_result
+from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, number_option, path_option, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.gateway.invitation import Invitation, new_secret
 
@@ -26,28 +26,18 @@ LONGEST_PASSPHRASE = 1023  # bytes, for OpenSSL
 DEVICE_DAYS, TLS_DAYS = 365, 90
 
 folder = click.argument("folder", type=FOLDER, metavar="DIR")
-passphrase_file = click.option(
-    "--passphrase-file", type=FILE, metavar="FILE", help="File whose first line is the passphrase. Default: ask for it."
+passphrase_file = path_option(
+    "--passphrase-file", "File whose first line is the passphrase. Default: ask for it.", type=FILE
 )
-list_days = click.option(
-    "--list-days",
-    type=click.IntRange(1, 3650),
-    default=30,
-    show_default=True,
-    help="Days for which the revocation list is valid; devices then demand a newer one.",
+list_days = number_option(
+    "--list-days", "Days for which the revocation list is valid; devices then demand a newer one.", 1, 3650, default=30
 )
 
 
 @click.command()
 @folder
 @click.option("--name", default="edgeadapt authority", show_default=True, help="Name in its certificate.")
-@click.option(
-    "--days",
-    type=click.IntRange(1, 36_500),
-    default=3650,
-    show_default=True,
-    help="Days for which its certificate is valid.",
-)
+@number_option("--days", "Days for which its certificate is valid.", 1, 36_500, default=3650)
 @list_days
 @passphrase_file
 @click.option(
@@ -78,22 +68,17 @@ def init(
 @click.command()
 @folder
 @click.option("--name", metavar="DEVICE", help="Device id. Default: the one in the request.")
-@click.option(
+@path_option(
     "--request",
+    "PKCS #10 request from 'edgeadapt device enrol', or of a gateway from 'edgeadapt coordinator tls-request'.",
     type=FILE,
-    metavar="FILE",
-    help="PKCS #10 request from 'edgeadapt device enrol', or of a gateway from 'edgeadapt coordinator tls-request'.",
 )
-@click.option("--public-key", type=FILE, metavar="FILE", help="Ed25519 public key in PEM, instead of a request.")
+@path_option("--public-key", "Ed25519 public key in PEM, instead of a request.", type=FILE)
 @click.option(
     "--host", "hosts", multiple=True, metavar="HOST", help="Of a gateway: name or IP of its TLS key; may be repeated."
 )
-@click.option(
-    "--days",
-    type=click.IntRange(1, 3650),
-    help=f"Days for which it is valid.  [default: {DEVICE_DAYS}, of a gateway {TLS_DAYS}]",
-)
-@click.option("--out", type=FILE, metavar="FILE", help="Write the certificate here. Default: print it.")
+@number_option("--days", f"Days for which it is valid.  [default: {DEVICE_DAYS}, of a gateway {TLS_DAYS}]", 1, 3650)
+@path_option("--out", "Write the certificate here. Default: print it.", type=FILE)
 @passphrase_file
 @as_json
 def issue(
@@ -148,9 +133,9 @@ def issue(
 @click.command()
 @folder
 @click.option("--name", metavar="DEVICE", help="Device id, which the certificates will have.")
-@click.option("--names", type=FILE, metavar="FILE", help="Instead: a device id a line, or a CSV file's first column.")
-@click.option("--out", type=FOLDER, metavar="FOLDER", help="With --names: a token goes to FOLDER/DEVICE.token.")
-@click.option("--coordinator", type=FILE, required=True, metavar="FILE", help="Its public key, which the device pins.")
+@path_option("--names", "Instead: a device id a line, or a CSV file's first column.", type=FILE)
+@path_option("--out", "With --names: a token goes to FOLDER/DEVICE.token.", metavar="FOLDER")
+@path_option("--coordinator", "Its public key, which the device pins.", required=True, type=FILE)
 @click.option("--enrolment", required=True, metavar="HOST:PORT", help="Where 'edgeadapt authority serve' listens.")
 @click.option("--gateway", required=True, metavar="HOST:PORT", help="The coordinator's gateway; several with commas.")
 @click.option(

@@ -12,7 +12,7 @@ import click
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from edgeadapt import commandline
-from edgeadapt.commandline import FILE, FOLDER, as_json, print_result
+from edgeadapt.commandline import FILE, FOLDER, as_json, path_option, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.release import CANARY, STABLE, Release
 from edgeadapt.formats.settings import overridden
@@ -70,7 +70,7 @@ def init(folder: Path, names: tuple[str, ...], overrides: tuple[str, ...], as_js
 @repository
 @name
 @commandline.bundle()
-@click.option("--trust", type=FILE, metavar="FILE", help="Keys that sign bundles. Default: trust.pem next to it.")
+@path_option("--trust", "Keys that sign bundles. Default: trust.pem next to it.", type=FILE)
 @as_json
 def publish(folder: Path, channel: str, bundle: Path, trust: Path | None, as_json: bool) -> None:
     """Verify a bundle, and make it the next release of CHANNEL. Private adapters in it are left out.

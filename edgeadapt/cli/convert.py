@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from aggregation.errors import ConfigError
 from edgeadapt import commandline
-from edgeadapt.commandline import FOLDER, as_json, print_result
+from edgeadapt.commandline import as_json, number_option, path_option, print_result
 from edgeadapt.formats import container, storage
 
 if TYPE_CHECKING:  # needs an extra
@@ -37,18 +37,13 @@ GLOBAL = "global"
     show_default=True,
     help="A file in 32-bit floats, for ONNX Runtime and onnxruntime-genai; or a folder for PeftModel.from_pretrained.",
 )
-@click.option("--registry", type=FOLDER, metavar="DIR", help="With --format peft: a coordinator's state directory.")
-@click.option("--version", type=click.IntRange(0, 2**63 - 1), metavar="N", help="With --registry. Default: the newest.")
-@click.option(
-    "--trust",
-    type=FOLDER,
-    metavar="FILE",
-    help="Public keys. Default: the registry's own, or trust.pem in the folder that holds the bundle.",
-)
+@path_option("--registry", "With --format peft: a coordinator's state directory.", metavar="DIR")
+@number_option("--version", "With --registry. Default: the newest.", 0, 2**63 - 1, metavar="N")
+@path_option("--trust", "Public keys. Default: the registry's own, or trust.pem in the folder that holds the bundle.")
 @click.option(
     "--base", metavar="NAME|DIR", help="With --format peft: the base of a DoRA adapter, which needs its weights."
 )
-@click.option("--out", type=FOLDER, required=True, metavar="FILE|DIR", help="The new .onnx_adapter file, or folder.")
+@path_option("--out", "The new .onnx_adapter file, or folder.", required=True, metavar="FILE|DIR")
 @as_json
 def convert(
     bundle: Path,

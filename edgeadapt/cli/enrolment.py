@@ -7,7 +7,7 @@ import click
 
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.cli.authority import folder, passphrase_file, unlock
-from edgeadapt.commandline import as_lines, quiet, show_log
+from edgeadapt.commandline import as_lines, number_option, quiet, show_log
 
 
 @click.command()
@@ -18,7 +18,7 @@ from edgeadapt.commandline import as_lines, quiet, show_log
 @click.option(
     "--origin", "origins", multiple=True, metavar="URL", help="Of pages that are not on loopback; may be repeated."
 )
-@click.option("--days", type=click.IntRange(1, 3650), default=365, show_default=True, help="Validity of certificates.")
+@number_option("--days", "Validity of certificates.", 1, 3650, default=365)
 @passphrase_file
 @quiet
 @as_lines

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from aggregation.errors import ConfigError
-from edgeadapt.commandline import program
+from edgeadapt.commandline import number_option, program
 from edgeadapt.formats import storage
 from edgeadapt.formats.storage import WorkFolder
 
@@ -45,9 +45,7 @@ device enrol --state devices/{name} --certificate devices/{name}.pem
 @click.argument("folder", type=click.Path(path_type=Path), metavar="NAME")
 @click.option("--fleet", is_flag=True, help="Make a trial fleet: an authority, a coordinator and three devices.")
 @click.option("--base", default=BASE, show_default=True, metavar="WHERE", help="With --fleet: the frozen base.")
-@click.option(
-    "--port", default=9443, show_default=True, type=click.IntRange(1, 65535), help="With --fleet: of the gateway."
-)
+@number_option("--port", "With --fleet: of the gateway.", 1, 65535, default=9443)
 @click.option("-q", "--quiet", is_flag=True, help="With --fleet: do not show the commands that make it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def new(folder: Path, fleet: bool, base: str, port: int, quiet: bool, as_json: bool) -> None:

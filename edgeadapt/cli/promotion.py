@@ -13,7 +13,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from edgeadapt import commandline, traces
 from edgeadapt.cli.channel import name, open_repository, print_published, repository
-from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, print_result
+from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, number_option, path_option, print_result
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.release import ALL
@@ -31,17 +31,14 @@ language = click.option(
     metavar="CODE",
     help="Only devices with this language, such as de; may be repeated.",
 )
-vendor_key = click.option(
+vendor_key = path_option(
     "--key",
-    "key_file",
+    "The vendor's key: sign the rollback now, for 'release watch' to publish if the release is worse.",
+    name="key_file",
     type=FILE,
-    metavar="FILE",
-    help="The vendor's key: sign the rollback now, for 'release watch' to publish if the release is worse.",
 )
-releases = click.option("--releases", type=FOLDER, required=True, metavar="REPO", help="The repository of channels.")
-trusted = click.option(
-    "--trust", type=FOLDER, metavar="FILE", help="The coordinator's public key, PEM. Default: the one of DIR."
-)
+releases = path_option("--releases", "The repository of channels.", required=True, metavar="REPO")
+trusted = path_option("--trust", "The coordinator's public key, PEM. Default: the one of DIR.")
 adapter_name = commandline.adapter("adapter", "Which adapter of both releases.", default="global", show_default=True)
 
 
@@ -49,9 +46,7 @@ adapter_name = commandline.adapter("adapter", "Which adapter of both releases.",
 @repository
 @click.argument("source", metavar="FROM")
 @click.argument("channel", metavar="TO")
-@click.option(
-    "--trust", type=FILE, metavar="FILE", help="Keys that sign bundles, as devices pin them. Default: REPO/trust.pem."
-)
+@path_option("--trust", "Keys that sign bundles, as devices pin them. Default: REPO/trust.pem.", type=FILE)
 @click.option(
     "--share",
     type=click.IntRange(0, ALL),
@@ -160,8 +155,8 @@ def rollout(
 @click.command()
 @repository
 @name
-@click.option("--to", "number", type=click.IntRange(min=1), required=True, metavar="N", help="Number of the release.")
-@click.option("--key", type=FILE, required=True, metavar="FILE", help="The vendor's key, which signs bundles.")
+@number_option("--to", "Number of the release.", 1, name="number", required=True, metavar="N")
+@path_option("--key", "The vendor's key, which signs bundles.", required=True, type=FILE)
 @as_json
 def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) -> None:
     """Publish release N of CHANNEL again, its adapters signed under a version above all others. No gate is asked.

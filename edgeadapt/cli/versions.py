@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from aggregation.errors import ConfigError
-from edgeadapt.commandline import FILE, FOLDER, as_json, print_result
+from edgeadapt.commandline import FILE, FOLDER, as_json, path_option, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.manifest import PrivacyBound, ServerRule
 from edgeadapt.releases.lineage import (
@@ -33,12 +33,10 @@ NUMBER = click.IntRange(0, 2**63 - 1)
 @click.argument("state_dir", type=FOLDER, metavar="DIR")
 @click.argument("version", type=NUMBER, metavar="[VERSION]", required=False)
 @click.argument("other", type=NUMBER, metavar="[OTHER]", required=False)
-@click.option("--releases", type=FOLDER, metavar="REPO", help="A repository of channels, to see what is there.")
-@click.option(
-    "--trust", type=FOLDER, metavar="FILE", help="The coordinator's public key, PEM. Default: the one of DIR."
-)
+@path_option("--releases", "A repository of channels, to see what is there.", metavar="REPO")
+@path_option("--trust", "The coordinator's public key, PEM. Default: the one of DIR.")
 @click.option("--sbom", is_flag=True, help="Print VERSION's software bill of materials: always JSON, CycloneDX 1.6.")
-@click.option("--out", type=FILE, metavar="FILE", help="With --sbom: write it here. Default: standard output.")
+@path_option("--out", "With --sbom: write it here. Default: standard output.", type=FILE)
 @as_json
 def versions(
     state_dir: Path,

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from edgeadapt import commandline
-from edgeadapt.commandline import FOLDER, as_json, print_result
+from edgeadapt.commandline import as_json, path_option, print_result
 from edgeadapt.formats.calibration import BINS, FOLDS, Calibration
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.manifest import Format
@@ -38,12 +38,8 @@ from export.cli.options import (
 @click.option(
     "--format", "form", default="int8", type=click.Choice(["fp32", "fp16", "int8", "int4"]), help="Default: int8."
 )
-@click.option(
-    "--calibrate",
-    "held_out",
-    type=FOLDER,
-    metavar="FILE",
-    help="Fit the probabilities to held-out phrases: lines of a label, a tab and a phrase.",
+@path_option(
+    "--calibrate", "Fit the probabilities to held-out phrases: lines of a label, a tab and a phrase.", name="held_out"
 )
 @click.option(
     "--base",

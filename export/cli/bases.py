@@ -11,7 +11,7 @@ import click
 from aggregation.errors import ConfigError
 from edgeadapt import commandline
 from edgeadapt.bases.base import PACKAGES, Base, Package, find_base, in_package
-from edgeadapt.commandline import FOLDER, as_json, print_result, status
+from edgeadapt.commandline import as_json, path_option, print_result, status
 from edgeadapt.formats.storage import WorkFolder, read_lines
 
 
@@ -45,18 +45,18 @@ def show(name: str | None, as_json: bool) -> None:
 @click.option(
     "--languages", default="", metavar="A,B", help="With --prune: tokens of their frequent words stay, as en,de."
 )
-@click.option("--texts", type=FOLDER, metavar="FILE", help="Such as the base will read, one a line.")
+@path_option("--texts", "Such as the base will read, one a line.")
 @click.option(
     "--words",
-    default=60_000,
     type=click.IntRange(1, 1_000_000),
+    default=60_000,
     metavar="N",
     help="With --prune: words of each language. Default: 60,000.",
 )
 @click.option(
     "--size", default=384, show_default=True, metavar="N", help="With --lexical: how many numbers, a multiple of 8."
 )
-@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
+@path_option("--out", "The new base's folder; must not exist.", required=True, metavar="DIR")
 @commandline.quiet
 @as_json
 def change(
@@ -122,8 +122,8 @@ def change(
 
 @click.command()
 @click.argument("name", metavar="NAME|DIR|FILE")
-@click.option("--peft", "adapter", type=FOLDER, metavar="DIR", required=True, help="A folder that peft saved.")
-@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
+@path_option("--peft", "A folder that peft saved.", name="adapter", metavar="DIR", required=True)
+@path_option("--out", "The new base's folder; must not exist.", required=True, metavar="DIR")
 @commandline.quiet
 @as_json
 def merge(name: str, adapter: Path, out: Path, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from edgeadapt import commandline
-from edgeadapt.commandline import FOLDER, as_json, print_result
+from edgeadapt.commandline import as_json, path_option, print_result
 from edgeadapt.formats.bundle import TRUST, Bundle
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.storage import read_lines, real
@@ -27,7 +27,7 @@ MAXIMA = {"max_abs_diff", "mixed_diff"}  # more answers can only raise these
 @from_folder
 @which
 @pinned
-@click.option("--texts", type=FOLDER, required=True, metavar="FILE", help="Held-out texts, one a line.")
+@path_option("--texts", "Held-out texts, one a line.", required=True)
 @commandline.quiet
 @as_json
 def check(

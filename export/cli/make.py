@@ -8,7 +8,7 @@ import click
 from aggregation.errors import ConfigError, DataError
 from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
-from edgeadapt.commandline import FOLDER, as_json, print_result
+from edgeadapt.commandline import as_json, number_option, path_option, print_result
 from edgeadapt.formats.bundle import KNOWLEDGE, PHRASES, TRAINING
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.manifest import Task
@@ -54,24 +54,16 @@ TASKS = ("text-classification", "text-generation")
     type=click.Choice(["own", "mean"]),
     help="Of a classifier: the base's own, or over the mean of its tokens. Default: its own, if it has one.",
 )
-@click.option(
-    "--max-rank",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="Highest rank of an adapter. Default: 64, or that of --peft if it is higher.",
+@number_option(
+    "--max-rank", "Highest rank of an adapter. Default: 64, or that of --peft if it is higher.", 1, 1024, metavar="N"
 )
 @click.option(
     "--training/--no-training",
     default=None,
     help="With a graph by which devices train adapters without torch. Default: of a classifier, if it can be made.",
 )
-@click.option(
-    "--phrases",
-    type=FOLDER,
-    metavar="FILE",
-    help="Public phrases that devices rehearse when they learn: lines of a label, a tab and a phrase.",
-)
-@click.option("--knowledge", type=FOLDER, metavar="DIR", help="Texts from which devices answer questions.")
+@path_option("--phrases", "Public phrases that devices rehearse when they learn: lines of a label, a tab and a phrase.")
+@path_option("--knowledge", "Texts from which devices answer questions.", metavar="DIR")
 @commandline.bundle("The bundle; its base is replaced.", new=True)
 @signed_by
 @commandline.quiet

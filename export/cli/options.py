@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from aggregation.errors import ConfigError
-from edgeadapt.commandline import FOLDER
+from edgeadapt.commandline import number_option, path_option
 from edgeadapt.formats.peftconfig import PeftConfig, require_gradients
 from edgeadapt.formats.storage import read_lines
 from export.addition import PROFILE
@@ -13,32 +13,20 @@ from export.bundle import sources
 from export.onnx.exported import ExportedBase
 
 profiled = click.option("--profile", metavar="NAME", help=f"How weights of the base are stored. Default: {PROFILE}.")
-signed_by = click.option(
-    "--key", "key_file", type=FOLDER, required=True, metavar="KEY.pem", help="Private key that signs; see 'key'."
+signed_by = path_option(
+    "--key", "Private key that signs; see 'key'.", name="key_file", required=True, metavar="KEY.pem"
 )
-from_registry = click.option(
-    "--registry", type=FOLDER, metavar="DIR", help="A coordinator's state directory with a registry."
+from_registry = path_option("--registry", "A coordinator's state directory with a registry.", metavar="DIR")
+from_folder = path_option("--peft", "A folder that peft saved.", name="peft_folder", metavar="DIR")
+which = number_option(
+    "--version", "Version. Default: the newest; of a PEFT folder the one after the bundle's.", 0, 2**63 - 1, metavar="N"
 )
-from_folder = click.option("--peft", "peft_folder", type=FOLDER, metavar="DIR", help="A folder that peft saved.")
-which = click.option(
-    "--version",
-    type=click.IntRange(0, 2**63 - 1),
-    metavar="N",
-    help="Version. Default: the newest; of a PEFT folder the one after the bundle's.",
+pinned = path_option(
+    "--trust", "Public keys. Default: the registry's own, or trust.pem in the folder that holds the bundle."
 )
-pinned = click.option(
-    "--trust",
-    type=FOLDER,
-    metavar="FILE",
-    help="Public keys. Default: the registry's own, or trust.pem in the folder that holds the bundle.",
-)
-the_policy = click.option("--policy", type=FOLDER, metavar="FILE", help="What the bundle may answer from now on, TOML.")
-the_card = click.option(
-    "--card", type=FOLDER, metavar="FILE", help="Owner, purpose, data, license and languages, TOML."
-)
-the_labels = click.option(
-    "--labels", type=FOLDER, metavar="FILE", help="Of a PEFT folder: the labels of its head, one a line, in order."
-)
+the_policy = path_option("--policy", "What the bundle may answer from now on, TOML.")
+the_card = path_option("--card", "Owner, purpose, data, license and languages, TOML.")
+the_labels = path_option("--labels", "Of a PEFT folder: the labels of its head, one a line, in order.")
 
 
 def origin_of(

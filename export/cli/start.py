@@ -7,30 +7,19 @@ import click
 
 from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
-from edgeadapt.commandline import FOLDER, as_json, print_result, status
+from edgeadapt.commandline import as_json, number_option, path_option, print_result, status
 from edgeadapt.formats.peftconfig import MAX_LAYERS, MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from edgeadapt.formats.phrases import read_phrases
 
 
 @click.command()
 @click.option("--base", "name", required=True, metavar="NAME|DIR", help="The frozen base: a package or a folder.")
-@click.option(
-    "--phrases",
-    type=FOLDER,
-    metavar="FILE",
-    help="Lines of a label, a tab and a phrase. Without it, the base is a language model.",
-)
+@path_option("--phrases", "Lines of a label, a tab and a phrase. Without it, the base is a language model.")
 @click.option(
     "--method", type=click.Choice(get_args(MethodName)), default="lora", show_default=True, help="Of the adapter."
 )
-@click.option("--rank", default=8, type=click.IntRange(1, MAX_RANK), show_default=True, help="Of updates of low rank.")
-@click.option(
-    "--alpha",
-    default=16,
-    type=click.IntRange(1),
-    show_default=True,
-    help="The update is scaled by alpha / rank; vera has none.",
-)
+@number_option("--rank", "Of updates of low rank.", 1, MAX_RANK, default=8)
+@number_option("--alpha", "The update is scaled by alpha / rank; vera has none.", 1, default=16)
 @click.option(
     "--targets",
     metavar="A,B",
@@ -38,19 +27,13 @@ from edgeadapt.formats.phrases import read_phrases
 )
 @click.option(
     "--layers",
-    default=0,
     type=click.IntRange(0, MAX_LAYERS),
+    default=0,
     metavar="K",
     help="Adapt the last K layers alone: what is below is computed once for each text.  [default: 0, all]",
 )
 @click.option("--feedforward", metavar="A,B", help="Those of ia3's targets whose input is scaled.")
-@click.option(
-    "--virtual-tokens",
-    default=20,
-    type=click.IntRange(1, MAX_VIRTUAL_TOKENS),
-    show_default=True,
-    help="Of prompt_tuning and prefix_tuning.",
-)
+@number_option("--virtual-tokens", "Of prompt_tuning and prefix_tuning.", 1, MAX_VIRTUAL_TOKENS, default=20)
 @click.option(
     "--bias",
     type=click.Choice(["none", "all", "lora_only"]),
@@ -58,10 +41,8 @@ from edgeadapt.formats.phrases import read_phrases
     show_default=True,
     help="Which of the base's biases lora, rslora and dora train besides.",
 )
-@click.option(
-    "--seed", default=0, type=click.IntRange(0, 2**63 - 1), show_default=True, help="Draws matrices or virtual tokens."
-)
-@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="A new folder, for 'coordinator publish'.")
+@number_option("--seed", "Draws matrices or virtual tokens.", 0, 2**63 - 1, default=0)
+@path_option("--out", "A new folder, for 'coordinator publish'.", required=True, metavar="DIR")
 @commandline.quiet
 @as_json
 def start(
