@@ -22,7 +22,7 @@
 import { epsilonOf } from "./aggregation/accounting.js";
 import { Root } from "./aggregation/certificates.js";
 import { Policy } from "./aggregation/policy.js";
-import { EMPTY, joined, requireLedger, spent } from "./aggregation/privacyledger.js";
+import { EMPTY, requireLedger, spent } from "./aggregation/privacyledger.js";
 import { certificateIn, request } from "./aggregation/requests.js";
 import { equal, sha256 } from "./bytes.js";
 import { ConfigError, TrustError } from "./errors.js";
@@ -49,28 +49,13 @@ export class Identity {
    * the account is damaged.
    */
   async load() {
-    const account = await this.#account();
-    const found = await this.store.transact(IDENTITIES, "readonly", (store) => store.get(this.place));
-    return found && { ...FRESH, ...found, ...account }; // an older page wrote fewer fields
-  }
-
-  /** The account, to which is added, once, what an older page kept with each base. Throws as `load`. */
-  async #account() {
-    const found = {};
-    await this.store.transact(IDENTITIES, "readwrite", (store) => {
-      const [keys, values] = [store.getAllKeys(), store.getAll()];
-      values.onsuccess = () => {
-        const stored = new Map(keys.result.map((key, i) => [key, values.result[i]]));
-        try {
-          found.account = carried(stored, store);
-        } catch (error) {
-          found.error = error;
-        }
-      };
-      return values;
+    let account;
+    const found = await this.store.transact(IDENTITIES, "readonly", (store) => {
+      account = store.get(ACCOUNT);
+      return store.get(this.place);
     });
-    if (found.error) throw found.error;
-    return found.account;
+    const own = requireAccount(account.result ?? UNSPENT);
+    return found && { ...FRESH, ...found, ...own }; // an older page wrote fewer fields
   }
 
   /** Replace the record and the account together. Throws ConfigError: they cannot be stored; those before stay. */
@@ -98,7 +83,6 @@ export class Identity {
 
   /** Delete the key and all that belongs to it. The account of what was revealed stays. */
   async forget() {
-    await this.#account();
     await this.store.transact(IDENTITIES, "readwrite", (store) => store.delete(this.place));
   }
 
@@ -201,18 +185,8 @@ export class Identity {
   }
 }
 
-/** The account in what is `stored`, { key: record }, together with those in single records, which are put into it and removed there. */
-function carried(stored, store) {
-  const own = stored.get(ACCOUNT) ?? UNSPENT;
-  const { maximum_epsilon: limit } = own;
+/** A stored account. Throws TrustError: it is damaged. */
+function requireAccount({ privacy, maximum_epsilon: limit }) {
   if (!(0 <= limit && limit < Infinity)) throw new TrustError("the limit on the privacy to spend is damaged; clear the page's data to start anew", "privacy");
-  const older = [...stored].filter(([key, { privacy }]) => key !== ACCOUNT && privacy !== undefined);
-  const privacy = older.reduce((sum, [, each]) => joined(sum, requireLedger(each.privacy)), requireLedger(own.privacy));
-  if (!older.length) return own;
-  store.put({ ...own, privacy }, ACCOUNT);
-  for (const [key, { privacy: _, ...record }] of older) {
-    if (record.pair) store.put(record, key);
-    else store.delete(key); // of a forgotten identity
-  }
-  return { ...own, privacy };
+  return { privacy: requireLedger(privacy), maximum_epsilon: limit };
 }

@@ -87,8 +87,6 @@ export class Store {
       const asked = (result) => requests[requests.push({ result: structuredClone(result) }) - 1];
       const request = ask({
         get: (key) => asked(records.get(key)),
-        getAll: () => asked([...records.values()]),
-        getAllKeys: () => asked([...records.keys()]),
         put: (value, key) => asked(records.set(key, structuredClone(value)) && key),
         delete: (key) => asked(void records.delete(key)),
       });

@@ -25,14 +25,6 @@ export function requireLedger(found) {
   throw new TrustError("the account of the privacy that this browser spent is damaged; clear the page's data to start anew", "privacy");
 }
 
-/** The ledger of what two ledgers account for. */
-export const joined = (one, other) => ({
-  settled: together(one.settled, other.settled),
-  pending: together(one.pending, other.pending),
-  noisy: one.noisy + other.noisy,
-  bare: one.bare + other.bare,
-});
-
 /** Of everything that left the device with noise. */
 export const spent = ({ settled, pending }) => together(settled, pending);
 

@@ -20,17 +20,15 @@ export function withPrivate(values, kept, subject, task) {
 /** What to keep after a round; null if its task has no private parts, so that `kept` stays. */
 export function toKeep(kept, subject, trained, task) {
   const values = new Map(privateOf(trained, task));
-  return values.size ? { subject, values, ever: [...new Set([...everPrivate(kept), ...everPrivate({ values })])].sort() } : null;
+  const ever = new Set([...(kept?.ever ?? []), ...[...values.keys()].map(partOf)]);
+  return values.size ? { subject, values, ever: [...ever].sort() } : null;
 }
 
 /** Check that a task shares no part that was ever private. An update of R is one of B, to which it is added. Throws ProtocolError: it shares one. */
 export function checkUnshared(kept, { shared }) {
   const changed = shared.map((part) => (part === R ? B : part));
-  const refused = everPrivate(kept).find((part) => changed.includes(part));
+  const refused = kept?.ever.find((part) => changed.includes(part));
   if (!refused) return;
   const text = `task.shared: this device keeps the part ${refused} to itself, because it trained it without sharing it: take a method that does not share it, or ask its person to forget its identity`;
   refuse(text, "task.shared");
 }
-
-/** An older page kept no `ever`. */
-const everPrivate = (kept) => (kept ? (kept.ever ?? [...new Set([...kept.values.keys()].map(partOf))]) : []);

@@ -36,13 +36,3 @@ test("plans are trained from the same numbers, keep the same parts and are refus
     }
   }
 });
-
-test("what an older page kept is private too", () => {
-  const older = { subject: "", values: values({ "classifier.weight": 1, "q.lora_B.weight": 2 }) };
-  assert.equal(refusedPart(older, { shared: ["A", "head"] }), "head");
-  assert.equal(refusedPart(older, { shared: ["R"] }), "B");
-  assert.equal(refusedPart(older, { shared: ["A", "vectors"] }), null);
-  const task = { trained: ["A", "vectors"], shared: ["vectors"], peft_config: {}, labels: [] };
-  const next = toKeep(older, "x", values({ "q.lora_A.weight": 1 }), task);
-  assert.deepEqual([next.ever, [...next.values.keys()]], [["A", "B", "head"], ["q.lora_A.weight"]]);
-});
