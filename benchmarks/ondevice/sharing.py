@@ -59,7 +59,8 @@ def measure(base: Base, work: SharingWorkload, note: Note) -> dict[str, Any]:
     note("export of a base with slots in its last layers")
     slotted = with_mean_head(base, Slots(("query", "value"), first=-work.layers))
     parts = export_classifier(slotted, base, work.profile)
-    whole = replace(parts, digests={name: digest for name, digest in parts.digests.items() if name != UPPER})
+    files = {name: digest for name, digest in parts.manifest.files.items() if name != UPPER}
+    whole = replace(parts, manifest=replace(parts.manifest, files=files))
     config = trainable.configuration(base, targets=("query", "value"), layers=work.layers)
     model, rng = build(base, len(LABELS), config), np.random.default_rng(0)
     shapes = {name: value.shape for name, value in tensors(model).items()}

@@ -89,9 +89,9 @@ def _write_bundle(
     check_place(out)
     manifest = exported.manifest
     files = {BASE_MANIFEST.as_posix(): manifest.sign(key)}
-    limit = partial(_longest, exported.task, exported.read)
+    limit = partial(_longest, manifest.task, exported.read)
     for source in sources:
-        if source.adapter_inputs is None and exported.task == "text-generation":
+        if source.adapter_inputs is None and manifest.task == "text-generation":
             reason = f"adapter {source.name!r} lacks adapter_inputs, which hold the scaling of its layers"
             raise ConfigError(reason, about="adapter_inputs")
         files |= _adapter_files(source, source.adapter_inputs or exported.adapter_inputs, manifest, limit, key, form)
@@ -100,7 +100,7 @@ def _write_bundle(
         if kept:
             link_files(out / ADAPTERS, stage / ADAPTERS)
         (stage / BASE).mkdir()
-        for name in exported.digests:
+        for name in manifest.files:
             (link_or_copy if once else copyfile)(exported.folder / name, stage / BASE / name)
         write_files(stage, files)
 
@@ -108,12 +108,8 @@ def _write_bundle(
 def _under_policy(out: Path, exported: ExportedBase, key: IdentityKey) -> ExportedBase:
     """Keep the policy of a bundle in ``out`` with the same base: its adapters were released with it. Raises TrustError:
     another key signed that bundle."""
-    old = stated_manifest(out)
-    if (
-        POLICY in exported.digests
-        or old is None
-        or (old.base_digest, POLICY in old.files) != (exported.base_digest, True)
-    ):
+    old, new = stated_manifest(out), exported.manifest
+    if POLICY in new.files or old is None or old.base_digest != new.base_digest or POLICY not in old.files:
         return exported
     return exported.with_file(POLICY, Bundle(out, (key.public,)).base().files[POLICY])
 
@@ -181,7 +177,7 @@ def create(
     ``exported`` is used up: its files become the bundle's. Raises ConfigError, DataError: as ``write_bundle``, or the
     adapter is for another base.
     """
-    origin = fitted(origin, exported.base_digest, exported.slots)
+    origin = fitted(origin, exported.manifest.base_digest, exported.manifest.slots)
     if origin.policy:
         origin.policy.check_labels(origin.labels)
         exported = exported.with_file(POLICY, origin.policy.encode())

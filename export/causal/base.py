@@ -29,6 +29,7 @@ from edgeadapt.bases.states import KEPT_RANGE, KEPT_STATES, STATES
 from edgeadapt.formats.bundle import CHAT, GENERATION, MODEL, TOKENIZER, TRAINING
 from edgeadapt.formats.graphinputs import OUTPUT_SCALE, PREFIX, PROMPT, layer_of
 from edgeadapt.formats.layout import Floats
+from edgeadapt.formats.manifest import BaseManifest
 from edgeadapt.formats.storage import WorkFolder
 from edgeadapt.methods.peft.inputs import AdapterInputs, LoraSlot
 from export.causal import builder, traced
@@ -235,20 +236,19 @@ def export_causal(
             longest = pretrained.configuration(base).max_position_embeddings
             module = LearnedLogits(stored)
             difference = check_gradients(work.path, module, inserted, sample.ids[0].tolist(), longest, language=True)
-        return ExportedBase(
+        manifest = BaseManifest(
             base_digest=base.digest,
             task="text-generation",
-            profile=profile,
-            adapter_inputs=inputs,
+            profile=profile.value,
+            files=digests,
             slots=inserted,
             max_rank=max_rank,
+            independent_rows=False,
             onnxruntime=runtime,
             opset=opset,
-            work=work,
-            merged=base.merged,
-            digests=digests,
-            gradients=difference,
+            merged=dict(base.merged),
         )
+        return ExportedBase(manifest, inputs, work, gradients=difference)
 
 
 def _insert_virtual(graph: ModelProto, wanted: Slots, embedding: virtualtokens.Embedding | None) -> virtualtokens.Slots:

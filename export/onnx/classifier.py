@@ -16,6 +16,7 @@ from edgeadapt.bases.classifiergraph import LABELS, ClassifierGraph
 from edgeadapt.formats.bundle import LOWER, MODEL, TOKENIZER, TRAINING, UPPER
 from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
 from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.formats.manifest import BaseManifest
 from edgeadapt.formats.storage import WorkFolder
 from export.onnx import graph, headers
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
@@ -87,22 +88,19 @@ def export_classifier(
             for name in graphs:
                 del digests[name]
                 (work.path / name).unlink()
-    return ExportedBase(
+    manifest = BaseManifest(
         base_digest=base.digest,
         task="text-classification",
-        profile=profile,
-        adapter_inputs=slotted.inputs,
+        profile=profile.value,
+        files=digests,
         slots=slots,
         max_rank=max_rank,
+        independent_rows=independent_rows(work.path, digests, slots, ids, longest),
         onnxruntime=runtime,
         opset=opset,
-        work=work,
-        digests=digests,
-        independent_rows=independent_rows(work.path, digests, slots, ids, longest),
-        merged=base.merged,
-        untrainable=untrainable,
-        gradients=difference,
+        merged=dict(base.merged),
     )
+    return ExportedBase(manifest, slotted.inputs, work, untrainable, difference)
 
 
 def _unless(demanded: bool | None, error: ConfigError) -> str:

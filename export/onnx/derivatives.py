@@ -314,14 +314,6 @@ def _layer_norm(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[i
     return gradients
 
 
-def _same_numbers(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
-    return {0: to.shaped(gradient, node.input[0])}
-
-
-def _expand(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
-    return {0: to.summed(gradient, node.input[0], node.output[0])}
-
-
 def _transpose(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
     order = settings(node, perm=list(range(to.rank(node.input[0])))[::-1])["perm"]
     return {0: to.add("Transpose", gradient, perm=np.argsort(order).tolist())}
@@ -421,6 +413,9 @@ def _by(slope: Slope) -> Rule:
     return lambda to, node, gradient, _: {0: slope(to, gradient, node.input[0], node.output[0])}
 
 
+_same_numbers = _by(lambda to, g, x, y: to.shaped(g, x))
+
+
 def _one_minus(to: Backward, value: str) -> str:
     return to.add("Sub", to.number(1), value)
 
@@ -449,7 +444,7 @@ RULES: Mapping[str, Rule] = {
     "Flatten": _same_numbers,
     "Squeeze": _same_numbers,
     "Unsqueeze": _same_numbers,
-    "Expand": _expand,
+    "Expand": _sum,
     "Transpose": _transpose,
     "Gather": _gather,
     "GatherElements": _gather_elements,

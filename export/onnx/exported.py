@@ -64,18 +64,9 @@ def counted(report: Report, stage: str, total: int) -> Callable[[int], None]:
 class ExportedBase:
     """A frozen base as a device runs it. One export serves every adapter of the same layers, whatever its rank."""
 
-    base_digest: str
-    task: Task
-    profile: Profile
+    manifest: BaseManifest  # states its files
     adapter_inputs: AdapterInputs
-    slots: dict[str, tuple[str, ...]]  # graph inputs that an adapter fills → dimensions as text
-    max_rank: int
-    onnxruntime: str  # the lowest version that runs the graphs
-    opset: int  # version of ONNX's operators
-    work: WorkFolder = field(repr=False)  # holds the base's files; they are deleted with it
-    digests: Mapping[str, str]  # the base's files by name: SHA-256, hex
-    independent_rows: bool = False  # measured for a classifier (``independent_rows``)
-    merged: Mapping[str, str] = field(default_factory=dict)  # from ``Base.merged``
+    work: WorkFolder = field(repr=False)  # holds the files; they are deleted with it
     untrainable: str = ""  # why it has no training graph, if one was tried
     gradients: float | None = None  # its training graph's largest difference from torch's (``check_gradients``)
 
@@ -91,26 +82,11 @@ class ExportedBase:
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum((self.folder / name).stat().st_size for name in self.digests)
-
-    @property
-    def manifest(self) -> BaseManifest:
-        """State what the exporter signs about these files."""
-        return BaseManifest(
-            self.base_digest,
-            self.task,
-            self.profile.value,
-            dict(self.digests),
-            self.slots,
-            self.max_rank,
-            self.independent_rows,
-            self.onnxruntime,
-            self.opset,
-            dict(self.merged),
-        )
+        return sum((self.folder / name).stat().st_size for name in self.manifest.files)
 
     def with_file(self, name: str, content: bytes) -> Self:
-        return replace(self, digests={**self.digests, **written(self.folder, {name: content})})
+        files = self.manifest.files | written(self.folder, {name: content})
+        return replace(self, manifest=replace(self.manifest, files=files))
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()

@@ -204,7 +204,7 @@ def test_a_base_that_was_not_made_for_dora_and_weights_without_a_norm_get_one_li
 ) -> None:
     tab.open(phone)
     for ending in (OUTPUT_SCALE, OFFSET):
-        slot = next(name for name in sorted(trainable.slots) if name.endswith(ending))
+        slot = next(name for name in sorted(trainable.manifest.slots) if name.endswith(ending))
         failed = tab.error(f"{WITHOUT_SLOT}({json.dumps(slot)})")
         assert (failed["name"], failed["about"]) == ("ConfigError", slot)
         assert "export it with --slots low-rank,scale,offset" in failed["message"]
@@ -214,7 +214,7 @@ def test_a_base_that_was_not_made_for_dora_and_weights_without_a_norm_get_one_li
     model = onnx.load_from_string(graph.read_bytes())
     model.graph.output.remove(next(each for each in model.graph.output if each.name.endswith(".weight_norm")))
     graph.write_bytes(model.SerializeToString())
-    resign_base(phone, vendor, files=trainable.digests | {TRAINING: storage.file_sha256(graph)})
+    resign_base(phone, vendor, files=trainable.manifest.files | {TRAINING: storage.file_sha256(graph)})
     tab.open(phone)
     assert "has no norm of" in refused(tab, label=other(phone))
     assert tab.evaluate("engine.adapterNames()") == ["global"]

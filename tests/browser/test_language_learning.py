@@ -371,7 +371,7 @@ def test_a_training_graph_that_is_altered_or_of_another_layout_or_absent_gets_on
         model = onnx.load_from_string(original)
         change(model)
         graph.write_bytes(model.SerializeToString())
-        resign_base(talker, vendor, files=talking.digests | {TRAINING: storage.file_sha256(graph)})
+        resign_base(talker, vendor, files=talking.manifest.files | {TRAINING: storage.file_sha256(graph)})
         tab.open(talker)
         message = refused(tab, PROMPT, ANSWER)
         assert said in message

@@ -173,7 +173,7 @@ def public(bundle: Path, vendor: IdentityKey, exported: ExportedBase) -> None:
     rows = [f"{session.classify([text], 'global')[0].label}\t{text}\n" for text in PHRASES[1:]]
     (bundle / BASE / PHRASES_FILE).write_text("".join(rows) + "Unknown\ta label that the adapter lacks\n")
     digest = storage.file_sha256(bundle / BASE / PHRASES_FILE)
-    resign_base(bundle, vendor, files={**exported.digests, PHRASES_FILE: digest})
+    resign_base(bundle, vendor, files={**exported.manifest.files, PHRASES_FILE: digest})
 
 
 def other(bundle: Path, text: str = PHRASES[0]) -> str:

@@ -48,7 +48,7 @@ def lexical(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Base:
 def trainable(lexical: Base) -> ExportedBase:
     slotted = with_mean_head(lexical, Slots(("query", "value"), first=-1))
     exported = export_classifier(slotted, lexical, Profile.FP32, training=True)
-    assert LOWER in exported.digests
+    assert LOWER in exported.manifest.files
     return exported
 
 

@@ -29,7 +29,7 @@ class Runner:
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(exported.folder))
         self.exported = exported  # its files go with it
-        self.session = ort.InferenceSession(without_shapes(exported.model, exported.slots), options)
+        self.session = ort.InferenceSession(without_shapes(exported.model, exported.manifest.slots), options)
         self.pasts = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
         self.outputs = [value.name for value in self.session.get_outputs()]
 

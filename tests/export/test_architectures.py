@@ -187,9 +187,9 @@ def compared(
     bare = answer({}, False)
     found: dict[SlotKind | None, float] = {}
     for kind, logits in expected.items():
-        given = drawn(exported.slots, kind, model) if kind else {}
+        given = drawn(exported.manifest.slots, kind, model) if kind else {}
         answers = answer(given, kind in AFTER_VIRTUAL) if kind else bare
-        if exported.profile is Profile.FP32:
+        if exported.manifest.profile == Profile.FP32:
             found[kind] = max(float(np.abs(each - logits).max() / np.abs(logits).max()) for each in answers)
         elif kind:
             changes = [each - one for each, one in zip(answers, bare, strict=True)]
@@ -262,12 +262,12 @@ def generated(base: Base, runner: Any) -> list[str]:
             if profile is Profile.FP32:
                 heads = (side.pasts[0].shape[1], side.pasts[0].shape[3])
                 ask = partial(by_torch, ids=ids, heads=heads, cache=cache)
-                expected = with_each(exported.slots, model, partial(ask, model))
-                coarse = with_each(exported.slots, model, partial(ask, rounded(model, {})))
+                expected = with_each(exported.manifest.slots, model, partial(ask, model))
+                coarse = with_each(exported.manifest.slots, model, partial(ask, rounded(model, {})))
 
             def answer(given: Tensors, virtual: bool, side: Any = side) -> list[Floats]:
                 tokens = np.array([with_placeholders(list(row), TOKENS * virtual) for row in ids])
-                firsts = (None, FIRST + TOKENS) if side.exported.profile is Profile.FP32 else (FIRST + TOKENS,)
+                firsts = (None, FIRST + TOKENS) if side.exported.manifest.profile == Profile.FP32 else (FIRST + TOKENS,)
                 return [side.logits(tokens, given, first)[:, -LENGTH:] for first in firsts]
 
             found[profile] = compared(exported, model, answer, coarse if profile is Profile.NATIVE_INT4 else expected)
@@ -313,12 +313,14 @@ def classified(base: Base, runner: Any) -> list[str]:
     inner: Any = with_own_head(base, [ALL]).model
     model = inner.double()  # float32 of random weights is sometimes less exact than the graph's
     head = {
-        name: inner.get_parameter(name).detach().numpy().astype(np.float32) for name in exported.slots if is_saved(name)
+        name: inner.get_parameter(name).detach().numpy().astype(np.float32)
+        for name in exported.manifest.slots
+        if is_saved(name)
     }
     ids = np.random.default_rng(0).integers(4, 75, (8, LENGTH))
     ask = partial(by_torch, ids=ids)
-    expected = with_each(exported.slots, model, partial(ask, model))
-    coarse = with_each(exported.slots, model, partial(ask, rounded(model, head)))
+    expected = with_each(exported.manifest.slots, model, partial(ask, model))
+    coarse = with_each(exported.manifest.slots, model, partial(ask, rounded(model, head)))
     found = {}
     for profile in (Profile.FP32, *LIMITS):
         if profile is not Profile.FP32:

@@ -108,7 +108,7 @@ def test_the_exported_base_answers_and_trains_as_torch_does_with_lexical_feature
     )
     assert exported.gradients is not None
     assert exported.gradients < 1e-4
-    assert exported.slots["classifier.weight"][1] == str(embedded(base, ["stop"]).shape[1])
+    assert exported.manifest.slots["classifier.weight"][1] == str(embedded(base, ["stop"]).shape[1])
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ def check_headers(exported: ExportedBase) -> None:
             model = onnx.load(folder / header, load_external_data=False)
             shapes = {v.name: dimensions(v) for v in (*model.graph.input, *model.graph.output)}
             assert all(text for shape in shapes.values() for text in shape), "a dimension has neither size nor name"
-            assert {name: shapes[name] for name in exported.slots} == exported.slots
-            assert {entry.domain: entry.version for entry in model.opset_import}[""] == exported.opset
+            assert {name: shapes[name] for name in exported.manifest.slots} == exported.manifest.slots
+            assert {entry.domain: entry.version for entry in model.opset_import}[""] == exported.manifest.opset
             about = {entry.key: entry.value for entry in model.metadata_props}
-            assert about["base_digest"] == exported.base_digest
-            assert about["minimum_onnxruntime"] == exported.onnxruntime
-            assert (about["profile"], about["task"]) == (exported.profile, exported.task)
+            assert about["base_digest"] == exported.manifest.base_digest
+            assert about["minimum_onnxruntime"] == exported.manifest.onnxruntime
+            assert (about["profile"], about["task"]) == (exported.manifest.profile, exported.manifest.task)
             assert model.producer_name == "edgeadapt"
 
 

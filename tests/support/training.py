@@ -38,9 +38,9 @@ def check_shared_weights(exported: ExportedBase, own: int) -> None:
 
 def round_as(exported: ExportedBase, model: nn.Module) -> None:
     """Give a model the weights with which an exported base answers, in place."""
-    if exported.profile in BITS:
-        round_weights(model, BITS[exported.profile])
-    elif exported.profile is Profile.WEB_INT8:
+    if exported.manifest.profile in BITS:
+        round_weights(model, BITS[exported.manifest.profile])
+    elif exported.manifest.profile == Profile.WEB_INT8:
         round_integers(model, integer_weights(onnx.load(exported.folder / MODEL), MEMORY))
 
 

@@ -25,7 +25,7 @@ from edgeadapt.formats.bundle import TOKENIZER, TRUST
 from edgeadapt.formats.files import sha256
 from edgeadapt.formats.graphinputs import LORA_A, LORA_B, OFFSET, PEFT_PREFIX
 from edgeadapt.formats.layout import Floats, Tensors
-from edgeadapt.formats.manifest import Format, PrivacyBound
+from edgeadapt.formats.manifest import BaseManifest, Format, PrivacyBound
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.storage import WorkFolder
 from edgeadapt.methods.peft.inputs import AdapterInputs
@@ -131,20 +131,19 @@ def exported() -> ExportedBase:
     made, work = graph(), WorkFolder()
     runtime, opset = headers.requirements(made)
     digests = headers.split(made, SLOTS, {"task": "text-classification"}, work.path)
-    return ExportedBase(
+    manifest = BaseManifest(
         base_digest=sha256(b"the base of the test vectors"),
         task="text-classification",
-        profile=Profile.FP32,
-        adapter_inputs=AdapterInputs.of_tensors(CONFIG, tensors()),
+        profile=Profile.FP32.value,
+        files=digests | written(work.path, {TOKENIZER: tokenizer()}),
         slots=SLOTS,
         max_rank=8,
+        independent_rows=True,
         onnxruntime=runtime,
         opset=opset,
-        work=work,
-        digests=digests | written(work.path, {TOKENIZER: tokenizer()}),
-        independent_rows=True,
         merged={sha256(b"the adapter that was merged"): "LOKR"},
     )
+    return ExportedBase(manifest, AdapterInputs.of_tensors(CONFIG, tensors()), work)
 
 
 def tensors() -> Tensors:
@@ -177,7 +176,7 @@ def write(folder: Path) -> None:
 
 def expected(folder: Path, base: ExportedBase) -> dict[str, Any]:
     """What a reader finds in the bundle in ``folder``: tensors and ``trust.seen.json``, and what a device answers."""
-    read, run = Tokenizer.from_str(tokenizer().decode()), open_base(base.folder, base.digests, SLOTS, True)
+    read, run = Tokenizer.from_str(tokenizer().decode()), open_base(base.folder, base.manifest.files, SLOTS, True)
     answers: list[dict[str, Any]] = [{"text": text, "ids": read.encode(text).ids, "logits": {}} for text in TEXTS]
     adapters = {}
     for form in FORMATS:

@@ -37,7 +37,7 @@ CHATS, WHOLE = "chats", "whole"
 
 def source(name: str, exported: ExportedBase, seed: int) -> AdapterSource:
     rng, values = np.random.default_rng(seed), {}
-    for slot, sizes in exported.slots.items():
+    for slot, sizes in exported.manifest.slots.items():
         path, _, kind = slot.rpartition(".lora_")
         shape = [int(size) if size.isdigit() else CONFIG.r for size in sizes][::-1]
         peft_name = f"base_model.model.{path}.lora_{kind}"
@@ -57,7 +57,7 @@ def three_layers(make_lm: MakeLm) -> Base:
 @pytest.fixture(scope="module", params=[Profile.FP32, Profile.NATIVE_INT8, Profile.NATIVE_INT4])
 def cut(request: pytest.FixtureRequest, three_layers: Base) -> ExportedBase:
     exported = export_causal(three_layers, Slots(("q_proj", "v_proj"), first=-1), request.param)
-    assert CHAT in exported.digests
+    assert CHAT in exported.manifest.files
     return exported
 
 
@@ -65,7 +65,8 @@ def cut(request: pytest.FixtureRequest, three_layers: Base) -> ExportedBase:
 def chats(cut: ExportedBase, vendor: IdentityKey, tmp_path: Path) -> Path:
     """A bundle with three adapters of the last layer, and next to it the same without the graph that keeps states."""
     sources = [source(name, cut, seed) for seed, name in enumerate(NAMES)]
-    whole = replace(cut, digests={name: digest for name, digest in cut.digests.items() if name != CHAT})
+    files = {name: digest for name, digest in cut.manifest.files.items() if name != CHAT}
+    whole = replace(cut, manifest=replace(cut.manifest, files=files))
     for name, exported in ((CHATS, cut), (WHOLE, whole)):
         write_bundle(tmp_path / name, exported, sources, key=vendor)
     (tmp_path / TRUST).write_bytes(vendor.public.to_pem())
@@ -181,7 +182,7 @@ def test_a_signed_file_that_is_no_graph_is_refused(chats: Path, vendor: Identity
 
 
 def test_a_base_whose_slots_or_states_do_not_allow_it_has_no_such_graph(three_layers: Base, make_lm: Any) -> None:
-    assert CHAT not in export_causal(three_layers, ("q_proj",), Profile.FP32).digests
-    assert CHAT not in export_causal(three_layers, Slots(("q_proj",), first=-1), Profile.WEB_INT8).digests
+    assert CHAT not in export_causal(three_layers, ("q_proj",), Profile.FP32).manifest.files
+    assert CHAT not in export_causal(three_layers, Slots(("q_proj",), first=-1), Profile.WEB_INT8).manifest.files
     traced = make_lm("phi3", pad_token_id=2)  # its KV cache is not one buffer
-    assert CHAT not in export_causal(traced, Slots(("qkv_proj",), first=-1), Profile.FP32).digests
+    assert CHAT not in export_causal(traced, Slots(("qkv_proj",), first=-1), Profile.FP32).manifest.files

@@ -56,7 +56,8 @@ def write(cut: ExportedBase, tiny_base: Base, vendor: IdentityKey, tmp_path: Pat
 
     def make(without: Sequence[str] = ()) -> Path:
         folder = tmp_path / f"without-{len(without)}"
-        base = replace(cut, digests={name: sha for name, sha in cut.digests.items() if name not in without})
+        files = {name: sha for name, sha in cut.manifest.files.items() if name not in without}
+        base = replace(cut, manifest=replace(cut.manifest, files=files))
         write_bundle(folder / "bundle", base, sources, key=vendor)
         (folder / TRUST).write_bytes(vendor.public.to_pem())
         return folder / "bundle"

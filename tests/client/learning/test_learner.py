@@ -171,7 +171,7 @@ def test_public_phrases_of_the_bundle_are_rehearsed_and_those_answered_otherwise
     content += "Unknown\tsome label that this adapter lacks\n"
     (phone / BASE / PHRASES).write_text(content)
     digest = storage.file_sha256(phone / BASE / PHRASES)
-    resign_base(phone, vendor, files={**trainable.digests, PHRASES: digest})
+    resign_base(phone, vendor, files={**trainable.manifest.files, PHRASES: digest})
     learned = teach(phone, other(phone))
     assert 0 < len(learned.others) < 6
     changed = [one for one in learned.others if one.changed]
@@ -276,7 +276,7 @@ def test_an_adapter_without_a_peft_config_is_refused(
 def test_a_signed_base_with_nan_weights_is_refused(phone: Path, trainable: ExportedBase, vendor: IdentityKey) -> None:
     weights = phone / BASE / WEIGHTS
     weights.write_bytes(b"\xff" * weights.stat().st_size)
-    resign_base(phone, vendor, files={**trainable.digests, WEIGHTS: storage.file_sha256(weights)})
+    resign_base(phone, vendor, files={**trainable.manifest.files, WEIGHTS: storage.file_sha256(weights)})
     with pytest.raises(EdgeAdaptError) as caught:
         teach(phone, "Light")
     assert caught.value.about in ("training.loss", TRAINING)

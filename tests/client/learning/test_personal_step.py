@@ -170,7 +170,7 @@ def with_phrases(phone: Path, trainable: ExportedBase, vendor: IdentityKey, cont
     """Put public phrases into the bundle, signed by the vendor."""
     (phone / BASE / PHRASES).write_bytes(content)
     digest = storage.file_sha256(phone / BASE / PHRASES)
-    resign_base(phone, vendor, files={**trainable.digests, PHRASES: digest})
+    resign_base(phone, vendor, files={**trainable.manifest.files, PHRASES: digest})
 
 
 def test_a_personal_step_forgets_no_more_public_phrases_than_the_global_adapter_answers_wrong(

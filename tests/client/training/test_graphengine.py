@@ -338,7 +338,7 @@ def test_a_base_with_its_own_head_is_trained_and_has_no_embeddings_and_no_federa
     first, gradients = ours.engine.gradients(start, batches)
     step = {name: value - np.float32(0.1) * gradients[name] for name, value in start.items()}
     assert ours.engine.gradients(step, batches)[0] < first
-    odd = next(name for name in sorted(made.slots) if not name.startswith(("encoder.", "classifier.")))
+    odd = next(name for name in sorted(made.manifest.slots) if not name.startswith(("encoder.", "classifier.")))
     with refused(ConfigError, odd):
         ours.embed(["a"])
     with refused(ConfigError, odd):

@@ -56,7 +56,9 @@ def accept(bundle: Bundle, name: str = "global") -> VerifiedAdapter:
 def test_a_sound_bundle_is_accepted_with_its_tensors(trusted: Bundle, exported: ExportedBase, source: Source) -> None:
     base, adapter = trusted.base(), accept(trusted)
     assert base.manifest == exported.manifest
-    assert {name: base.read(name) for name in base.manifest.files} == {n: exported.read(n) for n in exported.digests}
+    assert {name: base.read(name) for name in base.manifest.files} == {
+        n: exported.read(n) for n in exported.manifest.files
+    }
     expected = to_inputs(source().tensors, exported.adapter_inputs.scaling)
     assert adapter.inputs.keys() == expected.keys()
     for name, value in expected.items():

@@ -120,7 +120,8 @@ def test_a_base_with_other_slots_does_not_replace_one_that_has_adapters(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
     before = contents(bundle)
-    other = replace(exported, slots=exported.slots | {"encoder.key.lora_A.weight": ("32", "rank_9")})
+    slots = exported.manifest.slots | {"encoder.key.lora_A.weight": ("32", "rank_9")}
+    other = replace(exported, manifest=replace(exported.manifest, slots=slots))
     with refused(ConfigError, "slots"):
         write_bundle(bundle, other, [], key=vendor)
     assert contents(bundle) == before
@@ -132,7 +133,8 @@ def test_a_base_with_other_slots_does_not_replace_one_that_has_adapters(
 def test_adapters_of_another_base_are_not_kept(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
-    write_bundle(bundle, replace(exported, base_digest="b" * 64), [source("new")], key=vendor)
+    other = replace(exported.manifest, base_digest="b" * 64)
+    write_bundle(bundle, replace(exported, manifest=other), [source("new")], key=vendor)
     assert not (bundle / "adapters" / "global.json").exists()
 
 

@@ -97,21 +97,21 @@ def test_each_row_of_a_batch_has_its_own_adapter(
 def test_the_base_manifest_states_task_slots_and_highest_rank(llama: Base) -> None:
     exported = export_causal(llama, ("v_proj", "q_proj"), Profile.FP32, max_rank=16)
     assert (exported.manifest.task, exported.manifest.max_rank) == ("text-generation", 16)
-    assert list(exported.slots) == [
+    assert list(exported.manifest.slots) == [
         f"model.layers.{layer}.self_attn.{part}_proj.lora_{side}.weight"
         for layer in range(2)
         for part in "qv"
         for side in "AB"
     ]
-    assert exported.slots["model.layers.0.self_attn.v_proj.lora_A.weight"] == ("64", "rank_1")
-    assert exported.slots["model.layers.0.self_attn.v_proj.lora_B.weight"] == ("rank_1", "32")
+    assert exported.manifest.slots["model.layers.0.self_attn.v_proj.lora_A.weight"] == ("64", "rank_1")
+    assert exported.manifest.slots["model.layers.0.self_attn.v_proj.lora_B.weight"] == ("rank_1", "32")
 
 
 def test_the_web_header_has_no_defaults_and_the_same_weights(exported: ExportedBase) -> None:
     native, web = (onnx.load_from_string(exported.read(name)) for name in (headers.MODEL, headers.WEB_MODEL))
     assert {value.name for value in web.graph.input} == {value.name for value in native.graph.input}
-    assert not {tensor.name for tensor in web.graph.initializer} & set(exported.slots)
-    assert set(exported.slots) <= {tensor.name for tensor in native.graph.initializer}
+    assert not {tensor.name for tensor in web.graph.initializer} & set(exported.manifest.slots)
+    assert set(exported.manifest.slots) <= {tensor.name for tensor in native.graph.initializer}
 
 
 PROCESS = """
@@ -150,7 +150,7 @@ def test_two_processes_in_two_folders_write_the_same_bundle_and_the_builder_chan
 def test_no_file_contains_a_path_of_the_exporting_machine_or_an_embedding_twice(
     exported: ExportedBase, llama: Base
 ) -> None:
-    for name in exported.digests:
+    for name in exported.manifest.files:
         blob = exported.read(name)
         assert str(llama.folder).encode() not in blob, name
         assert b"/tmp/" not in blob, name
@@ -172,7 +172,7 @@ def test_weights_in_parts_give_the_same_graph(llama: Base, tmp_path: Path) -> No
     parts = find_base(str(tmp_path))
     assert len(parts.weight_files) > 2
     made = [export_causal(base, ("q_proj",), Profile.FP32) for base in (llama, parts)]
-    one, several = ({name: base.read(name) for name in base.digests} for base in made)
+    one, several = ({name: base.read(name) for name in base.manifest.files} for base in made)
     for files in (one, several):  # the headers name the base
         for name in (headers.MODEL, headers.WEB_MODEL):
             header = onnx.load_from_string(files[name])

@@ -94,7 +94,7 @@ def test_any_rank_gives_torchs_logits_with_and_without_the_cache(
     side, tokens = runner(exported), ids(2, 9)
     for model in (build(base, PeftConfig.lora(rank=5, alpha=7, targets=case[2])), patterned(base, case[2])):
         inputs = to_inputs(drawn(model, 0), adapter_inputs(model).scaling)
-        assert set(inputs) == set(exported.slots)
+        assert set(inputs) == set(exported.manifest.slots)
         expected = torch_logits(model, tokens)
         for first in (None, 1, 4):  # all at once, one by one, both
             np.testing.assert_allclose(side.logits(tokens, inputs, first), expected, atol=1e-4)
@@ -142,11 +142,11 @@ def test_a_quantized_base_gives_nearly_torchs_logits_and_leaves_no_weight_in_flo
     inputs, expected = to_inputs(drawn(model, 5), adapter_inputs(model).scaling), torch_logits(model, tokens)
     error = np.square(runner(exported).logits(tokens, inputs, 8) - expected).sum() / np.square(expected).sum()
     assert 1e-9 < error < LIMITS[profile]
-    assert exported.slots == exact.slots
+    assert exported.manifest.slots == exact.manifest.slots
     if profile is not Profile.WEB_INT8:  # which may leave some, as measured
         stored = onnx.load_from_string(exported.model).graph.initializer
         floats = [t.name for t in stored if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2]
-        assert [n for n in floats if "scales" not in n and n not in exported.slots] == []
+        assert [n for n in floats if "scales" not in n and n not in exported.manifest.slots] == []
 
 
 @pytest.mark.exhaustive
@@ -154,8 +154,8 @@ def test_the_same_base_exports_to_the_same_bytes_without_any_path(gpt2: tuple[Ba
     base, exported = gpt2
     with traced_anew():
         again = export_causal(base, GPT2, Profile.FP32)
-    assert again.digests == exported.digests
-    for name in exported.digests:
+    assert again.manifest.files == exported.manifest.files
+    for name in exported.manifest.files:
         blob = exported.read(name)
         for trace in (b"site-packages", b".py", b"/tmp/", str(base.folder).encode()):
             assert trace not in blob, name

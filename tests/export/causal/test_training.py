@@ -79,7 +79,7 @@ def test_the_gradients_are_torchs_for_any_batch_and_length_over_the_weights_of_t
     shapes = {name: value.shape for name, value in causal.tensors(causal.build(lm_base, LORA)).items()}
     values = {name: rng.standard_normal(shape, dtype=np.float32) / 4 for name, shape in shapes.items()}
     check_shared_weights(trained(profile), 0)
-    assert not missing_slots(opened(trained(profile)), trained(profile).slots)
+    assert not missing_slots(opened(trained(profile)), trained(profile).manifest.slots)
     wanted_loss, expected, scaling = in_torch(lm_base, trained(profile), batch, values)
     loss, found = opened(trained(profile)).gradients(batch, to_inputs(values, scaling))
     assert loss == pytest.approx(wanted_loss, rel=1e-4)
@@ -148,7 +148,7 @@ def test_a_base_with_few_positions_has_gradients_of_virtual_tokens(make_lm: Make
     base = make_lm("gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=5)
     kinds = frozenset({SlotKind.LOW_RANK, SlotKind.PROMPT, SlotKind.PREFIX})
     made = export_causal(base, Slots(("c_attn",), kinds), Profile.NATIVE_INT8, training=True)  # holds them to torch's
-    assert not missing_slots(opened(made), made.slots)
+    assert not missing_slots(opened(made), made.manifest.slots)
 
 
 @pytest.mark.parametrize("profile", few([Profile.NATIVE_INT8, Profile.WEB_INT8], Profile.NATIVE_INT8))
@@ -164,7 +164,7 @@ def test_another_family_with_an_output_layer_of_its_own_has_one(make_lm: MakeLm)
     base = make_lm("qwen2", tie_word_embeddings=False)
     want = wanted(base, slots=Slots(("q_proj", "down_proj")))
     made = export_named(str(base.folder), "native-int8", want, training=True)
-    assert not missing_slots(opened(made), made.slots)
+    assert not missing_slots(opened(made), made.manifest.slots)
 
 
 @pytest.mark.parametrize("profile", few([Profile.FP32, Profile.NATIVE_INT8], Profile.NATIVE_INT8))
@@ -172,5 +172,5 @@ def test_queries_keys_and_values_of_one_matrix_have_gradients(make_lm: MakeLm, p
     base = make_lm("gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=64)
     kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
     made = export_causal(base, Slots(("c_attn", "mlp.c_proj"), kinds), profile, training=True)  # holds them to torch's
-    assert not missing_slots(opened(made), made.slots)
+    assert not missing_slots(opened(made), made.manifest.slots)
     check_shared_weights(made, 16 * 1024)

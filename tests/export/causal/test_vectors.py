@@ -84,7 +84,7 @@ def trained(base: Base, config: PeftConfig, folder: Path) -> PeftModel:
 
 
 def inputs_of(folder: Path, base: Base, exported: ExportedBase) -> Tensors:
-    origin = fitted(resolved(from_peft(folder, 1, ()), base), base.digest, exported.slots)
+    origin = fitted(resolved(from_peft(folder, 1, ()), base), base.digest, exported.manifest.slots)
     return to_inputs(origin.tensors, AdapterInputs.of_tensors(origin.peft_config, origin.tensors).scaling)
 
 

@@ -28,7 +28,9 @@ WITHOUT = {"num_key_value_heads": ..., "head_dim": ..., "intermediate_size": ...
 def inputs_of(folder: Path, exported: ExportedBase) -> Tensors:
     """An adapter of virtual tokens, with what it lacks for the other slots of the base."""
     found = to_inputs(read_peft(folder).tensors, {})
-    empty = {name: [int(size) if size.isdigit() else 0 for size in slot] for name, slot in exported.slots.items()}
+    empty = {
+        name: [int(size) if size.isdigit() else 0 for size in slot] for name, slot in exported.manifest.slots.items()
+    }
     return {name: found.get(name, np.zeros(shape, np.float32)) for name, shape in empty.items()}
 
 

@@ -29,7 +29,7 @@ TOP = Slots(("query", "value"), first=-1)
 
 
 def opened(exported: ExportedBase) -> TrainingGraph:
-    lower = exported.read(LOWER) if LOWER in exported.digests else None
+    lower = exported.read(LOWER) if LOWER in exported.manifest.files else None
     return TrainingGraph(exported.read(TRAINING), exported.folder, lower=lower)
 
 
@@ -39,7 +39,7 @@ def inputs_of(graph: bytes) -> set[str]:
 
 def drawn(exported: ExportedBase) -> dict[str, Floats]:
     rng = np.random.default_rng(3)
-    shapes = {name: [int(d) if d.isdigit() else 3 for d in sizes] for name, sizes in exported.slots.items()}
+    shapes = {name: [int(d) if d.isdigit() else 3 for d in sizes] for name, sizes in exported.manifest.slots.items()}
     return {name: rng.standard_normal(shape, dtype=np.float32) / 4 for name, shape in shapes.items()}
 
 
@@ -51,9 +51,9 @@ def test_both_parts_give_the_gradients_of_the_whole_and_compute_the_states_of_a_
     model = with_mean_head(base, TOP)
     both = (model, replace(model, cut=False))
     parts, whole = (export_classifier(each, base, Profile.FP32, training=True) for each in both)
-    assert LOWER not in whole.digests
-    assert all(".layer.1." in name or name.startswith("classifier.") for name in parts.slots)
-    reads = {STATES, "input_ids", "attention_mask", "targets", "shares", *parts.slots}
+    assert LOWER not in whole.manifest.files
+    assert all(".layer.1." in name or name.startswith("classifier.") for name in parts.manifest.slots)
+    reads = {STATES, "input_ids", "attention_mask", "targets", "shares", *parts.manifest.slots}
     assert inputs_of(parts.read(TRAINING)) == reads
     assert inputs_of(parts.read(LOWER)) == {"input_ids", "attention_mask"}
     # Neither part has weights of its own.
@@ -93,7 +93,7 @@ def test_a_language_model_is_cut_as_well(llama: Base, profile: Profile) -> None:
     made = export_causal(llama, Slots(("q_proj", "down_proj"), first=-1), profile, training=True)  # held to torch's
     assert STATES in inputs_of(made.read(TRAINING))
     assert "input_ids" not in inputs_of(made.read(TRAINING))
-    assert all("layers.1." in name for name in made.slots)
+    assert all("layers.1." in name for name in made.manifest.slots)
 
 
 def test_states_of_another_place_are_refused(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_states_of_another_place_are_refused(tiny_base: Base, monkeypatch: pytes
     with refused(ConfigError, LOWER):
         export_classifier(with_mean_head(tiny_base, TOP), tiny_base, Profile.FP32, training=True)
     made = export_classifier(with_mean_head(tiny_base, TOP), tiny_base, Profile.FP32, training=None)
-    assert not {LOWER, TRAINING}.intersection(made.digests)
+    assert not {LOWER, TRAINING}.intersection(made.manifest.files)
     assert not (made.folder / LOWER).exists()
 
 
@@ -145,7 +145,7 @@ def test_no_vector_is_below_the_last_layers(tiny_base: Base) -> None:
 
 def test_a_named_base_with_slots_in_its_last_layers_is_cut(tiny_base: Base) -> None:
     made = export_named(str(tiny_base.folder), "fp32", wanted(tiny_base, slots=TOP))
-    assert LOWER in made.digests
+    assert LOWER in made.manifest.files
 
 
 @pytest.mark.parametrize("profile", few(Profile, Profile.FP32, Profile.NATIVE_INT8))
@@ -154,8 +154,11 @@ def test_both_parts_give_the_answers_of_the_whole_bit_for_bit(
 ) -> None:
     base = with_lexical_features(tiny_base, 64, tmp_path / "lexical") if profile is Profile.FP32 else tiny_base
     made = export_classifier(with_mean_head(base, TOP), base, profile, training=True)
-    graphs = [open_base(made.folder, names, made.slots, made.independent_rows) for names in (made.digests, [MODEL])]
-    adapters = [classifier._random(made.slots, seed) for seed in range(3)]
+    graphs = [
+        open_base(made.folder, names, made.manifest.slots, made.manifest.independent_rows)
+        for names in (made.manifest.files, [MODEL])
+    ]
+    adapters = [classifier._random(made.manifest.slots, seed) for seed in range(3)]
     rows = [(text, adapter) for text in ([2, 9, 8, 7, 3], [2, 11, 3], [2]) for adapter in adapters]
     for text, adapter in rows:
         parts, whole = (graph.logits(text, graph.feeds(adapter)) for graph in graphs)
@@ -166,10 +169,10 @@ def test_both_parts_give_the_answers_of_the_whole_bit_for_bit(
 
 def test_a_base_that_no_device_trains_is_cut_as_well(tiny_base: Base) -> None:
     made = export_classifier(with_mean_head(tiny_base, TOP), tiny_base, Profile.FP32)
-    assert made.digests.keys() >= {LOWER, UPPER}
-    assert TRAINING not in made.digests
+    assert made.manifest.files.keys() >= {LOWER, UPPER}
+    assert TRAINING not in made.manifest.files
 
 
 def test_a_base_whose_slots_begin_in_its_first_layer_has_one_graph(tiny_base: Base) -> None:
     made = export_classifier(with_mean_head(tiny_base, ("query",)), tiny_base, Profile.FP32, training=True)
-    assert not {LOWER, UPPER}.intersection(made.digests)
+    assert not {LOWER, UPPER}.intersection(made.manifest.files)

@@ -52,7 +52,7 @@ def _probabilities(base: Base, spec: PeftConfig, profile: Profile) -> np.ndarray
     exported = export_classifier(slotted_of(model), base, profile)
     empty = {
         name: np.zeros([int(d) if d.isdigit() else 0 for d in dimensions], np.float32)
-        for name, dimensions in exported.slots.items()
+        for name, dimensions in exported.manifest.slots.items()
         if "lora" in name
     }
     return np.exp(log_softmax(OnnxRunner.open(exported.folder, exported.manifest).classify(TEXTS, inputs | empty)))

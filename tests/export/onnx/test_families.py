@@ -182,7 +182,7 @@ def test_a_family_that_takes_1_for_padding_whatever_it_states_reads_its_longest_
     assert len(ids) == POSITIONS - 2
     empty = {
         name: np.zeros([int(d) if d.isdigit() else 3 for d in dimensions], np.float32)
-        for name, dimensions in exported.slots.items()
+        for name, dimensions in exported.manifest.slots.items()
     }
     assert runner.logits(ids, empty).shape == (1, 3)
 

@@ -34,7 +34,7 @@ VOCABULARY = 60
 
 @pytest.fixture(scope="module")
 def session(exported: ExportedBase) -> ort.InferenceSession:
-    return open_session(exported.model, exported.folder, exported.slots)
+    return open_session(exported.model, exported.folder, exported.manifest.slots)
 
 
 def draw(model: PeftModel, rng: np.random.Generator) -> Tensors:
@@ -105,10 +105,10 @@ def test_any_module_in_modules_to_save_is_an_input(make_base: Callable[..., Base
     values = draw(model, rng)
     load(model, values)
     exported = export_classifier(slotted_of(model), base, Profile.FP32)
-    assert exported.slots["encoder.embeddings.LayerNorm.weight"] == ("32",)
+    assert exported.manifest.slots["encoder.embeddings.LayerNorm.weight"] == ("32",)
     ids, mask = tokens(rng, 2, 5)
     found = onnx_logits(
-        open_session(exported.model, exported.folder, exported.slots),
+        open_session(exported.model, exported.folder, exported.manifest.slots),
         ids,
         mask,
         to_inputs(values, exported.adapter_inputs.scaling),
@@ -119,11 +119,11 @@ def test_any_module_in_modules_to_save_is_an_input(make_base: Callable[..., Base
 
 def test_each_layer_has_its_own_symbolic_rank_and_the_head_a_symbolic_number_of_labels(exported: ExportedBase) -> None:
     query, value = (f"encoder.encoder.layer.0.attention.self.{name}" for name in ("query", "value"))
-    assert exported.slots[query + ".lora_A.weight"] == ("32", "rank_0")
-    assert exported.slots[query + ".lora_B.weight"] == ("rank_0", "32")
-    assert exported.slots[value + ".lora_A.weight"] == ("32", "rank_1")
-    assert exported.slots["classifier.weight"] == ("labels", "32")
-    assert exported.slots["classifier.bias"] == ("labels",)
+    assert exported.manifest.slots[query + ".lora_A.weight"] == ("32", "rank_0")
+    assert exported.manifest.slots[query + ".lora_B.weight"] == ("rank_0", "32")
+    assert exported.manifest.slots[value + ".lora_A.weight"] == ("32", "rank_1")
+    assert exported.manifest.slots["classifier.weight"] == ("labels", "32")
+    assert exported.manifest.slots["classifier.bias"] == ("labels",)
 
 
 def test_the_same_base_exports_to_the_same_bytes_whatever_the_adapter(tiny_base: Base, exported: ExportedBase) -> None:
@@ -131,13 +131,13 @@ def test_the_same_base_exports_to_the_same_bytes_whatever_the_adapter(tiny_base:
         again = export_classifier(
             slotted_of(build(tiny_base, 4, PeftConfig.lora(rank=4, alpha=8))), tiny_base, Profile.FP32
         )
-    assert again.digests == exported.digests
+    assert again.manifest.files == exported.manifest.files
 
 
 def test_quantization_keeps_every_slot_and_stores_all_large_weights_in_int8(
     exported: ExportedBase, exported_int8: ExportedBase
 ) -> None:
-    assert exported_int8.slots == exported.slots
+    assert exported_int8.manifest.slots == exported.manifest.slots
     model = onnx.load_from_string(exported_int8.model)
     floats = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
     large = [tensor.name for tensor in floats if np.prod(tensor.dims) > 64]

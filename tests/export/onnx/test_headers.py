@@ -126,7 +126,7 @@ def test_the_lowest_runtime_follows_from_the_operators() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's memory maps")
 def test_a_session_opened_by_path_maps_the_weights(exported: ExportedBase, tmp_path: Path) -> None:
-    for name in exported.digests:
+    for name in exported.manifest.files:
         blob = exported.read(name)
         (tmp_path / name).write_bytes(blob)
     options = ort.SessionOptions()

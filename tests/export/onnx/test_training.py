@@ -121,8 +121,11 @@ def test_the_answering_graph_is_the_same_with_and_without_a_training_graph(
     trained: Exported, exported: ExportedBase
 ) -> None:
     with_it, without = trained(Profile.FP32), exported
-    assert [with_it.read(MODEL), set(with_it.digests) - set(without.digests)] == [without.read(MODEL), {TRAINING}]
-    assert not missing_slots(opened(with_it), with_it.slots)
+    assert [with_it.read(MODEL), set(with_it.manifest.files) - set(without.manifest.files)] == [
+        without.read(MODEL),
+        {TRAINING},
+    ]
+    assert not missing_slots(opened(with_it), with_it.manifest.slots)
 
 
 def test_an_altered_training_graph_is_refused(trained: Exported, tmp_path: Path, vendor: IdentityKey) -> None:
@@ -170,7 +173,7 @@ def test_an_operator_without_a_derivative_is_refused_only_where_a_training_graph
         export_classifier(slotted_of(model), tiny_base, Profile.FP32, training=True)
     made = export_classifier(slotted_of(model), tiny_base, Profile.FP32, training=None)
     assert "Softmax" in made.untrainable
-    assert TRAINING not in made.digests
+    assert TRAINING not in made.manifest.files
 
 
 def test_a_base_whose_gradients_are_off_is_exported_without_a_training_graph_by_default(
@@ -179,7 +182,7 @@ def test_a_base_whose_gradients_are_off_is_exported_without_a_training_graph_by_
     monkeypatch.setattr(gradients, "LIMIT", 0.0)
     made = export_classifier(slotted_of(model), tiny_base, Profile.FP32, training=None)
     assert made.untrainable
-    assert TRAINING not in made.digests
+    assert TRAINING not in made.manifest.files
     assert not (made.folder / TRAINING).exists()
 
 
@@ -189,9 +192,9 @@ def test_slots_of_every_kind_have_gradients(tiny_base: Base, profile: Profile) -
     kinds = frozenset(SlotKind) - {SlotKind.PROMPT, SlotKind.PREFIX, SlotKind.BIASES}
     slotted = with_mean_head(tiny_base, Slots(("query", "intermediate.dense"), kinds))
     made = export_classifier(slotted, tiny_base, profile, training=True)  # and holds them to torch's
-    assert not missing_slots(opened(made), made.slots)
+    assert not missing_slots(opened(made), made.manifest.slots)
     ends = (".output_scale", ".input_scale", ".output_offset", "LayerNorm.weight.replaced")
-    assert all(any(name.endswith(end) for name in made.slots) for end in ends)
+    assert all(any(name.endswith(end) for name in made.manifest.slots) for end in ends)
 
 
 def test_a_norm_of_other_weights_is_refused(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,4 +208,4 @@ def test_a_norm_of_other_weights_is_refused(tiny_base: Base, monkeypatch: pytest
 def test_the_first_token_as_the_answers_source_has_gradients(tiny_base: Base) -> None:
     slotted = with_own_head(tiny_base, ["query", "value"])  # BERT's pooler reads the first token
     made = export_classifier(slotted, tiny_base, Profile.FP32, training=True)
-    assert not missing_slots(opened(made), made.slots)
+    assert not missing_slots(opened(made), made.manifest.slots)
