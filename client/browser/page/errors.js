@@ -39,6 +39,15 @@ export class ProtocolError extends EdgeAdaptError {
   static of(error, peer = "") {
     return new ProtocolError(error.message, error.about, peer);
   }
+
+  /** What `work` makes. An error of this `kind` is the fault of `peer`. */
+  static async blaming(peer, kind, work) {
+    try {
+      return await work();
+    } catch (error) {
+      throw error instanceof kind ? ProtocolError.of(error, peer) : error;
+    }
+  }
 }
 
 /** A value for a message: quoted, and cut to `limit` characters. */

@@ -13,11 +13,7 @@ import { ascending, u32 } from "./wire.js";
 /** The ids and keys of a cohort: a Map of device → { key, serial, notAfter }. `coordinator`: its key, which is no device's. */
 export async function members(root, certificates, coordinator, at) {
   const found = [];
-  try {
-    for (const der of certificates) found.push(await root.verify(der, at));
-  } catch (error) {
-    throw error instanceof TrustError ? ProtocolError.of(error) : error;
-  }
+  for (const der of certificates) found.push(await ProtocolError.blaming("", TrustError, () => root.verify(der, at)));
   const names = found.map(({ device }) => device);
   if (!ascending(names)) throw new ProtocolError("the cohort repeats a device, or is out of order", "offer.order");
   if (new Set(names.map((name) => name.toLowerCase())).size !== names.length) {
@@ -52,11 +48,7 @@ async function advert(offer, rounds, signer, device, raw) {
   }
   const keys = [message.share_key, ...message.mask_keys];
   if (new Set(keys.map(hex)).size !== keys.length) throw new ProtocolError("advert repeats a key", "advert.keys", device);
-  try {
-    keys.forEach(requirePublicKey);
-  } catch (error) {
-    throw ProtocolError.of(error, device);
-  }
+  await ProtocolError.blaming(device, Error, () => keys.forEach(requirePublicKey));
   return message;
 }
 
@@ -81,11 +73,8 @@ export async function roster(spec, offer, cohort, message) {
     peers.set(device, { position: peers.size + 1, identity, shareKey: found.share_key, maskKeys: found.mask_keys });
     last = device;
   }
-  try {
-    return [await Session.of(spec, offer, await Roster.digest(message), peers), signed];
-  } catch (error) {
-    throw error instanceof ConfigError ? ProtocolError.of(error, COORDINATOR) : error;
-  }
+  const digested = await Roster.digest(message);
+  return [await ProtocolError.blaming(COORDINATOR, ConfigError, () => Session.of(spec, offer, digested, peers)), signed];
 }
 
 /** Returns if the encrypted shares that a device receives are from neighbors only, and enough for a round. */
@@ -143,11 +132,8 @@ export async function consistencySignatures(session, current, message, signature
   const signed = await Survivors.digest(message);
   for (const [device, signature] of signatures) {
     const body = ConsistencySignature.encode({ survivors: signed, device });
-    try {
-      await verify(session.peers.get(device).identity, ConsistencySignature.tag, body, signature);
-    } catch (error) {
-      throw ProtocolError.of(error, COORDINATOR);
-    }
+    const { identity } = session.peers.get(device);
+    await ProtocolError.blaming(COORDINATOR, Error, () => verify(identity, ConsistencySignature.tag, body, signature));
   }
 }
 

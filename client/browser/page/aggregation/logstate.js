@@ -137,7 +137,7 @@ export class LogState {
     if (!equal(checkpoint.offer, this.offer) || !equal(checkpoint.previous, this.previous)) {
       refuse("the log is of another session", "receipt.session");
     }
-    try {
+    await ProtocolError.blaming(COORDINATOR, TrustError, async () => {
       if (this.size) {
         const path = receipt.consistency.get(this.size) ?? [];
         await verifyConsistency(this.root, this.size, checkpoint.root, checkpoint.size, path);
@@ -145,9 +145,7 @@ export class LogState {
       const endings = await endingsIn(coordinator, receipt, checkpoint);
       await this.#checkLastRound(receipt, endings, checkpoint);
       this.#checkAdapter(endings, checkpoint);
-    } catch (error) {
-      throw error instanceof TrustError ? ProtocolError.of(error, COORDINATOR) : error;
-    }
+    });
     const { device, offer, previous } = this;
     const { version, adapter, size, root } = checkpoint;
     return [new LogState({ device, offer, previous, version, adapter, size, root }), checkpoint];

@@ -127,11 +127,8 @@ export class Participant {
   /** Installs the list that the coordinator forwards. It can withhold a list, but not forge one. */
   async #install(raw) {
     const { root } = this.#device;
-    try {
-      this.#device = this.#device.withRoot(root.withRevocations(newerThan(await readRevocations(root, raw), root.revoked)));
-    } catch (error) {
-      throw error instanceof TrustError ? ProtocolError.of(error, COORDINATOR) : error;
-    }
+    const renewed = async () => root.withRevocations(newerThan(await readRevocations(root, raw), root.revoked));
+    this.#device = this.#device.withRoot(await ProtocolError.blaming(COORDINATOR, TrustError, renewed));
   }
 
   async #plan(body, blob, proof, at) {

@@ -51,7 +51,8 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
       // Of all devices on one scale, so without private parts.
       if (isEvaluation(task)) return { vector: await counts(engine, trainer, task, examples, plan, spec, ends(pause, plan)), parts: null };
       if (isAnalytic(task)) return { vector: await moments(trainer, start, task, examples, plan, spec, ends(pause, plan)), parts: null };
-      const whole = task.shared.includes(R) ? withSquares(start, trainer.shapes) : start;
+      const withSquares = () => ProtocolError.blaming(COORDINATOR, DataError, () => unfolded(start, trainer.shapes));
+      const whole = task.shared.includes(R) ? await withSquares() : start; // of Fed-SB
       const shared = [...whole.keys()].filter((name) => task.shared.includes(partOf(name)));
       requireBounds(spec, updateSegments(spec, shared.reduce((sum, name) => sum + whole.get(name).length, 0)));
       checkUnshared(kept, task);
@@ -77,15 +78,6 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
 }
 
 const valuesOf = (inputs) => new Map([...inputs].map(([name, { values }]) => [name, values]));
-
-/** The adapter in a round of Fed-SB. */
-function withSquares(start, shapes) {
-  try {
-    return unfolded(start, shapes);
-  } catch (error) {
-    throw error instanceof DataError ? ProtocolError.of(error, COORDINATOR) : error;
-  }
-}
 
 /** The labels of each adapter in the bundle that was not made on this device. */
 async function signedLabels({ source, trust }) {

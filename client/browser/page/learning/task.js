@@ -98,11 +98,7 @@ export async function adapterOf({ adapter_digest: digest }, blob) {
   if (!blob || (await digestOf(blob)) !== digest) {
     refuse("the adapter in the message does not match the digest in the plan", "plan.adapter_digest");
   }
-  try {
-    return tensorsOf(blob);
-  } catch (error) {
-    throw error instanceof DataError ? ProtocolError.of(error, COORDINATOR) : error;
-  }
+  return ProtocolError.blaming(COORDINATOR, DataError, () => tensorsOf(blob));
 }
 
 /** Whether a task fits an analytic head (edgeadapt/rounds/analytic.py). */
