@@ -5,7 +5,7 @@ or that a log seen earlier is a prefix of the present one, without the log itsel
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from aggregation.errors import TrustError
 
@@ -66,16 +66,7 @@ class Tree:
         end = self._upto(size)
         if not 0 <= index < end:
             raise ValueError(f"leaf {index} is not among {end}")
-        start, path = 0, []
-        while end - start > 1:
-            middle = start + _split(end - start)
-            if index < middle:
-                path.append(self._range(middle, end))
-                end = middle
-            else:
-                path.append(self._range(start, middle))
-                start = middle
-        return tuple(reversed(path))
+        return self._beside(index, end, index + 1)[1]
 
     def consistency(self, old: int, size: int | None = None) -> tuple[bytes, ...]:
         """PROOF of section 2.1.4.1: proof that the tree of ``old`` leaves is a prefix of that of ``size`` (by default
@@ -83,17 +74,23 @@ class Tree:
         end = self._upto(size)
         if not 0 < old <= end:
             raise ValueError(f"{old} leaves are not the beginning of {end}")
-        start, path = 0, []
-        while end != old:
+        start, path = self._beside(0, end, old)
+        # The verifier knows the root of the old tree and needs no hash for it.
+        return (*([self._range(start, old)] if start else []), *path)
+
+    def _beside(self, first: int, end: int, last: int) -> tuple[int, tuple[bytes, ...]]:
+        """Descend from the root of ``end`` leaves to the largest subtree that ends with leaf ``last`` - 1 and begins at
+        ``first`` or later: where it begins, and the roots of the subtrees beside the way, the lowest one first."""
+        start, path = 0, list[bytes]()
+        while end != last or start < first:
             middle = start + _split(end - start)
-            if old <= middle:
+            if last <= middle:
                 path.append(self._range(middle, end))
                 end = middle
             else:
                 path.append(self._range(start, middle))
                 start = middle
-        # The verifier knows the root of the old tree and needs no hash for it.
-        return (*([self._range(start, end)] if start else []), *reversed(path))
+        return start, tuple(reversed(path))
 
     def _upto(self, size: int | None) -> int:
         end = self.size if size is None else size
@@ -126,18 +123,10 @@ def verify_inclusion(root: bytes, size: int, index: int, entry: bytes, path: Seq
     )
     if not 0 <= index < size:
         raise problem
-    node, last, found = index, size - 1, leaf_hash(entry)
-    for step in path:
-        if last == 0:
-            raise problem
-        if node & 1 or node == last:
-            found = node_hash(step, found)
-            while not node & 1 and node:
-                node, last = node >> 1, last >> 1
-        else:
-            found = node_hash(found, step)
-        node, last = node >> 1, last >> 1
-    if last or found != root:
+    found = leaf_hash(entry)
+    for is_left, step in _climb(index, size - 1, path, problem):
+        found = node_hash(step, found) if is_left else node_hash(found, step)
+    if found != root:
         raise problem
 
 
@@ -161,15 +150,23 @@ def verify_consistency(old_root: bytes, old: int, root: bytes, size: int, path: 
     while node & 1:
         node, last = node >> 1, last >> 1
     first = second = steps[0]
-    for step in steps[1:]:
+    for is_left, step in _climb(node, last, steps[1:], problem):
+        first = node_hash(step, first) if is_left else first
+        second = node_hash(step, second) if is_left else node_hash(second, step)
+    if first != old_root or second != root:
+        raise problem
+
+
+def _climb(node: int, last: int, path: Sequence[bytes], problem: TrustError) -> Iterator[tuple[bool, bytes]]:
+    """Yield the steps of a proof from ``node`` of a level whose last one is ``last`` up to the root, and whether each
+    is the left neighbor. Raises ``problem``: there are too few or too many."""
+    for step in path:
         if last == 0:
             raise problem
-        if node & 1 or node == last:
-            first, second = node_hash(step, first), node_hash(step, second)
-            while not node & 1 and node:
-                node, last = node >> 1, last >> 1
-        else:
-            second = node_hash(second, step)
+        is_left = bool(node & 1) or node == last
+        yield is_left, step
+        while is_left and not node & 1 and node:
+            node, last = node >> 1, last >> 1
         node, last = node >> 1, last >> 1
-    if last or first != old_root or second != root:
+    if last:
         raise problem

@@ -42,18 +42,16 @@ trusted = path_option("--trust", "The coordinator's public key, PEM. Default: th
 adapter_name = commandline.adapter("adapter", "Which adapter of both releases.", default="global", show_default=True)
 
 
+def share_of(meaning: str) -> commandline.Decorator:
+    return click.option("--share", type=click.IntRange(0, ALL), default=ALL, metavar="PERCENT", help=meaning)
+
+
 @click.command()
 @repository
 @click.argument("source", metavar="FROM")
 @click.argument("channel", metavar="TO")
 @path_option("--trust", "Keys that sign bundles, as devices pin them. Default: REPO/trust.pem.", type=FILE)
-@click.option(
-    "--share",
-    type=click.IntRange(0, ALL),
-    default=ALL,
-    metavar="PERCENT",
-    help="Of devices that get the release; the others keep the one before. Default: all.",
-)
+@share_of("Of devices that get the release; the others keep the one before. Default: all.")
 @language
 @vendor_key
 @as_json
@@ -118,13 +116,7 @@ def promote(
 @click.command()
 @repository
 @name
-@click.option(
-    "--share",
-    type=click.IntRange(0, ALL),
-    default=ALL,
-    metavar="PERCENT",
-    help="Of devices that get the release. Default: all, or all with the languages.",
-)
+@share_of("Of devices that get the release. Default: all, or all with the languages.")
 @language
 @vendor_key
 @as_json

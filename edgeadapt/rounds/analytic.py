@@ -44,7 +44,7 @@ from edgeadapt.rounds.ridge import (
     unit_rows,
     unpack,
 )
-from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask, ServerStep, SummedRound
+from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask, ServerStep, SummedRound, noisy
 from edgeadapt.rounds.sums import (
     NORM_ERROR,
     Bounds,
@@ -55,7 +55,6 @@ from edgeadapt.rounds.sums import (
     dither,
     metric_segments,
     noise_key,
-    noisy_vector,
     require_exact,
     require_weight,
 )
@@ -137,11 +136,8 @@ class AnalyticTask(RoundTask):
     def contribute(self, device: DeviceRound) -> Ring:
         head, spec = ClassifierHead.of(device.layout), device.spec
 
-        def noisy(vector: Vector) -> Ring:
-            return noisy_vector(vector, spec, device.digest, device.rounding, device.noise_key())
-
-        def projected() -> Ring:
-            return noisy(contributed(device.embedded(), device.labels(), head, self, device.digest))
+        def projected() -> Vector:
+            return contributed(device.embedded(), device.labels(), head, self, device.digest)
 
         def embedded() -> Ring:
             moments = moments_of(device.embedded(), device.labels(), head.labels)
@@ -154,7 +150,7 @@ class AnalyticTask(RoundTask):
 
         if spec.privacy is None:
             return device.attempt(embedded, nothing)
-        return device.attempt(projected, lambda: noisy(np.zeros(spec.vector.size)))
+        return noisy(device, projected, lambda: np.zeros(spec.vector.size))
 
     def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
         if len(summed.groups) != 1:

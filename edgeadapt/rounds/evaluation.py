@@ -34,8 +34,8 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.release import NEWEST, PREVIOUS
 from edgeadapt.rounds import optimizer
 from edgeadapt.rounds.analytic import LARGEST, ClassifierHead
-from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask, ServerStep, SummedRound
-from edgeadapt.rounds.sums import DECIMALS, MINIMUM_HELD_OUT, Bounds, Sums, Vector, dither, noisy_vector
+from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask, ServerStep, SummedRound, noisy
+from edgeadapt.rounds.sums import DECIMALS, MINIMUM_HELD_OUT, Bounds, Sums, Vector, dither
 
 SIZE = 4  # right answers and examples of the newest release, then of the previous one
 TEXT_SIZE = 5  # devices and relative nats per byte of the newest release, then of the previous one; squares of both
@@ -100,12 +100,8 @@ class EvaluationTask(CountingTask):
     def contribute(self, device: DeviceRound) -> Ring:
         """Contribute what the release that this device has is worth, if it is one of the task's."""
         scale = 1.0 if self.labels else device.spec.clip_norm / NORM
-
-        def encoded(counts: Vector) -> Ring:
-            return noisy_vector(scale * counts, device.spec, device.digest, device.rounding, device.noise_key())
-
         nothing = np.zeros(self.noisy_size(device.layout))
-        return device.attempt(lambda: encoded(device.compared(self)), lambda: encoded(nothing))
+        return noisy(device, lambda: scale * device.compared(self), lambda: nothing)
 
     def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
         return evaluated(spec, values, survivors, digest)

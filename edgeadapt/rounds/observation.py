@@ -24,8 +24,8 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.policy import Outcome
 from edgeadapt.rounds import optimizer
 from edgeadapt.rounds.evaluation import CountingTask
-from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask
-from edgeadapt.rounds.sums import Sums, Vector, clip, noisy_vector
+from edgeadapt.rounds.roundtask import DeviceRound, KindSettings, RoundOf, RoundTask, noisy
+from edgeadapt.rounds.sums import Sums, Vector, clip
 
 Histogram = Literal["labels", "probability", "doubt", "unknown", "latency", "adapter", "lessons", "outcome"]
 Histograms = Annotated[tuple[Histogram, ...], Field(min_length=1, max_length=8)]
@@ -118,13 +118,8 @@ class ObservationTask(CountingTask):
         return 1 + sum(map(len, self.bins().values()))
 
     def contribute(self, device: DeviceRound) -> Ring:
-        def encoded(shares: Vector) -> Ring:
-            return noisy_vector(shares, device.spec, device.digest, device.rounding, device.noise_key())
-
-        return device.attempt(
-            lambda: encoded(self.shares(device.used(self.since, self.days))),
-            lambda: encoded(np.zeros(device.spec.vector.size)),
-        )
+        nothing = np.zeros(device.spec.vector.size)
+        return noisy(device, lambda: self.shares(device.used(self.since, self.days)), lambda: nothing)
 
     def metrics(self, spec: SessionSpec, values: Sums, survivors: int, digest: bytes) -> dict[str, float]:
         """Return the number of devices that contributed, the sum of each bin in devices, by its number among

@@ -247,6 +247,15 @@ class RoundTask(jsontext.Exact, ABC):
         return sums.published(values)
 
 
+def noisy(device: DeviceRound, vector: Callable[[], Vector], otherwise: Callable[[], Vector]) -> Ring:
+    """Encode with noise what ``vector`` makes of a device's examples, or what ``otherwise`` makes if it fails."""
+
+    def encoded(found: Vector) -> Ring:
+        return sums.noisy_vector(found, device.spec, device.digest, device.rounding, device.noise_key())
+
+    return device.attempt(lambda: encoded(vector()), lambda: encoded(otherwise()))
+
+
 def names_in(raw: bytes) -> frozenset[str]:
     """List the names in a JSON object; none in anything else."""
     try:

@@ -212,18 +212,11 @@ const node = (left, right) => digest(concat([1], left, right)); // section 2.1.1
 async function verifyInclusion(root, size, index, entry, path) {
   const text = `the proof does not show that entry ${index} is in the log of ${size} entries`;
   require(index < size, text, "log.inclusion");
-  let [at, last, found] = [index, size - 1n, await digest(concat([0], entry))];
-  for (const step of path) {
-    require(last !== 0n, text, "log.inclusion");
-    if (at & 1n || at === last) {
-      found = await node(step, found);
-      [at, last] = up(at, last);
-    } else {
-      found = await node(found, step);
-    }
-    [at, last] = [at >> 1n, last >> 1n];
+  let found = await digest(concat([0], entry));
+  for (const [isLeft, step] of climb(index, size - 1n, path, text, "log.inclusion")) {
+    found = await (isLeft ? node(step, found) : node(found, step));
   }
-  require(last === 0n && equal(found, root), text, "log.inclusion");
+  require(equal(found, root), text, "log.inclusion");
 }
 
 /** Returns if `path` proves that the tree of `old` leaves is a prefix of that of `size` leaves (section 2.1.4.2). */
@@ -237,23 +230,23 @@ async function verifyConsistency(oldRoot, old, root, size, path) {
   let [at, last] = [old - 1n, size - 1n];
   while (at & 1n) [at, last] = [at >> 1n, last >> 1n];
   let [first, second] = [start, start];
-  for (const step of steps) {
-    require(last !== 0n, text, about);
-    if (at & 1n || at === last) {
-      [first, second] = [await node(step, first), await node(step, second)];
-      [at, last] = up(at, last);
-    } else {
-      second = await node(second, step);
-    }
-    [at, last] = [at >> 1n, last >> 1n];
+  for (const [isLeft, step] of climb(at, last, steps, text, about)) {
+    if (isLeft) first = await node(step, first);
+    second = await (isLeft ? node(step, second) : node(second, step));
   }
-  require(last === 0n && equal(first, oldRoot) && equal(second, root), text, about);
+  require(equal(first, oldRoot) && equal(second, root), text, about);
 }
 
-/** The first node on the way up that is a right child, or the root. */
-function up(at, last) {
-  while (!(at & 1n) && at) [at, last] = [at >> 1n, last >> 1n];
-  return [at, last];
+/** The steps of a proof from node `at` of a level up to the root, and whether each is the left neighbor. */
+function* climb(at, last, path, text, about) {
+  for (const step of path) {
+    require(last !== 0n, text, about);
+    const isLeft = Boolean(at & 1n) || at === last;
+    yield [isLeft, step];
+    while (isLeft && !(at & 1n) && at) [at, last] = [at >> 1n, last >> 1n];
+    [at, last] = [at >> 1n, last >> 1n];
+  }
+  require(last === 0n, text, about);
 }
 
 function require(holds, text, about) {
