@@ -75,11 +75,9 @@ def check_in(root: Root, asked: Challenge, raw: bytes, at: datetime) -> tuple[st
     Raises ProtocolError: the authority did not certify a device in it for ``at``, that device did not sign it, or it
     answers another challenge: of another node, or an earlier one of this node.
     """
-    try:
+    with ProtocolError.blaming(None, TrustError):
         # Whom it claims to be from; that device's signature is then required.
         device, key = root.verify(CheckIn.decode(envelope.unverified_body(raw)).certificate, at)
-    except TrustError as error:
-        raise ProtocolError.of(error) from None
     message = envelope.open_verified(CheckIn, raw, key, device)
     if message.challenge != asked.digest():
         raise ProtocolError("check-in is for another challenge", device, about="check-in.challenge")
@@ -94,15 +92,13 @@ def members(
     ``coordinator``: its key, which is no device's: a key has one role. Raises ProtocolError: a certificate is not the
     authority's, an id or key is repeated or out of order, or two ids differ in upper and lower case only.
     """
-    try:
+    with ProtocolError.blaming(None, TrustError):
         # Lists that are equal may differ in what an audit counts as revoked: they are no part of the key.
         cohort, numbers, begins, ends = _members(replace(root, revoked=None), tuple(certificates), coordinator)
         valid = at is None or begins <= at <= ends
         if not valid or (root.revoked is not None and not numbers.isdisjoint(root.revoked.revoked)):
             for der in certificates:
                 root.verify(der, at)
-    except TrustError as error:
-        raise ProtocolError.of(error) from None
     return cohort
 
 
@@ -168,11 +164,9 @@ def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes
         )
     if len(message.keys) != 1 + rounds:
         raise ProtocolError("advert repeats a key", device, about="advert.keys")
-    for key in message.keys:
-        try:
+    with ProtocolError.blaming(device, ProtocolError):
+        for key in message.keys:
             masks.require_public_key(key)
-        except ProtocolError as error:
-            raise ProtocolError.of(error, device) from None
     return message
 
 
@@ -214,10 +208,8 @@ def _roster(
         peers[device] = Peer(
             device, len(peers) + 1, cohort[device], found.share_key, found.mask_keys, found.commitments
         )
-    try:
+    with ProtocolError.blaming(COORDINATOR, ConfigError):
         return Session(spec, offer, context_of(offer, message.digest()), peers), signed
-    except ConfigError as error:
-        raise ProtocolError.of(error, COORDINATOR) from None
 
 
 def encrypted_shares(session: Session, me: str, received: Mapping[str, EncryptedShares]) -> None:
@@ -314,10 +306,8 @@ def consistency_signatures(
     if strangers := [device for device in signatures if device not in message.vectors]:
         raise refused(f"{strangers[0]} signed the survivor set but is not in it", "unmask.signers")
     quorum(session.spec, current, signatures)
-    try:
+    with ProtocolError.blaming(COORDINATOR, ProtocolError):
         _signed(message.digest(), tuple((d, session.peers[d].identity, raw) for d, raw in signatures.items()))
-    except ProtocolError as error:
-        raise ProtocolError.of(error, COORDINATOR) from None
 
 
 def quorum(spec: SessionSpec, current: Plan, signers: Collection[str]) -> None:

@@ -92,10 +92,8 @@ def with_body(raw: bytes, body: bytes) -> bytes:
 
 def verify(signer: PublicKey, tag: str, body: bytes, signature: bytes) -> None:
     """Check that ``signer`` signed ``body`` under ``tag``. Raises ProtocolError."""
-    try:
+    with ProtocolError.blaming(None, TrustError):
         signer.verify(tag, body, signature)
-    except TrustError as error:
-        raise ProtocolError.of(error) from None
 
 
 def sign_vector(key: IdentityKey, header: MaskedInput, packed: bytes | memoryview) -> bytes:

@@ -39,6 +39,15 @@ class ProtocolError(EdgeAdaptError):
         """``error`` as the fault of ``peer``: the same line, the same ``about``."""
         return cls(str(error), peer, about=error.about)
 
+    @staticmethod
+    @contextmanager
+    def blaming(peer: str | None, kind: type[EdgeAdaptError]) -> Iterator[None]:
+        """Make an error of this ``kind`` in the block the fault of ``peer``."""
+        try:
+            yield
+        except kind as error:
+            raise ProtocolError.of(error, peer) from None
+
 
 class TrustError(EdgeAdaptError):
     """A file or message is not what a trusted party signed: digest, signature, base, layout or version."""

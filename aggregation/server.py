@@ -339,11 +339,9 @@ class Collecting:
         checks.may_answer(peer, self.plan.members, self.vectors, MaskedInput.TAG)
         checks.refers_to(peer, MaskedInput.TAG, checked.device, "plan", checked.plan, self.digest)
         spec = self.established.session.spec
-        try:
+        with ProtocolError.blaming(peer, ProtocolError):
             self.single_use.require("successor")
             ring.add(self.totals[groups.of_plan(spec, self.plan)[peer]], checked.packed, spec.vector.ring_bits)
-        except ProtocolError as error:
-            raise ProtocolError.of(error, peer) from None
         self.single_use.take("successor")
         return replace(self, vectors={**self.vectors, peer: checked.vector}, single_use=SingleUse())
 

@@ -198,15 +198,13 @@ class LogState:
         checkpoint = envelope.open_repeated(Checkpoint, receipt.checkpoint, coordinator, COORDINATOR)
         if (checkpoint.offer, checkpoint.previous) != (self.offer, self.previous):
             raise refused("the log is of another session", "receipt.session")
-        try:
+        with ProtocolError.blaming(COORDINATOR, TrustError):
             if self.size:
                 path = receipt.consistency.get(self.size, ())
                 merkle.verify_consistency(self.root, self.size, checkpoint.root, checkpoint.size, path)
             endings = _endings(coordinator, receipt, checkpoint)
             check_last_round(self, receipt, endings, checkpoint)
             check_adapter(self, endings, checkpoint)
-        except TrustError as error:
-            raise ProtocolError.of(error, COORDINATOR) from None
         after = LogState(self.device, self.offer, self.previous, *checkpoint.newest, checkpoint.size, checkpoint.root)
         return after, checkpoint
 

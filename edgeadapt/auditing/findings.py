@@ -1,11 +1,12 @@
 """What an audit reports: a finding for each check, a summary of each round, and the adapters of the rounds."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 
-from aggregation.errors import EdgeAdaptError, TrustError
+from aggregation.errors import ProtocolError, TrustError
 from aggregation.groups import GroupSum
 from aggregation.spec import SessionSpec
 from aggregation.transcript.entries import AdapterId, Place
@@ -61,9 +62,13 @@ class Problem(Exception):  # noqa: N818 - it becomes a finding, and is not an er
         self.place = place
 
     @classmethod
-    def of(cls, error: EdgeAdaptError, place: Place) -> "Problem":
-        """Wrap the refusal by a check of ``aggregation``, or of a file."""
-        return cls(error.about, str(error), place)
+    @contextmanager
+    def at(cls, place: Place) -> Iterator[None]:
+        """Make a refusal in the block, by a check of ``aggregation``, a problem of the message there."""
+        try:
+            yield
+        except ProtocolError as error:
+            raise cls(error.about, str(error), place) from None
 
 
 class NotClosed(Exception):  # noqa: N818 - as above

@@ -164,10 +164,8 @@ def _time(entry: Entry, latest: int) -> int:
 def _checkpoint(
     entry: Entry, coordinator: PublicKey, tree: merkle.Tree, covered: int, before: list[Checkpoint]
 ) -> Checkpoint:
-    try:
+    with Problem.at(entry.place):
         checkpoint = envelope.open_verified(Checkpoint, entry.message, coordinator, COORDINATOR)
-    except ProtocolError as error:
-        raise Problem.of(error, entry.place) from None
     if before and before[-1].stage is Stage.CLOSED:
         raise Problem("checkpoint.stage", "the log was closed before", entry.place)
     if (checkpoint.size, checkpoint.root) != (tree.size, tree.root()):
@@ -205,11 +203,9 @@ def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey, at: da
     if not entries:
         raise Problem("log", "the log is empty")
     first = entries[0]
-    try:
+    with Problem.at(first.place):
         offer = envelope.open_verified(Offer, first.message, coordinator, COORDINATOR)
         return History(offer, checks.members(root, offer.certificates, coordinator, at))
-    except ProtocolError as error:
-        raise Problem.of(error, first.place) from None
 
 
 def verify(history: History, entries: tuple[Entry, ...], coordinator: PublicKey) -> list[Message | None]:
@@ -220,13 +216,11 @@ def verify(history: History, entries: tuple[Entry, ...], coordinator: PublicKey)
         kind = _KINDS.get(entry.kind)
         if kind is None:
             raise Problem("entry.kind", "there is no such kind of message", entry.place)
-        try:
+        with Problem.at(entry.place):
             signer = history.signer(entry, coordinator)
             bodiless = kind is Assignment and not envelope.unverified_body(entry.message)
             author = entry.peer if entry.kind in _BY_DEVICES else COORDINATOR
             messages.append(None if bodiless else envelope.open_verified(kind, entry.message, signer, author))
-        except ProtocolError as error:
-            raise Problem.of(error, entry.place) from None
     return messages
 
 
@@ -258,10 +252,8 @@ def follow(
         first = (entry.kind, entry.peer) not in places
         _demand(first, f"{entry.kind}.repeated", "the step is answered a second time", entry)
         places[entry.kind, entry.peer] = entry.place
-        try:
+        with Problem.at(entry.place):
             _take(history, entry, message)
-        except ProtocolError as error:
-            raise Problem.of(error, entry.place) from None
 
 
 def _restored(history: History, entry: Entry, coordinator: PublicKey) -> Assignment:

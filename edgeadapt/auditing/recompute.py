@@ -17,7 +17,7 @@ coordinator followed them, not whether anyone agreed to them.
 
 from dataclasses import dataclass, field, replace
 
-from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
+from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.groups import total
 from aggregation.policy import Policy
 from aggregation.transcript.entries import AdapterId, Place
@@ -161,10 +161,8 @@ class Recomputation:
 def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> None:
     """Check that a training task is for the adapters of a session. No round changes the fields ``UNCHANGED``. Otherwise
     devices may answer by whether they have examples of a label."""
-    try:
+    with Problem.at(place):
         task = taskkinds.decode(encoded)
-    except ProtocolError as error:
-        raise Problem.of(error, place) from None
     for name in ("peft_config", "labels"):
         if getattr(task, name) != getattr(manifest, name):
             reason = f"task.{name}"

@@ -166,10 +166,8 @@ def _total(
     total = ring.zeros(spec.size, spec.ring_bits)
     for device in survivors:
         packed = vectors(current.inputs[device].vector, _packed_size(history)) or b""
-        try:
+        with Problem.at(current.place(MaskedInput, device)):
             np.add(total, ring.unpack(packed, spec.size, spec.ring_bits), out=total)
-        except ProtocolError as error:
-            raise Problem.of(error, current.place(MaskedInput, device)) from None
     if history.session is not None:
         masks.apply(total, _remaining_masks(history.session, current, survivors, unmasked))
     return total

@@ -49,10 +49,8 @@ class TaskLimits(Settings):
     def check(self, task: RoundTask, adapter: Tensors) -> None:
         """Check that the task and the adapter on offer, of finite tensors, are within these limits. Raises
         ProtocolError if a value is outside its limit or has none, or no adapter of the configuration can be trained."""
-        try:
+        with ProtocolError.blaming(COORDINATOR, ConfigError):
             require_trainable(task.peft_config)
-        except ConfigError as error:
-            raise ProtocolError.of(error, COORDINATOR) from None
         for about, value in (*_numbers_of(adapter), *_numbers_in(task)):
             self._check_number(about, value)
 

@@ -80,29 +80,25 @@ def write_bundle(
     content of ``out`` is unchanged.
     """
     with locked_folder(out) as whole:
-        _write_bundle(whole, _under_policy(whole, exported, key), sources, key, form, once)
-
-
-def _write_bundle(
-    out: Path, exported: ExportedBase, sources: Sequence[AdapterSource], key: IdentityKey, form: Format, once: bool
-) -> None:
-    check_place(out)
-    manifest = exported.manifest
-    files = {BASE_MANIFEST.as_posix(): manifest.sign(key)}
-    limit = partial(_longest, manifest.task, exported.read)
-    for source in sources:
-        if source.adapter_inputs is None and manifest.task == "text-generation":
-            reason = f"adapter {source.name!r} lacks adapter_inputs, which hold the scaling of its layers"
-            raise ConfigError(reason, about="adapter_inputs")
-        files |= _adapter_files(source, source.adapter_inputs or exported.adapter_inputs, manifest, limit, key, form)
-    kept = _kept(out, manifest, {source.name for source in sources})
-    with staged(out, replaces=True) as stage:
-        if kept:
-            link_files(out / ADAPTERS, stage / ADAPTERS)
-        (stage / BASE).mkdir()
-        for name in manifest.files:
-            (link_or_copy if once else copyfile)(exported.folder / name, stage / BASE / name)
-        write_files(stage, files)
+        exported = _under_policy(whole, exported, key)
+        check_place(whole)
+        manifest = exported.manifest
+        files = {BASE_MANIFEST.as_posix(): manifest.sign(key)}
+        limit = partial(_longest, manifest.task, exported.read)
+        for source in sources:
+            inputs = source.adapter_inputs or exported.adapter_inputs
+            if source.adapter_inputs is None and manifest.task == "text-generation":
+                reason = f"adapter {source.name!r} lacks adapter_inputs, which hold the scaling of its layers"
+                raise ConfigError(reason, about="adapter_inputs")
+            files |= _adapter_files(source, inputs, manifest, limit, key, form)
+        kept = _kept(whole, manifest, {source.name for source in sources})
+        with staged(whole, replaces=True) as stage:
+            if kept:
+                link_files(whole / ADAPTERS, stage / ADAPTERS)
+            (stage / BASE).mkdir()
+            for name in manifest.files:
+                (link_or_copy if once else copyfile)(exported.folder / name, stage / BASE / name)
+            write_files(stage, files)
 
 
 def _under_policy(out: Path, exported: ExportedBase, key: IdentityKey) -> ExportedBase:
