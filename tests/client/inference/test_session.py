@@ -182,7 +182,8 @@ def test_a_graph_that_takes_one_adapter_for_all_rows_answers_texts_alone_and_ref
         graph.graph.node.insert(0, onnx.helper.make_node("Flatten", [name], [f"{name}/flat"], f"{name}/flat"))
     work = WorkFolder(tmp_path)
     files = {name: exported.read(name) for name in exported.manifest.files} | {"model.onnx": graph.SerializeToString()}
-    write_bundle(with_anna, replace(exported, work=work, digests=written(work.path, files)), [source()], key=vendor)
+    flat = replace(exported, work=work, manifest=replace(exported.manifest, files=written(work.path, files)))
+    write_bundle(with_anna, flat, [source()], key=vendor)
     session = ClassificationSession.open(with_anna)
     assert session.rank(PHRASES, "global", 4) == expected
     with refused(DataError, "model.onnx"):
