@@ -29,7 +29,7 @@ class BaseSettings(Settings):
     (docs/how-to/extend.md)"""
     engine: Literal["torch", "onnx"] = "torch"
     """what devices train with: torch, or onnx, the training graph of a bundle in export.profile; with lora, rslora,
-    ia3, ln_tuning or beft"""
+    ia3, ln_tuning, beft or bottleneck"""
     languages: tuple[str, ...] = ()
     """languages whose tokens the base keeps, as edgeadapt base change --prune does; population: those of the
     households, and of one's own texts all; all if none is named"""
@@ -44,14 +44,14 @@ class AdapterSettings(Settings):
 
     method: MethodName = "lora"
     """method of the adapter (docs/reference/methods.md): lora, rslora, dora, adalora, loha, vera, ia3, ln_tuning, beft,
-    and of a language model prompt_tuning or prefix_tuning"""
+    bottleneck, bottleneck_relu, bottleneck_gelu, and of a language model prompt_tuning or prefix_tuning"""
     rank: int = Field(default=8, ge=1, le=MAX_RANK)
-    """rank of each update, of lora, rslora, dora, adalora, loha (up to 32) and vera (hundreds)"""
+    """rank of each update, of lora, rslora, dora, adalora, loha (up to 32), vera (hundreds) and bottleneck adapters"""
     alpha: int = Field(default=16, ge=1, le=1024)
     """scales the update by alpha / rank, of rslora alpha / √rank; of the methods with a rank but vera"""
     targets: tuple[str, ...] = ()
-    """names of the adapted modules; if none is named, those that PEFT names for the base's architecture, and of
-    ln_tuning all normalizations"""
+    """names of the adapted modules; if none is named, those that PEFT names for the base's architecture, of ln_tuning
+    all normalizations, and of bottleneck the layers that end attention and feed-forward block"""
     layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
     """adapt only so many of the last layers: what the frozen layers below give of a text is computed once; 0: all"""
     feedforward: tuple[str, ...] = ()

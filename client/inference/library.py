@@ -23,8 +23,8 @@ from aggregation.errors import ConfigError, DataError
 from client.inference.trust import Trust
 from edgeadapt.formats.bundle import VerifiedAdapter, VerifiedBase, adapter_names, manifest_path
 from edgeadapt.formats.graphinputs import (
-    LORA_A,
-    LORA_B,
+    BY_COLUMN,
+    BY_ROW,
     PREFIX,
     PROMPT,
     REPLACED,
@@ -130,7 +130,7 @@ class Adapter:
 
     @classmethod
     def of(cls, composition: Composition, manifests: tuple[AdapterManifest, ...], inputs: Tensors) -> Self:
-        rank = max((value.shape[1] for name, value in inputs.items() if name.endswith(LORA_A)), default=0)
+        rank = max((value.shape[1] for name, value in inputs.items() if name.endswith(BY_COLUMN)), default=0)
         nbytes = sum(value.nbytes for value in inputs.values())
         return cls(composition, manifests, rank, virtual_tokens(inputs), nbytes, inputs)
 
@@ -192,9 +192,9 @@ def compose(composition: Composition, verified: Sequence[VerifiedAdapter], base:
 
 
 def _composed(name: str, values: Sequence[Floats], weights: Sequence[float]) -> Floats:
-    if name.endswith(LORA_A):
+    if name.endswith(BY_COLUMN):
         return np.concatenate(values, axis=1)
-    if name.endswith(LORA_B):
+    if name.endswith(BY_ROW):
         return np.concatenate([np.float32(weight) * value for weight, value in zip(weights, values, strict=True)])
     if kind := vector_kind(name):
         vectors = [(value, weight) for value, weight in zip(values, weights, strict=True) if len(value)]

@@ -23,6 +23,7 @@ from edgeadapt.bases.classifiergraph import MAX_TOKENS, ClassifierGraph
 from edgeadapt.bases.traininggraph import TrainingBatch, TrainingGraph, missing_slots
 from edgeadapt.formats.bundle import GENERATION, LOWER, TOKENIZER, TRAINING, WEIGHTS, VerifiedBase
 from edgeadapt.formats.graphinputs import (
+    ENDINGS,
     INPUT_SCALE,
     LORA_A,
     LORA_B,
@@ -31,6 +32,7 @@ from edgeadapt.formats.graphinputs import (
     PEFT_PREFIX,
     PREFIX,
     REPLACED,
+    VECTORS,
     VIRTUAL,
     empty_inputs,
     from_inputs,
@@ -47,8 +49,14 @@ from edgeadapt.methods.peft.methods import VIRTUAL_TOKENS, from_peft_tensors, to
 
 SETTINGS, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # either file of a base may hold the template
 V = TypeVar("V")
-VECTORS_OF = {"IA3": OUTPUT_SCALE, "BEFT": OFFSET, "LN_TUNING": REPLACED}  # method → the slots that it fills
-KINDS = {LORA_A: "low-rank", OUTPUT_SCALE: "scale", INPUT_SCALE: "input-scale", OFFSET: "offset", REPLACED: "norms"}
+VECTORS_OF: dict[str, str | tuple[str, ...]] = {  # method → the slots that it fills
+    **{"IA3": OUTPUT_SCALE, "BEFT": OFFSET, "LN_TUNING": REPLACED},
+    **{method.upper(): endings for method, endings in ENDINGS.items()},
+}
+KINDS: dict[str | tuple[str, ...], str] = {
+    **{LORA_A: "low-rank", OUTPUT_SCALE: "scale", INPUT_SCALE: "input-scale", OFFSET: "offset", REPLACED: "norms"},
+    **{endings: method.replace("_", "-") for method, endings in ENDINGS.items()},
+}
 
 
 class GraphEngine:
@@ -306,7 +314,7 @@ def _filled(base: VerifiedBase, head: Mapping[str, Sequence[int]], config: PeftC
         if name.endswith(INPUT_SCALE if feeds else VECTORS_OF.get(config.peft_type, INPUT_SCALE)) and (
             feeds or config.peft_type in VECTORS_OF
         ):
-            shapes[name] = shape(name, 1)
+            shapes[name] = shape(name, 1 if name.endswith(VECTORS) else config.r)
     adapted = {layer_of(name) for name in shapes if name not in head}
     for target in config.target_modules:
         if not any(_targeted(path, (target,)) for path in adapted):

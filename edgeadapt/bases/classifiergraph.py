@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgeadapt.bases.slotshapes import without_shapes
 from edgeadapt.bases.states import STATES, LowerLayers
 from edgeadapt.formats.bundle import LOWER, MODEL, UPPER
-from edgeadapt.formats.graphinputs import LORA_A, LORA_B, OFFSET, PROMPT, SCALES
+from edgeadapt.formats.graphinputs import OFFSET, PROMPT, RANKED, SCALES, UP_BIAS
 from edgeadapt.formats.layout import Floats, Tensors
 
 LABELS = "labels"  # the symbolic dimension of a head's rows in the base's manifest
@@ -168,13 +168,13 @@ def _compatible(one: Tensors, other: Tensors, slots: Slots) -> bool:
 
 
 def _stackable(name: str, one: Floats, other: Floats, dimensions: Sequence[str]) -> bool:
-    if name.endswith((LORA_A, LORA_B)) or name == PROMPT:
+    if name.endswith(RANKED) or name == PROMPT:
         return one.shape == other.shape
     return _per_row(name, dimensions) or np.array_equal(one, other)
 
 
 def _per_row(name: str, dimensions: Sequence[str]) -> bool:
-    return name.endswith((LORA_A, LORA_B, *SCALES, OFFSET)) or name == PROMPT or LABELS in dimensions
+    return name.endswith((*RANKED, *SCALES, OFFSET, *UP_BIAS)) or name == PROMPT or LABELS in dimensions
 
 
 def _padded(values: Sequence[Floats], dimensions: Sequence[str], fill: float = 0.0) -> Floats:

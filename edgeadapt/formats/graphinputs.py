@@ -2,13 +2,16 @@
 
 A layer with every kind of slot computes::
 
-    y = base(x * input_scale) * output_scale + (x @ A) @ B + offset
+    h = base(x * input_scale)
+    y = h * output_scale + (x @ A) @ B + offset + f(h @ down + down_bias) @ up + up_bias
 
 ``base`` is the frozen layer with its bias. A has the shape ``(in, rank)`` and B ``(rank, out)``, with the layer's
 scaling folded in; both are peft's tensors transposed. The three vectors have the shape ``(given, width)``: ``given``
 is 1, or 0 for an adapter that lacks the vector. What is absent changes nothing: the graph then takes a scale of 1 and
-an offset of 0 (docs/decisions/0013-slots-and-composition.md). A fourth kind of vector replaces a vector among the
-base's parameters, such as a bias or the weight of a normalization. Modules in ``modules_to_save`` keep their shapes.
+an offset of 0 (docs/decisions/0013-slots-and-composition.md). The last term is a bottleneck adapter: ``(out, rank)``,
+``(1, rank)``, ``(rank, out)`` and a vector, with f one of ``ACTIVATIONS``. At a normalization N that reads s, it is
+``N(s + bottleneck(N(s)))``. A further kind of vector replaces a vector among the base's parameters, such as a bias or
+the weight of a normalization. Modules in ``modules_to_save`` keep their shapes.
 
 The whole base has two more slots: embeddings of virtual tokens before a text, ``(virtual tokens, width)``, and their
 keys and values in every layer, ``(virtual tokens, layers * 2 * heads * width)`` (docs/decisions/0023).
@@ -26,7 +29,14 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 OUTPUT_SCALE, INPUT_SCALE, OFFSET = ".output_scale", ".input_scale", ".output_offset"  # follow the path of a layer
 SCALES = (OUTPUT_SCALE, INPUT_SCALE)
 REPLACED = ".replaced"  # follows the name of a parameter
-VECTORS = (*SCALES, OFFSET, REPLACED)
+ACTIVATIONS = {"bottleneck": "swish", "bottleneck_relu": "relu", "bottleneck_gelu": "gelu"}  # method → f
+PARTS = ("down", "down_bias", "up", "up_bias")  # of a bottleneck adapter
+ENDINGS = {method: tuple(f".{method}_{part}" for part in PARTS) for method in ACTIVATIONS}
+DOWN, DOWN_BIAS, UP, UP_BIAS = zip(*ENDINGS.values(), strict=True)
+BOTTLENECK = (*DOWN, *DOWN_BIAS, *UP, *UP_BIAS)
+BY_COLUMN, BY_ROW = (LORA_A, *DOWN, *DOWN_BIAS), (LORA_B, *UP)  # end what has a column, or a row, for each rank
+RANKED = (*BY_COLUMN, *BY_ROW)
+VECTORS = (*SCALES, OFFSET, REPLACED, *UP_BIAS)
 GIVEN = "given_"  # prefix of the symbolic dimension of a vector: 1, or 0 for an adapter that lacks it
 PROMPT, PREFIX = "prompt_embeddings", "prefix_key_values"  # of virtual tokens, a row for each
 VIRTUAL = {PROMPT: "prompt_tokens", PREFIX: "prefix_tokens"}  # graph input → the symbolic dimension of its rows
@@ -70,12 +80,12 @@ def layout_of(inputs: Tensors) -> Layout:
 
 
 def vector_kind(name: str) -> str | None:
-    """Return the kind of vector that a graph input takes, one of ``VECTORS``; None for any other input.
+    """Return the kind of vector, or the part of a bottleneck adapter, that a graph input takes; None for any other.
 
     >>> vector_kind("encoder.key.output_scale"), vector_kind("encoder.key.lora_A.weight")
     ('.output_scale', None)
     """
-    return next((kind for kind in VECTORS if name.endswith(kind)), None)
+    return next((kind for kind in (*VECTORS, *BOTTLENECK) if name.endswith(kind)), None)
 
 
 def vector_site(name: str) -> str:
@@ -85,6 +95,27 @@ def vector_site(name: str) -> str:
     'encoder.norm.weight'
     """
     return name.removesuffix(vector_kind(name) or "")
+
+
+def bottleneck_of(name: str) -> str:
+    """Return the layer and method of a part of a bottleneck adapter.
+
+    >>> bottleneck_of("encoder.dense.bottleneck_relu_down_bias")
+    'encoder.dense.bottleneck_relu'
+    """
+    return name.removesuffix("_bias").removesuffix("_down").removesuffix("_up")
+
+
+def dimensions_of(name: str, number: int, width: int) -> tuple[str, str]:
+    """Return the dimensions of the slot for a vector, the base's ``number``, or for a part of a bottleneck adapter.
+
+    >>> dimensions_of("query.output_scale", 3, 64), dimensions_of("query.bottleneck_up", 4, 64)
+    (('given_3', '64'), ('rank_query_bottleneck', '64'))
+    """
+    rank = f"rank_{bottleneck_of(name)}".replace(".", "_")
+    if name.endswith(BY_COLUMN):
+        return "1" if name.endswith(DOWN_BIAS) else str(width), rank
+    return rank if name.endswith(BY_ROW) else f"{GIVEN}{number}", str(width)
 
 
 def layer_of(name: str) -> str:

@@ -30,15 +30,18 @@ MAX_VIRTUAL_TOKENS = 1024
 MAX_LAYERS = 1024
 V = TypeVar("V")
 
-# As peft names them.
+# As peft names them, which has no bottleneck adapters (``edgeadapt.formats.graphinputs.ACTIVATIONS``).
 Method = Literal[
-    "LORA", "ADALORA", "LOHA", "VERA", "IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "OWN"
-]
+    "LORA", "ADALORA", "LOHA", "VERA", "IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "OWN",
+    "BOTTLENECK", "BOTTLENECK_RELU", "BOTTLENECK_GELU",
+]  # fmt: skip
+BOTTLENECKS: tuple[Method, ...] = ("BOTTLENECK", "BOTTLENECK_RELU", "BOTTLENECK_GELU")
 OWN: Final = "OWN"  # none of PEFT's: all parameters of a model with its own training loop
 # As scenarios and commands name what can be trained from the start: LoRA with each of its scalings is a method there.
 MethodName = Literal[
-    "lora", "rslora", "dora", "adalora", "loha", "vera", "ia3", "ln_tuning", "beft", "prompt_tuning", "prefix_tuning"
-]
+    "lora", "rslora", "dora", "adalora", "loha", "vera", "ia3", "ln_tuning", "beft", "prompt_tuning", "prefix_tuning",
+    "bottleneck", "bottleneck_relu", "bottleneck_gelu",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ class PeftConfig(Exact):
     and ``VERA`` (Kopiczko et al. 2024) have updates of low rank as well (``edgeadapt.methods.peft.lowrank``); ``r`` is
     AdaLoRA's ``init_r``, ``lora_alpha`` is LoHa's ``alpha``, and VeRA has none. The other methods have vectors only,
     whose values say everything: ``IA3`` scales activations (Liu et al. 2022), ``LN_TUNING`` replaces the parameters of
-    normalizations (Zhao et al. 2023), ``BEFT`` adds to biases. ``PROMPT_TUNING`` (Lester et al. 2021) and ``P_TUNING``
+    normalizations (Zhao et al. 2023), ``BEFT`` adds to biases. ``BOTTLENECK`` and those with another activation are of
+    rank ``r`` (``edgeadapt.methods.bottleneck``). ``PROMPT_TUNING`` (Lester et al. 2021) and ``P_TUNING``
     (Liu et al. 2021) have embeddings of virtual tokens, ``PREFIX_TUNING`` (Li and Liang 2021) has their keys and
     values; they are at no layer. Methods without low rank have rank and alpha 0. The fields are those of peft's own
     configurations.
@@ -103,6 +107,7 @@ TRAINABLE: Mapping[Method, frozenset[str]] = {  # method → the settings with w
     "IA3": AT_LAYERS | {"feedforward_modules"},
     "LN_TUNING": AT_LAYERS,
     "BEFT": AT_LAYERS,
+    **dict.fromkeys(BOTTLENECKS, AT_LAYERS | {"r"}),
     "PROMPT_TUNING": VIRTUAL,
     "P_TUNING": VIRTUAL,
     "PREFIX_TUNING": VIRTUAL,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from aggregation.errors import DataError
 from edgeadapt.formats import int4
-from edgeadapt.formats.graphinputs import LORA_A, VIRTUAL, vector_kind
+from edgeadapt.formats.graphinputs import BY_COLUMN, VECTORS, VIRTUAL
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import Format
 
@@ -84,12 +84,12 @@ def restore(stored: Stored, form: Format) -> Tensors:
 
 
 def _is_matrix(name: str, value: NDArray[Any]) -> bool:
-    return value.ndim >= 2 and value.size > 0 and vector_kind(name) is None and name not in VIRTUAL
+    return value.ndim >= 2 and value.size > 0 and not name.endswith(VECTORS) and name not in VIRTUAL
 
 
 def _group_axis(name: str) -> int:
     # Of the axis whose entries have one scale each: the rank of A and B, the rows of any other tensor.
-    return 1 if name.endswith(LORA_A) else 0
+    return 1 if name.endswith(BY_COLUMN) else 0
 
 
 def _scale(value: Floats, axis: int) -> Floats:
@@ -102,7 +102,7 @@ def _scale(value: Floats, axis: int) -> Floats:
 
 def _rows_last(name: str, value: NDArray[Any]) -> NDArray[Any]:
     # As int4 packs it: A is transposed, so that the numbers of one rank are consecutive, as they are in B.
-    return value.T if name.endswith(LORA_A) else value
+    return value.T if name.endswith(BY_COLUMN) else value
 
 
 def _check_range(name: str, value: Floats, limit: float, form: Format) -> None:

@@ -18,6 +18,7 @@ from edgeadapt.formats.layout import Layout
 VECTORS = (
     ".ia3_l",
     ".beft_bias",
+    ".bottleneck_",
     ".ln_tuning_layers.",
     ".lora_magnitude_vector",
     *(f".lora_{factor}" for factor in "ABE"),  # of AdaLoRA, which are parameters; LoRA's are of modules

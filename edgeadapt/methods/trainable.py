@@ -20,9 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
-from edgeadapt.formats.graphinputs import PROMPT
+from edgeadapt.formats.graphinputs import DOWN, ENDINGS, PROMPT
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.peftconfig import TRAINABLE, Method, MethodName, PeftConfig, layer_number, require_trainable
+from edgeadapt.methods.bottleneck import BottleneckConfig
 from edgeadapt.methods.parts import Part, part_of
 from edgeadapt.methods.peft.methods import COPIES
 
@@ -38,6 +39,7 @@ KINDS: Mapping[MethodName, Method] = {
     "ia3": "IA3",
     "ln_tuning": "LN_TUNING",
     "beft": "BEFT",
+    **{"bottleneck": "BOTTLENECK", "bottleneck_relu": "BOTTLENECK_RELU", "bottleneck_gelu": "BOTTLENECK_GELU"},
     "prompt_tuning": "PROMPT_TUNING",
     "prefix_tuning": "PREFIX_TUNING",
 }
@@ -50,6 +52,8 @@ NAMED: Mapping[str, Mapping[str, list[str]]] = {  # method → architecture → 
     "BEFT": constants.TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING,
 }
 
+# The layers that end attention and feed-forward block, which Houlsby et al. 2019 adapt.
+ENDS = (("output.dense",), ("o_proj", "down_proj"), ("out_lin", "lin2"), ("attn.c_proj", "mlp.c_proj"))
 # Projections to queries and values, which Hu et al. 2021 adapt, as architectures name them that peft has no names for.
 PROJECTIONS = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"), ("qkv_proj",), ("Wqkv",))
 
@@ -121,11 +125,11 @@ def configuration(  # noqa: PLR0913  # each by name, as the command that passes 
 
 
 def _named(kind: str, architecture: str, base: Base) -> Sequence[str]:
-    if architecture in NAMED[kind]:
-        return NAMED[kind][architecture]
-    present = {path.split(".")[-2] for path in _matrices(base)} if kind == "LORA" else set()
-    for names in PROJECTIONS:
-        if present.issuperset(names):
+    if architecture in (named := NAMED.get(kind, {})):
+        return named[architecture]
+    paths = [f".{path}" for path in _matrices(base)]
+    for names in PROJECTIONS if kind == "LORA" else ENDS if kind.lower() in ENDINGS else ():
+        if all(any(path.endswith(f".{name}.weight") for path in paths) for name in names):
             return names
     reason = f"peft names no modules of {architecture!r} for {kind}; name them with targets"
     raise ConfigError(reason, about="target_modules")
@@ -169,6 +173,8 @@ def initial(model: PeftModel, generator: torch.Generator) -> Tensors:
     for name, value in start.items():
         if ".lora_A." in name:
             start[name] = _uniform(value.shape, 1 / np.sqrt(value.shape[1]), generator)
+        elif name.endswith(DOWN):
+            start[name] = _uniform(value.shape, 1 / np.sqrt(value.shape[0]), generator)
         elif ".lora_B." in name:
             start[name] = np.zeros_like(value)
         elif name.endswith((".lora_A", ".lora_B")):  # AdaLoRA's
@@ -208,16 +214,17 @@ def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
     The update of an embedding would name the tokens of the examples, and a module that is trained in full may be as
     large as the base. Raises ConfigError: no module bears a target's name, or one that does is of another kind.
     """
-    norms = config.peft_type == "LN_TUNING"
+    norm, linear, method = "normalization", "linear layer", config.peft_type
+    kinds = [norm, linear] if method.lower() in ENDINGS else [norm] if method == "LN_TUNING" else [linear]
     for target in config.target_modules:
         modules = {path: m for path, m in model.named_modules() if path == target or path.endswith(f".{target}")}
         if not modules:
             reason = f"the base has no module named {target!r}; it has {pretrained.layer_names(model)}"
             raise ConfigError(reason, about="target_modules")
         for path, module in modules.items():
-            if not (_is_norm(module) if norms else _is_linear(module, config)):
+            if (norm if _is_norm(module) else linear if _is_linear(module, config) else "") not in kinds:
                 raise ConfigError(
-                    f"target_modules name {path}, which is not a {'normalization' if norms else 'linear layer'} but"
+                    f"target_modules name {path}, which is not a {' or '.join(kinds)} but"
                     f" {type(module).__name__}: {config.peft_type} is trained on nothing else, because the update of an"
                     " embedding would show which tokens the examples have; name other modules",
                     about="target_modules",
@@ -273,6 +280,8 @@ def _peft_config(config: PeftConfig, targets: Sequence[str], heads: Sequence[str
             return peft.LNTuningConfig(**common)
         case "BEFT":
             return peft.BeftConfig(**common)
+        case "BOTTLENECK" | "BOTTLENECK_RELU" | "BOTTLENECK_GELU":
+            return BottleneckConfig(peft_type=config.peft_type, r=config.r, **common)
         case "ADALORA":  # the rank that it begins with is its rank: nothing runs the allocator, so any schedule will do
             rank = config.r
             return peft.AdaLoraConfig(init_r=rank, target_r=rank, lora_alpha=config.lora_alpha, total_step=1, **common)

@@ -13,6 +13,7 @@ from edgeadapt.formats.graphinputs import (
     LORA_B,
     PEFT_PREFIX,
     VIRTUAL,
+    empty_inputs,
     from_inputs,
     input_name,
     layer_of,
@@ -68,13 +69,13 @@ def completed(
             about=missing[0],
         )
     full, loras, vectors = dict(tensors), list(inputs.loras), list(inputs.vectors)
-    virtual = list(inputs.virtual)
+    virtual, empty = list(inputs.virtual), empty_inputs(slots)
     for name in slots:
         if name in VIRTUAL and name not in names:
-            full[PEFT_PREFIX + name] = np.empty((0, int(slots[name][-1])), np.float32)
+            full[PEFT_PREFIX + name] = empty[name]
             virtual.append(name)
         if vector_kind(name) and name not in names:
-            full[PEFT_PREFIX + name] = np.empty((0, int(slots[name][-1])), np.float32)
+            full[PEFT_PREFIX + name] = empty[name]
             vectors.append(name)
         path = name.removesuffix(LORA_A)
         if name == path or path in inputs.scaling or path + LORA_B not in slots:

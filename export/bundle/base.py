@@ -13,7 +13,7 @@ from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base, find_base
 from edgeadapt.bases.classifiergraph import ENCODER
-from edgeadapt.formats.graphinputs import LORA_A, VIRTUAL, input_name, layer_of, vector_kind
+from edgeadapt.formats.graphinputs import DOWN, LORA_A, VIRTUAL, input_name, layer_of, vector_kind
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import Task
 from edgeadapt.formats.peftconfig import PeftConfig, layer_number
@@ -90,7 +90,8 @@ def wanted(
     needed: Task = origin.task or ("text-classification" if mean else usual_task(base))
     _agree("--task", task, needed)
     own: Head | None = None
-    rank = max((shapes[path + LORA_A][0] for path in layers), default=1)
+    ranks = [*(shapes[path + LORA_A][0] for path in layers), *(shapes[n][1] for n in vectors if n.endswith(DOWN))]
+    rank = max(ranks, default=1)
     if max_rank is not None and rank > max_rank:
         raise ConfigError(f"the adapter has rank {rank}, --max-rank is {max_rank}", about="--max-rank")
     if needed == "text-generation":

@@ -30,7 +30,7 @@ from edgeadapt.formats.bundle import (
 )
 from edgeadapt.formats.dsse import MAX_ENVELOPE
 from edgeadapt.formats.files import sha256
-from edgeadapt.formats.graphinputs import LORA_A, check_slots, to_inputs, virtual_tokens
+from edgeadapt.formats.graphinputs import BY_COLUMN, check_slots, to_inputs, virtual_tokens
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.manifest import AdapterManifest, BaseManifest, Card, Format, PrivacyBound, Task, check_labels
 from edgeadapt.formats.peftconfig import PeftConfig
@@ -310,7 +310,7 @@ def _adapter_files(
             f"most {longest} tokens",
             about="num_virtual_tokens",
         )
-    ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(LORA_A)]
+    ranks = [value.shape[1] for name, value in filled.items() if name.endswith(BY_COLUMN)]
     if (rank := max(ranks, default=0)) > base.max_rank:
         reason = f"adapter {source.name!r} has rank {rank}, the base takes at most {base.max_rank} (--max-rank)"
         raise DataError(reason, about="rank")

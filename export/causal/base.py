@@ -27,7 +27,7 @@ from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.states import KEPT_RANGE, KEPT_STATES, STATES
 from edgeadapt.formats.bundle import CHAT, GENERATION, MODEL, TOKENIZER, TRAINING
-from edgeadapt.formats.graphinputs import OUTPUT_SCALE, PREFIX, PROMPT, layer_of
+from edgeadapt.formats.graphinputs import DOWN, OUTPUT_SCALE, PREFIX, PROMPT, layer_of
 from edgeadapt.formats.layout import Floats
 from edgeadapt.formats.manifest import BaseManifest
 from edgeadapt.formats.storage import WorkFolder
@@ -183,7 +183,7 @@ def export_causal(
     with closing(WorkFolder(where)) as scratch:
         store, work, wanted = OnDisk(scratch.path / "tensors"), WorkFolder(where), Slots.of(slots)
         model = pretrained.load(base, AutoModelForCausalLM, offload=scratch.path / "offload")
-        adapted, names = low_rank(model, wanted), vectors(model, wanted)
+        adapted, names = low_rank(model, wanted), vectors(model, wanted, norms=False)
         sites = [layer_of(name) for name in names if pretrained.is_linear(model.get_submodule(layer_of(name)))]
         weights = _Weights(model, list(dict.fromkeys([*adapted, *sites])))
         parameters = _vectors(model) if names else {}
@@ -199,8 +199,8 @@ def export_causal(
         store.reports(counted(report, "quantizing", passes * size_of(decoder.graph)))
         graph = quantize(decoder.graph, profile, ids, store)
         vector_slots = insert_vectors(graph, layers, names, parameters, store)
-        scaled = {layer_of(name) for name in names if name.endswith(OUTPUT_SCALE)}
-        # The update comes after a scale of the output, and so after the bias.
+        scaled = {layer_of(name) for name in names if name.endswith((OUTPUT_SCALE, *DOWN))}
+        # The update comes after what changes, or reads, the output without it, and so after the bias.
         places = {path: replace(layers[path], y=layers[path].end) for path in adapted if path in scaled}
         places = {path: layers[path] for path in adapted} | places
         inserted = matmuls.insert_lora(graph, places) | vector_slots | _insert_virtual(graph, wanted, embedding)

@@ -38,8 +38,9 @@ TASKS = ("text-classification", "text-generation")
     "--slots",
     "kinds",
     metavar="A,B",
-    help="Kinds of slots at the targets: low-rank, scale, input-scale, offset; and of the whole base: norms, biases, "
-    "prompt, prefix. Default: low-rank, and what --peft needs.",
+    help="Kinds of slots at the targets: low-rank, scale, input-scale, offset, bottleneck (with swish), "
+    "bottleneck-relu, bottleneck-gelu; and of the whole base: norms, biases, prompt, prefix. "
+    "Default: low-rank, and what --peft needs.",
 )
 @click.option(
     "--layers",

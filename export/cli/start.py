@@ -23,7 +23,7 @@ from edgeadapt.formats.phrases import read_phrases
 @click.option(
     "--targets",
     metavar="A,B",
-    help="Names of adapted modules.  [default: those that peft names for the base; of ln_tuning all normalizations]",
+    help="Names of adapted modules.  [default: as in adapter.targets of a scenario]",
 )
 @click.option(
     "--layers",

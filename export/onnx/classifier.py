@@ -14,7 +14,7 @@ from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.classifiergraph import LABELS, ClassifierGraph
 from edgeadapt.formats.bundle import LOWER, MODEL, TOKENIZER, TRAINING, UPPER
-from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
+from edgeadapt.formats.graphinputs import GIVEN, OFFSET, PROMPT, RANKED, REPLACED, SCALES, UP_BIAS
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import BaseManifest
 from edgeadapt.formats.storage import WorkFolder
@@ -178,8 +178,8 @@ def _random(slots: Mapping[str, tuple[str, ...]], seed: int) -> Tensors:
     rng, common = np.random.default_rng(seed), np.random.default_rng(ROWS)
     result = {}
     for name, dimensions in slots.items():
-        lora = name.endswith((LORA_A, LORA_B))
-        own = lora or LABELS in dimensions or name == PROMPT or name.endswith((*SCALES, OFFSET))
+        lora = name.endswith(RANKED)
+        own = lora or LABELS in dimensions or name == PROMPT or name.endswith((*SCALES, OFFSET, *UP_BIAS))
         shape = [_size(text) for text in dimensions]
         drawn: Floats = (rng if own else common).standard_normal(shape).astype(np.float32)
         # (in, rank) for A, (rank, out) for B, (out, in) for other weights: keeps the variance of what a layer reads.

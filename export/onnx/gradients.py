@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from aggregation.errors import ConfigError, one_line
 from edgeadapt.bases.traininggraph import OWN_BIAS, WEIGHT_NORM, TrainingBatch, TrainingGraph, batch_of
 from edgeadapt.formats.bundle import LOWER, TRAINING
-from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OUTPUT_SCALE, PREFIX, PROMPT, VIRTUAL
+from edgeadapt.formats.graphinputs import GIVEN, LORA_A, LORA_B, OUTPUT_SCALE, PREFIX, PROMPT, RANKED, VIRTUAL
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.methods.peft.inputs import LABELS
 from export.onnx.headers import Slots
@@ -152,7 +152,7 @@ def _drawn(
     for name, dimensions in slots.items():
         shape = [_size(text, texts, virtual) for text in dimensions]
         # Keys and values are about 1; among much smaller ones, a short text would multiply what torch rounds off.
-        width = 1 if name == PREFIX else shape[0] if name.endswith((LORA_A, LORA_B)) else shape[-1]
+        width = 1 if name == PREFIX else shape[0] if name.endswith(RANKED) else shape[-1]
         inputs[name] = (rng.standard_normal(shape) / np.sqrt(width)).astype(np.float32)
     return batch, inputs
 

@@ -7,6 +7,7 @@ dimension of its own. Modules in ``modules_to_save`` read their parameters from 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from aggregation.errors import ConfigError, one_line
 from edgeadapt.formats.graphinputs import (
-    GIVEN,
+    ACTIVATIONS,
     INPUT_SCALE,
     LORA_A,
     LORA_B,
@@ -24,11 +25,14 @@ from edgeadapt.formats.graphinputs import (
     OUTPUT_SCALE,
     PROMPT,
     REPLACED,
+    UP_BIAS,
     VIRTUAL,
+    dimensions_of,
     layer_of,
     vector_site,
 )
 from edgeadapt.formats.layout import Floats, TensorSpec
+from edgeadapt.methods.bottleneck import adds_before, change
 from edgeadapt.methods.peft.inputs import LABELS, AdapterInputs, SavedSlot
 
 TOKENS = ("input_ids", "attention_mask")
@@ -43,19 +47,25 @@ class _Values:
 
 
 class LayerInput(nn.Module):
-    """``y = base(x * input_scale) * output_scale + (x @ A) @ B + offset``, of which a layer has some. To be traced."""
+    """A layer with the slots of ``edgeadapt.formats.graphinputs``, of which it has some. To be traced."""
 
     def __init__(self, base: nn.Module, path: str, names: set[str], values: _Values) -> None:
         super().__init__()
         self.base, self.path, self.values = base, path, values
         self.kinds = {name.removeprefix(path) for name in names}
+        self.bottlenecks = [method for method in ACTIVATIONS if f".{method}_down" in self.kinds]
+        self.before = adds_before(base.module if isinstance(base, ReplacedInput) else base)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.before:
+            changed: Tensor = self.base(x + self._added(self.base(x)))
+            return changed
         # Every slot may have a leading dimension for the rows of a batch; between them and the width, x has the tokens.
         flat = x.ndim == 2
         rows = x.unsqueeze(1) if flat else x
         read = rows * self._vector(INPUT_SCALE, 1.0) if INPUT_SCALE in self.kinds else rows
         result: Tensor = self.base(x if read is rows else read.squeeze(1) if flat else read)
+        plain = result
         if OUTPUT_SCALE in self.kinds:
             scaled = (result.unsqueeze(1) if flat else result) * self._vector(OUTPUT_SCALE, 1.0)
             result = scaled.squeeze(1) if flat else scaled
@@ -65,7 +75,17 @@ class LayerInput(nn.Module):
         if OFFSET in self.kinds:
             moved = (result.unsqueeze(1) if flat else result) + self._vector(OFFSET, 0.0)
             result = moved.squeeze(1) if flat else moved
-        return result
+        return result + self._added(plain) if self.bottlenecks else result
+
+    def _added(self, y: Tensor) -> Tensor:
+        flat = y.ndim == 2
+        rows = y.unsqueeze(1) if flat else y
+        added = reduce(torch.add, (change(method, rows, partial(self._part, method)) for method in self.bottlenecks))
+        return added.squeeze(1) if flat else added
+
+    def _part(self, method: str, part: str) -> Tensor:
+        kind = f".{method}_{part}"
+        return self._vector(kind, 0.0) if kind in UP_BIAS else self._now(kind)
 
     def _now(self, kind: str) -> Tensor:
         return self.values.now[self.path + kind]
@@ -185,9 +205,11 @@ def examples(slotted: SlottedModel) -> tuple[dict[str, Tensor], dict[str, dict[i
         example[lora.path + LORA_A] = torch.ones(width, EXAMPLE_RANK)
         example[lora.path + LORA_B] = torch.ones(EXAMPLE_RANK, out)
         dynamic[lora.path + LORA_A], dynamic[lora.path + LORA_B] = {1: rank}, {0: rank}
+    ranks: dict[str, Dim] = {}
     for number, name in enumerate(slotted.inputs.vectors):
-        example[name] = torch.ones(EXAMPLE_RANK, vector_width(slotted.model, name))
-        dynamic[name] = {0: Dim(f"{GIVEN}{number}")}
+        texts = dimensions_of(name, number, vector_width(slotted.model, name))
+        example[name] = torch.ones([int(text) if text.isdigit() else EXAMPLE_RANK for text in texts])
+        dynamic[name] = {i: ranks.setdefault(text, Dim(text)) for i, text in enumerate(texts) if not text.isdigit()}
     if PROMPT in slotted.inputs.virtual:
         # One row, which every row of a batch reads; virtualtokens.accept_rows makes it any number.
         model: Any = slotted.model
@@ -220,7 +242,10 @@ def vector_width(model: nn.Module, name: str) -> int:
     """Count the numbers of the vector ``name``, one of ``AdapterInputs.vectors``."""
     if name.endswith(REPLACED):
         return model.get_parameter(vector_site(name)).numel()
-    out, width = weight_shape(model.get_submodule(vector_site(name)))
+    layer = model.get_submodule(vector_site(name))
+    if adds_before(layer):
+        return layer.get_parameter("weight").numel()
+    out, width = weight_shape(layer)
     return width if name.endswith(INPUT_SCALE) else out
 
 

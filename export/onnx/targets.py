@@ -11,6 +11,8 @@ from torch import nn
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.formats.graphinputs import (
+    BOTTLENECK,
+    ENDINGS,
     INPUT_SCALE,
     OFFSET,
     OUTPUT_SCALE,
@@ -39,9 +41,19 @@ class SlotKind(StrEnum):
     BIASES = "biases"  # in every layer and normalization
     PROMPT = "prompt"  # the embeddings of virtual tokens before a text
     PREFIX = "prefix"  # the keys and values of virtual tokens, of a language model
+    BOTTLENECK = "bottleneck"  # with swish
+    BOTTLENECK_RELU = "bottleneck-relu"
+    BOTTLENECK_GELU = "bottleneck-gelu"
 
 
-AT_LAYERS = {SlotKind.SCALE: OUTPUT_SCALE, SlotKind.INPUT_SCALE: INPUT_SCALE, SlotKind.OFFSET: OFFSET}
+AT_LAYERS: dict[SlotKind, tuple[str, ...]] = {  # kind → the endings of its graph inputs
+    SlotKind.SCALE: (OUTPUT_SCALE,),
+    SlotKind.INPUT_SCALE: (INPUT_SCALE,),
+    SlotKind.OFFSET: (OFFSET,),
+} | {SlotKind(method.replace("_", "-")): endings for method, endings in ENDINGS.items()}
+
+
+NORMS = frozenset({SlotKind.NORMS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,23 +96,27 @@ def low_rank(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> list[
     return [path for path, _ in model.named_modules() if path in chosen]
 
 
-def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[str, ...]:
+def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = (), *, norms: bool = True) -> tuple[str, ...]:
     """List the graph inputs of all vectors, in the order of the module tree.
 
-    ``model`` and errors are those of ``linear_layers``; ``heads`` are names of modules that adapters bring whole.
+    ``model`` and errors are those of ``linear_layers``; ``heads`` are names of modules that adapters bring whole;
+    ``norms``: bottleneck adapters may be at normalizations.
     Raises ConfigError: as ``linear_layers``, or the base lacks the layer or the parameter of a vector, or the first
     layer with slots, or an adapter's is below it.
     """
-    at = [ending for kind, ending in AT_LAYERS.items() if kind in slots.kinds]
+    at = [ending for kind, endings in AT_LAYERS.items() if kind in slots.kinds for ending in endings]
     below = _below(model, slots)
     _refuse_below([name for name in slots.vectors if below(layer_of(name))], slots)
-    names = {path + ending for path in (_targeted(model, slots, heads) if at else ()) for ending in at}
+    targeted = {of: _targeted(model, slots, heads, norms=of and norms) for of in {end in BOTTLENECK for end in at}}
+    names = {path + ending for ending in at for path in targeted[ending in BOTTLENECK]}
     for path, module in model.named_modules():
         if below(path):
             continue
         replaced = [f"{path}.{name}{REPLACED}" for name in _replaceable(module, slots.kinds)]
         names.update(name for name in replaced if not in_modules(vector_site(name), heads))
-    linear_layers(model, [layer_of(name) for name in slots.vectors if not name.endswith(REPLACED)])
+    brought = [name for name in slots.vectors if not name.endswith(REPLACED)]
+    linear_layers(model, [layer_of(name) for name in brought if not name.endswith(BOTTLENECK)])
+    linear_layers(model, [layer_of(name) for name in brought if name.endswith(BOTTLENECK)], norms=norms)
     parameters = {name for name, value in model.named_parameters() if value.ndim == 1}
     sites = [vector_site(name) for name in slots.vectors if name.endswith(REPLACED)]
     if missing := [name for name in sites if name not in parameters]:
@@ -109,11 +125,12 @@ def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[
     return tuple(sorted(names | set(slots.vectors), key=lambda name: (places[layer_of(name)], name)))
 
 
-def _targeted(model: nn.Module, slots: Slots, heads: Sequence[str]) -> list[str]:
+def _targeted(model: nn.Module, slots: Slots, heads: Sequence[str], *, norms: bool = False) -> list[str]:
     """List the layers that the targets name, without those below. Raises ConfigError: all of a target's are below."""
-    below, paths = _below(model, slots), linear_layers(model, slots.targets, heads)
+    below, paths = _below(model, slots), linear_layers(model, slots.targets, heads, norms=norms)
     if slots.first:
-        _refuse_below([one for one in slots.targets if all(map(below, linear_layers(model, [one], heads)))], slots)
+        found = {one: linear_layers(model, [one], heads, norms=norms) for one in slots.targets}
+        _refuse_below([one for one, at in found.items() if all(map(below, at))], slots)
     return [path for path in paths if not below(path)]
 
 
@@ -154,8 +171,10 @@ def _replaceable(module: nn.Module, kinds: frozenset[SlotKind]) -> Iterator[str]
             yield name
 
 
-def linear_layers(model: nn.Module, targets: Sequence[str], heads: Sequence[str] = ()) -> list[str]:
-    """List the paths of the layers that ``targets`` name, in the order of the module tree.
+def linear_layers(
+    model: nn.Module, targets: Sequence[str], heads: Sequence[str] = (), *, norms: bool = False
+) -> list[str]:
+    """List the paths of the layers that ``targets`` name, with ``norms`` also normalizations, in the tree's order.
 
     A target means what it means to peft: ``all-linear``, which leaves out ``heads``, modules that return the answer; a
     name or path, for the end of a layer's path; or a regular expression, for a whole path. Raises ConfigError: targets
@@ -171,7 +190,8 @@ def linear_layers(model: nn.Module, targets: Sequence[str], heads: Sequence[str]
             about="--targets",
         )
     chosen: set[str] = set().union(*matched.values())
-    if odd := [path for path in modules if path in chosen - linear]:
+    fitting = linear | {path for path in chosen if norms and any(_replaceable(modules[path], NORMS))}
+    if odd := [path for path in modules if path in chosen - fitting]:
         kind = type(modules[odd[0]]).__name__
         reason = f"an adapter on {kind} cannot be exported, only on linear layers: {summary(odd)}"
         raise ConfigError(reason, about=kind)

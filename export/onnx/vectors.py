@@ -11,7 +11,18 @@ import onnx
 from onnx import helper, numpy_helper
 
 from aggregation.errors import ConfigError
-from edgeadapt.formats.graphinputs import GIVEN, INPUT_SCALE, OFFSET, OUTPUT_SCALE, REPLACED, layer_of, vector_site
+from edgeadapt.formats.graphinputs import (
+    ACTIVATIONS,
+    BOTTLENECK,
+    INPUT_SCALE,
+    OFFSET,
+    OUTPUT_SCALE,
+    RANKED,
+    REPLACED,
+    dimensions_of,
+    layer_of,
+    vector_site,
+)
 from edgeadapt.formats.layout import Floats
 from export.onnx.matmuls import LayerMatMul, replace_nodes, slot_input
 from export.onnx.tensorstore import MEMORY, TensorStore
@@ -68,15 +79,16 @@ def insert_vectors(
     first = [
         node for name in names if name.endswith(REPLACED) for node in _replaced(graph, layers, name, parameters, store)
     ]
-    ends = {layers[layer_of(name)].end: layer_of(name) for name in names if name.endswith((OUTPUT_SCALE, OFFSET))}
+    changing = [name for name in names if name.endswith((OUTPUT_SCALE, OFFSET, *BOTTLENECK))]
+    ends = {layers[layer_of(name)].end: layer_of(name) for name in changing}
     chosen = set(names)
     nodes = []
     for node in graph.graph.node:
         nodes.append(node)
         if node.output and (path := ends.get(node.output[0])) is not None:
             nodes.extend(_changed(node, path, chosen))
-    for name in names:
-        if name.endswith((OUTPUT_SCALE, OFFSET)):
+    for name in changing:
+        if not name.endswith(RANKED):
             first += _given(name, "vector_one" if name.endswith(OUTPUT_SCALE) else "vector_zero")
     _finish(graph, [*first, *nodes])
     slots = _slots(names, layers, parameters)
@@ -86,10 +98,7 @@ def insert_vectors(
 
 
 def _slots(names: Sequence[str], layers: Mapping[str, LayerMatMul], parameters: Mapping[str, Floats]) -> Dimensions:
-    widths = [_width(name, layers, parameters) for name in names]
-    return {
-        name: (f"{GIVEN}{number}", str(width)) for number, (name, width) in enumerate(zip(names, widths, strict=True))
-    }
+    return {n: dimensions_of(n, number, _width(n, layers, parameters)) for number, n in enumerate(names)}
 
 
 def _width(name: str, layers: Mapping[str, LayerMatMul], parameters: Mapping[str, Floats]) -> int:
@@ -113,12 +122,32 @@ def _changed(node: onnx.NodeProto, path: str, chosen: set[str]) -> list[onnx.Nod
     result, now = node.output[0], f"{path}.plain"
     node.output[0] = now
     kinds = [(kind, op) for kind, op in ((OUTPUT_SCALE, "Mul"), (OFFSET, "Add")) if path + kind in chosen]
+    values = [(f"{path}{kind}.first", op) for kind, op in kinds]
     nodes = []
-    for kind, op in kinds:
-        after = result if kind == kinds[-1][0] else f"{path}{kind}.applied"
-        nodes.append(helper.make_node(op, [now, f"{path}{kind}.first"], [after], f"{path}{kind}.applied"))
+    for method in (each for each in ACTIVATIONS if f"{path}.{each}_down" in chosen):
+        nodes += _bottleneck(f"{path}.{method}", method, now)
+        values.append((f"{path}.{method}.added", "Add"))
+    for value, op in values:
+        after = result if value == values[-1][0] else f"{value}.applied"
+        nodes.append(helper.make_node(op, [now, value], [after], f"{value}.applied"))
         now = after
     return nodes
+
+
+def _bottleneck(adapter: str, method: str, y: str) -> list[onnx.NodeProto]:
+    """Make ``ADAPTER.added`` of the output ``y`` of a layer, as ``edgeadapt.methods.bottleneck.change``."""
+    low, wide, node = f"{adapter}.low", f"{adapter}.wide", helper.make_node
+    if (activation := ACTIVATIONS[method]) == "swish":
+        bent = [node("Sigmoid", [f"{low}.sum"], [f"{low}.gate"]), node("Mul", [f"{low}.sum", f"{low}.gate"], [low])]
+    else:
+        bent = [node(activation.capitalize(), [f"{low}.sum"], [low], low)]
+    return [
+        node("MatMul", [y, f"{adapter}_down"], [f"{low}.product"], f"{low}.product"),
+        node("Add", [f"{low}.product", f"{adapter}_down_bias"], [f"{low}.sum"], f"{low}.sum"),
+        *bent,
+        node("MatMul", [low, f"{adapter}_up"], [wide], wide),
+        node("Add", [wide, f"{adapter}_up_bias.first"], [f"{adapter}.added"], f"{adapter}.added"),
+    ]
 
 
 def _replaced(

@@ -25,7 +25,7 @@ from edgeadapt.bases.base import find_base
 from edgeadapt.bases.classifiergraph import MAX_ROWS, ClassifierGraph, open_session
 from edgeadapt.formats.bundle import MODEL, TOKENIZER, Bundle, VerifiedAdapter
 from edgeadapt.formats.calibration import Calibration, calibrate
-from edgeadapt.formats.graphinputs import LORA_B, OFFSET, PROMPT, SCALES, virtual_tokens, with_placeholders
+from edgeadapt.formats.graphinputs import BY_ROW, OFFSET, PROMPT, SCALES, UP_BIAS, virtual_tokens, with_placeholders
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.manifest import BaseManifest, PrivacyBound, Task
 from edgeadapt.formats.phrases import read_phrases
@@ -199,9 +199,9 @@ class OnnxRunner:
 
 
 def _without(name: str, value: Floats) -> Floats:
-    if name.endswith(LORA_B) or name == PROMPT:
+    if name.endswith(BY_ROW) or name == PROMPT:
         return np.zeros_like(value)  # the same rank or length, so that the rows can share a run
-    return value[:0] if name.endswith((*SCALES, OFFSET)) else value
+    return value[:0] if name.endswith((*SCALES, OFFSET, *UP_BIAS)) else value
 
 
 def torch_logits(model: PeftModel, ids: Sequence[int]) -> Floats:

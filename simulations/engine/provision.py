@@ -46,6 +46,7 @@ from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
 from edgeadapt.bases.base import Base, OwnModel, find_base, with_task
 from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.formats.bundle import TRUST
+from edgeadapt.formats.graphinputs import ENDINGS
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.manifest import VersionManifest
 from edgeadapt.formats.peftconfig import OWN, PeftConfig, require_gradients
@@ -77,6 +78,7 @@ KINDS = {  # method → what its adapters bring
     "LN_TUNING": frozenset({SlotKind.NORMS}),
     "PROMPT_TUNING": frozenset({SlotKind.PROMPT}),
     "PREFIX_TUNING": frozenset({SlotKind.PREFIX}),
+    **{method.upper(): frozenset({SlotKind(method.replace("_", "-"))}) for method in ENDINGS},
 }
 DORA = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
 CENTERED = "centered"  # folders in that of the run

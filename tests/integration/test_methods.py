@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ia3": {},
     "ln_tuning": {},
     "beft": {"targets": ["query", "value", "output.dense"]},
+    "bottleneck_gelu": {"rank": 3, "targets": ["output.dense", "output.LayerNorm"]},
 }
 
 
@@ -110,6 +111,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "ia3": {},
     "ln_tuning": {},
     "beft": {},
+    "bottleneck": {"rank": 3},
     "prompt_tuning": {"virtual_tokens": 4},
     "prefix_tuning": {"virtual_tokens": 3},
 }

@@ -23,6 +23,7 @@ from peft import (
 from transformers import AutoModelForSequenceClassification
 
 from edgeadapt.bases.base import Base
+from edgeadapt.methods.bottleneck import BottleneckConfig
 from tests.support.models import LABELS
 from tests.support.recipes import CLI, SIZES, bare
 
@@ -44,6 +45,7 @@ METHODS: dict[str, PeftConfig] = {
     ),
     "norms": LNTuningConfig(target_modules=["LayerNorm"]),
     "beft": BeftConfig(target_modules=["query", "intermediate.dense"]),
+    "bottleneck": BottleneckConfig(peft_type="BOTTLENECK_GELU", r=3, target_modules=["output.dense", "pooler.dense"]),
     "prompt": PromptTuningConfig(num_virtual_tokens=5),
     "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16),
 }
@@ -59,7 +61,9 @@ def randomized(model: PeftModel) -> None:
         bias = key.endswith({"all": ".bias", "lora_only": ".base_layer.bias"}.get(which, "-"))
         if "magnitude" in key:
             drawn = value.detach().numpy() * rng.normal(1.0, 0.4, value.shape)
-        elif bias or any(part in key for part in ("lora_", "modules_to_save", "beft_", "hada_", "vera_", "prompt_")):
+        elif bias or any(
+            part in key for part in ("lora_", "modules_to_save", "beft_", "hada_", "vera_", "prompt_", "neck_")
+        ):
             drawn = rng.normal(0.0, 0.3, value.shape)
         elif "ia3_l" in key or "ln_tuning_layers" in key:
             drawn = rng.normal(1.0, 0.5, value.shape) * (rng.random(value.shape) > 0.1)
@@ -108,7 +112,12 @@ def every_slot(every_method_base: Base, tmp_path_factory: pytest.TempPathFactory
             "--targets",
             "all-linear",
         ),
-        *("--slots", "low-rank,scale,input-scale,offset,norms,biases,prompt", "--bundle", str(folder / "bundle")),
+        *(
+            "--slots",
+            "low-rank,scale,input-scale,offset,norms,biases,prompt,bottleneck-gelu",
+            "--bundle",
+            str(folder / "bundle"),
+        ),
         *("--key", str(folder / "key.pem")),
     ]
     for command in (words[:3], words[3:]):

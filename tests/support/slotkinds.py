@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from edgeadapt.formats.graphinputs import (
+    ACTIVATIONS,
     GIVEN,
     INPUT_SCALE,
     LORA_A,
     LORA_B,
     OFFSET,
     OUTPUT_SCALE,
+    PARTS,
     PREFIX,
     PROMPT,
     REPLACED,
@@ -39,6 +41,7 @@ ENDS: dict[SlotKind, tuple[str, ...]] = {
     SlotKind.BIASES: (".bias" + REPLACED,),
     SlotKind.PROMPT: (PROMPT,),
     SlotKind.PREFIX: (PREFIX,),
+    **{SlotKind(name.replace("_", "-")): tuple(f".{name}_{part}" for part in PARTS) for name in ACTIVATIONS},
 }
 KINDS = tuple(ENDS)
 NEUTRAL = {OUTPUT_SCALE: 1.0, INPUT_SCALE: 1.0}
@@ -128,8 +131,16 @@ def _scaled(kinds: Mapping[str, Tensor], _layer: nn.Module, args: tuple[Tensor, 
 
 
 def _updated(kinds: Mapping[str, Tensor], _layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    changed = [_bottleneck(kinds, name, y) for name in ACTIVATIONS if f".{name}_up" in kinds]
     if OUTPUT_SCALE in kinds:
         y = y * kinds[OUTPUT_SCALE][0].to(y)
     if LORA_A in kinds:
         y = y + args[0] @ kinds[LORA_A].to(y) @ kinds[LORA_B].to(y)
-    return y + kinds[OFFSET][0].to(y) if OFFSET in kinds else y
+    y = y + kinds[OFFSET][0].to(y) if OFFSET in kinds else y
+    return sum(changed, y)
+
+
+def _bottleneck(kinds: Mapping[str, Tensor], name: str, y: Tensor) -> Tensor:
+    down, down_bias, up, up_bias = (kinds[f".{name}_{part}"].to(y) for part in PARTS)
+    bent = {"swish": nn.SiLU(), "relu": nn.ReLU(), "gelu": nn.GELU()}[ACTIVATIONS[name]](y @ down + down_bias[0])
+    return bent @ up + up_bias[0]

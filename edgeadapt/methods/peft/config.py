@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from aggregation.errors import ConfigError, DataError
 from edgeadapt.formats import jsontext
 from edgeadapt.formats.graphinputs import INPUT_SCALE, OFFSET, REPLACED, layer_of
-from edgeadapt.formats.peftconfig import PeftConfig, exactly
+from edgeadapt.formats.peftconfig import BOTTLENECKS, PeftConfig, exactly
 from edgeadapt.methods.peft.inputs import AdapterInputs
 
 # Settings that do not change what the stored tensors compute: where peft looks for layers (the tensors show which it
@@ -49,6 +49,7 @@ HARMLESS: dict[str, frozenset[str]] = {
     "IA3": COMMON | {"feedforward_modules", "init_ia3_weights"},
     "LN_TUNING": COMMON,
     "BEFT": COMMON | {"init_weights"},
+    **dict.fromkeys(BOTTLENECKS, COMMON | {"r"}),
     "PROMPT_TUNING": VIRTUAL,
     "P_TUNING": VIRTUAL | {"encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout"},
     "PREFIX_TUNING": VIRTUAL | {"prefix_projection", "init_weights"},
@@ -69,6 +70,7 @@ MERGEABLE = frozenset({"layer_replication", "target_parameters", "trainable_toke
 VIRTUAL_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # of virtual tokens
 # The settings that state rank and alpha; of the other methods there are none.
 RANKS = {"LORA": ("r", "lora_alpha"), "ADALORA": ("init_r", "lora_alpha"), "LOHA": ("r", "alpha"), "VERA": ("r", "")}
+RANKS |= dict.fromkeys(BOTTLENECKS, ("r", ""))
 ALLOCATED = ".lora_E"  # ends the names in AdaLoRA's rank_pattern
 MAX_NUMBER = 2**31  # no layer is as wide
 REMEDY = "correct it, or save the adapter again with peft"
@@ -142,13 +144,15 @@ def settings_of(config: PeftConfig, inputs: AdapterInputs, base: str | None, vir
         "inference_mode": True,
         "modules_to_save": [slot.path for slot in inputs.saved] or None,
     }
-    if config.peft_type in RANKS:
+    if config.peft_type in RANKS and config.peft_type not in BOTTLENECKS:
         return settings | _low_rank_settings(config, inputs)
     if inputs.virtual:
         # Without a task peft would ignore the virtual tokens.
         task = "SEQ_CLS" if inputs.saved else "CAUSAL_LM"
         return settings | {"task_type": task, "num_virtual_tokens": virtual_tokens, "num_transformer_submodules": 1}
     settings["target_modules"] = sorted(set(map(layer_of, inputs.vectors)))
+    if config.r:
+        settings["r"] = config.r
     if config.peft_type == "IA3":
         settings["feedforward_modules"] = [layer_of(name) for name in inputs.vectors if name.endswith(INPUT_SCALE)]
     return settings

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Self
 
 from aggregation.errors import DataError
-from edgeadapt.formats.graphinputs import LORA_A, LORA_B, VIRTUAL, input_name, vector_kind
+from edgeadapt.formats.graphinputs import (
+    BOTTLENECK,
+    LORA_A,
+    LORA_B,
+    PARTS,
+    VIRTUAL,
+    bottleneck_of,
+    input_name,
+    vector_kind,
+)
 from edgeadapt.formats.layout import Tensors, TensorSpec
 from edgeadapt.formats.peftconfig import PeftConfig
 
@@ -65,8 +74,11 @@ class AdapterInputs:
         loras = tuple(_lora(path, config, values) for path in sorted(lora_paths(values)))
         saved: dict[str, list[TensorSpec]] = {}
         vectors = tuple(sorted(name for name in values if vector_kind(name)))
-        if odd := [name for name in vectors if values[name].ndim != 2 or values[name].shape[0] > 1]:
+        single = [name for name in vectors if not name.endswith(BOTTLENECK)]
+        if odd := [name for name in single if values[name].ndim != 2 or values[name].shape[0] > 1]:
             raise DataError(f"{odd[0]!r} is not one vector: the adapter is damaged", about=odd[0])
+        for adapter in {bottleneck_of(name) for name in vectors if name.endswith(BOTTLENECK)}:
+            _check_bottleneck(adapter, config.r, values)
         virtual = tuple(sorted(values.keys() & VIRTUAL.keys()))
         if odd := [name for name in virtual if values[name].ndim != 2 or not values[name].size]:
             raise DataError(f"{odd[0]!r} has no virtual token: the adapter is damaged", about=odd[0])
@@ -100,6 +112,13 @@ def summary(paths: Sequence[str]) -> str:
     """
     names = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
     return f"{names} ({len(paths)} layers, such as {paths[0]})" if len(paths) > 1 else ", ".join(paths)
+
+
+def _check_bottleneck(adapter: str, rank: int, values: Tensors) -> None:
+    down, *others = (values[name].shape if (name := f"{adapter}_{part}") in values else () for part in PARTS)
+    if down[1:] != (rank,) or others != [(1, rank), (rank, down[0]), (1, down[0])]:
+        reason = f"{adapter!r} is not a whole bottleneck adapter of rank {rank}, the configuration's: it is damaged"
+        raise DataError(reason, about=adapter)
 
 
 def _lora(path: str, config: PeftConfig, values: Tensors) -> LoraSlot:

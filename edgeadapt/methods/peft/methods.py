@@ -21,6 +21,8 @@ import numpy as np
 
 from aggregation.errors import ConfigError, DataError
 from edgeadapt.formats.graphinputs import (
+    BOTTLENECK,
+    ENDINGS,
     INPUT_SCALE,
     LORA_A,
     OFFSET,
@@ -86,6 +88,8 @@ def is_peft_name(name: str, method: str) -> bool:
 
 def _from_peft(name: str, value: Floats, config: PeftConfig, bias: bool) -> tuple[str, Floats]:
     method = config.peft_type
+    if name.endswith(ENDINGS.get(method.lower(), ())):
+        return name, value
     unwrapped = name.removeprefix(UNWRAPPED) if method in VIRTUAL_TOKENS else input_name(name)
     if vector_kind(name) or (unwrapped in VIRTUAL and name != EMBEDDINGS):
         raise DataError(f"tensor {input_name(name)[:80]!r} is not one that peft saves", about=name)
@@ -130,7 +134,7 @@ def _to_peft(name: str, value: Floats, config: PeftConfig, tensors: Tensors) -> 
         case ".replaced":
             path, _, parameter = site.rpartition(".")
             return path + NORM + parameter, value[0]
-        case None:
+        case kind if kind is None or kind in BOTTLENECK:
             return name, value
     reason = f"{input_name(site)}: a scale has no place in a LoRA folder of peft; keep the folder that it came from"
     raise ConfigError(reason, about=name)

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 
 from aggregation.errors import ConfigError, DataError, TrustError
 from client.inference.library import AdapterCache, Composition, Library, WeightedAdapter, compose
 from client.inference.session import ClassificationSession
 from client.inference.trust import Trust, VerifiedAdapter
-from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.graphinputs import DOWN, DOWN_BIAS, UP, UP_BIAS
+from edgeadapt.formats.layout import Floats, Tensors
+from edgeadapt.methods.bottleneck import change
 from export.bundle.write import AdapterSource
 from export.onnx.exported import ExportedBase
 from tests.support import refused
@@ -95,6 +98,24 @@ def test_what_vectors_change_is_added_up(with_anna: Path, exported: ExportedBase
     np.testing.assert_array_equal(composed[SCALE], [[1 - 0.5 * 2 - 0.5, 1 + 0.5 + 1]])
     np.testing.assert_array_equal(composed[SHIFT], [[-0.5, 0.5]])
     np.testing.assert_array_equal(composed[NORM], [[7.0, 0.0]])
+
+
+def test_what_bottleneck_adapters_add_is_added_up(with_anna: Path, exported: ExportedBase) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {DOWN[2]: (4, 5), DOWN_BIAS[2]: (1, 5), UP[2]: (5, 4), UP_BIAS[2]: (1, 4)}
+    parts = [{f"q{end}": rng.standard_normal(shape, np.float32) for end, shape in shapes.items()} for _ in range(2)]
+    both = zip(verified(with_anna, "anna", "global"), parts, strict=True)
+    adapters = [VerifiedAdapter(one.manifest, one.inputs | part) for one, part in both]
+    composed = compose(Composition.parse("anna:-0.5+global"), adapters, exported.manifest).inputs
+    y = torch.from_numpy(rng.standard_normal((5, 4), np.float32))
+
+    def added(inputs: Tensors) -> Floats:
+        one = {name: torch.from_numpy(value) for name, value in inputs.items() if ".bottleneck" in name}
+        return change("bottleneck_gelu", y, lambda part: one[f"q.bottleneck_gelu_{part}"]).numpy()
+
+    np.testing.assert_allclose(added(composed), added(parts[1]) - 0.5 * added(parts[0]), atol=1e-5)
+    with refused(ConfigError, "composition.rank", value=10):
+        compose(Composition.parse("anna+global"), adapters, replace(exported.manifest, max_rank=9))
 
 
 def test_replaced_parameters_are_composed_with_weights_that_add_up_to_one(

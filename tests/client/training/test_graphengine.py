@@ -117,7 +117,7 @@ def biased(make_base: Callable[..., Base], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def vectors(biased: Base, tmp_path_factory: pytest.TempPathFactory) -> VerifiedBase:
     """A base with slots of every kind that a classifier can train."""
-    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.INPUT_SCALE, SlotKind.OFFSET, SlotKind.NORMS})
+    kinds = frozenset(SlotKind) - {SlotKind.BIASES, SlotKind.PROMPT, SlotKind.PREFIX}
     slotted = with_mean_head(biased, Slots(("query", "key", "intermediate.dense"), kinds))
     made = export_classifier(slotted, biased, Profile.FP32, training=True)
     return bundled(tmp_path_factory.mktemp("vectors") / "bundle", made)
@@ -135,8 +135,11 @@ def vectors(biased: Base, tmp_path_factory: pytest.TempPathFactory) -> VerifiedB
         PeftConfig("ADALORA", 3, 5, ("query", "intermediate.dense")),
         PeftConfig("LOHA", 3, 5, ("query", "intermediate.dense")),
         PeftConfig("VERA", 24, 0, ("query", "intermediate.dense")),
+        PeftConfig("BOTTLENECK", 3, 0, ("query", "intermediate.dense")),
+        PeftConfig("BOTTLENECK_RELU", 3, 0, ("query", "intermediate.dense")),
+        PeftConfig("BOTTLENECK_GELU", 3, 0, ("query", "intermediate.dense")),
     ],
-    ids=["LoRA", "rsLoRA", "DoRA", "IA3", "BEFT", "LN_TUNING", "AdaLoRA", "LoHa", "VeRA"],
+    ids=lambda config: config.peft_type + "-s" * config.use_rslora + "-m" * config.use_dora,
 )
 def test_each_method_makes_the_adapter_that_torch_makes(
     vectors: VerifiedBase, biased: Base, config: PeftConfig

@@ -136,6 +136,7 @@ TRAINABLE = {
     "ia3": IA3,
     "norms": PeftConfig("LN_TUNING", 0, 0, ("LayerNorm",)),
     "beft": PeftConfig("BEFT", 0, 0, ("value",)),
+    "bottleneck": PeftConfig("BOTTLENECK", 4, 0, ("output.dense",)),
     "prompt": PROMPT,
     "p-tuning": replace(PROMPT, peft_type="P_TUNING"),
     "prefix": replace(PROMPT, peft_type="PREFIX_TUNING"),

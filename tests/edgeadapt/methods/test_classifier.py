@@ -208,7 +208,7 @@ def test_an_adapter_trained_from_states_is_that_trained_from_tokens(
     assert_same_training(torchengine.classifier(base, 3, configuration(base, rank=2, alpha=4, layers=1)))
 
 
-@pytest.mark.parametrize("method", ["dora", "adalora", "loha", "vera", "ia3", "ln_tuning", "beft"])
+@pytest.mark.parametrize("method", ["dora", "adalora", "loha", "vera", "ia3", "ln_tuning", "beft", "bottleneck_relu"])
 def test_every_method_at_layers_trains_from_states(method: MethodName, tiny_base: Base, tmp_path: Path) -> None:
     base = family(RobertaConfig(pad_token_id=0, **SMALL), tmp_path, tiny_base.folder / "tokenizer.json")
     trainer = torchengine.classifier(base, 3, configuration(base, method, rank=2, alpha=4, layers=2))

@@ -109,7 +109,9 @@ def test_common_bases_need_no_targets(config: Any, names: tuple[str, ...], tmp_p
     assert configuration(Base(tmp_path, "")).target_modules == names
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "loha", "vera", "ia3", "ln_tuning", "beft"])
+@pytest.mark.parametrize(
+    "method", ["lora", "dora", "adalora", "loha", "vera", "ia3", "ln_tuning", "beft", "bottleneck"]
+)
 def test_the_first_adapter_changes_nothing(llama: Base, method: MethodName) -> None:
     model = causal.build(llama, configuration(llama, method))
     causal.load(model, initial(model, torch.Generator().manual_seed(1)))
@@ -149,7 +151,7 @@ def config_at(kind: Any, targets: tuple[str, ...]) -> PeftConfig:
         *(("LORA", "embed_tokens"), ("IA3", "embed_tokens"), ("BEFT", "embed_tokens"), ("LN_TUNING", "embed_tokens")),
         *(("ADALORA", "embed_tokens"), ("LOHA", "embed_tokens"), ("VERA", "embed_tokens"), ("VERA", "norm")),
         *(("LORA", "norm"), ("IA3", "mlp"), ("BEFT", "norm"), ("LN_TUNING", "q_proj"), ("LN_TUNING", "layers")),
-        *(("IA3", "nothing"), ("LN_TUNING", "")),
+        *(("IA3", "nothing"), ("LN_TUNING", ""), ("BOTTLENECK", "embed_tokens"), ("BOTTLENECK_RELU", "mlp")),
     ],
 )
 def test_a_target_of_another_kind_than_the_method_adapts_is_refused(llama: Base, kind: Any, target: str) -> None:
@@ -157,7 +159,7 @@ def test_a_target_of_another_kind_than_the_method_adapts_is_refused(llama: Base,
         causal.build(llama, config_at(kind, (target,)))
 
 
-@pytest.mark.parametrize("method", ["adalora", "loha", "vera", "ia3", "beft"])
+@pytest.mark.parametrize("method", ["adalora", "loha", "vera", "ia3", "beft", "bottleneck"])
 def test_no_method_adapts_the_layer_with_a_row_for_each_token(make_lm: Any, method: MethodName) -> None:
     base = make_lm(tie_word_embeddings=False)
     model = causal.build(base, configuration(base, method, targets=["q_proj", "lm_head"]))

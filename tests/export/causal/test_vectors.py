@@ -29,6 +29,7 @@ from client.inference.text import SamplingParams
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.graphinputs import to_inputs
 from edgeadapt.formats.layout import Tensors
+from edgeadapt.methods.bottleneck import BottleneckConfig
 from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.base import resolved
 from export.bundle.sources import fitted, from_peft
@@ -58,6 +59,9 @@ def methods(kind: str) -> dict[str, PeftConfig]:
         "norms": LNTuningConfig(target_modules=NORMS[kind]),
         "dora": LoraConfig(r=3, lora_alpha=5, use_dora=True, **every, **conv),
         "vera": VeraConfig(r=16, **every, **conv),
+        "bottleneck": BottleneckConfig(peft_type="BOTTLENECK_GELU", r=3, **every),
+        "bottleneck_relu": BottleneckConfig(peft_type="BOTTLENECK_RELU", r=2, **every),
+        "bottleneck_swish": BottleneckConfig(peft_type="BOTTLENECK", r=4, **every),
         "adalora": AdaLoraConfig(init_r=6, target_r=3, lora_alpha=5, total_step=9, **every, **conv),
     }
     if kind == "gpt2":

@@ -30,7 +30,7 @@ Run = Callable[..., Any]
 globals().update(methods.FIXTURES)
 
 
-A_METHOD_FOR_EACH_KIND_OF_SLOT = ("lora-only", "dora", "ia3", "norms", "beft", "p-tuning")
+A_METHOD_FOR_EACH_KIND_OF_SLOT = ("lora-only", "dora", "ia3", "norms", "beft", "p-tuning", "bottleneck")
 
 
 @pytest.mark.parametrize(
