@@ -19,6 +19,7 @@ from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.storage import new_folder, read, write_files
 from edgeadapt.methods.parts import FROZEN
+from edgeadapt.methods.peft import adapterhub
 from edgeadapt.methods.peft.config import Settings, config_of, saved_modules, settings_of
 from edgeadapt.methods.peft.dora import magnitudes
 from edgeadapt.methods.peft.inputs import AdapterInputs, is_saved, lora_paths
@@ -47,11 +48,13 @@ class PeftFolder:
 
 
 def read_peft(folder: Path) -> PeftFolder:
-    """Read a folder that ``save_pretrained`` of a ``PeftModel`` wrote.
+    """Read a folder that ``save_pretrained`` of a ``PeftModel``, or AdapterHub's ``save_adapter``, wrote.
 
     Raises ConfigError: not a PEFT folder, one with pickled weights only, or an adapter that no graph can express;
     DataError: a file is damaged or too large, a tensor is not finite, or tensors and configuration disagree.
     """
+    if (folder / adapterhub.WEIGHTS).is_file():
+        return _read_adapterhub(folder)
     settings = read_settings(folder)
     config = config_of(settings)
     blob = read(folder / WEIGHTS, MAX_ADAPTER)
@@ -70,6 +73,17 @@ def read_peft(folder: Path) -> PeftFolder:
     return PeftFolder(config, files.sha256(blob), base, task, tensors)
 
 
+def _read_adapterhub(folder: Path) -> PeftFolder:
+    settings = _settings(read(folder / CONFIG, MAX_CONFIG))
+    present = [name for name in (adapterhub.WEIGHTS, adapterhub.HEAD) if (folder / name).exists()]
+    blobs = {name: read(folder / name, MAX_ADAPTER) for name in present}
+    adapter, head, *_ = (*(_tensors(blob, None, name) for name, blob in blobs.items()), {})
+    config, tensors = adapterhub.from_adapterhub(settings.get("config"), adapter, head)
+    AdapterInputs.of_tensors(config, tensors)
+    task = "SEQ_CLS" if head else None
+    return PeftFolder(config, files.sha256(b"".join(blobs.values())), _text(settings.get("model_name")), task, tensors)
+
+
 def read_settings(folder: Path) -> Settings:
     """Read ``adapter_config.json`` of a folder whose weights are not pickled, as it is. Raises as ``read_peft``."""
     if not (folder / CONFIG).is_file():
@@ -77,9 +91,10 @@ def read_settings(folder: Path) -> Settings:
         hint = f"; name one of the adapters in it: {', '.join(below)}" if below else ""
         raise ConfigError(f"{folder} is not a PEFT folder: it has no {CONFIG}{hint}", about=CONFIG)
     if not (folder / WEIGHTS).is_file():
-        if (folder / PICKLE).exists():
-            reason = f"{folder} has only {PICKLE}, a pickle, which is not read: save it again with safetensors"
-            raise ConfigError(reason, about=PICKLE)
+        for pickle in (PICKLE, adapterhub.PICKLE):
+            if (folder / pickle).exists():
+                reason = f"{folder} has only {pickle}, a pickle, which is not read: save it again with safetensors"
+                raise ConfigError(reason, about=pickle)
         raise ConfigError(f"{folder} has no {WEIGHTS}", about=WEIGHTS)
     return _settings(read(folder / CONFIG, MAX_CONFIG))
 
@@ -126,12 +141,14 @@ def _settings(raw: bytes) -> Settings:
     return settings
 
 
-def _tensors(blob: bytes, method: str) -> Tensors:
+def _tensors(blob: bytes, method: str | None, file: str = WEIGHTS) -> Tensors:
     try:
         rows = deserialize(blob)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
-        raise DataError(f"{WEIGHTS} is damaged or truncated: {error}", about=WEIGHTS) from error
-    if odd := [(name, row["dtype"]) for name, row in rows if not (is_peft_name(name, method) or name in FROZEN)]:
+        raise DataError(f"{file} is damaged or truncated: {error}", about=file) from error
+    known = FROZEN if method else [name for name, _ in rows]
+    odd = [(name, row["dtype"]) for name, row in rows if not (name in known or is_peft_name(name, method or ""))]
+    if odd:
         raise _odd(*odd[0])
     tensors = {name: _floats(name, row["dtype"], row["data"], row["shape"]) for name, row in rows}
     Layout.of(tensors).check(tensors)
