@@ -1,7 +1,7 @@
 // Several adapters as one: how people write it, and its tensors, by the rules of client/inference/library.py.
 
 import { ConfigError, quoted } from "./errors.js";
-import { LORA_A, LORA_B, REPLACED, SCALES, VIRTUAL, isVirtual, vectorKind } from "./graphinputs.js";
+import { REPLACED, SCALES, VIRTUAL, hasColumns, hasRows, isVirtual, vectorKind } from "./graphinputs.js";
 import { checkName } from "./manifests.js";
 
 const MAX_WEIGHT = 16; // a larger multiple of an adapter's update is noise
@@ -73,7 +73,7 @@ export function compose(parts, verified, base) {
     const reason = `${written} has the virtual tokens of a prompt and of a prefix, whose order is not defined; leave one out`;
     throw new ConfigError(reason, "composition.virtual_tokens");
   }
-  const ranks = [...inputs].filter(([key]) => key.endsWith(LORA_A)).map(([, { shape }]) => shape[1]);
+  const ranks = [...inputs].filter(([key]) => hasColumns(key)).map(([, { shape }]) => shape[1]);
   const rank = Math.max(0, ...ranks);
   if (rank > base.max_rank) {
     const reason = `${written} has rank ${rank}, above the base's limit of ${base.max_rank}; leave one out`;
@@ -91,8 +91,8 @@ function sum(adapters, weights) {
 }
 
 function composed(name, tensors, weights) {
-  if (name.endsWith(LORA_A)) return sideBySide(tensors);
-  if (name.endsWith(LORA_B)) return stacked(tensors, weights);
+  if (hasColumns(name)) return sideBySide(tensors);
+  if (hasRows(name)) return stacked(tensors, weights);
   const kind = vectorKind(name);
   if (kind) return vector(name, kind, tensors, weights);
   if (isVirtual(name)) {

@@ -14,6 +14,20 @@ export const SCALES = [OUTPUT_SCALE, ".input_scale"];
 export const OFFSET = ".output_offset";
 export const REPLACED = ".replaced";
 const VECTORS = [...SCALES, OFFSET, REPLACED];
+/** The method of bottleneck adapters and the part of one that a graph input takes: [name, method, part], or null. */
+export const bottleneckOf = (name) => name.match(/\.(bottleneck(?:_relu|_gelu)?)_((?:down|up)(?:_bias)?)$/);
+const PARTS = ["down", "down_bias", "up", "up_bias"];
+
+/** How graph inputs of a PEFT config's method end, if it is one of bottleneck adapters; else null. */
+export function bottleneckEndings({ peft_type: type }) {
+  const endings = PARTS.map((part) => `.${type.toLowerCase()}_${part}`);
+  return bottleneckOf(endings[0]) && endings;
+}
+
+/** Whether a graph input has a column, or a row, for each rank. */
+export const hasColumns = (name) => name.endsWith(LORA_A) || /^down/.test(bottleneckOf(name)?.[2]);
+export const hasRows = (name) => name.endsWith(LORA_B) || bottleneckOf(name)?.[2] === "up";
+
 const GIVEN = "given_"; // prefix of the dimension of a vector: 1, or 0 for an adapter that lacks it
 
 // Graph inputs with a row for each virtual token: embeddings, or keys and values of every layer.
@@ -25,10 +39,10 @@ export const isVirtual = (name) => VIRTUAL.includes(name);
 export const virtualTokens = (feeds) => VIRTUAL.reduce((sum, name) => sum + (feeds[name]?.dims[0] ?? 0), 0);
 
 /** The kind of vector that a graph input takes, a scale, an offset or a replaced parameter; undefined for any other. */
-export const vectorKind = (name) => VECTORS.find((kind) => name.endsWith(kind));
+export const vectorKind = (name) => VECTORS.find((kind) => name.endsWith(kind)) ?? name.match(/\.bottleneck\w*_up_bias$/)?.[0];
 
 /** Whether a graph input is a parameter of a classifier's head, or of another module that adapters bring whole. */
-export const isHead = (name) => !isLora(name) && !vectorKind(name) && !isVirtual(name);
+export const isHead = (name) => !isLora(name) && !bottleneckOf(name) && !vectorKind(name) && !isVirtual(name);
 
 /**
  * Refuse tensors that do not fill exactly the slots of a graph; return the size that each free dimension takes.

@@ -26,6 +26,7 @@ const ADAPTER_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
 const PEFT_CONFIG = {
   peft_type: oneOf(
     ...["LORA", "ADALORA", "LOHA", "VERA", "IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"],
+    ...["BOTTLENECK", "BOTTLENECK_RELU", "BOTTLENECK_GELU"],
   ),
   r: count,
   lora_alpha: number,

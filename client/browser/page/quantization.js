@@ -1,7 +1,7 @@
 // How an adapter file stores numbers: the reading half of edgeadapt/formats/quantization.py.
 
 import { DataError, quoted } from "./errors.js";
-import { LORA_A, isVirtual, vectorKind } from "./graphinputs.js";
+import { hasColumns, isVirtual, vectorKind } from "./graphinputs.js";
 import * as numbers from "./numbers.js";
 import { product } from "./numbers.js";
 
@@ -39,7 +39,7 @@ function restored(name, tensor, stored, format) {
 /** A scale for each rank of A and B, and for each row of any other tensor. */
 function eightBits(name, tensor, stored) {
   const { shape } = tensor;
-  const axis = name.endsWith(LORA_A) ? 1 : 0;
+  const axis = hasColumns(name) ? 1 : 0;
   const expected = shape.map((size, i) => (i === axis ? size : 1));
   const scales = checkedScales(name, stored, { type: "float32", shape: expected, sound: (scale) => scale > 0 });
   return { shape, values: numbers.int8(tensor, scales, { size: shape[axis], inner: product(shape.slice(axis + 1)) }) };
@@ -51,7 +51,7 @@ function fourBits(name, tensor, stored) {
   const expected = [...shape.slice(0, -1), Math.ceil(shape.at(-1) / numbers.BLOCK)];
   const scales = checkedScales(name, stored, { type: "float16", shape: expected, sound: Number.isFinite });
   const values = numbers.int4(tensor, scales);
-  if (!name.endsWith(LORA_A)) return { shape, values };
+  if (!hasColumns(name)) return { shape, values };
   if (shape.length !== 2) throw new DataError(`tensor ${quoted(name)} is not a matrix`, name);
   return { shape: [...shape].reverse(), values: numbers.transposed(values, shape) };
 }

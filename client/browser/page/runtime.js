@@ -1,7 +1,7 @@
 // Runs the frozen base in onnxruntime-web. One graph serves all adapters: an adapter is a set of inputs.
 
 import { DataError } from "./errors.js";
-import { LORA_A, LORA_B, isVirtual, vectorKind } from "./graphinputs.js";
+import { hasColumns, hasRows, isVirtual, vectorKind } from "./graphinputs.js";
 import { LOWER, MODEL, TRAINING, WEIGHTS } from "./trust.js";
 import * as ort from "./vendor/onnxruntime-web/ort.wasm.min.mjs";
 
@@ -70,7 +70,7 @@ export async function run(session, feeds, outputs = undefined) {
 
 /** Feeds without matrices of rank 0, which WebGPU cannot multiply: a product of rank 1 that is 0 takes their place. */
 function withoutRankZero(feeds) {
-  const isEmpty = ([name, { dims }]) => (name.endsWith(LORA_A) || name.endsWith(LORA_B)) && dims.includes(0);
+  const isEmpty = ([name, { dims }]) => (hasColumns(name) || hasRows(name)) && dims.includes(0);
   const widened = ([name, { dims }]) => {
     const shape = dims.map((size) => size || 1);
     return [name, floats(zeros(shape), shape)];

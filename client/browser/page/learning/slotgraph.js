@@ -7,7 +7,7 @@
 
 import { byCodePoint } from "../bytes.js";
 import { ConfigError, DataError, EdgeAdaptError, quoted } from "../errors.js";
-import { LORA_A, LORA_B, OFFSET, OUTPUT_SCALE } from "../graphinputs.js";
+import { LORA_A, LORA_B, OFFSET, OUTPUT_SCALE, bottleneckEndings, hasColumns, hasRows } from "../graphinputs.js";
 import * as runtime from "../runtime.js";
 import { TRAINING } from "../trust.js";
 import { MAGNITUDE, asValues, gradientsOfMagnitudes, magnitudes, withMagnitudes, withScales } from "./dora.js";
@@ -196,13 +196,15 @@ function scalings({ slots }, { name, peft_config: config }) {
     throw new ConfigError(`adapter ${quoted(name)} ${why}`, "adapter-manifest.peft_config");
   };
   if (!config) refuse("does not state its PEFT config, which training needs: export it again");
-  if (config.peft_type !== "LORA") refuse("is of a method that the page does not train: use LoRA or DoRA");
+  const endings = bottleneckEndings(config);
+  if (config.peft_type !== "LORA" && !endings) refuse("is of a method that the page does not train: use LoRA, DoRA or bottleneck");
   // A pattern is a regular expression, which could take forever.
   if (config.rank_pattern.length || config.alpha_pattern.length) refuse("has ranks by pattern, which the page does not train");
   if (config.r < 1) refuse("has rank 0: export it again");
-  const scaling = config.lora_alpha / (config.use_rslora ? Math.sqrt(config.r) : config.r);
+  const scaling = endings ? 1 : config.lora_alpha / (config.use_rslora ? Math.sqrt(config.r) : config.r);
   if (!(scaling > 0)) refuse("has an alpha of 0, with which nothing is learned");
-  const layers = Object.keys(slots).filter((slot) => slot.endsWith(LORA_A)).map((slot) => slot.slice(0, -LORA_A.length));
+  const [first] = endings ?? [LORA_A];
+  const layers = Object.keys(slots).filter((slot) => slot.endsWith(first)).map((slot) => slot.slice(0, -first.length));
   const { target_modules: targets, layers_to_transform: numbers = [] } = config;
   const inLayers = (path) => !numbers.length || numbers.includes(Number(path.match(LAYER)?.[1]));
   const targeted = (path) => inLayers(path) && targets.some((target) => path === target || path.endsWith(`.${target}`));
@@ -210,9 +212,10 @@ function scalings({ slots }, { name, peft_config: config }) {
 }
 
 /** The shape of each tensor that is trained, by its name among values. Throws DataError: the adapter has others. */
-function checkedShapes(inputs, scaling, head, { name, peft_config: { r, use_dora: dora } }) {
+function checkedShapes(inputs, scaling, head, { name, peft_config: config }) {
+  const { r, use_dora: dora } = config;
   const layers = [...scaling.keys()];
-  const kinds = [LORA_A, LORA_B, ...(dora ? [MAGNITUDE] : [])];
+  const kinds = bottleneckEndings(config) ?? [LORA_A, LORA_B, ...(dora ? [MAGNITUDE] : [])];
   const trained = new Set([...head, ...layers.flatMap((path) => kinds.map((kind) => path + kind))]);
   const tensors = dora ? asValues(inputs, layers) : inputs;
   const given = [...tensors].filter(([, { values }]) => values.length).map(([slot]) => slot);
@@ -222,7 +225,7 @@ function checkedShapes(inputs, scaling, head, { name, peft_config: { r, use_dora
 }
 
 const fits = (slot, shape, rank) =>
-  shape !== undefined && (slot.endsWith(LORA_A) ? shape[1] === rank : slot.endsWith(LORA_B) ? shape[0] === rank : shape[0] > 0);
+  shape !== undefined && (hasColumns(slot) ? shape[1] === rank : hasRows(slot) ? shape[0] === rank : shape[0] > 0);
 
 const MAX_BYTES = 2 ** 26; // in memory
 

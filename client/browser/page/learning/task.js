@@ -6,6 +6,7 @@ import { ConfigError, DataError, ProtocolError, quoted } from "../errors.js";
 import { between, isPeftConfig, listOf, misfit, oneOf, sha256, string } from "../manifests.js";
 import { COORDINATOR, refuse } from "../aggregation/messages.js";
 import { parse as tensorsOf } from "../safetensors.js";
+import { bottleneckEndings, bottleneckOf } from "../graphinputs.js";
 import { MAGNITUDE } from "./dora.js";
 
 export const [A, B, VECTORS, HEAD, R] = ["A", "B", "vectors", "head", "R"]; // edgeadapt/methods/parts.py
@@ -175,10 +176,13 @@ function checkNumber(about, value, limits) {
 /** Refuse a method that a tab does not train, as `require_trainable` of edgeadapt/formats/peftconfig.py. Throws ConfigError. */
 function checkTrainable(config) {
   const { peft_type: method, r, lora_alpha: alpha, target_modules: targets } = config;
+  const neck = Boolean(bottleneckEndings(config));
   const rules = {
-    peft_type: method === "LORA",
+    peft_type: method === "LORA" || neck,
     r: r >= 1 && r <= 1024,
-    lora_alpha: Number.isInteger(alpha) && alpha >= 1,
+    lora_alpha: neck ? alpha === 0 : Number.isInteger(alpha) && alpha >= 1,
+    use_rslora: !neck || !config.use_rslora,
+    use_dora: !neck || !config.use_dora,
     target_modules: targets.length > 0,
     rank_pattern: !config.rank_pattern.length,
     alpha_pattern: !config.alpha_pattern.length,
@@ -187,12 +191,12 @@ function checkTrainable(config) {
     bias: config.bias === "none",
   };
   const odd = Object.keys(rules).find((name) => !rules[name]);
-  if (odd) throw new ConfigError(`${odd} is not that of LoRA or DoRA, which alone a tab trains`, odd);
+  if (odd) throw new ConfigError(`${odd} is not that of LoRA, DoRA or a bottleneck adapter, which alone a tab trains`, odd);
 }
 
 /** The part of an adapter to which a graph input belongs. */
 export function partOf(name) {
-  if (name.endsWith(MAGNITUDE)) return VECTORS;
+  if (name.endsWith(MAGNITUDE) || bottleneckOf(name)) return VECTORS;
   const [, factor] = /\.lora_([ABR])\./.exec(name) ?? [];
   return { A, B, R }[factor] ?? HEAD;
 }
