@@ -95,7 +95,7 @@ def test_every_device_refuses_to_train_an_embedding(
 
 
 @pytest.mark.parametrize("target", ["word_embeddings", "position_embeddings", "token_type_embeddings"])
-@pytest.mark.parametrize("method", ["LORA", "ADALORA", "LOHA", "VERA", "IA3", "BEFT", "LN_TUNING"])
+@pytest.mark.parametrize("method", ["LORA", "ADALORA", "LOHA", "VERA", "IA3", "BEFT", "LN_TUNING", "BOTTLENECK"])
 def test_no_embedding_is_adapted_by_any_method(tiny_base: Any, method: Any, target: str) -> None:
     rank, alpha = (RANK if name in TRAINABLE[method] else 0 for name in ("r", "lora_alpha"))
     others = "LayerNorm" if method == "LN_TUNING" else "query"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from aggregation.errors import ConfigError, DataError
-from edgeadapt.formats.graphinputs import PEFT_PREFIX, input_name
+from edgeadapt.formats.graphinputs import DOWN, PEFT_PREFIX
 from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.peftconfig import Method, PeftConfig
 
@@ -22,12 +22,8 @@ HARMLESS = {
     *("phm_bias", "phm_c_init", "phm_dim", "phm_init_range", "phm_rank"),
 }
 FIXED = {"original_ln_after": True, "residual_before_ln": True}
-METHODS: dict[str, Method] = {
-    "swish": "BOTTLENECK",
-    "silu": "BOTTLENECK",
-    "relu": "BOTTLENECK_RELU",
-    "gelu": "BOTTLENECK_GELU",
-}
+METHODS: dict[str, Method] = dict.fromkeys(("swish", "silu"), "BOTTLENECK")
+METHODS |= {"relu": "BOTTLENECK_RELU", "gelu": "BOTTLENECK_GELU"}
 HONORED = {"non_linearity", "original_ln_before", "scaling"}
 
 
@@ -60,18 +56,13 @@ def from_adapterhub(stated: object, tensors: Tensors, head: Tensors) -> tuple[Pe
         ending = part if match["kind"] == "weight" else f"{part}_bias"
         sites.add(site := f"{match['site']}.{layer}")
         result[f"{PEFT_PREFIX}{site}.{method.lower()}_{ending}"] = np.ascontiguousarray(value * factor)
-    ranks = {
-        value.shape[-1] for name, value in result.items() if input_name(name).endswith("_down") and value.ndim == 2
-    }
+    ranks = {value.shape[1] for name, value in result.items() if name.endswith(DOWN) and value.ndim == 2}
     if len(ranks) != 1:
-        reason = (
-            f"the adapter has layers of the ranks {sorted(ranks)}; a slot takes one: train with one reduction_factor"
-        )
+        reason = f"the adapter has the ranks {sorted(ranks)}, and may have one: train with one reduction_factor"
         raise ConfigError(reason, about="reduction_factor")
     return PeftConfig(method, ranks.pop(), 0, tuple(sorted(sites))), result
 
 
 def _refused(name: str, value: object) -> ConfigError:
-    return ConfigError(
-        f"AdapterHub's adapter uses {name[:40]}: {value!r:.40}, which has no slot: train without it", about=name
-    )
+    reason = f"AdapterHub's adapter uses {name[:40]}: {value!r:.40}, which has no slot: train without it"
+    return ConfigError(reason, about=name)

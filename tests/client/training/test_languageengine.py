@@ -43,7 +43,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 @pytest.fixture(scope="module")
 def exported(lm_base: Base) -> ExportedBase:
-    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
+    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET, SlotKind.BOTTLENECK})
     slots = Slots(("q_proj", "v_proj", "o_proj"), kinds)  # as test_dora.py has them
     return export_causal(lm_base, slots, Profile.NATIVE_INT8, training=True)
 
@@ -146,8 +146,9 @@ def test_virtual_tokens_without_a_slot_or_without_room_for_a_text_are_refused(
         replace(LORA, use_dora=True),
         *(PeftConfig(method, 3, 5, LORA.target_modules) for method in ("ADALORA", "LOHA")),
         PeftConfig("VERA", 24, 0, LORA.target_modules),
+        PeftConfig("BOTTLENECK", 3, 0, ("o_proj",)),
     ],
-    ids=["LoRA", "DoRA", "AdaLoRA", "LoHa", "VeRA"],
+    ids=["LoRA", "DoRA", "AdaLoRA", "LoHa", "VeRA", "bottleneck"],
 )
 def test_an_epoch_makes_the_adapter_that_torch_makes(opened: VerifiedBase, rounded: Base, config: PeftConfig) -> None:
     found, _ = one_epoch(opened, rounded, config)

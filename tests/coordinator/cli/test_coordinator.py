@@ -272,11 +272,12 @@ def test_an_adapter_of_another_method_is_published_as_peft_names_it(
     opened.registry.close()
 
 
+@pytest.mark.parametrize("other", ["dora", "bottleneck"])
 @pytest.mark.parametrize("method", ["ffa", "rolora", "fedsa", "fedsb"])
 def test_methods_that_tell_loras_matrices_apart_publish_no_other_adapter(
-    tmp_path: Path, authority: Path, tiny_base: Any, method: str
+    tmp_path: Path, authority: Path, tiny_base: Any, method: str, other: Any
 ) -> None:
-    folder, written = tmp_path / "fleet", write(tiny_base, "dora", tmp_path / "seed")
+    folder, written = tmp_path / "fleet", write(tiny_base, other, tmp_path / "seed")
     call("init", folder, "--authority", authority, "--set", f"method={method}")
     refusal(ConfigError, "method", "publish", folder, "--peft", written, "--base", tiny_base.folder)
     opened = CoordinatorStateDir.open(folder)

@@ -170,7 +170,7 @@ def test_another_family_with_an_output_layer_of_its_own_has_one(make_lm: MakeLm)
 @pytest.mark.parametrize("profile", few([Profile.FP32, Profile.NATIVE_INT8], Profile.NATIVE_INT8))
 def test_queries_keys_and_values_of_one_matrix_have_gradients(make_lm: MakeLm, profile: Profile) -> None:
     base = make_lm("gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=64)
-    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
+    kinds = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET, SlotKind.BOTTLENECK})
     made = export_causal(base, Slots(("c_attn", "mlp.c_proj"), kinds), profile, training=True)  # holds them to torch's
     assert not missing_slots(opened(made), made.manifest.slots)
     check_shared_weights(made, 16 * 1024)

@@ -63,7 +63,7 @@ def test_a_method_that_needs_torch_is_refused_before_the_rounds(fleet_of: Any, t
         device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
 
 
-@pytest.mark.parametrize("method", few(["dora", "beft", "ia3", "ln_tuning", "loha"], "beft"))
+@pytest.mark.parametrize("method", few(["dora", "beft", "ia3", "ln_tuning", "loha", "bottleneck"], "beft"))
 def test_a_bundle_has_the_slots_of_the_method(fleet_of: Any, tmp_path: Path, method: str) -> None:
     layers = 0 if method in ("ia3", "ln_tuning") else 1
     fleet = fleet_of(3, adapter={"method": method, "rank": 4, "layers": layers})

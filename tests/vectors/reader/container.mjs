@@ -9,8 +9,9 @@ const [FLOAT32, UINT8, INT8, FLOAT16] = WIDTHS.keys();
 const TYPES = { fp32: [FLOAT32], fp16: [FLOAT16], int8: [INT8], int4: [UINT8, INT8] };
 const BLOCK = 32; // numbers of a row that share a scale, in int4
 const SCALE = "#scale";
-const isVector = (name) => /\.(output_scale|input_scale|output_offset|replaced)$/.test(name);
+const isVector = (name) => /\.(output_scale|input_scale|output_offset|replaced|bottleneck(_relu|_gelu)?_up_bias)$/.test(name);
 const isVirtual = (name) => name === "prompt_embeddings" || name === "prefix_key_values";
+const byColumn = (name) => isA(name) || /\.bottleneck(_relu|_gelu)?_down(_bias)?$/.test(name);
 export const isA = (name) => name.endsWith(".lora_A.weight");
 export const isB = (name) => name.endsWith(".lora_B.weight");
 const size = (shape) => shape.reduce((product, each) => product * each, 1);
@@ -120,7 +121,7 @@ function binary16(bits) {
 }
 
 function eightBits(name, { shape, bytes }, scale) {
-  const grouped = isA(name) ? 1 : 0; // the axis whose entries have a scale each
+  const grouped = byColumn(name) ? 1 : 0; // the axis whose entries have a scale each
   const expected = shape.map((each, axis) => (axis === grouped ? each : 1));
   const scales = scalesOf(name, scale, FLOAT32, expected, (each) => each > 0);
   const inner = size(shape.slice(grouped + 1));
@@ -141,7 +142,7 @@ function fourBits(name, { shape, bytes }, scale) {
     }
   });
   const whole = [...before, width];
-  return isA(name) ? transposed(values, whole) : { shape: whole, values };
+  return byColumn(name) ? transposed(values, whole) : { shape: whole, values };
 }
 
 function transposed(values, shape) {
