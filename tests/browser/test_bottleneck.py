@@ -1,4 +1,4 @@
-"""A tab answers with bottleneck adapters, trains them and composes them as the native device does."""
+"""A tab trains bottleneck adapters as the native device does, in a base with slots that they leave empty."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ def first(tiny_base: Base) -> AdapterSource:
     return AdapterSource("global", tensors, LABELS, 3, "c" * 64, None, CONFIG, adapter_inputs=inputs)
 
 
-def test_gradients_values_and_answers_are_those_of_the_native_device(tab: NodeTab, phone: Path) -> None:
+def test_gradients_and_values_are_those_of_the_native_device(tab: NodeTab, phone: Path) -> None:
     trainer, start = native(phone)
     shares = [1 / (2 + number) for number in range(len(EXAMPLES))]
     loss, gradients = trainer.engine.gradients(start, trainer.weighted(EXAMPLES, shares))
