@@ -13,7 +13,7 @@ from aggregation import graph
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.pki.revocation import RevocationList
 from aggregation.session import COORDINATOR
-from aggregation.spec import CORRUPT_FRACTION, COUNTS, OBSERVED, Adversary, SessionSpec
+from aggregation.spec import CELLS, CORRUPT_FRACTION, COUNTS, OBSERVED, Adversary, SessionSpec
 
 MAX_REPEATS = 15
 _Rule = tuple[bool, str, str]  # whether it holds, the field it is about, and the refusal
@@ -229,7 +229,7 @@ class Policy:
         )
 
     def _noise_rules(self, spec: SessionSpec, corrupt: int) -> tuple[_Rule, ...]:
-        counts = self.minimum_evaluation_noise if spec.vector.segments[0].name in (COUNTS, OBSERVED) else 0.0
+        counts = self.minimum_evaluation_noise if spec.vector.segments[0].name in (COUNTS, OBSERVED, CELLS) else 0.0
         found, least = spec.noise_multiplier(corrupt), max(self.minimum_noise_multiplier, counts)
         demanded = least > 0 or self.maximum_epsilon > 0
         bare = "the session adds no noise to its sums, and this device's policy demands it"

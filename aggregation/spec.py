@@ -29,6 +29,7 @@ class Adversary(Enum):
 
 COUNTS = "counts"  # segment of the right answers that an evaluation counts; a device demands noise in it (``policy``)
 OBSERVED = "observed"  # segment of what devices answered, in which it demands as much
+CELLS = "cells"  # segment of what devices' texts are about, in which it demands as much
 
 
 @dataclass(frozen=True, slots=True)

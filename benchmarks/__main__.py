@@ -346,6 +346,25 @@ def routing(bundle: Path) -> None:
 
 @bench.command()
 @commandline.bundle()
+@click.option("--data", type=click.Choice(["households", "newsgroups"]), required=True, help="Whose devices.")
+def discovery(bundle: Path, data: str) -> None:
+    """Whether one sum with noise shows the hidden groups of 400 devices, against k-means without noise and IFCA; and
+    what a head for each group is worth, for 100 more.
+
+    \b
+    Examples:
+      python -m benchmarks discovery --bundle e5/bundle --data households
+    """
+    from benchmarks import discovery as run
+    from client.inference.session import ClassificationSession
+
+    with status("measuring") as show:
+        found = run.measure(ClassificationSession.open(bundle), data, show)
+    click.echo(run.table(*found))
+
+
+@bench.command()
+@commandline.bundle()
 @click.option(
     "--data", type=click.Choice(["households", "reuters"]), required=True, help="Whose texts are asked about."
 )

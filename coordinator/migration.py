@@ -214,7 +214,8 @@ def with_rounds(settings: FederationSettings, done: int, count: int, *, analytic
     table = settings.model_dump(mode="json")
     table["rounds"] = done + count
     table["analytic"]["rounds"] = count if analytic else 0
-    table["evaluation"]["rounds"] = table["observation"]["rounds"] = table["evaluation"]["every"] = 0
+    table["evaluation"]["rounds"] = table["observation"]["rounds"] = table["discovery"]["rounds"] = 0
+    table["evaluation"]["every"] = 0
     return FederationSettings.parse(table, SETTINGS)
 
 

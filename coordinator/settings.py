@@ -25,6 +25,7 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.formats.settings import Settings
 from edgeadapt.rounds.analytic import Analytic
 from edgeadapt.rounds.combination import Combination, Median, TrimmedMean
+from edgeadapt.rounds.discovery import DiscoveryRounds, DiscoveryTask
 from edgeadapt.rounds.evaluation import EvaluationRounds, EvaluationTask
 from edgeadapt.rounds.federatedmethods import METHODS
 from edgeadapt.rounds.observation import ObservationRounds, ObservationTask
@@ -313,6 +314,7 @@ class FederationSettings(Settings):
     analytic: Analytic = Analytic()
     evaluation: EvaluationRounds = EvaluationRounds()
     observation: ObservationRounds = ObservationRounds()
+    discovery: DiscoveryRounds = DiscoveryRounds()
     server: Server = Server()
     aggregation: Aggregation = Aggregation()
     privacy: PrivacySettings = PrivacySettings()
@@ -350,7 +352,8 @@ class FederationSettings(Settings):
         if self.analytic.rounds:
             raise ValueError("an analytic head is solved from one sum: set analytic.rounds to 0, or groups to 1")
         if self.counting_rounds:
-            raise ValueError("counts are one sum: set evaluation.rounds and observation.rounds to 0, or groups to 1")
+            names = "evaluation.rounds, observation.rounds and discovery.rounds"
+            raise ValueError(f"counts are one sum: set {names} to 0, or groups to 1")
         if bounds.fewest_devices == MAX_COHORT:
             raise ValueError(f"no cohort has {groups} groups with more than its corrupt devices each: take fewer")
         if (size := self.cohort.size) and size < bounds.fewest_devices:
@@ -374,17 +377,19 @@ class FederationSettings(Settings):
 
     @property
     def counting_rounds(self) -> int:
-        """How many rounds evaluate or observe; one at least where evaluations are scheduled."""
-        return self.evaluation.rounds + self.observation.rounds + (self.evaluation.every > 0)
+        """How many rounds evaluate, observe or discover; one at least where evaluations are scheduled."""
+        counting = self.evaluation.rounds + self.observation.rounds + self.discovery.rounds
+        return counting + (self.evaluation.every > 0)
 
     @property
     def training_rounds(self) -> int:
         return self.rounds - sum(table.rounds for table in self._others.values())
 
     @property
-    def _others(self) -> dict[str, Analytic | EvaluationRounds | ObservationRounds]:
+    def _others(self) -> dict[str, Analytic | EvaluationRounds | ObservationRounds | DiscoveryRounds]:
         """The settings of the kinds that follow the training, in their order."""
-        return {"analytic": self.analytic, "evaluation": self.evaluation, "observation": self.observation}
+        names = ("analytic", "evaluation", "observation", "discovery")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def kinds(self) -> tuple[tuple[KindSettings, int], ...]:
@@ -469,23 +474,24 @@ class FederationSettings(Settings):
     def with_evaluation(self, done: int, newest: str, previous: str) -> Self:
         """Add a round after those that are still to do, which compares two releases by ``AdapterManifest.content``. A
         comparison that is still to do is replaced. Raises ConfigError: the federation has groups."""
-        return self._with_counting("evaluation", done, {"newest": newest, "previous": previous})
+        return self.with_counting("evaluation", done, {"newest": newest, "previous": previous})
 
     def evaluating(self, done: int, newest: str, previous: str) -> Self:
         """Let the next round compare two releases, whatever else is to do."""
-        bare = self.model_copy(update={"rounds": done, "analytic": Analytic(), "observation": ObservationRounds()})
-        return bare._with_counting("evaluation", done, {"newest": newest, "previous": previous, "every": 0.0})
+        others = {"analytic": Analytic(), "observation": ObservationRounds(), "discovery": DiscoveryRounds()}
+        bare = self.model_copy(update={"rounds": done, **others})
+        return bare.with_counting("evaluation", done, {"newest": newest, "previous": previous, "every": 0.0})
 
-    def with_observation(self, done: int, asked: Mapping[str, Any]) -> Self:
-        """Add a round after those that are still to do, which observes what is ``asked``: keys of ``observation``. An
-        observation that is still to do is replaced. Raises ConfigError: a key is not valid, or there are groups."""
-        return self._with_counting("observation", done, asked)
-
-    def _with_counting(self, kind: str, done: int, asked: Mapping[str, Any]) -> Self:
-        """Let the rounds that are left have one of a kind that counts. Those that are done count for nothing more: a
-        finished one, still in its table, would come again in the place of the new one."""
+    def with_counting(
+        self, kind: Literal["evaluation", "observation", "discovery"], done: int, asked: Mapping[str, Any]
+    ) -> Self:
+        """Add a round after those that are still to do, of a kind that counts. ``asked``: keys of its table. One of the
+        kind that is still to do is replaced. Those that are done count for nothing more: a finished one, still in its
+        table, would come again in the place of the new one. Raises ConfigError: a key is not valid, or there are
+        groups."""
         left = [self.kind_of(number) for number in range(done + 1, self.rounds + 1)]
-        counts = {"evaluation": left.count(EvaluationTask), "observation": left.count(ObservationTask)}
+        kinds = {"evaluation": EvaluationTask, "observation": ObservationTask, "discovery": DiscoveryTask}
+        counts = {name: sum(one is each for one in left) for name, each in kinds.items()}
         table = self.model_dump(mode="json")
         table["rounds"] = max(self.rounds, done) + (counts[kind] == 0)
         for name, count in (counts | {kind: max(1, counts[kind])}).items():

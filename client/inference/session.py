@@ -219,14 +219,14 @@ class ClassificationSession:
         judged = zip(rows, logits, adapters, strict=True)
         return [self._judged(text, row, adapter, top) for (text, _), row, adapter in judged]
 
-    def embed(self, texts: Sequence[str]) -> Floats:
-        """Embed texts by the frozen base alone, shape ``(len(texts), hidden)``, each of L2 norm 1. A text without a
-        known token is zeros. Raises ConfigError as ``require_mean_head``."""
+    def embed(self, texts: Sequence[str], adapter: Named | None = None) -> Floats:
+        """Embed texts, by the frozen base alone or with an adapter: shape ``(len(texts), hidden)``, each of L2 norm 1.
+        A text without a known token is zeros. Raises ConfigError as ``require_mean_head``, and as ``load``."""
         require_mean_head(self.library.base)
-        slots = self.library.manifest.slots
+        inputs = empty_inputs(self.library.manifest.slots) if adapter is None else self.load(adapter).inputs
         read = [row for row, text in enumerate(texts) if text.strip() and self._reader.unknown_share(text) < 1]
         with self._running():
-            rows = self._graph.embed([self._reader.tokens(texts[row]) for row in read], empty_inputs(slots))
+            rows = self._graph.embed([self._reader.tokens(texts[row]) for row in read], inputs)
         vectors = np.zeros((len(texts), rows.shape[1]), np.float32)
         vectors[read] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         return vectors

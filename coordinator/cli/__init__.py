@@ -25,6 +25,8 @@ COORDINATOR = {
     "dashboard": (HERE, "dashboard", "Serve a live page, and metrics for Prometheus.", "coordinator"),
     "evaluate": (HERE, "evaluate", "Let the next round compare the two releases of a rollout.", "coordinator"),
     "observe": (HERE, "observe", "Let the next round sum what devices answered.", "coordinator"),
+    "discover": ("edgeadapt.cli.discovery", "discover", "Let the next round find groups of devices.", "coordinator"),
+    "groups": ("edgeadapt.cli.discovery", "groups", "Show the groups that a round found.", "coordinator"),
     "migrate": ("coordinator.cli.migrate", "migrate", "Go on from another base, if it is as good.", "coordinator"),
     "tls-request": (HERE, "tls_request", "Make the gateway's next TLS key, and a request.", "coordinator"),
     "backup": (HERE, "backup", "Copy the coordinator to a file, while it runs.", "coordinator"),

@@ -393,7 +393,7 @@ def observe(
     named = histograms or ("doubt",)
     asked = {"histograms": list(named), "since": since, "days": days, "releases": list(releases)}
     with opened.locked():
-        settings = opened.settings.with_observation(len(opened.registry.rounds()), asked)
+        settings = opened.settings.with_counting("observation", len(opened.registry.rounds()), asked)
         storage.replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
     line = f"round {settings.rounds} observes {', '.join(named)} of {days} days until {last}"
     print_result({"round": settings.rounds, **asked}, f"{line}: run it with 'edgeadapt coordinator run'", as_json)

@@ -2,12 +2,13 @@
 
 from aggregation.vector import VectorSpec
 from edgeadapt.rounds.analytic import AnalyticTask
+from edgeadapt.rounds.discovery import DiscoveryTask
 from edgeadapt.rounds.evaluation import EvaluationTask
 from edgeadapt.rounds.observation import ObservationTask
 from edgeadapt.rounds.roundtask import RoundTask, names_in
 from edgeadapt.rounds.task import Task
 
-KINDS: tuple[type[RoundTask], ...] = (Task, AnalyticTask, EvaluationTask, ObservationTask)
+KINDS: tuple[type[RoundTask], ...] = (Task, AnalyticTask, EvaluationTask, ObservationTask, DiscoveryTask)
 
 
 def decode(raw: bytes) -> RoundTask:

@@ -18,7 +18,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ProtocolError
 from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
-from aggregation.spec import COUNTS, OBSERVED, Privacy
+from aggregation.spec import CELLS, COUNTS, OBSERVED, Privacy
 from aggregation.vector import Segment, VectorSpec
 from client.inference.session import ClassificationSession
 from client.node.statedir import SETTINGS
@@ -133,7 +133,7 @@ def test_the_noise_that_devices_demand_is_as_large_as_all_that_one_device_can_co
     assert audit_failures(hostile.fleet.out / "coordinator") == set()
 
 
-@pytest.mark.parametrize("counted", [COUNTS, OBSERVED])
+@pytest.mark.parametrize("counted", [COUNTS, OBSERVED, CELLS])
 @pytest.mark.parametrize("multiplier", [0.0, BARE, 0.99])
 def test_a_session_with_less_noise_is_refused_before_it_begins(
     multiplier: float, counted: str, spec_of: Callable[..., Any]

@@ -218,7 +218,7 @@ def test_each_round_that_counts_comes_once_after_it_was_asked_for_whatever_came_
             settings = settings.with_evaluation(done, "a" * 64, f"{len(ran):064x}")
             asked.add(EvaluationTask)
         elif word == "observation":
-            settings = settings.with_observation(done, {"since": len(ran)})
+            settings = settings.with_counting("observation", done, {"since": len(ran)})
             asked.add(ObservationTask)
         elif done < settings.rounds:
             done += 1
@@ -437,7 +437,7 @@ def test_an_adapter_that_devices_could_build_in_several_ways_is_refused(changes:
 
 
 def test_an_observation_spends_an_epsilon_of_at_most_one_by_default() -> None:
-    settings = FederationSettings(rounds=1).with_observation(1, {})
+    settings = FederationSettings(rounds=1).with_counting("observation", 1, {})
     table = settings.observation
     task = ObservationTask(PeftConfig.lora(), ("on", "off"), table.histograms, table.since, table.days)
     shapes = (TensorSpec("m.classifier.bias", (2,)), TensorSpec("m.classifier.weight", (2, 5)))

@@ -22,6 +22,7 @@ from client.training.control import TrainingControl
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import PARTS
 from edgeadapt.rounds.analytic import AnalyticTask
+from edgeadapt.rounds.discovery import DiscoveryTask
 from edgeadapt.rounds.evaluation import EvaluationTask
 from edgeadapt.rounds.observation import ObservationTask
 from edgeadapt.rounds.roundtask import RoundTask
@@ -129,12 +130,14 @@ KINDS: dict[type[RoundTask], str] = {
     AnalyticTask: "analytic head",
     EvaluationTask: "evaluation",
     ObservationTask: "observation",
+    DiscoveryTask: "discovery",
 }
 TASKS = (
     Task(PeftConfig.lora(2, 4), ("a", "b"), 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS),
     AnalyticTask(PeftConfig.lora(2, 4), ("a", "b"), 1e-3, 16.0),
     EvaluationTask(PeftConfig.lora(2, 4), ("a", "b"), "a" * 64, "b" * 64, 32),
     ObservationTask(PeftConfig.lora(2, 4), ("a", "b"), ("doubt",), 20_000, 7),
+    DiscoveryTask(PeftConfig.lora(2, 4), ("a", "b"), "", 24),
 )
 
 

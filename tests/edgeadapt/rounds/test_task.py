@@ -20,6 +20,7 @@ from edgeadapt.formats.manifest import PeftConfig
 from edgeadapt.methods.parts import PARTS, Part
 from edgeadapt.rounds import taskkinds
 from edgeadapt.rounds.analytic import AnalyticTask, ClassifierHead, moment_spec
+from edgeadapt.rounds.discovery import Cells, DiscoveryTask
 from edgeadapt.rounds.evaluation import RENEWAL, SIZE, EvaluationTask, evaluated, renewed
 from edgeadapt.rounds.observation import ObservationTask
 from edgeadapt.rounds.roundtask import RoundTask
@@ -274,7 +275,8 @@ HEAD_LAYOUT = Layout((TensorSpec("m.classifier.bias", (2,)), TensorSpec("m.class
 BOUNDS = {"weight_cap": 100, "ring_bits": 32, "max_clients": 3}
 
 
-TASKS = (TRAINING, ANALYTIC, NOISY, EVALUATION, OBSERVATION)
+DISCOVERY = DiscoveryTask(CONFIG, LABELS, Cells(np.zeros(5), np.eye(2, 5)).encode(), 2)
+TASKS = (TRAINING, ANALYTIC, NOISY, EVALUATION, OBSERVATION, DISCOVERY)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -5,7 +5,7 @@
 import { ConfigError, ProtocolError } from "../errors.js";
 import { COMPLETE_UP_TO, GRINDING, SIGMA, countOf, isSecure, leftOver } from "./graph.js";
 import { COORDINATOR } from "./messages.js";
-import { ACTIVE, COUNTS, OBSERVED, noiseMultiplier, quorumOf, smallestSum } from "./spec.js";
+import { ACTIVE, CELLS, COUNTS, OBSERVED, noiseMultiplier, quorumOf, smallestSum } from "./spec.js";
 
 const DEFAULTS = {
   known_bases: [], // SHA-256 of the frozen bases that this device holds, in hex
@@ -116,7 +116,7 @@ export class Policy {
   }
 
   #noiseRules(spec, corrupt) {
-    const counts = [COUNTS, OBSERVED].includes(spec.vector.segments[0].name) ? this.minimum_evaluation_noise : 0;
+    const counts = [COUNTS, OBSERVED, CELLS].includes(spec.vector.segments[0].name) ? this.minimum_evaluation_noise : 0;
     const [found, least] = [noiseMultiplier(spec, corrupt), Math.max(this.minimum_noise_multiplier, counts)];
     const demanded = least > 0 || this.maximum_epsilon > 0;
     const little = `noise multiplier ${found}, without ${corrupt} corrupt devices, is below this device's ${least}`;

@@ -50,6 +50,7 @@ const GROUPING = record({ count: U32, minimum: U32 }, (grouping) => {
 
 export const ACTIVE = "active";
 export const OBSERVED = "observed"; // segment of what devices answered, in which it demands as much
+export const CELLS = "cells"; // segment of what devices' texts are about, in which it demands as much
 export const COUNTS = "counts"; // segment of the right answers that an evaluation counts; a device demands noise in it (policy.js)
 export const HONEST_BUT_CURIOUS = "honest-but-curious";
 

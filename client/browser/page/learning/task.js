@@ -77,7 +77,8 @@ export function decodeTask(raw) {
   if (!isObject(found)) refuse("task: it is not a JSON object", "task");
   if (isAnalytic(found)) return analyticTask(found);
   if (isEvaluation(found)) return evaluationTask(found);
-  if (Object.hasOwn(found, "histograms")) refuse("this device contributes no observations", "task.observations");
+  if (["histograms", "cells"].some((name) => Object.hasOwn(found, name)))
+    refuse("this device contributes no observations", "task.observations");
   requireFields(found, TASK);
   const { trained, shared } = found;
   if (!(found.learning_rate * (found.proximal + found.weight_decay) < 1)) {
