@@ -188,7 +188,7 @@ def test_a_tab_goes_on_from_the_parts_that_it_keeps_to_itself_as_a_native_device
         assert set(answer["own"]) == head
         return sums["delta"], answer["own"]
 
-    foreign = {"subject": "another base", "values": {name: [9.0] for name in head}}
+    foreign = {"subject": "another base", "values": {name: [9.0] for name in head}, "ever": []}
     step = spec.vector.step(spec.vector.segment("delta"))
     for expected, changes in ((first, {}), (first, {"kept": foreign}), (second, {"rounds": 2})):
         delta, own = found(**changes)
@@ -345,11 +345,12 @@ def test_a_tab_counts_the_right_answers_that_a_native_device_counts_or_none(tab:
         ({"most": 2**16 + 1}, "task.most"),
         ({"more": 1}, "task.more"),
         ({"histograms": ["doubt"]}, "task.observations"),  # which a tab does not count
+        ({"cells": ""}, "task.observations"),
     ):
         table = {
             key: value
             for key, value in json.loads(newest.encode()).items()
-            if "histograms" not in change or key != "newest"
+            if not {"histograms", "cells"} & set(change) or key != "newest"
         }
         task = b64(jsontext.encode(table | change))
         changed = sound | {
