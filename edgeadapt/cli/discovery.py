@@ -47,8 +47,8 @@ def discover(state_dir: Path, texts: Path, bundle: Path, name: str, cells: int, 
     """Add a round that finds groups of devices to the federation of DIR, after those that are still to do.
 
     In it devices train nothing: each whose owner allows it (policy.observations) and that has 8 texts or more adds
-    where the mean of its texts is to one sum, with the noise of discovery.noise_multiplier: epsilon 2 at delta 1e-5.
-    No device says which group it is in. The texts need not be like those of devices, but of as many kinds.
+    where the mean of its texts is to one sum, with the noise of discovery.noise_multiplier: epsilon 2 at delta 1e-5 for
+    a few hundred devices. No device says which group it is in. FILE has texts of all kinds that devices may have.
     'edgeadapt coordinator groups' shows what was found.
 
     \b
