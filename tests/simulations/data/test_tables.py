@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import MAX_TEXT, NO_LABEL
 from edgeadapt.bases.tasks import TASKS
-from simulations.data import newsgroups
+from simulations.data import newsgroups, projects
 from simulations.data.population import Client, Population
 from simulations.data.tables import DataSettings, group_texts, load_population, normalized, read_rows
 from tests.support import refused
@@ -534,3 +534,40 @@ def test_the_seed_determines_the_sample_and_every_client_can_be_in_one() -> None
     assert whole.sampled(3, 5) == whole.sampled(3, 5)
     found = {client.name for seed in range(60) for client in whole.sampled(3, seed).clients}
     assert found == {client.name for client in whole.clients}
+
+
+# Packages of the standard library.
+def test_pieces_of_projects_are_whole_lines_of_functions_none_overlaps_and_none_is_a_test(tmp_path: Path) -> None:
+    long = "    y = 1\n" * projects.LONGEST
+    source = f'''import json
+class A:
+    @property
+    def b(self):
+        """Return."""
+        def inner():
+            return 1
+        return inner
+def short(): pass
+async def c():
+{long}'''
+    for place in ("mine/a.py", "mine/test/b.py"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(source)
+    first, second = projects.pieces(tmp_path / "mine" / "a.py")
+    assert second.splitlines()[0] == "@property"
+    assert second.splitlines()[-1] == "    return inner"
+    assert first == "async def c():\n" + "    y = 1\n" * ((projects.LONGEST - 15) // 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(projects.sysconfig, "get_path", lambda _: str(tmp_path))
+        patch.setattr(projects, "PACKAGES", ("mine",))
+        assert [*projects.rows()] == [{"project": "mine", "text": text} for text in (first, second)]
+        patch.setattr(projects, "PACKAGES", ("mine", "absent"))
+        with refused(ConfigError, "data.function"):
+            load_population(DataSettings(function="simulations.data.projects:rows", label="", client="project"), 0)
+
+
+def test_each_project_has_enough_pieces_for_a_client() -> None:
+    found = Counter(row["project"] for row in projects.rows())
+    assert set(found) == set(projects.PACKAGES)
+    assert min(found.values()) >= DataSettings().minimum_texts
+    assert max(found.values()) <= projects.PIECES
