@@ -43,6 +43,16 @@ _SECRET = re.compile(
     r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY|(?<![\w-])(?:(?:gh[pousr]_|github_pat_|glpat-|xox[a-z]-|sk[-_]|AKIA|ASIA|AIza|"
     r"hf_|npm_|pypi-|ya29\.)[\w-]{16}|eyJ[\w-]{8,}\.[\w-]{4})"
 )
+# In code and settings: a quoted value whose name says so, an unquoted one of an environment variable, a header, and the
+# password of a URL. Nothing secret is in what is filled in later, such as {password} or $TOKEN.
+_WRITTEN = re.compile(
+    r"""(?i:passw(?:or)?d|passphrase|(?<![a-z])pass|pwd|secret|token|(?:api|access|secret|private|signing)[_-]?key)\d?"""
+    r"""["']?(?:[ ]?:[ ]?[\w.\[\]| ]{1,40})?[ ]{0,40}(?::=|=>|=(?!=)|:)[ ]{0,8}(?i:[bruf]{0,2})["']"""
+    r"""(?![{%<$*\[|,;)])[^\s"'][^\n"']{3}"""
+    r"""|(?<!\w)[A-Z\d_]{0,40}(?:PASS|PASSWORD|PASSWD|PWD|SECRET|TOKEN|_KEY)=(?![={%<$("'])\S{4}"""
+    r"""|(?i:authorization)["' :=,\]]{1,8}(?i:bearer|basic|token) (?![{%<$])\S{4}"""
+    r"""|(?<![a-z])[a-z][a-z+]{1,15}://[^\s:/@]{0,64}:(?![{%<$*])[^\s/@]{1,128}@[\w\[]"""
+)
 _LONG = re.compile(r"[\w+=-]{20,}", re.ASCII)
 _CHANGE = re.compile(r"[A-Za-z](?=\d)|\d(?=[A-Za-z])")
 
@@ -52,8 +62,8 @@ class HygieneSettings(Settings):
 
     remove: tuple[Removed, ...] = get_args(Removed)
     """which texts are set aside: with an e-mail address, phone number, IBAN, payment card or national number; with a
-    private key, an access token or a long random word; with control characters or decoded wrongly; with the words and
-    the label of another one, whatever the case and punctuation"""
+    private key, an access token, a password in code or a URL, or a long random word; with control characters or decoded
+    wrongly; with the words and the label of another one, whatever the case and punctuation"""
     countries: tuple[str, ...] = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "PL", "PT")
     """ISO codes of the countries whose phone numbers are known without a country code"""
     days: int = Field(default=0, ge=0)
@@ -195,7 +205,7 @@ def reasons(text: str, prompt: str, settings: HygieneSettings) -> Iterator[str]:
             yield "broken"
     if "secrets" in settings.remove:
         random = any(len(_CHANGE.findall(word)) >= RANDOM for word in _LONG.findall(text))
-        if random or _SECRET.search(text):
+        if random or _SECRET.search(text) or _WRITTEN.search(text):
             yield "secret"
     if "personal" in settings.remove:
         yield from identifiers(text, settings.countries)

@@ -17,6 +17,7 @@ from client.training import hygiene
 from client.training.examples import MAX_TEXT, parse_examples
 from client.training.hygiene import DAY, HygieneSettings, clean, identifiers, read_clean, with_taught, without
 from edgeadapt.formats.settings import Settings
+from simulations.data import projects
 from simulations.data.households.sampling import PopulationSettings, sample_population
 from tests.support import refused
 
@@ -110,6 +111,50 @@ def test_secrets_are_found_and_names_of_things_are_not() -> None:
     assert reasons(*long, settings=only).count("secret") >= 0.95 * len(long)
     names = ["Donaudampfschifffahrtsgesellschaft 2", "light.living_room_lamp_2_left_3", "LivingRoomLampLeftSide3"]
     assert reasons(*names, "ask-me-anything-about-it-later", "a risk-taking household", "AKIA") == [None] * 6
+
+
+CODE_SECRETS = (
+    'password = "tulip"',
+    "db_password='correct horse battery'",
+    'passwd: str | None = b"tulip"',
+    'login(user, passphrase="a b c")',
+    '{"api_key": "abc-def-ghi"}',
+    'const apiKey = "abc-def"; // client_secret := "abcd"',
+    "AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    "export DB_PASS=tulips",
+    '    auth_token = "ghx7812"',
+    'headers = {"Authorization": "Bearer mF_9.B5f"}',
+    "Authorization: Basic YWRtaW46dHVsaXA=",
+    'connect("postgres://anna:pw@localhost/app")',
+    "redis://:tulip@cache:6379/0",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA",
+    'KEYS = "AKIAABCDEFGHIJKLMNOP"',
+)
+CODE_NAMES = (
+    'password = getpass("Password: ")',
+    'token == "identifier" or password != "tulip"',
+    'pad_token="[PAD]", password="{password}"',
+    "Authorization: Bearer $TOKEN",
+    "def login(self, user=None, password=None, secret: str = '') -> None:",
+    'bypass = "nothing"; tokens = ["alpha", "beta"]; token = self.token',
+    "http://localhost:8080/path and postgres://host/app, {scheme}://{user}:{password}@host",
+    "if (API_KEY==other) { compass = 'north'; }",
+    "-----BEGIN CERTIFICATE-----",
+)
+
+
+def test_in_code_the_pieces_with_a_secret_are_set_aside_and_no_others() -> None:
+    pieces = [row["text"] for row in projects.rows()]
+    clean_pieces = [text for text, reason in zip(pieces, reasons(*pieces), strict=True) if reason is None]
+    assert len(clean_pieces) >= 0.99 * len(pieces)
+    planted = {
+        7 * place: f"{clean_pieces[7 * place]}    {line}\n    return None\n" for place, line in enumerate(CODE_SECRETS)
+    }
+    names = {7 * place + 1: f"{clean_pieces[place]}{line}\n" for place, line in enumerate(CODE_NAMES)}
+    mail = {3: f"# of anna@home.example\n{clean_pieces[3]}"}
+    texts = [(planted | names | mail).get(place, text) for place, text in enumerate(clean_pieces)]
+    expected = {place + 1: "secret" for place in planted} | {4: "email"}
+    assert clean(lines(*({"text": text} for text in texts)), ON, NOW).aside == dict(sorted(expected.items()))
 
 
 def test_broken_and_long_texts_are_set_aside_and_other_scripts_are_not() -> None:
@@ -211,6 +256,11 @@ def test_retention_keeps_what_has_no_time_and_the_newest_of_the_rest() -> None:
         "Ã©",
         "a1",
         "x=",
+        "password: ",
+        "TOKEN",
+        "A_KEY=",
+        "aa://:",
+        "Authorization: ",
     ],
 )
 def test_a_hostile_text_takes_no_longer_than_others(piece: str) -> None:
