@@ -309,6 +309,24 @@ def guardrails(run: Path) -> None:
 
 
 @bench.command()
+@click.argument("run", type=commandline.FOLDER, metavar="RUN")
+@commandline.as_json
+def code(run: Path, as_json: bool) -> None:
+    """Bits per byte and exact next lines of the test pieces of RUN, a finished run of code.toml, by base,
+    local, global, personal and central adapters.
+
+    \b
+    Examples:
+      python -m benchmarks code runs/code
+    """
+    from benchmarks import nextlines as measure
+
+    with status("measuring") as show:
+        found = measure.summary(measure.measure(run, show))
+    click.echo(json.dumps(found) if as_json else measure.table(found))
+
+
+@bench.command()
 @click.argument("folder", type=commandline.FOLDER, metavar="DIR")
 @commandline.bundle()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
