@@ -155,7 +155,7 @@ def policy() -> str:
 def eligibility() -> str:
     """Every condition under which a device takes part."""
     _importable()
-    from client.node.eligibility import EligibilitySettings
+    from client.node.policy import EligibilitySettings
 
     return _settings(EligibilitySettings)
 

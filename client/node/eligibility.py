@@ -1,4 +1,4 @@
-"""When a device takes part: the ``[eligibility]`` table of ``device.toml``, and whether its conditions are met now.
+"""Whether a device takes part now: the conditions of ``[eligibility]`` in ``device.toml``, and what is read for each.
 
 The conditions are those of Google's on-device federated compute. A condition that is asked for and cannot be read is
 not met. Those of the machine are read again while the device trains; the others are read when it joins a session.
@@ -8,48 +8,17 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
-from typing import TYPE_CHECKING, Self
-
-from pydantic import Field, model_validator
 
 from aggregation.errors import EdgeAdaptError
+from client.node.policy import EligibilitySettings
 from client.node.readings import Readings
+from client.node.statedir import DeviceStateDir
 from client.training.examples import parse_examples
 from client.training.hygiene import read_clean
-from edgeadapt.formats.settings import Settings
-
-if TYPE_CHECKING:
-    from client.node.statedir import DeviceStateDir
 
 log = logging.getLogger("edgeadapt.device")
 IDLE = 0.25  # share of the processors' time; others use less
 LOOK = 10.0  # seconds between two readings of the machine
-
-
-class EligibilitySettings(Settings):
-    """``[eligibility]``. Without a condition, the device takes part at any time."""
-
-    idle: bool = False
-    """only while other processes use less than a quarter of the processors' time"""
-    charging: bool = False
-    """only on external power"""
-    unmetered: bool = False
-    """only on a network connection that is not metered"""
-    hours: str = Field(default="", pattern=r"^(([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d)?$")
-    """only between these hours of local time, "22:00-06:00" for example"""
-    minimum_battery: int = Field(default=0, ge=0, le=100)
-    """only with this charge, in percent"""
-    minimum_examples: int = Field(default=0, ge=0)
-    """only with so many examples, of all splits"""
-    minimum_separation_hours: float = Field(default=0.0, ge=0, le=8760)
-    """only so long after the last round, in hours, into another session"""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        begin, _, end = self.hours.partition("-")
-        if self.hours and begin == end:
-            raise ValueError(f"hours {self.hours} are none, or all: leave them out for all")
-        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +54,7 @@ def machine_conditions(settings: EligibilitySettings, readings: Readings, now: d
 
 
 def conditions(
-    state: "DeviceStateDir", readings: Readings, now: datetime, *, count_examples: bool = True
+    state: DeviceStateDir, readings: Readings, now: datetime, *, count_examples: bool = True
 ) -> list[Condition]:
     """List the conditions that are demanded of a device that joins a session. ``count_examples``: whether
     ``minimum_examples`` is one of them. Counting takes time that depends on the examples."""
@@ -133,11 +102,11 @@ def _at_least(value: float, least: int, unit: str) -> tuple[str, bool]:
     return f"{value:.0f}{unit}, and at least {least} are demanded", value >= least
 
 
-def _count(state: "DeviceStateDir") -> int:
+def _count(state: DeviceStateDir) -> int:
     return len(parse_examples(read_trained(state), state.examples, 0))  # labels are not read, so both kinds count
 
 
-def read_trained(state: "DeviceStateDir") -> bytes:
+def read_trained(state: DeviceStateDir) -> bytes:
     """Read what a session trains on. Why corrections cannot be read is logged. Raises DataError as ``read_clean``."""
     taught = b""
     try:

@@ -1,7 +1,8 @@
-"""The ``[policy]`` table of ``device.toml``: the limits within which a device accepts an offer and trains.
+"""What a device's owner allows, in ``device.toml``: ``[policy]``, the limits within which it accepts an offer and
+trains, and ``[eligibility]``, when it takes part.
 
-Each key is a limit of ``TrainingLimits``, or a field of ``aggregation.policy`` with its default, range and meaning.
-Reading refuses unknown keys, and limits that protect nobody.
+Each key of ``[policy]`` is a limit of ``TrainingLimits``, or a field of ``aggregation.policy`` with its default, range
+and meaning. Reading refuses unknown keys, and limits that protect nobody.
 """
 
 import math
@@ -17,6 +18,7 @@ from aggregation.session import COORDINATOR
 from aggregation.spec import Adversary
 from client.training.control import TOKENS, UNLIMITED, TrainingControl
 from edgeadapt.formats.layout import Tensors
+from edgeadapt.formats.settings import Settings
 from edgeadapt.rounds.roundtask import RoundTask
 from edgeadapt.rounds.taskkinds import KINDS
 from edgeadapt.rounds.tasklimits import TaskLimits
@@ -98,3 +100,29 @@ class PolicySettings(_Limits):
         bases = {base_digest} & set(self.known_bases) if self.known_bases else {base_digest}
         adversaries = frozenset(Adversary(name) for name in self.adversaries)
         return Policy(**limits | {"known_bases": frozenset(bases), "adversaries": adversaries})
+
+
+class EligibilitySettings(Settings):
+    """``[eligibility]``. Without a condition, the device takes part at any time."""
+
+    idle: bool = False
+    """only while other processes use less than a quarter of the processors' time"""
+    charging: bool = False
+    """only on external power"""
+    unmetered: bool = False
+    """only on a network connection that is not metered"""
+    hours: str = Field(default="", pattern=r"^(([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d)?$")
+    """only between these hours of local time, "22:00-06:00" for example"""
+    minimum_battery: int = Field(default=0, ge=0, le=100)
+    """only with this charge, in percent"""
+    minimum_examples: int = Field(default=0, ge=0)
+    """only with so many examples, of all splits"""
+    minimum_separation_hours: float = Field(default=0.0, ge=0, le=8760)
+    """only so long after the last round, in hours, into another session"""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        begin, _, end = self.hours.partition("-")
+        if self.hours and begin == end:
+            raise ValueError(f"hours {self.hours} are none, or all: leave them out for all")
+        return self

@@ -38,9 +38,8 @@ from aggregation.wire import Codec
 from client.inference.trust import Trust
 from client.inference.usage import Usage, UsageDay, today
 from client.node.adapterstate import ADAPTER_STATE, AdapterState
-from client.node.eligibility import EligibilitySettings
 from client.node.keptstates import StatesFile
-from client.node.policy import PolicySettings
+from client.node.policy import EligibilitySettings, PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot

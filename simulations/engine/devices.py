@@ -27,7 +27,7 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealedstate import ClientState
 from aggregation.steps import Step
 from client.node.app import STATE, OpenState, register
-from client.node.eligibility import EligibilitySettings
+from client.node.policy import EligibilitySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot

@@ -17,8 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from safetensors.numpy import load_file
 
 from client.node import statedir as device
-from client.node.eligibility import EligibilitySettings
-from client.node.policy import PolicySettings
+from client.node.policy import EligibilitySettings, PolicySettings
 from client.training.hygiene import HygieneSettings
 from coordinator import statedir as coordinator
 from coordinator.backup import BackupManifest
