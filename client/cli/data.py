@@ -47,11 +47,11 @@ def check(state_dir: Path, as_json: bool) -> None:
 
     opened = DeviceStateDir.open(state_dir)
     taught = opened.corrections()
-    cleaned = clean(with_taught(read_file(opened.examples), taught), opened.data, time.time())
+    cleaned = clean(with_taught(read_file(opened.examples), taught), opened.settings.data, time.time())
     if len(cleaned.aside) < cleaned.lines or not cleaned.lines:
         parse_examples(cleaned.raw, opened.examples, 0)
-    row = {"applied": opened.data is not None, "untimed": cleaned.untimed, "corrections": taught.count(b"\n")}
-    off = "" if opened.data else "\nnothing is set aside in training: device.toml does not have the table [data]"
+    row = {"applied": opened.settings.data is not None, "untimed": cleaned.untimed, "corrections": taught.count(b"\n")}
+    off = "" if row["applied"] else "\nnothing is set aside in training: device.toml does not have the table [data]"
     _print(row, cleaned, f"{cleaned}; {cleaned.untimed} have no time{off}", as_json)
 
 
@@ -81,7 +81,7 @@ def import_(state_dir: Path, as_json: bool, file: Path) -> None:
     with opened.locked():
         old = read_file(opened.examples) if opened.examples.exists() else b""
         old += b"\n" if old and not old.endswith(b"\n") else b""
-        cleaned = clean(old + raw.removeprefix(b"\xef\xbb\xbf"), opened.data, time.time())
+        cleaned = clean(old + raw.removeprefix(b"\xef\xbb\xbf"), opened.settings.data, time.time())
         known = old.count(b"\n")
         aside = {number - known: reason for number, reason in cleaned.aside.items() if number > known}
         new = [line.strip() for line in cleaned.raw.split(b"\n")[known:]]
@@ -140,7 +140,7 @@ def erase(
     opened = DeviceStateDir.open(state_dir)
     if not yes and not confirmed("What is erased cannot be brought back, and lessons of before are undone no more."):
         raise ConfigError("nothing was erased: the answer was no", about="--yes")
-    place = bundle or Path((opened.data and opened.data.corrections) or opened.settings.base)
+    place = bundle or Path((opened.settings.data and opened.settings.data.corrections) or opened.settings.base)
     is_bundle = bundle or ((place / BASE_MANIFEST).is_file() and adapter_names(place))
     with Learner.open(place) if is_bundle else nullcontext() as learner:
         with opened.locked():
@@ -163,7 +163,7 @@ def erase(
                 Usage.erase(place)
                 Usage.begin(place)
     ledger = opened.load(PrivacyLedger) or PrivacyLedger()
-    epsilon = ledger.spent.epsilon(opened.policy.delta)
+    epsilon = ledger.spent.epsilon(opened.settings.policy.delta)
     sums = f"{ledger.noisy} with noise, epsilon {epsilon:.2f}, and {ledger.bare} without"
     used = learner.adapter.manifest.name if learner else ""
     line = f"{examples} examples and {corrections} corrections are erased; in use is {used or 'the bundle as it was'}\n"

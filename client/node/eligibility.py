@@ -113,4 +113,4 @@ def read_trained(state: DeviceStateDir) -> bytes:
         taught = state.corrections()
     except EdgeAdaptError as error:
         log.warning("no corrections for this session: %s", error, extra={"about": error.about})
-    return read_clean(state.examples, state.data, taught)
+    return read_clean(state.examples, state.settings.data, taught)

@@ -169,16 +169,8 @@ class DeviceStateDir:
         return cls(folder, DeviceSettings.read(folder / SETTINGS))
 
     @property
-    def policy(self) -> PolicySettings:
-        return self.settings.policy
-
-    @property
     def eligibility(self) -> EligibilitySettings:
         return self.settings.eligibility
-
-    @property
-    def data(self) -> HygieneSettings | None:
-        return self.settings.data
 
     @property
     def last_round(self) -> datetime | None:
@@ -279,7 +271,7 @@ class DeviceStateDir:
     def _usage(self) -> tuple[UsageDay, ...]:
         """What this device counted of its answers until yesterday; none if its owner contributes none of it."""
         bundle = Path(self.settings.base)
-        if not self.policy.observations or not (bundle / BASE_MANIFEST).is_file():
+        if not self.settings.policy.observations or not (bundle / BASE_MANIFEST).is_file():
             return ()
         try:
             found = Usage.read(bundle)
@@ -294,9 +286,9 @@ class DeviceStateDir:
         Raises ConfigError: there is no bundle, or its labels are not those of this device's rounds; DataError: nothing
         was taught; TrustError: it is damaged, or no pinned key signed the bundle.
         """
-        if not self.data or not self.data.corrections:
+        if not (data := self.settings.data) or not data.corrections:
             return b""
-        bundle, remedy = Path(self.data.corrections), "change [data] corrections in device.toml"
+        bundle, remedy = Path(data.corrections), "change [data] corrections in device.toml"
         if not (bundle / BASE_MANIFEST).is_file():
             raise ConfigError(f"{bundle} is not a bundle: {remedy}", about="data.corrections")
         trained = self.load(TaskLabels)

@@ -89,7 +89,7 @@ def answer(
     arrived = time.monotonic()
     try:
         state_dir = open_state()
-        quantum = state_dir.policy.answer_quantum_seconds if step in READS_EXAMPLES else 0.0
+        quantum = state_dir.settings.policy.answer_quantum_seconds if step in READS_EXAMPLES else 0.0
         # The lock is held while the answer waits: another message would be answered as soon as the training ended.
         with state_dir.locked(), _delayed(arrived, quantum):
             if BODY not in fields:
@@ -138,7 +138,7 @@ def _check_in(state_dir: DeviceStateDir, fields: Mapping[str, bytes], node: int)
     last_offer = None if log_state is None else log_state.offer
     key, certificate, coordinator = state_dir.identity, state_dir.certificate, state_dir.coordinator
     checked_in = client.check_in(key, certificate, coordinator, fields[BODY], node=node, last_offer=last_offer)
-    state_dir.policy.require_consent(fields.get(CONSENT, b"").decode(errors="replace"))
+    state_dir.settings.policy.require_consent(fields.get(CONSENT, b"").decode(errors="replace"))
     return checked_in
 
 
@@ -241,7 +241,7 @@ def _contribute(
     history = sumhistory.on_plan(history, planned.plan, task, planned.spec, adapter, device.policy.minimum_movement)
     # Nothing is saved if the device stops here: it has answered no plan, and its keys masked nothing.
     look()
-    files = state_dir.examples, state_dir.policy, kept, state_dir.states()
+    files = state_dir.examples, state_dir.settings.policy, kept, state_dir.states()
     training = TrainingDevice(base, *files, choose, look)
     vector, parts = contribute(training, planned, task, blob, snapshot)
     masked, answer = planned.contribute(device, vector, cores())

@@ -54,7 +54,7 @@ class Device:
     @property
     def policy(self) -> PolicySettings:
         """Return what the owner permits, from ``device.toml``."""
-        return self._open().policy
+        return self._open().settings.policy
 
     def run(self, gateway: str | None = None) -> None:
         """Take part in rounds until ``stop``, which another thread calls.
