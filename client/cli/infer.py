@@ -15,6 +15,8 @@ from client.inference.library import Library
 from client.inference.session import AUTO, ROUTER, ClassificationSession
 from client.inference.text import SamplingParams
 from edgeadapt import commandline
+from edgeadapt.bases.pictures import pictured
+from edgeadapt.formats.bundle import TOKENIZER
 
 
 @click.command()
@@ -41,7 +43,8 @@ def infer(
     as_json: bool,
     texts: tuple[str, ...],
 ) -> None:
-    """Print the intent of each TEXT and its probability; '-' reads standard input, one phrase a line.
+    """Print the intent of each TEXT and its probability; '-' reads standard input, one phrase a line. With a base of
+    pictures, a TEXT is a file: PNG, JPEG or WebP.
 
     A TEXT that is empty or of which the model knows no part, such as an emoji, has no intent: "unknown text".
 
@@ -65,6 +68,7 @@ def infer(
       edgeadapt device infer --bundle runs/demo/devices/en-01/bundle --adapter global --adapter personal "movie night"
       edgeadapt device infer --bundle runs/demo/devices/en-01/bundle --adapter global:0.5+personal "movie night"
       edgeadapt device infer --bundle runs/demo/bundle --json - < phrases.txt
+      edgeadapt device infer --bundle camera/bundle cup.jpg
       edgeadapt device infer --bundle phone/bundle --teach HassTurnOn "make it bright in here"
     """
     phrases = _phrases(texts)
@@ -113,13 +117,14 @@ def _classify(library: Library, names: Sequence[str], phrases: list[str], top: i
     session = ClassificationSession.of(library)
     names = names or (library.default(),)
     # One text by all adapters, then the next: what is below the adapters reads it once.
-    asked = [[session.answer(text, name, top) for name in names] for text in phrases]
+    given = pictured(library.base.files[TOKENIZER], phrases)
+    asked = [[session.answer(text, name, top) for name in names] for text in given]
     if len(names) == 1:
         usage.count_answers(library.bundle, [one for (one,) in asked])
         if usage.is_kept(library.bundle, usage.ASKED):
             from client.learning.questions import remember
 
-            remember(library.bundle, [(text, one[1]) for text, (one,) in zip(phrases, asked, strict=True)])
+            remember(library.bundle, [(text, one[1]) for text, (one,) in zip(given, asked, strict=True)])
     results = []
     for number, name in enumerate(names):
         one = session.load(ROUTER if name == AUTO else name)

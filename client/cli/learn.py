@@ -18,7 +18,9 @@ from client.training.control import TrainingControl
 from client.training.examples import read_examples
 from client.training.personal import FINE_TUNE, PersonalStep
 from edgeadapt import commandline
+from edgeadapt.bases.pictures import pictured
 from edgeadapt.commandline import FiniteRange
+from edgeadapt.formats.bundle import TOKENIZER
 from edgeadapt.formats.manifest import Task
 from edgeadapt.formats.phrases import read_phrases
 
@@ -42,8 +44,9 @@ def learn(
     as_json: bool,
     file: Path | None,
 ) -> None:
-    """Learn the corrections in FILE, lines of a label, a tab and a phrase: the private adapter of the bundle is tuned
-    on this device, and is in use at once. For a language model, lines of an answer, a tab and the prompt.
+    """Learn the corrections in FILE, lines of a label, a tab and a phrase or the file of a picture: the private adapter
+    of the bundle is tuned on this device, and is in use at once. For a language model, lines of an answer, a tab and
+    the prompt.
 
     A bundle without a private adapter gets one, made from the adapter in use. What is learned stays on this device, in
     the folder 'learned' next to the bundle. The base must have a training graph (`edgeadapt bundle make --training`).
@@ -89,7 +92,10 @@ def teach(
         labels = learner.adapter.manifest.labels
         meant = {options.words(label): label for label in labels} | {label: label for label in labels}
         compared = () if compare is None else read_examples(compare, 0)
-        learned = learner.teach([replace(one, label=meant.get(one.label, one.label)) for one in corrections], compared)
+        texts = pictured(learner.library.base.files[TOKENIZER], [one.text for one in corrections])
+        pairs = zip(texts, corrections, strict=True)
+        taught = [replace(one, text=text, label=meant.get(one.label, one.label)) for text, one in pairs]
+        learned = learner.teach(taught, compared)
     if as_json:
         click.echo(json.dumps(_row(learned), ensure_ascii=False))
         return

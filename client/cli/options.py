@@ -9,6 +9,7 @@ from typing import cast
 import click
 
 from aggregation.errors import DataError
+from edgeadapt.bases.pictures import is_picture
 from edgeadapt.commandline import FOLDER
 
 FILE_OR_INPUT = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
@@ -55,9 +56,12 @@ def secret_line(path: Path, limit: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Remove control characters, with which the text of a model could move the cursor or set the terminal's title.
+    """Remove control characters, with which the text of a model could move the cursor or set the terminal's title, and
+    the content of a picture.
 
     >>> printable("\\x1b[31mred\\n")
     '[31mred\\n'
     """
+    if is_picture(text):
+        return f"a picture of {len(text)} characters"
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")

@@ -2,12 +2,14 @@
 
 import json
 import math
-from typing import Self
+from typing import Any
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
 from aggregation.errors import DataError
 from client.inference.text import checked
+from edgeadapt.bases.pictures import PictureReader, open_reader
+from edgeadapt.bases.states import Tokens
 
 WHITE_SPACE = ("▁", "Ġ")  # tokens that SentencePiece and byte-level BPE write for it
 
@@ -15,18 +17,20 @@ WHITE_SPACE = ("▁", "Ġ")  # tokens that SentencePiece and byte-level BPE writ
 class PhraseReader:
     """The tokenizer of a base, and which of its tokens say nothing."""
 
-    def __init__(self, tokenizer: Tokenizer, unknown: int | None, special: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, unknown: int | None, special: frozenset[int]) -> None:
         self._tokenizer, self._unknown, self._special = tokenizer, unknown, special
 
-    @classmethod
-    def of(cls, tokenizer: bytes) -> Self:
-        """Read a tokenizer.json. Raises what the tokenizers library and ``json`` raise."""
-        stated = json.loads(tokenizer)
+    @staticmethod
+    def of(tokenizer: bytes) -> "PhraseReader":
+        """Read a tokenizer.json. Raises as ``open_reader``."""
+        stated, reader = json.loads(tokenizer), open_reader(tokenizer)
+        if isinstance(reader, PictureReader):
+            return _PixelReader(reader, None, frozenset())
         unknown = _unknown_token(stated["model"])
         special = {int(token["id"]) for token in stated.get("added_tokens", []) if token.get("special")}
-        return cls(Tokenizer.from_str(tokenizer.decode()), unknown, frozenset(special - {unknown}))
+        return PhraseReader(reader, unknown, frozenset(special - {unknown}))
 
-    def tokens(self, text: str, virtual_tokens: int = 0) -> list[int]:
+    def tokens(self, text: str, virtual_tokens: int = 0) -> Tokens:
         """Tokenize a text, with the special tokens that the model expects, truncated at the model's limit.
 
         ``virtual_tokens``: of the adapter that reads it; they count towards the limit. Raises DataError: the text is
@@ -77,6 +81,23 @@ class PhraseReader:
     def _share(self, encoding: Encoding) -> float:
         counted = self._counted(encoding)
         return sum(token == self._unknown for token in counted) / len(counted) if counted else 1.0
+
+
+class _PixelReader(PhraseReader):
+    """Reads pictures: each is read whole, and says something."""
+
+    def tokens(self, text: str, virtual_tokens: int = 0) -> Tokens:
+        pixels: Tokens = self._tokenizer.encode(text).ids
+        return pixels
+
+    def unread(self, text: str, virtual_tokens: int = 0, most: float = math.inf) -> int:
+        return 0
+
+    def unknown_share(self, text: str) -> float:
+        return 0.0
+
+    def known(self, text: str) -> tuple[int, int]:
+        return self._tokenizer.cost, self._tokenizer.cost
 
 
 def _unknown_token(model: dict[str, object]) -> int | None:

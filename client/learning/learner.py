@@ -38,7 +38,7 @@ from client.node.statedir import SETTINGS, DeviceSettings
 from client.training import graphengine
 from client.training.control import UNLIMITED, TrainingCheckpoint, TrainingControl
 from client.training.corrections import HISTORY, MAX_FILE, Before, Correction, Lesson, LessonHistory, check_count
-from client.training.examples import MAX_TEXT, Example, Score, Split, encode_examples, in_split, parse_examples
+from client.training.examples import MAX_TEXT, Example, Score, Split, encode_examples, in_split, longest, parse_examples
 from client.training.hygiene import read_clean
 from client.training.personal import (
     FINE_TUNE,
@@ -493,8 +493,8 @@ class _Phrases:
                 names = ", ".join(self._labels[:40])
                 reason = f"phrase {number} has the label {pair.label[:40]!r}, which the adapter lacks; it has: {names}"
                 raise DataError(reason, about="label")
-            if len(pair.text) > MAX_TEXT:
-                reason = f"phrase {number} has {len(pair.text)} characters, above the limit of {MAX_TEXT}: shorten it"
+            if len(pair.text) > (most := longest(pair.text)):
+                reason = f"phrase {number} has {len(pair.text)} characters, above the limit of {most}: shorten it"
                 raise DataError(reason, about="text")
             if read.setdefault(tuple(self.reader.tokens(pair.text)), pair.label) != pair.label:
                 reason = f"phrase {number} is to the model one that has another label: teach it with one label"

@@ -29,6 +29,11 @@ class Encoded:
     first: int | None  # where the token before the first target is; None: the target is a label
     size: int = 1  # bytes of the text that the targets stand for, at least 1
     cut: bool = False  # the text went on
+    cost: int = 0  # tokens of a text that take as much memory; 0: as many as it has
+
+    @property
+    def tokens(self) -> int:
+        return self.cost or len(self.ids)
 
     @property
     def positions(self) -> NDArray[np.int64]:

@@ -20,6 +20,7 @@ from client.training.control import UNLIMITED, TrainingControl
 from client.training.examples import Example
 from client.training.trainer import ClassifierTrainer, FrozenBase, LanguageTrainer, Trainer
 from edgeadapt.bases.base import OwnModel
+from edgeadapt.bases.states import Tokens
 from edgeadapt.formats.bundle import VerifiedBase
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.peftconfig import OWN, PeftConfig
@@ -78,7 +79,7 @@ class OwnTrainer(ClassifierTrainer):
             raise DataError(reason, about="logits")
         return logits
 
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokens(self, texts: Sequence[str]) -> list[Tokens]:
         """Number the words, for what compares texts."""
         return [[zlib.crc32(word.encode()) for word in text.split()] for text in texts]
 

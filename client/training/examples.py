@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from aggregation.errors import DataError
+from edgeadapt.bases.pictures import MAX_PICTURE, MAX_SOURCE, is_picture, picture
 from edgeadapt.bases.tasks import Target, label_text
 from edgeadapt.formats.storage import read, replace
 from edgeadapt.rounds.task import MAX_LOSS
 
-MAX_TEXT = 2_000  # characters
+MAX_TEXT = 2_000  # characters; of a picture ``MAX_PICTURE``
 MAX_FILE = 64 * 2**20  # bytes
 NO_LABEL = -1
 TargetOf = Callable[[str], Target]
@@ -88,13 +89,41 @@ def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
 
 
 def read_file(path: Path) -> bytes:
-    """Read an examples file. Raises DataError if it is missing, not a file, or above ``MAX_FILE`` bytes."""
+    """Read an examples file, and the pictures that its lines name: ``image``, a path from the file, becomes ``text``.
+
+    Raises DataError if it is missing, not a file, or above ``MAX_FILE`` bytes, with pictures as well; or a picture is
+    missing or damaged.
+    """
     try:
-        return read(path, MAX_FILE)
+        raw = read(path, MAX_FILE)
     except DataError as error:
         raise DataError(str(error), about="examples") from None
     except OSError as error:
         raise DataError(f"cannot read the examples in {path}: {error.strerror}", about="examples") from error
+    if b'"image"' not in raw:
+        return raw
+    lines, size = [], 0
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        lines.append(_with_picture(line, path, number))
+        if (size := size + len(lines[-1]) + 1) > MAX_FILE:
+            raise DataError(f"with its pictures, {path} has more than {MAX_FILE} bytes: shorten it", about="examples")
+    return b"\n".join(lines)
+
+
+def _with_picture(line: bytes, path: Path, number: int) -> bytes:
+    try:
+        row = json.loads(line)
+        name = row.pop("image")
+        if "text" in row or not isinstance(name, str):
+            return line
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return line  # ``parse_examples`` refuses it if it is no example
+    try:
+        row["text"] = picture(read(path.parent / name, MAX_SOURCE))
+    except (DataError, OSError) as error:
+        reason = f"{error.strerror if isinstance(error, OSError) else error} (line {number} of {path})"
+        raise DataError(f"cannot read a picture: {reason}", about="example.image") from None
+    return json.dumps(row).encode()
 
 
 def parse_examples(
@@ -103,8 +132,9 @@ def parse_examples(
     """Parse the content of a file.
 
     Args:
-        raw: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``), in UTF-8, also after a
-            byte order mark. For a language model with ``text`` and, optionally, ``prompt`` and ``split``.
+        raw: JSON lines with ``text``, which may be a picture (``edgeadapt.bases.pictures``), ``label`` and, optionally,
+            ``split`` (default ``train``), in UTF-8, also after a byte order mark. For a language model with ``text``
+            and, optionally, ``prompt`` and ``split``.
         path: Of the file, for messages.
         labels: The number of labels; every example's label must be below it. None: any label is accepted. 0: for a
             language model, a label is neither needed nor read.
@@ -129,6 +159,11 @@ def parse_examples(
     return examples
 
 
+def longest(text: str) -> int:
+    """Return the most characters of such a text: a picture may have more."""
+    return MAX_PICTURE if is_picture(text) else MAX_TEXT
+
+
 def in_split(examples: Sequence[Example], split: Split) -> tuple[Example, ...]:
     return tuple(example for example in examples if example.split is split)
 
@@ -146,8 +181,8 @@ def _example(line: str, where: str, labels: int | None, target: TargetOf | None)
         if not isinstance(value, str) or any("\ud800" <= char <= "\udfff" for char in value):
             # JSON can escape a lone surrogate, which no tokenizer reads.
             raise DataError(f"the {name} in {where} is not a string of Unicode", about=f"example.{name}")
-        if len(value) > MAX_TEXT or (value is text and not value.strip()):
-            reason = f"the {name} in {where} is empty or longer than {MAX_TEXT} characters"
+        if len(value) > longest(value) or (value is text and not value.strip()):
+            reason = f"the {name} in {where} is empty or longer than {longest(value)} characters"
             raise DataError(reason, about=f"example.{name}")
     if labels == 0:
         return Example(text, NO_LABEL, split, prompt)

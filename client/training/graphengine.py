@@ -20,6 +20,8 @@ from client.training.denormals import without_denormals
 from client.training.encoding import Template, TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer
 from edgeadapt.bases.classifiergraph import MAX_TOKENS, ClassifierGraph
+from edgeadapt.bases.pictures import open_reader
+from edgeadapt.bases.states import Tokens
 from edgeadapt.bases.traininggraph import TrainingBatch, TrainingGraph, missing_slots
 from edgeadapt.formats.bundle import GENERATION, LOWER, TOKENIZER, TRAINING, WEIGHTS, VerifiedBase
 from edgeadapt.formats.graphinputs import (
@@ -155,10 +157,10 @@ class GraphEngine:
         by_input = gradients_of_magnitudes(gradients_of_tensors(scaled, self._scaling), tensors, norms, self._biases)
         return loss, gradients_of_factors(to_peft_tensors(by_input, self.config), self.config, adapter)
 
-    def logits(self, adapter: Tensors, tokens: Sequence[Sequence[int]]) -> Floats:
+    def logits(self, adapter: Tensors, tokens: Sequence[Tokens]) -> Floats:
         return self._rows(self.inputs_of(adapter), tokens)
 
-    def embed(self, adapter: Tensors | None, tokens: Sequence[Sequence[int]]) -> Floats:
+    def embed(self, adapter: Tensors | None, tokens: Sequence[Tokens]) -> Floats:
         """Embed with the logits of a head that is the identity. Raises ConfigError as ``require_mean_head``."""
         require_mean_head(self.base)
         inputs = self.inputs_of(adapter) if adapter is not None else empty_inputs(self.base.manifest.slots)
@@ -169,7 +171,7 @@ class GraphEngine:
         inputs = self.inputs_of(adapter)
         return [self._of_graph(partial(self.graph.scores, batch, inputs)) for batch in batches]
 
-    def _rows(self, inputs: Tensors, tokens: Sequence[Sequence[int]]) -> Floats:
+    def _rows(self, inputs: Tensors, tokens: Sequence[Tokens]) -> Floats:
         with without_denormals():
             return self.answering.rows(tokens, inputs)
 
@@ -216,7 +218,7 @@ def classifier(base: VerifiedBase, labels: int, config: PeftConfig) -> Classifie
     try:
         with without_denormals():  # the threads of the session inherit it
             engine.answering = ClassifierGraph.open(base.files, base.folder, slots, base.manifest.independent_rows)
-        tokenizer = Tokenizer.from_str(base.files[TOKENIZER].decode())
+        tokenizer = open_reader(base.files[TOKENIZER])
         longest = int((tokenizer.truncation or {"max_length": MAX_TOKENS})["max_length"])
         tokenizer.enable_truncation(min(MAX_TOKENS, longest))
         tokenizer.no_padding()

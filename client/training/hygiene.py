@@ -22,7 +22,8 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from aggregation.errors import DataError
-from client.training.examples import MAX_FILE, MAX_TEXT, read_file
+from client.training.examples import MAX_FILE, longest, read_file
+from edgeadapt.bases.pictures import is_picture
 from edgeadapt.formats.settings import Settings
 
 DAY = 86_400  # seconds
@@ -180,7 +181,9 @@ def _row(line: str | bytes) -> dict[str, Any] | None:
 
 
 def words(text: str) -> str:
-    """Reduce a text to its words, in which neither case nor punctuation counts."""
+    """Reduce a text to its words, in which neither case nor punctuation counts; a picture stays."""
+    if is_picture(text):
+        return text
     return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
@@ -195,8 +198,10 @@ def _time(value: Any) -> float:
 
 def reasons(text: str, prompt: str, settings: HygieneSettings) -> Iterator[str]:
     """Yield why a text with its prompt is set aside whatever else is there, if it is."""
-    if max(len(text), len(prompt)) > MAX_TEXT:
+    if len(text) > longest(text) or len(prompt) > longest(prompt):
         yield "long"
+        return
+    if is_picture(text):
         return
     text = f"{prompt}\n{text}"
     if "broken" in settings.remove:

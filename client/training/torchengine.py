@@ -28,7 +28,8 @@ from client.training.encoding import TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer, Trainer
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
-from edgeadapt.bases.states import SharedStates, StateCache
+from edgeadapt.bases.pictureencoder import PictureEncoder
+from edgeadapt.bases.states import SharedStates, StateCache, Tokens
 from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.bases.traininggraph import TrainingBatch
 from edgeadapt.formats.layout import Floats, Layout, Tensors
@@ -37,7 +38,7 @@ from edgeadapt.methods import causal, trainable
 from edgeadapt.methods import classifier as classifiers
 from edgeadapt.methods.parts import is_bias
 
-PROBE = ((1, 2, 3, 4, 5), (6, 7, 3))  # tokens of two texts
+PROBE: tuple[tuple[int, ...], ...] = ((1, 2, 3, 4, 5), (6, 7, 3))  # tokens of two texts
 TOLERANCE = 1e-4  # difference of an output, relative to the largest
 AT_ONCE = 2048  # tokens
 Run = Callable[[Tensor, Tensor], Tensor]  # token ids and mask, shape (texts, longest) → outputs without padding
@@ -61,6 +62,7 @@ class FrozenLayers:
             if number < first:
                 layer.forward = self._passing(layer.forward)
         layers[first].register_forward_pre_hook(self._enter, with_kwargs=True)
+        self.at_once = AT_ONCE
 
     @classmethod
     def of(cls, model: nn.Module, config: PeftConfig, run: Run) -> Self | None:
@@ -73,18 +75,22 @@ class FrozenLayers:
         lists = {path[: inner.start(1) - 2] for path, inner in zip(paths, numbers, strict=True)}
         if len(lists) != 1 or not isinstance(layers := model.get_submodule(lists.pop()), nn.ModuleList):
             return None
-        ids, mask = _padded([torch.tensor(row) for row in PROBE])
+        reader, probe = (model.reader if isinstance(model, PictureEncoder) else None), PROBE
+        if reader:
+            probe = tuple(tuple(np.arange(reader.size) % most) for most in (251, 241))
+        ids, mask = _padded([torch.tensor(row) for row in probe])
         with torch.inference_mode():
             whole, frozen = run(ids, mask), cls(layers, first, run)
             try:
-                with frozen.resumed(frozen.states(PROBE)):
+                with frozen.resumed(frozen.states(probe)):
                     resumed = run(ids, mask)
             except Exception:  # of any family: it has states that are not a tensor for each text, say
                 return None
         close = torch.allclose(resumed, whole, rtol=0, atol=TOLERANCE * float(whole.abs().max()))
+        frozen.at_once *= reader.size // reader.cost if reader else 1
         return frozen if close else None
 
-    def states(self, tokens: Sequence[Sequence[int]], *, together: bool = False) -> list[Floats]:
+    def states(self, tokens: Sequence[Tokens], *, together: bool = False) -> list[Floats]:
         """Compute what enters the first adapted layer for each text, shape ``(tokens, hidden)``.
 
         Guarantee: a text's states do not depend on the others, unless those of one length are computed ``together``,
@@ -94,9 +100,10 @@ class FrozenLayers:
         order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))
         for length, group in groupby(order, key=lambda text: len(tokens[text])):
             texts = [*group]
-            for at in range(0, len(texts), size := max(AT_ONCE // length, 1) if together else 1):
+            for at in range(0, len(texts), size := max(self.at_once // length, 1) if together else 1):
                 some = texts[at : at + size]
-                for text, row in zip(some, self._states(torch.tensor([tokens[text] for text in some])), strict=True):
+                given = torch.tensor(np.array([tokens[text] for text in some], np.int64))
+                for text, row in zip(some, self._states(given), strict=True):
                     result[text] = row.numpy()
         return result
 
@@ -165,8 +172,9 @@ class TorchEngine:
         self._parameters = _parameters(model)
         whole = model.get_base_model()
         inner = whole.encoder if isinstance(whole, classifiers.PhraseClassifier) else whole
+        flat: Run = lambda states, mask: states.flatten(0, 1) if isinstance(inner, PictureEncoder) else states[mask > 0]  # noqa: E731
         self._frozen = FrozenLayers.of(
-            inner, config, lambda ids, mask: inner(input_ids=ids, attention_mask=mask)[0][mask > 0]
+            inner, config, lambda ids, mask: flat(inner(input_ids=ids, attention_mask=mask)[0], mask)
         )
         source = f"{base.digest}/{self._frozen.first if self._frozen else 0}"
         shared = SharedStates.open(base.states, source) if base.states and self._frozen else None
@@ -179,7 +187,7 @@ class TorchEngine:
     def states(self) -> StateCache | None:
         return self._states if self._frozen else None
 
-    def share_states(self, tokens: Sequence[Sequence[int]], folder: Path) -> None:
+    def share_states(self, tokens: Sequence[Tokens], folder: Path) -> None:
         """Write the states of texts to a new folder, for ``Base.states`` of other engines; none without frozen layers.
         Those of texts of one length are computed together."""
         if self._frozen:
@@ -208,10 +216,10 @@ class TorchEngine:
             total += float(loss.detach())
         return total, {name: np.array(value.grad).reshape(adapter[name].shape) for name, value in trained.items()}
 
-    def logits(self, adapter: Tensors, tokens: Sequence[Sequence[int]]) -> Floats:
+    def logits(self, adapter: Tensors, tokens: Sequence[Tokens]) -> Floats:
         return self._rows(lambda ids, mask: self.model(input_ids=ids, attention_mask=mask), adapter, tokens)
 
-    def embed(self, adapter: Tensors | None, tokens: Sequence[Sequence[int]]) -> Floats:
+    def embed(self, adapter: Tensors | None, tokens: Sequence[Tokens]) -> Floats:
         base = self.model.get_base_model()
         if not tokens:
             return np.zeros((0, base.width), np.float32)
@@ -239,7 +247,7 @@ class TorchEngine:
         return words
 
     def _rows(
-        self, forward: Callable[[Tensor, Tensor], Tensor], adapter: Tensors | None, tokens: Sequence[Sequence[int]]
+        self, forward: Callable[[Tensor, Tensor], Tensor], adapter: Tensors | None, tokens: Sequence[Tokens]
     ) -> Floats:
         def resumed(ids: Tensor, mask: Tensor) -> Tensor:
             with self._resumed(ids, mask):
@@ -257,7 +265,7 @@ class TorchEngine:
         """Within the block, begin with the kept states of the frozen layers, if there are such layers."""
         if self._frozen is None:
             return nullcontext()
-        tokens = [row[:length].tolist() for row, length in zip(ids, mask.sum(1).tolist(), strict=True)]
+        tokens = [row[:length].numpy() for row, length in zip(ids, mask.sum(1).tolist(), strict=True)]
         return self._frozen.resumed(self._states.rows(tokens, self._frozen.states))
 
 
@@ -266,7 +274,8 @@ def classifier(base: Base, labels: int, config: PeftConfig) -> ClassifierTrainer
     with flushed_denormals():  # torch's threads keep what holds when they start
         model = classifiers.build(base, labels, config)
     # On short texts, without fused kernels, a step of multilingual-e5-small takes a fifth less time.
-    model.get_base_model().encoder.set_attn_implementation("eager")
+    encoder = model.get_base_model().encoder
+    getattr(encoder, "set_attn_implementation", lambda _: None)("eager")
     return ClassifierTrainer(TorchEngine(base, model, config), classifiers.tokenizer(base, model), base.task)
 
 

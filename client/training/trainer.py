@@ -13,7 +13,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from aggregation.errors import DataError
 from client.training.control import TOKENS, UNLIMITED, TrainingControl
@@ -22,7 +21,8 @@ from client.training.encoding import Encoded, TextEncoder
 from client.training.examples import Example, Score
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.classifiergraph import pad
-from edgeadapt.bases.states import StateCache
+from edgeadapt.bases.pictures import PictureReader, Reader
+from edgeadapt.bases.states import StateCache, Tokens
 from edgeadapt.bases.tasks import Classification, Numbers, Objective, Target
 from edgeadapt.bases.traininggraph import TrainingBatch
 from edgeadapt.formats.bundle import VerifiedBase
@@ -70,11 +70,11 @@ class Engine(Protocol):
         """Sum the batches' losses, and their gradients. Raises DataError if they cannot be computed."""
         ...
 
-    def logits(self, adapter: Tensors, tokens: Sequence[Sequence[int]]) -> Floats:
+    def logits(self, adapter: Tensors, tokens: Sequence[Tokens]) -> Floats:
         """Compute a classifier's logits, shape ``(len(tokens), labels)``, for at least one text."""
         ...
 
-    def embed(self, adapter: Tensors | None, tokens: Sequence[Sequence[int]]) -> Floats:
+    def embed(self, adapter: Tensors | None, tokens: Sequence[Tokens]) -> Floats:
         """Embed with a classifier or the frozen base alone: shape ``(len(tokens), hidden)``, rows of L2 norm 1."""
         ...
 
@@ -131,7 +131,7 @@ class Trainer:
             share = 1 / sum(len(text.targets) for text in texts)
             return (run for _, run in self._batches(texts, [share] * len(texts), control.tokens))
 
-        order = list(batches([len(text.ids) for text in encoded], task.batch_size, epochs, rng))
+        order = list(batches([text.tokens for text in encoded], task.batch_size, epochs, rng))
         return self._descend(start, order, of_batch, task, epochs, control)
 
     def teach(
@@ -165,7 +165,7 @@ class Trainer:
 
     def weighted(self, examples: Sequence[Example], shares: Sequence[float]) -> list[TrainingBatch]:
         """Batch examples so that the loss is the sum of each example's mean cross-entropy in nats, times its share."""
-        pairs = sorted(zip(self.encode(examples), shares, strict=True), key=lambda pair: len(pair[0].ids))
+        pairs = sorted(zip(self.encode(examples), shares, strict=True), key=lambda pair: pair[0].tokens)
         of_target = [share / len(text.targets) for text, share in pairs]
         return [batch for _, batch in self._batches([text for text, _ in pairs], of_target, TOKENS)]
 
@@ -194,9 +194,9 @@ class Trainer:
     ) -> Iterator[tuple[list[Encoded], TrainingBatch]]:
         """Group texts in runs of at most ``at_once`` tokens. ``shares``: of the loss, of each target of a text."""
         virtual = self.engine.config.num_virtual_tokens
-        for places in parts([len(text.ids) + virtual for text in texts], at_once):
+        for places in parts([text.tokens + virtual for text in texts], at_once):
             run = [texts[place] for place in places]
-            ids, mask = pad([text.ids.tolist() for text in run])
+            ids, mask = pad([text.ids for text in run])
             targets = np.concatenate([text.targets for text in run])
             of_target = np.repeat([shares[place] for place in places], [len(text.targets) for text in run])
             positions = None
@@ -207,19 +207,21 @@ class Trainer:
 
 
 class ClassifierTrainer(Trainer):
-    """Trains a head over a text: an example's target is its label, or that of a task of others."""
+    """Trains a head over a text or picture: an example's target is its label, or that of a task of others."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, task: Objective = CLASSIFIES) -> None:
+    def __init__(self, engine: Engine, tokenizer: Reader, task: Objective = CLASSIFIES) -> None:
         super().__init__(engine)
         self.tokenizer, self.objective = tokenizer, task  # the tokenizer cuts off what is too long
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         tokens = self.tokens([example.text for example in examples])
         targets = [np.array([one.target], np.float32) if one.target else np.array([one.label]) for one in examples]
-        return [Encoded(np.array(ids, np.int64), target, None) for ids, target in zip(tokens, targets, strict=True)]
+        cost = self.tokenizer.cost if isinstance(self.tokenizer, PictureReader) else 0
+        pairs = zip(tokens, targets, strict=True)
+        return [Encoded(np.asarray(ids, np.int64), target, None, cost=cost) for ids, target in pairs]
 
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
+    def tokens(self, texts: Sequence[str]) -> list[Tokens]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
 
     def unlike(self, examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
         """Keep examples that the model reads as other tokens than each of ``others``, and than each previous example.

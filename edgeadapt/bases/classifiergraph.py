@@ -20,7 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgeadapt.bases.slotshapes import without_shapes
-from edgeadapt.bases.states import STATES, LowerLayers
+from edgeadapt.bases.states import STATES, LowerLayers, Tokens
 from edgeadapt.formats.bundle import LOWER, MODEL, UPPER
 from edgeadapt.formats.graphinputs import OFFSET, PROMPT, RANKED, SCALES, UP_BIAS
 from edgeadapt.formats.layout import Floats, Tensors
@@ -63,12 +63,12 @@ class ClassifierGraph:
         """Prepare one adapter for ``logits``: ``inputs`` has a tensor for each slot."""
         return _ort_values({name: _padded([inputs[name]], self._slots[name])[0] for name in self._slots})
 
-    def logits(self, tokens: Sequence[int], adapter: Feeds) -> Floats:
+    def logits(self, tokens: Tokens, adapter: Feeds) -> Floats:
         """Return the logits of one text, shape ``(labels,)``. Raises what ONNX Runtime raises."""
         logits: Floats = self._run([tokens], adapter)[0]
         return logits
 
-    def mixed(self, tokens: Sequence[Sequence[int]], inputs: Sequence[Tensors]) -> list[Floats]:
+    def mixed(self, tokens: Sequence[Tokens], inputs: Sequence[Tensors]) -> list[Floats]:
         """Return the logits of a batch, from each row's tokens and its adapter's tensors, one for each slot. Each row's
         are what ``logits`` returns, up to rounding; after the adapter's own labels, a row may have more."""
         logits: dict[int, Floats] = {}
@@ -79,7 +79,7 @@ class ClassifierGraph:
             logits.update(zip(run, self._run(texts, feeds), strict=True))
         return [logits[row] for row in range(len(tokens))]
 
-    def embed(self, tokens: Sequence[Sequence[int]], inputs: Tensors) -> Floats:
+    def embed(self, tokens: Sequence[Tokens], inputs: Tensors) -> Floats:
         """Return what ``MEAN_HEAD``, which the base must have, reads: the logits of a head that is the identity.
         ``inputs``: of an adapter, one for each slot. Shape ``(len(tokens), hidden)``."""
         bias, weight = MEAN_HEAD
@@ -89,14 +89,14 @@ class ClassifierGraph:
         identity = {bias: np.zeros(hidden, np.float32), weight: np.eye(hidden, dtype=np.float32)}
         return self.rows(tokens, inputs | identity)
 
-    def rows(self, tokens: Sequence[Sequence[int]], inputs: Tensors) -> Floats:
+    def rows(self, tokens: Sequence[Tokens], inputs: Tensors) -> Floats:
         """Return the logits of at least one text by one adapter, shape ``(len(tokens), labels)``."""
         order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))  # texts of a run need little padding
         rows = self.mixed([tokens[text] for text in order], [inputs] * len(order))
         result: Floats = np.stack(rows)[np.argsort(order)]
         return result
 
-    def _run(self, tokens: Sequence[Sequence[int]], adapter: Feeds) -> Floats:
+    def _run(self, tokens: Sequence[Tokens], adapter: Feeds) -> Floats:
         ids, mask = pad(tokens)
         values: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": mask}
         if self._lower is not None:
@@ -148,7 +148,7 @@ def stack(adapters: Sequence[Tensors], slots: Slots) -> Tensors:
     }
 
 
-def pad(tokens: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def pad(tokens: Sequence[Tokens]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return token ids and attention mask, both of shape ``(rows, longest)``; padding is 0 in both.
 
     >>> ids, mask = pad([[5, 6, 7], [8]])

@@ -35,6 +35,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from aggregation.errors import ConfigError, DataError
+from edgeadapt.bases.pictures import Reader
 from edgeadapt.formats.layout import Floats
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -219,11 +220,11 @@ def convert(file: Path, folder: Path) -> None:
     write_base(folder, weights, tokenizer, config=config, generation_config=special, tokenizer_config=companion)
 
 
-def write_base(folder: Path, weights: Mapping[str, Floats], tokenizer: Tokenizer, **tables: dict[str, Any]) -> None:
+def write_base(folder: Path, weights: Mapping[str, Floats], tokenizer: Reader, **tables: dict[str, Any]) -> None:
     """Write a base folder; ``tables`` become JSON files of these names."""
     save_file(dict(sorted(weights.items())), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     for name, table in tables.items():
         text = json.dumps(table, indent=1, sort_keys=True) + "\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")

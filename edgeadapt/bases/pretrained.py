@@ -5,6 +5,7 @@ refused, where transformers would draw random ones.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,15 +13,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases.base import WEIGHTS, Base
+from edgeadapt.bases.pictureencoder import PictureEncoder
+from edgeadapt.bases.pictures import open_reader, reads_pictures
 from edgeadapt.formats.graphinputs import in_modules
 
 LONGEST = 2**24  # tokens of a text; a table of positions is as long, whatever the file of weights holds
@@ -106,10 +108,12 @@ def loaded(module: nn.Module) -> AbstractContextManager[object]:
 
 
 def parameter_shapes(base: Base, kind: Any, num_labels: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter of the base as transformers' class ``kind``. Reads no weights. Raises
-    ConfigError as ``configuration``, or transformers has no such class for the architecture."""
+    """Return the shape of each parameter of the base as transformers' class ``kind``, or as ``encoder`` of pictures.
+    Raises ConfigError as ``configuration``, or transformers has no such class for the architecture."""
     config = configuration(base)
     config.num_labels = num_labels
+    if reads_pictures(base.folder):  # whose layers are not all those of transformers' class
+        return {name: tuple(parameter.shape) for name, parameter in encoder(base).named_parameters()}
     try:
         with torch.device("meta"):
             model = kind.from_config(config)
@@ -139,9 +143,21 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(computed, Tensor) and torch.allclose(computed, expected, rtol=1e-4, atol=1e-5)
 
 
-def tokenizer(base: Base) -> Tokenizer:
+def encoder(base: Base) -> Any:
+    """Load the base as what turns tokens into states, also those of pictures. Raises ConfigError as ``load``."""
+    model = load(base, AutoModel)
+    if not reads_pictures(base.folder):
+        return model
     try:
-        return Tokenizer.from_file(str(base.folder / "tokenizer.json"))
+        return PictureEncoder(model, tokenizer(base))
+    except Exception as error:  # as in ``configuration``
+        raise _refusal(base, error) from error
+
+
+def tokenizer(base: Base) -> Any:
+    """Open the base's ``edgeadapt.bases.pictures.Reader``. Raises ConfigError: it is damaged."""
+    try:
+        return open_reader((base.folder / "tokenizer.json").read_bytes())
     except Exception as error:  # tokenizers raises plain ones
         raise _refusal(base, error) from error
 
@@ -167,11 +183,19 @@ def _check_unused(model: Any, missing: list[str]) -> None:
         for size in (1, 0):  # not NaN, which an attention kernel may take for padding
             for name in missing:
                 state[name].copy_(size * torch.randn(state[name].shape, generator=generator))
-            answers.append(model(input_ids=torch.arange(1, 4)[None])[0])
+            answers.append(model(**_asked(model))[0])
     if not torch.equal(*answers):
         reason = f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}, and no adapter brings them: "
         reason += "take the base of the adapter's training, or train them with it (modules_to_save)"
         raise ConfigError(reason, about=WEIGHTS)
+
+
+def _asked(model: Any) -> dict[str, Tensor]:
+    if model.main_input_name != "pixel_values":
+        return {"input_ids": torch.arange(1, 4)[None]}
+    side = getattr(model.config, "image_size", 64)
+    shape = (1, model.config.num_channels, *(side if isinstance(side, list | tuple) else (side, side)))
+    return {"pixel_values": torch.linspace(-1, 1, math.prod(shape)).view(shape)}
 
 
 def _refusal(base: Base, error: Exception) -> ConfigError:

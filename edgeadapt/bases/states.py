@@ -19,8 +19,8 @@ from edgeadapt.formats.storage import PRIVATE_FOLDER, staged
 STATES = "states"  # the output of a graph of the lower layers, and the input of what goes on from them
 # Inputs of a decoder that goes on from states which it returned before: these, and where among them, ``[begin, end]``.
 KEPT_STATES, KEPT_RANGE = "kept_states", "kept_range"
-Tokens = Sequence[int]
-States = NDArray[np.floating]  # of a text, shape ``(tokens, hidden)``
+Tokens = Sequence[int] | NDArray[np.int64]
+States = NDArray[np.floating]  # of a text, shape ``(tokens, hidden)``; of a picture ``(places, hidden)``
 SOURCE, KEYS, ENDS, ROWS = "source", "keys.sha256", "ends.int64", "rows.float16"
 MOST_SHARED = 2**32  # bytes
 AT_A_TIME = 512  # texts
@@ -158,12 +158,12 @@ class LowerLayers:
         """Return the states of texts, shape ``(texts, longest, hidden)``; padding is 0. Each text's are computed once,
         as long as the cache keeps them."""
         rows = self.cache.rows([row[:count] for row, count in zip(ids, mask.sum(axis=1), strict=True)], self.computed)
-        result = np.zeros((*ids.shape, rows[0].shape[1]), np.float32)
+        result = np.zeros((len(rows), max(map(len, rows)), rows[0].shape[1]), np.float32)
         for states, row in zip(result, rows, strict=True):
             states[: len(row)] = row
         return result
 
-    def computed(self, texts: Sequence[Sequence[int]]) -> list[Floats]:
+    def computed(self, texts: Sequence[Tokens]) -> list[Floats]:
         rows = [np.array(text, np.int64)[np.newaxis] for text in texts]
         feeds = ({"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in rows)
         return [self._session.run([STATES], feed)[0][0] for feed in feeds]

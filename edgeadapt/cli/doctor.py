@@ -24,6 +24,7 @@ PURPOSES = {  # extra → what it is for
     "generate": "language models on a device",
     "serve": "a server for many tenants",
     "data": "devices that keep personal data out of training",
+    "pictures": "bases of pictures",
     "train": "devices that train with torch",
     "federate": "devices that train with a bundle, on Flower",
     "gateway": "the same through the coordinator's gateway",

@@ -11,15 +11,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import LEXICAL, MOST_LEXICAL, Base
 from edgeadapt.bases.classifiergraph import MAX_TOKENS
+from edgeadapt.bases.pictureencoder import PictureEncoder
 from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
@@ -71,7 +70,8 @@ class LexicalFeatures(nn.Module):
 
 
 class PhraseClassifier(nn.Module):
-    """Maps ``encoder`` → mean over the tokens that are not padding → unit length → linear ``classifier``.
+    """Maps ``encoder`` → mean over the tokens that are not padding, or places of a picture → unit length → linear
+    ``classifier``.
 
     A base with lexical features has these beside the mean, as long as it; both together have unit length.
     """
@@ -87,7 +87,8 @@ class PhraseClassifier(nn.Module):
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return unit embeddings, shape ``(batch, width)``, of token ids of shape ``(batch, sequence)``."""
         states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        meaning = nn.functional.normalize(pooled(states, attention_mask), dim=-1)
+        mean = states.mean(1) if isinstance(self.encoder, PictureEncoder) else pooled(states, attention_mask)
+        meaning = nn.functional.normalize(mean, dim=-1)
         if self.lexical is None:
             return meaning
         return nn.functional.normalize(torch.cat([meaning, self.lexical(input_ids, attention_mask)], -1), dim=-1)
@@ -118,14 +119,14 @@ def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
             " peft neither: train another method",
             about="num_virtual_tokens",
         )
-    encoder = pretrained.load(base, AutoModel)
+    encoder = pretrained.encoder(base)
     return adapted(PhraseClassifier(encoder, labels), config, heads=["classifier"])
 
 
-def tokenizer(base: Base, model: PeftModel) -> Tokenizer:
-    """Return the base's tokenizer, which cuts texts at ``MAX_TOKENS``, or earlier if the base has fewer positions."""
-    loaded = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
-    loaded.enable_truncation(min(MAX_TOKENS, model.get_base_model().encoder.config.max_position_embeddings))
+def tokenizer(base: Base, model: PeftModel) -> Any:
+    """Return the base's ``Reader``, which cuts texts at ``MAX_TOKENS``, or earlier if the base has fewer positions."""
+    loaded, config = pretrained.tokenizer(base), model.get_base_model().encoder.config
+    loaded.enable_truncation(min(MAX_TOKENS, getattr(config, "max_position_embeddings", MAX_TOKENS)))
     loaded.no_padding()
     return loaded
 
@@ -144,7 +145,7 @@ def in_batches(forward: Callable[[Tensor, Tensor], Tensor], tokens: Sequence[Ten
     return torch.cat([forward(*padded(batch)) for batch in batches])[np.argsort(order)]
 
 
-def embed(model: PeftModel, tokens: Tokenizer, texts: Sequence[str]) -> Floats:
+def embed(model: PeftModel, tokens: Any, texts: Sequence[str]) -> Floats:
     """Embed texts with the frozen base without adapter: shape ``(len(texts), width)``, each of L2 norm 1."""
     ids = [torch.tensor(encoding.ids) for encoding in tokens.encode_batch(list(texts))]
     with torch.inference_mode(), model.disable_adapter():
@@ -152,7 +153,7 @@ def embed(model: PeftModel, tokens: Tokenizer, texts: Sequence[str]) -> Floats:
 
 
 def seed_adapter(
-    model: PeftModel, tokens: Tokenizer, phrases: Sequence[tuple[str, int]], labels: int, generator: torch.Generator
+    model: PeftModel, tokens: Any, phrases: Sequence[tuple[str, int]], labels: int, generator: torch.Generator
 ) -> Tensors:
     """Make the first adapter of a federation: ``seeded`` with the summed embeddings of each label's phrases.
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
+from edgeadapt.bases.pictures import reads_pictures
 from edgeadapt.formats.graphinputs import DOWN, ENDINGS, PROMPT
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.peftconfig import TRAINABLE, Method, MethodName, PeftConfig, layer_number, require_trainable
@@ -54,8 +55,12 @@ NAMED: Mapping[str, Mapping[str, list[str]]] = {  # method → architecture → 
 
 # The layers that end attention and feed-forward block, which Houlsby et al. 2019 adapt.
 ENDS = (("output.dense",), ("o_proj", "down_proj"), ("out_lin", "lin2"), ("attn.c_proj", "mlp.c_proj"))
-# Projections to queries and values, which Hu et al. 2021 adapt, as architectures name them that peft has no names for.
-PROJECTIONS = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"), ("qkv_proj",), ("Wqkv",))
+# Projections to queries and values, which Hu et al. 2021 adapt, as architectures name them that peft has no names for;
+# the last layer of a convolutional network (``PictureEncoder``).
+PROJECTIONS = (
+    *(("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"), ("qkv_proj",), ("Wqkv",)),
+    ("layer.1.dense",),
+)
 
 
 def adapted(model: nn.Module, config: PeftConfig, *, heads: Sequence[str] = (), task: str | None = None) -> PeftModel:
@@ -117,16 +122,17 @@ def configuration(  # noqa: PLR0913  # each by name, as the command that passes 
         if kind == "IA3":
             feedforward = feedforward or constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[architecture]
     if layers and kind not in ("PROMPT_TUNING", "PREFIX_TUNING"):
-        count = len({number for path in _matrices(base) if (number := layer_number(f"base.{path}")) is not None})
-        fields["layers_to_transform"] = tuple(range(max(count - layers, 0), count))
+        numbers = {number for path in _matrices(base) if (number := layer_number(f"base.{path}")) is not None}
+        fields["layers_to_transform"] = tuple(sorted(numbers)[-layers:])
     config = PeftConfig(kind, target_modules=tuple(targets), feedforward_modules=tuple(feedforward), **fields)
     require_trainable(config)
     return config
 
 
 def _named(kind: str, architecture: str, base: Base) -> Sequence[str]:
-    if architecture in (named := NAMED.get(kind, {})):
-        return named[architecture]
+    usual = NAMED.get(kind, {}).get(architecture, ())
+    if usual and not reads_pictures(base.folder):  # peft's names of image models are those of older classes
+        return usual
     paths = [f".{path}" for path in _matrices(base)]
     for names in PROJECTIONS if kind == "LORA" else ENDS if kind.lower() in ENDINGS else ():
         if all(any(path.endswith(f".{name}.weight") for path in paths) for name in names):

@@ -21,6 +21,7 @@ DISTRIBUTIONS = {  # import package → distribution of another name
     "google": "protobuf",
     "grpc": "grpcio",
     "packageurl": "packageurl-python",
+    "PIL": "pillow",
 }
 ABSENT_ON_A_DEVICE = {"flwr", "fsspec", "onnx", "peft", "safetensors", "sqlalchemy", "torch", "transformers"}
 

@@ -1,0 +1,180 @@
+"""Pictures through both trainers, a bundle and its session, and as examples of a device."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import DataError
+from aggregation.pki.identity import IdentityKey
+from client.training import graphengine, torchengine
+from client.training.examples import MAX_FILE, Example, parse_examples, read_file
+from client.training.hygiene import clean
+from client.training.torchengine import TorchEngine, model_of
+from client.training.trainer import ClassifierTrainer
+from edgeadapt.bases.base import Base
+from edgeadapt.bases.pictures import MAX_PICTURE, picture
+from edgeadapt.formats.bundle import LOWER, Bundle, VerifiedBase
+from edgeadapt.formats.graphinputs import to_inputs
+from edgeadapt.formats.layout import Tensors
+from edgeadapt.methods.classifier import seed_adapter
+from edgeadapt.methods.parts import PARTS
+from edgeadapt.methods.trainable import configuration
+from edgeadapt.rounds.task import Task
+from export.bundle.write import write_bundle
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
+from export.onnx.slotted import with_mean_head
+from export.onnx.targets import Slots
+from export.parity.compare import OnnxRunner, compare
+from tests.support import refused
+from tests.support.pictures import LABELS, make_base, stripe_pictures, stripes
+
+SEEN, HELD = stripe_pictures(24, 1), stripe_pictures(24, 2)
+EXAMPLES = [Example(text, label) for text, label in SEEN]
+
+
+@pytest.fixture(scope="module", params=["vit", "mobilenet_v2"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return make_base(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def trainer(base: Base) -> ClassifierTrainer:
+    return torchengine.classifier(base, len(LABELS), configuration(base, rank=2, layers=1))
+
+
+@pytest.fixture(scope="module")
+def start(trainer: ClassifierTrainer) -> Tensors:
+    model, generator = model_of(trainer), torch.Generator().manual_seed(0)
+    return seed_adapter(model, trainer.tokenizer, SEEN[:4], len(LABELS), generator)
+
+
+def train(trainer: ClassifierTrainer, start: Tensors) -> Tensors:
+    task = Task(trainer.engine.config, LABELS, 1, 8, 0.02, 0.0, 0.0, PARTS, PARTS)
+    return trainer.train(start, EXAMPLES, task, epochs=4, rng=np.random.default_rng(0))
+
+
+def exported(trainer: ClassifierTrainer, profile: Profile, *, training: bool) -> ExportedBase:
+    config = trainer.engine.config
+    slots = Slots(config.target_modules, first=min(config.layers_to_transform))
+    base = cast(Base, trainer.base)
+    return export_classifier(with_mean_head(base, slots), base, profile, training=training)
+
+
+def verified(folder: Path, made: ExportedBase) -> VerifiedBase:
+    key = IdentityKey.generate(SystemEntropy())
+    write_bundle(folder, made, [], key=key)
+    return Bundle(folder, (key.public,)).base()
+
+
+def test_an_adapter_of_the_last_layer_learns_pictures(trainer: ClassifierTrainer, start: Tensors) -> None:
+    assert trainer.score(train(trainer, start), EXAMPLES).loss < 0.97 * trainer.score(start, EXAMPLES).loss
+
+
+def test_the_layers_below_run_once_for_a_picture(trainer: ClassifierTrainer, start: Tensors) -> None:
+    assert trainer.engine.states is not None
+    frozen = cast(TorchEngine, trainer.engine)._frozen
+    assert frozen is not None
+    asked, states = list[int](), frozen.states
+    frozen.states = lambda tokens, **how: asked.append(len(tokens)) or states(tokens, **how)  # type: ignore
+    try:
+        trainer.engine.states.begin({})
+        first, again = trainer.logits(start, [SEEN[0][0]]), trainer.logits(start, [SEEN[0][0]])
+    finally:
+        frozen.states = states  # type: ignore[method-assign]
+    assert (asked, first.tolist()) == ([1], again.tolist())
+
+
+@pytest.mark.parametrize("profile", [Profile.FP32, Profile.NATIVE_INT8, Profile.WEB_INT8])
+def test_the_exported_graph_answers_as_torch(trainer: ClassifierTrainer, start: Tensors, profile: Profile) -> None:
+    made, model = exported(trainer, profile, training=False), model_of(trainer)
+    trained = train(trainer, start)
+    trainer.logits(trained, [SEEN[0][0]])  # sets the model's adapter
+    config = trainer.engine.config
+    inputs = to_inputs(trained, {path: config.scaling_of(path) for path in _layers(trained)})
+    found = compare(model, OnnxRunner.open(made.folder, made.manifest), inputs, [text for text, _ in HELD])
+    assert made.manifest.independent_rows
+    assert found.agreement == 1
+    assert max(found.max_abs_diff, found.mixed_diff) < (1e-4 if profile is Profile.FP32 else 0.1)
+
+
+def _layers(tensors: Tensors) -> set[str]:
+    return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors if ".lora_" in name}
+
+
+def test_the_training_graph_makes_the_adapter_that_torch_makes(
+    trainer: ClassifierTrainer, start: Tensors, tmp_path: Path
+) -> None:
+    base = verified(tmp_path / "bundle", exported(trainer, Profile.FP32, training=True))
+    assert LOWER in base.manifest.files
+    graph = graphengine.classifier(base, len(LABELS), trainer.engine.config)
+    ours, theirs = train(graph, start), train(trainer, start)
+    assert ours.keys() == theirs.keys()
+    # Torch keeps the states of frozen layers in float16, and AdamW takes as large a step for a small gradient.
+    off, way = (
+        sum(float(((one[n] - other[n]) ** 2).sum()) for n in start) for one, other in ((ours, theirs), (theirs, start))
+    )
+    assert off < 0.05**2 * way
+    assert np.abs(graph.embed([SEEN[0][0]]) - trainer.embed([SEEN[0][0]])).max() < 1e-4
+
+
+def examples_file(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / "examples.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_lines_name_pictures_by_their_path_from_the_file(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.png").write_bytes(stripes(1, 5))
+    row = {"image": "own/a.png", "label": 1}
+    path = examples_file(tmp_path, {"text": "a text stays", "label": 0}, row, row | {"split": "validation"})
+    texts, *pictures = parse_examples(read_file(path), path, 2)
+    assert texts.text == "a text stays"
+    assert {one.text for one in pictures} == {picture(stripes(1, 5))}
+    assert "iVBOR" not in repr(pictures)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [(None, "No such file"), (b"", "damaged"), (b"\x89PNG\r\n\x1a\n", "damaged")]
+)
+def test_a_picture_that_cannot_be_read_is_named_by_its_line(tmp_path: Path, content: bytes | None, why: str) -> None:
+    if content is not None:
+        (tmp_path / "a.png").write_bytes(content)
+    path = examples_file(tmp_path, {"text": "t", "label": 0}, {"image": "a.png", "label": 0})
+    with refused(DataError, "example.image", why) as caught:
+        read_file(path)
+    assert "line 2" in str(caught.value)
+
+
+@pytest.mark.parametrize("image", [5, None, ["a.png"], {"bytes": "x"}])
+def test_a_line_whose_image_is_no_path_is_no_example(tmp_path: Path, image: object) -> None:
+    path = examples_file(tmp_path, {"image": image, "label": 0})
+    with refused(DataError, "example"):
+        parse_examples(read_file(path), path, 2)
+
+
+def test_pictures_count_towards_the_size_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.png").write_bytes(stripes(1, 5))
+    path = examples_file(tmp_path, *[{"image": "a.png", "label": 0}] * 30)
+    monkeypatch.setattr("client.training.examples.MAX_FILE", path.stat().st_size + 2000)
+    with refused(DataError, "examples", "with its pictures"):
+        read_file(path)
+    assert MAX_FILE > 2**20
+
+
+def test_a_text_that_poses_as_a_picture_has_a_limit(tmp_path: Path) -> None:
+    path = examples_file(tmp_path, {"text": "data:image/png;base64," + "A" * MAX_PICTURE, "label": 0})
+    with refused(DataError, "example.text", f"longer than {MAX_PICTURE}"):
+        parse_examples(read_file(path), path, 2)
+
+
+def test_hygiene_leaves_pictures_and_sets_aside_equal_ones() -> None:
+    rows = [{"text": text, "label": label} for text, label in (SEEN[0], SEEN[1], SEEN[0])]
+    raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    assert clean(raw, None, 0).aside == {3: "duplicate"}
