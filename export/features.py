@@ -13,18 +13,19 @@ trained on their language takes them for alike. Each result is a base with a dig
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModel
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import IDENTITY_FILES, LEXICAL, LONGEST, MOST_LEXICAL, Base, find_base
 from edgeadapt.bases.classifiergraph import MAX_TOKENS
-from edgeadapt.formats.storage import new_folder, read
+from edgeadapt.bases.pictures import TOKENIZER, reads_pictures
+from edgeadapt.formats.storage import link_or_copy, new_folder, read
 from edgeadapt.methods.classifier import in_batches, pooled
 from export.onnx.dequantize import copy_others
 from export.onnx.slotted import has_own_head
@@ -40,7 +41,7 @@ def centered(base: Base, texts: Sequence[str], out: Path) -> Base:
     if not texts:
         raise ConfigError("name texts to center on", about="texts")
     with new_folder(out) as stage, torch.inference_mode():
-        model, tokenizer = pretrained.load(base, AutoModel), pretrained.tokenizer(base)
+        model, tokenizer = pretrained.encoder(base), pretrained.tokenizer(base)
         before = _means(model, tokenizer, texts)
         mean = before.mean(0)
         norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None]
@@ -80,6 +81,22 @@ def with_lexical_features(base: Base, size: int, out: Path) -> Base:
             if file.is_file():
                 shutil.copyfile(file, stage / file.name)
         (stage / CONFIG).write_text(json.dumps(config | {LEXICAL: stated}, indent=1, sort_keys=True) + "\n")
+    return find_base(str(out))
+
+
+def with_pixels(base: Base, side: int, out: Path) -> Base:
+    """Write the base of pictures that sees ``side`` times ``side`` pixels to a new or empty folder. A convolutional
+    network may see fewer than those with which it was trained, in less time. Raises ConfigError: the base does not read
+    pictures, or not of this size."""
+    if not reads_pictures(base.folder):
+        raise ConfigError("this base reads texts, and --pixels is for one of pictures", about="--pixels")
+    sized = replace(pretrained.tokenizer(base), height=side, width=side)
+    with new_folder(out) as stage:
+        for file in base.folder.iterdir():
+            if file.is_file() and file.name != TOKENIZER:
+                link_or_copy(file, stage / file.name)
+        (stage / TOKENIZER).write_text(sized.to_str(), encoding="utf-8")
+        pretrained.encoder(Base(stage, ""))
     return find_base(str(out))
 
 

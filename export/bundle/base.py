@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from aggregation.errors import ConfigError
@@ -207,5 +207,5 @@ def model_of(base: Base, task: Task, *, mean: bool, saved: Sequence[str], labels
         return pretrained.load(base, AutoModelForCausalLM)
     if not mean:
         return pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels, saved=saved)
-    encoder = pretrained.load(base, AutoModel)
+    encoder = pretrained.encoder(base)
     return PhraseClassifier(encoder, labels or 2)

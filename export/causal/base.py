@@ -235,7 +235,9 @@ def export_causal(
             report("comparing gradients with torch", 0, 0)
             longest = pretrained.configuration(base).max_position_embeddings
             module = LearnedLogits(stored)
-            difference = check_gradients(work.path, module, inserted, sample.ids[0].tolist(), longest, language=True)
+            difference = check_gradients(
+                work.path, module, inserted, sample.ids[0].tolist(), (1, longest), language=True
+            )
         manifest = BaseManifest(
             base_digest=base.digest,
             task="text-generation",

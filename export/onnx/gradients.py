@@ -32,25 +32,33 @@ SMALL = 1e-2  # a gradient below it is rounding error in part: that by a query o
 
 
 def check_gradients(
-    folder: Path, module: torch.nn.Module, slots: Slots, ids: Sequence[int], longest: int, *, language: bool = False
+    folder: Path,
+    module: torch.nn.Module,
+    slots: Slots,
+    ids: Sequence[int],
+    most: tuple[int, int],
+    *,
+    language: bool = False,
 ) -> float:
     """Compare the training graph in ``folder``, a base's, with torch.
 
     ``module`` is the model that was exported, in float32 with the weights as the graph stores them, frozen; the texts
-    that are compared are drawn from ``ids``. Where a graph of the lower layers computes states, both go on from these,
-    which are within ``STATES_LIMIT`` of torch's. Returns the largest difference of a gradient, relative to the largest
+    that are compared are drawn from ``ids``, and have tokens from the first number of ``most`` to the second. Where a
+    graph of the lower layers computes states, both go on from these, which are within ``STATES_LIMIT`` of torch's.
+    Returns the largest difference of a gradient, relative to the largest
     gradient of its slot and ``SMALL``. Raises ConfigError: the graph does not run, or its loss or a gradient is further
     from torch's than ``LIMIT``, or ``LANGUAGE_LIMIT``; about ``loss`` or the slot.
     """
     module.requires_grad_(False)
     lower = (folder / LOWER).read_bytes() if (folder / LOWER).exists() else None
     graph = TrainingGraph((folder / TRAINING).read_bytes(), folder, lower=lower)
+    shortest, longest = most
     virtual = slots.keys() & VIRTUAL.keys()
     count = min(RANK, (longest - 1) // len(virtual)) if virtual else 0
     longest -= count * len(virtual)
     rng, worst, limit = np.random.default_rng(0), 0.0, LANGUAGE_LIMIT if language else LIMIT
     for texts, length in SHAPES:
-        batch, inputs = _drawn(rng, slots, ids, texts, min(length, longest), count)
+        batch, inputs = _drawn(rng, slots, ids, texts, (shortest, min(length, longest)), count)
         if PROMPT in slots:
             inputs[PROMPT] = _embedded(module, rng.choice(ids, len(inputs[PROMPT])))
         batch = _learned(rng, batch, ids) if language else _labelled(rng, batch, module, inputs)
@@ -112,7 +120,7 @@ def _from_states(module: torch.nn.Module, batch: TrainingBatch, inputs: Tensors,
     _in_torch(module, batch, inputs)
     for hook in hooks:
         hook.remove()
-    read = batch.mask.astype(bool)
+    read = batch.mask.astype(bool) if batch.mask.shape == states.shape[:2] else np.ones(states.shape[:2], bool)
     same = {n: v.detach().numpy()[read] for n, v in outputs.items() if getattr(v, "shape", None) == states.shape}
     distances = {n: float(np.linalg.norm(v - states[read]) / np.linalg.norm(v)) for n, v in same.items()}
     nearest = min(distances, key=lambda name: distances[name], default="")
@@ -142,10 +150,10 @@ def _for_dora(module: torch.nn.Module, inputs: Tensors) -> Tensors:
 
 
 def _drawn(
-    rng: np.random.Generator, slots: Slots, ids: Sequence[int], texts: int, longest: int, virtual: int
+    rng: np.random.Generator, slots: Slots, ids: Sequence[int], texts: int, most: tuple[int, int], virtual: int
 ) -> tuple[TrainingBatch, Tensors]:
     """Draw a batch with rows of different lengths and shares, and an adapter with updates as large as its inputs."""
-    lengths = rng.permutation([max(1, longest - 2 * row) for row in range(texts)])
+    lengths = rng.permutation([max(most[0], most[1] - 2 * row) for row in range(texts)])
     shares = rng.random(texts) / texts
     batch = batch_of([rng.choice(ids, n).tolist() for n in lengths], [0] * texts, shares.tolist())
     inputs: dict[str, Floats] = {}

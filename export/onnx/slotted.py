@@ -6,7 +6,7 @@ The modules and their names are those in which adapters are trained, by ``edgead
 from collections.abc import Mapping, Sequence
 
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
@@ -30,7 +30,7 @@ def has_own_head(base: Base) -> bool:
 def with_mean_head(base: Base, slots: Slots | Sequence[str]) -> SlottedModel:
     """Build ``edgeadapt.methods.classifier.PhraseClassifier``, what federations train. Raises ConfigError: the base
     cannot be opened, or lacks a layer that ``slots`` names."""
-    encoder = pretrained.load(base, AutoModel)
+    encoder = pretrained.encoder(base)
     if getattr(encoder.config, "hidden_size", None) is None:
         kind = type(encoder).__name__
         raise ConfigError(

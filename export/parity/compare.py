@@ -18,11 +18,11 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from peft import PeftModel
-from tokenizers import Encoding, Tokenizer
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, check_fields
 from edgeadapt.bases.base import find_base
 from edgeadapt.bases.classifiergraph import MAX_ROWS, ClassifierGraph, open_session
+from edgeadapt.bases.pictures import open_reader
 from edgeadapt.formats.bundle import MODEL, TOKENIZER, Bundle, VerifiedAdapter
 from edgeadapt.formats.calibration import Calibration, calibrate
 from edgeadapt.formats.graphinputs import BY_ROW, OFFSET, PROMPT, SCALES, UP_BIAS, virtual_tokens, with_placeholders
@@ -139,14 +139,14 @@ class Parity:
 class OnnxRunner:
     """An exported base in ONNX Runtime, run with any adapter."""
 
-    tokenizer: Tokenizer
+    tokenizer: Any
     graph: ClassifierGraph | None  # None for a language model
     session: ort.InferenceSession | None  # of a language model
 
     @classmethod
     def open(cls, folder: Path, manifest: BaseManifest) -> "OnnxRunner":
         """Open the base in ``folder``, whose weights are mapped into memory."""
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        tokenizer = open_reader((folder / TOKENIZER).read_bytes())
         if tokenizer.truncation is None:
             tokenizer.enable_truncation(MAX_TOKENS)
         if manifest.task == "text-classification":
@@ -154,15 +154,16 @@ class OnnxRunner:
             return cls(tokenizer, graph, None)
         return cls(tokenizer, None, open_session((folder / MODEL).read_bytes(), folder, manifest.slots))
 
-    def encode(self, texts: Sequence[str], inputs: Tensors) -> list[Encoding]:
+    def encode(self, texts: Sequence[str], inputs: Tensors) -> Sequence[Any]:
         """Tokenize texts, truncated to what the virtual tokens of an adapter leave."""
         if virtual := virtual_tokens(inputs):
             limit = (self.tokenizer.truncation or {})["max_length"]
             self.tokenizer.enable_truncation(limit - virtual)
-            encoded = self.tokenizer.encode_batch(list(texts))
+            encoded: Sequence[Any] = self.tokenizer.encode_batch(list(texts))
             self.tokenizer.enable_truncation(limit)
             return encoded
-        return self.tokenizer.encode_batch(list(texts))
+        whole: Sequence[Any] = self.tokenizer.encode_batch(list(texts))
+        return whole
 
     def classify(self, texts: Sequence[str], inputs: Tensors, step: Callable[[], object] = lambda: None) -> Floats:
         """Compute a classifier's logits, shape ``(texts, labels)``, or ``(0, 0)`` without texts. It runs one text at a

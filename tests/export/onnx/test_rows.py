@@ -123,5 +123,5 @@ def test_parity_asks_alone_and_in_a_mixed_batch_and_refuses_a_false_promise_of_i
 def test_a_graph_that_does_not_run_is_refused_at_export(exported: ExportedBase) -> None:
     with refused(ConfigError, "onnxruntime"):
         independent_rows(
-            exported.folder, exported.manifest.files, exported.manifest.slots, [10**6], 16
+            exported.folder, exported.manifest.files, exported.manifest.slots, [10**6], (1, 16)
         )  # no such token
