@@ -12,6 +12,7 @@ from aggregation.errors import ConfigError
 from client.training.personal import FINE_TUNE, HEADS, METHODS
 from coordinator.settings import FederationSettings
 from edgeadapt.bases.base import MOST_LEXICAL
+from edgeadapt.bases.pictures import MAX_SEEN
 from edgeadapt.formats.peftconfig import MAX_LAYERS, MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from edgeadapt.formats.settings import Settings, toml_value
 from simulations.data.households import OF_HOUSEHOLDS, PopulationSettings
@@ -37,6 +38,9 @@ class BaseSettings(Settings):
     """subtract the mean embedding of the public phrases, as edgeadapt base change --center does"""
     lexical: Annotated[int, Field(ge=0, le=MOST_LEXICAL, multiple_of=8)] = 0
     """numbers of an embedding that say which tokens a text has, of edgeadapt base change --lexical; 0: none"""
+
+    pixels: int = Field(default=0, ge=0, le=MAX_SEEN)
+    """side of the square that a base of pictures sees, in pixels, of edgeadapt base change --pixels; 0: its own"""
 
 
 class AdapterSettings(Settings):
@@ -231,7 +235,7 @@ class Scenario(Settings):
     @property
     def base_is_made(self) -> bool:
         """Check whether the run makes its base from the one that it names."""
-        return bool(self.kept_languages or self.base.lexical) or self.base.center
+        return bool(self.kept_languages or self.base.lexical or self.base.pixels) or self.base.center
 
     @property
     def round_epochs(self) -> int:

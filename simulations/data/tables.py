@@ -1,8 +1,9 @@
 """A population from texts of one's own (``[data]`` of a scenario): rows, clients, splits and public texts.
 
 Formats: ``.csv`` and ``.tsv`` with a header (RFC 4180), ``.jsonl`` with an object a line, ``.parquet``; folders of
-``LABEL/*.txt`` or ``CLIENT/LABEL/*.txt``, and folders that ``save_to_disk`` of Hugging Face's datasets wrote. No pickle
-is read, and nothing is downloaded. A broken row is named by its file and line. No group of near-duplicates is on both
+``LABEL/*.txt`` or ``CLIENT/LABEL/*.txt``, and folders that ``save_to_disk`` of Hugging Face's datasets wrote. In place
+of texts there may be pictures, as files of a folder, or in a column ``image``. No pickle is read, and nothing is
+downloaded. A broken row is named by its file and line. No group of near-duplicates is on both
 sides of a split: a group is for tests or not, for all clients. Only a column ``split`` of the data is kept as it is.
 """
 
@@ -32,9 +33,11 @@ from scipy.sparse.csgraph import connected_components
 
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.certificates import is_device_id
-from client.training.examples import MAX_TEXT, NO_LABEL
+from client.training.examples import MAX_TEXT, NO_LABEL, longest
+from edgeadapt.bases.pictures import MAX_SOURCE, is_picture, picture
 from edgeadapt.bases.tasks import CLASSIFICATION, TASKS, OwnTask, Target, find_task, label_text
 from edgeadapt.formats.settings import Settings
+from edgeadapt.formats.storage import read
 from simulations.data.population import Client, LabelledText, Population
 
 ENTRY_POINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -47,6 +50,7 @@ Fields = Mapping[str, Any]
 Placed = tuple[str, Fields | str]  # where it stands, and the fields of a row or what is wrong with it
 PUBLIC_SHARE = 0.2  # of a label's texts that are taken from clients
 SHINGLE = 3  # characters
+TEXT, IMAGE, PICTURES = "text", "image", (".png", ".jpg", ".jpeg", ".webp")  # column and files of pictures
 PERMUTATIONS = 64
 _NUMBERS, _SPACES = re.compile(r"\d+"), re.compile(r"\s+")
 WRITTEN = frozenset("#%&*@/\\")  # punctuation by its category, part of a name by its use: C#
@@ -59,14 +63,14 @@ class DataSettings(Settings):
     """Texts of one's own. Without files and without a function, the population is the households of [population]."""
 
     files: tuple[str, ...] = ()
-    """files (.csv, .tsv, .jsonl, .parquet) or folders (LABEL/*.txt, CLIENT/LABEL/*.txt, or one that datasets'
-    save_to_disk wrote), relative to the scenario file"""
+    """files (.csv, .tsv, .jsonl, .parquet) or folders (LABEL/*.txt, CLIENT/LABEL/*.txt, pictures in their place, or one
+    that datasets' save_to_disk wrote), relative to the scenario file"""
     function: str = ""
     """MODULE:FUNCTION of Python that returns rows instead of files: objects with the columns"""
     public: tuple[str, ...] = ()
     """files of public texts, which the first adapter's head is made from; see public_texts"""
     text: str = Field(default="text", min_length=1)
-    """column of the text"""
+    """column of the text; rows without one may have a column image: a path from the file, or its content"""
     label: str = "label"
     """column of the label; empty: the texts are for a language model, and have none"""
     task: Annotated[str, AfterValidator(TASKS.require)] = CLASSIFICATION
@@ -244,7 +248,7 @@ def _rows(placed: Iterable[Placed], settings: DataSettings, sample: _Sample) -> 
         if isinstance(row, str):
             broken.append(f"{where}: {row}")
             continue
-        if settings.long == "cut" and len(row.text) > MAX_TEXT:
+        if settings.long == "cut" and len(row.text) > longest(row.text):
             row, cut = replace(row, text=row.text[:MAX_TEXT]), cut + 1
         sample.add(row)
     return Rows(sample.rows(), tuple(broken), cut, tuple(idle))
@@ -292,7 +296,7 @@ def _wrong_text(text: object, *, cut: bool) -> str:
         return f"has a NUL as its character {text.index(chr(0)) + 1}"
     if not text.strip() or (cut and not text[:MAX_TEXT].strip()):
         return "is empty"
-    return "" if cut or len(text) <= MAX_TEXT else f"is longer than {MAX_TEXT} characters"
+    return "" if cut or len(text) <= longest(text) else f"is longer than {longest(text)} characters"
 
 
 def _name(value: object) -> str | None:
@@ -321,7 +325,7 @@ def _chained(names: Iterable[str]) -> Iterator[Placed]:
         path = Path(name)
         if not path.exists():
             raise ConfigError(f"there is no file or folder {path}", about="data.files")
-        yield from _reader(path)(path)
+        yield from ((where, _pictured(fields, path.parent)) for where, fields in _reader(path)(path))
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Placed]]:
@@ -409,26 +413,30 @@ def _parquet(path: Path) -> Iterator[Placed]:
 
 
 def _folder(folder: Path) -> Iterator[Placed]:
-    """Read ``LABEL/*.txt`` or ``CLIENT/LABEL/*.txt``: one text a file, under the usual names of the columns."""
+    """Read ``LABEL/*.txt`` or ``CLIENT/LABEL/*.txt``: one text a file, under the usual names of the columns, and in the
+    same way pictures."""
     any_text = False
-    for path in sorted(folder.rglob("*.txt")):
-        parts = path.relative_to(folder).parts[:-1]
-        if not path.is_file() or len(parts) not in (1, 2):
+    for path in sorted(folder.rglob("*.*")):
+        parts, suffix = path.relative_to(folder).parts[:-1], path.suffix.lower()
+        if not path.is_file() or len(parts) not in (1, 2) or suffix not in (".txt", *PICTURES):
             continue
-        any_text = True
+        any_text, named = True, {"label": parts[-1], "client": parts[0] if len(parts) == 2 else None}
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            key, content = (
+                (TEXT, path.read_text(encoding="utf-8-sig")) if suffix == ".txt" else (IMAGE, path.absolute())
+            )
         except UnicodeDecodeError:
             yield str(path), "not UTF-8"
             continue
-        yield str(path), {"text": text, "label": parts[-1], "client": parts[0] if len(parts) == 2 else None}
+        yield str(path), {key: content, **named}
     if not any_text:
-        raise ConfigError(f"{folder} has neither LABEL/*.txt nor CLIENT/LABEL/*.txt", about="data.files")
+        reason = f"{folder} has neither LABEL/*.txt nor CLIENT/LABEL/*.txt, nor pictures in their place"
+        raise ConfigError(reason, about="data.files")
 
 
 def _saved_to_disk(folder: Path) -> Iterator[Placed]:
     """Read a ``Dataset``, or a ``DatasetDict`` whose keys become the column ``split``, with names of class labels."""
-    from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
+    from datasets import ClassLabel, Dataset, DatasetDict, Image, load_from_disk
 
     try:
         loaded = load_from_disk(str(folder))
@@ -437,6 +445,9 @@ def _saved_to_disk(folder: Path) -> Iterator[Placed]:
     parts: dict[str, Dataset] = dict(loaded) if isinstance(loaded, DatasetDict) else {"": loaded}
     for split, dataset in parts.items():
         names = {key: feature.names for key, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
+        images = [key for key, feature in dataset.features.items() if isinstance(feature, Image)]
+        for key in images:
+            dataset = dataset.cast_column(key, Image(decode=False))
         for number, fields in enumerate(dataset, 1):
             named = {key: names[key][value] for key, value in fields.items() if key in names and value is not None}
             whole = f", {split}" if split else ""
@@ -451,12 +462,26 @@ def _called(name: str) -> Iterator[Placed]:
         raise ConfigError(f"there is no function {name}: {_first_line(error)}", about="data.function") from error
     try:
         for number, fields in enumerate(function(), 1):
-            yield f"{name}, row {number}", fields if isinstance(fields, Mapping) else "not an object"
+            yield f"{name}, row {number}", _pictured(fields, Path()) if isinstance(fields, Mapping) else "not an object"
     except ConfigError:
         raise
     except Exception as error:  # whatever the user's code raises
         reason = f"{name} failed: {type(error).__name__}: {_first_line(error)}"
         raise DataError(reason, about="data.function") from error
+
+
+def _pictured(fields: Fields | str, folder: Path) -> Fields | str:
+    """Put the picture of a column ``image`` into ``text``, unless there is one: a path from the folder, the content of
+    a file or, as Hugging Face's datasets have it, an object of both."""
+    if isinstance(fields, str) or (value := fields.get(IMAGE)) is None or TEXT in fields:
+        return fields
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    try:
+        content = value if isinstance(value, bytes) else read(folder / str(value), MAX_SOURCE)
+        return {**fields, TEXT: picture(content)}
+    except (DataError, OSError, ValueError) as error:
+        return f"{IMAGE}: {error.strerror if isinstance(error, OSError) else error}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -503,6 +528,8 @@ def normalized(text: str) -> str:
     >>> normalized("Turn it to 21 °C,  please!")
     'turn it to 0 °c please'
     """
+    if is_picture(text):
+        return text
     composed = unicodedata.normalize("NFC", text).casefold()
     return _SPACES.sub(" ", _NUMBERS.sub("0", composed.translate(_KEPT))).strip()
 
@@ -538,7 +565,8 @@ def group_texts(texts: Sequence[str], keys: Sequence[str], threshold: float) -> 
     first, keyed, lowest = dict[str, int](), dict[str, int](), dict[int, int]()
     pairs = [(first.setdefault(normalized(text), index), index) for index, text in enumerate(texts)]
     pairs += [(keyed.setdefault(key, index), index) for index, key in enumerate(keys) if key]
-    pairs += _similar(list(first.items()), threshold) if threshold < 1 else ()
+    written = [(text, index) for text, index in first.items() if not is_picture(text)]
+    pairs += _similar(written, threshold) if threshold < 1 else ()
     ends = np.array(pairs, np.int64).reshape(-1, 2).T
     graph = coo_array((np.ones(len(pairs)), (ends[0], ends[1])), shape=(len(texts), len(texts)))
     _, components = connected_components(graph, directed=False) if texts else (0, [])

@@ -44,6 +44,7 @@ from coordinator.registry import Registry
 from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
 from edgeadapt.bases.base import Base, OwnModel, find_base, with_task
+from edgeadapt.bases.pictures import PictureReader, is_picture
 from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.graphinputs import ENDINGS
@@ -58,7 +59,7 @@ from edgeadapt.methods.trainable import configuration, initial
 from edgeadapt.rounds.ridge import unit_rows
 from export.bundle.write import write_bundle
 from export.causal import export_causal
-from export.features import centered, with_lexical_features
+from export.features import centered, with_lexical_features, with_pixels
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head
@@ -82,8 +83,9 @@ KINDS = {  # method → what its adapters bring
 }
 DORA = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
 CENTERED = "centered"  # folders in that of the run
-LEXICAL = "lexical"
+LEXICAL, PIXELS = "lexical", "pixels"
 BUCKETS, LENGTHS = 1024, (2, 3)  # of hashed n-grams; characters
+SMALL = PictureReader(32, 32, 1)
 STATES = "states"  # as long as a run or suite is not finished
 AUTHORITY = "authority"
 AUTHORITY_KEY = "authority.pem"
@@ -147,10 +149,13 @@ def hashed_ngrams(texts: Sequence[str]) -> Matrix:
     """Return what a text classifier without a model reads, shape ``(texts, BUCKETS)``, rows of unit length.
 
     Runs of two and three characters, in lower case, are counted in hashed buckets, with a hashed sign (Weinberger et
-    al. 2009, "Feature hashing for large scale multitask learning").
+    al. 2009, "Feature hashing for large scale multitask learning"). Of a picture these are ``BUCKETS`` grey pixels.
     """
     rows = np.zeros((len(texts), BUCKETS))
     for row, text in zip(rows, texts, strict=True):
+        if is_picture(text):
+            row[:] = SMALL.encode(text).ids / 255
+            continue
         padded = f" {' '.join(text.lower().split())} "
         for length in LENGTHS:
             for at in range(len(padded) - length + 1):
@@ -189,6 +194,9 @@ def training_base(out: Path, scenario: Scenario, population: Population) -> Base
     if size := scenario.base.lexical:
         copy = out / LEXICAL
         base = find_base(str(copy)) if copy.exists() else with_lexical_features(base, size, copy)
+    if side := scenario.base.pixels:
+        copy = out / PIXELS
+        base = find_base(str(copy)) if copy.exists() else with_pixels(base, side, copy)
     return with_task(base, scenario.data.task)
 
 

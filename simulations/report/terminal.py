@@ -59,7 +59,7 @@ def _plan(scenario: Scenario, devices: int) -> list[tuple[str, str]]:
     each = f"each with {count(training.epochs, 'epoch')} at learning rate {training.learning_rate:g}"
     rounds = [f"{federation.training_rounds} that train, {each}"] if federation.training_rounds else []
     rounds += [f"{fitted} that {'fit' if fitted > 1 else 'fits'} the head"] if fitted else []
-    kind = "language model" if scenario.data.for_language_model else "text encoder"
+    kind = "language model" if scenario.data.for_language_model else "encoder"
     what = f"a pretrained {kind}, frozen on every device"
     if model in MODELS.names():
         what = "with its own training loop: all of its parameters are trained"

@@ -1,14 +1,16 @@
 """Texts of one's own: every format gives the same population, no group is on both sides, and bad rows have a place."""
 
 import csv
+import gzip
 import json
 import re
+import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,11 +19,14 @@ from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import MAX_TEXT, NO_LABEL
+from edgeadapt.bases.pictures import PictureReader, is_picture, picture
 from edgeadapt.bases.tasks import TASKS
-from simulations.data import newsgroups, projects
+from simulations.data import fashion, newsgroups, projects
 from simulations.data.population import Client, Population
 from simulations.data.tables import DataSettings, group_texts, load_population, normalized, read_rows
 from tests.support import refused
+from tests.support.pictures import LABELS as STRIPES
+from tests.support.pictures import stripes
 
 LABELS = ("greet", "part", "ask")
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heath", "inlet", "juniper", "kelp", "larch")
@@ -571,3 +576,84 @@ def test_each_project_has_enough_pieces_for_a_client() -> None:
     assert set(found) == set(projects.PACKAGES)
     assert min(found.values()) >= DataSettings().minimum_texts
     assert max(found.values()) <= projects.PIECES
+
+
+def picture_rows(folder: Path, users: int = 8, each: int = 14) -> list[dict[str, Any]]:
+    """Files of pictures in CLIENT/LABEL/*.png of a folder, and rows that name them."""
+    found = []
+    for user, number in ((user, number) for user in range(users) for number in range(each)):
+        path = Path(f"user-{user}", STRIPES[number % 2], f"{number}.png")
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(stripes(number % 2, 100 * user + number))
+        found.append({"image": str(path), "label": STRIPES[number % 2], "user": f"user-{user}"})
+    return sorted(found, key=lambda row: str(row["image"]))
+
+
+def test_pictures_of_a_folder_a_column_and_their_content_are_one_population(tmp_path: Path) -> None:
+    found = picture_rows(tmp_path / "own")
+    contents = [
+        {**row, "image": {"bytes": (tmp_path / "own" / row["image"]).read_bytes(), "path": None}} for row in found
+    ]
+    write_jsonl(tmp_path / "own" / "rows.jsonl", found)
+    write_csv(tmp_path / "own" / "rows.csv", found)
+    write_parquet(tmp_path / "rows.parquet", contents)
+    digests = {load_population(DataSettings(files=(str(tmp_path / "own"),), client="client"), 0).population.digest}
+    for name in ("own/rows.jsonl", "own/rows.csv", "rows.parquet"):
+        loaded = load_population(DataSettings(files=(str(tmp_path / name),), client="user"), 0)
+        digests.add(loaded.population.digest)
+    assert len(digests) == 1
+    assert loaded.facts is not None
+    assert (loaded.facts.rows, loaded.population.labels) == (len(found), STRIPES)
+    assert all(is_picture(text.text) for client in loaded.population.clients for text in client.train)
+
+
+def test_datasets_give_their_pictures_as_files(tmp_path: Path) -> None:
+    from datasets import Dataset, Image
+
+    found = picture_rows(tmp_path / "own")
+    named = [{**row, "image": str(tmp_path / "own" / row["image"])} for row in found]
+    Dataset.from_list(named).cast_column("image", Image()).save_to_disk(str(tmp_path / "saved"))
+    loaded = load_population(DataSettings(files=(str(tmp_path / "saved"),), client="user"), 0)
+    direct = load_population(DataSettings(files=(str(tmp_path / "own"),), client="client"), 0)
+    assert loaded.population.digest == direct.population.digest
+
+
+@pytest.mark.parametrize(
+    ("image", "why"), [("none.png", "No such file"), ("text.png", "damaged"), (7, "No such file"), ("a\0b", "null")]
+)
+def test_a_row_whose_picture_cannot_be_read_is_broken(tmp_path: Path, image: object, why: str) -> None:
+    found = picture_rows(tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    write_jsonl(tmp_path / "rows.jsonl", [*found, {**found[0], "image": image}])
+    settings = DataSettings(files=(str(tmp_path / "rows.jsonl"),), client="user")
+    with refused(DataError, "data.files", why) as caught:
+        load_population(settings, 0)
+    assert f"rows.jsonl:{len(found) + 1}" in str(caught.value)
+    skipped = load_population(settings.model_copy(update={"broken": "skip"}), 0)
+    assert skipped.facts is not None
+    assert len(skipped.facts.broken) == 1
+
+
+def test_equal_pictures_are_one_group_and_others_are_not(tmp_path: Path) -> None:
+    one, other = picture(stripes(0, 1)), picture(stripes(0, 2))
+    assert group_texts([one, other, one, one.lower()], [""] * 4, 0.3) == [0, 1, 0, 3]
+
+
+def test_fashion_reads_idx_files_and_refuses_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion, "FOLDER", tmp_path)
+    with refused(ConfigError, "data.function", "dataset-fashion-mnist"):
+        list(fashion.rows())
+    pixels = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+    images = bytes([0, 0, 8, 3]) + struct.pack(">3I", 3, 28, 28) + pixels.tobytes()
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(bytes([0, 0, 8, 1]) + struct.pack(">I", 3) + b"\0\t\x01")
+    )
+    for damaged in (images[:-1], images + b"\0", b"\1" + images[1:], images[:10]):
+        (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(damaged))
+        with refused(DataError, "data.function", "damaged"):
+            list(fashion.rows())
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+    found = list(fashion.rows())
+    assert [row["label"] for row in found] == ["t-shirt", "ankle boot", "trouser"]
+    read = PictureReader(28, 28, 1).encode(picture(cast(bytes, found[1]["image"])))
+    assert read.ids.tolist() == pixels[1].reshape(-1).tolist()

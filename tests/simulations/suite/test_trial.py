@@ -17,6 +17,7 @@ from client.training.examples import Score, Split
 from client.training.logistic import with_constant
 from client.training.torchengine import TorchEngine
 from client.training.trainer import ClassifierTrainer
+from edgeadapt.bases.pictures import picture
 from edgeadapt.formats.layout import Tensors
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText, Population
@@ -31,6 +32,7 @@ from simulations.suite.execute import Worker, _material, compute, compute_rounds
 from simulations.suite.store import Store
 from simulations.suite.trial import ClassifierArms, TrialRun
 from tests.support import refused
+from tests.support.pictures import file_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -310,6 +312,12 @@ def test_texts_without_a_common_run_of_characters_have_orthogonal_ngrams() -> No
     assert one @ again == pytest.approx(1)
     assert abs(one @ other) < 0.2  # hashed runs may fall together
     assert abs(empty @ other) < 0.5
+
+
+def test_of_a_picture_a_classifier_without_a_model_reads_grey_pixels() -> None:
+    pixels = np.random.default_rng(0).integers(1, 256, (32, 32))
+    (row,) = hashed_ngrams([picture(file_of(pixels))])
+    assert row == pytest.approx(pixels.reshape(-1) / np.linalg.norm(pixels))
 
 
 def test_interrupted_rounds_continue(tmp_path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
