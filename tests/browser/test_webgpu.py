@@ -29,14 +29,14 @@ RUNS_ON = (
 WRITE = """(async (prompts) => {
   const load = (name) => import(`/${name}.js`);
   const [{ HttpSource }, { MODEL, Trust }] = await Promise.all([load("sources"), load("trust")]);
-  const { Text } = await load("text");
+  const { readerOf } = await load("text");
   const [runtime, { Generation, cacheOutputs }] = await Promise.all([load("runtime"), load("generate")]);
   const here = new URL("/", location.href);
   const source = new HttpSource(new URL("bundle/", here), new URL("bundle.json", here));
   const trust = await Trust.open(await (await fetch("/trust.pem")).text());
   const { manifest, files } = await trust.base(source, () => {});
   const session = await runtime.open(files, MODEL, { gpu: true, kept: cacheOutputs(files) });
-  const text = new Text(files.get("tokenizer.json"), files.get("tokenizer_config.json"));
+  const text = readerOf(files.get("tokenizer.json"), files.get("tokenizer_config.json"));
   const generation = new Generation(session, text, files);
   const feeds = runtime.adapterFeeds((await trust.adapter(source, manifest, "global")).inputs);
   const found = [];

@@ -91,6 +91,8 @@ export interface About extends Adapters {
   /** Tokens; of a language model. */
   context?: number;
   chat: boolean;
+  /** Whether texts are pictures: data URIs of PNG, JPEG or WebP. A browser decodes them, Node does not. */
+  pictures: boolean;
 }
 
 export interface Classified {

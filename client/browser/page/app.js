@@ -1,5 +1,4 @@
-// The page: opens a bundle, and connects its parts (adapterview.js, phraseview.js, learnview.js, chatview.js,
-// participationview.js).
+// The page: opens a bundle, and connects its parts, the files *view.js.
 
 import { AdapterView } from "./adapterview.js";
 import { ChatView } from "./chatview.js";
@@ -8,10 +7,12 @@ import { complain, element, settle, showFacts } from "./dom.js";
 import { LearnView } from "./learnview.js";
 import { ParticipationView } from "./participationview.js";
 import { PhraseView } from "./phraseview.js";
+import { PictureView } from "./pictureview.js";
 
 const provider = new URLSearchParams(location.search).get("provider") ?? undefined; // ?provider=webgpu or wasm
 const client = new Client();
 const phrase = new PhraseView(client);
+const picture = new PictureView();
 const chat = new ChatView(client, () => adapters.used, (message, answer) => learn.correct(message, answer));
 const adapters = new AdapterView(client, {
   switching: () => answering().switching(),
@@ -46,6 +47,7 @@ async function open(options) {
   element("work").hidden = false;
   element("classify").hidden = generates;
   element("generate").hidden = !generates;
+  picture.show(bundle);
   answering().show(bundle);
   learn.show(bundle);
   await participation.show(bundle);

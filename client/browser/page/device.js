@@ -5,6 +5,7 @@ import { ConfigError, DataError } from "./errors.js";
 import { corrections as corrected } from "./learning/history.js";
 import { Learner } from "./learning/learner.js";
 import { MAX_STEPS } from "./learning/tune.js";
+import { Pixels } from "./pixels.js";
 import { seeded } from "./sampling.js";
 import { Trust } from "./trust.js";
 
@@ -47,9 +48,9 @@ export class Device {
 
   /** What is open, its adapters, the names of those that were learned here, and how many lessons can be undone. */
   async about() {
-    const { base, generation, trainable, runsOn } = this.#engine;
+    const { base, generation, text, trainable, runsOn } = this.#engine;
     const { limit: context, chat } = generation ?? {};
-    const facts = { task: base.task, profile: base.profile, base: base.base_digest, trainable, runsOn, context, chat: Boolean(chat) };
+    const facts = { task: base.task, profile: base.profile, base: base.base_digest, trainable, runsOn, context, chat: Boolean(chat), pictures: text instanceof Pixels };
     return { ...facts, ...(await this.#known()) };
   }
 

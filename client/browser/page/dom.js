@@ -53,6 +53,9 @@ export async function attempt(id, work, busy) {
   }
 }
 
+/** A text in quotes, or a word for a picture. */
+export const said = (text) => (text.startsWith("data:image/") ? "A picture" : `“${text}”`);
+
 /** A sentence on the tokens at the end of a phrase that are not read; empty if all are. */
 export const leftOut = (unread) => (unread ? ` The last ${unread} tokens of the phrase are not read: shorten it.` : "");
 

@@ -11,7 +11,7 @@ import { probabilities } from "./learning/tune.js";
 import { checkCombination, judged, policyOf } from "./policy.js";
 import { choose, fixedTexts } from "./provider.js";
 import * as runtime from "./runtime.js";
-import { Text } from "./text.js";
+import { readerOf } from "./text.js";
 import { LOWER, MODEL, TOKENIZER, TRAINING, Trust, WEIGHTS } from "./trust.js";
 
 const MAX_LOADED = 32; // adapters held in memory
@@ -44,7 +44,7 @@ export class Engine {
     const { manifest: base, files } = await trust.base(source, progress);
     progress({ starting: true });
     try {
-      const text = new Text(files.get(TOKENIZER), files.get("tokenizer_config.json"));
+      const text = readerOf(files.get(TOKENIZER), files.get("tokenizer_config.json"));
       const { opened: { session, generation }, runsOn } = await choose((gpu) => loaded(base, files, text, gpu), provider);
       return new Engine({ source, trust, base, policy: policyOf(files), text, session, generation, runsOn, provider });
     } catch (error) {
@@ -166,6 +166,7 @@ export class Engine {
   async rank(text, top, adapter = this.#inUse(), policy = this.policy) {
     if (this.generation) throw new ConfigError("this base writes text; it has no labels", "base.task");
     const virtual = virtualTokens(adapter.feeds);
+    await this.text.prepare([text]);
     const ids = this.text.phrase(text, virtual);
     const tokens = { input_ids: runtime.int64(ids), attention_mask: runtime.int64(ids.map(() => 1)) };
     const { logits } = await runtime.run(this.session, { ...tokens, ...adapter.feeds });
@@ -232,7 +233,7 @@ async function loaded({ task, slots }, files, text, gpu) {
   const generation = generates ? new Generation(session, text, files) : null;
   const feeds = runtime.adapterFeeds(runtime.probeAdapter(slots));
   const logits = async (rows) => (await runtime.run(session, { ...runtime.padded(rows), ...feeds })).logits.data;
-  const texts = fixedTexts(text.limit);
+  const texts = fixedTexts(text);
   const classified = async () => [await logits(texts.slice(0, 2)), await logits(texts)];
   return { session, generation, probe: generates ? () => generation.probe(feeds) : classified };
 }

@@ -1,7 +1,7 @@
 // The part of the page in which a person teaches the right answer to a phrase or a message, takes a lesson back, and saves
 // the private adapter to files.
 
-import { attempt, create, element, leftOut, onSubmit, readExamples, save, settle, words } from "./dom.js";
+import { attempt, create, element, leftOut, onSubmit, readExamples, said, save, settle, words } from "./dom.js";
 
 const MAX_SHOWN = 60; // characters of a text, as `edgeadapt device learn` prints
 
@@ -112,7 +112,7 @@ export class LearnView {
   async #undo() {
     const done = await this.client.undo();
     await this.#use(done, done.adapter ?? undefined);
-    this.#result(`Undone: ${done.corrections.map(({ text, label }) => `“${text}” as ${this.#writes ? label : words(label)}`).join(", ")}`, []);
+    this.#result(`Undone: ${done.corrections.map(({ text, label }) => `${said(text)} as ${this.#writes ? label : words(label)}`).join(", ")}`, []);
   }
 
   async #save() {
@@ -148,7 +148,7 @@ function otherwise({ changed, tested, taught: [{ unread }] }) {
   const answer = ({ label, probability }) => `${words(label)} ${(100 * probability).toFixed(1)} %`;
   const row = ({ text, label, before, after }) => {
     const wrong = after.label === label ? "" : `; forgotten: ${words(label)}`;
-    return `“${text}”: ${answer(before)} → ${answer(after)}${wrong}`;
+    return `${said(text)}: ${answer(before)} → ${answer(after)}${wrong}`;
   };
   const others = tested ? ` ${changed.length} of ${tested} other known phrases are answered otherwise.` : "";
   return [others + leftOut(unread), changed.map(row)];

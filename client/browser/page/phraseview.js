@@ -1,6 +1,6 @@
 // The part of the page that classifies a phrase and shows the most likely intents.
 
-import { breakable, complain, create, element, leftOut, onSubmit, settle, words } from "./dom.js";
+import { breakable, complain, create, element, leftOut, onSubmit, said, settle, words } from "./dom.js";
 
 const TOP = 5;
 
@@ -62,7 +62,7 @@ export class PhraseView {
 function caption(text, { adapter, unknown, unread, outcome, says }) {
   const share = unknown ? `, ${(100 * unknown).toFixed(0)} % of its tokens unknown to the base` : "";
   const rule = says ? ` ${says}` : outcome === "confirm" ? " To be confirmed." : "";
-  return `“${text}” with ${adapter}${share}.${leftOut(unread)}${rule}`;
+  return `${said(text)} with ${adapter}${share}.${leftOut(unread)}${rule}`;
 }
 
 function row({ label, probability }) {

@@ -7,7 +7,8 @@ const TOLERANCE = 1e-3; // of the largest number of an array
 const RUNS = 3; // of a probe by the clock, of which the fastest counts
 
 /** Fixed texts as tokens, which every vocabulary has; short and long ones take different ways through a graph. */
-export const fixedTexts = (limit) => [16, 3, 100].map((length) => Array.from({ length: Math.min(length, limit) }, (_, i) => i % 8));
+export const fixedTexts = ({ limit, least = 1 }) =>
+  [16, 3, 100].map((length) => Array.from({ length: Math.max(least, Math.min(length, limit)) }, (_, i) => i % 8));
 
 /**
  * What `open` gives for the provider that is chosen, whether that is WebGPU, and where it runs in words: { opened, gpu, runsOn }.

@@ -2,6 +2,7 @@
 
 import { decode } from "./bytes.js";
 import { DataError, quoted } from "./errors.js";
+import { isOfPictures, Pixels } from "./pixels.js";
 import { Tokenizer } from "./vendor/tokenizers/tokenizers.min.mjs";
 
 const MAX_TEXT = 2 ** 16; // characters, as client/inference/text.py
@@ -9,10 +10,17 @@ const BEGUN = /\ufffd+$/; // the text of the first bytes of a character
 const WHITE_SPACE = ["▁", "Ġ"]; // tokens that SentencePiece and byte-level BPE write for it
 const BLANK = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]/; // as Python's str.strip
 
+/** What reads the texts of a base, or its pictures. Arguments as of `Text`. */
+export function readerOf(tokenizer, config) {
+  const settings = JSON.parse(decode(tokenizer));
+  return isOfPictures(settings) ? new Pixels(settings) : new Text(settings, config);
+}
+
 export class Text {
-  /** `tokenizer` and `config` are the bytes of tokenizer.json and, if there is one, of tokenizer_config.json. */
-  constructor(tokenizer, config) {
-    const settings = JSON.parse(decode(tokenizer));
+  least = 1; // tokens
+
+  /** `settings` are in tokenizer.json, `config` are the bytes of tokenizer_config.json, if there is one. */
+  constructor(settings, config) {
     this.limit = settings.truncation?.max_length ?? Infinity; // tokens; the library itself does not truncate
     this.tokenizer = new Tokenizer(settings, config ? JSON.parse(decode(config)) : {});
     const special = (settings.added_tokens ?? []).filter((token) => token.special);
@@ -21,6 +29,9 @@ export class Text {
     this.special = new Set(special.map(({ id }) => id));
     this.special.delete(this.unknown);
   }
+
+  /** Nothing is to be prepared, but for pictures. */
+  async prepare() {}
 
   /**
    * The ids of a phrase with the model's special tokens, truncated at what the model's limit leaves after `virtual` tokens.

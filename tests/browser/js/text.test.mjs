@@ -5,7 +5,7 @@ import { pathToFileURL } from "node:url";
 import { bytes, made } from "./made.mjs";
 
 const site = pathToFileURL(`${process.env.EDGEADAPT_SITE}/`);
-const { Text } = await import(new URL("text.js", site));
+const { readerOf, Text } = await import(new URL("text.js", site));
 const { DataError } = await import(new URL("errors.js", site));
 
 /** What is read, or what the refusal is about. */
@@ -20,7 +20,7 @@ function tried(read) {
 
 for (const [name, { tokenizer, texts }] of Object.entries(made.readers)) {
   test(`a phrase has the tokens that it has natively, or is refused as natively, with the ${name} tokenizer`, () => {
-    const reader = new Text(bytes(tokenizer));
+    const reader = readerOf(bytes(tokenizer));
     assert.ok(texts.some(([, ids]) => ids.length === reader.limit), "one is cut");
     assert.ok(texts.some(([, ids]) => ids === "text.tokens"), "one is refused");
     assert.ok(texts.some(([, , , unread]) => unread > 4));
@@ -33,7 +33,7 @@ for (const [name, { tokenizer, texts }] of Object.entries(made.readers)) {
 }
 
 test("what has no answer is refused", () => {
-  const reader = new Text(bytes(made.readers.real.tokenizer));
+  const reader = readerOf(bytes(made.readers.real.tokenizer));
   for (const phrase of ["", " \n", "\ud800", "a".repeat(70000), "\u0000"]) {
     assert.throws(() => reader.phrase(phrase), DataError, JSON.stringify(phrase.slice(0, 9)));
   }
@@ -41,7 +41,7 @@ test("what has no answer is refused", () => {
 
 for (const [name, { tokenizer, rows }] of Object.entries(made.decoders)) {
   test(`each token completes the text that it completes natively, with a tokenizer of ${name}`, () => {
-    const reader = new Text(bytes(tokenizer));
+    const reader = readerOf(bytes(tokenizer));
     for (const [tokens, pieces] of rows) assert.deepEqual(tokens.map(reader.decoder()), pieces, String(tokens));
   });
 }

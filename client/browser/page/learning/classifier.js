@@ -33,9 +33,11 @@ export async function teachClassifier(engine, adapter, corrections, earlier, pau
 
 async function lesson(engine, trainer, { manifest, inputs }, corrections, earlier, pause) {
   const example = ({ text, label }) => ({ text, label, ids: trainer.tokens(text), target: manifest.labels.indexOf(label) });
+  const phrases = await publicPhrases(engine);
+  await engine.text.prepare([...corrections, ...earlier, ...phrases].map(({ text }) => text));
   for (const { text } of corrections) engine.text.phrase(text); // refuses one without a known token
   const taught = corrections.map(example);
-  const others = await othersOf(engine, trainer, earlier, corrections, manifest.labels);
+  const others = await othersOf(phrases, trainer, earlier, corrections, manifest.labels);
   const [rehearsed, tested] = [others.rehearsed.map(example), others.tested.map(example)];
   const [start, begun] = [await trainer.valuesOf(inputs), performance.now()];
   const { values, steps } = await tune(trainer, start, taught, rehearsed, pause);
@@ -53,10 +55,10 @@ async function lesson(engine, trainer, { manifest, inputs }, corrections, earlie
 }
 
 /** What is rehearsed while corrections are taught, and what is tested: recent corrections, and public phrases. */
-async function othersOf(engine, trainer, earlier, taught, labels) {
+async function othersOf(known, trainer, earlier, taught, labels) {
   const isUsable = ({ label }) => labels.includes(label);
   const recent = trainer.unlike(earlier.filter(isUsable).reverse(), taught).slice(0, MAX_REHEARSED / 2);
-  const ordered = await inLessonOrder((await publicPhrases(engine)).filter(isUsable), earlier.length);
+  const ordered = await inLessonOrder(known.filter(isUsable), earlier.length);
   const corrections = [...taught, ...earlier];
   const phrases = trainer.unlike(ordered, corrections);
   const nearestLast = inOwnWords(trainer, phrases, corrections).reverse();
@@ -68,7 +70,7 @@ async function othersOf(engine, trainer, earlier, taught, labels) {
 
 /** Phrases by the share of their tokens that a device's own ones have, the largest first: those in its languages, as natively. */
 export function inOwnWords(trainer, phrases, own) {
-  const known = new Set(own.flatMap(({ text }) => trainer.tokens(text)));
+  const known = new Set(own.flatMap(({ text }) => [...trainer.tokens(text)]));
   const share = (ids) => ids.filter((id) => known.has(id)).length / Math.max(ids.length, 1);
   const rated = phrases.map((phrase) => ({ phrase, share: share(trainer.tokens(phrase.text)) }));
   return rated.sort((left, right) => right.share - left.share).map(({ phrase }) => phrase);

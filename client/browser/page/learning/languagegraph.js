@@ -44,7 +44,7 @@ export class LanguageGraphTrainer extends SlotGraph {
   }
 
   probes() {
-    return fixedTexts(this.engine.generation.limit).map((ids) => ({ ids, first: 2, size: ids.length - 2, share: 0.5 }));
+    return fixedTexts(this.engine.generation).map((ids) => ({ ids, first: 2, size: ids.length - 2, share: 0.5 }));
   }
 
   /**

@@ -50,7 +50,7 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
       const start = valuesOf(inputs);
       // Of all devices on one scale, so without private parts.
       if (isEvaluation(task)) return { vector: await counts(engine, trainer, task, examples, plan, spec, ends(pause, plan)), parts: null };
-      if (isAnalytic(task)) return { vector: await moments(trainer, start, task, examples, plan, spec, ends(pause, plan)), parts: null };
+      if (isAnalytic(task)) return { vector: await moments(engine, trainer, start, task, examples, plan, spec, ends(pause, plan)), parts: null };
       const withSquares = () => ProtocolError.blaming(COORDINATOR, DataError, () => unfolded(start, trainer.shapes));
       const whole = task.shared.includes(R) ? await withSquares() : start; // of Fed-SB
       const shared = [...whole.keys()].filter((name) => task.shared.includes(partOf(name)));
@@ -64,7 +64,7 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
         if (spec.privacy) return { vector: await noisyContribution(delta, spec, plan.adapter_digest), parts };
         return { vector: await contribution({ delta, ...found }, spec, plan.adapter_digest), parts };
       };
-      const own = usable(trainer, task, examples, Number(spec.weight_cap));
+      const own = await usable(engine, trainer, task, examples, Number(spec.weight_cap));
       return await orElse(
         async () => made(await outcome(trainer, begun, task, own, limits, ends(pause, plan))),
         () => made({ trained: begun, examples: own.train.length, score: worst(own.heldOut) }),
@@ -110,11 +110,11 @@ async function opened(engine, task, tensors, limits) {
 }
 
 /** The contribution to an analytic head: nothing is trained. */
-async function moments(trainer, start, task, examples, plan, spec, pause) {
+async function moments(engine, trainer, start, task, examples, plan, spec, pause) {
   const [d, k, kept] = [trainer.hidden, task.labels.length, Math.min(task.dimensions, trainer.hidden)];
   if (Boolean(spec.privacy) !== Boolean(kept)) refuse(`an analytic head of ${kept} dimensions does not go with this session`, "offer.spec.vector");
   requireBounds(spec, momentSegments(spec, d, k, kept));
-  const { train, heldOut } = usable(trainer, task, examples, Number(spec.weight_cap));
+  const { train, heldOut } = await usable(engine, trainer, task, examples, Number(spec.weight_cap));
   const targets = train.map(({ target }) => target);
   const zeros = new Float64Array(d);
   const embedded = async () => {
@@ -141,7 +141,7 @@ async function counts(engine, trainer, task, examples, plan, spec, pause) {
   const encoded = (counts) => noisyContribution(counts, spec, plan.adapter_digest);
   return orElse(
     async () => {
-      const { heldOut } = usable(trainer, task, examples, task.most);
+      const { heldOut } = await usable(engine, trainer, task, examples, task.most);
       return encoded(await ownCounts(engine, task, heldOut, between(pause)));
     },
     () => encoded(new Float64Array(4)),
@@ -176,19 +176,22 @@ const warn = (error) => console.warn("contributed nothing:", error.about || erro
  * The examples whose labels the task has, or all of a language model's, with tokens and target: { train, heldOut }, at most `cap` held
  * out. Those that the base cannot read are left out.
  */
-function usable(trainer, { labels }, examples, cap) {
+async function usable(engine, trainer, { labels }, examples, cap) {
   const target = ({ label }) => (typeof label === "number" ? label : labels.indexOf(label));
   const isKnown = (one) => !labels.length || (one.target >= 0 && one.target < labels.length);
   const known = examples.map((one) => ({ ...one, target: target(one) })).filter(isKnown);
-  const encoded = (one) => {
+  const encoded = async (one) => {
     try {
+      await engine.text.prepare([one.text]);
       return [{ ...one, ...trainer.encode(one) }];
     } catch (error) {
       warn(error);
       return [];
     }
   };
-  const read = (split) => known.filter((one) => one.split === split).flatMap(encoded);
+  const found = new Map();
+  for (const one of known) found.set(one, await encoded(one));
+  const read = (split) => known.filter((one) => one.split === split).flatMap((one) => found.get(one));
   return { train: read("train"), heldOut: read("validation").slice(0, cap) };
 }
 

@@ -232,7 +232,7 @@ const MAX_BYTES = 2 ** 26; // in memory
 /** The hidden states of texts below all slots, as edgeadapt/bases/states.py: what the training graph of a base reads whose last
  * layers alone have slots. No adapter changes them, so each text's are computed once. */
 class States {
-  #kept = new Map(); // tokens → Float32Array, the last used ones last
+  #kept = new Map(); // tokens → { states, places, width }, the last used ones last
   #size = 0; // bytes
 
   /** For a session of `runtime.openTraining`. */
@@ -245,35 +245,34 @@ class States {
     if (!this.lower) return batch;
     const { input_ids: ids, attention_mask: mask } = batch;
     const [count, longest] = ids.dims;
-    let values, width;
+    const found = [];
     for (let row = 0; row < count; row++) {
       const own = Array.from(ids.data.subarray(row * longest, (row + 1) * longest), Number);
-      const tokens = own.filter((_, i) => mask.data[row * longest + i]);
-      const states = await this.#of(tokens);
-      width ??= states.length / tokens.length;
-      values ??= new Float32Array(count * longest * width);
-      values.set(states, row * longest * width);
+      found.push(await this.#of(own.filter((_, i) => mask.data[row * longest + i])));
     }
-    const read = { ...batch, [runtime.STATES]: runtime.floats(values, [count, longest, width]) };
+    const [places, width] = [Math.max(...found.map(({ places }) => places)), found[0].width]; // a place for each token of a text
+    const values = new Float32Array(count * places * width);
+    found.forEach(({ states }, row) => values.set(states, row * places * width));
+    const read = { ...batch, [runtime.STATES]: runtime.floats(values, [count, places, width]) };
     return Object.fromEntries(Object.entries(read).filter(([name]) => this.inputNames.includes(name)));
   }
 
   /** The states of a text: alone, because in a batch they would depend, by rounding, on the other texts. */
   async #of(tokens) {
     const key = tokens.join();
-    let states = this.#kept.get(key);
-    if (states) this.#kept.delete(key);
+    let own = this.#kept.get(key);
+    if (own) this.#kept.delete(key);
     else {
-      const found = await runtime.run(this.lower, runtime.padded([tokens]));
-      states = found[runtime.STATES].data;
-      this.#size += states.byteLength;
+      const { data, dims } = (await runtime.run(this.lower, runtime.padded([tokens])))[runtime.STATES];
+      own = { states: data, places: dims[1], width: dims[2] };
+      this.#size += data.byteLength;
     }
-    this.#kept.set(key, states);
-    for (const [oldest, { byteLength }] of this.#kept) {
+    this.#kept.set(key, own);
+    for (const [oldest, { states }] of this.#kept) {
       if (this.#size <= MAX_BYTES) break;
       this.#kept.delete(oldest);
-      this.#size -= byteLength;
+      this.#size -= states.byteLength;
     }
-    return states;
+    return own;
   }
 }

@@ -39,7 +39,7 @@ export class GraphTrainer extends SlotGraph {
   }
 
   probes() {
-    return fixedTexts(this.engine.text.limit).map((ids) => ({ ids, target: 0, share: 0.5 }));
+    return fixedTexts(this.engine.text).map((ids) => ({ ids, target: 0, share: 0.5 }));
   }
 
   /** The tokens of a text. Throws DataError as `Text.tokens`. */
