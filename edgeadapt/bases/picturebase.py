@@ -8,6 +8,7 @@ gate in each block: here a constant, 1, which ``PictureEncoder`` removes.
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from edgeadapt.bases.base import LONGEST, PICTURES, WEIGHTS
 from edgeadapt.bases.ggufbase import write_base
 from edgeadapt.bases.pictures import PIXEL_MEAN, PIXEL_STD, PictureReader
 from edgeadapt.formats.layout import Floats
-from edgeadapt.formats.storage import file_sha256, link_or_copy, read
+from edgeadapt.formats.storage import file_sha256, read
 
 LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # SHA-256: a pickle is opened if it is known
 SIDE, OPEN = 224, 40.0  # sigmoid(40) is 1 in float32
@@ -97,7 +98,7 @@ def _copy(source: Path, folder: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, OSError) as error:
         reason = f"{source / PICTURES} does not say how pictures are read: save the model and its processor again"
         raise ConfigError(reason, about=PICTURES) from error
-    link_or_copy(source / WEIGHTS, folder / WEIGHTS)
+    shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)  # no link: the source may change in place
     written: dict[str, Any] = config | dict(zip((PIXEL_MEAN, PIXEL_STD), numbers, strict=True))
     (folder / "config.json").write_text(json.dumps(written, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "tokenizer.json").write_text(PictureReader(height, width, channels).to_str(), encoding="utf-8")
