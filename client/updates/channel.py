@@ -215,11 +215,11 @@ def update(
         updater = _updater(folder, source)
         updater.refresh()
         offer = _offer(updater, source, folder, place, entropy)
-        release = offer.release
-        if _installed(place, release):
+        release, pinned = offer.release, Trust.open(place, trust)
+        if _installed(place, release) and not _withdrawn(pinned.bundle, release):
             return Updated(source, offer, changed=False)
         fetched = _fetch(updater, source, release.files, place, files, note)
-        aside = _install(place, release, files, Trust.open(place, trust), folder / PRIVATE)
+        aside = _install(place, release, files, pinned, folder / PRIVATE)
         shutil.rmtree(files, ignore_errors=True)
         return Updated(source, offer, changed=True, fetched=fetched, set_aside=aside)
 
@@ -320,6 +320,12 @@ def _installed(bundle: Path, release: Release) -> bool:
         (bundle / name).is_file() and storage.file_sha256(bundle / name) == digest
         for name, digest in release.files.items()
     )
+
+
+def _withdrawn(old: Bundle, release: Release) -> bool:
+    """Whether a bundle has a shared adapter that the release does not have."""
+    others = set(adapter_names(old.folder)) - release.adapters.keys()
+    return any(old.adapter_manifest(name).parent is None for name in others)
 
 
 def _fetch(

@@ -56,6 +56,18 @@ def test_a_device_gets_each_release_and_fetches_only_what_is_new(following: Plac
     assert found.fetched == sum((following.bundle / path).stat().st_size for path in new)
 
 
+def test_an_adapter_that_the_release_withdrew_is_deleted_though_nothing_is_new(place: Place) -> None:
+    both = [place.source(name, 0, 1) for name in ("global", "other")]
+    for sources in (both, both[:1]):
+        shutil.rmtree(place.made, ignore_errors=True)
+        write_bundle(place.made, place.exported, sources, key=place.vendor)
+        place.repository.publish("stable", place.made, [place.vendor.public])
+        place.follow()
+        assert place.update().changed
+        assert adapter_names(place.bundle) == [one.name for one in sources]
+        assert not place.update().changed
+
+
 def test_a_release_goes_through_the_canary_to_stable(following: Place) -> None:
     following.publish(2, seed=5, channel="canary")
     assert not following.update().changed
