@@ -35,7 +35,8 @@ LANGUAGE = "language"  # attribute of the evaluation context
 _LANGUAGE = r"^[a-z]{2,3}$"
 Language = Annotated[str, Field(pattern=_LANGUAGE)]  # ISO 639
 RELEASE = "release.json"
-MAX_RELEASE = 2**20  # bytes
+MAX_RELEASE = 2**21  # bytes
+MAX_ADAPTERS, MAX_FILES = 5000, 11000  # of a release
 METADATA, TARGETS = "metadata", "targets"  # folders of what is published
 CANARY, STABLE = "canary", "stable"  # the channels of a new repository
 _CHANNEL = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -178,8 +179,8 @@ class Release(jsontext.Exact):
 
     number: Count  # of the channel, from 1
     made: Annotated[str, Field(max_length=40)]  # when, ISO 8601
-    files: Annotated[dict[Annotated[str, Field(pattern=_PATH)], Sha256], Field(min_length=1, max_length=1000)]
-    adapters: Annotated[dict[Annotated[str, Field(max_length=64)], Count], Field(max_length=100)]  # name → version
+    files: Annotated[dict[Annotated[str, Field(pattern=_PATH)], Sha256], Field(min_length=1, max_length=MAX_FILES)]
+    adapters: Annotated[dict[Annotated[str, Field(max_length=64)], Count], Field(max_length=MAX_ADAPTERS)]  # → version
 
     def encode(self) -> bytes:
         return jsontext.encode(asdict(self))

@@ -23,7 +23,7 @@ from tuf.api.metadata import Metadata, Targets
 from aggregation.errors import ConfigError, DataError, TrustError
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.manifest import Count, Sha256
-from edgeadapt.formats.release import MAX_RELEASE, RELEASE, Release, target
+from edgeadapt.formats.release import MAX_ADAPTERS, MAX_RELEASE, RELEASE, Release, target
 from edgeadapt.releases.drift import JudgedDrift
 from edgeadapt.releases.metadata import MAX_METADATA, ROLLBACK, TOP, RoleMetadata, TargetFiles
 from edgeadapt.releases.verdict import JudgedEvaluation
@@ -40,7 +40,9 @@ class RollbackCondition(jsontext.Exact):
     release: Count  # number of the release that it takes back
     again: Count  # number of the one that it publishes again
     margin: Annotated[float, Field(ge=0, le=1)]  # how far an accuracy may be below that of the previous release
-    adapters: Annotated[dict[Annotated[str, Field(max_length=64)], tuple[Sha256, Sha256]], Field(max_length=100)]
+    adapters: Annotated[
+        dict[Annotated[str, Field(max_length=64)], tuple[Sha256, Sha256]], Field(max_length=MAX_ADAPTERS)
+    ]
     began: Count | None = None  # day since 1970 on which it was released; None: a drift takes nothing back
 
     @classmethod

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from aggregation.pki.identity import IdentityKey
 from client.updates import ChannelSource, follow
 from edgeadapt.formats.bundle import adapter_names, adapter_path, manifest_path
 from edgeadapt.formats.keyfiles import make_key
-from edgeadapt.formats.release import Release
+from edgeadapt.formats.release import MAX_ADAPTERS, Release
 from edgeadapt.program import cli
 from edgeadapt.releases.actions import Action, GateResult
 from edgeadapt.releases.history import audit_repository
@@ -303,6 +304,13 @@ def test_a_release_names_no_file_outside_of_a_bundle(path: str) -> None:
     raw = good.encode().replace(b"base/manifest.json", path.encode())
     with refused(TrustError, "release.json"):
         Release.decode(raw)
+
+
+def test_a_release_has_at_most_so_many_adapters() -> None:
+    good = Release(1, "now", {"base/manifest.json": "0" * 64}, {f"a{number}": 1 for number in range(MAX_ADAPTERS)})
+    assert Release.decode(good.encode()) == good
+    with refused(TrustError, "release.json"):
+        Release.decode(replace(good, adapters={**good.adapters, "one-more": 1}).encode())
 
 
 def test_a_key_that_is_kept_elsewhere_is_named(following: Place) -> None:
