@@ -86,6 +86,7 @@ def _privacy(bound: dict[str, float] | None) -> str:
 @click.option("--channel", metavar="NAME", help="The channel to follow, such as stable.")
 @click.option("--root", type=commandline.FILE, metavar="FILE", help="root.json of the repository, to pin.")
 @click.option("--language", metavar="CODE", help="The device's language, such as de, for rollouts; needed once.")
+@click.option("--keep-adapters", type=click.IntRange(1), metavar="MIB", help="Hold so many; fetch others when used.")
 @commandline.as_json
 def update(
     bundle: Path,
@@ -94,6 +95,7 @@ def update(
     channel: str | None,
     root: Path | None,
     language: str | None,
+    keep_adapters: int | None,
     as_json: bool,
 ) -> None:
     """Bring the bundle in DIR to the release that its channel has for this device. Private adapters stay.
@@ -112,11 +114,11 @@ def update(
     from client.updates import ChannelSource, follow
     from client.updates import update as bring
 
-    named = (repository, channel, root)
+    named = (repository, channel, root, keep_adapters)
     if any(named):
         if repository is None or channel is None or root is None:
             raise click.UsageError("name --repository, --channel and --root together")
-        follow(bundle, ChannelSource(repository, channel), root)
+        follow(bundle, ChannelSource(repository, channel, keep_adapters and keep_adapters * 2**20), root)
 
     def note(name: str, size: int) -> None:
         click.echo(f"fetching {name}, {size:,} bytes", err=True)

@@ -16,6 +16,7 @@ from client.cli.options import printable
 from client.cli.sources import Finder, named
 from client.inference.generate import Conversation, Generator
 from client.inference.guide import Guide, GuideKind
+from client.inference.library import Library
 from client.inference.text import Answer, Finish, SamplingParams
 from client.learning import Correction, Learner
 from client.training.trainer import MAX_STEPS
@@ -144,7 +145,7 @@ def chat(
     if adapter is not None and base_only:
         raise click.UsageError("--adapter and --base-only exclude each other")
     settings = params_of(**params)
-    generator = Generator.open(bundle, trust)
+    generator = Generator.of(Library.open(bundle, trust, "text-generation", update=options.update))
     if not base_only and adapter is None and generator.library.names():
         adapter = generator.library.default()
     find = Finder(sources, trust).find if sources else None

@@ -75,7 +75,7 @@ def infer(
     if label is not None:
         _teach(bundle, names, trust, phrases, label, as_json)
         return
-    library = Library.open(bundle, trust)
+    library = Library.open(bundle, trust, update=options.update)
     if library.manifest.task == "text-generation":
         answers, lines = _continue(library, names, phrases, max_tokens), _continuations
     else:
@@ -85,6 +85,7 @@ def infer(
             for text, count in unread.items():
                 options.warn_of_unread(text, count)
     click.echo(json.dumps({"adapters": answers}, ensure_ascii=False) if as_json else "\n".join(lines(answers)))
+    library.bank.wait()
 
 
 def _teach(

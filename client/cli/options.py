@@ -4,7 +4,7 @@ import sys
 import unicodedata
 from io import TextIOWrapper
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import click
 
@@ -65,3 +65,10 @@ def printable(text: str) -> str:
     if is_picture(text):
         return f"a picture of {len(text)} characters"
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
+
+
+def update(*given: Any, **named: Any) -> object:
+    """Call ``client.updates.update``, which takes 0.1 s to import."""
+    from client.updates import update as bring
+
+    return bring(*given, **named)

@@ -49,7 +49,8 @@ def serve(bundle: Path, trust: Path | None, host: str, port: int, as_json: bool,
         raise ConfigError(reason, about="--port") from error
     with listening:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else an answer waits 40 ms for the first ACK
-        service = server.Service(Library.open(bundle, trust), tenants, given["threads"], given["memory"] * 2**20)
+        library = Library.open(bundle, trust, update=options.update)
+        service = server.Service(library, tenants, given["threads"], given["memory"] * 2**20)
         runner = server.server_of(service, LOCAL if local else ("*",), tls if any(tls) else None)
         url = f"http{'s' * any(tls)}://{host}:{listening.getsockname()[1]}"
         commandline.print_result({"url": url}, f"serving at {url} until Ctrl-C", as_json)

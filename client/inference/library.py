@@ -20,6 +20,7 @@ import onnxruntime as ort
 from cachetools import LRUCache
 
 from aggregation.errors import ConfigError, DataError
+from client.inference.bank import AdapterBank, Update
 from client.inference.trust import Trust
 from edgeadapt.formats.bundle import VerifiedAdapter, VerifiedBase, adapter_names, manifest_path
 from edgeadapt.formats.graphinputs import (
@@ -46,7 +47,8 @@ OTHER_COMMAND: dict[Task, str] = {
     "text-generation": "it writes text: use `edgeadapt device chat`",
 }
 V = TypeVar("V")
-Files = tuple[tuple[int, int, int], ...]  # inode, size and time of writing (ns) of each part's manifest
+# Inode, size and time of writing (ns) of each part's manifest; None: it is not there.
+Files = tuple[tuple[int, int, int] | None, ...]
 Named = Union[str, Sequence[str], "Composition"]  # how a call names an adapter: ``Composition.of`` reads it
 
 
@@ -235,10 +237,13 @@ class Library:
     bundle: Path
     trust: Trust
     base: VerifiedBase
+    bank: AdapterBank = field(compare=False)
 
     @classmethod
-    def open(cls, bundle: File, trust: File | None, task: Task | None = None) -> Self:
+    def open(cls, bundle: File, trust: File | None, task: Task | None = None, *, update: Update | None = None) -> Self:
         """Verify the base of ``bundle``, which must be for ``task``, unless that is None.
+
+        ``update``: ``client.updates.update``, if adapters that its channel has and the bundle lacks shall be fetched.
 
         Raises:
             TrustError: There are no pinned keys, or none of them signed this base.
@@ -257,13 +262,15 @@ class Library:
             reason = f"the base in {bundle} is for {base.manifest.task}; {OTHER_COMMAND[base.manifest.task]}"
             raise ConfigError(reason, about="base.task")
         _check_runtime(bundle, base.manifest)
-        return cls(bundle, pinned, base)
+        return cls(bundle, pinned, base, AdapterBank(bundle, pinned.pinned, update))
 
     @property
     def manifest(self) -> BaseManifest:
         return self.base.manifest
 
     def names(self) -> list[str]:
+        """List the adapters that are in the bundle."""
+        restore(self.bundle)  # or wait while it is replaced
         return adapter_names(self.bundle)
 
     def default(self, without: str | None = None) -> str:
@@ -278,31 +285,47 @@ class Library:
         """
         names = [name for name in self.names() if name != without]
         personal = [name for name in names if self.trust.bundle.adapter_manifest(name).parent is not None]
-        for candidates in (personal, [name for name in names if name == GLOBAL], names):
+        every = sorted({*names, *self.bank.versions()} - {without})
+        for candidates in (personal, [name for name in names if name == GLOBAL], every):
             if len(candidates) == 1:
                 return candidates[0]
             if candidates:
-                reason = f"the bundle has several adapters; choose one with --adapter: {', '.join(candidates)}"
+                listed = ", ".join(candidates[:20]) + ", …" * (len(candidates) > 20)
+                reason = f"the bundle has several adapters; choose one with --adapter: {listed}"
                 raise ConfigError(reason, about="adapter")
         raise DataError(f"the bundle {self.bundle} has no adapter", about="adapter")
 
     def load(self, composition: Composition) -> Adapter:
-        """Verify each part of ``composition``, and compose them. Raises as ``Trust.adapter``,
+        """Verify each part of ``composition``, and compose them. Raises as ``AdapterBank.bring``, ``Trust.adapter``,
         ``Policy.check_combination`` and ``compose``."""
+        try:
+            return self._load(composition)
+        except DataError:  # perhaps the bundle was replaced meanwhile
+            return self._load(composition)
+
+    def _load(self, composition: Composition) -> Adapter:
+        for part in composition.parts:
+            self.bank.bring(part.name)
+        self.bank.note(part.name for part in composition.parts)
         read = self._files(composition)
         verified = [self.trust.adapter(part.name, self.base) for part in composition.parts]
         self.base.policy.check_combination([PRIVATE if one.manifest.parent else one.manifest.name for one in verified])
         return replace(compose(composition, verified, self.manifest), read=read)
 
     def is_current(self, adapter: Adapter) -> bool:
-        """Whether the bundle has the files from which an adapter was loaded; a lesson or an update replaces them."""
+        """Whether the bundle has the files from which an adapter was loaded, or deleted them for others of the release;
+        a lesson or an update replaces them. The adapter counts as used."""
+        self.bank.note(manifest.name for manifest in adapter.manifests)
         # A bundle that is being replaced is not there for an instant.
-        return self._files(adapter.composition) == adapter.read or not self.bundle.exists()
+        if (files := self._files(adapter.composition)) == adapter.read or not self.bundle.exists():
+            return True
+        versions, parts = self.bank.versions(), zip(files, adapter.read, adapter.manifests, strict=True)
+        return all(now == was or (now is None and versions.get(one.name) == one.version) for now, was, one in parts)
 
     def _files(self, composition: Composition) -> Files:
         paths = [self.bundle / manifest_path(part.name) for part in composition.parts]
-        stats = [path.stat() for path in paths if path.exists()]
-        return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in stats)
+        stats = [path.stat() if path.exists() else None for path in paths]
+        return tuple(one and (one.st_ino, one.st_size, one.st_mtime_ns) for one in stats)
 
 
 def _check_runtime(bundle: Path, base: BaseManifest) -> None:

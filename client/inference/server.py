@@ -38,7 +38,6 @@ from client.inference.library import Composition, Library
 from client.inference.session import AUTO, ROUTER, ClassificationSession, Ranking
 from client.inference.text import Answer, Finish, SamplingParams
 from edgeadapt.bases.classifiergraph import MAX_ROWS
-from edgeadapt.formats.bundle import manifest_path
 from edgeadapt.formats.policy import blocks
 from edgeadapt.formats.settings import Settings
 
@@ -179,7 +178,7 @@ class Service:
         self._everybody = None if tenants else Account("", everybody)
         self._accounts = [Account(name, one) for name, one in tenants.tenants.items()] if tenants else []
         self._library, self._turn, self._rows = library, asyncio.Lock(), list[_Row]()
-        self._waiting = 0
+        self._waiting, self._fetching = 0, anyio.CapacityLimiter(1)
         self.stops: Callable[[], bool] = lambda: False
         self._calls: dict[str, Callable[[Request, Account], Awaitable[Response]]]
         self._calls = {"/v1/models": self._models, "/metrics": self._metrics}
@@ -229,19 +228,21 @@ class Service:
             raise RequestError(401, "send a tenant's token: Authorization: Bearer TOKEN", www_authenticate="Bearer")
         return found[0]
 
-    def _named(self, account: Account, model: str) -> Composition:
-        """Read the name of a model. Raises RequestError, alike: there is none, or the tenant may not use it."""
+    async def _named(self, account: Account, model: str) -> Composition:
+        """Read the name of a model, and fetch what of it is on the channel only: others are answered meanwhile. Raises
+        RequestError, alike: there is none, or the tenant may not use it; and as ``AdapterBank.bring``."""
+        bank, parts = self._library.bank, list[str]()
         with suppress(ConfigError):
-            composition = Composition.parse(model)
-            if all(account.may(part.name) and self._has(part.name) for part in composition.parts):
-                return composition
-        raise RequestError(404, "there is no such model; GET /v1/models lists yours")
-
-    def _has(self, name: str) -> bool:
-        return (self._library.bundle / manifest_path(name)).exists()
+            parts = [part.name for part in Composition.parse(model).parts]
+        if not parts or not all(account.may(name) and (bank.has(name) or name in bank.versions()) for name in parts):
+            raise RequestError(404, "there is no such model; GET /v1/models lists yours")
+        for name in (one for one in parts if not bank.has(one)):
+            await anyio.to_thread.run_sync(bank.bring, name, limiter=self._fetching)
+        return Composition.parse(model)
 
     def _of(self, account: Account) -> list[str]:
-        return [name for name in self._library.names() if account.may(name)]
+        names = {*self._library.names(), *self._library.bank.versions()}
+        return sorted(name for name in names if account.may(name))
 
     @contextmanager
     def _place(self, account: Account, count: int) -> Iterator[None]:
@@ -306,12 +307,11 @@ class Service:
     async def _classify(self, request: Request, account: Account) -> Response:
         asked = await _read(request, account, TextsRequest)
         auto = asked.model == AUTO
-        names = [self._named(account, ROUTER if auto else asked.model)] * len(asked.input)
+        names = [await self._named(account, ROUTER if auto else asked.model)] * len(asked.input)
         if auto:
             routed = await _unless_gone(request, self._rank(account, [_Row(text, names[0], 1) for text in asked.input]))
-            has = self._of(account).__contains__
-            chosen = [await anyio.to_thread.run_sync(self._model.route, one, has) for one in routed]
-            names = [self._named(account, name) for name in chosen]
+            chosen = [await anyio.to_thread.run_sync(self._model.route, one, account.may) for one in routed]
+            names = [await self._named(account, name) for name in chosen]
         rows = [_Row(text, name, asked.top) for text, name in zip(asked.input, names, strict=True)]
         found = await _unless_gone(request, self._rank(account, rows))
         data = [{"index": index, "adapter": str(names[index]), **one.to_json()} for index, one in enumerate(found)]
@@ -322,7 +322,7 @@ class Service:
     async def _embed(self, request: Request, account: Account) -> Response:
         asked = await _read(request, account, TextsRequest)
         if asked.model != BASE:
-            self._named(account, asked.model)
+            await self._named(account, asked.model)
         tokens = sum(map(self._model.size, asked.input))  # refuses what cannot be read
         runs = (asked.input[at : at + MAX_ROWS] for at in range(0, len(asked.input), MAX_ROWS))
         parts = self._parts(account, (self._model.embed(texts) for texts in runs))
@@ -335,7 +335,7 @@ class Service:
 
     async def _write(self, request: Request, account: Account) -> Response:
         asked, chat = await _read(request, account, WrittenRequest), request.url.path.startswith("/v1/chat")
-        adapter = None if asked.model == BASE else self._named(account, asked.model)
+        adapter = None if asked.model == BASE else await self._named(account, asked.model)
         parts = self._parts(account, asked.parts(self._model, adapter))
         kind = ("chat.completion" + ".chunk" * asked.stream) if chat else "text_completion"
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": asked.model}

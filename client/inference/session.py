@@ -127,19 +127,23 @@ class ClassificationSession:
         """Return the adapter that answers a text, what it answers, and the seconds that this took.
 
         For ``AUTO`` the bundle's ``ROUTER`` names the adapter; the default one answers where the router is unsure, the
-        policy withholds its answer, or the bundle does not have what it names. Raises as ``rank``.
+        policy withholds its answer, or the bundle does not have what it names; if the channel does, that is fetched in
+        the background. Raises as ``rank``.
         """
         begun = time.perf_counter()
         if adapter == AUTO:
-            adapter = self.route(self.ranking(text, ROUTER, 1), self.library.names().__contains__)
+            adapter = self.route(self.ranking(text, ROUTER, 1))
         return self.load(adapter), self.ranking(text, adapter, top), time.perf_counter() - begun
 
-    def route(self, found: Ranking, has: Callable[[str], bool]) -> str:
-        """Name the adapter for a text of which the router said ``found``: one that the bundle ``has``, or the default.
-        Raises as ``Library.default``."""
+    def route(self, found: Ranking, may: Callable[[str], bool] = lambda _: True) -> str:
+        """Name the adapter for a text of which the router said ``found``: one that the bundle has and that ``may`` be
+        used, or the default. Raises as ``Library.default``."""
         best = found.predictions
-        known = best and best[0].probability >= SURE and has(best[0].label)
-        return best[0].label if known else self.library.default(without=ROUTER)
+        if best and best[0].probability >= SURE and may(name := best[0].label):
+            if name in self.library.names():
+                return name
+            self.library.bank.bring_later(name)
+        return self.library.default(without=ROUTER)
 
     def classify(self, texts: Sequence[str], adapter: Named) -> list[Prediction]:
         """Find the most likely label of each text. Raises as ``rank``; DataError: the bundle's policy withholds one."""

@@ -10,6 +10,7 @@
     updates/files/          downloads that are not in use yet, by digest
     updates/private/BASE/   private adapters for a base that was replaced
     bundle/                 replaced whole, or not at all
+    bundle/release.json     the whole release, on a device that keeps a part of it (``ChannelSource.keep``)
 
 The client of The Update Framework (TUF) refuses metadata of unknown signers, older than the last, expired, or from
 different states of the repository (Samuel et al. 2010, "Survivable Key Compromise in Software Update Systems"). A
@@ -17,6 +18,8 @@ release that it accepts is then held to the rules of every bundle (``client.infe
 bundle in use stays.
 """
 
+import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,9 +43,11 @@ from tuf.ngclient import FetcherInterface, Updater
 
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, DataError, TrustError
+from client.inference.library import GLOBAL
+from client.inference.session import ROUTER
 from client.inference.trust import Trust
 from edgeadapt.formats import jsontext, storage
-from edgeadapt.formats.bundle import MAX_BASE_FILE, Bundle, adapter_names, adapter_path, manifest_path
+from edgeadapt.formats.bundle import BASE_MANIFEST, MAX_BASE_FILE, Bundle, adapter_names, adapter_path, manifest_path
 from edgeadapt.formats.release import (
     FLAGS,
     MAX_FLAGS,
@@ -79,12 +84,17 @@ Note = Callable[[str, int], None]  # the name of a file that is fetched, and its
 
 @dataclass(frozen=True, slots=True)
 class ChannelSource:
-    """A channel: where its repository's public folder is (http, https, or a local folder), and its name."""
+    """A channel: where its repository's public folder is (http, https, or a local folder), and its name.
+
+    ``keep``: bytes of the release's adapters that the device holds, the default one and the router and then those that
+    it used last; None: all.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     repository: Annotated[str, Field(min_length=1, max_length=2000)]
     channel: Annotated[str, Field(max_length=32)]
+    keep: Annotated[int, Field(ge=1)] | None = None
 
     def url(self, part: str) -> str:
         return f"{self.repository.rstrip('/')}/{part}/"
@@ -190,6 +200,7 @@ def update(
     note: Note = lambda name, size: None,
     *,
     language: str | None = None,
+    wanted: str | None = None,
     entropy: Entropy,
 ) -> Updated:
     """Bring ``bundle``, which may be missing, to the channel's release for this device. Private adapters stay.
@@ -197,11 +208,12 @@ def update(
     Args:
         note: Called before a file is fetched.
         language: Of the device, from now on; for rollouts by language.
+        wanted: An adapter of the release that the device shall have, instead of those that it used longest ago.
         entropy: For the targeting key.
 
-    Raises ConfigError: it follows no channel, the repository cannot be reached or has no release of the channel, or the
-    disk cannot be written; DataError: the bundle or a file of the release is damaged; TrustError: the repository or the
-    release breaks a rule. The bundle in use stays.
+    Raises ConfigError: it follows no channel, the repository cannot be reached or has no release of the channel, the
+    disk cannot be written, an adapter to keep is too large, or ``wanted`` is for another base; DataError: the bundle or
+    a file of the release is damaged; TrustError: the repository or the release breaks a rule. The bundle in use stays.
     """
     folder = storage.real(bundle).parent / UPDATES
     if not (folder / SOURCE).is_file():
@@ -215,6 +227,8 @@ def update(
         updater = _updater(folder, source)
         updater.refresh()
         offer = _offer(updater, source, folder, place, entropy)
+        if source.keep is not None:
+            offer = replace(offer, release=_part(updater, source, offer.release, place, wanted))
         release, pinned = offer.release, Trust.open(place, trust)
         if _installed(place, release) and not _withdrawn(pinned.bundle, release):
             return Updated(source, offer, changed=False)
@@ -291,7 +305,7 @@ def _described(updater: Updater, source: ChannelSource, name: str, limit: int) -
 
 def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy) -> ReleaseOffer:
     files = folder / FILES
-    newest = _release(updater, source, files, RELEASE)
+    newest, held = _release(updater, source, files, RELEASE, bundle), Release.held(bundle)
     listed = updater.get_targetinfo(target(source.channel, FLAGS))
     if listed is None:
         return ReleaseOffer(newest)
@@ -301,17 +315,46 @@ def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, 
         reason = f"the flags are for release {rollout.release}, and the channel has {newest.number}"
         raise TrustError(reason, about=FLAGS)
     chosen = Targeting.read(folder, entropy).release(rollout) == newest.number
-    before = _release(updater, source, files, previous(RELEASE))
+    before = _release(updater, source, files, previous(RELEASE), bundle)
     if before.number != rollout.previous:
         reason = f"the flags name the release {rollout.previous} before, and the channel has {before.number} there"
         raise TrustError(reason, about=FLAGS)
-    gets = newest if chosen or _installed(bundle, newest) else before
+    gets = newest if chosen or (_installed(bundle, newest) if held is None else held == newest) else before
     return ReleaseOffer(gets, rollout, chosen)
 
 
-def _release(updater: Updater, source: ChannelSource, files: Path, name: str) -> Release:
+def _release(updater: Updater, source: ChannelSource, files: Path, name: str, bundle: Path) -> Release:
     file = _described(updater, source, name, MAX_RELEASE)
-    return Release.decode(storage.read(Path(updater.download_target(file, str(files / name))), MAX_RELEASE))
+    place, cached = str(files / file.hashes["sha256"]), updater.find_cached_target(file, str(bundle / RELEASE))
+    place = cached or updater.download_target(file, place)
+    return Release.decode(storage.read(Path(place), MAX_RELEASE))
+
+
+def _part(updater: Updater, source: ChannelSource, release: Release, bundle: Path, wanted: str | None) -> Release:
+    """Reduce a release to its base and the adapters that this device keeps. Raises as ``update``."""
+    base, only = BASE_MANIFEST.as_posix(), len(release.adapters.keys() - {ROUTER}) == 1
+    if wanted is not None and storage.file_sha256(bundle / base) != release.files.get(base):
+        reason = f"release {release.number} of channel {source.channel} has another base"
+        raise ConfigError(f"{reason}: run 'edgeadapt device update' first", about="base")
+    fixed = [name for name in release.adapters if only or name in (GLOBAL, ROUTER, wanted)]
+    used, left, adapters = _used(bundle), source.keep or 0, dict[str, int]()
+    files = {RELEASE: hashlib.sha256(release.encode()).hexdigest()}
+    for name in [*fixed, *sorted(used.keys() & release.adapters.keys() - {*fixed}, key=lambda name: -used[name])]:
+        paths = [path.as_posix() for path in (manifest_path(name), adapter_path(name))]
+        digests = {path: release.files.get(path, "") for path in paths}
+        if (size := sum(_file(updater, source, *one).length for one in digests.items())) <= left:
+            left, files, adapters = left - size, files | digests, adapters | {name: release.adapters[name]}
+        elif name in fixed:
+            reason = f"adapter {name!r} has {size} bytes, and of the {source.keep} for adapters {left} are left"
+            raise ConfigError(f"{reason}: follow the channel with a larger --keep-adapters", about="--keep-adapters")
+    files |= {path: digest for path, digest in release.files.items() if not path.startswith("adapters/")}
+    return replace(release, files=files, adapters=adapters)
+
+
+def _used(bundle: Path) -> dict[str, int]:
+    """Read when each adapter was used last, in ns, from the time of its file (``AdapterBank.note``)."""
+    files = (bundle / adapter_path(name) for name in adapter_names(bundle))
+    return {file.stem: file.stat().st_mtime_ns for file in files if file.is_file()}
 
 
 def _installed(bundle: Path, release: Release) -> bool:
@@ -365,6 +408,9 @@ def _install(bundle: Path, release: Release, files: Path, trust: Trust, aside: P
         for name, digest in release.files.items():
             (stage / name).parent.mkdir(exist_ok=True)
             storage.link_or_copy(files / digest, stage / name)
+        for name, used in _used(bundle).items():
+            if name in release.adapters:
+                os.utime(stage / adapter_path(name), ns=(used, used))
         staged = Bundle(stage, trust.bundle.trusted)
         base = staged.base()
         for name in adapter_names(stage):

@@ -18,13 +18,15 @@ other devices.
 import re
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from aggregation.errors import ConfigError, TrustError
-from edgeadapt.formats import jsontext
+from aggregation.errors import ConfigError, DataError, TrustError
+from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.manifest import Count, Sha256
 
 FLAGS = "flags.json"
@@ -194,3 +196,11 @@ class Release(jsontext.Exact):
         except (ValueError, ValidationError) as error:
             reason = "the release is damaged, or of a newer version: update edgeadapt"
             raise TrustError(reason, about=RELEASE) from error
+
+    @classmethod
+    def held(cls, bundle: Path) -> Self | None:
+        """Read the release of which ``bundle`` has only a part. None: it has all of it, follows no channel, or its copy
+        of the release is damaged, which an update repairs."""
+        with suppress(OSError, DataError, TrustError):
+            return cls.decode(storage.read(bundle / RELEASE, MAX_RELEASE))
+        return None

@@ -113,7 +113,7 @@ class _Model:
         pinned = self._library.trust.pinned
         updated = update(self.bundle, pinned, language=language or None, entropy=SystemEntropy())
         if updated.changed:  # perhaps another base
-            self._open(Library.open(self.bundle, pinned, self._library.manifest.task))
+            self._open(Library.open(self.bundle, pinned, self._library.manifest.task, update=update))
         return updated
 
     def _open(self, library: Library) -> None:
@@ -275,7 +275,7 @@ def load(
         ConfigError: The bundle does not have the adapter, or it needs a newer ONNX Runtime or, for a language model,
             ``onnxruntime-genai``.
     """
-    library = Library.open(bundle, trust)
+    library = Library.open(bundle, trust, update=update)
     if adapter is not None:
         Composition.of(adapter)
     if library.manifest.task == "text-generation":
