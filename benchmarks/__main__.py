@@ -363,6 +363,24 @@ def routing(bundle: Path) -> None:
 
 
 @bench.command()
+@click.option("--pixels", default=64, show_default=True, type=click.IntRange(32, 224), metavar="N", help="Side seen.")
+def fashion(pixels: int) -> None:
+    """Heads on a frozen EfficientNet-Lite0, on PFLlib's splits of Fashion-MNIST, beside what PFLlib reports.
+
+    It takes some ten minutes.
+
+    \b
+    Examples:
+      python -m benchmarks fashion
+    """
+    from benchmarks import fashion as run
+
+    with status("measuring") as show:
+        rows = list(run.measure(pixels, show))
+    click.echo(run.table(rows))
+
+
+@bench.command()
 @commandline.bundle()
 @click.option("--data", type=click.Choice(["households", "newsgroups"]), required=True, help="Whose devices.")
 def discovery(bundle: Path, data: str) -> None:
