@@ -18,6 +18,7 @@ from client.training.personal import HEADS
 from client.training.torchengine import model_of
 from coordinator import statedir as coordinator_files
 from edgeadapt.bases.base import Base
+from edgeadapt.bases.pictures import reads_pictures
 from edgeadapt.formats import files, storage
 from edgeadapt.formats.bundle import PHRASES
 from edgeadapt.formats.calibration import Labels, confidences, expected_calibration_error, fit
@@ -69,6 +70,8 @@ def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, ba
     parities, (first, *_) = [each.parity for each in exported], exported
     weights = [parity.count for parity in parities]
 
+    own = "PICTURE.png" if reads_pictures(base.folder) else "a text of your own"
+
     def mean(name: str) -> float:
         return float(np.average([getattr(parity, name) or 0.0 for parity in parities], weights=weights))
 
@@ -78,7 +81,7 @@ def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, ba
 
     return ExportResult(
         bundle=str(first.bundle),
-        phrase="a text of your own" if scenario.data.given else "turn on the kitchen lights",
+        phrase=own if scenario.data.given else "turn on the kitchen lights",
         report=report,
         lesson=None if scenario.data.given else next(filter(None, (each.lesson for each in exported)), None),
         parity={

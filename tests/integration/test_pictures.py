@@ -66,7 +66,9 @@ def bundle_of(run: Path) -> Path:
 def test_the_run_is_audited_and_its_report_quotes_no_picture(finished: Path, run: Run) -> None:
     code, _, err = run("audit", "verify", finished)
     assert code == 0, err
-    assert "data:image/png" not in (finished / "report.html").read_text()
+    report = (finished / "report.html").read_text()
+    assert "data:image/png" not in report
+    assert "PICTURE.png" in report
     assert "data:image/png" not in (finished / "run.log").read_text()
 
 
