@@ -19,6 +19,7 @@ export class PictureView {
     this.#close();
     element("picture").hidden = !pictures;
     element("said").hidden = pictures;
+    element("classify-title").textContent = pictures ? "Picture" : "Phrase";
     element("phrase").value = element("picture-file").value = "";
     element("seen").hidden = true;
   }
