@@ -1,13 +1,13 @@
-"""Heads on a frozen image model beside PFLlib's leaderboard, on its splits of Fashion-MNIST.
+"""Heads on a frozen image model beside PFLlib's leaderboard, on its kinds of splits of Fashion-MNIST.
 
     python -m benchmarks fashion
 
 PFLlib (Zhang et al. 2025, "PFLlib: A Beginner-Friendly and Comprehensive Personalized Federated Learning Library and
 Benchmark") deals all 70,000 pictures out to 20 clients, and each client's at random to a train and a test part of 3 to
 1: in its pathological setting each client has two of the ten labels, in its practical one their mix is drawn from a
-Dirichlet distribution of concentration .1. Its columns train a small convolutional network from scratch, for up to
-2,000 rounds; here is a frozen network that has seen other pictures. So the columns do not compare methods: they say
-what a user gets.
+Dirichlet distribution of concentration .1. The rules are those of its ``dataset_utils.py``, with other random numbers,
+and no client has fewer than ``FEWEST`` pictures. Its columns train networks on these pictures; here is a frozen network
+that has seen others. So the columns do not compare methods: they say what a user gets.
 """
 
 import math
@@ -27,7 +27,7 @@ from edgeadapt.formats.layout import Floats
 from simulations.data import fashion
 
 CLIENTS, LABELS, TRAINED = 20, 10, 0.75
-FEWEST = 40  # pictures of a client in the practical setting: PFLlib's batch of 10 over its share of tests
+FEWEST = 40  # pictures of a client in the practical setting; PFLlib's today is 1
 CONCENTRATION, OWN_LABELS = 0.1, 2
 SEEDS = range(100, 103)
 STRENGTHS = tuple(10.0**-power for power in range(6))  # penalties for each picture; a fifth of the train part chooses

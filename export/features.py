@@ -24,7 +24,8 @@ from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import IDENTITY_FILES, LEXICAL, LONGEST, MOST_LEXICAL, Base, find_base
 from edgeadapt.bases.classifiergraph import MAX_TOKENS
-from edgeadapt.bases.pictures import TOKENIZER, reads_pictures
+from edgeadapt.bases.pictures import reads_pictures
+from edgeadapt.formats.bundle import TOKENIZER
 from edgeadapt.formats.storage import link_or_copy, new_folder, read
 from edgeadapt.methods.classifier import in_batches, pooled
 from export.onnx.dequantize import copy_others

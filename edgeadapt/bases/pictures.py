@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from aggregation.errors import ConfigError, DataError
+from edgeadapt.formats.bundle import TOKENIZER
 from edgeadapt.formats.storage import read
 
 KINDS = ("PNG", "JPEG", "WEBP")
@@ -32,7 +33,7 @@ SIDE = 256  # pixels of the longer side of a picture; a larger file is reduced
 LOSSLESS = 64 * 64  # pixels up to which it is PNG
 QUALITY = 90  # of JPEG
 MAX_SEEN = 1024  # pixels of a side that a model sees
-PIXELS, TOKENIZER = "Pixels", "tokenizer.json"  # kind of the file
+PIXELS = "Pixels"  # kind of tokenizer.json
 PIXEL_MEAN, PIXEL_STD = "pixel_mean", "pixel_std"  # keys of config.json, of pixels from 0 to 255, one for each colour
 BEGIN = 100  # bytes of tokenizer.json that state its kind
 FEWEST = 768  # numbers of a picture that take about the memory of one token of a text
