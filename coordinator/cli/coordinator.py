@@ -659,7 +659,7 @@ class _LiveLine:
     """The last line of a terminal, which is replaced; nothing elsewhere."""
 
     on: bool
-    _shown: str = ""
+    _shown: str | None = ""  # None while it is being written: Ctrl-C there leaves a line that has to be erased
 
     def show(self, text: str) -> None:
         """Replace it. What does not fit is cut off: of a line that the terminal has wrapped, only the end is erased."""
@@ -667,6 +667,7 @@ class _LiveLine:
             return
         text = text[: max(_width(sys.stderr) - 1, 0)]
         if text != self._shown:
+            self._shown = None
             click.echo(f"\r\x1b[K{text}", nl=False, err=True)
             self._shown = text
 

@@ -14,8 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import pyte
+import pytest
 
+from coordinator.cli.coordinator import _LiveLine
 from coordinator.status import round_lines
 from tests.support import FleetOf
 from tests.support.gateway import wait_until
@@ -148,6 +151,24 @@ def test_ctrl_c_leaves_the_rounds_and_one_line(fleet_of: FleetOf) -> None:
         terminal.type(b"\x03")
         assert terminal.end() == 128 + signal.SIGINT
         assert [line.split()[0] for line in terminal.lines()] == ["round", "1", "edgeadapt:"]
+
+
+def test_a_line_is_erased_after_ctrl_c_while_it_was_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line, write = _LiveLine(on=True), click.echo
+
+    def interrupted(*parts: Any, **how: Any) -> None:
+        write(*parts, **how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coordinator.cli.coordinator._width", lambda _: 80)
+    with monkeypatch.context() as during:
+        during.setattr(click, "echo", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            line.show("round 2: waiting")
+    line.show("")
+    assert capsys.readouterr().err == "\rround 2: waiting\r"  # click leaves control codes out of what is no terminal
 
 
 def test_columns_that_do_not_fit_are_left_out_and_notes_follow() -> None:
