@@ -24,7 +24,9 @@ from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import IDENTITY_FILES, LEXICAL, LONGEST, MOST_LEXICAL, Base, find_base
 from edgeadapt.bases.classifiergraph import MAX_TOKENS
-from edgeadapt.bases.pictures import reads_pictures
+from edgeadapt.bases.mediaencoder import Shift
+from edgeadapt.bases.pictures import PictureReader
+from edgeadapt.bases.readers import media_of
 from edgeadapt.formats.bundle import TOKENIZER
 from edgeadapt.formats.storage import link_or_copy, new_folder, read
 from edgeadapt.methods.classifier import in_batches, pooled
@@ -38,14 +40,15 @@ CHECKED = 8  # texts whose means are asked again
 
 def centered(base: Base, texts: Sequence[str], out: Path) -> Base:
     """Write the encoder whose mean over each text's tokens is zero on average over ``texts`` to a new or empty folder.
-    Raises ConfigError: the encoder does not end in a layer norm with a bias, as BERT's does."""
+    Raises ConfigError: the encoder does not end in a layer norm with a bias, as BERT's does, nor in a ``Shift``."""
     if not texts:
         raise ConfigError("name texts to center on", about="texts")
     with new_folder(out) as stage, torch.inference_mode():
         model, tokenizer = pretrained.encoder(base), pretrained.tokenizer(base)
         before = _means(model, tokenizer, texts)
         mean = before.mean(0)
-        norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None]
+        ends = (nn.LayerNorm, Shift)
+        norms = [module for module in model.modules() if isinstance(module, ends) and module.bias is not None]
         if norms and norms[-1].bias.shape == mean.shape:
             norms[-1].bias.sub_(mean)
         moved = before[:CHECKED] - _means(model, tokenizer, texts[:CHECKED])
@@ -89,7 +92,7 @@ def with_pixels(base: Base, side: int, out: Path) -> Base:
     """Write the base of pictures that sees ``side`` times ``side`` pixels to a new or empty folder. A convolutional
     network may see fewer than those with which it was trained, in less time. Raises ConfigError: the base does not read
     pictures, or not of this size."""
-    if not reads_pictures(base.folder):
+    if media_of(base.folder) is not PictureReader:
         raise ConfigError("this base reads texts, and --pixels is for one of pictures", about="--pixels")
     sized = replace(pretrained.tokenizer(base), height=side, width=side)
     with new_folder(out) as stage:
@@ -106,4 +109,4 @@ def _means(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) -> Tens
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.no_padding()
     rows = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
-    return in_batches(lambda ids, mask: pooled(model(input_ids=ids, attention_mask=mask)[0], mask), rows)
+    return in_batches(lambda ids, mask: pooled(model, ids, mask), rows)

@@ -15,7 +15,7 @@ from client.inference.library import Library
 from client.inference.session import AUTO, ROUTER, ClassificationSession
 from client.inference.text import SamplingParams
 from edgeadapt import commandline
-from edgeadapt.bases.pictures import pictured
+from edgeadapt.bases.readers import as_texts
 from edgeadapt.formats.bundle import TOKENIZER
 
 
@@ -118,7 +118,7 @@ def _classify(library: Library, names: Sequence[str], phrases: list[str], top: i
     session = ClassificationSession.of(library)
     names = names or (library.default(),)
     # One text by all adapters, then the next: what is below the adapters reads it once.
-    given = pictured(library.base.files[TOKENIZER], phrases)
+    given = as_texts(library.base.files[TOKENIZER], phrases)
     asked = [[session.answer(text, name, top) for name in names] for text in given]
     if len(names) == 1:
         usage.count_answers(library.bundle, [one for (one,) in asked])

@@ -18,7 +18,7 @@ from client.training.control import TrainingControl
 from client.training.examples import read_examples
 from client.training.personal import FINE_TUNE, PersonalStep
 from edgeadapt import commandline
-from edgeadapt.bases.pictures import pictured
+from edgeadapt.bases.readers import as_texts
 from edgeadapt.commandline import FiniteRange
 from edgeadapt.formats.bundle import TOKENIZER
 from edgeadapt.formats.manifest import Task
@@ -92,7 +92,7 @@ def teach(
         labels = learner.adapter.manifest.labels
         meant = {options.words(label): label for label in labels} | {label: label for label in labels}
         compared = () if compare is None else read_examples(compare, 0)
-        texts = pictured(learner.library.base.files[TOKENIZER], [one.text for one in corrections])
+        texts = as_texts(learner.library.base.files[TOKENIZER], [one.text for one in corrections])
         pairs = zip(texts, corrections, strict=True)
         taught = [replace(one, text=text, label=meant.get(one.label, one.label)) for text, one in pairs]
         learned = learner.teach(taught, compared)

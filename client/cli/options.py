@@ -9,7 +9,8 @@ from typing import Any, cast
 import click
 
 from aggregation.errors import DataError
-from edgeadapt.bases.pictures import is_picture
+from edgeadapt.bases.media import is_medium
+from edgeadapt.bases.pictures import PictureReader
 from edgeadapt.commandline import FOLDER
 
 FILE_OR_INPUT = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
@@ -57,13 +58,13 @@ def secret_line(path: Path, limit: int) -> str:
 
 def printable(text: str) -> str:
     """Remove control characters, with which the text of a model could move the cursor or set the terminal's title, and
-    the content of a picture.
+    the content of a picture or sound.
 
     >>> printable("\\x1b[31mred\\n")
     '[31mred\\n'
     """
-    if is_picture(text):
-        return f"a picture of {len(text)} characters"
+    if is_medium(text):
+        return f"a {'picture' if text.startswith(PictureReader.begin) else 'sound'} of {len(text)} characters"
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
 
 

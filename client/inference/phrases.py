@@ -8,7 +8,8 @@ from tokenizers import Encoding
 
 from aggregation.errors import DataError
 from client.inference.text import checked
-from edgeadapt.bases.pictures import PictureReader, open_reader
+from edgeadapt.bases.media import MediaReader
+from edgeadapt.bases.readers import open_reader
 from edgeadapt.bases.states import Tokens
 
 WHITE_SPACE = ("▁", "Ġ")  # tokens that SentencePiece and byte-level BPE write for it
@@ -24,8 +25,8 @@ class PhraseReader:
     def of(tokenizer: bytes) -> "PhraseReader":
         """Read a tokenizer.json. Raises as ``open_reader``."""
         stated, reader = json.loads(tokenizer), open_reader(tokenizer)
-        if isinstance(reader, PictureReader):
-            return _PixelReader(reader, None, frozenset())
+        if isinstance(reader, MediaReader):
+            return _FileReader(reader, None, frozenset())
         unknown = _unknown_token(stated["model"])
         special = {int(token["id"]) for token in stated.get("added_tokens", []) if token.get("special")}
         return PhraseReader(reader, unknown, frozenset(special - {unknown}))
@@ -83,12 +84,12 @@ class PhraseReader:
         return sum(token == self._unknown for token in counted) / len(counted) if counted else 1.0
 
 
-class _PixelReader(PhraseReader):
-    """Reads pictures: each is read whole, and says something."""
+class _FileReader(PhraseReader):
+    """Reads pictures or sounds: each is read whole, and says something."""
 
     def tokens(self, text: str, virtual_tokens: int = 0) -> Tokens:
-        pixels: Tokens = self._tokenizer.encode(text).ids
-        return pixels
+        numbers: Tokens = self._tokenizer.encode(text).ids
+        return numbers
 
     def unread(self, text: str, virtual_tokens: int = 0, most: float = math.inf) -> int:
         return 0

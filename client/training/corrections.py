@@ -15,7 +15,7 @@ from aggregation import sealed, wire
 from aggregation.errors import ConfigError, DataError, TrustError
 from client.inference.usage import LEARNED, sealing_key, utf8
 from client.training.examples import MAX_TEXT
-from edgeadapt.bases.pictures import MAX_PICTURE
+from edgeadapt.bases.media import MAX_MEDIUM
 from edgeadapt.formats import storage
 
 MAX_LESSONS = 8  # lessons that can be undone
@@ -30,7 +30,7 @@ HISTORY = "history.sealed"
 class Correction:
     """A phrase and its label, or a prompt and its answer, as a person stated it. ``repr`` shows neither."""
 
-    text: Annotated[str, utf8(MAX_PICTURE)] = field(repr=False)
+    text: Annotated[str, utf8(MAX_MEDIUM)] = field(repr=False)
     label: Annotated[str, utf8(4 * MAX_TEXT)] = field(repr=False)
 
 

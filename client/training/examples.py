@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from aggregation.errors import DataError
-from edgeadapt.bases.pictures import MAX_PICTURE, MAX_SOURCE, is_picture, picture
+from edgeadapt.bases.media import MAX_MEDIUM, MAX_SOURCE, is_medium
+from edgeadapt.bases.readers import COLUMNS
 from edgeadapt.bases.tasks import Target, label_text
 from edgeadapt.formats.storage import read, replace
 from edgeadapt.rounds.task import MAX_LOSS
@@ -100,29 +101,30 @@ def read_file(path: Path) -> bytes:
         raise DataError(str(error), about="examples") from None
     except OSError as error:
         raise DataError(f"cannot read the examples in {path}: {error.strerror}", about="examples") from error
-    if b'"image"' not in raw:
+    if not any(f'"{column}"'.encode() in raw for column in COLUMNS):
         return raw
     lines, size = [], 0
     for number, line in enumerate(raw.split(b"\n"), 1):
-        lines.append(_with_picture(line, path, number))
+        lines.append(_with_file(line, path, number))
         if (size := size + len(lines[-1]) + 1) > MAX_FILE:
-            raise DataError(f"with its pictures, {path} has more than {MAX_FILE} bytes: shorten it", about="examples")
+            raise DataError(f"with its files, {path} has more than {MAX_FILE} bytes: shorten it", about="examples")
     return b"\n".join(lines)
 
 
-def _with_picture(line: bytes, path: Path, number: int) -> bytes:
+def _with_file(line: bytes, path: Path, number: int) -> bytes:
     try:
         row = json.loads(line)
-        name = row.pop("image")
+        (column,) = COLUMNS.keys() & row.keys()
+        name = row.pop(column)
         if "text" in row or not isinstance(name, str):
             return line
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return line  # ``parse_examples`` refuses it if it is no example
     try:
-        row["text"] = picture(read(path.parent / name, MAX_SOURCE))
+        row["text"] = COLUMNS[column].of_file(read(path.parent / name, MAX_SOURCE))
     except (DataError, OSError) as error:
         reason = f"{error.strerror if isinstance(error, OSError) else error} (line {number} of {path})"
-        raise DataError(f"cannot read a picture: {reason}", about="example.image") from None
+        raise DataError(f"cannot read a {COLUMNS[column].noun}: {reason}", about=f"example.{column}") from None
     return json.dumps(row).encode()
 
 
@@ -132,7 +134,7 @@ def parse_examples(
     """Parse the content of a file.
 
     Args:
-        raw: JSON lines with ``text``, which may be a picture (``edgeadapt.bases.pictures``), ``label`` and, optionally,
+        raw: JSON lines with ``text``, which may be a file (``edgeadapt.bases.media``), ``label`` and, optionally,
             ``split`` (default ``train``), in UTF-8, also after a byte order mark. For a language model with ``text``
             and, optionally, ``prompt`` and ``split``.
         path: Of the file, for messages.
@@ -160,8 +162,8 @@ def parse_examples(
 
 
 def longest(text: str) -> int:
-    """Return the most characters of such a text: a picture may have more."""
-    return MAX_PICTURE if is_picture(text) else MAX_TEXT
+    """Return the most characters of such a text: a picture or sound may have more."""
+    return MAX_MEDIUM if is_medium(text) else MAX_TEXT
 
 
 def in_split(examples: Sequence[Example], split: Split) -> tuple[Example, ...]:

@@ -20,7 +20,7 @@ from client.training.denormals import without_denormals
 from client.training.encoding import Template, TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer
 from edgeadapt.bases.classifiergraph import MAX_TOKENS, ClassifierGraph
-from edgeadapt.bases.pictures import open_reader
+from edgeadapt.bases.readers import open_reader
 from edgeadapt.bases.states import Tokens
 from edgeadapt.bases.traininggraph import TrainingBatch, TrainingGraph, missing_slots
 from edgeadapt.formats.bundle import GENERATION, LOWER, TOKENIZER, TRAINING, WEIGHTS, VerifiedBase

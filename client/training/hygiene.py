@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from aggregation.errors import DataError
 from client.training.examples import MAX_FILE, longest, read_file
-from edgeadapt.bases.pictures import is_picture
+from edgeadapt.bases.media import is_medium
 from edgeadapt.formats.settings import Settings
 
 DAY = 86_400  # seconds
@@ -181,8 +181,8 @@ def _row(line: str | bytes) -> dict[str, Any] | None:
 
 
 def words(text: str) -> str:
-    """Reduce a text to its words, in which neither case nor punctuation counts; a picture stays."""
-    if is_picture(text):
+    """Reduce a text to its words, in which neither case nor punctuation counts; a picture or sound stays."""
+    if is_medium(text):
         return text
     return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
 
@@ -201,7 +201,7 @@ def reasons(text: str, prompt: str, settings: HygieneSettings) -> Iterator[str]:
     if len(text) > longest(text) or len(prompt) > longest(prompt):
         yield "long"
         return
-    if is_picture(text):
+    if is_medium(text):
         return
     text = f"{prompt}\n{text}"
     if "broken" in settings.remove:

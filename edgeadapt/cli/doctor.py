@@ -25,6 +25,7 @@ PURPOSES = {  # extra → what it is for
     "serve": "a server for many tenants",
     "data": "devices that keep personal data out of training",
     "pictures": "bases of pictures",
+    "sounds": "bases of sounds",
     "train": "devices that train with torch",
     "federate": "devices that train with a bundle, on Flower",
     "gateway": "the same through the coordinator's gateway",

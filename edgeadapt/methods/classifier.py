@@ -18,7 +18,7 @@ from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import LEXICAL, MOST_LEXICAL, Base
 from edgeadapt.bases.classifiergraph import MAX_TOKENS
-from edgeadapt.bases.pictureencoder import PictureEncoder
+from edgeadapt.bases.mediaencoder import MediaEncoder
 from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
@@ -86,9 +86,7 @@ class PhraseClassifier(nn.Module):
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return unit embeddings, shape ``(batch, width)``, of token ids of shape ``(batch, sequence)``."""
-        states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        mean = states.mean(1) if isinstance(self.encoder, PictureEncoder) else pooled(states, attention_mask)
-        meaning = nn.functional.normalize(mean, dim=-1)
+        meaning = nn.functional.normalize(pooled(self.encoder, input_ids, attention_mask), dim=-1)
         if self.lexical is None:
             return meaning
         return nn.functional.normalize(torch.cat([meaning, self.lexical(input_ids, attention_mask)], -1), dim=-1)
@@ -99,8 +97,11 @@ class PhraseClassifier(nn.Module):
         return logits
 
 
-def pooled(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the mean over the tokens that are not padding, shape ``(batch, hidden)``."""
+def pooled(encoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the mean state over the tokens that are not padding, or over places, shape ``(batch, hidden)``."""
+    states: Tensor = encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+    if isinstance(encoder, MediaEncoder):
+        return states.mean(1)
     weights = attention_mask.unsqueeze(-1).to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1.0)
 

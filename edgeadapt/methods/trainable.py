@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
-from edgeadapt.bases.pictures import reads_pictures
+from edgeadapt.bases.readers import media_of
 from edgeadapt.formats.graphinputs import DOWN, ENDINGS, PROMPT
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.peftconfig import TRAINABLE, Method, MethodName, PeftConfig, layer_number, require_trainable
@@ -131,7 +131,7 @@ def configuration(  # noqa: PLR0913  # each by name, as the command that passes 
 
 def _named(kind: str, architecture: str, base: Base) -> Sequence[str]:
     usual = NAMED.get(kind, {}).get(architecture, ())
-    if usual and not reads_pictures(base.folder):  # peft's names of image models are those of older classes
+    if usual and not media_of(base.folder):  # peft's names of image models are those of older classes
         return usual
     paths = [f".{path}" for path in _matrices(base)]
     for names in PROJECTIONS if kind == "LORA" else ENDS if kind.lower() in ENDINGS else ():

@@ -11,7 +11,8 @@ import click
 from aggregation.errors import ConfigError
 from edgeadapt import commandline
 from edgeadapt.bases.base import PACKAGES, Base, Package, find_base, in_package
-from edgeadapt.bases.pictures import MAX_SEEN, PictureReader
+from edgeadapt.bases.media import MediaReader
+from edgeadapt.bases.pictures import MAX_SEEN
 from edgeadapt.commandline import as_json, path_option, print_result, status
 from edgeadapt.formats.storage import WorkFolder, read_lines
 
@@ -197,7 +198,7 @@ def _described(name: str, found: Base) -> dict[str, Any]:
 
     config, task = pretrained.configuration(found), usual_task(found)
     tokenizer = pretrained.tokenizer(found)
-    if isinstance(tokenizer, PictureReader):
+    if isinstance(tokenizer, MediaReader):
         model = pretrained.encoder(found)
     else:
         with torch.device("meta"):  # shapes without values
@@ -228,9 +229,9 @@ def _described(name: str, found: Base) -> dict[str, Any]:
         "license": entry.license if entry else None,
         "parameters": sum(value.numel() for value in {id(v): v for v in model.parameters()}.values()),
         "weight_bytes": found.weight_bytes,
-        "tokens": 256 if isinstance(tokenizer, PictureReader) else tokenizer.get_vocab_size(),
+        "tokens": None if isinstance(tokenizer, MediaReader) else tokenizer.get_vocab_size(),
         "longest": getattr(config, "max_position_embeddings", None),
-        "pixels": [tokenizer.width, tokenizer.height] if isinstance(tokenizer, PictureReader) else None,
+        "reads": tokenizer.stated if isinstance(tokenizer, MediaReader) else None,
         "targets": targets,
     }
 
@@ -243,8 +244,8 @@ def _shown(found: dict[str, Any]) -> str:
         f"{found['base']}: {found['architecture']}, digest {found['digest'][:12]}",
         f"task        {found['task']}, with {head}",
         f"parameters  {found['parameters']:,} ({found['weight_bytes'] / 1e6:,.0f} MB of weights)",
-        f"pictures    {found['pixels'][0]} x {found['pixels'][1]} pixels"
-        if found["pixels"]
+        f"reads       {', '.join(f'{name} {value}' for name, value in found['reads'].items())}"
+        if found["reads"]
         else f"tokenizer   {found['tokens']:,} tokens; texts of up to {found['longest'] or 'any number of'} tokens",
     ]
     if found["languages"]:

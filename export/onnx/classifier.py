@@ -13,7 +13,7 @@ from aggregation.errors import ConfigError, one_line
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.classifiergraph import LABELS, ClassifierGraph
-from edgeadapt.bases.pictures import PictureReader
+from edgeadapt.bases.media import MediaReader
 from edgeadapt.formats.bundle import LOWER, MODEL, TOKENIZER, TRAINING, UPPER
 from edgeadapt.formats.graphinputs import GIVEN, OFFSET, PROMPT, RANKED, REPLACED, SCALES, UP_BIAS
 from edgeadapt.formats.layout import Floats, Tensors
@@ -53,7 +53,7 @@ def export_classifier(
             about="attention_type",
         )
     tokenizer = pretrained.tokenizer(base)
-    if isinstance(tokenizer, PictureReader):
+    if isinstance(tokenizer, MediaReader):
         shortest = longest = tokenizer.size
         ids = tokenizer.drawn().tolist()
         check_classifies(slotted.model, ids)

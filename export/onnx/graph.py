@@ -21,7 +21,7 @@ from torch.export import Dim
 from transformers.pytorch_utils import Conv1D
 
 from aggregation.errors import ConfigError, one_line
-from edgeadapt.bases.pictureencoder import pixels_of
+from edgeadapt.bases.mediaencoder import numbers_of
 from edgeadapt.bases.states import STATES
 from edgeadapt.bases.traininggraph import POSITIONS
 from edgeadapt.formats.graphinputs import PROMPT
@@ -91,7 +91,7 @@ def trace(slotted: SlottedModel) -> onnx.ModelProto:
     """
     example, dynamic = examples(slotted)
     batch, sequence = Dim("batch"), Dim("sequence")
-    length = pixels_of(slotted.model)
+    length = numbers_of(slotted.model)
     tokens = {name: torch.ones(2, length or 3, dtype=torch.int64) for name in TOKENS}
     shapes = {name: {0: batch} if length else {0: batch, 1: sequence} for name in TOKENS}
     traced = export(

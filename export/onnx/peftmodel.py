@@ -16,7 +16,7 @@ from torch.export import Dim
 from transformers.pytorch_utils import Conv1D
 
 from aggregation.errors import ConfigError, one_line
-from edgeadapt.bases.pictureencoder import pixels_of
+from edgeadapt.bases.mediaencoder import numbers_of
 from edgeadapt.formats.graphinputs import (
     ACTIVATIONS,
     INPUT_SCALE,
@@ -307,7 +307,7 @@ def _head(model: nn.Module, saved: SavedSlot) -> str | None:
     hooks = [part.register_forward_hook(record(name)) for name, part in parts if type(part) is nn.Linear]
     try:
         with torch.no_grad():
-            tokens = {name: torch.ones(1, pixels_of(model) or 2, dtype=torch.int64) for name in TOKENS}
+            tokens = {name: torch.ones(1, numbers_of(model) or 2, dtype=torch.int64) for name in TOKENS}
             answer = logits_of(model(**tokens))
     except Exception as error:  # whatever the code of a model raises
         reason = one_line(error)

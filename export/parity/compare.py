@@ -22,7 +22,7 @@ from peft import PeftModel
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, check_fields
 from edgeadapt.bases.base import find_base
 from edgeadapt.bases.classifiergraph import MAX_ROWS, ClassifierGraph, open_session
-from edgeadapt.bases.pictures import open_reader
+from edgeadapt.bases.readers import open_reader
 from edgeadapt.formats.bundle import MODEL, TOKENIZER, Bundle, VerifiedAdapter
 from edgeadapt.formats.calibration import Calibration, calibrate
 from edgeadapt.formats.graphinputs import BY_ROW, OFFSET, PROMPT, SCALES, UP_BIAS, virtual_tokens, with_placeholders

@@ -12,7 +12,7 @@ import numpy as np
 from client.inference.phrases import PhraseReader
 from client.training.examples import NO_LABEL
 from edgeadapt.bases.base import Base, OwnModel
-from edgeadapt.bases.pictures import reads_pictures
+from edgeadapt.bases.readers import media_of
 from simulations.data.population import Client, LabelledText
 from simulations.data.tables import DataFacts, Loaded
 
@@ -72,7 +72,7 @@ class DataSummary:
 def summarize(loaded: Loaded, base: Base) -> DataSummary:
     """Count what is in a population; the base gives its tokenizer."""
     population = loaded.population
-    reader = None if isinstance(base, OwnModel) or reads_pictures(base.folder) else _reader(base)
+    reader = None if isinstance(base, OwnModel) or media_of(base.folder) else _reader(base)
     counts = Counter(text.label for client in population.clients for text in _texts(client))
     return DataSummary(
         tuple(_client(client, reader) for client in population.clients),

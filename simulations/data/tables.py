@@ -34,7 +34,9 @@ from scipy.sparse.csgraph import connected_components
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.certificates import is_device_id
 from client.training.examples import MAX_TEXT, NO_LABEL, longest
-from edgeadapt.bases.pictures import MAX_SOURCE, is_picture, picture
+from edgeadapt.bases.media import MAX_SOURCE, is_medium
+from edgeadapt.bases.readers import COLUMNS as FILES
+from edgeadapt.bases.readers import SUFFIXES
 from edgeadapt.bases.tasks import CLASSIFICATION, TASKS, OwnTask, Target, find_task, label_text
 from edgeadapt.formats.settings import Settings
 from edgeadapt.formats.storage import read
@@ -50,7 +52,7 @@ Fields = Mapping[str, Any]
 Placed = tuple[str, Fields | str]  # where it stands, and the fields of a row or what is wrong with it
 PUBLIC_SHARE = 0.2  # of a label's texts that are taken from clients
 SHINGLE = 3  # characters
-TEXT, IMAGE, PICTURES = "text", "image", (".png", ".jpg", ".jpeg", ".webp")  # column and files of pictures
+TEXT = "text"
 PERMUTATIONS = 64
 _NUMBERS, _SPACES = re.compile(r"\d+"), re.compile(r"\s+")
 WRITTEN = frozenset("#%&*@/\\")  # punctuation by its category, part of a name by its use: C#
@@ -63,8 +65,8 @@ class DataSettings(Settings):
     """Texts of one's own. Without files and without a function, the population is the households of [population]."""
 
     files: tuple[str, ...] = ()
-    """files (.csv, .tsv, .jsonl, .parquet) or folders (LABEL/*.txt, CLIENT/LABEL/*.txt, pictures in their place, or one
-    that datasets' save_to_disk wrote), relative to the scenario file"""
+    """files (.csv, .tsv, .jsonl, .parquet) or folders (LABEL/*.txt, CLIENT/LABEL/*.txt, pictures or sounds in their
+    place, or one that datasets' save_to_disk wrote), relative to the scenario file"""
     function: str = ""
     """MODULE:FUNCTION of Python that returns rows instead of files: objects with the columns"""
     public: tuple[str, ...] = ()
@@ -325,7 +327,7 @@ def _chained(names: Iterable[str]) -> Iterator[Placed]:
         path = Path(name)
         if not path.exists():
             raise ConfigError(f"there is no file or folder {path}", about="data.files")
-        yield from ((where, _pictured(fields, path.parent)) for where, fields in _reader(path)(path))
+        yield from ((where, _with_file(fields, path.parent)) for where, fields in _reader(path)(path))
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Placed]]:
@@ -414,29 +416,31 @@ def _parquet(path: Path) -> Iterator[Placed]:
 
 def _folder(folder: Path) -> Iterator[Placed]:
     """Read ``LABEL/*.txt`` or ``CLIENT/LABEL/*.txt``: one text a file, under the usual names of the columns, and in the
-    same way pictures."""
+    same way pictures and sounds."""
     any_text = False
     for path in sorted(folder.rglob("*.*")):
         parts, suffix = path.relative_to(folder).parts[:-1], path.suffix.lower()
-        if not path.is_file() or len(parts) not in (1, 2) or suffix not in (".txt", *PICTURES):
+        if not path.is_file() or len(parts) not in (1, 2) or suffix not in (".txt", *SUFFIXES):
             continue
         any_text, named = True, {"label": parts[-1], "client": parts[0] if len(parts) == 2 else None}
         try:
             key, content = (
-                (TEXT, path.read_text(encoding="utf-8-sig")) if suffix == ".txt" else (IMAGE, path.absolute())
+                (SUFFIXES[suffix], path.absolute())
+                if suffix in SUFFIXES
+                else (TEXT, path.read_text(encoding="utf-8-sig"))
             )
         except UnicodeDecodeError:
             yield str(path), "not UTF-8"
             continue
         yield str(path), {key: content, **named}
     if not any_text:
-        reason = f"{folder} has neither LABEL/*.txt nor CLIENT/LABEL/*.txt, nor pictures in their place"
+        reason = f"{folder} has neither LABEL/*.txt nor CLIENT/LABEL/*.txt, nor pictures or sounds in their place"
         raise ConfigError(reason, about="data.files")
 
 
 def _saved_to_disk(folder: Path) -> Iterator[Placed]:
     """Read a ``Dataset``, or a ``DatasetDict`` whose keys become the column ``split``, with names of class labels."""
-    from datasets import ClassLabel, Dataset, DatasetDict, Image, load_from_disk
+    from datasets import Audio, ClassLabel, Dataset, DatasetDict, Image, load_from_disk
 
     try:
         loaded = load_from_disk(str(folder))
@@ -445,9 +449,9 @@ def _saved_to_disk(folder: Path) -> Iterator[Placed]:
     parts: dict[str, Dataset] = dict(loaded) if isinstance(loaded, DatasetDict) else {"": loaded}
     for split, dataset in parts.items():
         names = {key: feature.names for key, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
-        images = [key for key, feature in dataset.features.items() if isinstance(feature, Image)]
-        for key in images:
-            dataset = dataset.cast_column(key, Image(decode=False))
+        for key, feature in dataset.features.items():
+            if isinstance(feature, Audio | Image):
+                dataset = dataset.cast_column(key, type(feature)(decode=False))
         for number, fields in enumerate(dataset, 1):
             named = {key: names[key][value] for key, value in fields.items() if key in names and value is not None}
             whole = f", {split}" if split else ""
@@ -462,7 +466,7 @@ def _called(name: str) -> Iterator[Placed]:
         raise ConfigError(f"there is no function {name}: {_first_line(error)}", about="data.function") from error
     try:
         for number, fields in enumerate(function(), 1):
-            yield f"{name}, row {number}", _pictured(fields, Path()) if isinstance(fields, Mapping) else "not an object"
+            yield f"{name}, row {number}", _with_file(fields, Path())
     except ConfigError:
         raise
     except Exception as error:  # whatever the user's code raises
@@ -470,18 +474,24 @@ def _called(name: str) -> Iterator[Placed]:
         raise DataError(reason, about="data.function") from error
 
 
-def _pictured(fields: Fields | str, folder: Path) -> Fields | str:
-    """Put the picture of a column ``image`` into ``text``, unless there is one: a path from the folder, the content of
-    a file or, as Hugging Face's datasets have it, an object of both."""
-    if isinstance(fields, str) or (value := fields.get(IMAGE)) is None or TEXT in fields:
+def _with_file(fields: Any, folder: Path) -> Fields | str:
+    """Put the file of a column ``image`` or ``audio`` into ``text``, unless there is one: a path from the folder, the
+    content or, as Hugging Face's datasets have it, an object of both."""
+    if isinstance(fields, str):
         return fields
+    if not isinstance(fields, Mapping):
+        return "not an object"
+    column = next((name for name in FILES if fields.get(name) is not None), None)
+    if column is None or TEXT in fields:
+        return fields
+    value = fields[column]
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     try:
         content = value if isinstance(value, bytes) else read(folder / str(value), MAX_SOURCE)
-        return {**fields, TEXT: picture(content)}
+        return {**fields, TEXT: FILES[column].of_file(content)}
     except (DataError, OSError, ValueError) as error:
-        return f"{IMAGE}: {error.strerror if isinstance(error, OSError) else error}"
+        return f"{column}: {error.strerror if isinstance(error, OSError) else error}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -528,7 +538,7 @@ def normalized(text: str) -> str:
     >>> normalized("Turn it to 21 °C,  please!")
     'turn it to 0 °c please'
     """
-    if is_picture(text):
+    if is_medium(text):
         return text
     composed = unicodedata.normalize("NFC", text).casefold()
     return _SPACES.sub(" ", _NUMBERS.sub("0", composed.translate(_KEPT))).strip()
@@ -565,7 +575,7 @@ def group_texts(texts: Sequence[str], keys: Sequence[str], threshold: float) -> 
     first, keyed, lowest = dict[str, int](), dict[str, int](), dict[int, int]()
     pairs = [(first.setdefault(normalized(text), index), index) for index, text in enumerate(texts)]
     pairs += [(keyed.setdefault(key, index), index) for index, key in enumerate(keys) if key]
-    written = [(text, index) for text, index in first.items() if not is_picture(text)]
+    written = [(text, index) for text, index in first.items() if not is_medium(text)]
     pairs += _similar(written, threshold) if threshold < 1 else ()
     ends = np.array(pairs, np.int64).reshape(-1, 2).T
     graph = coo_array((np.ones(len(pairs)), (ends[0], ends[1])), shape=(len(texts), len(texts)))

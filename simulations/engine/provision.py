@@ -44,7 +44,8 @@ from coordinator.registry import Registry
 from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
 from edgeadapt.bases.base import Base, OwnModel, find_base, with_task
-from edgeadapt.bases.pictures import PictureReader, is_picture
+from edgeadapt.bases.pictures import PictureReader
+from edgeadapt.bases.sounds import SoundReader, samples_of
 from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.graphinputs import ENDINGS
@@ -85,7 +86,7 @@ DORA = frozenset({SlotKind.LOW_RANK, SlotKind.SCALE, SlotKind.OFFSET})
 CENTERED = "centered"  # folders in that of the run
 LEXICAL, PIXELS = "lexical", "pixels"
 BUCKETS, LENGTHS = 1024, (2, 3)  # of hashed n-grams; characters
-SMALL = PictureReader(32, 32, 1)
+SMALL, SPECTRA = PictureReader(32, 32, 1), 32
 STATES = "states"  # as long as a run or suite is not finished
 AUTHORITY = "authority"
 AUTHORITY_KEY = "authority.pem"
@@ -149,12 +150,16 @@ def hashed_ngrams(texts: Sequence[str]) -> Matrix:
     """Return what a text classifier without a model reads, shape ``(texts, BUCKETS)``, rows of unit length.
 
     Runs of two and three characters, in lower case, are counted in hashed buckets, with a hashed sign (Weinberger et
-    al. 2009, "Feature hashing for large scale multitask learning"). Of a picture these are ``BUCKETS`` grey pixels.
+    al. 2009, "Feature hashing for large scale multitask learning"). Of a picture these are ``BUCKETS`` grey pixels, of
+    a sound its spectrum in ``SPECTRA`` parts of its time.
     """
     rows = np.zeros((len(texts), BUCKETS))
     for row, text in zip(rows, texts, strict=True):
-        if is_picture(text):
+        if text.startswith(PictureReader.begin):
             row[:] = SMALL.encode(text).ids / 255
+            continue
+        if text.startswith(SoundReader.begin):
+            row[:] = _spectra(text)
             continue
         padded = f" {' '.join(text.lower().split())} "
         for length in LENGTHS:
@@ -162,6 +167,14 @@ def hashed_ngrams(texts: Sequence[str]) -> Matrix:
                 hashed = zlib.crc32(padded[at : at + length].encode())
                 row[hashed % BUCKETS] += 1 if hashed >> 31 else -1
     return unit_rows(rows)
+
+
+def _spectra(text: str) -> Matrix:
+    parts = np.array_split(samples_of(text), SPECTRA)
+    size = 2 * BUCKETS // SPECTRA
+    spectra = [np.abs(np.fft.rfft(np.resize(part.mean(1), max(size, len(part))))) for part in parts]
+    means = [[each.mean() for each in np.array_split(one[1:], BUCKETS // SPECTRA)] for one in spectra]
+    return np.log1p(np.array(means)).reshape(-1)
 
 
 def ridge_head(

@@ -18,7 +18,7 @@ from client.training.personal import HEADS
 from client.training.torchengine import model_of
 from coordinator import statedir as coordinator_files
 from edgeadapt.bases.base import Base
-from edgeadapt.bases.pictures import reads_pictures
+from edgeadapt.bases.readers import media_of
 from edgeadapt.formats import files, storage
 from edgeadapt.formats.bundle import PHRASES
 from edgeadapt.formats.calibration import Labels, confidences, expected_calibration_error, fit
@@ -70,7 +70,7 @@ def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, ba
     parities, (first, *_) = [each.parity for each in exported], exported
     weights = [parity.count for parity in parities]
 
-    own = "PICTURE.png" if reads_pictures(base.folder) else "a text of your own"
+    own = kind.example if (kind := media_of(base.folder)) else "a text of your own"
 
     def mean(name: str) -> float:
         return float(np.average([getattr(parity, name) or 0.0 for parity in parities], weights=weights))

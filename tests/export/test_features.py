@@ -38,7 +38,7 @@ def means(base: Base) -> torch.Tensor:
     ids = [torch.tensor(encoding.ids) for encoding in classifier.tokenizer(base, model).encode_batch(TEXTS)]
     tokens, mask = classifier.padded(ids)
     with torch.inference_mode():
-        return classifier.pooled(model.get_base_model().encoder(input_ids=tokens, attention_mask=mask)[0], mask)
+        return classifier.pooled(model.get_base_model().encoder, tokens, mask)
 
 
 def test_every_embedding_loses_the_mean_of_the_texts(tiny_base: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures through both trainers, a bundle and its session, and as examples of a device."""
+"""Pictures and sounds through both trainers, a bundle and its session, and as examples of a device."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,10 @@ from client.training.hygiene import clean
 from client.training.torchengine import TorchEngine, model_of
 from client.training.trainer import ClassifierTrainer
 from edgeadapt.bases.base import Base
-from edgeadapt.bases.pictures import MAX_PICTURE, picture
+from edgeadapt.bases.media import MAX_MEDIUM
+from edgeadapt.bases.pictures import picture
+from edgeadapt.bases.readers import media_of
+from edgeadapt.bases.sounds import SoundReader
 from edgeadapt.formats.bundle import LOWER, Bundle, VerifiedBase
 from edgeadapt.formats.graphinputs import to_inputs
 from edgeadapt.formats.layout import Tensors
@@ -31,16 +34,23 @@ from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
 from export.onnx.targets import Slots
 from export.parity.compare import OnnxRunner, compare
-from tests.support import refused
+from tests.support import refused, sounds
 from tests.support.pictures import LABELS, make_base, stripe_pictures, stripes
 
-SEEN, HELD = stripe_pictures(24, 1), stripe_pictures(24, 2)
-EXAMPLES = [Example(text, label) for text, label in SEEN]
 
-
-@pytest.fixture(scope="module", params=["vit", "mobilenet_v2"])
+@pytest.fixture(scope="module", params=["vit", "mobilenet_v2", "speech"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return make_base(tmp_path_factory.mktemp(request.param), request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    return sounds.make_base(folder) if request.param == "speech" else make_base(folder, request.param)
+
+
+def drawn(trainer: ClassifierTrainer, seed: int) -> list[tuple[str, int]]:
+    hears = media_of(cast(Base, trainer.base).folder) is SoundReader
+    return (sounds.tones if hears else stripe_pictures)(24, seed)
+
+
+def seen(trainer: ClassifierTrainer) -> list[Example]:
+    return [Example(text, label) for text, label in drawn(trainer, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +61,12 @@ def trainer(base: Base) -> ClassifierTrainer:
 @pytest.fixture(scope="module")
 def start(trainer: ClassifierTrainer) -> Tensors:
     model, generator = model_of(trainer), torch.Generator().manual_seed(0)
-    return seed_adapter(model, trainer.tokenizer, SEEN[:4], len(LABELS), generator)
+    return seed_adapter(model, trainer.tokenizer, drawn(trainer, 1)[:4], len(LABELS), generator)
 
 
-def train(trainer: ClassifierTrainer, start: Tensors) -> Tensors:
+def train(trainer: ClassifierTrainer, start: Tensors, examples: list[Example]) -> Tensors:
     task = Task(trainer.engine.config, LABELS, 1, 8, 0.02, 0.0, 0.0, PARTS, PARTS)
-    return trainer.train(start, EXAMPLES, task, epochs=4, rng=np.random.default_rng(0))
+    return trainer.train(start, examples, task, epochs=4, rng=np.random.default_rng(0))
 
 
 def exported(trainer: ClassifierTrainer, profile: Profile, *, training: bool) -> ExportedBase:
@@ -72,11 +82,12 @@ def verified(folder: Path, made: ExportedBase) -> VerifiedBase:
     return Bundle(folder, (key.public,)).base()
 
 
-def test_an_adapter_of_the_last_layer_learns_pictures(trainer: ClassifierTrainer, start: Tensors) -> None:
-    assert trainer.score(train(trainer, start), EXAMPLES).loss < 0.97 * trainer.score(start, EXAMPLES).loss
+def test_an_adapter_of_the_last_layer_learns_files(trainer: ClassifierTrainer, start: Tensors) -> None:
+    examples = seen(trainer)
+    assert trainer.score(train(trainer, start, examples), examples).loss < 0.97 * trainer.score(start, examples).loss
 
 
-def test_the_layers_below_run_once_for_a_picture(trainer: ClassifierTrainer, start: Tensors) -> None:
+def test_the_layers_below_run_once_for_a_file(trainer: ClassifierTrainer, start: Tensors) -> None:
     assert trainer.engine.states is not None
     frozen = cast(TorchEngine, trainer.engine)._frozen
     assert frozen is not None
@@ -84,7 +95,7 @@ def test_the_layers_below_run_once_for_a_picture(trainer: ClassifierTrainer, sta
     frozen.states = lambda tokens, **how: asked.append(len(tokens)) or states(tokens, **how)  # type: ignore
     try:
         trainer.engine.states.begin({})
-        first, again = trainer.logits(start, [SEEN[0][0]]), trainer.logits(start, [SEEN[0][0]])
+        first, again = (trainer.logits(start, [seen(trainer)[0].text]) for _ in range(2))
     finally:
         frozen.states = states  # type: ignore[method-assign]
     assert (asked, first.tolist()) == ([1], again.tolist())
@@ -93,11 +104,11 @@ def test_the_layers_below_run_once_for_a_picture(trainer: ClassifierTrainer, sta
 @pytest.mark.parametrize("profile", [Profile.FP32, Profile.NATIVE_INT8, Profile.WEB_INT8])
 def test_the_exported_graph_answers_as_torch(trainer: ClassifierTrainer, start: Tensors, profile: Profile) -> None:
     made, model = exported(trainer, profile, training=False), model_of(trainer)
-    trained = train(trainer, start)
-    trainer.logits(trained, [SEEN[0][0]])  # sets the model's adapter
+    trained = train(trainer, start, seen(trainer))
+    trainer.logits(trained, [seen(trainer)[0].text])  # sets the model's adapter
     config = trainer.engine.config
     inputs = to_inputs(trained, {path: config.scaling_of(path) for path in _layers(trained)})
-    found = compare(model, OnnxRunner.open(made.folder, made.manifest), inputs, [text for text, _ in HELD])
+    found = compare(model, OnnxRunner.open(made.folder, made.manifest), inputs, [text for text, _ in drawn(trainer, 2)])
     assert made.manifest.independent_rows
     assert found.agreement == 1
     assert max(found.max_abs_diff, found.mixed_diff) < (1e-4 if profile is Profile.FP32 else 0.1)
@@ -113,14 +124,15 @@ def test_the_training_graph_makes_the_adapter_that_torch_makes(
     base = verified(tmp_path / "bundle", exported(trainer, Profile.FP32, training=True))
     assert LOWER in base.manifest.files
     graph = graphengine.classifier(base, len(LABELS), trainer.engine.config)
-    ours, theirs = train(graph, start), train(trainer, start)
+    examples = seen(trainer)
+    ours, theirs = train(graph, start, examples), train(trainer, start, examples)
     assert ours.keys() == theirs.keys()
     # Torch keeps the states of frozen layers in float16, and AdamW takes as large a step for a small gradient.
     off, way = (
         sum(float(((one[n] - other[n]) ** 2).sum()) for n in start) for one, other in ((ours, theirs), (theirs, start))
     )
     assert off < 0.05**2 * way
-    assert np.abs(graph.embed([SEEN[0][0]]) - trainer.embed([SEEN[0][0]])).max() < 1e-4
+    assert np.abs(graph.embed([examples[0].text]) - trainer.embed([examples[0].text])).max() < 1e-4
 
 
 def examples_file(folder: Path, *rows: dict[str, Any]) -> Path:
@@ -129,15 +141,23 @@ def examples_file(folder: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def test_lines_name_pictures_by_their_path_from_the_file(tmp_path: Path) -> None:
+def test_lines_name_pictures_and_sounds_by_their_path_from_the_file(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.wav").write_bytes(sounds.tone(1, 5))
     (tmp_path / "own" / "a.png").write_bytes(stripes(1, 5))
     row = {"image": "own/a.png", "label": 1}
-    path = examples_file(tmp_path, {"text": "a text stays", "label": 0}, row, row | {"split": "validation"})
-    texts, *pictures = parse_examples(read_file(path), path, 2)
+    path = examples_file(
+        tmp_path,
+        {"text": "a text stays", "label": 0},
+        row,
+        row | {"split": "validation"},
+        {"audio": "own/a.wav", "label": 1},
+    )
+    texts, *pictures, heard = parse_examples(read_file(path), path, 2)
     assert texts.text == "a text stays"
     assert {one.text for one in pictures} == {picture(stripes(1, 5))}
-    assert "iVBOR" not in repr(pictures)
+    assert heard.text == sounds.sound(sounds.tone(1, 5))
+    assert "base64" not in repr([*pictures, heard])
 
 
 @pytest.mark.parametrize(
@@ -163,17 +183,18 @@ def test_pictures_count_towards_the_size_of_the_file(tmp_path: Path, monkeypatch
     (tmp_path / "a.png").write_bytes(stripes(1, 5))
     path = examples_file(tmp_path, *[{"image": "a.png", "label": 0}] * 30)
     monkeypatch.setattr("client.training.examples.MAX_FILE", path.stat().st_size + 2000)
-    with refused(DataError, "examples", "with its pictures"):
+    with refused(DataError, "examples", "with its files"):
         read_file(path)
 
 
 def test_a_text_that_poses_as_a_picture_has_a_limit(tmp_path: Path) -> None:
-    path = examples_file(tmp_path, {"text": "data:image/png;base64," + "A" * MAX_PICTURE, "label": 0})
-    with refused(DataError, "example.text", f"longer than {MAX_PICTURE}"):
+    path = examples_file(tmp_path, {"text": "data:image/png;base64," + "A" * MAX_MEDIUM, "label": 0})
+    with refused(DataError, "example.text", f"longer than {MAX_MEDIUM}"):
         parse_examples(read_file(path), path, 2)
 
 
-def test_hygiene_leaves_pictures_and_sets_aside_equal_ones() -> None:
-    rows = [{"text": text, "label": label} for text, label in (SEEN[0], SEEN[1], SEEN[0])]
+def test_hygiene_leaves_files_and_sets_aside_equal_ones() -> None:
+    (one, _), (other, _) = stripe_pictures(2, 1), sounds.tones(2, 1)
+    rows = [{"text": text, "label": label} for text, label in (one, other, one)]
     raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
     assert clean(raw, None, 0).aside == {3: "duplicate"}

@@ -19,16 +19,9 @@ from transformers import ViTImageProcessor
 from aggregation.errors import ConfigError, DataError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import Base, find_base
-from edgeadapt.bases.pictures import (
-    MAX_PICTURE,
-    MAX_SOURCE,
-    SIDE,
-    PictureReader,
-    is_picture,
-    open_reader,
-    picture,
-    pictured,
-)
+from edgeadapt.bases.media import MAX_MEDIUM, MAX_SOURCE, is_medium
+from edgeadapt.bases.pictures import SIDE, PictureReader, picture
+from edgeadapt.bases.readers import as_texts, open_reader
 from tests.support import refused
 from tests.support.pictures import SIDE as SMALL
 from tests.support.pictures import file_of, make_base, stripes
@@ -116,7 +109,7 @@ def test_a_file_that_is_no_picture_is_refused_in_one_line(content: bytes, why: s
         ("data:image/png,abc", "damaged"),
         (uri(bomb(2000)), "2000 x 2000 pixels"),
         (uri(b"secret words"), "damaged"),
-        ("data:image/png;base64," + "A" * MAX_PICTURE, "above the limit"),
+        ("data:image/png;base64," + "A" * MAX_MEDIUM, "above the limit"),
     ],
 )
 def test_a_text_that_is_no_picture_is_refused_and_not_quoted(text: str, why: str) -> None:
@@ -142,17 +135,17 @@ def test_a_file_says_which_reader_a_base_has(tiny_base: Base) -> None:
 def test_names_of_files_become_pictures_for_a_base_of_pictures_only(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(stripes(0, 1))
     named, reads = str(tmp_path / "a.png"), PictureReader(4, 4, 3).to_str().encode()
-    (made,) = pictured(reads, [named])
-    assert is_picture(made)
-    assert pictured(reads, [made]) == [made]
-    assert pictured(b'{"model": {"type": "Unigram"}}', [named]) == [named]
+    (made,) = as_texts(reads, [named])
+    assert is_medium(made)
+    assert as_texts(reads, [made]) == [made]
+    assert as_texts(b'{"model": {"type": "Unigram"}}', [named]) == [named]
     with refused(DataError, "picture", "No such file"):
-        pictured(reads, [named + "x"])
+        as_texts(reads, [named + "x"])
 
 
 def test_without_pillow_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
-    with refused(ConfigError, "pillow", "edgeadapt[pictures]"):
+    with refused(ConfigError, "PIL", "edgeadapt[pictures]"):
         picture(file_of(COLOURS))
 
 

@@ -109,8 +109,7 @@ def mean(base: Base, texts: tuple[LabelledText, ...]) -> float:
     ids = [torch.tensor(e.ids) for e in classifier.tokenizer(base, model).encode_batch([text.text for text in texts])]
     tokens, mask = classifier.padded(ids)
     with torch.inference_mode():
-        states = model.get_base_model().encoder(input_ids=tokens, attention_mask=mask)[0]
-        return float(classifier.pooled(states, mask).mean(0).norm())
+        return float(classifier.pooled(model.get_base_model().encoder, tokens, mask).mean(0).norm())
 
 
 def vocabulary(base: Base) -> set[str]:

@@ -18,6 +18,7 @@ from client.training.logistic import with_constant
 from client.training.torchengine import TorchEngine
 from client.training.trainer import ClassifierTrainer
 from edgeadapt.bases.pictures import picture
+from edgeadapt.bases.sounds import sound
 from edgeadapt.formats.layout import Tensors
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText, Population
@@ -33,6 +34,7 @@ from simulations.suite.store import Store
 from simulations.suite.trial import ClassifierArms, TrialRun
 from tests.support import refused
 from tests.support.pictures import file_of
+from tests.support.sounds import tone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -314,8 +316,10 @@ def test_texts_without_a_common_run_of_characters_have_orthogonal_ngrams() -> No
     assert abs(empty @ other) < 0.5
 
 
-def test_of_a_picture_a_classifier_without_a_model_reads_grey_pixels() -> None:
+def test_a_classifier_without_a_model_reads_grey_pixels_and_spectra() -> None:
     pixels = np.random.default_rng(0).integers(1, 256, (32, 32))
+    low, high = hashed_ngrams([sound(tone(0, 1)), sound(tone(1, 1))]).reshape(2, 32, 32)
+    assert [one.mean(0).argmax() for one in (low, high)] == [1, 8]  # in bands of 250 Hz
     (row,) = hashed_ngrams([picture(file_of(pixels))])
     assert row == pytest.approx(pixels.reshape(-1) / np.linalg.norm(pixels))
 

@@ -1,0 +1,130 @@
+"""Sounds as texts: short WAV files of 16 bits, whose tokens are their samples.
+
+A microphone's has one channel; windows of other sensors are the same with a channel for each axis (``signal``).
+"""
+
+import base64
+import io
+import struct
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregation.errors import DataError
+from edgeadapt.bases.media import MAX_SOURCE, MediaReader, as_text, library
+
+RATE = 16_000  # samples a second of what a file becomes
+SECONDS = 5  # of it; the loudest part of a longer one
+MAX_SECONDS, MAX_FILE_RATE, MAX_FILE_CHANNELS = 600, 192_000, 16  # of a file
+MAX_RATE, MAX_CHANNELS, MAX_LENGTH = 48_000, 64, 2**17  # that a model hears
+LOUDEST = 2**15 - 1  # of a sample
+_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")  # of WAV
+
+
+def sound(content: bytes) -> str:
+    """Make a sound of the content of a file: one channel, ``RATE``, at most ``SECONDS`` long, without what else the
+    file says. Raises as ``MediaReader.of_file``."""
+    if len(content) > MAX_SOURCE:
+        raise DataError(f"the sound has {len(content)} bytes, above the limit of {MAX_SOURCE}", about="sound")
+    files, rates = library("soundfile", SoundReader.noun), library("soxr", SoundReader.noun)
+    try:
+        with files.SoundFile(io.BytesIO(content)) as file:
+            rate, channels, frames = file.samplerate, file.channels, file.frames
+            if rate > MAX_FILE_RATE or channels > MAX_FILE_CHANNELS or frames > MAX_SECONDS * rate:
+                reason = f"the sound has {channels} channels of {frames} samples at {rate} Hz: cut a part out"
+                raise DataError(reason, about="sound")
+            read = file.read(frames, dtype="float32", always_2d=True)
+        samples = rates.resample(read.mean(1), rate, RATE)
+    except DataError:
+        raise
+    except Exception:  # of many classes; a message may have bytes of the sound
+        raise DataError(f"the sound is damaged, or not {SoundReader.files}", about="sound") from None
+    return signal(loudest(_whole(samples)[:, None], SECONDS * RATE), RATE)
+
+
+def signal(samples: Any, rate: int) -> str:
+    """Make a sound of samples, shape ``(samples, channels)``, whole numbers of 16 bits. Raises DataError: they are none
+    or too many."""
+    held = np.asarray(samples)
+    if held.ndim != 2 or not held.size or held.dtype.kind != "i" or np.abs(held).max() > LOUDEST:
+        raise DataError("a sound has at least one sample of each channel, of 16 bits", about="sound")
+    content = _header(rate, held.shape[1], 2 * held.size) + held.astype("<i2").tobytes()
+    return as_text(SoundReader.begin, "wav", content)
+
+
+def samples_of(text: str) -> NDArray[np.int64]:
+    """Return the samples of a sound of any rate, shape ``(samples, channels)``. Raises DataError: it is damaged."""
+    try:
+        content = base64.b64decode(text.partition(";base64,")[2], validate=True)
+        *_, channels, rate, _, _, _, _, size = _HEADER.unpack_from(content)
+        whole = SoundReader(rate, size // (2 * channels), channels)
+    except (ValueError, struct.error, ZeroDivisionError):
+        raise DataError("the sound is damaged: make it again from its file", about="sound") from None
+    return whole.decode(content).reshape(-1, channels)
+
+
+def _whole(samples: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+    if not np.isfinite(samples).all():
+        raise DataError("the sound has samples that are not finite", about="sound")
+    whole: NDArray[np.int64] = np.rint(np.clip(samples, -1, 1) * LOUDEST).astype(np.int64)
+    return whole
+
+
+def loudest(samples: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Return the first of the loudest parts of ``length`` samples, or all if they are no more."""
+    if len(samples) <= length:
+        return samples
+    ends = np.concatenate([[0], np.cumsum((samples * samples).sum(1))])
+    begin = int(np.argmax(ends[length:] - ends[:-length]))
+    return samples[begin : begin + length]
+
+
+@dataclass(frozen=True, slots=True)
+class SoundReader(MediaReader):
+    """Reads the loudest part of sounds, with silence on both sides of shorter ones. Tokens are samples, the channels of
+    one moment beside each other."""
+
+    kind: ClassVar[str] = "Samples"
+    noun: ClassVar[str] = "sound"
+    begin: ClassVar[str] = "data:audio/"
+    files: ClassVar[str] = "WAV, FLAC, Ogg or MP3"
+    example: ClassVar[str] = "SOUND.wav"
+    of_file = staticmethod(sound)
+
+    rate: int
+    length: int  # samples of each channel
+    channels: int
+
+    def check(self) -> None:
+        limits = (self.rate, MAX_RATE), (self.length, MAX_LENGTH), (self.channels, MAX_CHANNELS)
+        if not all(1 <= number <= most for number, most in limits):
+            raise ValueError
+
+    @property
+    def size(self) -> int:
+        return self.length * self.channels
+
+    def drawn(self) -> NDArray[np.int64]:
+        return np.random.default_rng(0).integers(-LOUDEST // 4, LOUDEST // 4, self.size)
+
+    def decode(self, content: bytes) -> NDArray[np.int64]:
+        size, rest = divmod(len(content) - _HEADER.size, 2 * self.channels)
+        if size < 1 or rest or content[:4] != b"RIFF":
+            raise DataError("the sound is damaged: make it again from its file", about="sound")
+        if content[: _HEADER.size] != _header(self.rate, self.channels, len(content) - _HEADER.size):
+            reason = f"this base hears {self.channels} channels at {self.rate} Hz with 16 bits: convert the sound"
+            raise DataError(reason, about="sound")
+        held = np.frombuffer(content, "<i2", offset=_HEADER.size).reshape(-1, self.channels).astype(np.int64)
+        part = loudest(held, self.length)
+        before = (self.length - len(part)) // 2
+        return np.pad(part, ((before, self.length - len(part) - before), (0, 0))).reshape(-1)
+
+
+def _header(rate: int, channels: int, size: int) -> bytes:
+    """Write the one header that a sound has: PCM of ``size`` bytes."""
+    each = 2 * channels
+    return _HEADER.pack(
+        *(b"RIFF", size + 36, b"WAVE", b"fmt ", 16, 1, channels, rate, rate * each, each, 16, b"data", size)
+    )
