@@ -13,6 +13,7 @@ from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
 from client.learning import Correction, Learner
 from client.training.torchengine import classifier, model_of
+from edgeadapt.bases.base import Base
 from edgeadapt.bases.pictures import PictureReader, picture
 from edgeadapt.formats.bundle import PHRASES
 from edgeadapt.formats.phrases import encode_phrases
@@ -45,15 +46,12 @@ RNG = np.random.default_rng(3)
 SHAPES = ((SIDE, SIDE, 3), (5, 9, 3), (40, 23), (64, 64, 3), (1, 1, 3), (20, 200, 3))
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle_of(folder: Path, base: Base, public: list[tuple[str, int]]) -> Path:
+    """Make a bundle with a training graph and an adapter ``global`` of two labels."""
     import torch
 
-    folder = tmp_path_factory.mktemp("stripes")
-    base = make_base(folder / "model", "vit")
     config = configuration(base, rank=2, layers=1)
     trainer = classifier(base, len(LABELS), config)
-    public = stripe_pictures(12, 7)
     values = seed_adapter(model_of(trainer), trainer.tokenizer, public, 2, torch.Generator().manual_seed(0))
     slots = Slots(config.target_modules, first=min(config.layers_to_transform))
     made = export_classifier(with_mean_head(base, slots), base, Profile.FP32, training=True)
@@ -63,6 +61,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_bundle(folder / "bundle", known, [source], key=key, form="fp32")
     (folder / "trust.pem").write_bytes(key.public.to_pem())
     return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stripes")
+    return bundle_of(folder, make_base(folder / "model", "vit"), stripe_pictures(12, 7))
 
 
 def texts(values: list[bytes]) -> list[str]:

@@ -91,8 +91,8 @@ export interface About extends Adapters {
   /** Tokens; of a language model. */
   context?: number;
   chat: boolean;
-  /** Whether texts are pictures: data URIs of PNG, JPEG or WebP. A browser decodes them, Node does not. */
-  pictures: boolean;
+  /** Pictures are texts too: data URIs of PNG, JPEG or WebP, which a browser decodes, and Node does not. So are sounds, of WAV. */
+  reads: "text" | "picture" | "sound";
 }
 
 export interface Classified {

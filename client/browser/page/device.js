@@ -5,7 +5,6 @@ import { ConfigError, DataError } from "./errors.js";
 import { corrections as corrected } from "./learning/history.js";
 import { Learner } from "./learning/learner.js";
 import { MAX_STEPS } from "./learning/tune.js";
-import { Pixels } from "./pixels.js";
 import { seeded } from "./sampling.js";
 import { Trust } from "./trust.js";
 
@@ -50,7 +49,7 @@ export class Device {
   async about() {
     const { base, generation, text, trainable, runsOn } = this.#engine;
     const { limit: context, chat } = generation ?? {};
-    const facts = { task: base.task, profile: base.profile, base: base.base_digest, trainable, runsOn, context, chat: Boolean(chat), pictures: text instanceof Pixels };
+    const facts = { task: base.task, profile: base.profile, base: base.base_digest, trainable, runsOn, context, chat: Boolean(chat), reads: text.noun };
     return { ...facts, ...(await this.#known()) };
   }
 

@@ -1,5 +1,7 @@
 // What the parts of the page share: finding and making elements, errors next to what failed, and keys.
 
+import { longest } from "./media.js";
+
 export const element = (id) => document.getElementById(id);
 
 /** A new element with a text and properties. */
@@ -53,8 +55,8 @@ export async function attempt(id, work, busy) {
   }
 }
 
-/** A text in quotes, or a word for a picture. */
-export const said = (text) => (text.startsWith("data:image/") ? "A picture" : `“${text}”`);
+/** A text in quotes, or a word for a file. */
+export const said = (text) => (/^data:(image|audio)\//.test(text) ? `A ${text[5] === "i" ? "picture" : "sound"}` : `“${text}”`);
 
 /** A sentence on the tokens at the end of a phrase that are not read; empty if all are. */
 export const leftOut = (unread) => (unread ? ` The last ${unread} tokens of the phrase are not read: shorten it.` : "");
@@ -103,7 +105,7 @@ export async function readExamples(file, writes) {
       // refused below
     }
     const { text, label, prompt = "", split = "train" } = found ?? {};
-    const isText = (value) => typeof value === "string" && value.isWellFormed() && [...value].length <= 2000;
+    const isText = (value) => typeof value === "string" && value.isWellFormed() && [...value].length <= longest(value, 2000);
     const isLabel = typeof label === "string" || (Number.isInteger(label) && label >= 0);
     if (isText(text) && text.trim() && (writes ? isText(prompt) : isLabel) && SPLITS.includes(split)) {
       return [writes ? { text, prompt, split } : { text, label, split }];

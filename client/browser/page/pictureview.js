@@ -15,11 +15,11 @@ export class PictureView {
   }
 
   /** Begin with another bundle, of pictures or not. */
-  show({ pictures }) {
+  show({ reads }) {
     this.#close();
-    element("picture").hidden = !pictures;
-    element("said").hidden = pictures;
-    element("classify-title").textContent = pictures ? "Picture" : "Phrase";
+    element("picture").hidden = reads !== "picture";
+    element("said").hidden = reads !== "text";
+    element("classify-title").textContent = { picture: "Picture", sound: "Sound", text: "Phrase" }[reads];
     element("phrase").value = element("picture-file").value = "";
     element("seen").hidden = true;
   }

@@ -1,70 +1,25 @@
-// Pictures as texts, whose tokens are their pixels, as edgeadapt/bases/pictures.py: a data URI of a small file. It is reduced or
-// enlarged as Pillow does it (bilinear, across and then down), to the same numbers.
+// Pictures as texts, whose tokens are their pixels, as edgeadapt/bases/pictures.py. They are reduced or enlarged as Pillow does it (bilinear, across and then down), to the same numbers.
 
 import { DataError } from "./errors.js";
+import { Files } from "./media.js";
 
-const PICTURE = /^data:image\/(png|jpeg|webp);base64,/;
-const MAX_PICTURE = 2 ** 18; // characters
+const KIND = { noun: "picture", kinds: "PNG, JPEG or WebP", uri: /^data:image\/(png|jpeg|webp);base64,/ };
 const MOST_SEEN = 1024; // pixels of a side
-const MAX_KEPT = 2 ** 26; // bytes of pixels in memory
 const ONE = 2 ** 22; // Pillow's weights are whole numbers of it
-const KINDS = "this base reads pictures: give PNG, JPEG or WebP";
 
-/** Whether a tokenizer.json states pictures. */
-export const isOfPictures = ({ model }) => model?.type === "Pixels";
-
-/** Reads pictures as `Text` reads texts. They are decoded by `prepare`, before the others are called. */
-export class Pixels {
-  #kept = new Map(); // picture → pixels, the last used ones last
-  #size = 0;
-
+export class Pixels extends Files {
   constructor({ model: { height, width, channels } }) {
-    const isSize = (size) => Number.isInteger(size) && size > 0 && size <= MOST_SEEN;
-    if (![height, width].every(isSize) || ![1, 3].includes(channels)) {
-      throw new DataError("tokenizer.json states no size of pictures: copy the base again", "tokenizer.json");
-    }
-    Object.assign(this, { height, width, channels });
-    this.limit = this.least = height * width * channels;
+    const sizes = [height, width].every((size) => size > 0 && size <= MOST_SEEN) && [1, 3].includes(channels);
+    const stated = Files.stated(KIND.noun, { height, width, channels }, sizes);
+    super(KIND, height * width * channels);
+    Object.assign(this, stated);
   }
 
-  /** Decode pictures. Throws DataError: one is none, too large or damaged. */
-  async prepare(pictures) {
-    for (const picture of pictures) {
-      const pixels = this.#kept.get(picture) ?? (await this.#decoded(picture));
-      if (!this.#kept.delete(picture)) this.#size += pixels.length;
-      this.#kept.set(picture, pixels);
-    }
-    for (const [oldest, { length }] of this.#kept) {
-      if (this.#size <= MAX_KEPT || pictures.includes(oldest)) break;
-      this.#kept.delete(oldest);
-      this.#size -= length;
-    }
-  }
-
-  /** The pixels of a prepared picture. Throws DataError. */
-  phrase(picture) {
-    const pixels = this.#kept.get(picture);
-    if (!pixels) throw new DataError(KINDS, "picture");
-    return pixels;
-  }
-
-  tokens = (picture) => this.phrase(picture);
-  unknownShare = () => 0;
-  unread = () => 0;
-
-  async #decoded(picture) {
-    if (!PICTURE.test(picture)) throw new DataError(KINDS, "picture");
-    if (picture.length > MAX_PICTURE) {
-      throw new DataError(`the picture has ${picture.length} characters, above the limit of ${MAX_PICTURE}: reduce it`, "picture");
-    }
+  async decoded(bytes) {
     if (typeof createImageBitmap !== "function") throw new DataError("this runtime decodes no pictures: use a browser", "picture");
-    let image;
-    try {
-      const bytes = Uint8Array.from(atob(picture.slice(picture.indexOf(",") + 1)), (char) => char.charCodeAt(0));
-      image = await createImageBitmap(new Blob([bytes]), { colorSpaceConversion: "none" });
-    } catch {
+    const image = await createImageBitmap(new Blob([bytes]), { colorSpaceConversion: "none" }).catch(() => {
       throw new DataError("the picture is damaged, or neither PNG, JPEG nor WebP", "picture");
-    }
+    });
     const { width, height } = image;
     if (width * height > MOST_SEEN ** 2) throw new DataError(`the picture has ${width} x ${height} pixels: reduce it`, "picture");
     const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });

@@ -2,7 +2,8 @@
 
 import { decode } from "./bytes.js";
 import { DataError, quoted } from "./errors.js";
-import { isOfPictures, Pixels } from "./pixels.js";
+import { Pixels } from "./pixels.js";
+import { Samples } from "./samples.js";
 import { Tokenizer } from "./vendor/tokenizers/tokenizers.min.mjs";
 
 const MAX_TEXT = 2 ** 16; // characters, as client/inference/text.py
@@ -10,13 +11,15 @@ const BEGUN = /\ufffd+$/; // the text of the first bytes of a character
 const WHITE_SPACE = ["▁", "Ġ"]; // tokens that SentencePiece and byte-level BPE write for it
 const BLANK = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]/; // as Python's str.strip
 
-/** What reads the texts of a base, or its pictures. Arguments as of `Text`. */
+/** What reads the texts of a base, or its pictures or sounds. Arguments as of `Text`. */
 export function readerOf(tokenizer, config) {
   const settings = JSON.parse(decode(tokenizer));
-  return isOfPictures(settings) ? new Pixels(settings) : new Text(settings, config);
+  const Reader = { Pixels, Samples }[settings.model?.type];
+  return Reader ? new Reader(settings) : new Text(settings, config);
 }
 
 export class Text {
+  noun = "text";
   least = 1; // tokens
 
   /** `settings` are in tokenizer.json, `config` are the bytes of tokenizer_config.json, if there is one. */
@@ -30,7 +33,7 @@ export class Text {
     this.special.delete(this.unknown);
   }
 
-  /** Nothing is to be prepared, but for pictures. */
+  /** Nothing is to be prepared, but for files. */
   async prepare() {}
 
   /**

@@ -5,6 +5,7 @@
 import { encode, sha256 } from "../bytes.js";
 import { pack } from "../container.js";
 import { ConfigError, DataError, TrustError, quoted } from "../errors.js";
+import { longest } from "../media.js";
 import { publicKeyOf, signingKey, toPem } from "../keys.js";
 import { adapterManifest, signedAdapterManifest } from "../manifests.js";
 import { teachClassifier } from "./classifier.js";
@@ -140,7 +141,7 @@ function checkTaught(corrections) {
     throw new DataError("a phrase is given twice: teach it with one label or answer", "corrections");
   }
   for (const one of corrections) {
-    const long = ["text", "label"].find((part) => [...one[part]].length > MAX_TEXT);
+    const long = ["text", "label"].find((part) => [...one[part]].length > longest(one[part], MAX_TEXT));
     if (long) throw new DataError(`the correction is above the limit of ${MAX_TEXT} characters: shorten it`, long);
   }
 }

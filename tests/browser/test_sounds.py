@@ -1,0 +1,112 @@
+"""The page hears sounds as the native device does: samples, answers and lessons, from a file or the microphone."""
+
+import base64
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client.inference.session import ClassificationSession
+from client.learning import Correction, Learner
+from edgeadapt.bases.sounds import RATE, SoundReader, signal, sound
+from tests.browser.conftest import IN_BROWSER, Serve
+from tests.browser.test_page import shown
+from tests.browser.test_pictures import READ, bundle_of
+from tests.support.sounds import file_of, make_base, tone, tones
+
+RNG = np.random.default_rng(3)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tones")
+    return bundle_of(folder, make_base(folder / "model"), tones(12, 7))
+
+
+@pytest.mark.parametrize(("reader", "moments"), [(SoundReader(RATE, 400, 1), 1000), (SoundReader(50, 52, 6), 61)])
+def test_samples_are_those_of_python(page: Any, serve: Serve, bundle: Path, reader: SoundReader, moments: int) -> None:
+    sizes = (1, reader.length - 1, reader.length, moments)
+    asked = [signal(RNG.integers(-(2**15) + 1, 2**15, (size, reader.channels)), reader.rate) for size in sizes]
+    asked.append(signal(np.tile(RNG.integers(-99, 99, (reader.length, reader.channels)), (3, 1)), reader.rate))
+    page.goto(serve(bundle))
+    page.evaluate(IN_BROWSER)
+    found = page.evaluate(f"{READ}({json.dumps([reader.to_str(), asked])})")
+    for ids, text in zip(found, asked, strict=True):
+        assert ids == reader.encode(text).ids.tolist()
+
+
+def test_what_is_no_sound_is_refused_as_natively(page: Any, serve: Serve, bundle: Path) -> None:
+    def uri(content: bytes) -> str:
+        return f"data:audio/wav;base64,{base64.b64encode(content).decode()}"
+
+    odd = ["turn on the light", "data:audio/wav;base64,AAAA", "data:audio/wav;base64,?", "data:audio/ogg;base64,R0lGOD"]
+    odd += ["data:audio/wav;base64," + "A" * 2**18, uri(file_of([1, 2], 8000)), uri(file_of([1, 2])[:-1])]
+    page.goto(serve(bundle))
+    page.evaluate(IN_BROWSER)
+    found = page.evaluate(f"{READ}({json.dumps([SoundReader(RATE, 400, 1).to_str(), odd])})")
+    assert all(one.startswith("DataError sound: ") for one in found)
+    assert ["above the limit" in one for one in found].index(True) == 4
+    assert f"at {RATE} Hz" in found[5]
+
+
+def answers(bundle: Path, text: str, adapter: str = "global") -> list[tuple[str, Any]]:
+    session = ClassificationSession.open(bundle)
+    return [(one.label, pytest.approx(one.probability, abs=1e-4)) for one in session.rank([text], adapter, 5)[0]]
+
+
+def test_a_chosen_file_is_answered_as_natively_and_teaches_the_same(
+    page: Any, serve: Serve, bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundle.parent, tmp_path / "own")
+    own, file = tmp_path / "own" / "bundle", tmp_path / "a.wav"
+    file.write_bytes(tone(1, 99))
+    page.goto(serve(own))
+    assert page.state() == "good"
+    assert page.evaluate("document.getElementById('said').hidden && document.getElementById('picture').hidden")
+    page.pick("#sound-file", file)
+    page.until("document.getElementById('answer-caption').textContent.startsWith('A sound with global')")
+    assert page.evaluate("document.getElementById('heard').textContent") == "A sound of 0.8 s"
+    text = page.evaluate("document.getElementById('phrase').value")
+    there, here = (SoundReader(RATE, RATE, 1).encode(one).ids for one in (text, sound(file.read_bytes())))
+    assert np.abs(there - here).max() <= 1  # a browser divides by 32768
+    before = answers(own, text)
+    assert shown(page) == before
+    wrong = before[-1][0]
+    page.evaluate(f"document.getElementById('teach-label').value = {wrong!r}")
+    page.evaluate("document.getElementById('teach-form').requestSubmit()")
+    page.until("/learned/.test(document.getElementById('teach-result').textContent)")
+    assert "1 of 1 learned" in page.evaluate("document.getElementById('teach-result').textContent")
+    assert "base64" not in page.evaluate("document.body.innerText")
+    with Learner.open(own) as learner:
+        learner.teach([Correction(text, wrong)])
+    page.until(f"document.querySelector('#answers th').textContent === {wrong!r}")
+    assert [label for label, _ in shown(page)] == [label for label, _ in answers(own, text, "personal")]
+    assert page.errors() == []
+
+
+def test_the_microphone_is_asked_what_it_hears(page: Any, serve: Serve, bundle: Path) -> None:
+    page.goto(serve(bundle))
+    page.evaluate("document.getElementById('microphone').click()")
+    page.until("document.getElementById('microphone').textContent === 'Stop'")
+    page.until("document.getElementById('heard').textContent.startsWith('Recording')")
+    page.evaluate("document.getElementById('microphone').click()")
+    page.until("document.getElementById('answer-caption').textContent.startsWith('A sound with global')")
+    text = page.evaluate("document.getElementById('phrase').value")
+    assert [label for label, _ in shown(page)] == [label for label, _ in answers(bundle, text)]
+    assert page.evaluate("document.getElementById('microphone').textContent") == "Record"
+
+
+def test_a_microphone_that_is_refused_and_a_file_that_is_no_sound_are_one_line(
+    page: Any, serve: Serve, bundle: Path, tmp_path: Path
+) -> None:
+    page.goto(serve(bundle))
+    page.evaluate("navigator.mediaDevices.getUserMedia = async () => { throw new Error('NotAllowedError') }")
+    page.evaluate("document.getElementById('microphone').click()")
+    page.until("document.getElementById('phrase-error').textContent !== ''")
+    assert "allow it for this page, or choose a file" in page.alert("phrase-error")
+    (tmp_path / "a.wav").write_text("no sound")
+    page.pick("#sound-file", tmp_path / "a.wav")
+    page.until("/choose a WAV/.test(document.getElementById('phrase-error').textContent)")
