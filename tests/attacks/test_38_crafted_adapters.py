@@ -16,7 +16,6 @@ from client.node.policy import TrainingLimits
 from client.training import torchengine
 from client.training.examples import Example
 from client.training.trainer import ClassifierTrainer
-from coordinator.settings import FederationSettings
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import Part
@@ -40,6 +39,7 @@ from tests.support.crafted import (
     seen,
     task_of,
     trap,
+    with_noise,
     with_random_b,
     words_by_place,
 )
@@ -208,12 +208,6 @@ def test_rows_of_labels_that_nobody_has_show_each_text_that_was_guessed(tiny_bas
 
 
 # The same with noise
-
-
-def with_noise(epsilon: float) -> FederationSettings:
-    """One round that says no more of a device than this epsilon."""
-    noise = {"mechanism": "skellam", "epsilon": epsilon}
-    return FederationSettings.model_validate({"rounds": 1, "privacy": noise, "aggregation": {"clip_norm": 1.0}})
 
 
 TRIALS = 48

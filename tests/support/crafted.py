@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from aggregation import rotation
+from aggregation.ring import Ring
+from aggregation.spec import SessionSpec
 from client.training.examples import Example, Score
 from client.training.trainer import ClassifierTrainer
 from coordinator.settings import FederationSettings
@@ -34,6 +36,12 @@ LABELS, TRAPPING = 4, 3  # of the head, and the one that no example has
 LARGEST = 900.0  # number in a crafted adapter: devices accept 1000
 EXACT = FederationSettings.model_validate({"rounds": 1, "aggregation": {"ring_bits": 32}})
 ADAPTER = b"a" * 32  # stands for the digest of the adapter's file
+
+
+def with_noise(epsilon: float) -> FederationSettings:
+    """One round that says no more of a device than this epsilon."""
+    noise = {"mechanism": "skellam", "epsilon": epsilon}
+    return FederationSettings.model_validate({"rounds": 1, "privacy": noise, "aggregation": {"clip_norm": 1.0}})
 
 
 def phrases(words: Sequence[str], count: int, seed: int) -> list[str]:
@@ -81,6 +89,22 @@ def outcomes(
     return found
 
 
+def contributions(
+    trainer: ClassifierTrainer, task: Task, devices: Sequence[Outcome], seed: int, settings: FederationSettings
+) -> tuple[SessionSpec, list[Ring]]:
+    """What devices send before it is masked: clipped, rotated, rounded and, with privacy, with their noise."""
+    layout = shared_layout(trainer.layout, task)
+    spec, sent = settings.session_spec(len(devices), trainer.layout, "b" * 64, settings.rounds, task), []
+    for number, outcome in enumerate(devices):
+        rounding = np.random.default_rng([seed, number, 1])
+        if spec.privacy is None:
+            sent.append(contribution(outcome, layout, spec, ADAPTER, rounding))
+        else:
+            key = np.random.default_rng([seed, number, 2]).bytes(32)
+            sent.append(noisy_vector(update_of(outcome, layout), spec, ADAPTER, rounding, key))
+    return spec, sent
+
+
 def seen(
     trainer: ClassifierTrainer,
     task: Task,
@@ -88,18 +112,12 @@ def seen(
     seed: int = 0,
     settings: FederationSettings = EXACT,
 ) -> Seen:
-    """What a round shows: contributions are clipped, rotated, rounded and, with privacy, have their noise."""
-    layout, count, total = shared_layout(trainer.layout, task), len(devices), None
-    spec = settings.session_spec(count, trainer.layout, "b" * 64, settings.rounds, task)
-    for number, outcome in enumerate(devices):
-        rounding = np.random.default_rng([seed, number, 1])
-        if spec.privacy is None:
-            sent = contribution(outcome, layout, spec, ADAPTER, rounding)
-        else:
-            key = np.random.default_rng([seed, number, 2]).bytes(32)
-            sent = noisy_vector(update_of(outcome, layout), spec, ADAPTER, rounding, key)
-        total = sent if total is None else total + sent
-    assert total is not None
+    """What a round shows of the sum of ``contributions``."""
+    layout, count = shared_layout(trainer.layout, task), len(devices)
+    spec, sent = contributions(trainer, task, devices, seed, settings)
+    total = sent[0].copy()
+    for vector in sent[1:]:
+        total += vector
     sums = spec.vector.decode(total, count)
     mean = (weighted_mean if spec.privacy is None else noisy_mean)(spec, task, layout, sums, count, ADAPTER)
     delta = rotation.rotate_back(sums["delta"], rotation.seed(ADAPTER))

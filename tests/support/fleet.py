@@ -16,6 +16,7 @@ from aggregation.errors import ProtocolError
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
+from aggregation.ring import Ring
 from aggregation.server import Confirming, Coordinator, Established, RoundAborted, RoundResult
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 from aggregation.vector import Segment, VectorSpec
@@ -70,7 +71,8 @@ def session_spec(devices: int, **changes: Any) -> SessionSpec:
 
 @dataclass(slots=True)
 class Fleet:
-    """Devices with the state of each, and what each contributed in the current round."""
+    """Devices with the state of each, and what each contributed in the current round: its entry in ``vectors``, or
+    numbers by chance."""
 
     spec: SessionSpec
     entropy: CountedEntropy
@@ -79,6 +81,7 @@ class Fleet:
     devices: dict[str, Device]
     states: dict[str, Any] = field(default_factory=dict)
     plain: dict[str, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
+    vectors: Mapping[str, Ring] = field(default_factory=dict)
     seed: int = 0
     damage: Callable[[bytes], list[bytes]] | None = None
 
@@ -143,7 +146,10 @@ class Fleet:
     def contribute(self, name: str, plan: bytes) -> bytes:
         device, state = self.devices[name], self.states[name]
         planned = self.hop(lambda body: state.on_plan(device, body), plan)
-        vector = self.spec.vector.encode(self.values(name), np.random.default_rng(self.seed))
+        if name in self.vectors:
+            vector = self.vectors[name].copy()
+        else:
+            vector = self.spec.vector.encode(self.values(name), np.random.default_rng(self.seed))
         self.states[name], answer = planned.contribute(device, vector)
         return answer  # type: ignore[no-any-return]
 

@@ -30,12 +30,23 @@ def stripes(label: int, seed: int) -> bytes:
     return file_of(np.repeat((rows if label == 0 else rows.T)[..., None], 3, 2))
 
 
+def shapes(seed: int) -> bytes:
+    """Draw grey rectangles on each other, as a PNG file."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((SIDE, SIDE), rng.integers(0, 80))
+    for _ in range(4):
+        (y, x), (height, width) = rng.integers(0, SIDE - 4, 2), rng.integers(3, 9, 2)
+        pixels[y : y + height, x : x + width] = rng.integers(0, 256)
+    return file_of(pixels)
+
+
 def stripe_pictures(count: int, seed: int) -> list[tuple[str, int]]:
     return [(picture(stripes(number % 2, 1000 * seed + number)), number % 2) for number in range(count)]
 
 
-def make_base(folder: Path, kind: str) -> Base:
-    """Save a tiny ``vit`` or ``mobilenet_v2`` as transformers does, and open it."""
+def make_base(folder: Path, kind: str, positions: float = 1.0) -> Base:
+    """Save a tiny ``vit`` or ``mobilenet_v2`` as transformers does, and open it. A ViT sees where a patch is by numbers
+    of ``positions`` times the size of other weights."""
     from transformers import MobileNetV2Config, MobileNetV2Model, ViTConfig, ViTModel
 
     if kind == "vit":
@@ -50,6 +61,7 @@ def make_base(folder: Path, kind: str) -> Base:
                 value.uniform_(0.5, 2, generator=generator)
             elif value.is_floating_point() and value.ndim > 1:
                 value.normal_(0, (2 / value[0].numel()) ** 0.5, generator=generator)
+                value.mul_(positions if name.endswith("position_embeddings") else 1.0)
     model.save_pretrained(folder)
     size = {"height": SIDE, "width": SIDE}
     stated = {"size": size, "rescale_factor": 1 / 255, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2]}
