@@ -381,6 +381,35 @@ def fashion(pixels: int) -> None:
 
 
 @bench.command()
+@click.option("--data", type=click.Choice(["fashion", "shapes"]), required=True, help="Pictures that are looked for.")
+@click.option("--network", type=click.Choice(["lite0", "vit"]), help="Only this one.  [default: both]")
+@click.option("--trials", default=100, show_default=True, type=click.IntRange(1, 100), help="Pictures looked for.")
+@click.option("--searches", default=5, show_default=True, type=click.IntRange(1, 100), help="Pictures reconstructed.")
+@click.option("--steps", default=200, show_default=True, type=click.IntRange(1), help="Of a reconstruction.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Draw the reconstructions as a PNG file.")
+def inversion(data: str, network: str | None, trials: int, searches: int, steps: int, out: Path | None) -> None:
+    """What an attacker finds of a picture in one update, in the sum of ten, and in a sum with noise.
+
+    It looks for the picture among 100 candidates, and reconstructs it by gradient inversion.
+
+    \b
+    Examples:
+      python -m benchmarks inversion --data fashion --out inversion.png
+      python -m benchmarks inversion --data shapes --network vit
+    """
+    if out and not out.parent.is_dir():  # before minutes of work
+        raise DataError(f"cannot write {out}: {out.parent} is not a folder; choose another --out", about="--out")
+    from benchmarks import inversion as run
+
+    networks = [network] if network else [*run.NETWORKS]
+    with status("measuring") as show:
+        found = run.measure(data, networks, trials, searches, steps, show)
+    if out:
+        run.draw(found, out)
+    click.echo(run.table(found))
+
+
+@bench.command()
 @commandline.bundle()
 @click.option("--data", type=click.Choice(["households", "newsgroups"]), required=True, help="Whose devices.")
 def discovery(bundle: Path, data: str) -> None:
