@@ -33,7 +33,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 
 
 def test_one_update_shows_the_picture_and_a_sum_of_ten_hardly_more_than_a_guess(ground: Ground) -> None:
-    one, summed = (ground.attack(sight, SEARCHES, SEARCHES) for sight in (ALONE, SUM))
+    one, summed = (ground.attack(sight, SEARCHES, SEARCHES, 90) for sight in (ALONE, SUM))
     guess = np.median(ground.means(SEARCHES).psnr)
     assert np.median(one.psnr) > guess + 6  # dB: half the error
     assert np.median(summed.psnr) < guess + 1.5
