@@ -19,14 +19,17 @@ from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import MAX_TEXT, NO_LABEL
-from edgeadapt.bases.pictures import PictureReader, is_picture, picture
+from edgeadapt.bases.media import is_medium
+from edgeadapt.bases.pictures import PictureReader, picture
+from edgeadapt.bases.sounds import samples_of, sound
 from edgeadapt.bases.tasks import TASKS
-from simulations.data import fashion, newsgroups, projects
+from simulations.data import fashion, keywords, newsgroups, projects
 from simulations.data.population import Client, Population
 from simulations.data.tables import DataSettings, group_texts, load_population, normalized, read_rows
 from tests.support import refused
 from tests.support.pictures import LABELS as STRIPES
 from tests.support.pictures import stripes
+from tests.support.sounds import file_of, tone
 
 LABELS = ("greet", "part", "ask")
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heath", "inlet", "juniper", "kelp", "larch")
@@ -604,7 +607,54 @@ def test_pictures_of_a_folder_a_column_and_their_content_are_one_population(tmp_
     assert len(digests) == 1
     assert loaded.facts is not None
     assert (loaded.facts.rows, loaded.population.labels) == (len(found), STRIPES)
-    assert all(is_picture(text.text) for client in loaded.population.clients for text in client.train)
+    assert all(is_medium(text.text) for client in loaded.population.clients for text in client.train)
+
+
+def test_sounds_of_a_folder_a_column_and_datasets_are_one_population(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = []
+    for user, number in ((user, number) for user in range(8) for number in range(14)):
+        path = Path(f"user-{user}", STRIPES[number % 2], f"{number}.wav")
+        (tmp_path / "own" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / path).write_bytes(tone(number % 2, 100 * user + number, 0.01))
+        rows.append({"audio": str(path), "label": STRIPES[number % 2], "user": f"user-{user}"})
+    rows.sort(key=lambda row: row["audio"])
+    write_csv(tmp_path / "own" / "rows.csv", rows)
+    held = [{**row, "audio": {"bytes": (tmp_path / "own" / row["audio"]).read_bytes(), "path": None}} for row in rows]
+    Dataset.from_list(held).save_to_disk(str(tmp_path / "saved"))
+    digests = {load_population(DataSettings(files=(str(tmp_path / "own"),), client="client"), 0).population.digest}
+    for name in ("own/rows.csv", "saved"):
+        loaded = load_population(DataSettings(files=(str(tmp_path / name),), client="user"), 0)
+        digests.add(loaded.population.digest)
+    assert len(digests) == 1
+    assert {text.text for client in loaded.population.clients for text in client.train} <= {
+        sound((tmp_path / "own" / row["audio"]).read_bytes()) for row in rows
+    }
+
+
+def test_keywords_are_said_by_each_voice_in_its_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with refused(ConfigError, "data.function", "install Debian's package espeak-ng"):
+        list(keywords.rows())
+    said = tmp_path / "said.wav"
+    said.write_bytes(file_of(8000 * np.sin(np.arange(4000)), 22_050))
+    program = tmp_path / "espeak-ng"
+    program.write_text(f"#!/bin/sh\n/bin/cat {said}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(keywords, "VARIANTS", ("m1", "f1"))
+    monkeypatch.setattr(keywords, "WORDS", ("yes", "no"))
+    found = list(keywords.rows())
+    assert found == list(keywords.rows())
+    assert Counter((row["client"], row["label"], row["split"]) for row in found) == {
+        (voice, word, split): count
+        for voice in ("voice-00", "voice-01")
+        for word in ("yes", "no")
+        for split, count in (("train", keywords.TRAIN), ("test", keywords.TEST))
+    }
+    assert len({row["text"] for row in found}) == len(found)
+    samples = np.stack([samples_of(row["text"])[:, 0] for row in found]).astype(float)
+    assert samples.shape[1] == keywords.LENGTH
 
 
 def test_datasets_give_their_pictures_as_files(tmp_path: Path) -> None:
