@@ -258,6 +258,7 @@ class ExportResult:
     parity: dict[str, float | int]  # agreement, max_abs_diff, count; accuracy of the exported global pair, and torch's
     reliability: dict[str, Reliability]  # of the arms global and personal
     plain: dict[str, dict[str, int]]  # client → right and count of the plain phrases that its own adapter answers
+    answered: dict[str, dict[str, int]]  # right label → answer of the personal adapters → test phrases of all clients
     lesson: Lesson | None = None  # None for texts of one's own, or where all answers are right
 
 

@@ -4,6 +4,7 @@ The coordinator's bundle holds the base and the global adapter; its public key i
 adds the device's own private adapter, which the device signs itself and never sends to the coordinator.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ class _Exported:
 
     bundle: Path
     parity: Parity  # on the test phrases of all clients
+    labels: tuple[str, ...]
     answers: dict[str, Answers]  # of the global and the personal adapters, to the test phrases of all clients
     plain: dict[str, dict[str, int]]  # client → right and count; without those whose language has no plain phrases
     lesson: Lesson | None
@@ -93,6 +95,7 @@ def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, ba
         },
         reliability={arm: reliability_of(arm) for arm in first.answers},
         plain={name: answers for each in exported for name, answers in each.plain.items()},
+        answered=_answered(exported),
     )
 
 
@@ -125,6 +128,7 @@ def _publish(out: Path, scenario: Scenario, population: Population, base: Base) 
     return _Exported(
         provision.device_folder(out, population.clients[0].name) / BUNDLE,
         parity,
+        population.labels,
         {
             GLOBAL: (logits, labels, np.ones(len(labels), np.float32)),
             PERSONAL: (
@@ -140,6 +144,15 @@ def _publish(out: Path, scenario: Scenario, population: Population, base: Base) 
         },
         next(filter(None, lessons), None),
     )
+
+
+def _answered(exported: Sequence[_Exported]) -> dict[str, dict[str, int]]:
+    counts: dict[str, Counter[str]] = {}
+    for each in exported:
+        logits, right, _ = each.answers[PERSONAL]
+        for label, answer in zip(right, logits.argmax(1), strict=True):
+            counts.setdefault(each.labels[label], Counter())[each.labels[answer]] += 1
+    return {label: dict(sorted(of.items())) for label, of in sorted(counts.items())}
 
 
 def reliability(logits: Floats, labels: Labels, temperatures: Floats) -> Reliability:

@@ -7,6 +7,7 @@ matplotlib is imported when a figure is drawn.
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from io import BytesIO
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulations.report.formatting import count, share
+from simulations.report.formatting import confusions, count, share
 from simulations.report.summary import Difference, Estimate, SuiteSummary
 from simulations.result import ARMS, ClientResult, Metric, ReportedRound, RunResult
 
@@ -26,6 +27,7 @@ POINTS = 72  # an inch; one point is one unit of the SVG
 SHARPNESS = 3  # pixels a unit of a PNG
 WIDTH = 380.0  # units: about the width of a phone, so that text of 11 units is readable there
 LONGEST = 16  # characters of a name next to a plot
+MOST_LABELS, SQUARE = 24, 20.0  # of a table of answers; units of a square at most
 CHARACTER = 6.6  # units, about
 
 # Each color stands for a variable of the style sheet, which has a light and a dark value. The arms differ in shape as
@@ -201,6 +203,44 @@ def _marks(ax: "Axes", arm: str, x: Iterable[float], y: Iterable[float]) -> None
         list(x), list(y), s=area, marker=marker, facecolor=face, edgecolor=ARM_COLORS[arm], linewidth=1.4,
         zorder=order, clip_on=False,
     )  # fmt: skip
+
+
+# Right labels and answers.
+
+
+def answered(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Draw which label's test phrases got which answers, for the ``MOST_LABELS`` that are most often wrong."""
+    wrong = confusions(counts)
+    errors = Counter(dict.fromkeys(counts, 0))
+    for many, _, label, _ in wrong:
+        errors[label] += many
+    labels = sorted(label for label, _ in errors.most_common(MOST_LABELS))
+    text = f"{'All' if len(labels) == len(counts) else f'{len(labels)} of {len(counts)}'} labels. "
+    text += "; ".join(f"{label} taken for {answer} {many} of {of}" for many, of, label, answer in wrong[:3])
+    names = 12 + CHARACTER * max(len(short(label)) for label in labels)
+    side = min(SQUARE, (WIDTH - names) / len(labels))
+    height = side * len(labels) + names
+    return svg("answered", "What is taken for what", text, height, lambda figure: _matrix(figure, counts, labels, side))
+
+
+def _matrix(figure: "Figure", counts: Mapping[str, Mapping[str, int]], labels: Sequence[str], side: float) -> None:
+    width, names = side * len(labels), [short(label) for label in labels]
+    ax = axes(figure, left=WIDTH - width - 2, top=2, width=width, height=width)
+    ax.set(xlim=(-0.5, len(labels) - 0.5), ylim=(len(labels) - 0.5, -0.5))
+    places = [(label, answer, counts[label].get(answer, 0)) for label in labels for answer in labels]
+    shown = [(label, answer, many / sum(counts[label].values())) for label, answer, many in places if many]
+    ax.scatter(
+        [labels.index(answer) for _, answer, _ in shown],
+        [labels.index(label) for label, _, _ in shown],
+        s=[part * (0.9 * side) ** 2 for *_, part in shown],
+        color=[ARM_COLORS["personal"] if label == answer else DROPPED for label, answer, _ in shown],
+        marker="s",
+        linewidth=0,
+    )
+    ax.set_xticks(range(len(labels)), names, rotation=90)
+    ax.set_yticks(range(len(labels)), names)
+    ax.set_axisbelow(True)
+    ax.grid(color=LINE, linewidth=0.4)
 
 
 # Accuracy and loss by round.

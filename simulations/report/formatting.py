@@ -235,6 +235,21 @@ def reliability(by_arm: Mapping[str, Reliability]) -> tuple[str, str]:
     return "; ".join(says), f"calibration error: {'; '.join(errors)}"
 
 
+def confusions(answered: Mapping[str, Mapping[str, int]]) -> list[tuple[int, int, str, str]]:
+    """List what is most often answered wrong: how many test phrases, of how many, their label, and the answer.
+
+    >>> confusions({"coat": {"coat": 7, "shirt": 3}, "shirt": {"shirt": 4, "coat": 1}})
+    [(3, 10, 'coat', 'shirt'), (1, 5, 'shirt', 'coat')]
+    """
+    wrong = (
+        (count, sum(of.values()), label, answer)
+        for label, of in answered.items()
+        for answer, count in of.items()
+        if answer != label
+    )
+    return sorted(wrong, key=lambda one: (-one[0], *one[1:]))
+
+
 def accuracies(parity: Mapping[str, float]) -> str:
     """Compare the accuracy of the exported global pair with that of torch on the same phrases.
 

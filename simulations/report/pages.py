@@ -53,7 +53,11 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
         privacy=formatting.privacy(result.epsilon, result.delta, len(result.rounds)),
         canaries=formatting.canaries(result.canaries) if result.canaries else (),
         dropouts_by_step=dropouts_by_step(result.rounds),
-        figures={"clients": figures.clients(result), "learning": figures.learning(result)},
+        figures={
+            "clients": figures.clients(result),
+            "learning": figures.learning(result),
+            "answered": figures.answered(exported.answered),
+        },
         command=formatting.command(exported, program),
         steps=formatting.next_commands(result, exported, program),
         accuracies=formatting.accuracies(exported.parity),

@@ -25,6 +25,7 @@ NOTES = {
     "personal": "global, then the personal step",
 }
 LABEL = 11  # columns
+WORST = 3  # confusions that are named
 SHORT = ("clients", "texts", "look at", "broken")  # lines about the data; 'simulate look' has all
 
 
@@ -172,6 +173,13 @@ def _facts(result: RunResult) -> list[tuple[str, str | Text]]:
     ]
 
 
+def _confused(exported: ExportResult) -> str:
+    rows = formatting.confusions(exported.answered)[:WORST]
+    return "; ".join(
+        f"{printable(label)} taken for {printable(answer)} {wrong} of {every}" for wrong, every, label, answer in rows
+    )
+
+
 def _exported(result: RunResult, exported: ExportResult, program: str) -> list[tuple[str, str | Text]]:
     says, errors = formatting.reliability(exported.reliability)
     return [
@@ -179,6 +187,7 @@ def _exported(result: RunResult, exported: ExportResult, program: str) -> list[t
         ("exported", formatting.accuracies(exported.parity)),
         ("confidence", f"when it says 90 %, {says}"),
         ("", errors),
+        *([("confused", _confused(exported))] if formatting.confusions(exported.answered) else []),
         *([("phrases", formatting.plain(exported.plain))] if exported.plain else []),
         ("bundle", Text(exported.bundle)),
         ("report", Text(exported.report)),

@@ -96,6 +96,7 @@ def make_result() -> Callable[..., RunResult]:
                     "torch_accuracy": 0.8117,
                 },
                 plain={"en-01": {"right": 10, "count": 10}, "de-02": {"right": 8, "count": 10}},
+                answered={"lights_on": {"lights_on": 9, "lights_off": 3}, "lights_off": {"lights_off": 8}},
                 reliability={
                     "global": Reliability(0.064, 0.064, 64, 0.93),
                     "personal": Reliability(0.0418, 0.029, 71, 0.8873),

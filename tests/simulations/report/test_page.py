@@ -55,7 +55,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(html: str) -> None:
 
 def test_each_figure_has_a_title_a_description_and_text_as_text(html: str) -> None:
     figures = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(figures) == 2
+    assert len(figures) == 3
     for figure in figures:
         assert re.search(r'role="img" aria-labelledby="\w+-title \w+-text"><title [^>]*>[^<]+</title><desc', figure)
         assert "<text" in figure
