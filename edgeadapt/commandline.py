@@ -44,13 +44,11 @@ quiet = click.option(
 
 
 def is_quiet() -> bool:
-    """Report whether the command that runs was called with the option ``quiet``."""
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.meta.get(QUIET))
 
 
 def print_result(row: Mapping[str, Any], line: str, as_json: bool) -> None:
-    """Print what a command did: one JSON object, or a text for a person."""
     click.echo(json.dumps(row, ensure_ascii=False) if as_json else line)
 
 
@@ -130,22 +128,14 @@ def program() -> str:
 
 
 class HelpfulGroup(click.Group):
-    """Takes a call without a command for ``--help``."""
-
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args or ["--help"])
 
 
 class LazyGroup(HelpfulGroup):
-    """Groups commands and imports one only when it is called or its help is requested.
-
-    So a command starts without the libraries of the others, and a command whose extra is not installed names the
-    extra: ``click.command(cls=LazyGroup, table={command: row})``.
-
-    Args:
-        table: The commands, in the order of ``--help``.
-        sections: Headings of ``--help``, with the commands below each.
-    """
+    """Imports a command only when it is called or its help is requested, so that it starts without the libraries of the
+    others, and names the extra that it lacks. ``table``: the commands, in the order of ``--help``; ``sections``: its
+    headings."""
 
     def __init__(
         self, *args: Any, table: Mapping[str, Row], sections: Mapping[str, Sequence[str]] | None = None, **kwargs: Any
@@ -172,14 +162,12 @@ class LazyGroup(HelpfulGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command of a call. Raises click.UsageError, with the names that are close, if there is none."""
         if args[0] not in self._table and not ctx.resilient_parsing:
             close = " or ".join(map(repr, get_close_matches(args[0], self._table)))
             ctx.fail(f"No such command {args[0]!r}{close and f'; did you mean {close}?'}")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, which may import more packages. Raises as ``get_command``."""
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
@@ -203,7 +191,6 @@ class LazyGroup(HelpfulGroup):
         ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the lines of the table, so that ``--help`` imports no command."""
         width = max(map(len, self._table))
         for heading, names in self._sections.items():
             with formatter.section(heading):
@@ -211,7 +198,6 @@ class LazyGroup(HelpfulGroup):
 
 
 def adapter(name: str, meaning: str, **settings: Any) -> Decorator:
-    """Add ``--adapter NAME``, which the command gets as ``name``."""
     return click.option("--adapter", name, metavar="NAME", help=meaning, **settings)
 
 

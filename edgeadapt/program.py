@@ -143,11 +143,9 @@ def shadowed() -> str:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End by an exception, so that no temporary file is left. SIGTERM not as Ctrl-C, after which a chat goes on.
-
-    A signal during an import takes effect after it: libraries crash, or report another error, when one of their modules
-    in C meets an exception as it begins. So does one in ``_unraisable``, whose exceptions Python drops too.
-    """
+    """End by an exception, so that no temporary file is left. SIGTERM not as Ctrl-C, after which a chat goes on. A
+    signal during an import takes effect after it: libraries crash, or report another error, when one of their modules
+    in C meets an exception as it begins. So does one in ``_unraisable``, whose exceptions Python drops too."""
     while frame is not None:
         if frame.f_code.co_filename == IMPORT or frame.f_code is _unraisable.__code__:
             _send_again(number)

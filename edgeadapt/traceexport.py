@@ -39,8 +39,7 @@ class _Exporter(OTLPSpanExporter):
 
 @contextmanager
 def tracing(service: str) -> Iterator[trace.Tracer]:
-    """Send spans as the environment says while the block runs, then what is left, for ``FLUSH`` seconds at most.
-    Arguments and errors as ``traces.exporting``."""
+    """Send spans while the block runs, then what is left, for ``FLUSH`` seconds at most; as ``traces.exporting``."""
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # ``_Exporter`` says what there is to say
     try:
         resource = Resource.create({SERVICE_NAME: service}).merge(OTELResourceDetector().detect())

@@ -66,10 +66,8 @@ def begin(name: str, *, within: Span = NO_SPAN, **attributes: str | float) -> Sp
 
 @contextmanager
 def span(name: str, *, within: Span = NO_SPAN, **attributes: str | float) -> Iterator[Span]:
-    """Open a span as long as the block. An error that leaves it marks it as failed, with the error's type.
-
-    ``within``: the span that it is a part of. Default: the one of the block around it.
-    """
+    """Open a span as long as the block. An error that leaves it marks it as failed, with the error's type. ``within``:
+    the span that it is a part of. Default: the one of the block around it."""
     begun = begin(name, within=within, **attributes)
     if begun.recorded is None:
         yield begun

@@ -1,9 +1,6 @@
-"""What the sums of a coordinator may have revealed of one device, from its logs alone.
-
-A sum counts once its survivors were named to devices, whether or not the round has a result: from then on answers can
-unmask it. Each device counts for the sums that it is in, without amplification by sampling; the account is that of the
-device that spent most. An audit compares it with the coordinator's own account in the records of its rounds.
-"""
+"""What the sums of a coordinator may have revealed of one device, from its logs alone. A sum counts once its survivors
+were named to devices, whether or not the round has a result: from then on answers can unmask it. Each device counts for
+the sums that it is in, without amplification by sampling; the account is that of the device that spent most."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -57,7 +54,6 @@ def _largest(spec: SessionSpec, spent: Iterable[Spent]) -> float:
 
 
 def logged(account: Account, entries: Iterable[Entry]) -> Account:
-    """Return the account after the session of a log whose entries were verified."""
     for spec, survivors in sums(entries):
         account = account.after(spec, survivors)
     return account

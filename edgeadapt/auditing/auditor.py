@@ -53,11 +53,10 @@ def audit(
 def chain(reports: Mapping[str, Report], unmade: Mapping[int, str] | None = None) -> None:
     """Check that the sessions follow each other from the coordinator's first one on, without a gap, and in time.
 
-    So do their adapters: the first session starts from version 0, and every other one from the adapter that the
-    previous session ended with, or from the first on another base. Within a session ``rules.results`` demands the same.
-    So every version but those has one result. ``reports``: name → report, in order; ``unmade``: version → digest of
-    those that no round made, None where the registry is not available. Raises TrustError: a session is missing or was
-    replaced or cut, or starts from another adapter. A missing last session that made no adapter cannot be detected.
+    So do their adapters: a session starts from version 0, the adapter that the previous one ended with, or the first on
+    another base. ``reports``: name → report, in order; ``unmade``: version → digest of those that no round made, None
+    without the registry. Raises TrustError: a session is missing or was replaced or cut, or starts from another
+    adapter. A missing last session that made no adapter cannot be detected.
     """
     last, before, base = NO_SESSION, "the beginning", ""
     newest: AdapterId | None = None
@@ -209,7 +208,6 @@ class _Audit:
 
     @property
     def _newest(self) -> AdapterId | None:
-        """Return the adapter of the last result, or the one that the session started from."""
         rounds = self.history.rounds if self.history else []
         results = [each.ending.produced for each in rounds if isinstance(each.ending, Result)]
         return results[-1] if results else self.checkpoints[0].newest if self.checkpoints else None

@@ -13,8 +13,6 @@ from aggregation.transcript.entries import AdapterId, Place
 
 
 class Check(Enum):
-    """Lists the checks in their order. The value is the name in JSON."""
-
     LOG = "log"
     IDENTITIES = "identities"
     SIGNATURES = "signatures"
@@ -64,7 +62,7 @@ class Problem(Exception):  # noqa: N818 - it becomes a finding, and is not an er
     @classmethod
     @contextmanager
     def at(cls, place: Place) -> Iterator[None]:
-        """Make a refusal in the block, by a check of ``aggregation``, a problem of the message there."""
+        """Attribute what a check of ``aggregation`` refuses in the block to the message there."""
         try:
             yield
         except ProtocolError as error:
@@ -94,7 +92,6 @@ class RoundSummary:
     """Summarizes a round according to the log. Digests are in hex.
 
     Args:
-        planned: The members of its plan.
         dealt: The devices that were dealt into its groups; empty without groups.
         groups: The survivors of each group; one without groups.
         adapter: Version and digest of the adapter from which the devices trained.
@@ -105,15 +102,12 @@ class RoundSummary:
             drops out after its update arrived is still a survivor.
         blamed: The devices that revealed wrong shares.
         ending: The adapter that the round produced, or why it produced none.
-        result: Version and digest of that adapter, or None.
-        reason: Why the log aborts the round; None if it does not.
         sum: Digest of the sum, if the round has a result.
         entries: In the log before the ending of the round; if the round is open, all of the log.
         root: Merkle root of these entries.
         epsilon: What all sums so far may have revealed (``account``); None in a session without noise.
         began: When the coordinator sent the plan, in seconds since 1970, as it signed; None in a log of an earlier
             version.
-        ended: When it wrote the ending; None as well if the round is open.
     """
 
     round: int
@@ -138,7 +132,6 @@ class RoundSummary:
 
     @property
     def open(self) -> bool:
-        """Check whether the log does not say how the round ended."""
         return self.result is None and self.reason is None
 
 
@@ -163,25 +156,20 @@ class Report:
 
     Args:
         findings: One for each check, in order; of ``Check.WEAKNESSES`` one for each warning.
-        rounds: As far as the log could be followed.
         dropouts_by_step: Step → devices that dropped out before the first round.
         participation: Device → rounds whose sum contains its update.
         offer: Digest of the session's offer; empty if it cannot be read.
         spec: The parameters in it; None if it cannot be read.
-        entries: Number of entries in the log.
         previous: Digest of the previous session's last checkpoint, according to this log.
         last: Digest of this log's last checkpoint; empty if it has none.
         base: Its digest in the session's offer; empty if it cannot be read.
         layout: As ``base``, of the adapter.
         start: Version and digest of the adapter that the session started from; None without a checkpoint.
-        newest: Those of the newest adapter at the end of the log.
         tasks: For each round, in order: the place of its plan, and the training task in it, as encoded.
         open_plan: Digest of the plan of the last round, if the log does not say how it ended.
         produced: The adapters of the rounds with a result, in order; empty if a check failed.
         began: When the session was offered, in seconds since 1970, as the coordinator signed; None in a log of an
             earlier version.
-        latest: The last time in the log; None as well.
-        closed: Whether the log has an end.
     """
 
     findings: tuple[Finding, ...]

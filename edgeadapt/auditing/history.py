@@ -1,9 +1,4 @@
-"""The history of a session: its log, entry by entry, as far as every entry belongs in its place.
-
-``checkpoints`` compares the log with what the coordinator signed about it. ``begin``, ``verify`` and ``follow`` read
-the certified devices, the signature of each message, and its step, up to the first message that does not belong, into
-the ``History`` that the later checks (``rules``) work on.
-"""
+"""The history of a session: its log, entry by entry, up to the first message that does not belong in its place."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -67,7 +62,7 @@ class Round:
 
     @property
     def absent(self) -> tuple[str, ...]:
-        """Return the members of the plan that are not survivors; their mask keys are recovered."""
+        """Return the members of the plan that did not survive; their mask keys are recovered."""
         return tuple(device for device in self.plan.members if device not in self.survivors)
 
     def dropouts_by_step(self, adversary: Adversary) -> dict[str, tuple[str, ...]]:
@@ -86,15 +81,8 @@ class Round:
 
 @dataclass(slots=True)
 class History:
-    """Holds a session as logged.
-
-    Args:
-        cohort: Device → key, as the authority certified them.
-        session: The public side, once the roster was read.
-        adverts: Device → signed advert.
-        encrypted_shares: Dealer → holder → shares, as the dealers signed them.
-        places: Kind and peer → place of a message before the first round.
-    """
+    """Holds a session as logged. ``session``: the public side, once the roster was read. ``places``: kind and peer →
+    place of a message before the first round."""
 
     offer: Offer
     cohort: Mapping[str, PublicKey]
@@ -133,10 +121,7 @@ def _dropouts(asked: tuple[str, ...], answered: Mapping[Step, Collection[str]]) 
 
 def checkpoints(reading: Reading, coordinator: PublicKey) -> list[Checkpoint]:
     """Return the checkpoints of a log, each of which matches the entries before it. The last one need not close it.
-
-    Raises Problem: an entry is damaged, missing, moved or repeated, or before an earlier one by its time, or follows
-    the end.
-    """
+    Raises Problem: an entry is damaged, missing, moved or repeated, goes back in time, or follows the end."""
     tree, verified, covered, latest = merkle.Tree(), list[Checkpoint](), 0, 0
     for index, entry in enumerate(reading.entries):
         if entry.index != index:
@@ -177,7 +162,6 @@ def _checkpoint(
 
 
 def closes(checkpoints: Sequence[Checkpoint]) -> bool:
-    """Check whether the last of the checkpoints closes its log."""
     return bool(checkpoints) and checkpoints[-1].stage is Stage.CLOSED
 
 
@@ -195,11 +179,9 @@ def _require_whole(reading: Reading, verified: list[Checkpoint], covered: int) -
 
 
 def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey, at: datetime | None = None) -> History:
-    """Return the history after the offer, whose devices the authority certified, each once.
-
-    ``root`` has a revocation list if that is to be checked; ``at`` is when certificates must be valid, None: any time.
-    Raises Problem: the log does not begin with such an offer.
-    """
+    """Return the history after the offer, whose devices the authority certified, each once. ``root`` has a revocation
+    list if that is to be checked; ``at`` is when certificates must be valid, None: any time. Raises Problem: the log
+    does not begin with such an offer."""
     if not entries:
         raise Problem("log", "the log is empty")
     first = entries[0]

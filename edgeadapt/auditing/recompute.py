@@ -40,11 +40,9 @@ REASONS = {
 
 @dataclass(slots=True)
 class Recomputation:
-    """Follows the published adapters through a coordinator's sessions, in order.
-
-    ``state``: the version that was recomputed last, and the optimizer's state after it. ``still``: each round of the
-    last session that hardly moved its adapter, and how far.
-    """
+    """Follows the published adapters through a coordinator's sessions, in order. ``state``: the version that was
+    recomputed last, and the optimizer's state after it. ``still``: each round of the last session that hardly moved its
+    adapter, and how far."""
 
     registry: RegistryFiles
     state: tuple[int, optimizer.State] | None = field(default=None, repr=False)
@@ -90,7 +88,6 @@ class Recomputation:
         return manifest
 
     def _summary(self, reasons: list[str]) -> Finding:
-        """Summarize ``reasons``: for each adapter the key of why its step could not be recomputed; empty if it was."""
         if not reasons:
             return Finding(Check.ADAPTERS, Status.PASS, "no adapter was produced")
         again, why = reasons.count(""), sorted(set(reasons) - {""})
@@ -149,7 +146,6 @@ class Recomputation:
     def _state_before(
         self, rule: optimizer.ServerOptimizer, produced: ProducedAdapter, parent: VersionManifest, size: int
     ) -> optimizer.State | None:
-        """Return the optimizer's state before a step, if it is known."""
         start, last = optimizer.start(rule, size), self.state
         if not start or parent.plan is None:
             return start
@@ -196,7 +192,6 @@ def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None, paren
 
 
 def _rule(manifest: VersionManifest, place: Place) -> optimizer.ServerOptimizer:
-    """Return the server optimizer that made an adapter, according to its manifest."""
     try:
         if manifest.rule is not None:
             return optimizer.of_rule(manifest.rule)

@@ -1,9 +1,6 @@
-"""The rules of the protocol, checked on a history: how many devices, which ones, and which shares they revealed.
-
-Each rule returns sentences for the report, or raises a ``Problem``. Every secret that a session unmasked is compared
-with its owner's commitment, and every sum recomputed bit for bit, by other code than the coordinator's: two
-implementations must give one result.
-"""
+"""The rules of the protocol, checked on a history. Each returns sentences for the report, or raises a ``Problem``.
+Every secret that a session unmasked is compared with its owner's commitment, and every sum recomputed bit for bit by
+other code than the coordinator's."""
 
 import bisect
 import hashlib
@@ -72,12 +69,9 @@ def _recover(session: Session, history: History, current: Round) -> UnmaskedRoun
 
 
 def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vectors) -> str:
-    """Add up the masked vectors that were kept, subtract the masks, and compare with the results.
-
-    The recomputed sums are put into ``unmasked``, which ``secrets`` filled. Raises Problem: a vector is not the one
-    that was signed, or only some of a round are there; or a sum is not the one that the result names; Skipped: a sum
-    lacks its vectors.
-    """
+    """Add up the masked vectors that were kept, subtract the masks, and compare with the results. The recomputed sums
+    are put into ``unmasked``, which ``secrets`` filled. Raises Problem: a vector is not the one that was signed, or
+    only some of a round are there; or a sum is not the one that the result names; Skipped: a sum lacks its vectors."""
     size = _packed_size(history)
     kept = {current.plan.round for current in history.rounds if _all_kept(current, vectors, size)}
     ended = [current for current in history.rounds if current.plan.round in unmasked]
@@ -96,7 +90,6 @@ def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vecto
 
 
 def produced(history: History, unmasked: Mapping[int, UnmaskedRound]) -> tuple[ProducedAdapter, ...]:
-    """Return the adapters of the rounds that have a result, with the sums that ``sums`` recomputed."""
     return tuple(
         ProducedAdapter(
             place=current.place(Result),
@@ -114,11 +107,8 @@ def produced(history: History, unmasked: Mapping[int, UnmaskedRound]) -> tuple[P
 
 
 def _all_kept(current: Round, vectors: Vectors, size: int) -> bool:
-    """Check whether a round's vectors, of ``size`` bytes, were kept, also if it was aborted; each is the one signed.
-
-    A coordinator keeps all vectors of a session or none. Without this check, removing one of them would take a sum that
-    does not hold out of the audit.
-    """
+    """Check whether a round's vectors, of ``size`` bytes, were kept, also if it was aborted. A coordinator keeps all of
+    a session or none: else removing one would take a sum that does not hold out of the audit."""
     missing = [device for device in current.inputs if not _is_kept(current, device, vectors, size)]
     if 0 < len(missing) < len(current.inputs):
         text = "its vector is missing, and others of the round were kept"
@@ -266,7 +256,6 @@ def _enough_responses(session: Session, current: Round) -> None:
 
 
 def _named(history: History, current: Round) -> Place:
-    """Return where the coordinator named the survivors to the devices."""
     if history.offer.spec.adversary is Adversary.ACTIVE:
         return current.place(Survivors)
     return current.place(Unmask, next(iter(current.unmasks), EVERYONE))
@@ -293,7 +282,6 @@ def survivors(history: History) -> str:
 
 
 def _signed_by_quorum(history: History, current: Round, peer: str, unmask: Unmask) -> None:
-    """Check that a quorum signed the survivors that an unmask request names."""
     place, digest, quorum = current.place(Unmask, peer), unmask.survivors.digest(), history.offer.spec.quorum
     signatures = unmask.consistency_signatures
     if len(signatures) < quorum:
@@ -340,7 +328,7 @@ def results(history: History, checkpoints: Sequence[Checkpoint]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _NamedAdapter:
-    """Holds an adapter that a message names. ``about``: the field that does."""
+    """Holds an adapter that the field ``about`` of a message names."""
 
     place: Place
     about: str
@@ -361,7 +349,6 @@ def _named_adapters(history: History, checkpoints: Sequence[Checkpoint]) -> list
 
 
 def adapter(current: Round) -> AdapterId:
-    """Return the adapter from which the devices of a round trained."""
     return current.plan.adapter_version, current.plan.adapter_digest
 
 

@@ -59,7 +59,6 @@ def require_logged(
     Args:
         before: All rounds, as the registry had them before the logs were read.
         after: As it had them after that.
-        reports: Name → report of all logs.
         unfinished: The last session is under way.
 
     Raises TrustError: the log of a session, a round or its ending is missing, or a round has no record.
@@ -146,7 +145,6 @@ def _agrees(record: RoundRecord, logged: RoundSummary) -> bool:
 
 
 def _in_time(record: RoundRecord, logged: RoundSummary) -> bool:
-    """Check whether a record's time is between those of the round's plan and ending, where there are such."""
     if record.ended is None:
         return True
     return (logged.began or 0) <= record.ended and (logged.ended is None or record.ended <= logged.ended)
@@ -177,7 +175,6 @@ def logs(folder: Path) -> list[Path]:
 
 
 def vector_path(folder: Path, digest: bytes) -> Path:
-    """Name the file in ``VECTORS`` of the masked vector with this SHA-256."""
     return folder / f"{digest.hex()}.bin"
 
 
@@ -196,8 +193,8 @@ class AuditOptions:
 
 @dataclass(frozen=True, slots=True)
 class AuditInput:
-    """Holds logs to check, and what to check them with. ``records``: the records of the rounds there. Both are read
-    before the logs, which a running session continues."""
+    """Holds logs to check, and what to check them with. ``records`` were read before the logs, which a session
+    continues."""
 
     paths: tuple[Path, ...]  # the logs, in order
     root: Root  # the authority, with the revocation list that counts
@@ -384,11 +381,8 @@ def _unmade(registry: RegistryFiles, published: VersionManifest) -> dict[int, st
 def _require_logged(
     published: VersionManifest, unmade: Mapping[int, str], records: Sequence[RoundRecord], reports: Mapping[str, Report]
 ) -> None:
-    """Check that the newest adapter of a registry that a round made is in the logs. Raises TrustError.
-
-    A session under way records a round with its adapter before it logs the result, so there the open round may have
-    made it. ``require_logged`` compares that record with the log.
-    """
+    """Check that the logs have the newest adapter that a round made. Raises TrustError. A session under way records a
+    round before it logs the result, so there the open round may have made it."""
     *_, last = reports.values()
     logged = max((report.newest[0] for report in reports.values() if report.newest), default=0)
     under_way = any(record.made(published) for record in records if record.plan == last.open_plan)

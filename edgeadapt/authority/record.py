@@ -31,8 +31,6 @@ class _Line(BaseModel):
 
 
 class Purpose(Enum):
-    """Says what a certificate is for: a device's identity, or the gateway's TLS."""
-
     IDENTITY = "identity"
     DEVICE_TLS = "device-tls"  # in records of before 2026-12: light devices had TLS keys
     GATEWAY_TLS = "gateway-tls"
@@ -107,7 +105,7 @@ class AuthorityRecord:
 
     @contextmanager
     def writing(self) -> Iterator["RecordWriter"]:
-        """Hold the record's lock, and yield a writer that has the events so far. Raises as ``read``."""
+        """Hold the record's lock, and yield a writer. Raises as ``read``."""
         with locked(self.path.with_suffix(".lock")), self.path.open("r+b") as file:
             raw = file.read()
             events, complete = self._events(raw), raw.rfind(b"\n") + 1
@@ -129,8 +127,6 @@ class AuthorityRecord:
 
 @dataclass(slots=True)
 class RecordWriter:
-    """Writes a record while it is locked. ``events``: so far, in order."""
-
     file: BinaryIO
     events: list[Event]
 

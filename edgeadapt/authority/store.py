@@ -44,17 +44,14 @@ NOT_REDEEMABLE = "the invitation is not valid, has expired, or was used: ask for
 
 
 def utc_now() -> datetime:
-    """Return the time in whole seconds, as X.509 has them."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
 @dataclass(frozen=True, slots=True)
 class AuthorityStore:
-    """Manages an authority's folder. ``clock`` says what time it is.
-
-    Methods raise ConfigError if the folder has no authority, TrustError if a key or certificate is damaged, and
-    DataError if the record is damaged or lacks lines of the newest list.
-    """
+    """Manages an authority's folder. ``clock`` says what time it is. Methods raise ConfigError if the folder has no
+    authority, TrustError if a key or certificate is damaged, and DataError if the record is damaged or lacks lines of
+    the newest list."""
 
     folder: Path
     clock: Callable[[], datetime] = utc_now
@@ -99,11 +96,9 @@ class AuthorityStore:
         return authority
 
     def issue(self, authority: Authority, name: str, key: PublicKey, days: float) -> bytes:
-        """Certify that ``key`` is the key of the device ``name``, valid from now on; DER.
-
-        Raises ConfigError: the certificate would outlast the authority; the key is another device's or was revoked; the
-        device has a valid certificate with another key; or another device's name differs in case only.
-        """
+        """Certify that ``key`` is the key of the device ``name``, valid from now on; DER. Raises ConfigError: the
+        certificate would outlast the authority; the key is another device's or was revoked; the device has a valid
+        certificate with another key; or another device's name differs in case only."""
         with self._writing() as writer:
             return self._issue(writer, authority, name, key, self._end(authority, name, days))
 
@@ -142,7 +137,6 @@ class AuthorityStore:
         Args:
             invited: The public half of the invitation's key, raw.
             signature: Made with that key over the request: who passes it on can have no other key certified.
-            request: PKCS #10 for the identity.
             admit: Called with ``invited`` in hex once the signature was verified, before the record is locked; may
                 raise.
 
@@ -214,14 +208,9 @@ class AuthorityStore:
     def revoke(
         self, authority: Authority, which: str, reason: Reason, list_days: int
     ) -> tuple[record.CertificateIssued, ...]:
-        """Revoke a device's certificates, or the one with a hex serial, and sign a new list (``sign_list``).
-
-        Returns:
-            The certificates that were not revoked before; none if the call is repeated. The list is signed anyway.
-
-        Raises ConfigError: there is no such certificate; TrustError: the list would be too long for its readers.
-        Nothing is revoked.
-        """
+        """Revoke a device's certificates, or the one with a hex serial, and sign a new list (``sign_list``). Returns
+        those that were not revoked before; the list is signed anyway. Raises ConfigError: there is no such certificate;
+        TrustError: the list would be too long for its readers, and nothing is revoked."""
         with self._writing() as writer:
             issued, serial = issued_in(writer.events), which.lower().replace(":", "").removeprefix("0x")
             matching = [each for each in issued if each.name == which]
@@ -280,7 +269,6 @@ class AuthorityStore:
             yield writer
 
     def _require_complete(self, events: Sequence[record.Event]) -> None:
-        """Check that the record has all of the newest list: a list from an older record would reinstate devices."""
         try:
             newest = self.root.revocations(self._read(REVOKED))
         except (ConfigError, TrustError):  # missing or damaged: the next list replaces it

@@ -41,8 +41,6 @@ CONVERSION = 1  # raise it when the folder that is made from the same file chang
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """Names a Python package that is known to hold a base."""
-
     name: str
     model: str
     languages: str
@@ -81,7 +79,7 @@ class Base:
 
     @property
     def weight_bytes(self) -> int:
-        """Sum the full model's weights, in bytes: what federated fine-tuning of everything would send."""
+        """Sum the weights in bytes: what federated fine-tuning of everything would send."""
         return sum(file.stat().st_size for file in self.weight_files)
 
     @property

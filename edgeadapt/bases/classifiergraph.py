@@ -60,7 +60,6 @@ class ClassifierGraph:
         return cls(open_session(files[UPPER], folder, slots, threads), slots, independent_rows, lower)
 
     def feeds(self, inputs: Tensors) -> Feeds:
-        """Prepare one adapter for ``logits``: ``inputs`` has a tensor for each slot."""
         return _ort_values({name: _padded([inputs[name]], self._slots[name])[0] for name in self._slots})
 
     def logits(self, tokens: Tokens, adapter: Feeds) -> Floats:
@@ -117,11 +116,9 @@ def open_session(model: bytes, folder: Path, slots: Collection[str], threads: in
 
 
 def group_rows(adapters: Sequence[Tensors], slots: Slots, most: int = MAX_ROWS) -> list[list[int]]:
-    """Group the rows that can share a run: each run's row numbers, at most ``most``, in order, every row once.
-
-    Adapters share a run if their ranks agree in every layer, they have the same number of virtual tokens, and the
-    parameters that they replace, except those of a head, are equal.
-    """
+    """Group the rows that can share a run, in order, every row once, at most ``most``. They share it if their ranks
+    agree in every layer, they have as many virtual tokens, and the parameters that they replace, except a head's, are
+    equal."""
     runs: list[list[int]] = []
     for row, adapter in enumerate(adapters):
         open_runs = (run for run in runs if len(run) < most)
@@ -134,12 +131,9 @@ def group_rows(adapters: Sequence[Tensors], slots: Slots, most: int = MAX_ROWS) 
 
 
 def stack(adapters: Sequence[Tensors], slots: Slots) -> Tensors:
-    """Stack the graph inputs of the rows of one run, at least one, from one group of ``group_rows``.
-
-    Returns:
-        A, B, scales, offsets and the head's tensors in float32, with the rows as first dimension and what changes
-        nothing as padding. Replaced parameters keep the shape of one adapter.
-    """
+    """Stack the graph inputs of the rows of one group of ``group_rows``: A, B, scales, offsets and the head's tensors
+    in float32, with the rows as first dimension and padding that changes nothing. Replaced parameters keep one
+    adapter's shape."""
     return {
         name: _padded([one[name] for one in adapters], slots[name], 1.0 if name.endswith(SCALES) else 0.0)
         if _per_row(name, slots[name])

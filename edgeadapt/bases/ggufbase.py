@@ -109,7 +109,6 @@ class _HeaderReader:
         self.data, self.at = data, 0
 
     def left(self, count: int, each: int, most: int, what: str) -> int:
-        """Check that ``count`` things of at least ``each`` bytes can follow, and return ``count``."""
         if count > most or count * each > len(self.data) - self.at:
             raise ValueError(f"{count} {what} cannot follow byte {self.at}")
         return count
@@ -174,7 +173,6 @@ def _tensor(reader: _HeaderReader) -> GgufTensor:
 
 
 def _placed(tensors: list[GgufTensor], begin: int, end: int) -> tuple[GgufTensor, ...]:
-    """Place the tensors in a file of ``end`` bytes, whose data begins at ``begin``."""
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise ValueError("two tensors have one name")
     at = begin
@@ -221,7 +219,6 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def write_base(folder: Path, weights: Mapping[str, Floats], tokenizer: Reader, **tables: dict[str, Any]) -> None:
-    """Write a base folder; ``tables`` become JSON files of these names."""
     save_file(dict(sorted(weights.items())), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -286,7 +283,6 @@ def _real(settings: Mapping[str, Any], name: str, default: float | None = None) 
 
 
 def _token(settings: Mapping[str, Any], kind: str) -> int | None:
-    """Return the number of a special token, None if the file names none."""
     name = f"tokenizer.ggml.{kind}_token_id"
     number, count = settings.get(name), len(_words(settings))
     if number is not None and (type(number) is not int or not 0 <= number < count):
@@ -310,7 +306,6 @@ def _shown(value: object) -> str:
 
 
 def _names(file: GgufFile, config: Mapping[str, Any]) -> dict[str, str]:
-    """Map each tensor's name in the file to that in the folder: exactly those of the model, in their shapes."""
     expected = dict(_expected(config))
     for tensor in file.tensors:
         if tensor.name not in expected:
@@ -389,7 +384,6 @@ def _tokenizer(settings: Mapping[str, Any]) -> Tokenizer:
 
 
 def _merges(settings: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Read the pairs of tokens that become one, each of them a token."""
     pairs = []
     for pair in _texts(settings, name := "tokenizer.ggml.merges"):
         left, space, right = pair.partition(" ")
@@ -400,7 +394,6 @@ def _merges(settings: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[
 
 
 def _splitter(kind: str) -> pre_tokenizers.PreTokenizer:
-    """Return how text is cut into words before the merges, by llama.cpp's name for it."""
     if kind == "gpt-2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if kind == "smollm":

@@ -37,11 +37,8 @@ class SharedStates(dict[str, States]):
     def write(
         cls, folder: Path, source: str, texts: Sequence[Tokens], compute: Callable[[list[Tokens]], list[Floats]]
     ) -> None:
-        """Compute the states of texts in float16, the shortest first, and write them to a new folder as a whole.
-
-        States that exceed float16, and those of more than ``MOST_SHARED`` bytes, are left out. ``source`` names what
-        computes them.
-        """
+        """Write the states of texts in float16, the shortest first, to a new folder as a whole. What exceeds float16,
+        or ``MOST_SHARED`` bytes, is left out. ``source`` names what computes them."""
         rest = sorted({key_of(text): text for text in texts}.items(), key=lambda one: (len(one[1]), one[0]))
         keys, ends, end, size = list[bytes](), list[int](), 0, 0
         with staged(folder, mode=PRIVATE_FOLDER) as stage:
@@ -88,11 +85,9 @@ class StateCache:
         self._lock = Lock()
 
     def rows(self, tokens: Sequence[Tokens], compute: Callable[[list[Tokens]], list[Floats]]) -> list[Floats]:
-        """Return the states of each text in float32, shape ``(tokens, hidden)``; they may be read only.
-
-        ``compute`` is called at most once, with the texts that are missing, each once and in their order. If it raises,
-        the cache stays as it was. Guarantee: a text has the same states when they are computed and when they were kept.
-        """
+        """Return the states of each text in float32, shape ``(tokens, hidden)``; they may be read only. ``compute`` is
+        called at most once, with the texts that are missing, each once and in their order. If it raises, the cache
+        stays as it was. Guarantee: a text has the same states when they are computed and when they were kept."""
         keys = [key_of(text) for text in tokens]
         shared = {key: self._shared[key] for key in keys if key in self._shared}
         with self._lock:
@@ -110,7 +105,6 @@ class StateCache:
         return [np.asarray(states[key], np.float32) for key in keys]
 
     def begin(self, states: Tensors) -> None:
-        """Hold ``states``, by the digest of their tokens, and none of them as used."""
         with self._lock:
             self._states.clear()
             self.size, self._others = 0, dict(states)

@@ -27,9 +27,7 @@ class Objective(Protocol):
     """Compares outputs, shape ``(rows, outputs)``, with targets, shape ``(rows, width)``."""
 
     @property
-    def metric(self) -> str:
-        """Name the score in reports."""
-        ...
+    def metric(self) -> str: ...
 
     def outputs(self, labels: Iterable[str]) -> tuple[str, ...]:
         """Name the head's outputs, from the labels of all examples. Raises ConfigError."""

@@ -51,10 +51,8 @@ class TrainingGraph:
 
     def __init__(self, model: bytes, weights: Path, threads: int = 1, lower: bytes | None = None) -> None:
         """Load a verified graph; its weights in the folder ``weights`` are mapped into memory. Guarantee: with one
-        thread, equal batches give equal gradients on one machine, also where states come from the cache.
-
-        ``lower`` computes the states that the graph reads instead of the tokens, if it reads such.
-        """
+        thread, equal batches give equal gradients on one machine, also where states come from the cache. ``lower``
+        computes the states that the graph reads instead of the tokens, if it reads such."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # errors are raised
@@ -98,7 +96,6 @@ class TrainingGraph:
         return self._of_layers(layers, WEIGHT_NORM, inputs)
 
     def own_biases(self) -> dict[str, Floats]:
-        """Return the base's bias of each of the layers in ``normed`` that has one."""
         return self._of_layers(self._named(OWN_BIAS), OWN_BIAS, {})
 
     def _feeds(self, batch: TrainingBatch, inputs: Tensors) -> dict[str, Any]:

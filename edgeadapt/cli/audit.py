@@ -131,7 +131,6 @@ def _print_releases(path: Path, audited: RepositoryAudit, as_json: bool, *, list
 
 
 def _action(record: ActionRecord) -> str:
-    """Say in one line what was done; the figures of gates follow in lines of their own."""
     action = record.action
     words = [f"{record.number:>5}  {record.made}  {action.kind}"]
     words += [action.subject] if action.subject and action.source is None else []
@@ -205,7 +204,6 @@ def _aligned(status: Status, name: str, text: str) -> str:
 def _render_rounds(
     checked: AuditInput, reports: Mapping[str, Report], failure: TrustError | None, *, entries: bool
 ) -> Iterator[str]:
-    """Print the rounds of each session, and with ``entries`` every message in its log."""
     for path, (name, report) in zip(checked.paths, reports.items(), strict=True):
         yield "  ".join([name, *map(timestamp, filter(None, (report.began, report.latest)))])
         if report.dropouts_by_step:
@@ -228,7 +226,6 @@ def _render_rounds(
 
 
 def _dropouts(by_step: Mapping[str, tuple[str, ...]], summed: Container[str]) -> list[str]:
-    """Name the devices that dropped out, apart those that did so after their update was in the sum."""
     notes = []
     for words, later in (("dropped out", False), ("left later", True)):
         left = {step: [d for d in devices if (d in summed) is later] for step, devices in by_step.items()}

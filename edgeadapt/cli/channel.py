@@ -206,7 +206,6 @@ def _write_root(folder: Path, opened: ChannelRepository) -> None:
 
 
 def print_published(published: Published, more: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:
-    """Print the release that a channel has now, and ``more`` of it in JSON, or ``lines``."""
     release = published.release
     row = {"channel": published.channel, "release": release.number, "adapters": release.adapters}
     text = f"{published.channel}, release {release.number}: {_adapters(release)}; {len(release.files)} files"

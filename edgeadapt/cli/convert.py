@@ -124,7 +124,6 @@ def _of_bundle(bundle: Path, name: str, trust: Path | None, base: str | None) ->
 def _with_magnitudes(
     tensors: "Tensors", config: "PeftConfig", manifest: "BaseManifest", labels: int, base_name: str | None
 ) -> "Tensors":
-    """Restore the tensors of a DoRA adapter as peft has them."""
     if base_name is None:
         reason = "the magnitudes of DoRA are computed with the base's weights: name the base of the bundle with --base"
         raise ConfigError(reason, about="--base")

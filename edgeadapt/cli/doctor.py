@@ -93,7 +93,6 @@ def doctor(as_json: bool) -> None:
 
 
 def _rows(began: float) -> Iterator[Row]:
-    """Check everything. ``began``: wall clock less monotonic clock, seconds, before the first check."""
     version, place = _version("edgeadapt"), Path(__file__).parents[2]
     yield Row(OK if version else FAIL, "edgeadapt", f"{version or 'not installed by pip, and run from'} {place}")
     reason = shadowed()
@@ -124,7 +123,6 @@ def clock_row(now: float, jump: float) -> Row:
 
 
 def _extras() -> Iterator[Row]:
-    """Check what edgeadapt needs, and each of its extras."""
     own = metadata.distribution("edgeadapt")
     needs: dict[str, list[str]] = {"": []} | {extra: [] for extra in own.metadata.get_all("Provides-Extra") or ()}
     for requirement in own.requires or ():
@@ -146,7 +144,6 @@ def _extras() -> Iterator[Row]:
 
 
 def _distributions(requirements: Sequence[str], needs: dict[str, list[str]]) -> set[str]:
-    """Name the distributions of requirements, and those of our own extras among them."""
     names = set()
     for requirement in requirements:
         name, extras = NAME.match(requirement).groups()  # type: ignore[union-attr]  # pip accepted it

@@ -109,7 +109,6 @@ def _make_fleet(folder: Path, base: str, port: int, quiet: bool) -> None:
 
 
 def _run(lines: str, quiet: bool) -> None:
-    """Run each line as a command of this program. The line is shown, and not what the command prints."""
     root = click.get_current_context().find_root().command
     for line in lines.strip().splitlines():
         if not quiet:

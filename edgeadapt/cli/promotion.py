@@ -277,7 +277,6 @@ def _verdict(releases: Path, state_dir: Path, trust: Path | None, channel: str, 
 def _prepared(
     opened: ChannelRepository, channel: str, key: IdentityKey | None, settings: gates.GateSettings | None
 ) -> RollbackCondition | None:
-    """Return the condition of a channel's prepared rollback, which is prepared now if a key is given."""
     if key is not None and settings is not None and opened.rollout(channel) is not None:
         return prepare(opened, channel, key, settings.accuracy.margin, drift=settings.rollback_on_drift)
     prepared = opened.prepared.read(channel)

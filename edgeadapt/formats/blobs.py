@@ -61,11 +61,9 @@ class Blobs:
         return blobs
 
     def put(self, blob: bytes) -> str:
-        """Store ``blob`` and return its digest. After the return it survives a power cut.
-
-        It is written to a temporary name and moved to its place; a kill leaves at most a file that ends in ``.part``.
-        A bucket takes an object whole or not at all.
-        """
+        """Store ``blob`` and return its digest. After the return it survives a power cut. It is written to a temporary
+        name and moved to its place; a kill leaves at most a file that ends in ``.part``. A bucket takes an object whole
+        or not at all."""
         digest = hashlib.sha256(blob).hexdigest()
         place = self._place(digest)
         with self._explained("cannot be written to; nothing was changed"):

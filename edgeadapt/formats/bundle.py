@@ -122,7 +122,6 @@ class VerifiedBase:
 
     @property
     def digest(self) -> str:
-        """Return the digest of the frozen base that was exported (``Base.digest``)."""
         return self.manifest.base_digest
 
     def read(self, name: str) -> bytes:
@@ -148,17 +147,14 @@ class VerifiedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Reads a bundle with the keys that may have signed its manifests.
-
-    Methods raise ConfigError if no adapter can have a name, DataError if a file is missing, and TrustError if it is
-    damaged or altered, or no trusted key signed its manifest.
-    """
+    """Reads a bundle with the keys that may have signed its manifests. Methods raise ConfigError if no adapter can have
+    a name, DataError if a file is missing, and TrustError if it is damaged or altered, or no trusted key signed its
+    manifest."""
 
     folder: Path
     trusted: tuple[PublicKey, ...]
 
     def base_manifest(self) -> BaseManifest:
-        """Read the base's manifest (rule 1)."""
         return self._accept(BaseManifest, self.folder / BASE_MANIFEST)
 
     def base(self) -> VerifiedBase:

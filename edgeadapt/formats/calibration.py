@@ -1,10 +1,8 @@
 """One temperature that makes a classifier's probabilities mean what they say (Guo et al. 2017, arXiv:1706.04599).
 
-A device divides the logits by it before the softmax. The order of the labels stays, so no answer changes.
-
-Guo et al. minimize the negative log likelihood of held-out examples. With few examples, or if all are answered right,
-that has no minimum or a far too confident one. A prior on the inverse temperature, which weighs as much as a few
-examples, gives every set of examples a minimum, even an empty one (docs/decisions/0027-calibrated-probabilities.md).
+A device divides the logits by it before the softmax; no answer changes. Guo et al. minimize the negative log likelihood
+of held-out examples, which has no minimum or a far too confident one if these are few or all answered right. So a prior
+on the inverse temperature weighs as much as a few examples (docs/decisions/0027-calibrated-probabilities.md).
 """
 
 from dataclasses import dataclass
@@ -62,14 +60,9 @@ def fit(logits: Floats, labels: Labels, start: float = 1.0) -> float:
 
 
 def expected_calibration_error(logits: Floats, labels: Labels, bins: int = BINS) -> float:
-    """Return how far confidence and accuracy are apart: the mean of |accuracy - confidence| over bins of equal mass.
-
-    These hold equally many examples, and are less biased than bins of equal width (Roelofs et al. 2022,
-    arXiv:2012.08668). With few examples, even a calibrated classifier's error is above 0.
-
-    ``logits``: shape ``(examples, labels)``, divided by their temperature; at least one example. ``bins``: at most as
-    many as there are examples.
-    """
+    """Return the mean of |accuracy - confidence| over bins of equal mass, which are less biased than those of equal
+    width (Roelofs et al. 2022, arXiv:2012.08668). ``logits``: shape ``(examples, labels)``, divided by their
+    temperature; at least one example. ``bins``: at most as many as examples."""
     confident, right = confidences(logits), logits.argmax(axis=1) == labels
     parts = np.array_split(np.argsort(confident, kind="stable"), min(bins, len(confident)))
     return float(sum(abs(right[part].sum() - confident[part].sum()) for part in parts) / len(confident))
@@ -83,11 +76,8 @@ def confidences(logits: Floats) -> NDArray[np.float64]:
 
 
 def calibrate(logits: Floats, labels: Labels, start: float = 1.0) -> Calibration:
-    """Fit a temperature to all examples, and measure the gain on examples that it was not fitted on.
-
-    The examples are put into ``FOLDS`` folds at random; the others give the temperature with which a fold is measured.
-    There are at least ``FOLDS`` examples; arguments are those of ``fit``.
-    """
+    """Fit a temperature to all examples, at least ``FOLDS``, and measure the gain on examples that it was not fitted
+    on: those of each of ``FOLDS`` random folds, by the temperature of the others. Arguments are those of ``fit``."""
     folds = np.random.default_rng(0).permutation(len(labels)) % FOLDS  # always the same ones
     temperatures = np.array([fit(logits[folds != fold], labels[folds != fold], start) for fold in range(FOLDS)])
     calibrated = (logits / temperatures[folds][:, None]).astype(logits.dtype)

@@ -81,7 +81,6 @@ def _tensor(blob: bytes, place: Callable[[int], int | None]) -> tuple[str, NDArr
 
 
 def _fields(blob: bytes, table: int) -> Callable[[int], int | None]:
-    """Return the function from a field of a table to its position, None for one that is absent."""
     vtable = table - _number(blob, "<i", table)
     size = _number(blob, "<H", vtable)
 

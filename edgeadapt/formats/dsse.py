@@ -32,11 +32,9 @@ def pae(payload_type: str, payload: bytes) -> bytes:
 
 
 def sign(payload: bytes, payload_type: str, key: IdentityKey) -> bytes:
-    """Make the envelope of ``payload`` with one signature. Equal arguments give equal bytes.
-
-    Law: ``verify(sign(payload, kind, key), kind, [key.public]) == payload``. Raises DataError: the envelope would be
-    larger than ``verify`` accepts.
-    """
+    """Make the envelope of ``payload`` with one signature. Equal arguments give equal bytes. Law:
+    ``verify(sign(payload, kind, key), kind, [key.public]) == payload``. Raises DataError: the envelope would be larger
+    than ``verify`` accepts."""
     signature = Ed25519PrivateKey.from_private_bytes(key.raw).sign(pae(payload_type, payload))
     envelope = {
         "payload": base64.b64encode(payload).decode(),

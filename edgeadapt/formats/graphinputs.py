@@ -139,11 +139,8 @@ def empty_inputs(slots: Mapping[str, Sequence[str]]) -> Tensors:
 
 
 def with_placeholders(tokens: Sequence[int], count: int) -> list[int]:
-    """Put a placeholder for each of ``count`` virtual tokens before a language model's prompt.
-
-    The graph does not read placeholders. They repeat the first token, because samplers that count or penalize the
-    tokens of a prompt must find none that is not in it, and none outside the vocabulary.
-    """
+    """Put placeholders of ``count`` virtual tokens, which no graph reads, before a language model's prompt. They repeat
+    its first token: samplers that penalize a prompt's tokens must find none that is not in it."""
     return [*([tokens[0]] * count), *tokens]
 
 

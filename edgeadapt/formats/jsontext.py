@@ -20,27 +20,22 @@ MAX_DEPTH = 16  # objects and arrays within each other; our documents have five
 
 
 def encode(value: object) -> bytes:
-    """Write ``value`` as JSON in UTF-8, with sorted keys and without white space. Equal values give equal bytes.
+    """Write ``value`` as JSON in UTF-8, with sorted keys and without white space. Equal values give equal bytes. Raises
+    TypeError: JSON has no form for it; ValueError: a number is NaN or infinite, or a text is not Unicode.
 
     >>> encode({"b": [1, None], "a": "ü"})
     b'{"a":"\\xc3\\xbc","b":[1,null]}'
-
-    Raises:
-        TypeError: JSON has no form for the value.
-        ValueError: A number is NaN or infinite, or a text is not Unicode.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
 
 
 def decode(raw: bytes) -> Any:
-    """Return the value of a JSON text.
+    """Return the value of a JSON text. Raises ValueError: not JSON in UTF-8, or something that this module refuses.
 
     >>> decode(b'{"a": 1, "a": 2}')
     Traceback (most recent call last):
     ValueError: the key 'a' occurs twice
-
-    Raises ValueError: not JSON in UTF-8, or something that this module refuses.
     """
     try:
         text = raw.decode()

@@ -24,10 +24,8 @@ _BLOCK = re.compile(rb"-----BEGIN PUBLIC KEY-----[A-Za-z0-9+/=\s]*-----END PUBLI
 
 def make_key(path: Path, entropy: Entropy) -> tuple[IdentityKey, Path]:
     """Write a new signing key to ``path`` and its public half to ``NAME.pub.pem``; return the key and the second path.
-
     Raises ConfigError: one of the two files exists. Who pinned the old key could not verify what the new one signs;
-    OSError: the folder cannot be written. Neither file is left.
-    """
+    OSError: the folder cannot be written. Neither file is left."""
     public = path.with_name(f"{path.stem}.pub.pem")
     key = IdentityKey.generate(entropy)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,11 +79,9 @@ def tls_key_path(folder: Path) -> Path:
 
 @contextmanager
 def next_tls_key(folder: Path) -> Iterator[Path]:
-    """Yield where to write the next TLS key of a state directory, while no other process replaces a key.
-
-    Raises ConfigError: the key there is in use, and could not be renamed; TimeoutError: another process replaces a key,
-    and does not end.
-    """
+    """Yield where to write the next TLS key of a state directory, while no other process replaces a key. Raises
+    ConfigError: the key there is in use, and could not be renamed; TimeoutError: another process replaces a key, and
+    does not end."""
     with locked(folder / TLS_LOCK, timeout=PATIENCE):
         if not (folder / TLS_CERTIFICATE).exists():
             yield folder / TLS_KEY

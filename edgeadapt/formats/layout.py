@@ -34,8 +34,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Orders the tensors of an adapter by name. Law: ``layout.unflatten(layout.flatten(tensors))`` equals ``tensors``,
-    bit for bit."""
+    """Orders tensors by name. Law: ``layout.unflatten(layout.flatten(tensors))`` equals ``tensors``, bit for bit."""
 
     tensors: tuple[TensorSpec, ...]
 

@@ -160,8 +160,6 @@ class Card(Settings):
 
 @dataclass(frozen=True, slots=True)
 class VersionManifest(Manifest):
-    """Describes one version of the global adapter in the registry."""
-
     NAME: ClassVar[str] = "version-manifest"
 
     version: Count  # 0 is the adapter that the vendor ships on day one
@@ -197,8 +195,6 @@ class VersionManifest(Manifest):
 
 @dataclass(frozen=True, slots=True)
 class BaseManifest(Manifest):
-    """Describes an exported base: which frozen base it is, its task and profile, and the digest of each file."""
-
     NAME: ClassVar[str] = "base-manifest"
 
     base_digest: Sha256
@@ -249,7 +245,7 @@ class AdapterManifest(Manifest):
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord(Exact):
-    """Describes a group: the devices in its sum, and its mean's distance from the combination, in weight units."""
+    """Describes a group. ``distance``: of its mean from the combination, in weight units."""
 
     survivors: tuple[str, ...]
     distance: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -257,11 +253,9 @@ class GroupRecord(Exact):
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord(Manifest):
-    """Says what happened in one round. Bytes are totals over all devices.
-
-    A device that drops out after its masked input arrived is among the survivors too: its update is in the sum. Raises
-    DataError: a number is not finite, or the fields of a result are not all set where the round had one.
-    """
+    """Says what happened in one round. Bytes are totals over all devices. A device that drops out after its masked
+    input arrived is among the survivors too: its update is in the sum. Raises DataError: a number is not finite, or the
+    fields of a result are not all set where the round had one."""
 
     NAME: ClassVar[str] = "round-record"
 
@@ -306,7 +300,6 @@ class RoundRecord(Manifest):
             )
 
     def made(self, manifest: VersionManifest) -> bool:
-        """Check whether the manifest is that of the version which this round produced."""
         mine = (self.round, self.plan, self.version, self.adapter, self.survivors)
         return mine == (manifest.round, manifest.plan, manifest.version, manifest.sha256, manifest.survivors)
 
@@ -322,12 +315,9 @@ def accept_chain(
 ) -> list[RoundRecord]:
     """Verify the records in rows of a registry: each signed, numbered without a gap and naming the previous one.
 
-    Args:
-        rows: Number of a round, and its signed record; in order.
-        trusted: The keys that may have signed.
-        before: Number of the round before these, and its signed record; (0, None) before the first.
-
-    Raises TrustError: a record is missing, was altered, or stands in another place than it was signed for.
+    ``rows``: number of a round, and its signed record; in order. ``before``: number of the round before these, and its
+    signed record; (0, None) before the first. Raises TrustError: a record is missing, was altered, or stands in another
+    place than it was signed for.
     """
     (last, signed), keys, records = before, list(trusted), list[RoundRecord]()
     for number, raw in rows:

@@ -33,7 +33,6 @@ class Passage:
 
     @property
     def read(self) -> str:
-        """What is embedded and searched."""
         return f"{self.heading}\n{self.text}" if self.heading else self.text
 
 
@@ -83,11 +82,8 @@ def split(source: str, raw: bytes) -> Iterator[Passage]:
 
 
 def read_folder(folder: Path) -> tuple[list[Passage], dict[str, str]]:
-    """Read the files of a folder in order; links and hidden files are left out.
-
-    Returns the passages, and the files that cannot be read with the reason. Raises DataError: there is no passage, or
-    there are more than ``MOST``.
-    """
+    """Read the files of a folder in order; links and hidden files are left out. Returns the passages, and the files
+    that cannot be read with the reason. Raises DataError: there is no passage, or there are more than ``MOST``."""
     passages, odd = list[Passage](), dict[str, str]()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)

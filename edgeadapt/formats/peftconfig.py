@@ -80,7 +80,7 @@ class PeftConfig(Exact):
         return cls("LORA", rank, alpha, tuple(targets))
 
     def rank_of(self, path: str) -> int:
-        """Return the rank of the layer at ``path``, its place in the base's module tree. Raises as ``scaling_of``."""
+        """Return the rank of the layer at ``path`` in the base's module tree. Raises as ``scaling_of``."""
         return _matching(self.rank_pattern, path, self.r)
 
     def alpha_of(self, path: str) -> float:
@@ -192,11 +192,9 @@ def _matching(patterns: tuple[tuple[str, V], ...], path: str, default: V) -> V:
 
 @lru_cache(maxsize=1024)
 def _ending(pattern: str) -> TypeAdapter[str]:
-    """Return a type that accepts the paths whose end matches ``pattern``.
-
-    Patterns come from folders of strangers. For a pattern of a few characters, Python's engine can run for years;
-    pydantic's needs a time in proportion to the path, and has no look-around and no back references.
-    """
+    """Return a type that accepts the paths whose end matches ``pattern``. Patterns come from folders of strangers. For
+    a pattern of a few characters, Python's engine can run for years; pydantic's needs a time in proportion to the path,
+    and has no look-around and no back references."""
     whole = rf"(.*\.)?({pattern})$"
     try:
         re.compile(whole)  # peft refuses it too

@@ -13,8 +13,8 @@ TAB = "\t"
 
 
 def read_phrases(path: Path) -> list[tuple[str, str]]:
-    """Read the labels and phrases in a file with one pair a line: the label, a tab, the phrase. Raises DataError if a
-    line has no tab, or nothing on one side of it; or as ``read_lines``."""
+    """Read one pair a line: the label, a tab, the phrase. Raises DataError if one of these is missing; or as
+    ``read_lines``."""
     return _pairs(read_lines(path, "phrase"), path)
 
 

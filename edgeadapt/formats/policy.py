@@ -63,8 +63,6 @@ Patterns = Annotated[tuple[Pattern, ...], Field(max_length=64)]
 
 
 class Policy(Settings):
-    """What a bundle may answer."""
-
     unsure: Text = "I am not sure what you mean."  # said instead of an answer below its threshold
     denied: Text = "I may not answer that."  # said instead of an answer that is blocked
     least: Share = 0.0  # least probability of a label that ``thresholds`` does not have
@@ -89,7 +87,6 @@ class Policy(Settings):
             raise TrustError(f"the policy cannot be read: {error}; update edgeadapt", about="policy.json") from error
 
     def outcome(self, text: str, label: str, probability: float) -> Outcome:
-        """Judge the most likely label of a text."""
         if label in self.deny or blocks(self.input, text):
             return Outcome.BLOCKED
         if probability < self.thresholds.get(label, self.least):

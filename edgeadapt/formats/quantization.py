@@ -73,11 +73,9 @@ def quantize(inputs: Tensors, form: Format) -> Stored:
 
 
 def restore(stored: Stored, form: Format) -> Tensors:
-    """Return the float32 tensors of an adapter file, C-contiguous, by graph input.
-
-    Raises DataError: a tensor has a number type that ``form`` does not allow; a scale is missing, belongs to no tensor,
-    or has another shape; a scale or a value is not finite, or an int8 scale is not positive; about the tensor.
-    """
+    """Return the float32 tensors of an adapter file, C-contiguous, by graph input. Raises DataError: a tensor has a
+    number type that ``form`` does not allow; a scale is missing, belongs to no tensor, or has another shape; a scale or
+    a value is not finite, or an int8 scale is not positive; about the tensor."""
     restored = {name: _restored(name, stored, form) for name in stored if not name.endswith(SCALE)}
     _check_scales_belong(stored)
     return restored

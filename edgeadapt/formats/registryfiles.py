@@ -99,8 +99,6 @@ def require(state_dir: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LocalFiles:
-    """Reads ``registry.db`` in ``folder``, and the folder ``blobs``."""
-
     folder: Path
     blobs: Path
 
@@ -157,11 +155,9 @@ def require_schema(revision: object, name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RegistryFiles:
-    """Reads a registry. One coordinator may write to it at the same time.
-
-    Methods raise ConfigError if the database has another schema, DataError if it cannot be read, and TrustError if what
-    they read is missing, was altered, or is signed by no trusted key.
-    """
+    """Reads a registry. One coordinator may write to it at the same time. Methods raise ConfigError if the database has
+    another schema, DataError if it cannot be read, and TrustError if what they read is missing, was altered, or is
+    signed by no trusted key."""
 
     source: RegistrySource
     trusted: tuple[PublicKey, ...]
@@ -226,10 +222,8 @@ class RegistryFiles:
 
 def float32_tensors(blob: bytes) -> Tensors:
     """Read the tensors of a safetensors file: a length, a JSON header with shapes and offsets, the numbers.
-
     ``edgeadapt.formats.files.decode`` reads the same with the library, which is not in the bare install. Raises
-    DataError if it is not such a file, or has a tensor of another type.
-    """
+    DataError if it is not such a file, or has a tensor of another type."""
     end = _LENGTH + int.from_bytes(blob[:_LENGTH], "little")
     try:
         header = json.loads(blob[_LENGTH:end])

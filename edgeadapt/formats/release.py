@@ -166,7 +166,6 @@ def check_channel(name: str) -> str:
 
 
 def target(channel: str, name: str) -> str:
-    """Return the path of a file of a channel's bundle, or of its release, among the targets."""
     return f"{channel}/{name}"
 
 
@@ -177,8 +176,6 @@ def previous(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Release(jsontext.Exact):
-    """Says what the bundle of a channel is."""
-
     number: Count  # of the channel, from 1
     made: Annotated[str, Field(max_length=40)]  # when, ISO 8601
     files: Annotated[dict[Annotated[str, Field(pattern=_PATH)], Sha256], Field(min_length=1, max_length=MAX_FILES)]

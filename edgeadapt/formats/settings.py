@@ -69,7 +69,6 @@ class Settings(BaseModel):
 
     @classmethod
     def fields(cls) -> Iterator[tuple[str, FieldInfo]]:
-        """Yield every key, with its dotted path, and the pydantic field."""
         return _fields(cls, "")
 
     def to_toml(self) -> str:

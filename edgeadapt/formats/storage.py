@@ -46,11 +46,9 @@ def cache_folder() -> Path:
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder ``name`` of the cache; if it does not exist, ``make`` fills it first.
-
-    It appears under its name only when it is complete, also if two processes make it at the same time. Raises
-    ConfigError if the cache cannot be written.
-    """
+    """Return the folder ``name`` of the cache; if it does not exist, ``make`` fills it first. It appears under its name
+    only when it is complete, also if two processes make it at the same time. Raises ConfigError if the cache cannot be
+    written."""
     target = cache_folder() / name
     if target.is_dir():
         return target
@@ -101,11 +99,9 @@ def opened(path: Path, limit: int = LARGEST) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def read_lines(path: Path, what: str) -> tuple[str, ...]:
-    """Read the lines of a UTF-8 file that are not blank, without the byte order mark of Windows' editors.
-
-    ``what`` says what a line is, for a message. Raises ConfigError: there is no such file; DataError: it is not UTF-8,
-    too large, has no line, or is a device or a pipe.
-    """
+    """Read the lines of a UTF-8 file that are not blank, without the byte order mark of Windows' editors. ``what`` says
+    what a line is, for a message. Raises ConfigError: there is no such file; DataError: it is not UTF-8, too large, has
+    no line, or is a device or a pipe."""
     try:
         text = read(path, LONGEST_LIST).decode("utf-8-sig")
     except FileNotFoundError as error:
@@ -156,7 +152,6 @@ def flush(file: IO[bytes]) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Make the names in ``folder`` survive a power cut (see ``kill_safe``)."""
     if os.name == "nt" or not _POWER_CUTS.get():  # Windows opens no folders, and writes names through
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -236,11 +231,9 @@ def real(path: Path) -> Path:
 
 @contextmanager
 def locked_folder(out: Path) -> Iterator[Path]:
-    """Hold the lock of the folder ``out``, and yield its full path.
-
-    The lock file is ``.NAME.lock`` next to ``out``. If a killed process left ``staged`` half done, that is repaired.
-    Raises ConfigError if no lock file can be created there.
-    """
+    """Hold the lock of the folder ``out``, and yield its full path. The lock file is ``.NAME.lock`` next to ``out``. If
+    a killed process left ``staged`` half done, that is repaired. Raises ConfigError if no lock file can be created
+    there."""
     out = real(out)
     above = next(folder for folder in out.parents if folder.exists())
     with ExitStack() as stack:
@@ -262,11 +255,9 @@ def restore(out: Path) -> None:
 
 @contextmanager
 def staged(out: Path, *, mode: int = PUBLIC_FOLDER, replaces: bool = False) -> Iterator[Path]:
-    """Yield an empty folder to fill, which becomes ``out`` if the block ends without an error.
-
-    Unless ``replaces``, ``out`` is missing or empty at the end of the block; with it, hold ``locked_folder(out)``. It
-    is unchanged after an OSError.
-    """
+    """Yield an empty folder to fill, which becomes ``out`` if the block ends without an error. Unless ``replaces``,
+    ``out`` is missing or empty at the end of the block; with it, hold ``locked_folder(out)``. It is unchanged after an
+    OSError."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with closing(WorkFolder(out.parent)) as work:
         stage = work.path

@@ -43,22 +43,17 @@ class Coordinator:
     def publish(
         self, adapter: File | None, *, base: File, labels: Sequence[str] | None = None, task: str = "classification"
     ) -> VersionManifest:
-        """Publish the first adapter, a folder that peft saved, as version 0; None for a model of your own.
-
-        ``labels``: of its head, in order; by default those in ``labels.txt`` there. ``task``: what devices
-        learn of labels, by its name. Raises ConfigError, DataError: as
-        ``publish_first``.
-        """
+        """Publish the first adapter, a folder that peft saved, as version 0; None for a model of your own. ``labels``:
+        of its head, in order; by default those in ``labels.txt`` there. ``task``: what devices learn of labels, by its
+        name. Raises ConfigError, DataError: as ``publish_first``."""
         check_texts("labels", labels or ())
         with in_python():
             return publish_first(self._open(), None if adapter is None else Path(adapter), str(base), labels, task)
 
     def run(self, gateway: str, report: Callable[[RoundRecord], object] = lambda _: None) -> tuple[RoundRecord, ...]:
-        """Serve devices at ``gateway``, ``HOST:PORT``, until all rounds are done, and return those that ran.
-
-        ``report`` gets the record of each round once it is committed. The logger ``edgeadapt`` says more. Raises as
-        ``coordinator.app.over_gateway``.
-        """
+        """Serve devices at ``gateway``, ``HOST:PORT``, until all rounds are done, and return those that ran. ``report``
+        gets the record of each round once it is committed. The logger ``edgeadapt`` says more. Raises as
+        ``coordinator.app.over_gateway``."""
         from coordinator.app import over_gateway  # Flower
 
         records = []

@@ -57,11 +57,8 @@ class Device:
         return self._open().settings.policy
 
     def run(self, gateway: str | None = None) -> None:
-        """Take part in rounds until ``stop``, which another thread calls.
-
-        ``gateway``: ``HOST:PORT``, or several with commas; by default that of ``device.toml``. Raises as ``Agent.of``
-        and ``Agent.run``.
-        """
+        """Take part in rounds until ``stop``, which another thread calls. ``gateway``: ``HOST:PORT``, or several with
+        commas; by default that of ``device.toml``. Raises as ``Agent.of`` and ``Agent.run``."""
         with in_python():
             self._running = Agent.of(self.path, gateway)
             self._running.run()

@@ -47,10 +47,8 @@ class _Model:
 
     @property
     def adapter(self) -> str:
-        """The adapter that answers: the one that was named, else the bundle's personal one, else its global one.
-
-        Raises ConfigError, DataError, TrustError: as ``Library.default``.
-        """
+        """The adapter that answers: the one that was named, else the bundle's personal one, else its global one. Raises
+        ConfigError, DataError, TrustError: as ``Library.default``."""
         return self._named or self._library.default()
 
     @property
@@ -202,9 +200,7 @@ class Classifier(_Model):
 
     def using(self, adapter: str) -> Self:
         """Share the loaded base with a classifier that answers with another adapter, or several: "global:0.5+anna".
-
-        Raises as ``ClassificationSession.load``.
-        """
+        Raises as ``ClassificationSession.load``."""
         self._session.load(ROUTER if adapter == AUTO else adapter)
         return type(self)(self._session, adapter, self._threads)
 

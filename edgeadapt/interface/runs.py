@@ -62,10 +62,8 @@ class Run:
         return self.path / REPORT
 
     def bundle(self, client: str | None = None) -> Path:
-        """Return the folder of the global bundle, or of a client's with its private adapter.
-
-        Raises ConfigError: the run does not have it, as a run of a language model.
-        """
+        """Return the folder of the global bundle, or of a client's with its private adapter. Raises ConfigError: the
+        run does not have it, as a run of a language model."""
         bundle = self.path / "bundle" if client is None else self.path / "devices" / client / "bundle"
         if not bundle.is_dir():
             whose = "a bundle" if client is None else f"a bundle of a client {client!r}"
@@ -78,10 +76,8 @@ class Run:
 
     def answer(self, texts: Sequence[str], client: str | None = None) -> list[Any]:
         """Answer texts with the last global adapter, or with a client's own, as the task of the run says: also without
-        a bundle, which a task and a model of your own do not have.
-
-        Raises ConfigError: the run is of a language model, or does not have this client's adapter.
-        """
+        a bundle, which a task and a model of your own do not have. Raises ConfigError: the run is of a language model,
+        or does not have this client's adapter."""
         check_texts("texts", texts)
         with in_python():
             scenario = RunFolder.stored(self.path)
@@ -98,9 +94,7 @@ class Run:
 
     def compare(self, other: "Run") -> dict[str, dict[str, float]]:
         """Return by arm how much higher each figure of ``accuracy`` is than in ``other``; ``suite`` adds intervals.
-
-        Raises ConfigError: one of the two is of a language model.
-        """
+        Raises ConfigError: one of the two is of a language model."""
         if self.result.metric != other.result.metric:
             reason = f"{self.path} has {self.result.metric}, and {other.path} {other.result.metric}: compare like runs"
             raise ConfigError(reason, about="other")
@@ -230,9 +224,7 @@ def _name_own(keys: dict[str, Any]) -> None:
 
 def _written(rows: Any, path: Path) -> Path:
     """Write rows or a DataFrame as a table of JSON lines beside the folder of the run, where a resumed run finds it.
-
-    Raises DataError: a row is not a mapping, or a value is infinite.
-    """
+    Raises DataError: a row is not a mapping, or a value is infinite."""
     lines = []
     for number, row in enumerate(rows.to_dict("records") if hasattr(rows, "to_dict") else rows, 1):
         if not isinstance(row, Mapping):

@@ -26,11 +26,9 @@ def build(base: Base, config: PeftConfig = LORA) -> PeftModel:
 
 
 def require_private(model: PeftModel) -> None:
-    """Check that no layer that the adapter changes has a row for each token. Raises ConfigError.
-
-    The gradient at the output layer (of LoRA's B, a scale or a bias) has another sign for the tokens of the examples
-    than for all others, so that a sum would name them, as it would at the embedding.
-    """
+    """Check that no layer that the adapter changes has a row for each token. Raises ConfigError. The gradient at the
+    output layer (of LoRA's B, a scale or a bias) has another sign for the tokens of the examples than for all others,
+    so that a sum would name them, as it would at the embedding."""
     output = model.get_base_model().get_output_embeddings()
     for path, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer) and (layer is output or layer.get_base_layer() is output):

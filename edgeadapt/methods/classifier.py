@@ -32,11 +32,9 @@ BUCKETS = 4096  # tokens whose numbers are equal modulo this share a row
 
 
 class LexicalFeatures(nn.Module):
-    """Says which tokens a text has, in whatever order: the sum of a row of random signs for each, at unit length.
-
-    A text of n different tokens is nearly at right angles to one that shares none of them (random indexing: Kanerva et
-    al. 2000; Achlioptas 2003). The rows are the same in every base: bits of SHAKE-256.
-    """
+    """Says which tokens a text has, in whatever order: the sum of a row of random signs for each, at unit length. A
+    text of n different tokens is nearly at right angles to one that shares none of them (random indexing: Kanerva et
+    al. 2000; Achlioptas 2003). The rows are the same in every base: bits of SHAKE-256."""
 
     signs: Tensor  # shape (BUCKETS, size), of -1, 1, and 0 for what does not count
 
@@ -71,10 +69,8 @@ class LexicalFeatures(nn.Module):
 
 class PhraseClassifier(nn.Module):
     """Maps ``encoder`` → mean over the tokens that are not padding, or places of a picture → unit length → linear
-    ``classifier``.
-
-    A base with lexical features has these beside the mean, as long as it; both together have unit length.
-    """
+    ``classifier``. A base with lexical features has these beside the mean, as long as it; both together have unit
+    length."""
 
     def __init__(self, encoder: Any, labels: int) -> None:
         """Raises ConfigError as ``LexicalFeatures.of``."""
@@ -108,10 +104,8 @@ def pooled(encoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
 def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
     """Build the base with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's and the head's.
-
     The fresh adapter has peft's own random values; ``load`` sets others, ``seeded`` makes the vendor's. Raises
-    ConfigError: fewer than two labels, a base that cannot be opened, virtual tokens, or as ``trainable.adapted``.
-    """
+    ConfigError: fewer than two labels, a base that cannot be opened, virtual tokens, or as ``trainable.adapted``."""
     if labels < 2 and not isinstance(base.task, OwnTask):
         raise ConfigError(f"a classifier needs at least two labels, got {labels}", about="labels")
     if config.num_virtual_tokens:
@@ -156,14 +150,9 @@ def embed(model: PeftModel, tokens: Any, texts: Sequence[str]) -> Floats:
 def seed_adapter(
     model: PeftModel, tokens: Any, phrases: Sequence[tuple[str, int]], labels: int, generator: torch.Generator
 ) -> Tensors:
-    """Make the first adapter of a federation: ``seeded`` with the summed embeddings of each label's phrases.
-
-    Returns:
-        float32 tensors under the names that PEFT saves. Guarantee: the adapter changes nothing, so that the classifier
-        answers with the label whose phrases are nearest in the base's embedding space.
-
-    ``phrases``: at least one, each with the number of its label.
-    """
+    """Make the first adapter of a federation, ``seeded`` with the summed embeddings of each label's phrases, at least
+    one, each with the number of its label. Guarantee: it changes nothing, so that the classifier answers with the label
+    whose phrases are nearest in the base's embedding space."""
     embeddings = embed(model, tokens, [text for text, _ in phrases])
     sums = np.zeros((labels, embeddings.shape[1]), np.float32)
     np.add.at(sums, [label for _, label in phrases], embeddings)
@@ -172,10 +161,8 @@ def seed_adapter(
 
 def seeded(model: PeftModel, prototypes: Floats, generator: torch.Generator) -> Tensors:
     """Make the adapter on day one: one that changes nothing (``trainable.initial``), and a prototype head.
-
     ``prototypes``: shape ``(labels, width)``, a mean embedding for each label; zero rows for labels without phrases.
-    ``generator``: draws LoRA's A; the same generator state gives the same adapter.
-    """
+    ``generator``: draws LoRA's A; the same generator state gives the same adapter."""
     start = initial(model, generator)
     for name, value in start.items():
         if name.endswith("classifier.weight"):

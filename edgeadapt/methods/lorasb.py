@@ -56,10 +56,8 @@ def folded(tensors: Tensors, limit: float = math.inf) -> Tensors:
 
 def frozen_factor(name: str, shape: tuple[int, ...]) -> Floats:
     """Return F of the layer whose B has ``name`` and ``shape``: random signs over √rank, the same on every machine.
-
     Columns of random signs are nearly orthogonal (Achlioptas 2003). Divided so, a step of AdamW on R moves an entry of
-    B as far as one on B itself, so that learning rates, noise and clip norm mean what they mean for LoRA.
-    """
+    B as far as one on B itself, so that learning rates, noise and clip norm mean what they mean for LoRA."""
     key = hashlib.sha256(b"edgeadapt/fed-sb/1\x00" + f"{name} {shape[0]} {shape[1]}".encode()).digest()
     drawn = np.empty(shape, np.uint8)
     Keystream(key).read_into(drawn.data.cast("B"))
@@ -67,5 +65,4 @@ def frozen_factor(name: str, shape: tuple[int, ...]) -> Floats:
 
 
 def square_name(name: str) -> str:
-    """Return the name of R of the layer whose B has ``name``."""
     return name.replace(".lora_B.", ".lora_R.")

@@ -65,10 +65,8 @@ PROJECTIONS = (
 
 def adapted(model: nn.Module, config: PeftConfig, *, heads: Sequence[str] = (), task: str | None = None) -> PeftModel:
     """Return a frozen model with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's.
-
     ``heads`` names the modules that are trained in full; ``task`` is peft's task type, which virtual tokens need.
-    Raises ConfigError as ``require_trainable`` and ``_require_kinds``.
-    """
+    Raises ConfigError as ``require_trainable`` and ``_require_kinds``."""
     require_trainable(config)
     _require_kinds(model, config)
     targets = _targets(model, config)
@@ -142,7 +140,6 @@ def _named(kind: str, architecture: str, base: Base) -> Sequence[str]:
 
 
 def _matrices(base: Base) -> list[str]:
-    """Name a base's parameters of two dimensions, as of linear layers."""
     shapes = pretrained.parameter_shapes(base, AutoModel, 2)
     return [name for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")]
 
@@ -155,7 +152,6 @@ def _norms(base: Base) -> list[str]:
 
 
 def tensors(model: PeftModel) -> Tensors:
-    """Copy the adapter's tensors to float32 arrays, under the names that PEFT saves."""
     state = get_peft_model_state_dict(model)
     kept = {name: value for name, value in state.items() if not name.endswith(COPIES)}
     return {name: value.detach().to(torch.float32).numpy().copy() for name, value in kept.items()}
@@ -215,11 +211,9 @@ def _virtual_tokens(model: PeftModel, count: int, generator: torch.Generator) ->
 
 
 def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
-    """Check that an adapter of this configuration is on layers of the kind that its method adapts.
-
-    The update of an embedding would name the tokens of the examples, and a module that is trained in full may be as
-    large as the base. Raises ConfigError: no module bears a target's name, or one that does is of another kind.
-    """
+    """Check that an adapter of this configuration is on layers of the kind that its method adapts. The update of an
+    embedding would name the tokens of the examples, and a module that is trained in full may be as large as the base.
+    Raises ConfigError: no module bears a target's name, or one that does is of another kind."""
     norm, linear, method = "normalization", "linear layer", config.peft_type
     kinds = [norm, linear] if method.lower() in ENDINGS else [norm] if method == "LN_TUNING" else [linear]
     for target in config.target_modules:
@@ -239,9 +233,7 @@ def _require_kinds(model: nn.Module, config: PeftConfig) -> None:
 
 def _targets(model: nn.Module, config: PeftConfig) -> Sequence[str]:
     """Name what peft adapts: with ``layers_to_transform``, the paths of the targets in these layers, for all methods.
-
-    Raises ConfigError: the model has no target in one of the layers.
-    """
+    Raises ConfigError: the model has no target in one of the layers."""
     if not config.layers_to_transform:
         return config.target_modules
     paths = [path for path, _ in model.named_modules() if path.endswith(tuple(f".{t}" for t in config.target_modules))]
@@ -254,7 +246,6 @@ def _targets(model: nn.Module, config: PeftConfig) -> Sequence[str]:
 
 
 def _feeding(config: PeftConfig, targets: Sequence[str]) -> list[str]:
-    """Name those of ``targets`` whose input is scaled, as peft compares them with its targets."""
     names = config.feedforward_modules
     return [target for target in targets if target in names or target.endswith(tuple(f".{name}" for name in names))]
 

@@ -301,7 +301,6 @@ class PromotionTrial:
 
 
 def refusal(gate: str, reason: str) -> GateResult:
-    """Return the result of a gate that could not be measured."""
     return GateResult(gate, False, None, None, f"cannot be measured: {' '.join(reason.split())}"[:LONGEST])
 
 

@@ -54,7 +54,6 @@ class Observed(Exact):
 
     @property
     def histograms(self) -> dict[str, tuple[str, ...]]:
-        """Map each histogram to the names of its bins, in their order."""
         found: dict[str, tuple[str, ...]] = {}
         for name in sorted((name for name in self.metrics if "." in name), key=lambda name: (len(name), name)):
             histogram, _, bin_ = name.partition(".")
@@ -70,7 +69,7 @@ class Observed(Exact):
         return tuple(described(f"{histogram}/{texts[int(each)] if texts else each}") for each in bins)
 
     def shares(self, histogram: str) -> Vector:
-        """Return the share of each bin. Raises ConfigError: too few devices contributed to see them."""
+        """Raises ConfigError: too few devices contributed to see them."""
         devices, hidden = self.metrics[DEVICES], VISIBLE * self.metrics[NOISE] / PRESENT
         if devices < hidden:
             reason = f"round {self.round} has about {max(0.0, devices):.0f} devices that count their answers, and"
@@ -163,7 +162,7 @@ def is_observation(manifest: VersionManifest) -> bool:
 
 
 def observations(versions: Iterable[VersionManifest]) -> tuple[Observed, Observed]:
-    """Return the last two observations among verified versions. Raises ConfigError: there are fewer."""
+    """Return the last two observations. Raises ConfigError: there are fewer."""
     last = [*filter(is_observation, versions)][-2:]
     if len(last) < 2:
         reason = f"there are {len(last)} rounds of observation, and two are compared"

@@ -118,7 +118,6 @@ def _roots(place: Path, pinned: bytes | None) -> list[Metadata[Root]]:
 
 
 def _records(folder: Path, head: LogHead, keys: Sequence[PublicKey]) -> tuple[ActionRecord, ...]:
-    """Read the records up to ``head``, each named by the next one."""
     records: list[ActionRecord] = []
     expected = head.sha256
     for number in range(head.number, 0, -1):
@@ -255,7 +254,6 @@ def _metadata(kind: Any, path: Path) -> Metadata[Any]:
 
 
 def _signed(signer: Metadata[Any], role: str, metadata: Metadata[Any]) -> None:
-    """Check that ``metadata`` are signed as ``signer`` demands of ``role``."""
     try:
         signer.verify_delegate(role, metadata)
     except (RepositoryError, ValueError) as error:

@@ -50,17 +50,13 @@ class VersionDifference:
     """Compares version ``after`` with version ``before``.
 
     Args:
-        before, after: Their numbers.
         same_base: They are for one base.
         tensors: In both versions, with one shape.
         updates: Of layers with LoRA in both, ``s B A``.
         total: All of ``tensors`` as one vector; None if there are none.
         added, removed: Names of tensors that only one of the two has, or that have another shape.
-        labels_added, labels_removed: Of the head.
         labels_moved: The labels are the same, in another order.
         peft_config: The method's settings are the same.
-        metrics: Name → before and after; None where a version does not have it.
-        privacy: Before and after.
     """
 
     before: int
@@ -106,7 +102,6 @@ def difference(old: VersionManifest, new: VersionManifest, before: Tensors, afte
 
 
 def _updates(manifest: VersionManifest, tensors: Tensors) -> dict[str, Floats]:
-    """Map the path of each layer with LoRA to its update, ``(out, in)``."""
     updates = {}
     for layer in (name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)):
         a, b, path = tensors[layer + LORA_A], tensors.get(layer + LORA_B), input_name(layer)
@@ -189,7 +184,6 @@ class Lineage:
 
 
 def is_from(adapter: AdapterManifest, version: VersionManifest) -> bool:
-    """Check whether an adapter of a release was exported from this version."""
     return (adapter.source, adapter.base_digest) == (version.sha256, version.base_digest)
 
 

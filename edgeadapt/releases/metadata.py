@@ -109,7 +109,6 @@ class RoleMetadata:
         return stated.version if stated else 0
 
     def load(self, kind: type[S], role: str, version: int | None = None) -> S:
-        """Read a version of a role's metadata, by default the current one."""
         return _read(kind, self.path(role, version or self.version(role)))
 
     def roles(self) -> Iterator[tuple[str, int, datetime, tuple[Path, ...]]]:
@@ -133,12 +132,8 @@ class RoleMetadata:
         """Sign and write the next version of each role that is given, then of snapshot and timestamp.
 
         The action's record is written first, and the snapshot names it. Nothing is written if a key is missing.
-
-        Args:
-            channels: Name → new metadata.
-            root, top: The new metadata of root and targets.
-            also: Further signers of the root, whose keys it no longer names.
-            prepared: Name → the next version of a channel's metadata, which are signed already.
+        ``also``: further signers of the root, whose keys it no longer names. ``prepared``: name → the next version of a
+        channel's metadata, which are signed already.
         """
         keys, delegated = root or self.load(tuf.Root, ROOT), delegations(top or self.load(tuf.Targets, TOP))
         snapshot = self.load(tuf.Snapshot, SNAPSHOT) if self.version(SNAPSHOT) else tuf.Snapshot()

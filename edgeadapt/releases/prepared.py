@@ -62,11 +62,9 @@ class RollbackCondition(jsontext.Exact):
         signed.unrecognized_fields[ROLLBACK] = jsontext.encode(asdict(self)).decode()
 
     def require(self, evaluation: JudgedEvaluation | JudgedDrift | None) -> None:
-        """Check that an evaluation or a drift meets it. Raises DataError if its figures do not give its verdict.
-
-        Raises TrustError: there is none, it compared other releases or with another margin or is not of days before and
-        after the release, or it did not find the newest release worse.
-        """
+        """Check that an evaluation or a drift meets it. Raises DataError if its figures do not give its verdict. Raises
+        TrustError: there is none, it compared other releases or with another margin or is not of days before and after
+        the release, or it did not find the newest release worse."""
         what = f"the rollback of release {self.release}"
         if isinstance(evaluation, JudgedDrift):
             evaluation.require()
@@ -89,8 +87,6 @@ class RollbackCondition(jsontext.Exact):
 
 @dataclass(frozen=True, slots=True)
 class PreparedRollback:
-    """Holds a rollback that can be published now: the channel's next metadata, and the release that they list."""
-
     metadata: Metadata[Targets]
     condition: RollbackCondition
     release: Release
@@ -117,7 +113,6 @@ class PreparedRollbacks:
         storage.replace(self.path(channel), self.metadata.prepare(channel, signed).to_bytes())
 
     def discard(self, channel: str) -> bool:
-        """Delete it, and return whether there was one."""
         existed = self.path(channel).exists()
         self.path(channel).unlink(missing_ok=True)
         shutil.rmtree(self.targets.folder / channel, ignore_errors=True)

@@ -67,8 +67,6 @@ from edgeadapt.releases.prepared import PreparedRollbacks
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Says what was released, which private adapters stayed out, and who gets it, if not all."""
-
     channel: str
     release: Release
     private: tuple[str, ...] = ()
@@ -77,11 +75,9 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class ChannelRepository:
-    """Manages a repository in a folder. ``now`` dates what is signed; ``by`` names the signer in the log.
-
-    Methods raise ConfigError if a channel does not exist or a key that must sign is not in DIR/keys, DataError or
-    TrustError if the repository is damaged, and OSError if files cannot be written; it is then unchanged.
-    """
+    """Manages a repository in a folder. ``now`` dates what is signed; ``by`` names the signer in the log. Methods raise
+    ConfigError if a channel does not exist or a key that must sign is not in DIR/keys, DataError or TrustError if the
+    repository is damaged, and OSError if files cannot be written; it is then unchanged."""
 
     folder: Path
     now: datetime
@@ -137,7 +133,6 @@ class ChannelRepository:
         return protected(self.metadata.load(Targets, TOP))
 
     def root(self) -> bytes:
-        """Read the newest root metadata, which devices pin."""
         return storage.read(self.metadata.path(ROOT, self.metadata.version(ROOT)), MAX_METADATA)
 
     def release(self, channel: str, number: int | None = None) -> Release | None:
@@ -163,7 +158,6 @@ class ChannelRepository:
         return tuple({release.number: release for release in read if release}.values())
 
     def manifest(self, channel: str, release: Release, name: str) -> AdapterManifest:
-        """Read an adapter's manifest, which was verified when the release was published."""
         path = manifest_of(name).as_posix()
         place = self.targets.path(channel, path, release.files[path])
         try:
@@ -172,12 +166,9 @@ class ChannelRepository:
             raise DataError(f"{place} is missing: restore the repository", about=place.name) from error
 
     def publish(self, channel: str, bundle: Path, trusted: Sequence[PublicKey]) -> Published:
-        """Make ``bundle`` the next release of ``channel``. Private adapters in it are left out.
-
-        Raises ConfigError: the channel is protected, the bundle has no adapter to publish, or devices would refuse one:
-        its content differs and its version is not above that of the current release; TrustError: None of ``trusted``
-        signed the bundle.
-        """
+        """Make ``bundle`` the next release of ``channel``. Private adapters in it are left out. Raises ConfigError: the
+        channel is protected, the bundle has no adapter to publish, or devices would refuse one: its content differs and
+        its version is not above that of the current release; TrustError: None of ``trusted`` signed the bundle."""
         with self.locked():
             current = self.release(channel)
             if channel in self.protected:
@@ -269,11 +260,9 @@ class ChannelRepository:
         return release, rollout
 
     def set_rollout(self, channel: str, share: int, languages: Sequence[str] = (), *, again: bool = False) -> Published:
-        """Change who gets the release that a channel rolls out. No device that has it goes back.
-
-        A prepared rollback stays prepared, and ends with the rollout, which all devices complete. With ``again`` it
-        will be prepared again, and is not read. Raises ConfigError if the channel rolls nothing out.
-        """
+        """Change who gets the release that a channel rolls out. No device that has it goes back. A prepared rollback
+        stays prepared, and ends with the rollout, which all devices complete. With ``again`` it will be prepared again,
+        and is not read. Raises ConfigError if the channel rolls nothing out."""
         with self.locked():
             release, before = self.rolled_out(channel)
             ready = None if again else self.prepared.read(channel)
@@ -294,7 +283,6 @@ class ChannelRepository:
             return Published(channel, release, rollout=rollout)
 
     def refuse(self, source: str, release: Release, channel: str, gates: Sequence[GateResult]) -> None:
-        """Note in the log that gates did not let a release of ``source`` into ``channel``."""
         with self.locked():
             adapters = dict(release.adapters)
             action = Action("refuse", channel, source, release.number, adapters=adapters, gates=tuple(gates))

@@ -87,10 +87,9 @@ def prepare(
 def publish_prepared(repository: ChannelRepository, channel: str, judged: JudgedEvaluation | JudgedDrift) -> Published:
     """Publish the prepared rollback of a channel. Needs the key of snapshot and timestamp alone.
 
-    ``judged`` found its newest release worse; the log gets it. Raises ConfigError: there is no prepared rollback,
-    or it is out of date; DataError: the figures do not give the verdict; TrustError: the prepared rollback is damaged,
-    or was not prepared for this evaluation; or the evaluation led to a rollback already; or the repository does not
-    pass its audit.
+    ``judged`` found its newest release worse; the log gets it. Raises ConfigError: no rollback is prepared, or it is
+    out of date; DataError: the figures do not give the verdict; TrustError: the rollback is damaged or was prepared for
+    another evaluation, the evaluation led to one already, or the repository does not pass its audit.
     """
     with repository.locked():
         current = repository.released(channel)

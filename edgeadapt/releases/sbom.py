@@ -98,7 +98,6 @@ def _base(version: GovernedVersion) -> Component:
 
 
 def _exported(version: GovernedVersion) -> Iterator[Component]:
-    """Yield the file of each release that has the version; a file that several releases have, once."""
     for adapter in {each.adapter.sha256: each.adapter for each in version.releases or ()}.values():
         component = Component(
             name=f"{adapter.name}.onnx_adapter",

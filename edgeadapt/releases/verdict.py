@@ -59,10 +59,8 @@ def difference_interval(
     >>> round(low, 4), round(high, 4)  # Newcombe 1998, table II (a)
     (0.0524, 0.3339)
 
-    Args:
-        one, other: Proportions of independent examples.
-        deviation: Standard deviation of the noise in each of the four counts, in examples.
-        confidence: With which the difference is between the limits, 0 to 1.
+    ``deviation``: standard deviation of the noise in each of the four counts, in examples. ``confidence``: with which
+    the difference is between the limits, 0 to 1.
     """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     (low, high), (other_low, other_high) = one.wilson(z), other.wilson(z)

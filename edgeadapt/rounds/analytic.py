@@ -111,7 +111,6 @@ class AnalyticTask(RoundTask):
         return {f"analytic.{name}": getattr(self, name) for name in ("ridge", "scale", "dimensions")}
 
     def influencing(self) -> frozenset[Part]:
-        """Embeddings need no head."""
         return frozenset(Part) - {Part.HEAD}
 
     def vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
@@ -263,15 +262,9 @@ def contributed(
     task: AnalyticTask,
     adapter: bytes,
 ) -> Vector:
-    """Compute what one device contributes, before it is clipped: shape ``(moments_size(head, task),)``.
-
-    Args:
-        embeddings: Shape ``(n, head.hidden)``; n may be 0.
-        labels: Shape ``(n,)``.
-        adapter: SHA-256 of the adapter's file.
-
-    Raises DataError: a number is not finite.
-    """
+    """Compute what one device contributes, before it is clipped: shape ``(moments_size(head, task),)``. ``embeddings``:
+    shape ``(n, head.hidden)``; n may be 0. ``adapter``: SHA-256 of the adapter's file. Raises DataError: a number is
+    not finite."""
     rows = projected(unit_rows(embeddings), dimensions(head, task), adapter)
     return flattened(moments_of_rows(rows, labels, head.labels))
 
@@ -396,7 +389,6 @@ def noisy_solved(
 
 
 def dithered(spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums, digest: bytes) -> Tensors:
-    """Add small noise to an adapter's head, as ``solved`` says."""
     head = ClassifierHead.of(Layout.of(tensors))
     before = tensors[head.weight]
     noise = dither(noise_key(spec, sums, digest), before.size).reshape(before.shape)
@@ -417,7 +409,6 @@ def refit(tensors: Tensors, moments: EmbeddingMoments, *, strength: float | None
     Σ ‖xᵀ H + b - y‖² + strength · ‖H - H₀‖². The bias stays.
 
     Args:
-        moments: Moments of examples that were embedded with the adapter.
         strength: As many examples as the previous head counts for in each direction; above 0. None: the one that
             ``cross_validated`` chooses.
         scale: Logit of a score of 1.

@@ -25,7 +25,6 @@ class Median:
     """Takes the median; of an even number of groups, the mean of the middle two."""
 
     def cut(self, groups: int) -> int:
-        """Count the least, and the greatest, of ``groups`` values that do not count."""
         return (groups - 1) // 2
 
 
@@ -92,5 +91,5 @@ def combine(combination: Combination, means: Sequence[Floats]) -> Floats:
 
 
 def distances(means: Sequence[Floats], combined: Floats) -> tuple[float, ...]:
-    """Return how far each group's mean is from the combination, in weight units (L2 norm): for the operator's eyes."""
+    """Return each group's mean's distance from the combination, in weight units (L2 norm): for the operator's eyes."""
     return tuple(float(np.linalg.norm(mean.astype(np.float64) - combined)) for mean in means)

@@ -98,7 +98,6 @@ class EvaluationTask(CountingTask):
         return SIZE if self.labels else TEXT_SIZE
 
     def contribute(self, device: DeviceRound) -> Ring:
-        """Contribute what the release that this device has is worth, if it is one of the task's."""
         scale = 1.0 if self.labels else device.spec.clip_norm / NORM
         nothing = np.zeros(self.noisy_size(device.layout))
         return noisy(device, lambda: scale * device.compared(self), lambda: nothing)

@@ -18,14 +18,8 @@ FACTORS = (Part.A, Part.B)
 
 @dataclass(frozen=True, slots=True)
 class FederatedMethod:
-    """Describes one method.
-
-    Args:
-        name: In the settings.
-        source: The paper that has it.
-        turns: The parts that are trained, by turns: the adapter of version v is trained in those of turn v.
-        shared: The parts whose updates are summed. Others that are trained stay on the devices.
-    """
+    """Describes one method. ``turns``: the parts that are trained, by turns: the adapter of version v is trained in
+    those of turn v. ``shared``: the parts whose updates are summed. Others that are trained stay on the devices."""
 
     name: str
     source: str
@@ -49,7 +43,6 @@ class FederatedMethod:
 
     @property
     def private(self) -> frozenset[Part]:
-        """Return the parts that are trained and stay on the devices."""
         return frozenset(part for turn in self.turns for part in turn) - frozenset(self.shared)
 
 

@@ -79,11 +79,8 @@ class ObservationTask(CountingTask):
         return numbers | {"observation.histograms": ",".join(self.histograms)}
 
     def bins(self) -> dict[str, tuple[frozenset[str], ...]]:
-        """Map each histogram to its bins: the keys of the counts (``keys``) that belong to each.
-
-        The usual bin of a histogram is left out, as the rest: most answers are in it, and a device's vector is short
-        without it.
-        """
+        """Map each histogram to its bins: the keys of the counts (``keys``) that belong to each. The usual bin of a
+        histogram is left out, as the rest: most answers are in it, and a device's vector is short without it."""
         deciles = [frozenset({f"probability/{number}"}) for number in range(DECILES)]
         every = {
             "labels": [frozenset({f"labels/{label}"}) for label in (*self.labels, OTHER)],
@@ -173,7 +170,6 @@ class ObservationRounds(KindSettings):
 
 
 def _odd(histograms: Sequence[str], releases: Sequence[str]) -> str:
-    """Say what is wrong with what is asked for; empty: nothing."""
     if len({*histograms}) < len(histograms) or len({*releases}) < len(releases):
         return "a histogram or a release is named twice"
     if "adapter" in histograms and not releases:

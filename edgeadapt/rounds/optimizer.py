@@ -33,10 +33,8 @@ State = Mapping[str, Floats]  # of a server optimizer, by name: float32 of shape
 
 @runtime_checkable
 class ServerOptimizer(Protocol):
-    """A server optimizer is a frozen dataclass whose fields are numbers, which a manifest has with its name.
-
-    Guarantee of each: equal arguments give equal bits on every machine, and no argument is changed.
-    """
+    """A server optimizer is a frozen dataclass whose fields are numbers, which a manifest has with its name. Guarantee
+    of each: equal arguments give equal bits on every machine, and no argument is changed."""
 
     def start(self, size: int) -> State:
         """Return the state before the first round, for an adapter of ``size`` elements; empty if there is none."""
@@ -49,11 +47,9 @@ class ServerOptimizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FedAvg:
-    """Federated averaging: ``x + learning_rate * mean``.
-
-    McMahan et al. 2017, with the server's learning rate of Reddi et al. 2021. ``learning_rate = 1`` gives the plain
-    mean of the devices' adapters. Raises ConfigError: the learning rate is not a positive number.
-    """
+    """Federated averaging: ``x + learning_rate * mean``. McMahan et al. 2017, with the server's learning rate of Reddi
+    et al. 2021. ``learning_rate = 1`` gives the plain mean of the devices' adapters. Raises ConfigError: the learning
+    rate is not a positive number."""
 
     learning_rate: float = 1.0
 
@@ -208,7 +204,6 @@ _NO_STEPS: dict[str, type[ServerOptimizer]] = {kind.__name__: kind for kind in (
 
 
 def name_of(rule: ServerOptimizer) -> str:
-    """Return the name in settings: that of the class, in lower case."""
     return type(rule).__name__.lower()
 
 
@@ -223,7 +218,6 @@ def made(name: str, numbers: Mapping[str, float]) -> ServerOptimizer:
 
 
 def numbers_of(kind: type[ServerOptimizer]) -> list[str]:
-    """List the numbers of an optimizer by name, in order."""
     table: Any = kind
     return [field.name for field in fields(table)]
 
@@ -264,7 +258,6 @@ def step(settings: ServerOptimizer, state: State, adapter: Floats, mean_delta: F
     """Compute the update of one round.
 
     Args:
-        state: From ``start``, ``restore`` or the previous step.
         adapter: float32 of shape ``(n,)``, weight units: what the devices started from.
         mean_delta: float32 of shape ``(n,)``, weight units: the weighted mean of the survivors' deltas.
 

@@ -174,10 +174,8 @@ def cross_validated(moments: EmbeddingMoments) -> float:
 
 def cholesky(symmetric: Matrix, shift: float = 0.0) -> Matrix | None:
     """Return the lower triangle L with L Lᵀ = symmetric + shift · I, ``(d, d)``; None if that is not positive definite.
-
-    LAPACK's result depends on the processor and the number of threads; this one does not (see ``ridge``). It takes
-    30 ms for d = 384.
-    """
+    LAPACK's result depends on the processor and the number of threads; this one does not (see ``ridge``). It takes 30
+    ms for d = 384."""
     left = symmetric.copy()
     left[np.diag_indices_from(left)] += shift
     lower = np.zeros_like(left)
@@ -209,11 +207,9 @@ def positive_part(symmetric: Matrix) -> Matrix:
 
 
 def _eigen(symmetric: Matrix) -> tuple[Vector, Matrix]:
-    """Return eigenvalues, shape ``(d,)``, and eigenvectors as the rows of a matrix of shape ``(d, d)``.
-
-    Each step rotates d / 2 disjoint pairs of coordinates at once, so that their entries off the diagonal vanish; d - 1
-    steps meet every pair, as in a round-robin tournament. A sweep squares what is left off the diagonal, in the end.
-    """
+    """Return eigenvalues, shape ``(d,)``, and eigenvectors as the rows of a matrix of shape ``(d, d)``. Each step
+    rotates d / 2 disjoint pairs of coordinates at once, so that their entries off the diagonal vanish; d - 1 steps meet
+    every pair, as in a round-robin tournament. A sweep squares what is left off the diagonal, in the end."""
     size = len(symmetric) + len(symmetric) % 2  # an odd one out is paired with a coordinate of zeros
     a, v = np.zeros((size, size)), np.eye(size)
     a[: len(symmetric), : len(symmetric)] = symmetric
@@ -255,7 +251,6 @@ def forward(lower: Matrix, right: Matrix) -> Matrix:
 
 
 def _back(lower: Matrix, right: Matrix) -> Matrix:
-    """Solve Lᵀ Z = right."""
     left = right.copy()
     for j in range(len(lower) - 1, -1, -1):
         left[j] /= lower[j, j]

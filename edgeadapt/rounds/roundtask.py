@@ -116,7 +116,7 @@ class RoundTask(jsontext.Exact, ABC):
     # The specification.
 
     def encode(self) -> bytes:
-        """Encode as JSON, the same bytes for equal tasks: ``decode(task.encode()) == task``."""
+        """Law: ``decode(task.encode()) == task``; equal tasks give equal bytes."""
         return jsontext.encode(asdict(cast(Any, self)))
 
     @classmethod
@@ -161,12 +161,10 @@ class RoundTask(jsontext.Exact, ABC):
 
     @property
     def private(self) -> frozenset[Part]:
-        """Return the parts of the adapter that are trained and stay on the device."""
         return frozenset()
 
     @property
     def changes(self) -> frozenset[Part]:
-        """Return the parts of an adapter's file that the sum changes."""
         return frozenset()
 
     def influencing(self) -> frozenset[Part]:
@@ -195,12 +193,9 @@ class RoundTask(jsontext.Exact, ABC):
     def check_exact(cls, spec: SessionSpec, values: Sums, survivors: int) -> None: ...
 
     def vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
-        """Return the sums of a round.
-
-        Raises ConfigError: the ring cannot hold the sums, cannot count examples one by one, or the task asks for noise
-        and there is none, or the other way round; DataError: the adapter has none of the parts that the task shares, or
-        no head.
-        """
+        """Return the sums of a round. Raises ConfigError: the ring cannot hold the sums, cannot count examples one by
+        one, or the task asks for noise and there is none, or the other way round; DataError: the adapter has none of
+        the parts that the task shares, or no head."""
         if bounds.noise:
             return sums.noisy_spec(self.SEGMENT, self.noisy_size(layout), bounds)
         return self.exact_vector(layout, bounds)
@@ -226,16 +221,13 @@ class RoundTask(jsontext.Exact, ABC):
     # The coordinator's side, which its auditor repeats.
 
     def state_size(self, layout: Layout) -> int:
-        """Count the elements of the vector that a server optimizer steps."""
         return 0
 
     @abstractmethod
     def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
-        """Return the optimizer's state after the round, and the adapter that the round makes.
-
-        Guarantee: equal arguments give equal bits on every machine. Raises ConfigError: the state belongs to another
-        optimizer; DataError: Honest survivors cannot have these sums, or the update is not finite.
-        """
+        """Return the optimizer's state after the round, and the adapter that the round makes. Guarantee: equal
+        arguments give equal bits on every machine. Raises ConfigError: the state belongs to another optimizer;
+        DataError: Honest survivors cannot have these sums, or the update is not finite."""
 
     def distances(self, summed: SummedRound, step: ServerStep) -> tuple[float, ...]:
         """Return how far each group's mean is from their combination, in weight units; none without groups."""
@@ -277,12 +269,10 @@ class RoundOf:
 
 
 class KindSettings(Settings):
-    """The settings of one kind of round, a table of ``federation.toml``."""
-
     KIND: ClassVar[type[RoundTask]]
 
     def task(self, of: RoundOf) -> RoundTask:
-        """Make the task of a round. Raises ConfigError if the adapter or the method is of another kind."""
+        """Raises ConfigError if the adapter or the method is of another kind."""
         raise NotImplementedError
 
     def bound(self, clip_norm: float, noisy: bool) -> float:

@@ -43,8 +43,6 @@ Sums = Mapping[str, Vector]  # segment → sum over the survivors, shape (size,)
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Holds the bounds of a session from which the vector of a round follows."""
-
     clip_norm: float  # L2 bound on a device's contribution, in its own unit
     weight_cap: int  # largest weight of one device, in examples
     ring_bits: int  # width of an element
@@ -98,13 +96,9 @@ def require_weight(spec: SessionSpec, sums: Sums, survivors: int) -> float:
 
 
 def published(sums: Sums) -> dict[str, float]:
-    """Return the metrics of a round, from the sums of its survivors, as they are published.
-
-    Returns:
-        ``accuracy`` (a share) and ``loss`` (nats): means over the held-out examples, of the adapter that the round
-        began with, to ``DECIMALS``. Empty if there are fewer than ``MINIMUM_HELD_OUT``, if honest survivors cannot have
-        these sums, or if the sums have noise and no metrics.
-    """
+    """Return the metrics of a round, as they are published, from the sums of its survivors: ``accuracy`` (a share) and
+    ``loss`` (nats), means over the held-out examples, of the adapter that the round began with, to ``DECIMALS``. Empty
+    below ``MINIMUM_HELD_OUT``, if honest survivors cannot have these sums, or if these have noise and no metrics."""
     if "held_out" not in sums:
         return {}
     correct, held_out, loss = (float(sums[name][0]) for name in ("correct", "held_out", "loss"))
@@ -152,7 +146,6 @@ def noisy_ring_bits(size: int, bounds: Bounds) -> int:
     """
 
     def longest(bits: int) -> float:
-        """Return the length in clip norms."""
         spec = noisy_spec("", size, replace(bounds, ring_bits=bits))
         steps = bounds.clip_norm / spec.step(spec.segments[0])
         return math.sqrt(norm_squared(steps, size)) / steps
@@ -213,7 +206,6 @@ def noisy_vector(vector: Vector, spec: SessionSpec, adapter: bytes, rng: np.rand
 
 
 def counted(weight: float, held_out: HeldOut) -> dict[str, Vector]:
-    """Return what a device contributes to the segments of ``metric_segments``."""
     values = {"weight": weight, "correct": held_out.correct, "loss": held_out.loss, "held_out": held_out.count}
     return {name: np.array([float(value)]) for name, value in values.items()}
 

@@ -66,8 +66,6 @@ class OptimizerName(StrEnum):
 
 
 class RateSchedule(StrEnum):
-    """Says how the learning rate falls over the steps of a training."""
-
     CONSTANT = "constant"
     LINEAR = "linear"
     COSINE = "cosine"
@@ -101,11 +99,9 @@ class Task(roundtask.RoundTask):
     gradient_norm: GradientNorm = 0.0  # L2 norm to which a step's gradient is clipped; 0: never
 
     def check(self) -> None:
-        """Check that training is stable, and that parts are trained and shared without contradiction.
-
-        Raises ProtocolError: otherwise, or nothing is both trained and shared. R is both, without A and B, or neither;
-        a frozen part is neither.
-        """
+        """Check that training is stable, and that parts are trained and shared without contradiction. Raises
+        ProtocolError: otherwise, or nothing is both trained and shared. R is both, without A and B, or neither; a
+        frozen part is neither."""
         if not is_stable(self.learning_rate, self.proximal, self.weight_decay):
             raise ProtocolError(f"task.proximal: {UNSTABLE}", about="task.proximal")
         if not set(self.trained) & set(self.shared):
@@ -257,11 +253,9 @@ def contribution_spec(layout: Layout, bounds: Bounds) -> VectorSpec:
 
 
 def least_ring_bits(layout: Layout, bounds: Bounds) -> int:
-    """Return the least ring for ``contribution_spec``, from ``LEAST_RING_BITS`` on, with a fine enough step.
-
-    It counts examples one by one, and s · √d / n is at most ``RESOLUTION`` times the clip norm, with the step s, d
-    coordinates and n devices: ``weighted_mean`` adds noise of about this norm. Raises ConfigError: no ring can.
-    """
+    """Return the least ring for ``contribution_spec``, from ``LEAST_RING_BITS`` on, with a fine enough step. It counts
+    examples one by one, and s · √d / n is at most ``RESOLUTION`` times the clip norm, with the step s, d coordinates
+    and n devices: ``weighted_mean`` adds noise of about this norm. Raises ConfigError: no ring can."""
     clients = bounds.max_clients
     for bits in range(LEAST_RING_BITS, MAX_BITS):
         with suppress(ConfigError):

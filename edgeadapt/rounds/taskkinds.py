@@ -20,6 +20,5 @@ def decode(raw: bytes) -> RoundTask:
 
 
 def kind_of(spec: VectorSpec) -> type[RoundTask]:
-    """Return the kind of task whose sums these are."""
     first = spec.segments[0].name
     return next((kind for kind in KINDS if first in (kind.SEGMENT, kind.EXACT_SEGMENT)), Task)

@@ -28,11 +28,9 @@ HONORED = {"non_linearity", "original_ln_before", "scaling"}
 
 
 def from_adapterhub(stated: object, tensors: Tensors, head: Tensors) -> tuple[PeftConfig, Tensors]:
-    """Return configuration and tensors, under peft's names, of an adapter.
-
-    ``stated``: the table ``config`` of ``adapter_config.json``; ``head``: the tensors of a head, by name. Raises
-    ConfigError: a setting that no slot can express; DataError: a tensor is of another kind of adapter.
-    """
+    """Return configuration and tensors, under peft's names, of an adapter. ``stated``: the table ``config`` of
+    ``adapter_config.json``; ``head``: the tensors of a head, by name. Raises ConfigError: a setting that no slot can
+    express; DataError: a tensor is of another kind of adapter."""
     if not isinstance(stated, dict):
         raise DataError("config in adapter_config.json is not a table: save the adapter again", about="config")
     settings: dict[str, Any] = stated

@@ -222,7 +222,6 @@ def _layers(settings: Settings) -> list[Any]:
 
 
 def _listed(settings: Settings, name: str) -> list[Any]:
-    """Return the names of modules, sorted, or their pattern."""
     modules = settings.get(name) or []
     return sorted(modules, key=str) if isinstance(modules, list) else [modules]
 

@@ -28,16 +28,13 @@ NormsOf = Callable[[Tensors, Sequence[str]], Mapping[str, Floats]]  # tensors, l
 
 
 def magnitudes(tensors: Tensors) -> list[str]:
-    """Name the paths of the layers of which an adapter has magnitudes."""
     return sorted(input_name(name).removesuffix(MAGNITUDE) for name in tensors if name.endswith(MAGNITUDE))
 
 
 def with_scales(tensors: Tensors, norms_of: NormsOf, biases: Mapping[str, Floats]) -> Tensors:
-    """Replace the magnitudes of an adapter (``read_peft``) by scales and offsets.
-
-    ``norms_of``: as ``weight_norms``. ``biases``: the base's, of those layers that have one. Raises DataError: an
-    adapter's tensor does not fit the base's, or a norm is 0.
-    """
+    """Replace the magnitudes of an adapter (``read_peft``) by scales and offsets. ``norms_of``: as ``weight_norms``.
+    ``biases``: the base's, of those layers that have one. Raises DataError: an adapter's tensor does not fit the
+    base's, or a norm is 0."""
     result = {name: value for name, value in tensors.items() if not name.endswith(MAGNITUDE)}
     paths = magnitudes(tensors)
     norms = norms_of(result, paths) if paths else {}
@@ -79,15 +76,9 @@ def with_magnitudes(tensors: Tensors, config: PeftConfig, norms_of: NormsOf) -> 
 def gradients_of_magnitudes(
     gradients: Tensors, tensors: Tensors, norms: Mapping[str, Floats], biases: Mapping[str, Floats]
 ) -> Tensors:
-    """Return the gradients by the tensors of an adapter, from those by what ``with_scales`` makes of them.
-
-    The norm counts as a constant, as PEFT has it (Liu et al. 2024, section 4.3).
-
-    Args:
-        gradients: By each tensor that ``with_scales`` returns.
-        tensors, biases: The arguments of ``with_scales``.
-        norms: The norms of the weights of each layer with magnitudes, by its path.
-    """
+    """Return the gradients by the tensors of an adapter, from those by what ``with_scales`` makes of ``tensors`` and
+    ``biases``. The norm counts as a constant, as PEFT has it (Liu et al. 2024, section 4.3). ``norms``: of the weights
+    of each layer with magnitudes, by its path."""
     result = dict(gradients)
     for path in magnitudes(tensors):
         layer = PEFT_PREFIX + path
@@ -105,10 +96,8 @@ def weight_norms(
     tensors: Tensors, paths: Sequence[str], config: PeftConfig, weights: Mapping[str, Floats]
 ) -> dict[str, Floats]:
     """Return the norm of each output's weights with the update, ``‖W + s B A‖``, shape ``(out,)``, by the layer's path.
-
     ``tensors``: A and B of each layer, as PEFT has them. ``weights``: the base's, ``(out, in)``, by the path of the
-    layer. Raises DataError: an adapter's tensor does not fit the base's.
-    """
+    layer. Raises DataError: an adapter's tensor does not fit the base's."""
     norms = {}
     for path in paths:
         a, b = (tensors[PEFT_PREFIX + path + kind] for kind in (LORA_A, LORA_B))

@@ -48,11 +48,9 @@ class PeftFolder:
 
 
 def read_peft(folder: Path) -> PeftFolder:
-    """Read a folder that ``save_pretrained`` of a ``PeftModel``, or AdapterHub's ``save_adapter``, wrote.
-
-    Raises ConfigError: not a PEFT folder, one with pickled weights only, or an adapter that no graph can express;
-    DataError: a file is damaged or too large, a tensor is not finite, or tensors and configuration disagree.
-    """
+    """Read a folder that ``save_pretrained`` of a ``PeftModel``, or AdapterHub's ``save_adapter``, wrote. Raises
+    ConfigError: not a PEFT folder, one with pickled weights only, or an adapter that no graph can express; DataError: a
+    file is damaged or too large, a tensor is not finite, or tensors and configuration disagree."""
     if (folder / adapterhub.WEIGHTS).is_file():
         return _read_adapterhub(folder)
     settings = read_settings(folder)
@@ -102,13 +100,9 @@ def read_settings(folder: Path) -> Settings:
 def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = None) -> None:
     """Write a folder that ``PeftModel.from_pretrained(model, out)`` opens, with the outputs that the adapter has here.
 
-    Args:
-        tensors: All tensors of the adapter, under peft's names.
-        out: A new or empty folder. It is written atomically.
-        base: The name of the base that peft notes.
-
-    Raises ConfigError: ``out`` is not empty; DataError: the tensors do not match ``config``, or are not finite;
-    OSError: the folder cannot be written; the error names the file.
+    ``out``: a new or empty folder. It is written atomically. ``base``: the name of the base that peft notes. Raises
+    ConfigError: ``out`` is not empty; DataError: the tensors do not match ``config``, or are not finite; OSError: the
+    folder cannot be written; the error names the file.
     """
     inputs = AdapterInputs.of_tensors(*as_lora(config, tensors))
     count = virtual_tokens({input_name(name): value for name, value in tensors.items()})
@@ -120,7 +114,6 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
 
 
 def _with_paths(config: PeftConfig, inputs: AdapterInputs) -> PeftConfig:
-    """Name the layers of the adapter by their paths, which need no pattern to be found again."""
     scaled = {layer_of(name) for name in inputs.vectors if name.endswith(INPUT_SCALE)}
     feedforward = tuple(sorted(scaled)) if config.feedforward_modules else ()
     paths = {slot.path for slot in inputs.loras} or set(map(layer_of, inputs.vectors))

@@ -29,16 +29,12 @@ ADDED = (LORA, ".hada_", ".vera_")  # likewise, of every method of low rank
 
 @dataclass(frozen=True, slots=True)
 class LoraSlot:
-    """Names an adapted linear layer by its path in the base, with the factor that peft applies to its update."""
-
     path: str
     scaling: float
 
 
 @dataclass(frozen=True, slots=True)
 class SavedSlot:
-    """Names a module of ``modules_to_save`` by its path, and its parameters by their names within it."""
-
     path: str
     parameters: tuple[TensorSpec, ...]
 
@@ -65,11 +61,9 @@ class AdapterInputs:
 
     @classmethod
     def of_tensors(cls, config: PeftConfig, tensors: Tensors) -> Self:
-        """Return the inputs that an adapter fills, from all its tensors under peft's names.
-
-        Raises DataError: a tensor is not of LoRA on a linear layer, a LoRA pair is incomplete or of two ranks, a rank
-        differs from the one in ``config``, a vector is not one row, or there is no virtual token.
-        """
+        """Return the inputs that an adapter fills, from all its tensors under peft's names. Raises DataError: a tensor
+        is not of LoRA on a linear layer, a LoRA pair is incomplete or of two ranks, a rank differs from the one in
+        ``config``, a vector is not one row, or there is no virtual token."""
         values = {input_name(name): value for name, value in tensors.items()}
         loras = tuple(_lora(path, config, values) for path in sorted(lora_paths(values)))
         saved: dict[str, list[TensorSpec]] = {}

@@ -84,10 +84,8 @@ def factor_shapes(config: PeftConfig, sizes: Mapping[str, tuple[int, int]]) -> d
 
 def gradients_of_factors(gradients: Tensors, config: PeftConfig, tensors: Tensors) -> Tensors:
     """Turn the gradients by what ``as_lora`` returns into those by peft's own tensors; what is frozen has none.
-
     ``gradients`` are by LoRA's matrices and the adapter's other tensors, under peft's names; ``config`` and ``tensors``
-    are the arguments of ``as_lora``.
-    """
+    are the arguments of ``as_lora``."""
     if (parts := FACTORS.get(config.peft_type)) is None:
         return gradients
     result = {name: value for name, value in gradients.items() if not name.endswith((LORA_A, LORA_B))}
@@ -114,7 +112,6 @@ def trimmed(tensors: Tensors, slots: Mapping[str, Sequence[str]]) -> Tensors:
 
 
 def plain(ranks: dict[str, int]) -> PeftConfig:
-    """Configure LoRA with these ranks by layer, all of the scaling 1."""
     rank = max(ranks.values(), default=1)
     pairs = tuple((exactly(path), size) for path, size in ranks.items() if size != rank)
     return PeftConfig("LORA", rank, rank, tuple(ranks), pairs, pairs)
