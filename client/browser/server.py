@@ -74,13 +74,11 @@ class Site:
     def of(cls, bundle: Path, trust: Path | None = None, gateway: str = "", enrolment: str = "") -> Self:
         """Serve the page with one bundle and the keys of ``trust``, by default ``trust.pem`` next to the bundle.
 
-        Args:
-            gateway: Of a coordinator, to which the page may connect besides its own server: ``wss://HOST:PORT``, or
-                ``ws://`` on loopback; empty: none.
-            enrolment: The same of the authority's enrolment service; with ``gateway`` only.
-
-        Raises ConfigError: ``gateway`` or ``enrolment`` is not such an address, or the page or its libraries are not
-        installed; DataError: there is no bundle; TrustError: there are no pinned keys, or they are in the bundle.
+        ``gateway``: of a coordinator, to which the page may connect besides its own server: ``wss://HOST:PORT``, or
+        ``ws://`` on loopback; empty: none. ``enrolment``: the same of the authority's enrolment service; with
+        ``gateway`` only. Raises ConfigError: ``gateway`` or ``enrolment`` is not such an address, or the page or its
+        libraries are not installed; DataError: there is no bundle; TrustError: there are no pinned keys, or they are in
+        the bundle.
         """
         if not (bundle / BASE_MANIFEST).is_file():
             raise DataError(f"{bundle} is not a bundle: it has no base", about="bundle")
@@ -121,7 +119,6 @@ class Site:
         return self.page.get(path or "index.html")
 
     def paths(self) -> list[str]:
-        """List every path, except the empty one."""
         files = (file.relative_to(self.bundle).as_posix() for file in self.bundle.rglob("*"))
         listed = sorted(path for name in files if self.find(path := f"bundle/{name}") is not None)
         return [*self.page, LISTING, SITE, *listed]
@@ -234,7 +231,6 @@ def _is_packed(file: Path) -> bool:
 
 
 def _opened(file: Path) -> BufferedIOBase:
-    """Open a file to read what a browser gets."""
     return gzip.open(file) if _is_packed(file) else file.open("rb")
 
 

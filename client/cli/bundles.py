@@ -73,7 +73,6 @@ def _described(adapter: dict[str, Any]) -> str:
 
 
 def _privacy(bound: dict[str, float] | None) -> str:
-    """State what an adapter may say about one device whose updates are in it."""
     if bound is None:
         return click.style("privacy none", bold=True)
     return f"epsilon {bound['epsilon']:.2f} for delta {bound['delta']:g}"

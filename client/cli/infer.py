@@ -157,7 +157,6 @@ def _continuations(adapters: list[dict[str, Any]]) -> list[str]:
 
 
 def _table(adapters: list[dict[str, Any]]) -> list[str]:
-    """Format a line for each answer: intent, probability, unknown tokens; adapter and phrase if there are several."""
     cells = [
         (
             options.words(intent["intent"]) if intent else printable(answer["says"]) or "unknown text",

@@ -45,11 +45,9 @@ def standard_input() -> TextIOWrapper:
 
 
 def secret_line(path: Path, limit: int) -> str:
-    """Read the first line, of ``limit`` characters, of a file, of a pipe, or of standard input if ``path`` is ``-``.
-
-    A secret comes this way because arguments of a command are shown to every user of the machine. Bytes that are not
-    UTF-8 become surrogates. Raises DataError: standard input is closed.
-    """
+    """Read the first line, of ``limit`` characters, of a file, of a pipe, or of standard input if ``path`` is ``-``. A
+    secret comes this way because arguments of a command are shown to every user of the machine. Bytes that are not
+    UTF-8 become surrogates. Raises DataError: standard input is closed."""
     if str(path) == "-":
         return standard_input().readline(limit).rstrip("\n")
     with path.open(encoding="utf-8", errors="surrogateescape") as file:

@@ -184,7 +184,6 @@ def _ask_person(bundle: Path, trust: Path | None, name: str | None, count: int, 
 
 
 def _label(meant: Mapping[str, str]) -> str | None:
-    """Read a label until it is a number of a guess or a name; None: nothing was typed."""
     while typed := str(click.prompt("its label (number or name; empty: skip)", "", show_default=False)).strip():
         if typed in meant:
             return meant[typed]

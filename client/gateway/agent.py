@@ -69,9 +69,7 @@ class Agent:
     @classmethod
     def of(cls, folder: Path, gateway: str | None) -> "Agent":
         """Make the agent of a device at ``gateway``, ``HOST:PORT`` or several with commas; None: at its settings' one.
-
-        Raises ConfigError: there is no address, or it is not valid; or as ``DeviceStateDir.open``.
-        """
+        Raises ConfigError: there is no address, or it is not valid; or as ``DeviceStateDir.open``."""
         address = gateway or DeviceStateDir.open(folder).settings.gateway
         if not address:
             raise ConfigError(f"{folder} names no gateway: give --gateway HOST:PORT", about="--gateway")
@@ -86,7 +84,6 @@ class Agent:
 
     @property
     def address(self) -> str:
-        """Address that is tried next, or used."""
         return self.addresses[self._failed % len(self.addresses)]
 
     def stop(self) -> None:
@@ -96,13 +93,9 @@ class Agent:
             self._call.cancel()
 
     def run(self) -> None:
-        """Attend until ``stop``.
-
-        Raises:
-            ConfigError: Another agent uses the state directory, or it is not one.
-            TrustError: A file of it is missing or damaged, or its certificate has expired.
-            EdgeAdaptError: The gateway refuses this device.
-        """
+        """Attend until ``stop``. Raises ConfigError: another agent uses the state directory, or it is not one;
+        TrustError: a file of it is missing or damaged, or its certificate has expired; EdgeAdaptError: the gateway
+        refuses this device."""
         state_dir = DeviceStateDir.open(self.folder)
         refusal = ConfigError(f"another agent uses {self.folder}: end it first", about=AGENT_LOCK)
         with storage.locked_or(refusal, self.folder / AGENT_LOCK):
@@ -169,7 +162,6 @@ class Agent:
         return True
 
     def _await_conditions(self) -> bool:
-        """Wait until all conditions are met. Returns False if the agent is to stop."""
         said: tuple[str, ...] = ()
         while not self._stop.is_set():
             self._renewal.attempt()
@@ -199,10 +191,8 @@ class Agent:
 
     @contextmanager
     def _looking(self, talk: Conversation) -> Iterator[None]:
-        """End the conversation once a condition is not met while the block runs, unless a request is being answered.
-
-        A new certificate ends it too: the gateway ends a connection whose certificate has expired.
-        """
+        """End the conversation once a condition is not met while the block runs, unless a request is being answered. A
+        new certificate ends it too: the gateway ends a connection whose certificate has expired."""
         done = threading.Event()
 
         def look() -> None:
@@ -244,10 +234,8 @@ class Agent:
             self._answering = False
 
     def _answered(self, asked: Asked) -> bytes | Refusal:
-        """Answer a request; the last answer again if the request is the last one, or repeats it.
-
-        What was refused may be answered when it is repeated.
-        """
+        """Answer a request, or send the last answer again if the request is repeated; what was refused may then be
+        answered."""
         digest = _digest(asked)
         if self._last is not None:
             number, last, reply = self._last
@@ -262,7 +250,6 @@ class Agent:
 
 
 def _digest(asked: Asked) -> bytes:
-    """Digest what is asked, whatever its id."""
     digests = (hashlib.sha256(content).digest() for content in asked.fields.values())
     named = zip(asked.fields, digests, strict=True)
     whole = b"".join(name.encode() + b"\x00" + digest for name, digest in sorted(named))

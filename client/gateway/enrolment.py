@@ -53,16 +53,10 @@ def enrol_with(
 ) -> tuple[str, datetime]:
     """Make a state directory and have its key certified, or go on where an earlier call broke off.
 
-    Returns the device's name, and until when its certificate is valid.
-
-    Args:
-        folder: New, empty, or left by an earlier call.
-        settings: The owner's; an earlier call's stay.
-        wait: Pauses between attempts.
-
-    Raises ConfigError: the folder is in use for something else, or the device is enrolled already; TrustError: the
-    authority refuses the invitation, or answers with something else than a certificate of the key; EdgeAdaptError: the
-    authority cannot be reached.
+    Returns the device's name, and until when its certificate is valid. ``settings``: the owner's; an earlier call's
+    stay. ``wait``: pauses between attempts. Raises ConfigError: the folder is in use for something else, or the device
+    is enrolled already; TrustError: the authority refuses the invitation, or answers with something else than a
+    certificate of the key; EdgeAdaptError: the authority cannot be reached.
     """
     if not (folder / REQUEST).is_file():
         addresses = {
@@ -121,12 +115,8 @@ def validity(state_dir: DeviceStateDir, now: datetime) -> tuple[bool, datetime]:
 
 def renew(state_dir: DeviceStateDir, address: str) -> datetime:
     """Have the authority's service at ``address`` (``HOST:PORT``) certify the identity again. Returns until when.
-
-    Raises:
-        TrustError: The authority refuses, or answers with something else than a certificate of the key.
-        EdgeAdaptError: It cannot be reached, or is busy; the same may be asked again.
-        OSError: The disk is full. The old certificate is as before.
-    """
+    Raises TrustError: the authority refuses, or does not answer with a certificate of the key; EdgeAdaptError: it
+    cannot be reached, or is busy: ask again; OSError: the disk is full, and the old certificate as before."""
     old = state_dir.certificate
     signature = state_dir.identity.sign(messages.RENEWAL_TAG, old)
     asked = messages.RENEWAL.encode(messages.DeviceRenewal(old, signature))
@@ -143,11 +133,9 @@ def renew(state_dir: DeviceStateDir, address: str) -> datetime:
 
 @dataclass(slots=True)
 class Renewal:
-    """Renews the certificate of a device when that is due. What fails is tried again later, with the old one.
-
-    Threads may attempt it at once: one renews, and the others then find nothing due. ``renewal`` in the settings of the
-    state directory ``folder`` names the authority's service.
-    """
+    """Renews the certificate of a device when that is due. What fails is tried again later, with the old one. Threads
+    may attempt it at once: one renews, and the others then find nothing due. ``renewal`` in the settings of the state
+    directory ``folder`` names the authority's service."""
 
     folder: Path
     _failed: int = 0

@@ -47,7 +47,6 @@ class AdapterBank:
         return (self._bundle / manifest_path(name)).exists()
 
     def note(self, names: Iterable[str]) -> None:
-        """Note that adapters are used now."""
         for name in names:
             if name != self._noted and self.versions():
                 self._noted = name

@@ -28,12 +28,9 @@ class GuideKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Guide:
-    """What an answer must look like.
-
-    ``GuideFollower.begin`` reads ``source`` when an answer begins; ``GenerationEngine.check`` reads it before. Raises
-    ConfigError: ``source`` is empty, above ``MAX_GUIDE`` characters, has a NUL or is not Unicode, a regular expression
-    ends in a single backslash, or a schema is not JSON.
-    """
+    """What an answer must look like. ``GuideFollower.begin`` reads ``source`` when an answer begins;
+    ``GenerationEngine.check`` reads it before. Raises ConfigError: ``source`` is empty, above ``MAX_GUIDE`` characters,
+    has a NUL or is not Unicode, a regular expression ends in a single backslash, or a schema is not JSON."""
 
     kind: GuideKind
     source: str
@@ -55,32 +52,23 @@ class Guide:
 
     @property
     def letters(self) -> str:
-        """Collect what it spells out that is not ASCII."""
         spelled = self.source
         if self.kind is GuideKind.JSON_SCHEMA:
             spelled = json.dumps(json.loads(spelled), ensure_ascii=False)
         return "".join(char for char in spelled if not char.isascii())
 
     def holds(self, text: str) -> bool:
-        """Whether a finished answer can be used: what a schema describes is JSON.
-
-        What each token may be was decided while the answer was written. This finds only a library that decides
-        otherwise: it is not a second check against the schema.
-        """
+        """Whether a finished answer can be used: what a schema describes is JSON. What each token may be was decided
+        while the answer was written. This finds only a library that decides otherwise: it is not a second check against
+        the schema."""
         return self.kind is not GuideKind.JSON_SCHEMA or parses(text)
 
 
 class GuideFollower:
     def __init__(self, tokenizer: bytes, vocabulary: int, ends: Collection[int]) -> None:
-        """Read a tokenizer.json, which takes up to a second.
-
-        Args:
-            tokenizer: Its tokens have bytes: it is a byte-level one, or has a token for each byte as its fallback.
-            vocabulary: The number of logits.
-            ends: The tokens that end an answer.
-
-        Raises ConfigError: llguidance is not installed, or the tokens have no bytes.
-        """
+        """Read a tokenizer.json, which takes up to a second. Its tokens have bytes: it is byte-level, or falls back to
+        bytes. ``vocabulary``: the number of logits. ``ends``: the tokens that end an answer. Raises ConfigError:
+        llguidance is not installed, or the tokens have no bytes."""
         self._llguidance = required("llguidance")
         read = Tokenizer.from_str(tokenizer.decode())
         read.no_padding()
@@ -149,7 +137,6 @@ def _unreadable(guide: Guide, why: str) -> ConfigError:
 
 
 def _line(error: object) -> str:
-    """Put what llguidance says is wrong, which may be in any line, on one line."""
     return " ".join(str(error).removesuffix("<non-verbose/>").split())[:200]
 
 

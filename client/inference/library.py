@@ -120,8 +120,6 @@ class Composition:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """The inputs of a graph: one verified adapter, or several as one."""
-
     composition: Composition
     manifests: tuple[AdapterManifest, ...]  # one for each part, in order
     rank: int  # the greatest of any layer
@@ -214,7 +212,6 @@ def _composed(name: str, values: Sequence[Floats], weights: Sequence[float]) -> 
 
 
 def _vector(name: str, kind: str, given: Sequence[tuple[Floats, float]]) -> Floats:
-    """Combine the vectors that adapters have, with their weights, into one ``(1, width)``."""
     if len(given) == 1 and given[0][1] == 1:
         return given[0][0]
     weights = [weight for _, weight in given]
@@ -244,12 +241,9 @@ class Library:
         """Verify the base of ``bundle``, which must be for ``task``, unless that is None.
 
         ``update``: ``client.updates.update``, if adapters that its channel has and the bundle lacks shall be fetched.
-
-        Raises:
-            TrustError: There are no pinned keys, or none of them signed this base.
-            DataError: There is no bundle, or a file is missing.
-            ConfigError: The base is for another task, and the message names the command to use; or it needs a newer
-                ONNX Runtime.
+        Raises TrustError: there are no pinned keys, or none signed this base; DataError: there is no bundle, or a file
+        is missing; ConfigError: the base is for another task (the message names its command), or needs a newer ONNX
+        Runtime.
         """
         bundle = Path(bundle)
         restore(bundle)
@@ -269,20 +263,13 @@ class Library:
         return self.base.manifest
 
     def names(self) -> list[str]:
-        """List the adapters that are in the bundle."""
         restore(self.bundle)  # or wait while it is replaced
         return adapter_names(self.bundle)
 
     def default(self, without: str | None = None) -> str:
-        """Choose the adapter to use if none is named: the personal one, else the global one, else the only one.
-
-        ``without``: choose as if this adapter were not there.
-
-        Raises:
-            ConfigError: The choice is not unique; the message lists the candidates.
-            DataError: The bundle does not have an adapter.
-            TrustError: No pinned key signed a manifest.
-        """
+        """Choose the adapter to use if none is named: the personal one, else the global one, else the only one, as if
+        ``without`` were not there. Raises ConfigError: the choice is not unique; DataError: the bundle does not have an
+        adapter; TrustError: no pinned key signed a manifest."""
         names = [name for name in self.names() if name != without]
         personal = [name for name in names if self.trust.bundle.adapter_manifest(name).parent is not None]
         every = sorted({*names, *self.bank.versions()} - {without})

@@ -48,8 +48,6 @@ class _Record(sealed.SealedRecord):
 
 @dataclass(frozen=True, slots=True)
 class PassageIndex:
-    """Passages, their embeddings, and where each word occurs."""
-
     passages: tuple[Passage, ...]
     words: dict[str, int]  # word → its number
     vectors: NDArray[np.int8]  # shape ``(passages, hidden)``: the embeddings, each divided by its scale
@@ -107,7 +105,6 @@ class PassageIndex:
         return [self.passages[place] for place in order[:top]]
 
     def write(self, bundle: Path, base: str) -> None:
-        """Encrypt it next to a bundle whose base has the digest ``base``."""
         folder = folder_of(bundle)
         folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
         texts = {"passages": [asdict(one) for one in self.passages], "words": list(self.words)}

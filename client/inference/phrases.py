@@ -16,8 +16,6 @@ WHITE_SPACE = ("▁", "Ġ")  # tokens that SentencePiece and byte-level BPE writ
 
 
 class PhraseReader:
-    """The tokenizer of a base, and which of its tokens say nothing."""
-
     def __init__(self, tokenizer: Any, unknown: int | None, special: frozenset[int]) -> None:
         self._tokenizer, self._unknown, self._special = tokenizer, unknown, special
 
@@ -63,11 +61,9 @@ class PhraseReader:
         return int(max(0, size + virtual_tokens - min(limit, most)))
 
     def unknown_share(self, text: str) -> float:
-        """Measure the share of a text's tokens that the tokenizer does not know, 0 to 1; 1 without any token.
-
-        Special tokens, also those that the text spells out, and marks of white space do not count. A text of share 1,
-        such as an emoji, says nothing to the model. Raises DataError if the text is not valid (``text.checked``).
-        """
+        """Measure the share of a text's tokens that the tokenizer does not know, 0 to 1; 1 without any token. Special
+        tokens, also those that the text spells out, and marks of white space do not count. A text of share 1, such as
+        an emoji, says nothing to the model. Raises DataError if the text is not valid (``text.checked``)."""
         return self._share(self._tokenizer.encode(checked(text)))
 
     def known(self, text: str) -> tuple[int, int]:

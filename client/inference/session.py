@@ -39,8 +39,6 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """What a text may be, and how much of it was read."""
-
     predictions: tuple[Prediction, ...]  # most likely first; none if ``outcome`` is unsure or blocked
     unknown: float  # share of the text's tokens that the model does not know
     unread: int  # tokens at the end that are beyond the model's limit
@@ -86,16 +84,10 @@ class ClassificationSession:
     ) -> Self:
         """Verify and load the base of ``bundle``. It holds no adapter yet.
 
-        Args:
-            trust: The pinned public keys; by default ``trust.pem`` in the folder that contains the bundle.
-            threads: For matrix products; more than one is faster only for long texts.
-            loaded: The most adapters to hold in memory.
-            loaded_bytes: The most bytes of them.
-
-        Raises:
-            TrustError: There are no pinned keys, or none of them signed this base.
-            DataError: A file is missing, or the verified base cannot be loaded.
-            ConfigError: The base is for another task, or a limit is below 1.
+        ``trust``: the pinned public keys; by default ``trust.pem`` in the folder that contains the bundle. ``threads``:
+        more than one is faster only for long texts. ``loaded``, ``loaded_bytes``: the most adapters to hold in memory,
+        and bytes of them. Raises TrustError: there are no pinned keys, or none signed this base; DataError: a file is
+        missing, or the base cannot be loaded; ConfigError: the base is for another task, or a limit is below 1.
         """
         return cls.of(Library.open(bundle, trust, "text-classification"), threads, loaded, loaded_bytes)
 
@@ -116,11 +108,9 @@ class ClassificationSession:
         return session
 
     def load(self, adapter: Named) -> Adapter:
-        """Verify an adapter or a composition, and keep it in memory.
-
-        ``adapter``: a name, a composition in writing (``global:0.5+anna``), several names, or a ``Composition``. Raises
-        TrustError, DataError, ConfigError: as ``Composition.of`` and ``Library.load``.
-        """
+        """Verify an adapter or a composition, and keep it in memory. ``adapter``: a name, a composition in writing
+        (``global:0.5+anna``), several names, or a ``Composition``. Raises TrustError, DataError, ConfigError: as
+        ``Composition.of`` and ``Library.load``."""
         return self._get(Composition.of(adapter)).adapter
 
     def answer(self, text: str, adapter: Named, top: int) -> tuple[Adapter, Ranking, float]:
@@ -156,11 +146,9 @@ class ClassificationSession:
         """Find the ``top`` most likely labels of each text with an adapter, most likely first; none if the bundle's
         policy withholds the answer.
 
-        Raises:
-            DataError: ``texts`` is a string, a text is not valid (``text.checked``) or has no known token
-                (``unknown_share``), the graph does not run, or an answer is not finite.
-            ConfigError: ``top`` is below 1.
-            TrustError, DataError, ConfigError: As ``load``.
+        Raises DataError: ``texts`` is a string, a text is not valid (``text.checked``) or has no known token
+        (``unknown_share``), the graph does not run, or an answer is not finite; ConfigError: ``top`` is below 1; or as
+        ``load``.
         """
         return [predictions for predictions, _ in self._ranked(texts, adapter, top)]
 
@@ -264,10 +252,8 @@ class ClassificationSession:
 
 
 def require_mean_head(base: VerifiedBase) -> None:
-    """Check that a base has a head over the mean of its tokens, and no virtual tokens. Raises ConfigError.
-
-    Federations train such a head, and it alone has embeddings.
-    """
+    """Check that a base has a head over the mean of its tokens, and no virtual tokens. Raises ConfigError. Federations
+    train such a head, and it alone has embeddings."""
     saved = {name for name in base.manifest.slots if is_saved(name)}
     odd = sorted(saved ^ set(MEAN_HEAD)) + sorted(
         name for name in base.manifest.slots if name not in saved and not name.startswith(ENCODER)

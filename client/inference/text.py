@@ -128,8 +128,6 @@ class Answer:
 
 
 class Detokenizer:
-    """Decodes a model's tokens by the decoder of its tokenizer.json."""
-
     def __init__(self, tokenizer: bytes) -> None:
         stated = json.loads(tokenizer)
         vocabulary, added = stated["model"]["vocab"], stated.get("added_tokens", [])

@@ -43,8 +43,6 @@ Versions = dict[Sha256, dict[Annotated[str, Field(max_length=64)], SeenVersion]]
 
 @dataclass(frozen=True, slots=True)
 class SeenVersions:
-    """The file of versions, which may be missing."""
-
     path: Path
 
     def check(self, manifest: AdapterManifest) -> None:
@@ -146,13 +144,9 @@ class Trust:
         return SeenVersions(self.pinned.with_suffix(".seen.json"))
 
     def adapter(self, name: str, base: VerifiedBase) -> VerifiedAdapter:
-        """Verify an adapter for ``base``; its version is noted.
-
-        Raises:
-            ConfigError: No adapter can have this name, or the version cannot be noted.
-            DataError, TrustError: As ``Bundle.adapter``; or its version is older than one that was accepted, or had
-                another content then.
-        """
+        """Verify an adapter for ``base``; its version is noted. Raises ConfigError: no adapter can have this name, or
+        the version cannot be noted; DataError, TrustError: as ``Bundle.adapter``; or it is older than one that was
+        accepted, or had another content then."""
         verified = self.bundle.adapter(name, base.manifest)
         for manifest in self.bundle.governing(verified.manifest, base.manifest) if verified.manifest.parent else ():
             if manifest.version < self.seen.highest(base.digest, manifest.name):

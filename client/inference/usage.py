@@ -114,7 +114,6 @@ class Usage(OptIn):
     days: Annotated[tuple[UsageDay, ...], USAGE_DAYS] = ()
 
     def counts(self, since: int, days: int) -> Counter[str]:
-        """Sum the counts of ``days`` days from ``since`` on."""
         total = Counter[str]()
         for one in self.days:
             if since <= one.day < since + days:

@@ -227,7 +227,6 @@ class Learner:
         Args:
             corrections: Phrases and their labels; of a language model prompts, and the right answer to each.
             compared: Of a language model: texts that are not trained, to see what is forgotten.
-            report: Gets the number of each step of training, of at most ``trainer.MAX_STEPS``, before it.
 
         Raises:
             DataError: A correction cannot be learned, there are none or too many, none was learned, or a loss is not
@@ -328,7 +327,6 @@ class Learner:
         return kind(self, manifest)
 
     def _global_adapter(self) -> VerifiedAdapter:
-        """Find the newest global adapter: the one in use, or the only one of the bundle."""
         if not self.adapter.manifest.parent:
             return self.adapter
         names = [name for name in adapter_names(self.library.bundle) if name != self.target]
@@ -349,12 +347,9 @@ class Learner:
         return self.library.base
 
     def undo(self) -> Undone:
-        """Go back to the adapter before the last lesson.
-
-        Raises DataError: the adapter in use was not learned here, or no lesson is left; TrustError, DataError,
-        ConfigError: the adapter before it is not in the bundle any more, and there is no other (``Library.default``);
-        OSError: as ``teach``.
-        """
+        """Go back to the adapter before the last lesson. Raises DataError: the adapter in use was not learned here, or
+        no lesson is left; TrustError, DataError, ConfigError: the adapter before it is not in the bundle any more, and
+        there is no other (``Library.default``); OSError: as ``teach``."""
         lesson, history = self.history.undone()
         if lesson.before is None:
             used = self._shared(lesson.used)  # before anything is removed: there may be none
@@ -442,7 +437,6 @@ class Learner:
         storage.replace(self.folder / HISTORY, history.keeping(self.pending).seal(self.keys[1]))
 
     def _install(self, manifest: AdapterManifest, blob: bytes) -> None:
-        """Put an adapter into the bundle, signed with the device's key, which is pinned first."""
         key = self.keys[0]
         if key.public not in self._trusted():
             file = self.library.trust.pinned
@@ -486,7 +480,6 @@ class _Phrases:
         return how
 
     def checked(self, corrections: Sequence[Correction]) -> list[Example]:
-        """Turn corrections into examples. Raises DataError as ``Learner.teach``."""
         read = dict[tuple[int, ...], str]()
         for number, pair in enumerate(corrections, 1):
             if pair.label not in self._labels:
@@ -519,7 +512,6 @@ class _Phrases:
         return self.trainer.unlike(_labelled(self._learner.history.corrections[::-1], self._labels), own)[::-1]
 
     def public(self) -> list[Example]:
-        """List the public phrases of the bundle that have one of these labels, in the order of the next lesson."""
         base = self._learner.library.base
         public = parse_phrases(base.read(PHRASES), base.folder / PHRASES) if PHRASES in base.manifest.files else []
         readable = [(label, text) for label, text in public if label in self._labels]
@@ -613,7 +605,6 @@ def _embeds_otherwise(one: Tensors, other: Tensors) -> bool:
 
 
 def bits(score: Score) -> float:
-    """Compute a language model's bits for each byte, over some texts."""
     return score.loss / score.count / math.log(2)
 
 
@@ -639,7 +630,7 @@ def stated_config(manifest: AdapterManifest) -> PeftConfig:
 def _step_digest(
     origin: AdapterManifest, learning_rate: float, how: PersonalStep, examples: Sequence[Example]
 ) -> bytes:
-    """Digest what a personal step is of: an interrupted one of the same is continued."""
+    """Digest what a personal step depends on: one that was interrupted is continued by its digest."""
     settings = [origin.sha256, learning_rate, *map(str, astuple(how))]
     return sha256(jsontext.encode(settings) + encode_examples(examples)).digest()
 

@@ -35,10 +35,8 @@ log = logging.getLogger("edgeadapt.device")
 
 @dataclass(frozen=True, slots=True)
 class AskedTexts(OptIn):
-    """Texts, oldest first, no two of the same words. Law: ``open(seal(a, k), k) == a``.
-
-    ``settled``: those of which a person gave the label, or would not.
-    """
+    """Texts, oldest first, no two of the same words. Law: ``open(seal(a, k), k) == a``. ``settled``: those of which a
+    person gave the label, or would not."""
 
     FILE: ClassVar[str] = ASKED
     MAGIC: ClassVar[bytes] = b"edgeadapt/asked/1\x00"
@@ -103,10 +101,8 @@ def forget(bundle: Path, erased: Callable[[str], bool]) -> int:
 def questions(
     session: ClassificationSession, adapter: str, texts: Sequence[str], count: int, report: Callable[[str], object]
 ) -> list[Question]:
-    """Choose the texts to ask about, the most useful first, with what the adapter answers now.
-
-    Raises ConfigError as ``ClassificationSession.embed``; TrustError: what was taught cannot be read.
-    """
+    """Choose the texts to ask about, the most useful first, with what the adapter answers now. Raises ConfigError as
+    ``ClassificationSession.embed``; TrustError: what was taught cannot be read."""
     session.policy = session.policy.model_copy(update={"least": 0.0, "thresholds": {}})
     taught = {words(one.text): one.text for one in LessonHistory.of(session.library.bundle).corrections}
     asked = []

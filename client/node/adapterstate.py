@@ -33,8 +33,6 @@ EARLIER = 1024  # adapters: 32 KiB
 
 @dataclass(frozen=True, slots=True)
 class AdapterState:
-    """The adapter that a device trained from last."""
-
     version: Uint64
     digest: HexDigest  # SHA-256 of its file, hex
     terms: Digest
@@ -64,11 +62,9 @@ def dealt(plan: Plan, spec: SessionSpec) -> bytes:
 
 
 def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_repeats: int) -> AdapterState:
-    """Make the state after the device trained for ``plan``; ``known`` is None before the first plan.
-
-    Raises ProtocolError: the adapter is older than the last one, another one of its version, one that the device left
-    after it revealed shares, or used up; or it was trained on other terms before.
-    """
+    """Make the state after the device trained for ``plan``; ``known`` is None before the first plan. Raises
+    ProtocolError: the adapter is older than the last one, another one of its version, one that the device left after it
+    revealed shares, or used up; or it was trained on other terms before."""
     version, digest, now = plan.adapter_version, plan.adapter_digest, terms(plan, spec)
     if known is None:
         return AdapterState(version, digest, now)
@@ -96,7 +92,6 @@ def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_r
 
 
 def earlier(known: AdapterState) -> tuple[bytes, ...]:
-    """List the digests to remember once the device trains from another adapter."""
     return (*known.earlier, bytes.fromhex(known.digest))[-EARLIER:] if known.sums else known.earlier
 
 

@@ -36,7 +36,6 @@ class KeptStates(sealed.SealedRecord):
 
     @classmethod
     def of(cls, source: str, states: Tensors) -> Self:
-        """Make the record of at least one text."""
         width = next(iter(states.values())).shape[1]
         return cls(source, width, {key: value.astype("<f4").tobytes() for key, value in states.items()})
 
@@ -46,13 +45,10 @@ class KeptStates(sealed.SealedRecord):
 
 @dataclass(frozen=True, slots=True)
 class StatesFile:
-    """The file of the states, and the key that seals it."""
-
     path: Path
     key: bytes = field(repr=False)
 
     def load(self, cache: StateCache) -> None:
-        """Let a cache hold what was kept of its source, and nothing else."""
         try:
             kept = KeptStates.open(read(self.path, MAX_FILE), self.key)
             cache.begin(kept.tensors() if kept.source == cache.source else {})

@@ -27,8 +27,6 @@ CONSENTS = frozenset(kind.CONSENT for kind in KINDS)
 
 
 class TrainingLimits(TaskLimits):
-    """Limits on the training of this device. They belong to its owner."""
-
     maximum_tokens: int = Field(default=TOKENS, ge=1)
     """most tokens of one pass over the base, with padding; a larger batch is trained in parts, which bounds the
     memory"""

@@ -36,7 +36,6 @@ class PrivacyLedger(sealed.SealedRecord):
 
     @property
     def spent(self) -> Spent:
-        """Sum of everything that left the device with noise."""
         return self.settled + self.pending
 
 

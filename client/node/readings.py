@@ -106,7 +106,6 @@ class Readings:
 
 
 def _text(path: Path) -> str:
-    """Read a small file of the kernel; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(4096).decode("ascii", "replace").strip()

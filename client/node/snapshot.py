@@ -29,8 +29,6 @@ _MAGIC = b"edgeadapt/snapshot/3\x00"
 
 
 class Draw(Enum):
-    """What a device draws in a round."""
-
     ORDER = "order"  # the examples' order
     ROUNDING = "rounding"  # rounds the update to whole steps
     NOISE = "noise"  # in a session with differential privacy
@@ -80,7 +78,6 @@ class Snapshot:
         return derive(self.since(plan.round).secret, b"edgeadapt/training/1", draw.value.encode(), digest)
 
     def generator(self, plan: Plan, draw: Draw) -> np.random.Generator:
-        """Seed the generator of one draw in one round with its ``key``."""
         return np.random.default_rng(int.from_bytes(self.key(plan, draw), "big"))
 
 

@@ -197,12 +197,11 @@ class DeviceStateDir:
         return self._parse(IdentityKey.from_pem, IDENTITY)
 
     def base(self, digest: str = "") -> FrozenBase:
-        """Open the frozen base that the settings name: itself, or that of a bundle; the next one, if that has
+        """Open the frozen base that the settings name, itself or that of a bundle; the next one, if that has
         ``digest``, and the base itself has not.
 
-        Raises:
-            ConfigError, DataError: As ``find_base`` and ``Bundle.base``; or a bundle is named for a task of others.
-            TrustError: No key in ``trust.pem``, next to the bundle, signed its base, or a file was altered.
+        Raises ConfigError, DataError: as ``find_base`` and ``Bundle.base``; or a bundle is named for a task of others;
+        TrustError: no key in ``trust.pem``, next to the bundle, signed its base, or a file was altered.
         """
         base, following = self._base(self.settings.base), self.settings.next_base
         if not following or digest in ("", base.digest):
@@ -220,26 +219,19 @@ class DeviceStateDir:
         return with_task(find_base(where), self.settings.task)
 
     def device(self, base_digest: str) -> Device:
-        """Read identity, trust anchors and policy, for the protocol core.
-
-        Raises TrustError: a key or certificate is missing or damaged.
-        """
+        """Read identity, trust anchors and policy. Raises TrustError: a key or certificate is missing or damaged."""
         policy = self.settings.policy.policy(base_digest)
         return Device(self.identity, self.certificate, self.root(), self.coordinator, policy)
 
     def root(self) -> Root:
-        """Read the pinned authority, with the newest revocation list that this device has accepted.
-
-        Raises TrustError: a file is missing or damaged.
-        """
+        """Read the pinned authority, with the newest accepted revocation list. Raises TrustError: one is missing or
+        damaged."""
         root = self._parse(Root.from_pem, AUTHORITY)
         return self._parse(root.with_revocations, REVOKED) if (self.folder / REVOKED).exists() else root
 
     def revoke(self, raw: bytes) -> None:
-        """Accept a revocation list, and keep it if it is newer than the previous one.
-
-        Raises TrustError: the authority did not sign the list, or it is older than the previous one.
-        """
+        """Accept a revocation list, and keep it if it is newer than the previous one. Raises TrustError: the authority
+        did not sign the list, or it is older than the previous one."""
         root = self.root()
         new = root.with_revocations(raw).revoked
         if new is not None and new != root.revoked:
@@ -252,16 +244,13 @@ class DeviceStateDir:
             yield
 
     def load_state(self) -> ClientState | None:
-        """Load the state of the running session, if there is one.
-
-        Raises TrustError: the sealed state was altered, or belongs to another device.
-        """
+        """Load the state of the running session, if any. Raises TrustError: it was altered, or belongs to another
+        device."""
         if not (self.folder / STATE).exists():
             return None
         return self._parse(partial(sealedstate.unseal, key=self._read(SEALING_KEY)), STATE)
 
     def save_state(self, state: ClientState) -> None:
-        """Seal the state, and replace the old one atomically."""
         replace(self.folder / STATE, sealedstate.seal(state, self._read(SEALING_KEY)))
 
     def take_snapshot(self, examples: bytes, share_key: bytes) -> None:
@@ -281,11 +270,9 @@ class DeviceStateDir:
         return found.before(today()).days if found else ()
 
     def corrections(self) -> bytes:
-        """Read what a person taught next to the bundle that ``[data]`` names, as lines of an examples file.
-
-        Raises ConfigError: there is no bundle, or its labels are not those of this device's rounds; DataError: nothing
-        was taught; TrustError: it is damaged, or no pinned key signed the bundle.
-        """
+        """Read what a person taught next to the bundle that ``[data]`` names, as lines of an examples file. Raises
+        ConfigError: there is no bundle, or its labels are not those of this device's rounds; DataError: nothing was
+        taught; TrustError: it is damaged, or no pinned key signed the bundle."""
         if not (data := self.settings.data) or not data.corrections:
             return b""
         bundle, remedy = Path(data.corrections), "change [data] corrections in device.toml"
@@ -310,10 +297,8 @@ class DeviceStateDir:
         replace(self.folder / SNAPSHOT, snapshot.seal(self._read(SEALING_KEY), share_key))
 
     def load_snapshot(self, share_key: bytes) -> Snapshot:
-        """Load what this device trains on in the session that it joined with ``share_key``.
-
-        Raises TrustError: there is no snapshot, or it was altered or is of another session.
-        """
+        """Load what was kept for the session joined with ``share_key``. Raises TrustError: it is missing, altered or
+        another's."""
         path = self.folder / SNAPSHOT
         if not path.exists():
             reason = f"{path} is missing: this device takes part again from the next session on"
@@ -328,10 +313,8 @@ class DeviceStateDir:
         return StatesFile(self.folder / STATES, self._read(SEALING_KEY))
 
     def load(self, kind: type[R]) -> R | None:
-        """Load what this device keeps of a kind (``KEPT``); None before there is any.
-
-        Raises TrustError: the file is damaged, or was altered.
-        """
+        """Load the record of a kind (``KEPT``), None before there is any. Raises TrustError: it is damaged or was
+        altered."""
         name, codec = KEPT[kind]
         if not (self.folder / name).exists():
             return None
@@ -345,7 +328,6 @@ class DeviceStateDir:
             raise TrustError(reason, about=name) from None
 
     def save(self, record: Record) -> None:
-        """Replace what this device keeps of the record's kind, atomically."""
         name, codec = KEPT[type(record)]
         raw = record.seal(self._read(SEALING_KEY)) if codec is None else codec.encode(record)  # type: ignore[union-attr]
         replace(self.folder / name, raw)
@@ -397,10 +379,8 @@ class TrustAnchors:
 
 def enrol(folder: Path, name: str, settings: DeviceSettings, anchors: TrustAnchors, entropy: Entropy) -> PublicKey:
     """Create a state directory with a certificate request, completely or not at all, and return the key to certify.
-
     ``folder`` is new or empty; the path of a base that is a folder or a file is made absolute in the settings. Raises
-    ConfigError: the folder is not empty or is the working directory, the name is not valid, or as ``find_task``.
-    """
+    ConfigError: the folder is not empty or is the working directory, the name is not valid, or as ``find_task``."""
     find_task(settings.task)
     identity = IdentityKey.generate(entropy)
     request = requests.request(identity, name)

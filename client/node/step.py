@@ -323,11 +323,9 @@ def _proof(fields: Mapping[str, bytes]) -> bytes:
 
 
 def _dealing(joined: Advertised, roster: bytes) -> DerivedEntropy:
-    """Draw the polynomials for a roster, and for the same roster the same ones.
-
-    A device that is restored from a backup could be asked for its shares twice. Each neighbor's are encrypted under one
-    key and nonce, so that two dealings would show the difference of their shares.
-    """
+    """Draw the polynomials for a roster, and for the same roster the same ones. A device that is restored from a backup
+    could be asked for its shares twice. Each neighbor's are encrypted under one key and nonce, so that two dealings
+    would show the difference of their shares."""
     content = hashlib.sha256(envelope.unverified_body(roster)).digest()  # ``on_roster`` verifies it
     return DerivedEntropy(masks.derive(joined.share_key, b"edgeadapt/dealing/1", content))
 

@@ -49,8 +49,6 @@ class SumKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What the contributions to a sum followed from."""
-
     kind: Annotated[SumKind, wire.choice(SumKind)]
     base: HexDigest
     adapter: Digest  # SHA-256 of its file
@@ -98,18 +96,15 @@ class SumHistory(sealed.SealedRecord):
 
     @classmethod
     def new(cls, entropy: Entropy) -> "SumHistory":
-        """Begin the history of a device before its first round. ``entropy`` draws the key."""
         return cls(entropy.bytes(32))
 
 
 def on_plan(
     known: SumHistory, plan: Plan, task: RoundTask, spec: SessionSpec, adapter: Tensors, share: float
 ) -> SumHistory:
-    """Make the history to save before the contribution to a round leaves; unchanged in a session with noise.
-
-    ``share``: as of ``RoundTask.least_movement``. Raises ProtocolError: the adapter is too near to one from which there
-    was a sum over earlier devices, on other terms, or in other groups.
-    """
+    """Make the history to save before the contribution to a round leaves; unchanged in a session with noise. ``share``:
+    as of ``RoundTask.least_movement``. Raises ProtocolError: the adapter is too near to one from which there was a sum
+    over earlier devices, on other terms, or in other groups."""
     if spec.privacy is not None:
         return known
     version = plan.adapter_version

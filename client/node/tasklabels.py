@@ -44,11 +44,9 @@ TASK_LABELS: Codec[TaskLabels] = wire.record(TaskLabels)
 
 
 def on_plan(known: TaskLabels | None, base: FrozenBase, labels: tuple[str, ...]) -> TaskLabels:
-    """Check the ``labels`` of a round, and return those to remember; ``known`` is None before the first task.
-
-    Raises DataError, TrustError: an adapter's manifest in the bundle is missing, or no trusted key signed it;
-    ProtocolError: they are other labels than before.
-    """
+    """Check the ``labels`` of a round, and return those to remember; ``known`` is None before the first task. Raises
+    DataError, TrustError: an adapter's manifest in the bundle is missing, or no trusted key signed it; ProtocolError:
+    they are other labels than before."""
     signed = signed_labels(base)
     if signed and labels not in signed:
         remedy = "train with the labels of the release, or update the bundle"

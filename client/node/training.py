@@ -104,10 +104,8 @@ def contribute(
 
 
 def _target_of(base: FrozenBase, task: RoundTask) -> TargetOf | None:
-    """Return what makes targets of labels in the base's task; None in classification and of a language model.
-
-    Raises ConfigError: a task of others does not have this kind of round, which counts labels.
-    """
+    """Return what makes targets of labels in the base's task; None in classification and of a language model. Raises
+    ConfigError: a task of others does not have this kind of round, which counts labels."""
     if isinstance(base, VerifiedBase) or not isinstance(base.task, OwnTask) or not task.labels:
         return None
     if task.NEEDS_LABELS:
@@ -216,7 +214,6 @@ class LocalRound:
 
     @property
     def _counted(self) -> tuple[Example, ...]:
-        """Held-out examples that count in a sum without noise."""
         return self.held_out[: self.spec.weight_cap]
 
     @cached_property
@@ -225,7 +222,6 @@ class LocalRound:
         return classifier_trainer(self.device.base, len(self.task.labels), self.task.peft_config)
 
     def _begun(self, task: Task) -> Tensors:
-        """Take the adapter on offer, with the device's private parts."""
         kept = self.device.kept
         own = kept.start(self._subject(task), self.plan.digest()) if kept else None
         return with_private(self.start, own, task)
@@ -234,7 +230,6 @@ class LocalRound:
         return subject_of(self.spec.base_digest, task, self.layout)
 
     def _keep(self, task: Task, start: Tensors, trained: Tensors) -> None:
-        """Note the private parts to keep, before and after the training."""
         if own := private_of(start, task):
             ever = ever_private(self.device.kept, self.spec.base_digest, map(part_of, own))
             before, after = files.encode(own), files.encode(private_of(trained, task))

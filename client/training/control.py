@@ -44,10 +44,8 @@ class TrainingState:
     best: Best | None = None
 
     def encode(self) -> bytes:
-        """Encode the length of a JSON text in 4 bytes, the text, which lists the arrays, and their numbers.
-
-        Law: ``decode(encode(s))`` is ``s``, to the bit.
-        """
+        """Encode the length of a JSON text in 4 bytes, the text, which lists the arrays, and their numbers. Law:
+        ``decode(encode(s))`` is ``s``, to the bit."""
         best = {} if self.best is None else {f"best/{name}": value for name, value in self.best.values.items()}
         named = {f"value/{name}": value for name, value in self.values.items()}
         arrays: dict[str, Any] = named | best | {f"buffer/{name}": value for name, value in self.buffers.items()}
@@ -105,8 +103,6 @@ class TrainingCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class TrainingControl:
-    """The limits of a training."""
-
     seconds: float = math.inf  # no step begins after them: the training ends with what it has
     # Share of the time in which it computes, above 0: after each step it pauses, so that a battery lasts longer and a
     # device stays cool.
@@ -134,7 +130,6 @@ class TrainingControl:
 
     @contextmanager
     def paced(self) -> Iterator[None]:
-        """Run a step, and pause after it."""
         begun = self.clock()
         yield
         if self.duty_cycle < 1:

@@ -56,12 +56,8 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True)
 class LessonHistory(sealed.SealedRecord):
-    """What a device was taught. Law: ``open(seal(h, k), k) == h``.
-
-    Attributes:
-        kept: Corrections of lessons that cannot be undone any more, oldest first.
-        lessons: Those that can be, oldest first.
-    """
+    """What a device was taught. Law: ``open(seal(h, k), k) == h``. ``kept``: corrections of lessons that cannot be
+    undone any more, oldest first. ``lessons``: those that can be, oldest first."""
 
     MAGIC: ClassVar[bytes] = b"edgeadapt/learned/1\x00"
 
@@ -98,7 +94,6 @@ class LessonHistory(sealed.SealedRecord):
         return [new for new, old in zip(after, every, strict=True) if new or not old]
 
     def keeping(self, lessons: Iterable[Sequence[Correction]]) -> Self:
-        """Add the corrections of lessons that cannot be undone."""
         return replace(self, kept=(*self.kept, *chain.from_iterable(lessons))[-MAX_CORRECTIONS:])
 
     def undone(self) -> tuple[Lesson, Self]:

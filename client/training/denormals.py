@@ -22,7 +22,6 @@ REGISTERS = {
 
 
 def flushes() -> bool:
-    """Whether this thread takes denormal numbers for zero."""
     return not np.float32(1e-30) * np.float32(1e-10)
 
 

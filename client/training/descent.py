@@ -92,7 +92,6 @@ def descend(
         start: All tensors of the adapter, finite, and R of Fed-SB if the task trains it.
         order: The batches of all epochs, as indices of examples.
         gradients_of: Tensors and batch → its mean loss, and the gradients by at least the trained tensors.
-        epochs: Passes over the examples in ``order``.
         control: Limits of this device; what it keeps of a training that was interrupted is continued.
 
     Returns:
@@ -137,10 +136,8 @@ def descend(
 
 
 def regularized(gradients: Tensors, values: Tensors, start: Tensors, task: Task) -> Tensors:
-    """Add the gradients of the task's proximal term and, with SGD, of its weight decay.
-
-    The proximal term is FedProx's (Li et al. 2020); Ditto's personal objective is the same (Li et al. 2021).
-    """
+    """Add the gradients of the task's proximal term and, with SGD, of its weight decay. The proximal term is FedProx's
+    (Li et al. 2020); Ditto's personal objective is the same (Li et al. 2021)."""
     if not task.proximal and not task.weight_decay:
         return gradients
     pull = np.float32(task.proximal)
@@ -183,10 +180,8 @@ def clipped(gradients: Mapping[str, NDArray[np.float32]], limit: float) -> Tenso
 
 
 def finite(trained: Tensors) -> Tensors:
-    """Check that trained tensors are finite, and return them. After the last step, no loss shows it.
-
-    Raises DataError: one holds NaN or infinity.
-    """
+    """Check that trained tensors are finite, and return them. After the last step, no loss shows it. Raises
+    DataError."""
     if not all(np.isfinite(tensor).all() for tensor in trained.values()):
         raise DataError("the trained adapter is not finite; lower the learning rate", about="training.adapter")
     return trained

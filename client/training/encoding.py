@@ -22,8 +22,6 @@ Template = Callable[[list[dict[str, str]], bool], str]  # messages, whether an a
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An example for training."""
-
     ids: NDArray[np.int64]  # all tokens, shape ``(tokens,)``
     targets: NDArray[Any]  # the tokens that are learned, which follow each other, or the label, or one row: its target
     first: int | None  # where the token before the first target is; None: the target is a label
@@ -37,14 +35,11 @@ class Encoded:
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """Positions of the token before each target."""
         return (self.first or 0) + np.arange(len(self.targets))
 
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """Encodes a base's texts."""
-
     tokenizer: Tokenizer  # the base's, without truncation and padding
     template: Template | None  # its chat template; None if it has none
     end: int  # the token that ends a text
@@ -55,9 +50,7 @@ class TextEncoder:
         cls, tokenizer: Tokenizer, template: Template | None, end: int, limit: int | None, virtual: int
     ) -> "TextEncoder":
         """Make the encoder of a base that reads ``limit`` tokens, or any number, ``virtual`` of them an adapter's.
-
-        Raises ConfigError: these leave no room for two tokens of a text.
-        """
+        Raises ConfigError: these leave no room for two tokens of a text."""
         if limit is not None and limit - virtual < 2:
             raise ConfigError(
                 f"the base reads {limit} tokens, which leaves no room for a text after {virtual} virtual tokens: take "
@@ -69,12 +62,8 @@ class TextEncoder:
         return cls(tokenizer, template, end, MAX_TOKENS if limit is None else min(MAX_TOKENS, limit - virtual))
 
     def encode(self, example: Example) -> Encoded:
-        """Make tokens and targets of an example.
-
-        Raises:
-            ConfigError: The chat template does not begin an answer with its prompt.
-            DataError: The prompt leaves no room for a token of the text.
-        """
+        """Make tokens and targets of an example. Raises ConfigError: the chat template does not begin an answer with
+        its prompt; DataError: the prompt leaves no room for a token of the text."""
         prompt, text, after = self._rendered(example)
         asked = self.tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
         encoding = self.tokenizer.encode(text, add_special_tokens=False)

@@ -95,13 +95,9 @@ def _key(base: FrozenBase, *rest: object) -> object:
 
 
 def open_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> Trainer:
-    """Open a trainer of its own, of a classifier or, without labels, of a language model.
-
-    Raises:
-        ConfigError: The base cannot be opened, has no training graph or, for a classifier, another head than one over
-            the mean of its tokens, or the method cannot be trained with it.
-        TrustError: A file of the bundle changed since it was verified.
-    """
+    """Open a trainer of its own, of a classifier or, without labels, of a language model. Raises ConfigError: the base
+    cannot be opened, has no training graph or, for a classifier, another head than one over the mean of its tokens, or
+    the method cannot be trained with it; TrustError: a file of the bundle changed."""
     if config.peft_type == OWN or isinstance(base, OwnModel):
         if not isinstance(base, OwnModel) or config.peft_type != OWN or not labels:
             reason = "a model with its own training loop has labels and no PEFT adapter"

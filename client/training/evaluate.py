@@ -25,12 +25,9 @@ def own_counts(
     """Count right answers and examples under the newest release and under the previous one, or compare a language model
     with the adapter on offer by ``relative``: numbers of a release that is not in the bundle are 0.
 
-    Args:
-        base: Of the device's bundle, verified as for every answer; ``trust.pem`` is next to the bundle.
-        examples: Held out, with numbers of ``task.labels``.
-        trainer: Of ``base``.
-
-    Raises DataError, TrustError: the bundle is damaged or breaks a rule, or a release has another layout.
+    ``base``: of the device's bundle, verified as for every answer; ``trust.pem`` is next to the bundle. ``examples``:
+    held out, with numbers of ``task.labels``. Raises DataError, TrustError: the bundle is damaged or breaks a rule, or
+    a release has another layout.
     """
     bundle = base.folder.parent
     trust, counts = Trust.open(bundle), np.zeros(task.noisy_size(trainer.layout))
@@ -52,7 +49,6 @@ def own_counts(
 
 
 def _is_right(session: ClassificationSession, adapter: str, example: Example, label: str) -> bool:
-    """Whether it is the answer. A text of which the base knows no part does not have one."""
     if session.unknown_share(example.text) == 1:
         return False
     return session.classify([example.text], adapter)[0].label == label

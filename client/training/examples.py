@@ -91,10 +91,8 @@ def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
 
 def read_file(path: Path) -> bytes:
     """Read an examples file, and the pictures that its lines name: ``image``, a path from the file, becomes ``text``.
-
     Raises DataError if it is missing, not a file, or above ``MAX_FILE`` bytes, with pictures as well; or a picture is
-    missing or damaged.
-    """
+    missing or damaged."""
     try:
         raw = read(path, MAX_FILE)
     except DataError as error:

@@ -67,16 +67,11 @@ class GraphEngine:
     answering: ClassifierGraph  # the graph with which the device classifies
 
     def __init__(self, base: VerifiedBase, config: PeftConfig, head: Mapping[str, Sequence[int]]) -> None:
-        """Load the graph, to compute with one thread.
+        """Load the graph, to compute with one thread. ``config``: of a method for which the base has slots, without
+        biases of the base. ``head``: graph inputs of a classifier's head, and their shapes.
 
-        Args:
-            config: Of the adapters: of a method for which the base has slots, without biases of the base.
-            head: Graph inputs of a classifier's head, and their shapes.
-
-        Raises:
-            ConfigError: The base has no training graph, or it cannot be loaded or lacks a gradient; or the base has no
-                slot for the method, or biases shall be trained.
-            TrustError: The graph changed since it was verified.
+        Raises ConfigError: the base lacks a training graph that can be loaded and has the gradients, or a slot for the
+        method, or biases shall be trained; TrustError: the graph changed since it was verified.
         """
         if TRAINING not in base.manifest.files:
             raise ConfigError(
@@ -123,7 +118,7 @@ class GraphEngine:
             self.layout = Layout.of(self._of_inputs(zeros))
 
     def tensors_of(self, inputs: Tensors) -> Tensors:
-        """Restore the tensors of an adapter from its graph inputs. Raises DataError for another layout."""
+        """Invert ``inputs_of``. Raises DataError for another layout."""
         filled = {name: value for name, value in inputs.items() if value.size}
         if odd := sorted(filled.keys() & self.empty.keys()):
             reason = f"the adapter changes {odd[0]!r}, which its method does not train: export it again"
@@ -133,10 +128,8 @@ class GraphEngine:
         return tensors
 
     def inputs_of(self, adapter: Tensors) -> Tensors:
-        """Make the graph inputs of an adapter, one for each slot.
-
-        Law: ``tensors_of(inputs_of(a))`` is ``a``, rounded, but of the methods in ``FACTORS``, whose inputs are LoRA's.
-        """
+        """Make the graph inputs of an adapter, one for each slot. Law: ``tensors_of(inputs_of(a))`` is ``a``, rounded,
+        but of the methods in ``FACTORS``, whose inputs are LoRA's."""
         return self._inputs(self._tensors(adapter), self._weight_norms)
 
     def training(self, start: Tensors, trained: Collection[str]) -> AbstractContextManager[object]:
@@ -206,9 +199,7 @@ class GraphEngine:
 
 def classifier(base: VerifiedBase, labels: int, config: PeftConfig) -> ClassifierTrainer:
     """Make a trainer of a classifier whose head, of ``labels`` rows, is the base's own or over the mean of its tokens.
-
-    Raises ConfigError, TrustError: as ``GraphEngine``; or the tokenizer cannot be loaded.
-    """
+    Raises ConfigError, TrustError: as ``GraphEngine``; or the tokenizer cannot be loaded."""
     head = {
         name: tuple(labels if size == LABELS else int(size) for size in shape)
         for name, shape in base.manifest.slots.items()
@@ -229,13 +220,8 @@ def classifier(base: VerifiedBase, labels: int, config: PeftConfig) -> Classifie
 
 
 def language(base: VerifiedBase, config: PeftConfig) -> LanguageTrainer:
-    """Make a trainer of a language model.
-
-    Raises:
-        ConfigError: As ``GraphEngine``; the adapter has a row for each token; its virtual tokens leave no room for a
-            text; or a file cannot be loaded.
-        TrustError: A file of the bundle changed since it was verified.
-    """
+    """Make a trainer of a language model. Raises ConfigError, TrustError: as ``GraphEngine``; the adapter has a row for
+    each token; its virtual tokens leave no room for a text; or a file cannot be loaded or changed."""
     engine = GraphEngine(base, config, {})
     try:
         stated = json.loads(base.files[GENERATION])["model"]

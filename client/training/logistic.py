@@ -72,10 +72,8 @@ def logistic_head(  # two of them by name
 
 def minimized(objective: Callable[[Matrix], tuple[float, Matrix]], start: Matrix) -> Matrix:
     """Minimize a smooth function by L-BFGS (Nocedal and Wright 2006, algorithm 7.5), with steps by Armijo's rule.
-
     ``objective`` gives value and gradient. Ends after ``MOST_ITERATIONS``, or where the gradient is flat or no step
-    helps. Raises DataError if the value at the start is not finite.
-    """
+    helps. Raises DataError if the value at the start is not finite."""
     at, (value, gradient) = start, objective(start)
     if not np.isfinite(value):
         raise DataError("the loss of the logistic head is not finite", about="training.loss")
@@ -117,5 +115,5 @@ def _direction(gradient: Matrix, pairs: "deque[tuple[Matrix, Matrix, float]]") -
 
 
 def _dot(one: Matrix, other: Matrix) -> float:
-    """Return Σ a b of vectors, in this thread: a library that starts others waits longer for them than it takes."""
+    """Return Σ a b in this thread: a library that starts others waits longer for them than it takes."""
     return float(np.einsum("i,i", one, other))

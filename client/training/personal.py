@@ -100,8 +100,6 @@ class PersonalStep:
 
 @dataclass(frozen=True, slots=True)
 class PersonalInputs:
-    """What a method makes a personal adapter of."""
-
     trainer: ClassifierTrainer
     shared: Tensors  # the global adapter
     examples: Sequence[Example]  # of the device, all splits
@@ -116,7 +114,6 @@ class PersonalInputs:
         return in_split(self.examples, Split.TRAIN)
 
     def tuned(self) -> Tensors:
-        """Train all parts of the global adapter for the epochs of the step."""
         if not self.how.epochs:
             return self.shared
         return self.train(self.shared, self.own, self.task, epochs=self.how.epochs)
@@ -126,12 +123,10 @@ Method = Callable[[PersonalInputs], Tensors]  # returns tensors in the layout of
 
 
 def _ridge(inputs: PersonalInputs) -> Tensors:
-    """Fit the head by one regression."""
     return with_own_head(inputs.trainer, inputs.shared, inputs.examples, scale=inputs.how.scale)
 
 
 def _logistic(inputs: PersonalInputs) -> Tensors:
-    """Fit the head by logistic regression towards the shared one, to the device's own and the public examples alike."""
     head, own = ClassifierHead.of(Layout.of(inputs.shared)), inputs.own
     x = with_constant(inputs.embed(own))
     labels = np.array([example.label for example in own], np.int64)
@@ -141,12 +136,10 @@ def _logistic(inputs: PersonalInputs) -> Tensors:
 
 
 def _ensemble(inputs: PersonalInputs) -> Tensors:
-    """Sum the heads of the fine-tuned adapter and of the regression."""
     return with_both_heads(inputs.trainer, inputs.tuned(), inputs.shared, inputs.examples, scale=inputs.how.scale)
 
 
 def _interpolate(inputs: PersonalInputs) -> Tensors:
-    """Go part of the way from the global adapter to the fine-tuned one."""
     return _between(inputs.shared, inputs.tuned(), inputs.how.share)
 
 
@@ -179,7 +172,6 @@ def personalize(  # noqa: PLR0913  # three of them by name
     """Make a personal adapter from the global one and the training examples, and keep it or another candidate.
 
     Args:
-        candidates: The base and the global adapter.
         examples: Of the device, all splits.
         how: The step; fine-tuning for 0 epochs makes nothing, and leaves ``candidates`` to choose from.
         rng, control: As for ``Trainer.train``.
@@ -256,10 +248,8 @@ def rehearsal(
 
 
 def in_own_words(trainer: ClassifierTrainer, examples: Sequence[Example], own: Sequence[Example]) -> list[Example]:
-    """Sort examples by the share of their tokens that a device's own examples have, the largest first.
-
-    So those in the languages of the device come first, and nobody says which these are.
-    """
+    """Sort examples by the share of their tokens that a device's own examples have, the largest first. So those in the
+    languages of the device come first, and nobody says which these are."""
     own_tokens = {token for ids in trainer.tokens([example.text for example in own]) for token in ids}
     texts = trainer.tokens([example.text for example in examples])
     shares = [sum(token in own_tokens for token in ids) / max(len(ids), 1) for ids in texts]
@@ -323,13 +313,9 @@ def with_own_head(
 
     The previous head stands for the examples of all others (``edgeadapt.rounds.ridge``). After a round of the analytic
     head, this gives a device what adding its own moments once more to the sum of all would give (docs/decisions/0033),
-    and needs nothing of that sum.
-
-    Args:
-        scale: Logit of a score of 1, as of the federation's rounds.
-        strength: As many examples as the previous head counts for in each direction.
-
-    Raises DataError: the adapter has no classification head, or an embedding is not finite.
+    and needs nothing of that sum. ``scale``: logit of a score of 1, as of the federation's rounds. ``strength``: as
+    many examples as the previous head counts for in each direction. Raises DataError: the adapter has no classification
+    head, or an embedding is not finite.
     """
     return refit(adapter, own_moments(trainer, adapter, examples), strength=strength, scale=scale)
 
@@ -337,16 +323,9 @@ def with_own_head(
 def with_both_heads(
     trainer: ClassifierTrainer, tuned: Tensors, shared: Tensors, examples: Sequence[Example], *, scale: float
 ) -> Tensors:
-    """Sum two heads of a fine-tuned adapter: its own, and the shared one fitted to the device's examples.
-
-    The logits of two heads on one embedding add up to those of one, so the ensemble is an adapter like every other.
-
-    Args:
-        tuned: The fine-tuned adapter, whose embeddings both heads read.
-        shared: The adapter with the shared head, after a round of the analytic head.
-
-    Raises DataError as ``with_own_head``.
-    """
+    """Sum two heads of a fine-tuned adapter: its own, and the shared one fitted to the device's examples. The logits of
+    two heads on one embedding add up to those of one, so the ensemble is an adapter like every other. ``tuned``: the
+    fine-tuned adapter, whose embeddings both heads read. Raises DataError as ``with_own_head``."""
     head = ClassifierHead.of(Layout.of(tuned))
     names = (head.weight, head.bias)
     own = with_own_head(trainer, tuned | {name: shared[name] for name in names}, examples, scale=scale)

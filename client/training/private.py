@@ -19,11 +19,9 @@ def subject_of(base: str, task: Task, layout: Layout) -> bytes:
 
 
 def with_private(adapter: Tensors, own: bytes | None, task: Task) -> Tensors:
-    """Add the parts of this device that are private in the task, whatever else its file has.
-
-    The numbers of a part that the task shares come from ``adapter``, as on offer, alone. ``own``: safetensors file of
-    parts that the device kept to itself; None if it has none.
-    """
+    """Add the parts of this device that are private in the task, whatever else its file has. The numbers of a part that
+    the task shares come from ``adapter``, as on offer, alone. ``own``: safetensors file of parts that the device kept
+    to itself; None if it has none."""
     return adapter if own is None else adapter | private_of(files.decode(own), task)
 
 

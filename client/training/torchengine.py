@@ -91,11 +91,9 @@ class FrozenLayers:
         return frozen if close else None
 
     def states(self, tokens: Sequence[Tokens], *, together: bool = False) -> list[Floats]:
-        """Compute what enters the first adapted layer for each text, shape ``(tokens, hidden)``.
-
-        Guarantee: a text's states do not depend on the others, unless those of one length are computed ``together``,
-        which takes a fifth of the time: then they do by rounding.
-        """
+        """Compute what enters the first adapted layer for each text, shape ``(tokens, hidden)``. Guarantee: a text's
+        states do not depend on the others, unless those of one length are computed ``together``, which takes a fifth of
+        the time: then they do by rounding."""
         result: list[Floats] = [None] * len(tokens)  # type: ignore[list-item]
         order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))
         for length, group in groupby(order, key=lambda text: len(tokens[text])):
@@ -235,7 +233,6 @@ class TorchEngine:
         return -cross_entropy(logits, targets, reduction="none").numpy(), (logits.argmax(1) == targets).numpy()
 
     def _logits(self, batch: TrainingBatch) -> Tensor:
-        """Compute the logits of each target, shape ``(targets, classes)``."""
         ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
         with self._resumed(ids, mask):
             output = self.model(input_ids=ids, attention_mask=mask)
@@ -280,10 +277,8 @@ def classifier(base: Base, labels: int, config: PeftConfig) -> ClassifierTrainer
 
 
 def language(base: Base, config: PeftConfig) -> LanguageTrainer:
-    """Make a trainer of a language model.
-
-    Raises ConfigError: as ``causal.build`` and ``causal.require_private``; or virtual tokens leave no room for a text.
-    """
+    """Make a trainer of a language model. Raises ConfigError: as ``causal.build`` and ``causal.require_private``; or
+    virtual tokens leave no room for a text."""
     with flushed_denormals():
         model = causal.build(base, config)
     causal.require_private(model)
@@ -298,17 +293,13 @@ def language(base: Base, config: PeftConfig) -> LanguageTrainer:
 
 
 def model_of(trainer: Trainer) -> PeftModel:
-    """Return the model of a trainer with torch."""
     return cast(TorchEngine, trainer.engine).model
 
 
 @contextmanager
 def flushed_denormals() -> Iterator[None]:
-    """Compute with zero instead of denormal numbers, in this thread and those that torch starts meanwhile.
-
-    A processor takes up to a hundred times as long for them, so that an adapter could slow down a step for some
-    examples alone.
-    """
+    """Compute with zero instead of denormal numbers, in this thread and those that torch starts meanwhile. A processor
+    takes up to a hundred times as long for them, so that an adapter could slow down a step for some examples alone."""
     before = flushes()
     torch.set_flush_denormal(True)
     try:
@@ -318,7 +309,6 @@ def flushed_denormals() -> Iterator[None]:
 
 
 def _parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """Map peft's names to the trainable parameters."""
     left = {value.data_ptr(): value for value in model.parameters() if value.requires_grad}
     saved = get_peft_model_state_dict(model)
     parameters = {name: left.pop(value.data_ptr()) for name, value in saved.items() if value.data_ptr() in left}

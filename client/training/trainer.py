@@ -112,10 +112,8 @@ class Trainer:
 
         Args:
             start: Tensors in ``layout``; the caller checks them.
-            examples: At least one.
             task: Batch size, optimizer and its settings; parts that it does not train stay.
             rng: Draws the order of the examples.
-            control: Limits of this device.
 
         Returns:
             Tensors in ``layout``, and R if the task trains it (``edgeadapt.methods.lorasb``), float32 and finite.
@@ -171,7 +169,6 @@ class Trainer:
         return [batch for _, batch in self._batches([text for text, _ in pairs], of_target, TOKENS)]
 
     def has_learned(self, adapter: Tensors, taught: Sequence[Example]) -> bool:
-        """Whether an adapter answers as taught, and surely enough."""
         raise NotImplementedError
 
     def _descend(
@@ -226,9 +223,7 @@ class ClassifierTrainer(Trainer):
 
     def unlike(self, examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
         """Keep examples that the model reads as other tokens than each of ``others``, and than each previous example.
-
-        Texts that differ in capital letters or spaces are one text to many a tokenizer.
-        """
+        Texts that differ in capital letters or spaces are one text to many a tokenizer."""
         read, kept = set(map(tuple, self.tokens([other.text for other in others]))), []
         for example, ids in zip(examples, self.tokens([example.text for example in examples]), strict=True):
             if tuple(ids) not in read:
@@ -237,20 +232,16 @@ class ClassifierTrainer(Trainer):
         return kept
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
-        """Score an adapter on ``examples``; all zeros if there are none.
-
-        Returns the sum of the scores (correct answers), examples, and the sum of the losses, each at most ``MAX_LOSS``.
-        """
+        """Score an adapter on ``examples``; all zeros if there are none. Returns the sum of the scores (correct
+        answers), examples, and the sum of the losses, each at most ``MAX_LOSS``."""
         if not examples:
             return Score(0, 0, 0.0)
         scores, losses = self.rated(self.logits(adapter, [e.text for e in examples]), examples)
         return Score(float(scores.sum()), len(examples), float(losses.sum()))
 
     def rated(self, outputs: Floats, examples: Sequence[LabelOrTarget]) -> tuple[Numbers, Numbers]:
-        """Rate the outputs of at least one text: scores and losses from 0 to ``MAX_LOSS``, shape ``(len(outputs),)``.
-
-        A loss below 0, which some tasks have, is 0: it is summed within these bounds.
-        """
+        """Rate the outputs of at least one text: scores and losses from 0 to ``MAX_LOSS``, shape ``(len(outputs),)``. A
+        loss below 0, which some tasks have, is 0: it is summed within these bounds."""
         targets = np.array([one.target or (one.label,) for one in examples], np.float64)
         losses = self.objective.losses(outputs, targets)
         return self.objective.score(outputs, targets), np.clip(losses, 0.0, MAX_LOSS)
@@ -264,10 +255,8 @@ class ClassifierTrainer(Trainer):
         return self.engine.logits(adapter, self.tokens(texts)) if texts else np.zeros((0, 0), np.float32)
 
     def embed(self, texts: Sequence[str], adapter: Tensors | None = None) -> NDArray[np.float32]:
-        """Embed texts, shape ``(len(texts), hidden)``, each of L2 norm 1; without an adapter the frozen base's.
-
-        Raises ConfigError: the base has another head than one over the mean of its tokens.
-        """
+        """Embed texts, shape ``(len(texts), hidden)``, each of L2 norm 1; without an adapter the frozen base's. Raises
+        ConfigError: the base has another head than one over the mean of its tokens."""
         return self.engine.embed(adapter, self.tokens(texts))
 
 
@@ -282,11 +271,9 @@ class LanguageTrainer(Trainer):
         return [self.encoder.encode(example) for example in examples]
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
-        """Score an adapter on ``examples``; all zeros if there are none.
-
-        Returns the sums over the examples of the share of learned tokens that are the most probable ones, and of the
-        cross-entropy in nats for each byte of the text, at most ``MAX_LOSS``.
-        """
+        """Score an adapter on ``examples``; all zeros if there are none. Returns the sums over the examples of the
+        share of learned tokens that are the most probable ones, and of the cross-entropy in nats for each byte of the
+        text, at most ``MAX_LOSS``."""
         correct = loss = 0.0
         for text, nats, hits in self._scored(adapter, examples):
             correct += float(hits.mean())
@@ -309,7 +296,6 @@ class LanguageTrainer(Trainer):
 
 
 def probabilities(logits: Floats, temperature: float = 1.0) -> Floats:
-    """Compute the softmax of each row of logits that are divided by ``temperature``."""
     exponentials = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
     result: Floats = exponentials / exponentials.sum(axis=1, keepdims=True)
     return result

@@ -84,11 +84,9 @@ Note = Callable[[str, int], None]  # the name of a file that is fetched, and its
 
 @dataclass(frozen=True, slots=True)
 class ChannelSource:
-    """A channel: where its repository's public folder is (http, https, or a local folder), and its name.
-
-    ``keep``: bytes of the release's adapters that the device holds, the default one and the router and then those that
-    it used last; None: all.
-    """
+    """A channel: where its repository's public folder is (http, https, or a local folder), and its name. ``keep``:
+    bytes of the release's adapters that the device holds, the default one and the router and then those that it used
+    last; None: all."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -102,8 +100,6 @@ class ChannelSource:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseOffer:
-    """The release that a channel has for this device."""
-
     release: Release
     rollout: Rollout | None = None  # None if all devices get the newest release
     chosen: bool = True  # whether this device is among those that get the newest
@@ -132,11 +128,9 @@ class Updated:
 
 @dataclass(frozen=True, slots=True)
 class Targeting:
-    """What decides on the device whether it gets the newest release of a rollout (``edgeadapt.formats.release``).
-
-    The key is a random number that the device makes once, in hex. It is an input of the decision and nothing else, and
-    never leaves the device; the server of the files sees which of them a device fetches, as for every release.
-    """
+    """What decides on the device whether it gets the newest release of a rollout (``edgeadapt.formats.release``). The
+    key is a random number that the device makes once, in hex. It is an input of the decision and nothing else, and
+    never leaves the device; the server of the files sees which of them a device fetches, as for every release."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -206,7 +200,6 @@ def update(
     """Bring ``bundle``, which may be missing, to the channel's release for this device. Private adapters stay.
 
     Args:
-        note: Called before a file is fetched.
         language: Of the device, from now on; for rollouts by language.
         wanted: An adapter of the release that the device shall have, instead of those that it used longest ago.
         entropy: For the targeting key.
@@ -358,7 +351,6 @@ def _used(bundle: Path) -> dict[str, int]:
 
 
 def _installed(bundle: Path, release: Release) -> bool:
-    """Whether all files of the release are in the bundle as it has them."""
     return all(
         (bundle / name).is_file() and storage.file_sha256(bundle / name) == digest
         for name, digest in release.files.items()
@@ -366,7 +358,6 @@ def _installed(bundle: Path, release: Release) -> bool:
 
 
 def _withdrawn(old: Bundle, release: Release) -> bool:
-    """Whether a bundle has a shared adapter that the release does not have."""
     others = set(adapter_names(old.folder)) - release.adapters.keys()
     return any(old.adapter_manifest(name).parent is None for name in others)
 
@@ -392,7 +383,6 @@ def _fetch(
 
 
 def _file(updater: Updater, source: ChannelSource, name: str, digest: str) -> TargetFile:
-    """Find a file of a release: the newest, or the previous one where that has another."""
     for place in (name, previous(name)):
         if updater.get_targetinfo(target(source.channel, place)) is not None:
             file = _described(updater, source, place, MAX_BASE_FILE)
