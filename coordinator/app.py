@@ -82,11 +82,9 @@ def _named(run: str) -> Iterator[None]:
 
 
 def over_gateway(state_dir: CoordinatorStateDir, address: str) -> Iterator[RoundRecord]:
-    """Run the rounds that are still to do over a gateway at ``address`` in this process, and yield each record.
-
-    It waits for enough devices first. There are none if another coordinator ran them meanwhile. Raises as ``run`` and
-    ``serving``.
-    """
+    """Run the rounds that are still to do over a gateway at ``address`` in this process, and yield each record. It
+    waits for enough devices first. There are none if another coordinator ran them meanwhile. Raises as ``run`` and
+    ``serving``."""
     run = SystemEntropy().bytes(8).hex()
     with _named(run), traces.exporting(traces.COORDINATOR), state_dir.leading() as leader:
         if not leader.has_rounds_left:

@@ -132,12 +132,9 @@ def extract(
 ) -> BackupManifest:
     """Write the files of an archive to an empty folder, each after its digest was found to be the one that was signed.
 
-    Args:
-        trusted: The coordinator's key; None: the one in the archive, which then proves only that nothing is damaged.
-        modes: Regular expression of a name → permissions. A file with another name is refused.
-
-    Raises DataError: it is not an archive of a coordinator, or it is truncated; TrustError: it is of another
-    coordinator, or was altered.
+    ``trusted``: the coordinator's key; None: the one in the archive, which then proves only that nothing is damaged.
+    ``modes``: regular expression of a name → permissions. A file with another name is refused. Raises DataError: it is
+    not an archive of a coordinator, or it is truncated; TrustError: it is of another coordinator, or was altered.
     """
     with storage.opened(archive, 2**63) as (file, total):
         reader = _ArchiveReader(archive, file)
@@ -223,8 +220,6 @@ VALUE_LENGTH = 8  # bytes before each value that the digest covers
 
 @dataclass(frozen=True, slots=True)
 class RegistrySnapshot:
-    """Rows of each table, in the order of its primary key."""
-
     rows: dict[str, tuple[dict[str, Any], ...]] = field(repr=False)
 
     @classmethod
@@ -294,7 +289,7 @@ EMPTY = Head((0, ""), None, None)
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """A copied or restored archive. ``files``: how many it has."""
+    """``files``: how many the archive has."""
 
     manifest: BackupManifest
     files: int
@@ -314,7 +309,6 @@ def back_up(
 
     Args:
         out: Must not exist; its owner alone can read it. Nothing is left of it after an error.
-        keys: Whether the archive has the signing key, the TLS key and the next TLS key.
         standby: For a second machine that shares the registry: settings, certificates, and keys if asked for.
 
     Raises:
@@ -372,7 +366,6 @@ def _files(state_dir: CoordinatorStateDir, registry: Registry, head: Head, work:
 
 
 def _require_shared(stores: registryfiles.RegistrySettings, folder: Path) -> None:
-    """Check that another machine reaches the registry of a state directory."""
     if not stores.database:
         text = f"the registry of {folder} is SQLite, which machines cannot share: move it to PostgreSQL, with"
         reason = f"{text} 'edgeadapt coordinator backup' and 'restore --database'"
@@ -399,7 +392,6 @@ def restore(
     the signing key, tells whose database that is.
 
     Args:
-        folder: Does not exist, or is empty.
         key: The signing key, PEM; None: the archive has it.
         trusted: The coordinator's public key, as devices pin it; None: that of ``key``, or else the archive's own.
         stores: Where the registry is to be kept; None: in the directory. The database must be empty.
@@ -522,13 +514,11 @@ def _verified(registry: Registry) -> Head:
 
 
 def _require_logs(folder: Path, head: Head, key: IdentityKey) -> None:
-    """Check that the logs are those of a registry, as at a start of the coordinator."""
     logs = [log for _, log in _read(transcripts.logs(folder), head, key.public) if log is not None and log.entries]
     require_agreement(logs, head, key)
 
 
 def _logs(folder: Path, head: Head, key: IdentityKey) -> Iterator[ArchiveFile]:
-    """Yield the logs as far as a registry knows them."""
     kept = list[StoredLog]()
     ended = False
     for path, log in _read(transcripts.logs(folder), head, key.public):

@@ -54,7 +54,6 @@ class ExpiryLog:
     _next: float = 0.0  # by the monotonic clock
 
     def look(self) -> None:
-        """Log what is due; call it again and again."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + EVERY
@@ -81,7 +80,7 @@ def warning(name: str, begin: datetime, end: datetime, now: datetime) -> str:
 
 
 def validity(der: bytes) -> Validity:
-    """Read from when and until when a certificate is valid. Raises TrustError: not a certificate."""
+    """Read a certificate's period. Raises TrustError: not a certificate."""
     certificate = load(der)
     return certificate.not_valid_before_utc, certificate.not_valid_after_utc
 

@@ -65,12 +65,11 @@ class LastSum:
 
 
 def names(devices: Sequence[str]) -> str:
-    """List the devices, the first few by name."""
     return ", ".join(devices[:NAMED]) + (f" and {len(devices) - NAMED} more" if len(devices) > NAMED else "")
 
 
 def terms(task: RoundTask, clip_norm: float, weight_cap: int, groups: int) -> dict[str, float | str]:
-    """Collect the settings on which devices train for all sums from an adapter alike (``client.node.adapterstate``)."""
+    """On these, devices train for all sums from an adapter alike (``client.node.adapterstate``)."""
     bounds: dict[str, float | str] = {"aggregation.clip_norm": clip_norm, "aggregation.weight_cap": weight_cap}
     bounds["aggregation.groups"] = groups
     return task.terms() | bounds
@@ -100,7 +99,6 @@ def find(transcripts: Transcripts, adapter: str, records: Iterable[RoundRecord])
 
 
 def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[Plan, SessionSpec, dict[str, int]] | None:
-    """Find plan, parameters and survivors of the last sum from ``adapter`` in a log."""
     certified: dict[str, int] = {}
     plan: Plan | None = None
     spec: SessionSpec | None = None

@@ -1,9 +1,5 @@
-"""Run a federation on a SuperLink, with Flower's own command line.
-
-The app bundle in ``coordinator/flower`` is submitted; it names the apps of the installed package. The SuperLink then
-starts the coordinator's process, which opens the state directory. So the SuperLink's machine must have the directory,
-under the same path.
-"""
+"""Run a federation on a SuperLink, with Flower's own command line. It starts the coordinator's process, which opens the
+state directory: the SuperLink's machine must have that, under the same path."""
 
 import json
 import os
@@ -36,11 +32,9 @@ class Connection:
     environment: Mapping[str, str]
 
     def start(self, state_dir: Path, gateway: str | None = None, *, as_json: bool = False) -> str:
-        """Submit a run for the coordinator's state directory. Returns Flower's id of it.
-
-        ``gateway``: ``HOST:PORT`` at which the run listens for light devices as well. ``as_json``: it writes its log as
-        objects. Raises EdgeAdaptError: the SuperLink cannot be reached, or refuses.
-        """
+        """Submit a run for the coordinator's state directory. Returns Flower's id of it. ``gateway``: ``HOST:PORT`` at
+        which the run listens for light devices as well. ``as_json``: it writes its log as objects. Raises
+        EdgeAdaptError: the SuperLink cannot be reached, or refuses."""
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / "run.toml"  # a file, because Flower's own parser takes no quotes in a value
             values: dict[str, str | bool] = {STATE: str(state_dir.resolve())}

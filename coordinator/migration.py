@@ -74,10 +74,8 @@ class MigrationRound:
 
 @dataclass(frozen=True, slots=True)
 class MigrationResult:
-    """Says what a migration found: accuracies on held-out examples of the devices, as sums have them.
-
-    ``version``: the one that ``after`` is of; ``old``: the newest on the old base. ``between``: of the fitted head.
-    """
+    """Says what a migration found: accuracies on held-out examples of the devices, as sums have them. ``version``: the
+    one that ``after`` is of; ``old``: the newest on the old base. ``between``: of the fitted head."""
 
     version: int
     old: int
@@ -145,10 +143,8 @@ def check(state_dir: CoordinatorStateDir, to: Target) -> None:
 
 def migrate(leader: CoordinatorStateDir, grid: Grid, to: Target) -> Iterator[MigrationRound]:
     """Do the steps that are left, and yield each round once it is committed. ``result`` then says what was found.
-
     ``leader``: as of ``coordinator.app.lead``. Raises as that and ``check``; EdgeAdaptError: a round was aborted, or
-    its sum has no accuracy. Repeat the call to go on.
-    """
+    its sum has no accuracy. Repeat the call to go on."""
     check(leader, to)
     if MigrationStep.BEFORE in left(leader.registry, to):
         (before,) = _rounds(leader, grid, leader.settings, [MigrationStep.BEFORE])
@@ -163,7 +159,6 @@ def migrate(leader: CoordinatorStateDir, grid: Grid, to: Target) -> Iterator[Mig
 
 
 def left(registry: Registry, to: Target) -> list[MigrationStep]:
-    """List the rounds of a migration that are still to do, in order."""
     begun = _begun(registry, to.manifest.base_digest)
     done = [_fits_head(each) for each in begun if each.plan is not None]
     first = [] if begun else [MigrationStep.BEFORE]
@@ -222,7 +217,6 @@ def with_rounds(settings: FederationSettings, done: int, count: int, *, analytic
 def _rounds(
     leader: CoordinatorStateDir, grid: Grid, settings: FederationSettings, steps: list[MigrationStep]
 ) -> Iterator[MigrationRound]:
-    """Run a round for each of ``steps``, which are of one kind."""
     done, analytic = len(leader.registry.rounds()), steps[0] is MigrationStep.HEAD
     running = replace(leader, settings=with_rounds(settings, done, len(steps), analytic=analytic))
     for step, record in zip(steps, lead(running, grid), strict=True):
@@ -233,7 +227,6 @@ def _rounds(
 
 
 def _publish(leader: CoordinatorStateDir, newest: VersionManifest, manifest: VersionManifest, blob: bytes) -> None:
-    """Publish an adapter on another base than the ``newest`` version as the next one."""
     moved = replace(
         manifest,
         version=newest.version + 1,
@@ -252,7 +245,6 @@ def _publish(leader: CoordinatorStateDir, newest: VersionManifest, manifest: Ver
 
 
 def _begun(registry: Registry, base: str) -> list[VersionManifest]:
-    """List the newest versions that are on the base with this digest, oldest first."""
     manifests = [version.manifest for version in registry.versions()]
     return [*takewhile(lambda each: each.base_digest == base, reversed(manifests))][::-1]
 

@@ -154,7 +154,7 @@ class _Run:
             lastsum.check_unshared(leader.transcripts, trained, adapter.layout)
 
     def _task(self, number: int, adapter: StoredAdapter) -> RoundTask:
-        """Build the task of a round. All sums from one adapter have the same task."""
+        """All sums from one adapter have the same task."""
         settings, last = self.leader.settings, self.last
         repeats = last is not None and last.adapter == adapter.manifest.sha256
         kind = last.kind if last is not None and repeats else settings.kind_of(number)
@@ -194,11 +194,9 @@ class _Run:
             self.leader.run.stopped()
 
     def _is_over(self, cohort: Cohort, session: Established, kind: type[RoundTask]) -> bool:
-        """Whether the next round needs another session, as for a task with other sums.
-
-        A survivor of the last sum that is not in this session can only join another, and only another session leaves
-        out a survivor whose certificate was revoked since.
-        """
+        """Whether the next round needs another session, as for a task with other sums. A survivor of the last sum that
+        is not in this session can only join another, and only another session leaves out a survivor whose certificate
+        was revoked since."""
         revoked = self.leader.await_root(self.transport.clock.sleep).revoked if self.last else cohort.revoked
         now = datetime.now(UTC)
         if kind_of(session.session.spec.vector) is not kind:
@@ -208,11 +206,9 @@ class _Run:
         return revoked != cohort.revoked
 
     def _after_abort(self, aborted: RoundAborted) -> Established | None:
-        """Choose the session of the next round; None if another one is better.
-
-        A session that lost so many devices while it was made that each round needs all of the others is given up, if
-        there are more. Where the next round is bound to the survivors of a sum, other devices do not help.
-        """
+        """Choose the session of the next round; None if another one is better. A session that lost so many devices
+        while it was made that each round needs all of the others is given up, if there are more. Where the next round
+        is bound to the survivors of a sum, other devices do not help."""
         session = aborted.session
         if session is None or self.last is not None or len(session.devices) >= len(self.transport.nodes()):
             return session
@@ -228,8 +224,6 @@ class Summed:
 
 @dataclass(frozen=True, slots=True)
 class NextAdapter:
-    """What the server's step made of a sum: the next adapter, and the optimizer's state after it."""
-
     manifest: VersionManifest
     blob: bytes
     state: Tensors
@@ -340,7 +334,6 @@ class RoundOutcome:
     seconds: float
 
     def commit(self) -> RoundRecord:
-        """Store the record, with the adapter that the round made, and tell the operator what went wrong."""
         leader, stepped, record = self.of.cohort.leader, self.stepped, self.record()
         for device in record.blamed:
             of = {"device": device}
@@ -405,7 +398,6 @@ def _report(record: RoundRecord, rounds: int) -> None:
 
 
 def _measure(span: traces.Span, record: RoundRecord) -> None:
-    """Describe a round's span by what its record says of all devices together."""
     counts = {"survivors": len(record.survivors), "dropouts": len(record.dropped)}
     sizes = {"bytes_up": record.bytes_up, "bytes_down": record.bytes_down}
     made = {"version": record.version, "epsilon": record.epsilon}
@@ -469,7 +461,6 @@ def _responses(state: Unmasking, silent: Collection[str]) -> bool:
     session, members = state.survivor_set.session, state.survivor_set.plan.members
 
     def fewest(answered: Collection[str]) -> int:
-        """Count the answers in the neighborhood of a member, itself included."""
         return min((member in answered) + len(session.neighbors(member, answered)) for member in members)
 
     return fewest(state.responses) < session.spec.threshold <= fewest({*state.responses, *silent})

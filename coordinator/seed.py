@@ -75,14 +75,10 @@ def seed_version(
 ) -> tuple[VersionManifest, bytes]:
     """Make the manifest and the file of the first version.
 
-    Args:
-        tensors: Of an adapter of ``edgeadapt.methods.classifier.PhraseClassifier``, or of a language model, under
-            peft's names; or all parameters of an ``OwnModel``.
-        labels: Of the head's rows, in order; none for a language model.
-
-    Raises:
-        ConfigError: Devices cannot train such an adapter, or the labels are not those of the head.
-        DataError: The tensors are not those of the configuration.
+    ``tensors``: of an adapter of ``edgeadapt.methods.classifier.PhraseClassifier`` or of a language model, under peft's
+    names; or all parameters of an ``OwnModel``. ``labels``: of the head's rows, in order; none for a language model.
+    Raises ConfigError: devices cannot train such an adapter, or the labels are not those of the head; DataError: the
+    tensors are not those of the configuration.
     """
     require_trainable(peft_config)
     if peft_config.peft_type != OWN:
@@ -122,10 +118,7 @@ def _require_fitting(tensors: Tensors, peft_config: PeftConfig, labels: Sequence
 def _require_classifier(
     inputs: AdapterInputs, heads: Mapping[str, Mapping[str, tuple[int, ...]]], labels: Sequence[str]
 ) -> None:
-    """Check that devices can train the adapter, and its head has these labels. Raises ConfigError.
-
-    ``heads``: path of a module that is trained in full → its parameters' shapes.
-    """
+    """Check that devices can train the adapter, and its head has these labels. Raises ConfigError."""
     layers = [*(slot.path for slot in inputs.loras), *map(layer_of, inputs.vectors)]
     if (
         set(heads) != {HEAD}

@@ -36,7 +36,6 @@ class ServerTls:
 
     @property
     def hosts(self) -> frozenset[str]:
-        """Names and addresses in the certificate, in lower case."""
         return _hosts(self.certificate)
 
     def newest(self) -> "ServerTls":
@@ -101,14 +100,13 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def credentials(source: TlsSource) -> grpc.ServerCredentials:
-    """Make the credentials of a port of gRPC. No peer is asked for a certificate."""
     last = source.newest()
 
     def configuration() -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(last.key, last.certificate)])
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
-        """Answer gRPC before each handshake; None: nothing has changed."""
+        """None: nothing has changed."""
         nonlocal last
         if (newest := source.newest()) == last:
             return None

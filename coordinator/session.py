@@ -101,19 +101,14 @@ def check_in(
 
 
 def _note(leader: CoordinatorStateDir, step: Step, reply: Reply, error: ProtocolError) -> None:
-    """Note a refusal, by a device or of its answer. Silence is none."""
     if not reply.silent:
         leader.run.refused(error.about or step.value, "", str(error))
 
 
 def choose(nodes: Sequence[int], cohort: CohortSettings, group: str, *, all_of_them: bool = False) -> tuple[int, ...]:
     """Choose the nodes that are asked to check in: all alike likely, ``size`` times ``over_selection`` of them; or put
-    ``all_of_them`` in an order by chance.
-
-    Args:
-        nodes: All that there are, in ascending order.
-        group: Of the session; with a seed, it and the nodes determine the choice.
-    """
+    ``all_of_them`` in an order by chance. ``group``: of the session; with a seed, it and the nodes determine the
+    choice."""
     count = len(nodes) if all_of_them else min(math.ceil(cohort.size * cohort.over_selection), len(nodes))
     seed = None if cohort.seed == "random" else [cohort.seed, zlib.crc32(group.encode())]
     chosen = np.random.default_rng(seed).choice(len(nodes), size=count, replace=False)
@@ -277,11 +272,9 @@ class FailedAttempt(NamedTuple):
 
 
 def establish(leader: CoordinatorStateDir, transport: Transport, wanted: SessionRequest) -> tuple[Cohort, Established]:
-    """Make a session with the devices that can be reached.
-
-    Each attempt waits longer than the previous one (``FIRST_PAUSE``), or until a device that was absent is back. Raises
-    EdgeAdaptError: no session came about in ``settings.attempts`` attempts, or a file could not be written.
-    """
+    """Make a session with the devices that can be reached. Each attempt waits longer than the previous one
+    (``FIRST_PAUSE``), or until a device that was absent is back. Raises EdgeAdaptError: no session came about in
+    ``settings.attempts`` attempts, or a file could not be written."""
     settings, reason = leader.settings, ""
     least = settings.aggregation.fewest_devices
     for attempt in range(1, settings.attempts + 1):
@@ -306,7 +299,6 @@ def establish(leader: CoordinatorStateDir, transport: Transport, wanted: Session
 def _attempt(
     leader: CoordinatorStateDir, transport: Transport, wanted: SessionRequest, attempt: int
 ) -> tuple[Cohort, Established] | FailedAttempt:
-    """Make one attempt at a session: returns its devices and its state, or why there is none."""
     root, settings, last = leader.await_root(transport.clock.sleep), leader.settings, wanted.last
     group = f"{wanted.group}-{attempt}"
     consent, listed, least = wanted.task.CONSENT, len(transport.nodes()), settings.aggregation.fewest_devices
@@ -344,13 +336,8 @@ def _await_another(transport: Transport, known: frozenset[int], seconds: float) 
 
 
 def obstacle(session: Established, last: LastSum | None, revoked: RevocationList | None) -> str:
-    """Explain what keeps a session from another round, and what ends that; empty if nothing.
-
-    Args:
-        session: Between two rounds.
-        last: The sum whose survivors the round is bound to, if there is one.
-        revoked: The revocation list that the session applies.
-    """
+    """Explain what keeps a session from another round, and what ends that; empty if nothing. ``revoked``: the
+    revocation list that the session applies."""
     if last is not None and (unmet := last.unmet(session.devices, revoked)):
         return unmet
     members = [device for device in session.devices if last is None or device in last.survivors]
@@ -366,12 +353,9 @@ def obstacle(session: Established, last: LastSum | None, revoked: RevocationList
 
 
 def _around(last: LastSum, present: CheckedIn, minimum: Callable[[int], int], size: int) -> CheckedIn:
-    """Choose the devices of a session in which the survivors of the last sum are enough for another one.
-
-    Args:
-        minimum: Size of a cohort → fewest survivors of its rounds.
-        size: Of a cohort, if it has one; all survivors of the last sum are in it all the same.
-    """
+    """Choose the devices of a session in which the survivors of the last sum are enough for another one. ``minimum``:
+    size of a cohort → fewest survivors of its rounds. ``size``: of a cohort, if it has one; all survivors of the last
+    sum are in it all the same."""
     bound = [device for device in present.nodes if device in last.survivors]
     others = [device for device in present.nodes if device not in last.survivors]
     others = others[: max(size - len(bound), 0)] if size else others

@@ -150,11 +150,9 @@ class Aggregation(Settings):
         return Median() if self.combine == "median" else TrimmedMean(self.trim)
 
     def grouping(self, devices: int) -> Grouping | None:
-        """Split a cohort of ``devices`` into groups; None if a round has one sum.
-
-        All corrupt devices may be in one group, and a sum must have as many honest ones as devices demand by default.
-        Raises ConfigError: the groups would be too small.
-        """
+        """Split a cohort of ``devices`` into groups; None if a round has one sum. All corrupt devices may be in one
+        group, and a sum must have as many honest ones as devices demand by default. Raises ConfigError: the groups
+        would be too small."""
         if self.groups == 1:
             return None
         size, minimum = devices // self.groups, self._group_minimum(devices)
@@ -387,7 +385,6 @@ class FederationSettings(Settings):
 
     @property
     def _others(self) -> dict[str, Analytic | EvaluationRounds | ObservationRounds | DiscoveryRounds]:
-        """The settings of the kinds that follow the training, in their order."""
         names = ("analytic", "evaluation", "observation", "discovery")
         return {name: getattr(self, name) for name in names}
 
@@ -427,7 +424,6 @@ class FederationSettings(Settings):
         return 1 if self._privacy(type(task), 0.0).noisy else self.aggregation.weight_cap
 
     def clip_norm(self, task: RoundTask) -> float:
-        """The L2 bound on what a device contributes to a sum of a task."""
         return self._table(type(task)).bound(self.aggregation.clip_norm, self.privacy.noisy)
 
     def _privacy(self, kind: type[RoundTask], multiplier: float) -> PrivacySettings:
@@ -441,10 +437,8 @@ class FederationSettings(Settings):
         self, devices: int, layout: Layout, base_digest: str, rounds: int, task: RoundTask = UPDATES
     ) -> SessionSpec:
         """Set the parameters of a session (``Aggregation.spec``), its noise calibrated to all rounds of the federation.
-
-        Rounds of all kinds have the same noise multiplier, and those that count at least their own. Raises
-        ConfigError as ``Aggregation.spec``, or where no noise meets the epsilon.
-        """
+        Rounds of all kinds have the same noise multiplier, and those that count at least their own. Raises ConfigError
+        as ``Aggregation.spec``, or where no noise meets the epsilon."""
         privacy = self.privacy
 
         def build(of: RoundTask, multiplier: float) -> SessionSpec:
@@ -453,7 +447,6 @@ class FederationSettings(Settings):
             return self.aggregation.spec(devices, layout, base_digest, rounds, of, clip_norm=clip_norm, privacy=noise)
 
         def epsilon(multiplier: float) -> float:
-            """Spend of all rounds, if no more devices survive than a round must have."""
             spent = NOTHING
             for of, count in self._rounds_of(task):
                 spec = build(of, multiplier)
@@ -477,7 +470,6 @@ class FederationSettings(Settings):
         return self.with_counting("evaluation", done, {"newest": newest, "previous": previous})
 
     def evaluating(self, done: int, newest: str, previous: str) -> Self:
-        """Let the next round compare two releases, whatever else is to do."""
         others = {"analytic": Analytic(), "observation": ObservationRounds(), "discovery": DiscoveryRounds()}
         bare = self.model_copy(update={"rounds": done, **others})
         return bare.with_counting("evaluation", done, {"newest": newest, "previous": previous, "every": 0.0})

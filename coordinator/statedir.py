@@ -93,15 +93,10 @@ class CoordinatorStateDir:
     ) -> Self:
         """Make a new state directory with a new signing key and an empty registry.
 
-        Args:
-            folder: Does not exist, or is empty.
-            authority: Certificate of the authority to pin, PEM.
-            services: What this machine runs for the federation; None if that is not by ``edgeadapt coordinator up``.
-            stores: Where the registry is kept; None: in the directory.
-
-        Raises:
-            ConfigError: The folder holds something, or is the working directory; or the database has a registry.
-            TrustError: ``authority`` is not an authority's certificate.
+        ``authority``: certificate of the authority to pin, PEM. ``services``: what this machine runs for the
+        federation; None if that is not by ``edgeadapt coordinator up``. Raises ConfigError: the folder holds something,
+        or is the working directory; or the database has a registry; TrustError: ``authority`` is not an authority's
+        certificate.
         """
         with of_file("the authority's certificate"):
             root = Root.from_pem(authority)
@@ -179,11 +174,9 @@ class CoordinatorStateDir:
                         raise
 
     def read_tls(self, at: datetime) -> tuple[bytes, bytes]:
-        """Read the TLS key of what listens on this machine, and its certificate, both PEM.
-
-        Raises ConfigError: the directory has none. Raises TrustError: the certificate is not one of the pinned
-        authority for a gateway; or as ``read_root``.
-        """
+        """Read the TLS key of what listens on this machine, and its certificate, both PEM. Raises ConfigError: the
+        directory has none. Raises TrustError: the certificate is not one of the pinned authority for a gateway; or as
+        ``read_root``."""
         for name, others in ((TLS_KEY, NEXT_TLS_KEY), (TLS_CERTIFICATE, TLS_CERTIFICATE)):
             if not ((self.folder / name).is_file() or (self.folder / others).is_file()):
                 text = f"{self.folder} has no {name}: make a key with 'edgeadapt coordinator tls-request', and let the"
@@ -195,11 +188,9 @@ class CoordinatorStateDir:
         return key.pem, certificate
 
     def request_tls(self, name: str, entropy: Entropy) -> None:
-        """Make the next TLS key, and the request for its certificate; a next key without one is replaced.
-
-        The key in use stays until the certificate of the next one is there, so what runs goes on. Raises ConfigError:
-        no gateway can have this name, or the key that would be replaced is in use.
-        """
+        """Make the next TLS key, and the request for its certificate; a next key without one is replaced. The key in
+        use stays until the certificate of the next one is there, so what runs goes on. Raises ConfigError: no gateway
+        can have this name, or the key that would be replaced is in use."""
         key = TlsKey.generate(entropy)
         request = key.request(name)
         with next_tls_key(self.folder) as path:
@@ -212,7 +203,6 @@ class CoordinatorStateDir:
 
     @property
     def name(self) -> str:
-        """Name this directory in messages that tell who leads."""
         return f"{socket.gethostname()}:{self.folder.resolve()}"
 
     @property
@@ -273,7 +263,6 @@ class CoordinatorStateDir:
 
     @property
     def is_service(self) -> bool:
-        """Whether ``edgeadapt coordinator up`` runs the directory's services."""
         return storage.is_locked(self.folder / SERVICES_LOCK)
 
     def require_goes_on(self) -> None:
@@ -383,11 +372,9 @@ def _copy_transcript(folder: Path, table: TranscriptTable, *, whole: bool = Fals
 
 
 def _share_revocations(folder: Path, root: Root, table: TranscriptTable) -> None:
-    """Let a state directory and the database have the newer of their revocation lists.
-
-    So it is enough to copy a list to one of several machines, and none falls back behind another one. Raises
-    TrustError: a list is not the authority's.
-    """
+    """Let a state directory and the database have the newer of their revocation lists. So it is enough to copy a list
+    to one of several machines, and none falls back behind another one. Raises TrustError: a list is not the
+    authority's."""
     path, stored = folder / REVOKED, table.revocations()
     own = storage.read(path, 2 * MAX_REVOCATIONS) if path.exists() else None
     if own == stored:

@@ -152,7 +152,6 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
 
 
 def operation_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
-    """Describe what works on a fleet now, and until when it can."""
     now, running = datetime.now(UTC), state_dir.in_use
     how, records = state_dir.settings.evaluation, state_dir.registry.rounds()
     following = next_evaluation(state_dir.folder, how, records) if how.every else None
@@ -271,7 +270,6 @@ def round_lines(row: dict[str, Any], width: int = 0) -> list[str]:
 
 
 def _columns(width: int) -> list[str]:
-    """List the columns that a terminal of this width has room for; 0: all."""
     chosen = list(COLUMNS)
     for name in ("ended", "loss", "version", "seconds", "dropouts"):
         if width and len(GAP.join(COLUMNS[each] for each in chosen)) > width:
@@ -306,11 +304,9 @@ def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
 
 
 def device_rows(records: Iterable[RoundRecord]) -> list[dict[str, Any]]:
-    """List the devices of the rounds, those first that have been in no sum for the longest.
-
-    Each has ``sums``: rounds whose sum it is in, ``round`` and ``ended`` of the last of them (None: it is in none), and
-    ``dropped``: step → rounds in which it dropped out there. A device that never joined a session is not known here.
-    """
+    """List the devices of the rounds, those first that have been in no sum for the longest. Each has ``sums``: rounds
+    whose sum it is in, ``round`` and ``ended`` of the last of them (None: it is in none), and ``dropped``: step →
+    rounds in which it dropped out there. A device that never joined a session is not known here."""
     rows: dict[str, dict[str, Any]] = {}
     for record in records:
         for device in (*record.survivors, *record.dropped):

@@ -86,11 +86,10 @@ class Recorder:
         return max(int(time.time()), self.log.latest)
 
     def sent(self, step: Step, bodies: Mapping[str, bytes]) -> None:
-        """Record what the coordinator sends: device → body."""
         self.write(self.log.sent(step, bodies, self.now()), sync=True)
 
     def received(self, step: Step, device: str, body: bytes) -> None:
-        """Record a device's answer, which was accepted. Its vector comes first: no kill leaves a log that lacks one."""
+        """Record an answer that was accepted. Its vector comes first: no kill leaves a log that lacks one."""
         if self.vectors is not None and step is Step.PLAN:
             header = envelope.unverified_body(logged_part(step, body))  # was verified when it was accepted
             path = vector_path(self.vectors, MaskedInput.decode(header).vector)
@@ -151,8 +150,6 @@ _ROUND, _PEER, _LENGTH = 4, 1 + len(EVERYONE), 4  # bytes that follow the kind: 
 
 @dataclass(frozen=True, slots=True)
 class StoredLog:
-    """The log of a session, as far as it can be read."""
-
     path: Path
     entries: tuple[Entry, ...]  # signed by the coordinator, up to the last checkpoint
     checkpoints: tuple[Checkpoint, ...]
@@ -179,10 +176,8 @@ class StoredLog:
 
     def is_continued_in(self, rest: bytes, coordinator: PublicKey) -> bool:
         """Whether unreadable bytes hold a checkpoint of what follows the entries. A kill damages only the last record.
-
         Parts of a message are its sender's choice, and devices have the earlier checkpoints of this log and of others.
-        A later one they cannot have.
-        """
+        A later one they cannot have."""
         offer = self.offer
         for match in re.finditer(re.escape(_CHECKPOINT), rest):
             at = match.end() + _ROUND + _PEER + _LENGTH
@@ -201,7 +196,7 @@ class StoredLog:
 
     @property
     def offer(self) -> bytes:
-        """Digest of the session's offer; empty if the log does not have an entry."""
+        """Digest of the session's offer; empty without an entry."""
         return Offer.decode(envelope.unverified_body(self.entries[0].message)).digest() if self.entries else b""
 
     @property
@@ -301,12 +296,8 @@ TORN = ".torn"  # suffix of the incomplete record that a kill left
 
 @dataclass(frozen=True, slots=True)
 class Transcripts:
-    """The transcripts in a folder.
-
-    Args:
-        table: Of a registry that machines share: it has the logs then, and ``folder`` a copy.
-        ends: Closed log → what ``_ends`` read from it. It does not change any more.
-    """
+    """The transcripts in a folder. ``table``: of a registry that machines share: it has the logs then, and ``folder`` a
+    copy. ``ends``: closed log → what ``_ends`` read from it. It does not change any more."""
 
     folder: Path  # created when the first session begins
     key: IdentityKey  # the coordinator's; signs the checkpoints
@@ -397,7 +388,6 @@ class Transcripts:
         return self._finish()[0]
 
     def _finish(self) -> tuple[bytes, int]:
-        """Do so, and also return the last time in the log; 0 if it has none."""
         if self.table is not None:
             self.table.require_lead()  # the files of a former leader lack what the one after it has added
             self.table.copy_to(self.folder)  # a full disk may have kept a part of what the table has
@@ -422,7 +412,6 @@ class Transcripts:
         return recorder.close(head.round if missing else None), recorder.log.latest
 
     def _since(self, record: RoundRecord | None) -> list[StoredLog]:
-        """Read the logs from the session of a recorded round on, in order; all logs, where no round is recorded."""
         stored: list[StoredLog] = []
         for path in reversed(logs(self.folder)):
             stored.insert(0, StoredLog.read(path, self.key.public))

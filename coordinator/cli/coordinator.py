@@ -621,7 +621,6 @@ def _print_backup(made: "Backup", what: str, place: Path, as_json: bool) -> None
 
 @contextmanager
 def _progress(label: str) -> Iterator["Report"]:
-    """Show a bar on standard error; it moves where that is a terminal."""
     with click.progressbar(length=1, label=label, file=sys.stderr, hidden=commandline.is_quiet()) as bar:
 
         def report(done: int, total: int) -> None:
@@ -681,7 +680,6 @@ def _width(file: TextIO) -> int:
 
 
 def _under_way(number: int, progress: SessionProgress | None) -> str:
-    """Name the step of a round, shorter than 40 columns up to 999 devices."""
     if progress is None or progress.step is None:
         return f"round {number}: waiting"
     devices = f"{progress.answered} of {progress.devices or '?'} devices"

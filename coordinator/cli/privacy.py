@@ -72,7 +72,6 @@ def privacy(
 
 
 def _row(settings: "FederationSettings", numbers: int, devices: int) -> dict[str, Any]:
-    """Compute what a cohort of one size costs."""
     from aggregation.ring import packed_size
     from edgeadapt.formats.layout import Layout, TensorSpec
 

@@ -101,7 +101,6 @@ class Logins:
         return allowed
 
     def is_open(self, request: Request) -> bool:
-        """Whether the session of a request is open now. A request with a bearer token does not have one."""
         return self._sessions.get(request.cookies.get(COOKIE, ""), 0.0) > time.monotonic()
 
     async def open(self, request: Request, given: str) -> str | None:

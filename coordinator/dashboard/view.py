@@ -31,8 +31,6 @@ MAKES = ("publish", "promote", "rollback")  # a release
 
 @dataclass(slots=True)
 class ChannelsView:
-    """Reads a repository again when it has changed."""
-
     folder: Path
     _seen: tuple[bytes, ...] = ()
     _found: dict[str, Any] | None = None
@@ -75,7 +73,6 @@ def _content(path: Path) -> bytes:
 
 
 def _channel(records: Sequence[ActionRecord], channel: str, protected: bool) -> dict[str, Any] | None:
-    """Describe the release of a channel, from the record that made it and those after it."""
     own = [record for record in records if record.action.subject == channel]
     release = next((record for record in reversed(own) if record.action.kind in MAKES), None)
     if release is None:
@@ -111,7 +108,6 @@ def _channel(records: Sequence[ActionRecord], channel: str, protected: bool) -> 
 
 
 def _evaluation(record: ActionRecord) -> dict[str, Any] | None:
-    """Describe the verdict in a record: the reason why the release stayed or the previous one was published again."""
     evaluation = record.action.evaluation
     if evaluation is None:
         return None

@@ -76,7 +76,6 @@ class Carrier(ABC):
         """Send a message once the peer has room for it. Raises HangUp."""
 
     def admit(self) -> None:
-        """Give the peer's place back: it has proved who it is, and stays."""
         self.leave()
         self.call.end()
 
@@ -192,7 +191,7 @@ class Conversations:
 
 @dataclass(slots=True)
 class GrpcCalls:
-    """Serve the calls of an address for gRPC. Each holds a place until it is admitted, and so do health checks."""
+    """Each call holds a place until it is admitted, and so do health checks."""
 
     conversations: Conversations
     places: Places = field(default_factory=Places)
@@ -261,12 +260,8 @@ class GrpcCalls:
 
 @dataclass(frozen=True, slots=True)
 class BrowserSettings:
-    """Where to listen for browsers.
-
-    Attributes:
-        address: ``HOST:PORT``; without TLS on loopback, else with the service's own certificate. Port 0: any free one.
-        origins: Allowed origins of pages that are not on loopback.
-    """
+    """Where to listen for browsers. ``address``: ``HOST:PORT``; without TLS on loopback, else with the service's own
+    certificate. Port 0: any free one. ``origins``: allowed origins of pages that are not on loopback."""
 
     address: str
     origins: frozenset[str] = frozenset()
@@ -336,7 +331,7 @@ class SocketCalls:
 
 
 def host_of(url: str) -> str:
-    """The host in a URL, in lower case; empty if it has none, or is not a URL."""
+    """In lower case; empty if there is none, or it is not a URL."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:
@@ -368,16 +363,9 @@ class ConversationServer:
         about: str,
         largest: int = messages.CHUNK,
     ) -> None:
-        """Start listening.
-
-        Args:
-            address: ``HOST:PORT`` for gRPC; port 0 takes any free one.
-            browsers: Where to listen for pages, if anywhere.
-            about: The option that has ``address``.
-            largest: Bytes of a message that is received.
-
-        Raises ConfigError: an address is in use or not valid, or the TLS files do not fit together.
-        """
+        """Start listening. ``address``: ``HOST:PORT`` for gRPC; port 0 takes any free one. ``browsers``: where to
+        listen for pages, if anywhere. Raises ConfigError: an address is in use or not valid, or the TLS files do not
+        fit together."""
         self._grpc: aio.Server | None = None
         self._sockets: SocketServer | None = None
         self._loop = asyncio.new_event_loop()

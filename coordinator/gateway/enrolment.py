@@ -38,14 +38,11 @@ log = logging.getLogger("edgeadapt.enrolment")
 
 
 def too_many(wait: float, who: str = "") -> ComeBack:
-    """Make the error for a call that may succeed after ``wait`` seconds."""
     return ComeBack(f"too many calls{who and f' of {who}'}: try again in {math.ceil(wait / 60)} min")
 
 
 @dataclass(slots=True)
 class EnrolmentService:
-    """Certify devices with an unlocked ``authority``, whose folder is ``store``, for ``days``."""
-
     store: AuthorityStore
     authority: Authority
     days: float
@@ -55,11 +52,8 @@ class EnrolmentService:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enrol(self, raw: bytes) -> bytes:
-        """Certify a device that has an invitation. Returns DER.
-
-        Raises ProtocolError: the bytes are not a ``DeviceEnrolment``. Raises ComeBack: the invitation was presented too
-        often.
-        """
+        """Certify a device that has an invitation. Returns DER. Raises ProtocolError: the bytes are not a
+        ``DeviceEnrolment``; ComeBack: the invitation was presented too often."""
         asked = messages.ENROLMENT.decode(raw)
         certificate = self.store.redeem(
             self.authority, asked.invited, asked.signature, asked.request, days=self.days, admit=self._admit_invited
@@ -68,10 +62,8 @@ class EnrolmentService:
         return certificate
 
     def renew(self, raw: bytes) -> bytes:
-        """Certify a device again. Returns DER.
-
-        Raises ProtocolError: the bytes are not a ``DeviceRenewal``. Raises ComeBack: the device has renewed too often.
-        """
+        """Certify a device again. Returns DER. Raises ProtocolError: the bytes are not a ``DeviceRenewal``; ComeBack:
+        it has renewed too often."""
         asked = messages.RENEWAL.decode(raw)
         certificate = self.store.renew(
             self.authority, asked.certificate, asked.signature, days=self.days, admit=self._admit
@@ -80,11 +72,9 @@ class EnrolmentService:
         return certificate
 
     def attempt(self, host: str, certify: Callable[[bytes], bytes], raw: bytes) -> bytes:
-        """Call one of the above for a peer at ``host``, and count a refusal.
-
-        Raises ComeBack: the network of ``host`` was refused too often; what is not refused passes anyway. Raises
-        ProtocolError: the bytes are not a message. Raises TrustError: the authority refuses.
-        """
+        """Call one of the above for a peer at ``host``, and count a refusal. Raises ComeBack: the network of ``host``
+        was refused too often; what is not refused passes anyway; ProtocolError: the bytes are not a message;
+        TrustError: the authority refuses."""
         try:
             return certify(raw)
         except ComeBack:
@@ -146,9 +136,7 @@ class EnrolmentServer(ConversationServer):
         self, service: EnrolmentService, address: str, hosts: Sequence[str], browsers: BrowserSettings | None = None
     ) -> None:
         """Start listening at ``address`` (``HOST:PORT``; port 0 takes any free one), which devices reach as ``hosts``.
-
-        Raises ConfigError: as ``ConversationServer``; or a host is neither a name nor an address.
-        """
+        Raises ConfigError: as ``ConversationServer``; or a host is neither a name nor an address."""
         self.service, key = service, TlsKey.generate(SystemEntropy())
         _, public = read_tls_request(key.request(NAME))
         der = service.store.issue_tls(service.authority, NAME, public, hosts, OWN_DAYS)

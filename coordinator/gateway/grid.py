@@ -36,10 +36,8 @@ log = logging.getLogger("edgeadapt.gateway")
 @contextmanager
 def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool = True) -> Iterator["GatewayGrid"]:
     """Run a gateway with the TLS files of a coordinator's state directory while the block runs, and yield its grid.
-
     ``own_process``: as for ``GatewayGrid``. Raises ConfigError, TrustError: as ``CoordinatorStateDir.read_tls`` and
-    ``Gateway``.
-    """
+    ``Gateway``."""
     own, tls = state_dir.settings.gateway, TlsFiles(state_dir)
     browsers = BrowserSettings(own.websocket, frozenset(own.origins)) if own.websocket else None
     grid = GatewayGrid(
@@ -95,7 +93,7 @@ class GatewayGrid(OwnGrid):
         browsers: BrowserSettings | None = None,
         refused: Refused = lambda kind, version, text: None,
     ) -> None:
-        """Start a gateway, as ``Gateway`` does. ``own_process``: Flower did not start this process."""
+        """``own_process``: Flower did not start this process. Arguments and errors as ``Gateway``."""
         super().__init__()
         self.clock = ArrivalClock()
         self._numbers = itertools.count(1)

@@ -55,7 +55,7 @@ class Asked:
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """A conversation of a device with the gateway. ``sent``: the request under way on it."""
+    """``sent``: the request under way on it."""
 
     credentials: Credentials
     sent: int | None = None
@@ -73,12 +73,8 @@ class _Mailbox:
 
 @dataclass(slots=True, eq=False)
 class Hub:
-    """All devices.
-
-    Args:
-        answered: Called with the id of a request and its answer, once for each request.
-        grace: Seconds in which a device whose stream broke may come back.
-    """
+    """All devices. ``answered``: called with the id of a request and its answer, once for each request. ``grace``:
+    seconds in which a device whose stream broke may come back."""
 
     answered: Callable[[int, bytes | NoAnswer], None]
     grace: float
@@ -109,7 +105,7 @@ class Hub:
         self._mailboxes[stream.credentials.device].changed.set()
 
     def closed(self, stream: Stream) -> None:
-        """End a stream. Unless the device comes back within the grace time, its requests have no answer."""
+        """Unless the device comes back within the grace time, its requests have no answer."""
         mailbox = self._mailboxes.get(stream.credentials.device)
         if mailbox is not None and mailbox.stream is stream:
             mailbox.stream = None

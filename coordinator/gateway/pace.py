@@ -38,17 +38,13 @@ class TokenBucket:
 
 @dataclass(slots=True)
 class Schedule:
-    """Windows for devices of one kind, one after the other."""
-
     rate: float  # windows that begin in a second, at most
     least: float  # seconds until a window begins, at least; it is as long as that
     _booked: float = float("-inf")
 
     def window(self, now: float) -> RetryWindow:
-        """Book the next window, in seconds from ``now``.
-
-        Guarantee: in any time ``t``, at most ``rate * (t + least) + 1`` of the devices come back.
-        """
+        """Book the next window, in seconds from ``now``. Guarantee: in any time ``t``, at most ``rate * (t + least) +
+        1`` of the devices come back."""
         begin = max(now + self.least, self._booked + 1.0 / self.rate)
         self._booked = begin
         return RetryWindow(begin - now, begin - now + self.least)
@@ -56,8 +52,6 @@ class Schedule:
 
 @dataclass(slots=True)
 class Pace:
-    """Who may check in now, and when the others come back."""
-
     target: float  # check-ins a second, at most: half of them for each kind of window
     accepted: float  # seconds until a device that took part comes back, at least
     rejected: float  # seconds until a device that was not admitted comes back, at least
@@ -73,7 +67,7 @@ class Pace:
         self._after_rejected = Schedule(self.target / 2, self.rejected)
 
     def early(self, device: str, now: float) -> RetryWindow | None:
-        """Time that is left until the window of a device; None if it may check in."""
+        """None if the device may check in now."""
         begin, end = self._windows.get(device, (now, now))
         return RetryWindow(begin - now, end - now) if begin > now else None
 

@@ -67,7 +67,7 @@ def raise_descriptors() -> int:
 
 @dataclass(slots=True, eq=False)
 class HeldPlace:
-    """A place that is held. ``end``: called once, if its time is over or another peer needs the place."""
+    """``end``: called once, if its time is over or another peer needs the place."""
 
     network: str
     end: Callable[[], None]
@@ -96,7 +96,7 @@ class Places:
         return place
 
     def leave(self, place: HeldPlace) -> None:
-        """Give a place back. A second call changes nothing."""
+        """A second call changes nothing."""
         place.timer.cancel()
         held = self._held.get(place.network, [])
         if place in held:
@@ -122,11 +122,8 @@ class Places:
 
 @dataclass(slots=True)
 class Turns:
-    """Lets the peers of a network go on one at a time, whichever: an order could keep some from their turn.
-
-    A wrong proof keeps its turn for a while, so that guesses and signature checks have a rate for each network, and
-    peers elsewhere do not wait.
-    """
+    """Lets the peers of a network go on one at a time, whichever: an order could keep some from their turn. A wrong
+    proof keeps its turn for a while, so that guesses and signature checks have a rate for each network."""
 
     _waiting: dict[str, list[asyncio.Future[None]]] = field(default_factory=dict)  # by network
 
@@ -167,7 +164,7 @@ class Turns:
 
 
 class _Peer(socket.socket):
-    """An accepted connection. ``closed`` is called when it closes."""
+    """``closed`` is called when the connection closes."""
 
     closed: Callable[[], None]
 

@@ -40,8 +40,6 @@ Refused = Callable[[str, str, str], None]  # field, version that the device stat
 
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:
-    """What the operator sets, and what one device can cost the gateway."""
-
     settings: GatewaySettings = field(default_factory=GatewaySettings)
     calls: int = 60  # check-ins and answers of one device in a row; it regains all of them in ``seconds``
     seconds: float = 30.0
@@ -53,8 +51,6 @@ class GatewayLimits:
 
 @dataclass(slots=True)
 class Service:
-    """Have conversations with devices, which all run on one event loop."""
-
     hub: Hub
     read_root: ReadRoot
     limits: GatewayLimits
@@ -133,7 +129,6 @@ class Service:
         raise ComeBack(reason, window)
 
     def _count_call(self, device: str) -> float:
-        """Count a call of a device. Returns 0, or the seconds until it may make one."""
         bucket = self._buckets.setdefault(device, TokenBucket(self.limits.calls, self.limits.seconds))
         return bucket.wait(time.monotonic())
 
@@ -224,11 +219,9 @@ async def _either(*coroutines: Coroutine[object, object, None]) -> None:
 
 
 def check_version(found: str, least: str) -> None:
-    """Check that a device's version is at least ``least``; an empty one is any.
-
-    The device states it, and could state another: this keeps out devices that would fail, not those that lie. Raises
-    ProtocolError: it is older, or not a version.
-    """
+    """Check that a device's version is at least ``least``; an empty one is any. The device states it, and could state
+    another: this keeps out devices that would fail, not those that lie. Raises ProtocolError: it is older, or not a
+    version."""
     try:
         old = Version(found) < Version(least or "0")
     except InvalidVersion:
@@ -256,8 +249,6 @@ class Gateway(ConversationServer):
         Args:
             address: ``HOST:PORT`` for light devices; port 0 takes any free one.
             read_root: Now → the authority with its newest revocation list.
-            answered: As for ``Hub``.
-            browsers: Where to listen for pages; None: nowhere.
             refused: Called for each peer that is not admitted for what it is.
         """
         limits, room = limits or GatewayLimits(), raise_descriptors() // 4
@@ -291,8 +282,6 @@ class Gateway(ConversationServer):
         return self.call(asked())
 
     def snapshot(self, address: str) -> GatewaySnapshot:
-        """Read its numbers now. ``address``: at which devices reach it."""
-
         async def counted() -> GatewaySnapshot:
             hub = self.service.hub
             versions = Counter(stream.credentials.version for stream in hub.streams())

@@ -69,12 +69,9 @@ schemas = sa.Table(
 
 
 def connect(url: str | URL) -> sa.Engine:
-    """Open the database, and create the tables if it has none.
-
-    Raises ConfigError: the URL is not usable, or the database is another program's, or has another schema. Raises
-    DataError: the file is not a database, is damaged, or has a view or trigger. Raises EdgeAdaptError: the database
-    cannot be reached, created or written to.
-    """
+    """Open the database, and create the tables if it has none. Raises ConfigError: the URL is not usable, or the
+    database is another program's, or has another schema. Raises DataError: the file is not a database, is damaged, or
+    has a view or trigger. Raises EdgeAdaptError: the database cannot be reached, created or written to."""
     engine = engine_of(url)
     with explained(engine), engine.begin() as connection:
         if revision(connection) is None:

@@ -30,7 +30,7 @@ log = logging.getLogger("edgeadapt.coordinator")
 
 @dataclass(frozen=True, slots=True)
 class Leadership:
-    """What the row says. ``in_force``: the lease has not ended."""
+    """``in_force``: the lease has not ended."""
 
     epoch: int
     leader: str
@@ -48,10 +48,8 @@ def leadership(engine: Engine) -> Leadership | None:
 
 def require_epoch(connection: Connection, epoch: int | None) -> None:
     """Check that the writer of a transaction still leads, and keep any other from leading until the transaction ends.
-
     ``epoch``: of the writer's lease; None: it does not have one, which is enough until somebody leads. Raises
-    EdgeAdaptError: another one leads.
-    """
+    EdgeAdaptError: another one leads."""
     table = database.lease
     _end_when_idle(connection)
     leader = connection.execute(select(table.c.epoch, table.c.leader).with_for_update()).one_or_none()
@@ -71,8 +69,6 @@ def fenced(engine: Engine, epoch: int | None) -> Iterator[Connection]:
 
 @dataclass(slots=True)
 class Lease:
-    """A lease that this process took. ``epoch``: its own, which marks its transactions."""
-
     engine: Engine
     leader: str
     epoch: int

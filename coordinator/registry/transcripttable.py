@@ -27,8 +27,6 @@ LOOK = 0.1  # seconds between two polls of a copy that another process makes
 
 @dataclass(frozen=True, slots=True)
 class TranscriptTable:
-    """The logs of all sessions. ``epoch``: as for ``Registry``."""
-
     engine: Engine
     epoch: int | None = None
 
@@ -39,10 +37,8 @@ class TranscriptTable:
 
     def append(self, session: int, start: int, records: bytes) -> None:
         """Add to a session's log (from 1), which has ``start`` bytes. After the return, records survive a power cut.
-
         Raises DataError: the log has another size. Raises EdgeAdaptError: another coordinator leads, or the database
-        failed.
-        """
+        failed."""
         table = database.transcript
         last = select(table.c.start + func.length(table.c.records)).where(table.c.session == session)
         with fenced(self.engine, self.epoch) as connection:
@@ -58,11 +54,9 @@ class TranscriptTable:
             return connection.scalar(select(database.revocations.c.pem))
 
     def offer_revocations(self, pem: bytes, seen: bytes | None) -> None:
-        """Keep a list that is newer than ``seen``, unless another one has taken its place meanwhile.
-
-        It takes no lease: the authority signs and numbers lists, so any coordinator may spread the newest. Raises as
-        ``database.explained``.
-        """
+        """Keep a list that is newer than ``seen``, unless another one has taken its place meanwhile. It takes no lease:
+        the authority signs and numbers lists, so any coordinator may spread the newest. Raises as
+        ``database.explained``."""
         table = database.revocations
         with database.explained(self.engine), self.engine.begin() as connection:
             if seen is None:
@@ -72,7 +66,7 @@ class TranscriptTable:
                 connection.execute(table.update().where(table.c.pem == seen).values(pem=pem))
 
     def sizes(self) -> dict[int, int]:
-        """Map each session to the bytes of its log. Raises as ``database.explained``."""
+        """Map each session to the bytes of its log."""
         table = database.transcript
         query = select(table.c.session, func.sum(func.length(table.c.records))).group_by(table.c.session)
         with database.explained(self.engine), self.engine.connect() as connection:
@@ -122,7 +116,6 @@ class TranscriptTable:
             storage.replace(folder / REVOKED, pem, PUBLIC)
 
     def _copy(self, session: int, size: int, path: Path) -> None:
-        """Let a log have ``size`` bytes, and add what follows them in the table."""
         table = database.transcript
         end = table.c.start + func.length(table.c.records)
         query = select(table.c.start, table.c.records).where(table.c.session == session, end > size)

@@ -34,8 +34,6 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The end of a registry: what the next round follows."""
-
     newest: tuple[int, str]  # version and digest of the newest adapter
     round: RoundRecord | None  # the record of the last round; None before the first
     digest: str | None  # SHA-256 of that record as signed: the next one names it
@@ -66,13 +64,9 @@ class Registry:
 
     @classmethod
     def open(cls, database_url: str | URL, blob_url: str, trusted: Sequence[PublicKey]) -> Self:
-        """Open a registry, and create an empty one if it is missing.
-
-        Args:
-            database_url: SQLAlchemy's, for example ``sqlite:///registry.db``, or as ``postgresql_url`` returns it.
-            blob_url: A folder, or any address that fsspec supports.
-            trusted: Keys whose manifests are accepted, and which may publish.
-        """
+        """Open a registry, and create an empty one if it is missing. ``database_url``: SQLAlchemy's, for example
+        ``sqlite:///registry.db``, or as ``postgresql_url`` returns it. ``blob_url``: a folder, or any address that
+        fsspec supports."""
         return cls(database.connect(database_url), Blobs.open(blob_url), tuple(trusted))
 
     def close(self) -> None:
@@ -86,12 +80,9 @@ class Registry:
             return not any(connection.scalar(select(func.count()).select_from(table)) for table in tables)
 
     def publish(self, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> Version:
-        """Sign and store a version that no round produced: version 0, or the first on another base.
-
-        Raises DataError: the blob is not what the manifest says, or the version is another one or is stored already.
-        Raises ConfigError: the registry does not trust ``key``. Raises EdgeAdaptError: the store failed; nothing was
-        changed.
-        """
+        """Sign and store a version that no round produced: version 0, or the first on another base. Raises DataError:
+        the blob is not what the manifest says, or the version is another one or is stored already; ConfigError: the
+        registry does not trust ``key``; EdgeAdaptError: the store failed, and nothing was changed."""
         if manifest.version != 0 and not self._begins(manifest):
             raise DataError(
                 f"version {manifest.version} cannot be published: every version after the first on a base is made by a "
@@ -139,11 +130,9 @@ class Registry:
         return version
 
     def reserved(self, blob: bytes, optimizer_state: Tensors) -> AbstractContextManager[None]:
-        """Hold the space that ``commit_round`` takes for such a blob and such a state, until the block ends.
-
-        The state counts twice: the database keeps the old one until the new one is committed. Raises EdgeAdaptError:
-        the blob store is full or cannot be written to.
-        """
+        """Hold the space that ``commit_round`` takes for such a blob and such a state, until the block ends. The state
+        counts twice: the database keeps the old one until the new one is committed. Raises EdgeAdaptError: the blob
+        store is full or cannot be written to."""
         return self.blobs.reserved(blob + 2 * _encoded(optimizer_state))
 
     def latest(self) -> Version | None:
@@ -242,7 +231,6 @@ class Registry:
         return tuple(records), digest_of(rows[-1][1]) if rows else None
 
     def _append(self, connection: Connection, record: RoundRecord, key: IdentityKey) -> None:
-        """Sign and store the record of the next round."""
         table = database.rounds
         last = connection.execute(select(table).order_by(table.c.round.desc()).limit(1)).one_or_none()
         number, digest = (last.round, digest_of(last.record)) if last else (0, None)

@@ -86,7 +86,7 @@ def up(folder: Path, report: Report, *, as_json: bool = False) -> None:
 def services_of(
     state_dir: CoordinatorStateDir, settings: ServiceSettings, *, as_json: bool = False
 ) -> tuple[ServiceProgram, ...]:
-    """List the services that the settings name, in the order of their start. Raises ConfigError: they name none, or as
+    """List the services in the order of their start. Raises ConfigError: the settings name none, or as
     ``CoordinatorStateDir.read_tls``, or the certificate is for other hosts."""
     folder = state_dir.folder.resolve()
     if not settings.gateway and not settings.superlink:
@@ -132,12 +132,9 @@ def running(folder: Path) -> dict[str, Any] | None:
 
 
 def stop(folder: Path) -> bool:
-    """Ask ``up`` to stop its services, and wait until it has. Returns whether it ran.
-
-    It reads neither settings nor registry, so that what stopped the fleet's work does not keep it from being stopped.
-    Raises ConfigError: ``folder`` is not a coordinator's state directory. Raises EdgeAdaptError: it did not stop in
-    time.
-    """
+    """Ask ``up`` to stop its services, and wait until it has; return whether it ran. It reads neither settings nor
+    registry, which may be what stopped the fleet's work. Raises ConfigError: ``folder`` is not a coordinator's state
+    directory; EdgeAdaptError: it did not stop in time."""
     require(folder, SETTINGS)
     asked, end = None, time.monotonic() + SLACK
     while (row := running(folder)) is not None and (asked is None or row["pid"] in (asked, None)):
@@ -195,7 +192,6 @@ def _superlink(folder: Path, address: str) -> ServiceProgram:
 
 
 def _dashboard(folder: Path, settings: ServiceSettings, log: tuple[str, ...]) -> tuple[ServiceProgram, ...]:
-    """Describe the page for the operator. It is the last, so that nothing waits for it."""
     if not settings.dashboard:
         return ()
     command = ["edgeadapt.program:main", "coordinator", "dashboard", str(folder), "--listen", settings.dashboard, *log]

@@ -38,7 +38,7 @@ class Happening(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ServiceEvent:
-    """Something that happened to a service. ``details``: what can be written in JSON."""
+    """``details``: what can be written in JSON."""
 
     service: str
     happening: Happening
@@ -47,7 +47,6 @@ class ServiceEvent:
 
     @property
     def is_trouble(self) -> bool:
-        """Whether it is worth a look: no start, and no end that was asked for."""
         failed = self.happening is Happening.ENDED and self.details["code"] not in (0, -SIGTERM, 128 + SIGTERM)
         return failed or self.happening in (Happening.UNSAVED, Happening.SILENT, Happening.KILLED)
 
@@ -57,12 +56,9 @@ Report = Callable[[ServiceEvent], None]  # called from several threads
 
 @dataclass(frozen=True, slots=True)
 class ServiceProgram:
-    """A program that runs as long as the supervisor.
-
-    Attributes:
-        command: The program, ``MODULE:FUNCTION``, and its arguments; started by ``coordinator.services.child``.
-        is_alive: Whether it still answers; asked while it is ready, in the supervisor's only thread.
-    """
+    """A program that runs as long as the supervisor. ``command``: the program, ``MODULE:FUNCTION``, and its arguments;
+    started by ``coordinator.services.child``. ``is_alive``: whether it still answers; asked while it is ready, in the
+    supervisor's only thread."""
 
     name: str
     command: tuple[str, ...]
@@ -110,7 +106,6 @@ class Supervised:
     _last: str = ""  # line that the process wrote
 
     def step(self, *, may_start: bool) -> None:
-        """Check on the service. ``may_start``: whether those before it are ready."""
         now = time.monotonic()
         if self.process is None:
             if may_start and now >= self._not_before and self.service.may_start():
@@ -221,14 +216,8 @@ def supervise(
     stopping: Callable[[], object] = lambda: None,
 ) -> None:
     """Run services until one that ``finishes`` has done its work; whatever ends this, stop them in reverse order.
-
-    Args:
-        services: In the order of their start.
-        changed: Called with ``Supervised.snapshot`` of each service when one has changed; again until it returns True.
-        stopping: Called before they are stopped.
-
-    Raises EdgeAdaptError: a service ended with an exit code that is ``fatal`` for it.
-    """
+    ``changed``: called with ``Supervised.snapshot`` of each service when one has changed; again until it returns True.
+    Raises EdgeAdaptError: a service ended with an exit code that is ``fatal`` for it."""
     supervised = [Supervised(service, patience, report) for service in services]
     shown: list[dict[str, str | int | None]] = []
     try:
