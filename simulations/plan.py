@@ -32,8 +32,6 @@ DIGITS = 20  # hexadecimal, of a digest
 
 
 class Kind(Enum):
-    """Says how an arm makes what a client answers or writes with."""
-
     BASE = "base"  # the frozen base, a classifier's with the vendor's head
     LOCAL = "local"  # each client by itself
     RIDGE = "ridge-head"  # a linear head on frozen embeddings: least squares with an L2 penalty
@@ -50,7 +48,6 @@ class Kind(Enum):
 
     @property
     def pooled(self) -> bool:
-        """Check whether the arm sees the texts of all clients, and so gives up their privacy."""
         return self in (Kind.CENTRAL, Kind.CENTRAL_PERSONAL)
 
     @property
@@ -60,9 +57,7 @@ class Kind(Enum):
 
     def training(self, rounds: int, personal: int) -> tuple[tuple[str, int], ...]:
         """Return the arm's trainings: who trains (``seen``, ``pooled``, ``everyone`` or the personal step), how long.
-
-        ``rounds`` and ``personal`` are the epochs of all rounds together, and of the personal step.
-        """
+        ``rounds`` and ``personal`` are the epochs of all rounds together, and of the personal step."""
         step = ("step", personal)
         return {
             Kind.LOCAL: (("everyone", rounds), step),
@@ -201,7 +196,6 @@ class Trial:
 
     @property
     def rounds_weight(self) -> float:
-        """Return the training in the rounds, in epochs of a client."""
         return self._seen * self.scenario.round_epochs if self.kind.federated else 0.0
 
     @property
@@ -229,8 +223,6 @@ def default_trials(scenario: Scenario) -> dict[str, Trial]:
 
 @dataclass(frozen=True)
 class Suite:
-    """Holds the settings of a suite, and the scenario that they are about, without overrides."""
-
     settings: SuiteSettings
     scenario: Mapping[str, Any]
     folder: Path  # relative paths of data are taken from it
@@ -262,7 +254,6 @@ class Suite:
         return Trial(arm.kind, scenario)
 
     def trials(self, name: str, constants: Overrides) -> Iterator[tuple[int, Trial]]:
-        """Yield the trials of an arm that are reported: seed and trial."""
         for seed in self.settings.seeds:
             yield seed, self.trial(name, seed, constants)
 
@@ -302,11 +293,9 @@ Results = Callable[[Trial], Outcome | None]  # what is stored of a trial
 
 
 def search(suite: Suite, name: str, results: Results) -> SearchOutcome | None:
-    """Return the outcome of an arm's search; None as long as a trial of it is missing.
-
-    The best candidate has the best mean score on the clients' validation texts, accuracy or bits per byte, over clients
-    and then over seeds; among equals the least loss; among these it is the first.
-    """
+    """Return the outcome of an arm's search; None as long as a trial of it is missing. The best candidate has the best
+    mean score on the clients' validation texts, accuracy or bits per byte, over clients and then over seeds; among
+    equals the least loss; among these it is the first."""
     arm = suite.settings.arms[name]
     candidates = list(arm.candidates())
     if not arm.search:
@@ -344,6 +333,5 @@ def _validation(results: Sequence[TrialResult], wanted: int) -> tuple[float, flo
 
 
 def digest_of(table: Mapping[str, Any]) -> str:
-    """Name the content of a table in ``DIGITS`` hexadecimal digits."""
     canonical = json.dumps(table, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:DIGITS]

@@ -29,7 +29,7 @@ class Tally:
 
     @property
     def accuracy(self) -> float:
-        """Return the share of right answers, or the mean score; NaN without answers."""
+        """The share of right answers, or the mean score; NaN without answers."""
         if self.scores:
             return math.fsum(self.scores) / len(self.scores)
         return self.right.count("1") / len(self.right) if self.right else math.nan
@@ -42,8 +42,6 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class ClientScore:
-    """Scores one client's model in one arm, on the client's own texts."""
-
     name: str
     unseen: bool  # whether the client took no part in training
     validation: Tally
@@ -54,10 +52,8 @@ class ClientScore:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Says what a trial cost. Scoring is not counted; bytes are those of one device, in all rounds together.
-
-    Bytes up are those that the device sent, also in answers that were lost or of a round that aborted.
-    """
+    """Says what a trial cost. Scoring is not counted; bytes are those of one device, in all rounds together. Bytes up
+    are those that the device sent, also in answers that were lost or of a round that aborted."""
 
     epochs: int  # passes of a client over its training texts
     steps: int  # steps of the optimizer, all clients together
@@ -77,8 +73,6 @@ class RoundPoint:
 
 @dataclass(frozen=True, slots=True)
 class RoundTally:
-    """Counts how the rounds of a federation ended; of several groups, those of all."""
-
     rounds: int = 0
     aborted: int = 0  # without a sum
     repeated: int = 0  # of these, rounds of the analytic head for which another one made up
@@ -126,8 +120,6 @@ Outcome = TrialResult | str  # why the trial failed, in one line
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """Says what arms are compared by, and how it reads in a report."""
-
     name: str  # in a heading
     key: str  # in JSON
     of: Callable[[Tally], float]  # its value for a tally
@@ -228,10 +220,8 @@ class GroupResult:
 @dataclass(frozen=True, slots=True)
 class Reliability:
     """Says whether the probabilities of one arm are the share of right answers, on the test phrases of all clients.
-
     Measured on the exported files, as devices answer. The calibration error is the mean distance between the two
-    (``edgeadapt.formats.calibration``); the lists of answers are those of all clients together.
-    """
+    (``edgeadapt.formats.calibration``); the lists of answers are those of all clients together."""
 
     before: float  # calibration error without a temperature
     after: float  # with the temperatures that the adapters' manifests state
@@ -250,8 +240,6 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """Describes the bundles of a classifier's run, and how the exported files answer."""
-
     bundle: str
     phrase: str  # to ask the bundle; no text of a client
     report: str
@@ -291,11 +279,9 @@ class RunResult:
         return spent[-1] if spent else None
 
     def summary(self, arm: str) -> dict[str, float]:
-        """Return one arm's ``mean``, ``p10`` (10th percentile from the bad end), ``worst`` and ``unseen``.
-
-        The first three are over the clients that took part in training, at least one; ``unseen`` is the mean of the
-        others, NaN if there are none.
-        """
+        """Return one arm's ``mean``, ``p10`` (10th percentile from the bad end), ``worst`` and ``unseen``. The first
+        three are over the clients that took part in training, at least one; ``unseen`` is the mean of the others, NaN
+        if there are none."""
         sign = metric_named(self.metric).sign
         seen = sign * np.array([client.arms[arm] for client in self.clients if not client.unseen])
         unseen = [client.arms[arm] for client in self.clients if client.unseen]
@@ -321,11 +307,9 @@ class RunResult:
 
 
 def joined_rounds(same: Sequence[ReportedRound]) -> ReportedRound:
-    """Join the rounds of one number in several federations; the joined one is aborted if all are.
-
-    Bytes and metrics are means over the federations that finished it, weighted by their survivors. A metric is in it
-    if all of these have it; epsilon is the largest one.
-    """
+    """Join the rounds of one number in several federations; the joined one is aborted if all are. Bytes and metrics are
+    means over the federations that finished it, weighted by their survivors. A metric is in it if all of these have it;
+    epsilon is the largest one."""
     if len(same) == 1:
         return same[0]
     done = [r for r in same if r.aborted is None]
@@ -350,7 +334,6 @@ def joined_rounds(same: Sequence[ReportedRound]) -> ReportedRound:
 
 
 def device_rounds(rounds: Iterable[ReportedRound]) -> int:
-    """Count how often a device took part in a round, whether it finished the round or not."""
     return sum(len({*r.survivors, *r.dropped}) for r in rounds)
 
 

@@ -261,9 +261,7 @@ def describe() -> Iterator[str]:
 
 def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
     """Read the scenario in a file, or a shipped one; for own texts in a file or folder, ``OWN_TEXTS`` with these.
-
-    Raises ConfigError: nothing is there, or a key is not valid.
-    """
+    Raises ConfigError: nothing is there, or a key is not valid."""
     if path.suffix == ".toml":
         path = find(path, SCENARIOS)
         return Scenario.read(path, overrides).located(path.parent)

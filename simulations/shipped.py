@@ -19,7 +19,6 @@ def find(path: Path, folder: Path) -> Path:
 
 
 def described(folder: Path) -> dict[str, str]:
-    """Return the name of each file in ``folder``, with what its comment begins with."""
     return {path.name: _sentence(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.toml"))}
 
 

@@ -135,7 +135,6 @@ def _run(
 
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
-    """Say after Ctrl-C how to continue what is in a folder."""
     try:
         yield
     except KeyboardInterrupt:

@@ -12,12 +12,9 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class LabelledText:
-    """Holds one text of a client, with its label, or with the prompt that it answers.
-
-    Attributes:
-        group: Texts that are variants of one another share it, and no group is on both sides of a split. The id of the
-            sentence template of a household's phrase, such as ``en/HassTurnOn/3f2a9c01``.
-    """
+    """Holds one text of a client, with its label, or with the prompt that it answers. ``group``: texts that are
+    variants of one another share it, and no group is on both sides of a split. The id of the sentence template of a
+    household's phrase, such as ``en/HassTurnOn/3f2a9c01``."""
 
     text: str  # the text
     label: int  # index in ``Population.labels``; ``client.training.examples.NO_LABEL`` for a language model
@@ -28,8 +25,6 @@ class LabelledText:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Is one client of the federation: a person or a home with a device."""
-
     name: str  # unique in the population
     language: str  # a code, empty if it is not known
     unseen: bool  # whether it takes no part in training the global adapter
@@ -40,17 +35,13 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class Population:
-    """Holds all clients, and the public texts that a vendor can ship on day one."""
-
     labels: tuple[str, ...]  # the names of the head's rows, in order, as a task has them; none for a language model
     public: tuple[LabelledText, ...]  # a few texts for each label, or that a language model shall still write well
     clients: tuple[Client, ...]  # in the order of their numbers
 
     def sampled(self, count: int, seed: int) -> Self:
-        """Choose ``count`` of the clients, two or more, at random and in their order; at most all.
-
-        The share of unseen clients stays, rounded; of either kind that the population has, at least one is chosen.
-        """
+        """Choose ``count`` of the clients, two or more, at random and in their order; at most all. The share of unseen
+        clients stays, rounded; of either kind that the population has, at least one is chosen."""
         kinds = [[i for i, client in enumerate(self.clients) if client.unseen is unseen] for unseen in (False, True)]
         seen, unseen = map(len, kinds)
         if count >= seen + unseen:

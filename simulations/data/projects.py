@@ -20,10 +20,8 @@ FEWEST = 3  # lines of a piece
 
 
 def rows() -> Iterator[dict[str, str]]:
-    """Yield pieces of each package, for ``data.function``: functions and methods, or their first lines.
-
-    No two overlap, and none is of a test. Raises ConfigError.
-    """
+    """Yield pieces of each package, for ``data.function``: functions and methods, or their first lines. No two overlap,
+    and none is of a test. Raises ConfigError."""
     for package in PACKAGES:
         folder = Path(sysconfig.get_path("stdlib"), package)
         files = (path for path in sorted(folder.rglob("*.py")) if "test" not in path.relative_to(folder).parts)

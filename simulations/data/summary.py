@@ -29,10 +29,7 @@ SPELLED = {True: 2.75, False: 1.45}
 
 @dataclass(frozen=True, slots=True)
 class ClientSummary:
-    """Describes one client.
-
-    ``unknown`` is the mean share, 0 to 1, of a text's tokens that the tokenizer lacks; ``letters`` are those a token.
-    """
+    """``unknown``: the mean share, 0 to 1, of a text's tokens that the tokenizer lacks; ``letters``: those a token."""
 
     name: str
     language: str
@@ -57,12 +54,10 @@ class DataSummary:
 
     @property
     def unknown(self) -> float:
-        """Return the share of unknown tokens, as a mean over the clients."""
         return float(np.mean([client.unknown for client in self.clients]))
 
     @property
     def warns(self) -> bool:
-        """Check whether there is a client whose texts the base hardly reads."""
         return any(client.spelled or client.unknown > MUCH_UNKNOWN for client in self.clients)
 
     def to_json(self) -> dict[str, Any]:
@@ -87,7 +82,6 @@ def _reader(base: Base) -> PhraseReader:
 
 
 def lines(summary: DataSummary) -> Iterator[tuple[str, str]]:
-    """Put the summary in words: pairs of a title and a line."""
     clients, facts = summary.clients, summary.facts
     unseen = sum(client.unseen for client in clients)
     left_out = f"; {facts.small} more have too few texts" if facts and facts.small else ""

@@ -137,10 +137,8 @@ def _spent_most(coordinator: Path, delta: float) -> tuple[float, list[Sum]] | No
 
 def one_run_epsilon(guesses: Guesses, delta: float, confidence: float = CONFIDENCE) -> float:
     """Return the largest epsilon that the right guesses refute with ``confidence``, whatever the mechanism; 0 if none.
-
     For a mechanism that is (ε, δ)-private, the number of right guesses of m coins is at least v with a probability of
-    at most P(B ≥ v) + 2 m δ max_i P(v > B ≥ v - i) / i, where B is binomial with m trials of exp ε / (1 + exp ε).
-    """
+    at most P(B ≥ v) + 2 m δ max_i P(v > B ≥ v - i) / i, where B is binomial with m trials of exp ε / (1 + exp ε)."""
     trials, correct = guesses.inside + guesses.outside, guesses.correct
 
     def doubt(epsilon: float) -> float:

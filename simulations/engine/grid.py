@@ -111,8 +111,6 @@ def _row(about: str, who: str, row: Mapping[str, str | None]) -> tuple[str, int,
 
 
 class VirtualClock(Clock):
-    """Counts seconds that pass only by ``sleep``."""
-
     def __init__(self) -> None:
         self._now = 0.0
 
@@ -125,7 +123,7 @@ class VirtualClock(Clock):
 
 @dataclass(frozen=True, slots=True)
 class DeliveryOutcome:
-    """Says whether a request or its reply is lost, and after how many virtual seconds the reply arrives."""
+    """``delay``: virtual seconds until the reply arrives."""
 
     request_lost: bool
     reply_lost: bool
@@ -152,20 +150,16 @@ class FaultModel:
 
     def dropout_probabilities(self, devices: int) -> NDArray[np.float64]:
         """Return the probability that 0, 1, ... of ``devices`` drop out of a round for good, shape ``(devices + 1,)``.
-
         A device whose request is lost is asked again, one whose reply is lost is not. A forced dropout is either, with
-        equal probability, at one step; messages are lost at any.
-        """
+        equal probability, at one step; messages are lost at any."""
         chance = 1 - (1 - self.message_loss) ** len(self.steps)
         forced = min(self.forced_dropouts, devices)
         chances = [(1 + chance) / 2] * forced + [chance] * (devices - forced)
         return reduce(np.convolve, (np.array([1 - each, each]) for each in chances), np.ones(1))
 
     def outcomes(self, group: str, step: Step | None, nodes: Sequence[int]) -> dict[int, DeliveryOutcome]:
-        """Draw the outcome of one message to each of ``nodes``.
-
-        ``group``: the round, or the session during its setup. ``step``: None for a message that is not of the protocol.
-        """
+        """Draw the outcome of one message to each of ``nodes``. ``group``: the round, or the session during its setup.
+        ``step``: None for a message that is not of the protocol."""
         dropouts = self._forced(group, step, nodes)
         number = round_of(group)
         share = self.availability[number % len(self.availability)] if self.availability else 1.0
@@ -207,8 +201,6 @@ def round_of(group: str) -> int:
 
 @dataclass(slots=True)
 class GridLog:
-    """Keeps in a file what the records of the rounds do not have."""
-
     path: Path
     sent: Counter[int] = field(default_factory=Counter)  # round → bytes of all answers of devices, lost ones too
     devices: dict[int, int] = field(default_factory=dict)  # round → devices that were asked after the check-in
@@ -254,10 +246,8 @@ def context_of(node: int, device: str) -> Context:
 
 @dataclass(order=True)
 class _MessageInFlight:
-    """Holds a request under way, and then its reply.
-
-    ``answer``: gives the device's answer, called once; None if the request is lost, or after the call.
-    """
+    """Holds a request under way, and then its reply. ``answer``: gives the device's answer, called once; None if the
+    request is lost, or after the call."""
 
     arrives: float
     number: int
@@ -283,13 +273,9 @@ class InProcessGrid(OwnGrid):
         before: Callable[[Step | None, Sequence[str]], None] = lambda step, devices: None,
         log: GridLog | None = None,
     ) -> None:
-        """Make a grid on which ``client_app`` answers for every node, when its answer is due.
-
-        Args:
-            devices: Node id (positive) → what finds the state of that node's device: its directory, or its name.
-            before: Called before messages are sent, with their step and the devices that they are for.
-            log: Takes what the devices send.
-        """
+        """Make a grid on which ``client_app`` answers for every node, when its answer is due. ``devices``: node id
+        (positive) → what finds the state of that node's device: its directory, or its name. ``before``: called before
+        messages are sent, with their step and the devices that they are for."""
         self.clock = VirtualClock()
         self._app = client_app
         self._faults = faults

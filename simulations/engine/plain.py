@@ -41,16 +41,12 @@ _NO_SHARES = SharePair(bytes(SHARE), bytes(SHARE))
 
 
 class UncheckedKey(PublicKey):
-    """Takes any signature for its own."""
-
     __slots__ = ()
 
     def verify(self, tag: str, body: bytes, signature: bytes) -> None: ...
 
 
 class UnsignedKey(IdentityKey):
-    """Signs with zeros."""
-
     __slots__ = ()
 
     @property
@@ -62,8 +58,6 @@ class UnsignedKey(IdentityKey):
 
 
 class PlainRoot(Root):
-    """Certifies keys that check no signature."""
-
     __slots__ = ()
 
     def verify(self, der: bytes, at: datetime | None = None) -> tuple[str, PublicKey]:
@@ -145,8 +139,6 @@ class PlainCoordinator(Coordinator):
 
 
 class _PlainRecovery(Recovery):
-    """Counts shares, and reconstructs nothing."""
-
     __slots__ = ()
 
     def _reconstruct(

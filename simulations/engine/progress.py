@@ -68,8 +68,6 @@ class _Shown:
 
 
 class SuiteProgress(_Shown):
-    """Shows how much of a suite is done: one bar over all jobs, and a line for each process."""
-
     def __init__(self, *, quiet: bool = False, console: Console | None = None, clock: Clock = time.monotonic) -> None:
         percentage = TextColumn("{task.percentage:>3.0f} %")
         note = TextColumn("left  {task.fields[note]}", markup=False)
@@ -93,10 +91,8 @@ class SuiteProgress(_Shown):
 
 
 class RunProgress(_Shown):
-    """Shows a run and sums the seconds that its devices spend on training in this process.
-
-    ``quiet`` shows nothing and only listens; ``notify`` is called with what is done at the moment, in a few words.
-    """
+    """Shows a run and sums the seconds that its devices spend on training in this process. ``quiet`` shows nothing and
+    only listens; ``notify`` is called with what is done at the moment, in a few words."""
 
     def __init__(
         self,
@@ -140,10 +136,8 @@ class RunProgress(_Shown):
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """Show a stage while the block runs, and a line of it afterwards.
-
-        ``total``: the number of its parts, if it has any; call the yielded function after each.
-        """
+        """Show a stage while the block runs, and a line of it afterwards. ``total``: the number of its parts, if it has
+        any; call the yielded function after each."""
         began, done = self._clock(), count_from(1)
 
         def advance() -> None:

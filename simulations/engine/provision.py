@@ -138,7 +138,6 @@ def grouped(population: Population, settings: GroupSettings) -> tuple[Group, ...
 
 
 def fleet_folders(out: Path, groups: Sequence[Group]) -> dict[str, Path]:
-    """Map each client to the folder of its federation in the run in ``out``."""
     return {client.name: out / group.folder for group in groups for client in group.population.clients}
 
 
@@ -180,11 +179,9 @@ def _spectra(text: str) -> Matrix:
 def ridge_head(
     x: Matrix, labels: NDArray[np.int64], weights: Matrix, count: int, penalty: float, prior: Matrix | None = None
 ) -> Matrix:
-    """Return the head that least squares gives: argmin of Σ wᵢ ‖xᵢ W - yᵢ‖² + penalty ‖W - prior‖², with one-hot y.
-
-    It needs Σ w x xᵀ and Σ w x yᵀ only, which add up over clients (Hoerl and Kennard 1970, "Ridge Regression"). ``x``:
-    shape ``(texts, features)``. The head has the shape ``(features, count)``.
-    """
+    """Return the head that least squares gives: argmin of Σ wᵢ ‖xᵢ W - yᵢ‖² + penalty ‖W - prior‖², with one-hot y. It
+    needs Σ w x xᵀ and Σ w x yᵀ only, which add up over clients (Hoerl and Kennard 1970, "Ridge Regression"). ``x``:
+    shape ``(texts, features)``. The head has the shape ``(features, count)``."""
     weighted = x * weights[:, None]
     targets = np.eye(count)[labels]
     right = targets if prior is None else targets - x @ prior
@@ -269,9 +266,7 @@ def _require_possible(scenario: Scenario, own_model: bool) -> None:
 
 def device_base(out: Path, scenario: Scenario, base: Base, population: Population) -> FrozenBase:
     """Return what the devices of the run in ``out`` train on: the base itself, or that of a bundle that is made once.
-
-    Raises ConfigError if the base has no training graph, or the engine trains no such adapter.
-    """
+    Raises ConfigError if the base has no training graph, or the engine trains no such adapter."""
     if scenario.base.engine == "torch":
         return base
     config, bundle, labels = peft_config(scenario, base), bundle_of(out), len(population.labels)
@@ -326,10 +321,8 @@ def bundle_of(out: Path) -> Path:
 def provision(
     out: Path, scenario: Scenario, population: Population, base: Base, stores: RegistrySettings | None = None
 ) -> None:
-    """Create authority and coordinator of the fleet under ``out``; ``Enrolment`` creates the devices.
-
-    ``stores`` says where the registry is kept; None: in the coordinator's state directory.
-    """
+    """Create authority and coordinator of the fleet under ``out``; ``Enrolment`` creates the devices. ``stores`` says
+    where the registry is kept; None: in the coordinator's state directory."""
     entropy, now = SystemEntropy(), datetime.now(UTC)
     authority = Authority.create("edgeadapt simulation", entropy, now - timedelta(hours=1), now + LIFETIME)
     (out / AUTHORITY).mkdir(parents=True)
@@ -409,10 +402,8 @@ def _policy(scenario: Scenario, population: Population) -> PolicySettings:
 
 
 def first_adapter(scenario: Scenario, population: Population, base: Base) -> tuple[VersionManifest, bytes]:
-    """Return version 0 of a run: its manifest and its file. The head comes from the public texts.
-
-    Raises ConfigError as ``peft_config``, or if the federation's method trains no such adapter.
-    """
+    """Return version 0 of a run: its manifest and its file. The head comes from the public texts. Raises ConfigError as
+    ``peft_config``, or if the federation's method trains no such adapter."""
     config, generator = peft_config(scenario, base), torch.Generator().manual_seed(scenario.seed)
     if isinstance(base, OwnModel):
         tensors = base.first(len(population.labels))
@@ -430,10 +421,8 @@ def first_adapter(scenario: Scenario, population: Population, base: Base) -> tup
 
 
 def _fitted_head(mine: ClassifierTrainer, public: Sequence[Example], tensors: Tensors) -> Tensors:
-    """Fit a head to public examples by the loss of the base's task, under the names of its tensors in ``tensors``.
-
-    It shows a task that fails before the first round, whose devices would contribute nothing.
-    """
+    """Fit a head to public examples by the loss of the base's task, under the names of its tensors in ``tensors``. It
+    shows a task that fails before the first round, whose devices would contribute nothing."""
     weight, bias = (next(name for name in tensors if name.endswith(f"{HEAD}.{part}")) for part in ("weight", "bias"))
     x, weights, own = with_constant(mine.embed([one.text for one in public])), np.ones(len(public)), mine.objective
     numbers = np.array([one.target or one.label for one in public], np.float64 if public[0].target else np.int64)
@@ -485,10 +474,8 @@ def registry(out: Path) -> Registry:
 
 
 def _training_limits(scenario: Scenario, labels: int) -> dict[str, Any]:
-    """Return the default limits, except where the scenario itself needs more, and without a delay of answers.
-
-    The in-process grid has a clock of its own, in which training takes no time, and nobody measures the answers.
-    """
+    """Return the default limits, except where the scenario itself needs more, and without a delay of answers. The
+    in-process grid has a clock of its own, in which training takes no time, and nobody measures the answers."""
     training, adapter, default = scenario.federation.training, scenario.adapter, TrainingLimits()
     needed = {
         "maximum_scaling": adapter.alpha / (1 if adapter.method == "rslora" else adapter.rank),

@@ -52,8 +52,6 @@ NINETY = (0.85, 0.95)  # what a device calls 90 %
 
 @dataclass(frozen=True, slots=True)
 class _Exported:
-    """Holds one federation's first bundle, and how the exported files answer."""
-
     bundle: Path
     parity: Parity  # on the test phrases of all clients
     labels: tuple[str, ...]
@@ -64,10 +62,8 @@ class _Exported:
 
 def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, base: Base, report: str) -> ExportResult:
     """Export, check parity, and write the bundles of each federation: its folder, and its clients that are evaluated.
-
     ``report`` is its future place. Raises ParityError: an exported pair answers too differently from torch; no bundle
-    of it was written.
-    """
+    of it was written."""
     exported = [_publish(out, scenario, population, base) for out, population in fleets]
     parities, (first, *_) = [each.parity for each in exported], exported
     weights = [parity.count for parity in parities]
@@ -156,10 +152,8 @@ def _answered(exported: Sequence[_Exported]) -> dict[str, dict[str, int]]:
 
 
 def reliability(logits: Floats, labels: Labels, temperatures: Floats) -> Reliability:
-    """Check whether stated probabilities are the share of right answers.
-
-    ``logits`` have the shape ``(answers, labels)``, with at least one answer; each has a right label and a temperature.
-    """
+    """Check whether stated probabilities are the share of right answers. ``logits`` have the shape ``(answers,
+    labels)``, with at least one answer; each has a right label and a temperature."""
     calibrated = logits / temperatures.astype(logits.dtype)[:, None]
     stated, right = confidences(calibrated), calibrated.argmax(axis=1) == labels
     near = (stated >= NINETY[0]) & (stated < NINETY[1])
@@ -190,7 +184,6 @@ def _labels(examples: Sequence[LabelledText]) -> Labels:
 
 
 def _personal(out: Path, client: Client, origin: Origin, base: Base) -> Origin:
-    """Return a client's own adapter, which was trained from the global one."""
     blob = (provision.device_folder(out, client.name) / device_files.PERSONAL).read_bytes()
     tensors = from_peft_tensors(files.decode(blob), origin.peft_config, {})
     return resolved(replace(origin, tensors=tensors, sha256=files.sha256(blob)), base)
@@ -221,11 +214,9 @@ def _lesson(out: Path, client: Client, logits: Floats, labels: Sequence[str]) ->
 def _write_device_bundle(
     out: Path, client: Client, exported: ExportedBase, common: Origin, own: Origin, runner: OnnxRunner, judged: bool
 ) -> tuple[Floats, float]:
-    """Copy the coordinator's bundle into a device's state directory, and add the device's own adapter to it.
-
-    Returns the logits of the device's own adapter for its test phrases, and the adapter's temperature: the global one,
-    unless the validation phrases are ``judged`` by an adapter that was not fitted to them.
-    """
+    """Copy the coordinator's bundle into a device's state directory, and add the device's own adapter to it. Returns
+    the logits of the device's own adapter for its test phrases, and the adapter's temperature: the global one, unless
+    the validation phrases are ``judged`` by an adapter that was not fitted to them."""
     folder = provision.device_folder(out, client.name)
     copy_bundle(out / BUNDLE, folder / BUNDLE)
     identity = IdentityKey.from_pem((folder / device_files.IDENTITY).read_bytes())

@@ -50,11 +50,9 @@ class WorkerKilledError(BaseException):
 
 
 class Process:
-    """Runs one process. A thread sends it one call after the other, and waits for the outcome of each.
-
-    ``make`` gives the object, in the process; it can be pickled. ``log``: a file for what the process prints.
-    ``libraries``: modules that the first process imports for all.
-    """
+    """Runs one process. A thread sends it one call after the other, and waits for the outcome of each. ``make`` gives
+    the object, in the process; it can be pickled. ``log``: a file for what the process prints. ``libraries``: modules
+    that the first process imports for all."""
 
     def __init__(self, make: Callable[[Notify], Any], log: Path | None = None, libraries: Sequence[str] = ()) -> None:
         method = next(each for each in METHODS if each in multiprocessing.get_all_start_methods())
@@ -69,11 +67,8 @@ class Process:
         self._thread = ThreadPoolExecutor(1)
 
     def call(self, what: Callable[..., Any], *given: object, note: Notify = lambda text: None) -> "Future[Any]":
-        """Call ``what`` with the object and the arguments, in the process.
-
-        ``note`` is called with what the object notifies of. The outcome raises what was raised in the process, and
-        ``WorkerKilledError`` if that has ended.
-        """
+        """Call ``what`` with the object and the arguments, in the process. ``note`` is called with what the object
+        notifies of. The outcome raises what was raised in the process, and ``WorkerKilledError`` if that has ended."""
         return self._thread.submit(self._exchange, what, given, note)
 
     def close(self) -> int | None:
@@ -139,8 +134,6 @@ def _receive(connection: Connection, calls: "queue.SimpleQueue[tuple[Callable[..
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """Holds what a worker process knows of the devices."""
-
     folder: Path  # in which each device has its state directory, under its name
     base: FrozenBase
     nodes: Mapping[int, str]  # node → name of its device
@@ -153,11 +146,9 @@ class Fleet:
 
 
 class Workers:
-    """Starts ``number`` processes of the devices and ends them, as a context manager.
-
-    ``prepare`` is called with the names of the devices that are about to be asked, and makes what is missing of them.
-    Raises EdgeAdaptError at the end of the block, about ``--workers``, if a process was killed.
-    """
+    """Starts ``number`` processes of the devices and ends them, as a context manager. ``prepare`` is called with the
+    names of the devices that are about to be asked, and makes what is missing of them. Raises EdgeAdaptError at the end
+    of the block, about ``--workers``, if a process was killed."""
 
     def __init__(
         self, number: int, fleet: Fleet, prepare: Callable[[Sequence[str]], object] = lambda names: None
@@ -179,9 +170,7 @@ class Workers:
 
     def answer(self, requests: Sequence[Message]) -> list[Callable[[], Message]]:
         """Let devices work on requests. Returns functions that wait for the answers (``Process.call``), in that order.
-
-        A process gets some requests at a time, or the exchange would take longer than the answers to short ones.
-        """
+        A process gets some requests at a time, or the exchange would take longer than the answers to short ones."""
         mine: dict[Process, list[int]] = {}
         for place, request in enumerate(requests):
             mine.setdefault(self._worker_of[request.metadata.dst_node_id], []).append(place)

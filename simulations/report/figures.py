@@ -80,10 +80,8 @@ Mark = Estimate | Difference
 
 
 def svg(key: str, title: str, description: str, height: float, paint: Callable[["Figure"], None]) -> str:
-    """Draw an ``<svg>`` element of ``WIDTH`` by ``height`` with ``paint``.
-
-    ``key`` has letters only, different for each figure of the page. A screen reader says title and description.
-    """
+    """Draw an ``<svg>`` element of ``WIDTH`` by ``height`` with ``paint``. ``key`` has letters only, different for each
+    figure of the page. A screen reader says title and description."""
     drawn = _drawn(height, paint, {"svg.hashsalt": key}, format="svg", metadata={"Date": None})
     return _inline(drawn.decode(), key, title, description)
 
@@ -108,7 +106,6 @@ def _drawn(height: float, paint: Callable[["Figure"], None], style: dict[Any, ob
 
 
 def axes(figure: "Figure", *, left: float, top: float, width: float, height: float) -> "Axes":
-    """Place axes in units of the SVG, measured from the upper left corner."""
     full_width, full_height = figure.get_size_inches() * POINTS
     lower = full_height - top - height
     return figure.add_axes((left / full_width, lower / full_height, width / full_width, height / full_height))
@@ -304,7 +301,6 @@ def arms(summary: SuiteSummary) -> str:
 
 
 def pairs(summary: SuiteSummary) -> str:
-    """Draw the difference of every pair; noise is gray."""
     rows = [f"{pair.first} - {pair.second}" for pair in summary.pairs]
     unit = summary.compared_by.differences
     text = f"Differences of pairs of arms in {unit}; the table below has each."
@@ -354,7 +350,6 @@ def _pairs(figure: "Figure", summary: SuiteSummary, above: float = 0.0) -> None:
 def _panels(
     figure: "Figure", rows: Mapping[str, Sequence[Mark]], metric: Metric, above: float, color: Callable[[Mark], str]
 ) -> list["Axes"]:
-    """Make a panel for each of ``SHOWN``, a row for each key; other figures use ``above`` units."""
     names = list(rows)
     left = 12 + CHARACTER * max(map(len, names))
     width, panels = (WIDTH - left - 2 * GAP - 8) / len(SHOWN), []

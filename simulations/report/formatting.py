@@ -82,7 +82,6 @@ def headline(result: RunResult) -> str:
 
 
 def incomplete(tally: RoundTally) -> str:
-    """Say before a headline which rounds aborted, in capitals if the figures are not those of the method."""
     said = aborted(tally)
     if not said:
         return ""
@@ -133,7 +132,6 @@ def context(result: RunResult, program: str) -> str:
 
 
 def attack(result: RunResult) -> str:
-    """Say in capitals how many devices lied; empty if none did."""
     liars = len(result.attackers)
     return f"UNDER ATTACK: {count(liars, 'device')} lied in training ({result.attack}). " if liars else ""
 
@@ -148,7 +146,7 @@ def evaluated(clients: int, population: int) -> str:
 
 
 def command(exported: ExportResult, program: str) -> str:
-    """Return the command that asks the exported bundle a phrase, quoted for a shell."""
+    """Quoted for a shell."""
     phrase = exported.phrase
     quoted = shlex.quote(phrase) if set(phrase) & set('"$`\\!') else f'"{phrase}"'
     return f"{program} device infer --bundle {shlex.quote(exported.bundle)} {quoted}"
@@ -183,7 +181,6 @@ class TrafficMeans:
 
 
 def dropouts(rounds: Sequence[ReportedRound]) -> str:
-    """Put the dropouts in one line: ``14 of 120 device-rounds: 6 at plan, 8 at unmask``."""
     by_step, aborted = dropouts_by_step(rounds), sum(r.aborted is not None for r in rounds)
     at = ", ".join(f"{number} at {step}" for step, number in by_step.items())
     text = f"{sum(by_step.values())} of {count(device_rounds(rounds), 'device-round')}" + (f": {at}" if at else "")
@@ -192,7 +189,6 @@ def dropouts(rounds: Sequence[ReportedRound]) -> str:
 
 
 def formatted_groups(result: RunResult) -> str:
-    """List the federations of a run with groups: their devices, and the mean accuracy of the personal arm."""
     parts = []
     for group in result.groups:
         inside = [client for client in result.clients if client.name in group.clients and not client.unseen]
@@ -227,7 +223,6 @@ def canaries(bounds: CanaryBounds) -> tuple[str, str]:
 
 
 def reliability(by_arm: Mapping[str, Reliability]) -> tuple[str, str]:
-    """Say how often each arm is right when it says 90 %, and the calibration errors; the personal arm comes first."""
     arms = list(by_arm.items())[::-1]
     says = (f"{arm} is right {percent(one.right_near_ninety, 1)} of {one.near_ninety} times" for arm, one in arms)
     before = {arm: "" if one.before == one.after else f" ({percent(one.before, 1)} uncalibrated)" for arm, one in arms}

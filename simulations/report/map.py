@@ -44,9 +44,7 @@ class MapSummary:
 
     def strongest(self, place: Place) -> PairSummary | None:
         """Compare the arm with that over which it gains least in the mean; None if it or all others failed there.
-
-        Differences have the sign of a gain.
-        """
+        Differences have the sign of a gain."""
         pairs = [pair for pair in self.cells[place].pairs if pair.first == self.arm]
         sign = self.metric.sign
         gains = [
@@ -56,7 +54,6 @@ class MapSummary:
         return min(gains, key=lambda pair: pair.figures["mean"].value, default=None)
 
     def rows(self) -> list[list[str]]:
-        """Tabulate the cells, under ``heads``."""
         rows = []
         for place, summary in self.cells.items():
             pair, where = self.strongest(place), " · ".join(place)
@@ -106,7 +103,6 @@ class MapSummary:
         return rows[2] * (TITLE + CELL * rows[1]) + figures.BOTTOM
 
     def paint(self, figure: "Figure") -> None:
-        """Draw a tile for each cell: the first axis to the right, the second down, a panel for each of the third."""
         names, places = [*self.axes, "", ""], [*self.axes.values(), ("",), ("",)]
         left = 12 + figures.CHARACTER * max(map(len, places[1]))
         for panel, third in enumerate(places[2]):

@@ -30,10 +30,8 @@ RETRY += "other faults of the network."
 
 
 def write_report(result: RunResult, path: Path, program: str = "edgeadapt") -> None:
-    """Write the page atomically and readable by everyone: it holds no phrase of a client.
-
-    Equal results give equal bytes. A page that cannot be written leaves an older one as it was.
-    """
+    """Write the page atomically and readable by everyone: it holds no phrase of a client. Equal results give equal
+    bytes. A page that cannot be written leaves an older one as it was."""
     replace(path, page(result, program).encode(), PUBLIC)
 
 
@@ -88,13 +86,11 @@ def spread(estimate: Estimate) -> str:
 
 
 def difference(found: Difference, metric: Metric) -> str:
-    """Format ``+3.1 (1.2 to 5.0)``, in the unit of differences of the metric."""
     spread = f"{metric.size(found.low)} to {metric.size(found.high)}"
     return f"{metric.size(found.value, signed=True)} ({spread if math.isfinite(found.low) else 'too few clients'})"
 
 
 def pair_rows(summary: SuiteSummary) -> list[list[str]]:
-    """Tabulate every pair: its name, and each difference of ``figures.SHOWN``."""
     return [
         [
             f"{marked(summary, pair.first)} - {marked(summary, pair.second)}",
@@ -108,7 +104,6 @@ def pair_rows(summary: SuiteSummary) -> list[list[str]]:
 
 
 def difference_cell(found: Difference | None, metric: Metric) -> str:
-    """Format a difference, with what is noise or may be chance; a dash for None."""
     if found is None:
         return "–"
     text = difference(found, metric)
@@ -120,12 +115,10 @@ def difference_cell(found: Difference | None, metric: Metric) -> str:
 
 
 def marked(summary: SuiteSummary, name: str) -> str:
-    """Return the name of an arm, with a mark if a seed of it failed or lacks a round."""
     return name if name not in summary.arms or summary.arms[name].complete else f"{name} (!)"
 
 
 def notes(summary: SuiteSummary) -> list[str]:
-    """Say of each arm which seeds failed, which rounds aborted, and where a resumed run is another one."""
     lines = []
     for name, arm in summary.arms.items():
         if arm.failed:
@@ -159,7 +152,6 @@ def _failed(name: str, arm: ArmSummary) -> str:
 
 
 def overview(summary: SuiteSummary) -> str:
-    """Say in one paragraph what the numbers are about."""
     text = (
         f"{count(len(summary.seeds), 'seed')} ({_list(summary.seeds)}), {count(summary.clients, 'client')} over all "
         f"seeds, {summary.unseen} of them unseen. In parentheses: {100 * LEVEL:.0f} % intervals, from resampled seeds "
@@ -175,14 +167,12 @@ FURTHER = ("public", "forgotten", "aggregation error", "epsilon")
 
 
 def further(arm: ArmSummary) -> tuple[str, ...]:
-    """Say what an arm reaches on public texts, what it has forgotten, its aggregation error, and its privacy."""
     shares = (share(value) for value in (arm.public, arm.forgotten, arm.aggregation_error))
     found = f" (canaries: {arm.canaries:.2f})" if math.isfinite(arm.canaries) else ""
     return (*shares, f"{arm.epsilon:.2f}{found}" if math.isfinite(arm.epsilon) else "–")
 
 
 def costs(arm: ArmSummary) -> tuple[str, ...]:
-    """List an arm's epochs, steps, CPU time, bytes up and down of one device, and rounds and bytes to the target."""
     cost, reached = arm.cost, arm.reached
     if arm.failed:
         return ("–",) * 6
@@ -229,7 +219,6 @@ def headline(summary: SuiteSummary) -> str:
 
 
 def _price(summary: SuiteSummary, name: str) -> str:
-    """Format what an arm costs a device: CPU time, and bytes in both directions if it sends any."""
     cost, clients = summary.arms[name].cost, summary.clients / len(summary.seeds)
     traffic = cost.bytes_up + cost.bytes_down
     sent = f" and {size_or_dash(traffic)}" if traffic > 0 else ""
@@ -237,7 +226,6 @@ def _price(summary: SuiteSummary, name: str) -> str:
 
 
 def to_target(summary: SuiteSummary) -> str:
-    """Return the title of the last column of ``costs``."""
     return f"rounds, bytes to {share(summary.target, 2)}" if summary.target else "to target"
 
 
@@ -280,16 +268,13 @@ def _list(seeds: Iterable[int]) -> str:
 
 
 def write_suite_report(summary: SuiteSummary, folder: Path) -> None:
-    """Write all files, each atomically and readable by everyone: they hold no text of a client.
-
-    Equal summaries give equal bytes. A file that cannot be written is left as it was.
-    """
+    """Write all files, each atomically and readable by everyone: they hold no text of a client. Equal summaries give
+    equal bytes. A file that cannot be written is left as it was."""
     page, text, numbers = suite_page(summary), markdown(summary), summary.to_json()
     write_reports(folder, page, text, figures.picture(summary), numbers)
 
 
 def write_reports(folder: Path, page: str, text: str, picture: bytes, numbers: object) -> None:
-    """Write the four forms of a report, as ``write_suite_report``."""
     contents = {
         "report.html": page.encode(),
         "report.md": text.encode(),

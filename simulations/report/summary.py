@@ -43,7 +43,7 @@ DIGITS = 2  # significant ones of the CPU time by which arms are cheap: less is 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Holds a figure and its interval at ``LEVEL``; the interval is NaN where there are too few clients for one."""
+    """Its interval at ``LEVEL`` is NaN where there are too few clients for one."""
 
     value: float
     low: float
@@ -52,8 +52,6 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Compares a figure between two arms: the difference, its interval, and its probability by chance."""
-
     value: float
     low: float
     high: float
@@ -70,10 +68,8 @@ class Difference:
 
 
 def figure(samples: Sequence[Values], statistic: Statistic) -> Values:
-    """Return the mean over seeds of a statistic over clients, shape ``(arms,)``.
-
-    ``samples`` has for each seed the values, shape ``(arms, clients)``; at least one client.
-    """
+    """Return the mean over seeds of a statistic over clients, shape ``(arms,)``. ``samples`` has for each seed the
+    values, shape ``(arms, clients)``; at least one client."""
     return np.mean([statistic(values) for values in samples], axis=0)  # type: ignore[no-any-return]
 
 
@@ -100,10 +96,8 @@ def estimate(value: float, draws: Values, clients: int) -> Estimate:
 
 
 def p_value(draws: Values, clients: int) -> float:
-    """Return the two-sided probability of a difference as far from 0, from resamples of the difference.
-
-    It is at least 2 / (resamples + 1), and 1 if there are fewer than ``FEWEST`` clients.
-    """
+    """Return the two-sided probability of a difference as far from 0, from resamples of the difference. It is at least
+    2 / (resamples + 1), and 1 if there are fewer than ``FEWEST`` clients."""
     if clients < FEWEST:
         return 1.0
     side = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
@@ -159,8 +153,6 @@ class ArmSummary:
 
 @dataclass(frozen=True, slots=True)
 class PairSummary:
-    """Holds the figures of the first arm minus those of the second."""
-
     first: str
     second: str
     figures: dict[str, Difference]
@@ -168,10 +160,8 @@ class PairSummary:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Names the best arm in the mean, and the arms that no paired interval over seeds and clients tells from it.
-
-    Arms with pooled texts, which give up privacy, and those that are void compete only where there are no others.
-    """
+    """Names the best arm in the mean, and the arms that no paired interval over seeds and clients tells from it. Arms
+    with pooled texts, which give up privacy, and those that are void compete only where there are no others."""
 
     best: str
     cheapest: str  # of those within noise: the least CPU time of a device, then bytes
@@ -204,11 +194,9 @@ class SuiteSummary:
 
 
 def summarize(settings: SuiteSettings, outcomes: Found) -> SuiteSummary:
-    """Compute the numbers of a finished suite, in which one arm at least has a result with every seed.
-
-    An arm of which a seed failed has no figures, and is compared with no other. Raises DataError if two arms have
-    different clients or test texts.
-    """
+    """Compute the numbers of a finished suite, in which one arm at least has a result with every seed. An arm of which
+    a seed failed has no figures, and is compared with no other. Raises DataError if two arms have different clients or
+    test texts."""
     whole = whole_arms(outcomes)
     _check_pairs(whole)
     figures, metric = {}, compared_by(whole)
@@ -233,7 +221,6 @@ def summarize(settings: SuiteSettings, outcomes: Found) -> SuiteSummary:
 
 
 def whole_arms(outcomes: Found) -> Whole:
-    """Pick the arms that have a result with every seed."""
     return {
         name: (chosen, results)
         for name, (chosen, by_seed) in outcomes.items()
@@ -294,8 +281,6 @@ def _arm(
 
 @dataclass(frozen=True, slots=True)
 class _Figure:
-    """Holds one figure of all arms: its values, their resamples, and of how many clients."""
-
     names: Sequence[str]
     values: Values
     draws: Values
@@ -312,7 +297,6 @@ class _Figure:
         return scores if metric.sign > 0 else Estimate(-scores.value, -scores.high, -scores.low)
 
     def difference(self, first: str, second: str) -> Difference:
-        """Return the difference of two arms' scores, not yet adjusted."""
         i, j = self.names.index(first), self.names.index(second)
         draws = self.draws[i] - self.draws[j]
         interval = estimate(float(self.values[i] - self.values[j]), draws, self.clients)
@@ -337,10 +321,8 @@ def _check_pairs(outcomes: Whole) -> None:
 
 
 def samples_of(outcomes: Whole, seeds: Sequence[int], *, unseen: bool) -> list[Values]:
-    """Return for each seed the test scores of some clients, shape ``(arms, clients)``; none without such clients.
-
-    A score is an accuracy, or the negative of a loss in bits per byte.
-    """
+    """Return for each seed the test scores of some clients, shape ``(arms, clients)``; none without such clients. A
+    score is an accuracy, or the negative of a loss in bits per byte."""
     metric = compared_by(outcomes)
     samples = [
         np.array(

@@ -32,10 +32,8 @@ SHORT = ("clients", "texts", "look at", "broken")  # lines about the data; 'simu
 def print_scenario(
     scenario: Scenario, log: Path, console: Console, *, data: DataSummary, devices: int, note: str = ""
 ) -> None:
-    """Print what a run is about, before it starts.
-
-    ``devices`` take part in training, in the smallest federation. ``note``: about the engine, unless empty.
-    """
+    """Print what a run is about, before it starts. ``devices`` take part in training, in the smallest federation.
+    ``note``: about the engine, unless empty."""
     about = [*_plan(scenario, devices), *([("engine", note)] if note else [])]
     about += [line for line in lines(data) if line[0] in SHORT or (line[0] == "unknown" and data.warns)]
     console.print(Text(f"Scenario {scenario.name}, seed {scenario.seed}", style="bold"))
@@ -75,7 +73,6 @@ def _plan(scenario: Scenario, devices: int) -> list[tuple[str, str]]:
 
 
 def _price(federation: FederationSettings, devices: int) -> str:
-    """Say what groups cost a device and, with differential privacy, the mean."""
     bounds = federation.aggregation
     devices = min(federation.cohort.size or devices, devices)
     dealt = bounds.grouping(devices)
@@ -98,7 +95,6 @@ def _noise(federation: FederationSettings) -> str:
 
 
 def print_result(result: RunResult, console: Console, program: str = "edgeadapt") -> None:
-    """Print what every arm reaches, what it cost, and what to type next with ``program``."""
     if result.exported is None:
         if said := formatting.incomplete(result.round_tally):
             console.print(Text(said.strip(), style="bold"))
@@ -131,7 +127,6 @@ def _accuracy(result: RunResult) -> Table:
 
 
 def _clients(result: RunResult) -> Table:
-    """Tabulate the clients of a run without bundles with their scores or bits per byte, by arm."""
     table = _table(result.metric, ARMS)
     for client in result.clients:
         cells = [f"{client.arms[arm]:.3f}" for arm in ARMS]

@@ -55,7 +55,6 @@ class Job:
 
     @property
     def weight(self) -> float:
-        """Return the work in epochs of a client."""
         return self.trial.rounds_weight if self.rounds else self.trial.weight
 
 
@@ -95,10 +94,8 @@ def run_suite(
     suite: Suite, out: Path, *, jobs: int | None, resume: bool, quiet: bool, retry: bool = False
 ) -> SuiteReport:
     """Run what is left of a suite in ``out``, in ``jobs`` processes; by default one a core, at most ``MOST_JOBS``.
-
     ``retry``: continue it, and begin again with the rounds of arms of which some aborted. Raises as ``taken``,
-    ``execute`` and ``SuiteReport.of``.
-    """
+    ``execute`` and ``SuiteReport.of``."""
     with taken(out, suite, resume=resume or retry, retry=retry) as store, SuiteProgress(quiet=quiet) as progress:
         execute(suite, store, jobs or min(cores(), MOST_JOBS), progress.show)
         forget_states(store.path)
@@ -106,11 +103,9 @@ def run_suite(
 
 
 def pending(suite: Suite, store: Store) -> list[Job]:
-    """List the jobs that are left, in the order in which they should begin, each once.
-
-    While an arm's search is not finished, its first candidate stands for the constants, so that the work that is left
-    can be estimated; such jobs are not ready.
-    """
+    """List the jobs that are left, in the order in which they should begin, each once. While an arm's search is not
+    finished, its first candidate stands for the constants, so that the work that is left can be estimated; such jobs
+    are not ready."""
     jobs: dict[str, Job] = {}
     for place, cell in suite.cells.items():
         for job in _jobs(cell, store):
@@ -151,10 +146,8 @@ class Worker:
         self._store, self._notify = Store(folder), notify
 
     def work(self, trial: Trial, rounds: bool) -> None:
-        """Compute the rounds of a trial, or what comes after them, and keep the outcome.
-
-        An error of the scenario, such as a training that diverges, is an outcome: it ends this trial only.
-        """
+        """Compute the rounds of a trial, or what comes after them, and keep the outcome. An error of the scenario, such
+        as a training that diverges, is an outcome: it ends this trial only."""
         try:
             if rounds:
                 compute_rounds(trial, self._store, self._notify)
@@ -183,7 +176,7 @@ def compute_rounds(trial: Trial, store: Store, notify: Notify) -> None:
 
 
 def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
-    """Compute a trial, whose rounds are finished, and keep the result. Raises as ``TrialRun.compute``."""
+    """Raises as ``TrialRun.compute``."""
     with RunProgress(quiet=True, notify=notify) as progress:
         return TrialRun(trial, _material(trial, store), store).compute(progress, "client")
 
@@ -223,8 +216,6 @@ def _populated(tables: str) -> Population:
 
 @dataclass(slots=True)
 class _Running:
-    """Holds a process, and the job that it has."""
-
     process: Process
     log: Path
     job: Job | None = None
@@ -237,10 +228,8 @@ class _Running:
 
 
 def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
-    """Run all jobs that are left, and call ``show`` after each change.
-
-    An arm that fails does not end the others. Raises DataError if a process ended with an error.
-    """
+    """Run all jobs that are left, and call ``show`` after each change. An arm that fails does not end the others.
+    Raises DataError if a process ended with an error."""
     workers, done, said = list[_Running](), 0.0, ""
     events: SimpleQueue[tuple[_Running, str | Future[None]]] = SimpleQueue()  # notes and outcomes
 
@@ -283,7 +272,6 @@ def execute(suite: Suite, store: Store, processes: int, show: Show) -> None:
 
 
 def _ended(job: Job, seconds: float, store: Store) -> str:
-    """Say in a line what a job made of its trial."""
     what, outcome = f"{job.label}{', rounds' if job.rounds else ''}", store.get(job.trial)
     if isinstance(outcome, str):
         return f"{what}: failed, {outcome}"

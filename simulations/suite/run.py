@@ -87,11 +87,8 @@ NEXT = "next"  # folder of the next base, in that of the run
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """Says where the devices work, and whether they mask.
-
-    ``plain``: without masks (``simulations.engine.plain``). ``protocol``: with all of secure aggregation. None: as the
-    rounds began, at first ``plain``.
-    """
+    """Says where the devices work, and whether they mask. ``plain``: without masks (``simulations.engine.plain``).
+    ``protocol``: with all of secure aggregation. None: as the rounds began, at first ``plain``."""
 
     workers: int = 1  # processes; 1: this one
     name: EngineName | None = None
@@ -108,10 +105,8 @@ HERE = Engine()
 
 @dataclass(slots=True)
 class RunFolder:
-    """Manages the folder of a run: its scenario, and the seconds of each stage so far, over all resumes.
-
-    ``retries``: how often its rounds began again from the first one; each time the grid has other faults.
-    """
+    """Manages the folder of a run: its scenario, and the seconds of each stage so far, over all resumes. ``retries``:
+    how often its rounds began again from the first one; each time the grid has other faults."""
 
     path: Path
     scenario: Scenario
@@ -120,7 +115,7 @@ class RunFolder:
 
     @classmethod
     def start(cls, path: Path, scenario: Scenario) -> Self:
-        """Take a new or empty folder. Raises ConfigError."""
+        """Raises ConfigError unless ``path`` is new or empty."""
         path.mkdir(parents=True, exist_ok=True)
         check_fresh(path, SCENARIO, "a run")
         replace(path / SCENARIO, scenario.model_dump_json(indent=2).encode())
@@ -128,7 +123,7 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, scenario: Scenario) -> Self:
-        """Continue the run of this scenario in ``path``. Raises ConfigError if it has none, or another one's."""
+        """Raises ConfigError if ``path`` has no run, or another scenario's."""
         stored = cls.stored(path)
         if scenario != stored:
             reason = f"{path} contains a run of another scenario or with other settings: choose another --out"
@@ -158,7 +153,6 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """Return the file to which everything that happens is appended."""
         return self.path / LOG
 
     def add(self, stage: str, seconds: float) -> None:
@@ -191,7 +185,6 @@ class Plan:
 
     @property
     def devices(self) -> int:
-        """Devices of the smallest federation."""
         return min(group.devices for group in self.groups)
 
     @property
@@ -201,9 +194,7 @@ class Plan:
 
     def folder(self, out: Path | None = None, *, resume: bool = False) -> RunFolder:
         """Take a new or empty folder, or one with this run; by default a new one in ``RUNS``, or the newest there.
-
-        Raises as ``RunFolder.start`` and ``resume``.
-        """
+        Raises as ``RunFolder.start`` and ``resume``."""
         name = self.scenario.name
         if out is None and resume:
             runs = sorted(RUNS.glob(f"{name}-*/{SCENARIO}"))
@@ -269,10 +260,8 @@ def _logged(log: Path) -> Iterator[None]:
 
 
 def prepare(folder: RunFolder, groups: Sequence[provision.Group], base: Base) -> None:
-    """Make the fleets of a run, unless they are there.
-
-    Raises ConfigError if they are of another population, base or trace, or as ``device_base``.
-    """
+    """Make the fleets of a run, unless they are there. Raises ConfigError if they are of another population, base or
+    trace, or as ``device_base``."""
     scenario = folder.scenario
     for out, population in ((folder.of(group).path, group.population) for group in groups):
         marker, digests = out / PREPARED, {"population": population.digest, "base": base.digest}
@@ -350,12 +339,9 @@ def _require_same_engine(coordinator: Path, masks: bool) -> None:
 
 
 def _grid_log(folder: RunFolder) -> GridLog:
-    """Open the log of a grid whose rounds begin or go on.
-
-    A run that goes on within a session has another session for the rounds that are left of it, in which devices order
-    their examples otherwise. So does one whose round had named its survivors: these alone make it again. Otherwise
-    it makes the same adapters as without the interruption.
-    """
+    """Open the log of a grid whose rounds begin or go on. A run that goes on within a session has another session for
+    the rounds that are left of it, in which devices order their examples otherwise. So does one whose round had named
+    its survivors: these alone make it again. Otherwise it makes the same adapters as without the interruption."""
     settings, log = folder.scenario.federation, GridLog.open(folder.path / GRID_LOG)
     state_dir = open_coordinator(folder.path / provision.COORDINATOR)
     records, (_, adapter) = state_dir.registry.rounds(), state_dir.registry.head().newest
@@ -370,11 +356,9 @@ def _grid_log(folder: RunFolder) -> GridLog:
 
 
 def _in_rounds(folder: RunFolder, log: GridLog, run: Callable[[], None]) -> None:
-    """Run the rounds that are left, and repeat those of the analytic head that abort, ``MOST_REPEATS`` at most.
-
-    As an operator would, who has one round more from the settings for each that aborted: without its sum the head is
-    not that of the federation. A round of training that aborts costs one step of many, and is not repeated.
-    """
+    """Run the rounds that are left, and repeat those of the analytic head that abort, ``MOST_REPEATS`` at most. As an
+    operator would, who has one round more from the settings for each that aborted: without its sum the head is not that
+    of the federation. A round of training that aborts costs one step of many, and is not repeated."""
     scenario, state_dir = folder.scenario, folder.path / provision.COORDINATOR
     planned, short = scenario.federation.rounds, True
     while short and not log.ended:
@@ -556,11 +540,9 @@ def _group_result(folder: RunFolder, group: provision.Group) -> GroupResult:
 def migrate_run(
     folder: RunFolder, to: Scenario, rounds: int, margin: float, report: Callable[[MigrationRound], object]
 ) -> MigrationResult:
-    """Migrate the fleet of a run, or go on with that. ``report`` gets each round once it is committed.
-
-    Raises ConfigError: the run has several federations, or the base or its adapter is not for its texts; or as
-    ``coordinator.migration.migrate``.
-    """
+    """Migrate the fleet of a run, or go on with that. ``report`` gets each round once it is committed. Raises
+    ConfigError: the run has several federations, or the base or its adapter is not for its texts; or as
+    ``coordinator.migration.migrate``."""
     if folder.scenario.groups.by != "none":
         raise ConfigError("a migration is of one federation, and the run has groups", about="groups.by")
     stored = folder.scenario

@@ -71,7 +71,6 @@ class Store:
         return self.path / FEDERATIONS / trial.federation
 
     def retries(self, trial: Trial) -> int:
-        """Count how often the rounds of a trial began again (``retry``)."""
         file = self._retries(trial)
         return int(file.read_text()) if file.exists() else 0
 
@@ -121,10 +120,8 @@ def _stored(file: Path, kind: TypeAdapter[T]) -> T | None:
 
 
 def results(suite: Suite, store: Store) -> dict[str, tuple[SearchOutcome, Mapping[int, Outcome]]]:
-    """Map each arm to its search's outcome and its outcome by seed, which is a sentence where it failed.
-
-    Raises DataError if one is missing, or no arm has a result with every seed.
-    """
+    """Map each arm to its search's outcome and its outcome by seed, which is a sentence where it failed. Raises
+    DataError if one is missing, or no arm has a result with every seed."""
     finished: dict[str, tuple[SearchOutcome, Mapping[int, Outcome]]] = {}
     for name in suite.settings.arms:
         try:
@@ -160,11 +157,8 @@ def failure(failures: Sequence[tuple[str, int, str]]) -> DataError:
 
 
 def read_suite(path: Path, *, seeds: int | None = None, changes: Sequence[str] = (), arms: Sequence[str] = ()) -> Suite:
-    """Read the suite in a file, or one that is shipped under this name.
-
-    ``seeds``: their number, from 0 on, instead of the file's; ``changes``: ``KEY=VALUE`` for every arm, after those of
-    the suite; ``arms``: only these of its arms.
-    """
+    """Read the suite in a file, or one that is shipped under this name. ``seeds``: their number, from 0 on, instead of
+    the file's; ``changes``: ``KEY=VALUE`` for every arm, after those of the suite; ``arms``: only these of its arms."""
     path = find(path, SUITES)
     settings = SuiteSettings.read(path).with_overrides(changes)
     settings = settings.with_arms(arms) if arms else settings
@@ -189,7 +183,6 @@ def open_suite(out: Path) -> Suite:
 
 
 def suite_folder(suite: Suite, out: Path | None) -> Path:
-    """Choose the folder of a suite, by default one in ``RUNS``."""
     return out or RUNS / f"suite-{suite.settings.name}"
 
 
@@ -204,11 +197,9 @@ def check_fresh(out: Path, marker: str, what: str) -> None:
 
 @contextmanager
 def taken(out: Path, suite: Suite, *, resume: bool, retry: bool = False) -> Iterator[Store]:
-    """Hold the folder of a suite for the duration of the block.
-
-    It is new or empty or, with ``resume``, that of a suite, of which outcomes are kept; what failed is tried again,
-    and with ``retry`` also rounds of which some aborted.
-    """
+    """Hold the folder of a suite for the duration of the block. It is new or empty or, with ``resume``, that of a
+    suite, of which outcomes are kept; what failed is tried again, and with ``retry`` also rounds of which some
+    aborted."""
     started = resume and (out / SUITE).exists()
     if not started:
         check_fresh(out, SUITE, "a suite")
@@ -243,7 +234,6 @@ def _same_content(file: Path, suite: Suite) -> dict[str, str]:
 
 
 def _content(suite: Suite) -> dict[str, str]:
-    """Map the bases and files that a suite names to digests of their content."""
     digests: dict[str, str] = {}
     for trial in suite.reported():
         scenario = trial.scenario

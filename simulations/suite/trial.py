@@ -95,7 +95,7 @@ class ArmInputs:
 
     @classmethod
     def of(cls, scenario: Scenario, manifest: VersionManifest, seed_adapter: Tensors, population: Population) -> Self:
-        """Return the inputs that a scenario gives; the manifest is that of any version."""
+        """The manifest is that of any version."""
         task = replace(scenario.federation.task(manifest), trained=PARTS, proximal=0.0)
         released = provision.public_examples(provision.released_texts(population))
         return cls(scenario, population, task, seed_adapter, released)
@@ -202,11 +202,9 @@ class ClassifierArms(Arms):
         return partial(self._answered, partial(self.mine.logits, adapter))
 
     def head(self, client: Client, fit: FitHead, penalty: float) -> tuple[Model, Model, float]:
-        """Fit a linear head to the client's own and the public texts.
-
-        Returns the model for its validation texts, the one that is fitted to these as well, and the processor seconds
-        of its embeddings that other heads have spent already.
-        """
+        """Fit a linear head to the client's own and the public texts. Returns the model for its validation texts, the
+        one that is fitted to these as well, and the processor seconds of its embeddings that other heads have spent
+        already."""
         own = _own(client)
         texts = [*own, *provision.public_examples(self.inputs.population.public)]
         weights = np.where(np.arange(len(texts)) < len(own), self.inputs.scenario.head.own_weight, 1.0)
@@ -301,7 +299,6 @@ def generator(seed: int, client: str, arm: str) -> np.random.Generator:
 
 
 def _own(client: Client) -> Sequence[Example]:
-    """Return what a client can learn of: its training and validation examples."""
     return [example for example in provision.examples_of(client) if example.split is not Split.TEST]
 
 
@@ -423,7 +420,6 @@ class TrialRun:
             raise _Stopped
 
     def _score(self, mine: Arms, client: Client, pooled: Tensors) -> tuple[ClientScore, float]:
-        """Return a client's score, and the processor seconds of its training."""
         before = time.thread_time()
         kept, saved = "", 0.0
         if self.trial.kind in HEADS and isinstance(mine, ClassifierArms):
@@ -519,10 +515,8 @@ class TrialRun:
         return round_.metrics["loss"] / math.log(2) if "loss" in round_.metrics else None
 
     def _trained(self, mine: Arms, clients: Sequence[Client]) -> tuple[int, int]:
-        """Return the epochs of a client that is not unseen, and optimizer steps of all, dropouts not subtracted.
-
-        After the rounds, only the ``clients`` that are evaluated train.
-        """
+        """Return the epochs of a client that is not unseen, and optimizer steps of all, dropouts not subtracted. After
+        the rounds, only the ``clients`` that are evaluated train."""
         scenario = self.trial.scenario
         trainings = self.trial.kind.training(scenario.round_epochs, scenario.personal.training_epochs)
         seen = [len(client.train) for client in self.material.population.clients if not client.unseen]
@@ -538,9 +532,8 @@ class TrialRun:
 
     def _error(self, mine: Arms) -> float | None:
         """Return the aggregation error of the last round of training, which all its clients repeat, without dropouts.
-
-        None where there is no such mean: no round trained LoRA's factors, they stay on the devices, there are groups.
-        """
+        None where there is no such mean: no round trained LoRA's factors, they stay on the devices, there are
+        groups."""
         if self.trial.scenario.groups.by != "none":
             return None
         federation, registry = self.trial.scenario.federation, provision.registry(self.material.federation)
@@ -568,16 +561,13 @@ def _unjudged(adapter: Tensors) -> Kept:
 
 
 def asked(public: Sequence[LabelledText]) -> Sequence[LabelledText]:
-    """Pick the public texts that each client's model is asked."""
     return public[:: max(1, -(-len(public) // MOST_PUBLIC))]
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread for each thread that calls it, while the block runs.
-
-    Cores are busier than with one small batch spread over them, and any number of cores makes the same adapters.
-    """
+    """Let torch compute on one thread for each thread that calls it, while the block runs. Cores are busier than with
+    one small batch spread over them, and any number of cores makes the same adapters."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -587,7 +577,7 @@ def one_thread() -> Iterator[None]:
 
 
 def rounds_of(out: Path, groups: Sequence[Group]) -> tuple[ReportedRound, ...]:
-    """Read the rounds of a run; a federation that repeated some has more of them than another one."""
+    """A federation that repeated some has more rounds than another one."""
     rows = []
     for folder in (out / group.folder for group in groups):
         log = GridLog.open(folder / GRID_LOG)

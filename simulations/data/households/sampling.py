@@ -66,12 +66,10 @@ class PopulationSettings(Settings):
 
     @property
     def spoken(self) -> tuple[str, ...]:
-        """The codes of the households' languages."""
         return speech.known_languages() if self.languages == ("all",) else self.languages
 
     @property
     def published(self) -> tuple[str, ...]:
-        """The codes of the public phrases' languages."""
         return self.spoken if self.public_languages == OF_HOUSEHOLDS else self.public_languages
 
     @property
@@ -95,8 +93,6 @@ class _Stream(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Phrasebook:
-    """Holds a language with the template split of each label, in the order of the labels."""
-
     language: speech.Language
     splits: Sequence[speech.TemplateSplit]
 
@@ -134,11 +130,9 @@ class _Speaker:
 
 
 def sample_population(settings: PopulationSettings, seed: int) -> Population:
-    """Sample a population; the same settings and seed give the same ``digest`` on any machine.
-
-    Raises ConfigError: a package or a language is missing, the languages share too few intents, or a household has
-    fewer different utterances than the settings ask for.
-    """
+    """Sample a population; the same settings and seed give the same ``digest`` on any machine. Raises ConfigError: a
+    package or a language is missing, the languages share too few intents, or a household has fewer different utterances
+    than the settings ask for."""
     labels, books = _phrasebooks(settings, seed)
     used = _UsedTexts()
     public = tuple(
@@ -162,7 +156,6 @@ def sample_population(settings: PopulationSettings, seed: int) -> Population:
 
 
 def _phrasebooks(settings: PopulationSettings, seed: int) -> tuple[tuple[str, ...], dict[str, _Phrasebook]]:
-    """Return the labels, and a phrasebook for each language."""
     codes = sorted({*settings.spoken, *settings.published})
     languages = {code: speech.load_language(code) for code in codes}
     splits = {code: _splits(code, languages[code], seed, public=code in settings.published) for code in codes}
@@ -177,7 +170,6 @@ def _phrasebooks(settings: PopulationSettings, seed: int) -> tuple[tuple[str, ..
 
 
 def _splits(code: str, language: speech.Language, seed: int, *, public: bool) -> dict[str, speech.TemplateSplit]:
-    """Split each intent that has enough templates."""
     splits = {
         intent: speech.split_templates(templates, f"{code}/{intent}", seed, public=public)
         for intent, templates in language.templates.items()

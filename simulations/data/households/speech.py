@@ -82,7 +82,7 @@ def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Holds the words of one language; a name may hold ``{person}``."""
+    """A name may hold ``{person}``."""
 
     people: tuple[str, ...]  # first names
     areas: tuple[str, ...]  # rooms
@@ -103,8 +103,6 @@ class Words:
 
 @dataclass(frozen=True, slots=True)
 class HouseholdNames:
-    """Holds one household's names for its rooms, its floors and its devices (by kind)."""
-
     areas: tuple[str, ...]
     floors: tuple[str, ...]
     devices: Mapping[str, tuple[str, ...]]
@@ -131,7 +129,6 @@ def _some(items: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple
 
 
 def known_languages() -> tuple[str, ...]:
-    """Return the codes of the languages for which names and words are shipped."""
     return tuple(sorted(file.name.removesuffix(".toml") for file in _words().iterdir()))
 
 
@@ -141,7 +138,7 @@ def _words() -> Traversable:
 
 @cache
 def load_words(language: str) -> Words:
-    """Read the words of a language; the English ones for a language without a file."""
+    """English ones for a language without a file."""
     folder = _words()
     codes = (language, language.split("-")[0], "en")
     path = next(path for code in codes if (path := folder / f"{code}.toml").is_file())
@@ -190,7 +187,6 @@ def _gendered(tables: Iterable[Mapping[str, list[str]]]) -> list[str]:
 
 
 def _without_article(articles: list[str], nouns: str) -> re.Pattern[str]:
-    """Match a noun after a word that is not an article."""
     return _lower(rf"(^|\s)(?!({_any_of(articles)})\s)\S+\s({nouns})\b")
 
 
@@ -224,8 +220,6 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """Holds the package's templates by intent, expansion rules and lists of one language, and our words for it."""
-
     templates: Mapping[str, tuple[Template, ...]]
     rules: Mapping[str, str]
     lists: Mapping[str, Any]
@@ -234,8 +228,6 @@ class Language:
 
 @dataclass(frozen=True, slots=True)
 class TemplateSplit:
-    """Holds the templates of one intent in one language, in disjoint parts."""
-
     public: tuple[Template, ...]
     train: tuple[Template, ...]
     test: tuple[Template, ...]
@@ -257,11 +249,9 @@ def load_language(code: str) -> Language:
 
 
 def split_templates(templates: tuple[Template, ...], key: str, seed: int, *, public: bool) -> TemplateSplit | None:
-    """Split the templates of one intent in one language, which ``key`` names.
-
-    About a fifth is public (if wanted), three tenths of the rest test, the remainder train; each part has at least one
-    template. None if there are too few templates for that.
-    """
+    """Split the templates of one intent in one language, which ``key`` names. About a fifth is public (if wanted),
+    three tenths of the rest test, the remainder train; each part has at least one template. None if there are too few
+    templates for that."""
     if len(templates) < 2 + public:
         return None
     order = stream(seed, int(_hex(key), 16)).permutation(len(templates))
@@ -273,7 +263,7 @@ def split_templates(templates: tuple[Template, ...], key: str, seed: int, *, pub
 
 @cache
 def hassil_module(name: str) -> Any:
-    """Import the module ``hassil.<name>`` when a population is sampled and not before. Raises ConfigError."""
+    """Import the module when a population is sampled and not before. Raises ConfigError."""
     return _import(f"hassil.{name}")
 
 
@@ -286,7 +276,6 @@ def _import(module: str) -> Any:
 
 
 def _intents(language: str) -> dict[str, Any]:
-    """Return intents, lists and expansion rules of the package for a language."""
     package = _import("home_assistant_intents")
     languages = sorted(package.get_languages())
     intents: dict[str, Any] | None = package.get_intents(language) if language in languages else None
@@ -349,8 +338,6 @@ class Expander:
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """Has a household's way of speaking: a language, its own names for things, and its own randomness."""
-
     language: Language
     names: HouseholdNames
     rng: np.random.Generator
