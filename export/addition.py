@@ -52,7 +52,7 @@ class Added:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How an adapter is to be added. Errors name these as options of ``edgeadapt bundle add``."""
+    """Errors name these as options of ``edgeadapt bundle add``."""
 
     name: str  # on devices
     form: Format
@@ -65,10 +65,8 @@ class Wanted:
 
 
 def add_to(bundle: Path, origin: Origin, signer: IdentityKey, wanted: Wanted) -> Added:
-    """Add an adapter to a bundle; with ``base_name``, also to a new one.
-
-    Raises ConfigError, DataError, TrustError: the adapter does not fit the base, the bundle or what is wanted.
-    """
+    """Add an adapter to a bundle; with ``base_name``, also to a new one. Raises ConfigError, DataError, TrustError: the
+    adapter does not fit the base, the bundle or what is wanted."""
     name, form, base_name, profile = wanted.name, wanted.form, wanted.base_name, wanted.profile
     origin = _resolved(origin, base_name)
     if wanted.policy:
@@ -133,7 +131,6 @@ def _resolved(origin: Origin, base_name: str | None) -> Origin:
 
 
 def _exported(bundle: Path, base_name: str, profile: str, origin: Origin) -> "ExportedBase":
-    """Export a base that has what ``origin`` needs, for a new bundle."""
     check_place(bundle)
     from export.bundle.base import export_named, wanted  # torch, after what can be refused without it
 

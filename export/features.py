@@ -63,11 +63,9 @@ def centered(base: Base, texts: Sequence[str], out: Path) -> Base:
 
 
 def with_lexical_features(base: Base, size: int, out: Path) -> Base:
-    """Write the encoder with lexical features, ``size`` numbers of each text, to a new or empty folder.
-
-    They are stated in ``config.json``; special tokens do not count. Raises ConfigError: the size is not a multiple of 8
-    up to ``MOST_LEXICAL``, or the base has lexical features, or classifies by a head of its own.
-    """
+    """Write the encoder with lexical features, ``size`` numbers of each text, to a new or empty folder. They are stated
+    in ``config.json``; special tokens do not count. Raises ConfigError: the size is not a multiple of 8 up to
+    ``MOST_LEXICAL``, or the base has lexical features, or classifies by a head of its own."""
     if size % 8 or not 0 < size <= MOST_LEXICAL:
         reason = f"{size} lexical features: the number is a multiple of 8, up to {MOST_LEXICAL}"
         raise ConfigError(reason, about="--size")
@@ -105,7 +103,6 @@ def with_pixels(base: Base, side: int, out: Path) -> Base:
 
 
 def _means(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Mean over each text's tokens, shape ``(texts, hidden)``."""
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.no_padding()
     rows = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]

@@ -49,8 +49,6 @@ Shapes = Mapping[str, tuple[int, ...]]  # shapes in an adapter's file, by peft's
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A merged base, and what was merged into it."""
-
     base: Base
     peft_type: str
     adapter: str  # SHA-256 of the adapter's file
@@ -129,7 +127,6 @@ def _trained_as(base: Base, settings: Settings, shapes: Shapes) -> tuple[Task, t
 
 
 def _mean(shapes: Shapes) -> bool:
-    """Whether an adapter is of ``edgeadapt.methods.classifier.PhraseClassifier``."""
     return any(input_name(name).startswith(ENCODER) for name in shapes)
 
 
@@ -199,7 +196,7 @@ def _separate(model: PeftModel) -> None:
 
 
 def _merged(adapted: PeftModel, ids: Tensor, folder: Path) -> tuple[Tensor, Any]:
-    """Return peft's logits, and the model without peft. Consumes ``adapted``."""
+    """Consumes ``adapted``."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

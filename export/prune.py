@@ -29,19 +29,15 @@ SPACE = "▁"  # begins a token that begins a word
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What became of a vocabulary, in tokens."""
-
     before: int
     after: int
     bytes: int  # size of the weights
 
 
 def frequent_words(languages: Sequence[str], count: int) -> list[str]:
-    """List each language's ``count`` most frequent words, in lower case; a language may have fewer.
-
-    ``languages``: two-letter codes (three for some), as in ``wordfreq.available_languages()``. Raises ConfigError:
-    there is no list of words for a language.
-    """
+    """List each language's ``count`` most frequent words, in lower case; a language may have fewer. ``languages``:
+    two-letter codes (three for some), as in ``wordfreq.available_languages()``. Raises ConfigError: there is no list of
+    words for a language."""
     import wordfreq  # takes half a second
 
     available = wordfreq.available_languages("small")

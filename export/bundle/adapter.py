@@ -29,11 +29,9 @@ from edgeadapt.methods.peft.lowrank import plain
 
 
 def encode(tensors: Tensors, inputs: AdapterInputs, form: Format = "int8") -> bytes:
-    """Encode all tensors of an adapter, under peft's names, as its file.
-
-    ``edgeadapt.formats.quantization.quantize`` says what each form loses. Raises DataError: a tensor is missing,
-    unknown, not finite, or too large for the format.
-    """
+    """Encode all tensors of an adapter, under peft's names, as its file. ``edgeadapt.formats.quantization.quantize``
+    says what each form loses. Raises DataError: a tensor is missing, unknown, not finite, or too large for the
+    format."""
     if odd := sorted({input_name(name) for name in tensors}.symmetric_difference(inputs.names)):
         raise DataError(f"tensor {odd[0]!r} is missing from the adapter or unknown to the exported base", about=odd[0])
     return container.pack(quantize(to_inputs(tensors, inputs.scaling), form))
@@ -48,10 +46,8 @@ def completed(
     tensors: Tensors, inputs: AdapterInputs, slots: Mapping[str, Sequence[str]]
 ) -> tuple[Tensors, AdapterInputs]:
     """Add an empty tensor for each slot of the base that the adapter does not fill: of rank 0, or of no vector.
-
     ``tensors``: under peft's names; ``slots``: of the base, with dimensions as text. Raises DataError: the base has no
-    slot for a tensor of the adapter, or the adapter lacks a tensor of a module in ``modules_to_save``.
-    """
+    slot for a tensor of the adapter, or the adapter lacks a tensor of a module in ``modules_to_save``."""
     names = {input_name(name) for name in tensors}
     if odd := sorted(names - set(slots)):
         layers = [name.removesuffix(LORA_A) for name in odd if name.endswith(LORA_A)]
@@ -88,11 +84,9 @@ def completed(
 
 
 def unfolded(adapter: VerifiedAdapter) -> tuple[Tensors, PeftConfig]:
-    """Restore the adapter's tensors under peft's names, and the PEFT config that gives its layers their scaling.
-
-    Layers that the adapter does not change are dropped. Where the manifest has no PEFT config, the scaling stays in B,
-    and the PEFT config that is returned gives every layer the scaling 1.
-    """
+    """Restore the adapter's tensors under peft's names, and the PEFT config that gives its layers their scaling. Layers
+    that the adapter does not change are dropped. Where the manifest has no PEFT config, the scaling stays in B, and the
+    PEFT config that is returned gives every layer the scaling 1."""
     kept = {name: value for name, value in adapter.inputs.items() if value.size}
     config = adapter.manifest.peft_config or _folded(kept)
     renamed = from_inputs(kept, dict.fromkeys(lora_paths(kept), 1.0))

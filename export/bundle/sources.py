@@ -23,8 +23,6 @@ TASKS: dict[str, Task] = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-g
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """An adapter before its export, verified as far as its source allows."""
-
     peft_config: PeftConfig
     labels: tuple[str, ...]  # the head's rows, in order
     version: int
@@ -61,10 +59,8 @@ def fitted(origin: Origin, base_digest: str, slots: Mapping[str, Sequence[str]])
 
 def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> Origin:
     """Read a version, by default the newest, of the registry in a coordinator's state directory. Writes nothing.
-
     ``trust``: the public keys that may have signed it; by default the coordinator's own. Raises TrustError: manifest or
-    file are not what a trusted key signed, or no round is recorded that made the version.
-    """
+    file are not what a trusted key signed, or no round is recorded that made the version."""
     registryfiles.require(state_dir)  # first: without a registry the key is missing too
     trusted = read_public_keys(trust) if trust else (read_key(state_dir / SIGNING_KEY).public,)
     registry = open_registry_files(state_dir, trusted)

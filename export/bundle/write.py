@@ -44,8 +44,6 @@ from export.onnx.exported import ExportedBase
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """An adapter to be exported, and what its manifest states."""
-
     name: str  # "global", or the owner's name for a private one
     tensors: Tensors = field(repr=False)  # under peft's names
     labels: tuple[str, ...]  # the head's rows, in order
@@ -128,11 +126,9 @@ def _kept(out: Path, manifest: BaseManifest, replaced: set[str]) -> bool:
 def add(
     bundle: Path, origin: Origin, *, name: str, form: Format, key: IdentityKey, temperature: float = 1.0
 ) -> AdapterManifest:
-    """Add ``origin`` to ``bundle`` under ``name``, and return its manifest. Does not import torch.
-
-    Raises ConfigError: the adapter is for another base, or its labels are missing. DataError: it does not fit the base,
-    or devices would refuse its version as a rollback.
-    """
+    """Add ``origin`` to ``bundle`` under ``name``, and return its manifest. Does not import torch. Raises ConfigError:
+    the adapter is for another base, or its labels are missing. DataError: it does not fit the base, or devices would
+    refuse its version as a rollback."""
     manifest = _stated(bundle)
     origin = fitted(origin, manifest.base_digest, manifest.slots)
     before = stated_adapter(bundle, name)
@@ -168,11 +164,9 @@ def create(
     key: IdentityKey,
     temperature: float = 1.0,
 ) -> AdapterManifest:
-    """Write a bundle of ``exported`` and of ``origin`` under ``name``, and return the adapter's manifest.
-
-    ``exported`` is used up: its files become the bundle's. Raises ConfigError, DataError: as ``write_bundle``, or the
-    adapter is for another base.
-    """
+    """Write a bundle of ``exported`` and of ``origin`` under ``name``, and return the adapter's manifest. ``exported``
+    is used up: its files become the bundle's. Raises ConfigError, DataError: as ``write_bundle``, or the adapter is for
+    another base."""
     origin = fitted(origin, exported.manifest.base_digest, exported.manifest.slots)
     if origin.policy:
         origin.policy.check_labels(origin.labels)
@@ -266,7 +260,7 @@ def _governed(
 
 
 def copy_bundle(bundle: Path, out: Path) -> None:
-    """Copy ``bundle`` to ``out`` with hard links, replacing an older bundle; at an error ``out`` is unchanged."""
+    """Copy with hard links, replacing an older bundle; at an error ``out`` is unchanged."""
     _stated(bundle)
     with locked_folder(out) as whole:
         check_place(whole)
@@ -275,7 +269,6 @@ def copy_bundle(bundle: Path, out: Path) -> None:
 
 
 def _longest(task: Task, content: Callable[[str], bytes]) -> int:
-    """Count the most tokens that a base reads, from the content of one of its files."""
     if task == "text-generation":
         return int(json.loads(content(GENERATION))["model"]["context_length"])
     return int(json.loads(content(TOKENIZER))["truncation"]["max_length"])

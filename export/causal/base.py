@@ -58,10 +58,8 @@ BEGIN, END, SOME, ZERO, ONE = (f"{KEPT_RANGE}/{name}" for name in ("begin", "end
 
 def keep_states(graph: onnx.ModelProto, slots: Collection[str], width: int) -> bool:
     """Let ``graph`` return ``STATES`` of its tokens, ``(batch, sequence, width)``, and go on from ``KEPT_STATES`` of
-    ``(1, kept, width)``, in place. Its other outputs are the same bit for bit.
-
-    Its KV cache has to be one buffer. Returns False, and changes nothing, if the graph cannot be cut.
-    """
+    ``(1, kept, width)``, in place. Its other outputs are the same bit for bit. Its KV cache has to be one buffer.
+    Returns False, and changes nothing, if the graph cannot be cut."""
     inner, nodes = graph.graph, list(graph.graph.node)
     fused = _last_fused(nodes, slots)
     values = {name for node in nodes for name in node.output}
@@ -139,7 +137,6 @@ def _split(nodes: Iterable[onnx.NodeProto], fused: onnx.NodeProto | None) -> lis
 def _branch(
     name: str, nodes: Iterable[onnx.NodeProto], results: Iterable[str], types: Mapping[str, onnx.ValueInfoProto]
 ) -> onnx.GraphProto:
-    """Make a branch, whose results have other names than those outside."""
     names = {result: f"{name}/{result}" for result in results}
     values = []
     for result, own in names.items():
@@ -311,7 +308,7 @@ def _vectors(model: nn.Module) -> dict[str, Floats]:
 
 
 class _Weights(Mapping[str, Floats]):
-    """Weight of each layer by its path, shape ``(out, in)``, read when it is asked for."""
+    """Each layer's, by path, shape ``(out, in)``, read when it is asked for."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self._layers = {path: model.get_submodule(path) for path in paths}

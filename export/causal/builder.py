@@ -40,18 +40,14 @@ class BuilderPathError(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class DecoderGraph:
-    """A graph in float32 with its weights, and the other files that onnxruntime-genai needs."""
-
     graph: onnx.ModelProto
     files: dict[str, bytes] = field(repr=False)
 
 
 def build(base: Base, config: Any, sample: Sample, store: OnDisk, report: Report = lambda *_: None) -> DecoderGraph:
     """Build token ids, attention mask and KV cache → logits and the next KV cache, with dynamic batch and lengths.
-
     ``sample``: torch's logits for a short text; ``store``: holds the weights of the graph. Raises BuilderPathError: the
-    builder does not know the architecture, or its graph does not give torch's logits.
-    """
+    builder does not know the architecture, or its graph does not give torch's logits."""
     if _has_window(config):  # the sample is too short to show it
         raise BuilderPathError(
             f"onnxruntime-genai's builder leaves out the sliding window of {base.folder}", about="sliding_window"

@@ -27,8 +27,6 @@ ONE_BY_ONE = 4  # last tokens, which are read one by one with the cache of the t
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A short text, and the logits of the base in torch without an adapter."""
-
     ids: NDArray[np.int64]  # (1, tokens)
     logits: Floats  # (1, tokens, vocabulary)
     # Where rotary embeddings change with the length (longrope): the first position that has the others, and the logits
@@ -86,7 +84,6 @@ def _long_from(config: Any) -> int | None:
 
 
 def _logits(graph: onnx.ModelProto, segments: Segments, ids: NDArray[np.int64], start: int = 0) -> Floats:
-    """Compute the logits of tokens that stand at the position ``start`` and those after it."""
     inputs = {value.name: value.type.tensor_type.shape.dim for value in graph.graph.input}
     outputs = [value.name for value in graph.graph.output]
     # (rows, heads, past tokens, width)

@@ -139,9 +139,8 @@ def _trace(model: Any, cache: KeyValueCache, store: OnDisk) -> onnx.ModelProto:
 
 def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: KeyValueCache, chosen: Any) -> dict[str, bytes]:
     """Make the other files that onnxruntime-genai reads: its settings, and the tokenizer as transformers saves it.
-
-    ``chosen`` are the tokens that end a text according to ``generation_config.json``, which transformers reads first.
-    """
+    ``chosen`` are the tokens that end a text according to ``generation_config.json``, which transformers reads
+    first."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many classes, with no common base

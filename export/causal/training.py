@@ -28,11 +28,9 @@ EXAMPLE = (0, 1, 4, 2)  # indices of six positions
 
 
 class LearnedLogits(nn.Module):
-    """Compute the logits at some positions of the flattened tokens, shape ``(learned, vocabulary)``.
-
-    It takes ``input_ids``, ``attention_mask``, ``positions`` and ``adapter``. Virtual tokens come before each text, and
-    are not among the tokens that positions count.
-    """
+    """Compute the logits at some positions of the flattened tokens, shape ``(learned, vocabulary)``. It takes
+    ``input_ids``, ``attention_mask``, ``positions`` and ``adapter``. Virtual tokens come before each text, and are not
+    among the tokens that positions count."""
 
     def __init__(self, slotted: SlottedModel) -> None:
         """Share the parameters of a model. Raises ConfigError: the model does not have an output layer, or with a slot
@@ -65,8 +63,6 @@ class LearnedLogits(nn.Module):
 
 
 class _AtPositions(nn.Module):
-    """Output layer that reads the hidden states at some positions of all texts."""
-
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head

@@ -32,7 +32,6 @@ the_labels = path_option("--labels", "Of a PEFT folder: the labels of its head, 
 def origin_of(
     registry: Path | None, folder: Path | None, version: int | None, trust: Path | None, labels: Path | None
 ) -> sources.Origin:
-    """Read the adapter that ``--registry`` or ``--peft`` names."""
     if folder is not None and registry is None:
         return sources.from_peft(
             folder, 1 if version is None else version, read_lines(labels, "label") if labels else ()

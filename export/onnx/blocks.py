@@ -120,7 +120,6 @@ def four_bits(weight: Floats) -> Blocks:
 
 
 def _parts(weight: Floats) -> Iterator[Floats]:
-    """Yield some rows at a time, which do not influence each other."""
     count = max(1, PART // weight.shape[1])
     for start in range(0, len(weight), count):
         yield np.ascontiguousarray(weight[start : start + count])
@@ -192,7 +191,6 @@ def _width(span: Floats, shrink: float) -> Floats:
 
 
 def _zero(low: Floats, scale: Floats) -> Floats:
-    """Code nearest to zero, if the first step is at ``low``."""
     result: Floats = np.clip(np.floor(-low / scale + np.float32(0.5 + TIE)), 0, TOP4).astype(np.float32)
     return result
 

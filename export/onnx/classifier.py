@@ -39,12 +39,9 @@ def export_classifier(
     *,
     training: bool | None = False,
 ) -> ExportedBase:
-    """Export a base in a few seconds, with slots for the adapters of any task.
-
-    ``training``: with a training graph; None: if it can have one. Raises ConfigError: the model has
-    block-sparse attention or cannot be exported; its graph does not run; nothing limits the length of a text; or it
-    cannot have the training graph that it shall have.
-    """
+    """Export a base in a few seconds, with slots for the adapters of any task. ``training``: with a training graph;
+    None: if it can have one. Raises ConfigError: the model has block-sparse attention or cannot be exported; its graph
+    does not run; nothing limits the length of a text; or it cannot have the training graph that it shall have."""
     if getattr(pretrained.configuration(base), "attention_type", None) == "block_sparse":
         # transformers reads short texts, and whatever follows them, with full attention: which answer is right depends.
         raise ConfigError(
@@ -110,14 +107,12 @@ def export_classifier(
 
 
 def _unless(demanded: bool | None, error: ConfigError) -> str:
-    """Explain why there is no training graph, unless one is demanded."""
     if demanded:
         raise error
     return str(error)
 
 
 def _limit(base: Base, tokenizer: Tokenizer, model: nn.Module) -> int:
-    """Count the tokens of the longest text that the model reads."""
     config = pretrained.configuration(base)
     positions = getattr(config, "max_position_embeddings", None)  # transformers maps each family's own name to it
     limits = [n for n in (positions, (tokenizer.truncation or {}).get("max_length")) if n and n > 0]

@@ -20,10 +20,8 @@ SIZES = ("Shape", "Size")  # operators whose output does not depend on the value
 
 
 def states_of(graph: onnx.ModelProto, slots: Collection[str]) -> tuple[str, int]:
-    """Find the value at which ``graph`` is cut below the first of ``slots``, and its width.
-
-    It is the highest of those with which the upper part computes least of the ids. Raises ConfigError: there is none.
-    """
+    """Find the value at which ``graph`` is cut below the first of ``slots``, and its width. It is the highest of those
+    with which the upper part computes least of the ids. Raises ConfigError: there is none."""
     widths, answers = dict(_widths(graph)), [value.name for value in graph.graph.output]
     best = min(cuts(graph.graph.node, slots, answers, widths), default=None)
     if best is None:
@@ -134,7 +132,6 @@ def _part(
     inputs: Iterable[onnx.ValueInfoProto],
     outputs: Iterable[onnx.ValueInfoProto],
 ) -> onnx.ModelProto:
-    """Copy some nodes with what they read, and with other ``names`` of values."""
     result = onnx.ModelProto(ir_version=graph.ir_version, opset_import=graph.opset_import, functions=graph.functions)
     result.graph.name = graph.graph.name
     result.graph.node.extend(nodes)

@@ -24,7 +24,6 @@ BITS = {Profile.NATIVE_INT8: 8, Profile.NATIVE_INT4: 4}
 
 
 def copy_others(base: Base, stage: Path, *but: str) -> None:
-    """Copy the files of a base to ``stage``, but those of its weights and those named."""
     replaced = {INDEX, *but, *(file.name for file in base.weight_files)}
     for file in base.folder.iterdir():
         if file.is_file() and file.name not in replaced:
@@ -64,9 +63,8 @@ def round_integers(model: nn.Module, integers: Collection[str]) -> None:
 
 def round_weights(model: nn.Module, bits: int, floats: Set[str] = frozenset()) -> None:
     """Round as ``quantize.in_blocks``, in place: embeddings, also as output layers, in eight bits, others in ``bits``.
-
-    Weights whose width is not divisible by a block stay as they are, as do those among ``floats`` (``float_weights``).
-    """
+    Weights whose width is not divisible by a block stay as they are, as do those among ``floats``
+    (``float_weights``)."""
     done: set[int] = set()  # tied weights are one tensor under two names
     for module in sorted(model.modules(), key=lambda module: not isinstance(module, nn.Embedding)):
         embedding, turned = isinstance(module, nn.Embedding), type(module) is Conv1D

@@ -25,10 +25,8 @@ UNKNOWN = ""  # a dimension that shape inference could not name
 
 
 class Backward:
-    """Adds nodes and initializers; ``nodes`` and ``constants`` hold them."""
-
     def __init__(self, graph: onnx.GraphProto) -> None:
-        """Begin with ``graph``, after shape inference."""
+        """``graph``: after shape inference."""
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[object, TensorProto] = {}
         self._stored = {tensor.name: tensor for tensor in graph.initializer}
@@ -47,7 +45,6 @@ class Backward:
         return self.named(kind, f"backward_{len(self.nodes)}", *inputs, **settings)
 
     def named(self, kind: str, output: str, *inputs: str, **settings: Any) -> str:
-        """Add a node whose output has a name of its own."""
         self.nodes.append(helper.make_node(kind, list(inputs), [output], output, **settings))
         return output
 
@@ -64,7 +61,6 @@ class Backward:
         return self.constant(np.array(values, np.int64))
 
     def known(self, name: str) -> NDArray[Any] | None:
-        """Value of an initializer; None for anything else."""
         tensor = self._stored.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor)
 
@@ -154,7 +150,7 @@ CONSTANT = frozenset(
 
 
 def rule_of(node: onnx.NodeProto) -> Rule:
-    """Choose the rule of a node's operator. Raises ConfigError: there is no such rule."""
+    """Raises ConfigError: the node's operator has no rule."""
     if node.domain or (rule := RULES.get(node.op_type)) is None:
         raise ConfigError(
             f"the operator {node.op_type} has no derivative here, so devices cannot train this base: export it with "
@@ -257,7 +253,6 @@ def _pow(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) ->
 
 
 def _reduced(to: Backward, node: onnx.NodeProto, gradient: str) -> str:
-    """Restore the dimensions that a reduction dropped."""
     if settings(node, keepdims=1)["keepdims"] or len(node.input) < 2:
         return gradient
     return to.add("Unsqueeze", gradient, node.input[1])
@@ -354,7 +349,6 @@ def _gather_nd(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -
 
 
 def _concat(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    """Take the part of the gradient that is where the input is."""
     axis = settings(node)["axis"] % to.rank(node.output[0])
     ends, end = [], to.integers(0)
     for source in node.input:

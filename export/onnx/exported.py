@@ -76,12 +76,11 @@ class ExportedBase:
 
     @property
     def model(self) -> bytes:
-        """Read the native ONNX graph; its weights are in the file ``WEIGHTS``."""
+        """Its weights are in the file ``WEIGHTS``."""
         return self.read(MODEL)
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
         return sum((self.folder / name).stat().st_size for name in self.manifest.files)
 
     def with_file(self, name: str, content: bytes) -> Self:

@@ -93,7 +93,6 @@ def check_gradients(
 
 
 def _in_torch(module: torch.nn.Module, batch: TrainingBatch, inputs: Tensors) -> Tensors:
-    """Compute the loss and the gradient by each slot."""
     adapter = {name: torch.from_numpy(value).requires_grad_() for name, value in inputs.items()}
     positions = [] if batch.positions is None else [torch.from_numpy(batch.positions)]
     logits = module(torch.from_numpy(batch.ids), torch.from_numpy(batch.mask), *positions, adapter)
@@ -176,7 +175,6 @@ def _embedded(module: Any, ids: NDArray[np.int64]) -> Floats:
 def _labelled(
     rng: np.random.Generator, batch: TrainingBatch, module: torch.nn.Module, inputs: Tensors
 ) -> TrainingBatch:
-    """Give each text one of the labels that a classifier has with this adapter."""
     with torch.no_grad():
         logits = module(
             torch.from_numpy(batch.ids),
@@ -187,7 +185,6 @@ def _labelled(
 
 
 def _learned(rng: np.random.Generator, batch: TrainingBatch, ids: Sequence[int]) -> TrainingBatch:
-    """Let a language model learn some of the tokens of the same texts."""
     read = np.flatnonzero(batch.mask)
     positions = np.sort(rng.choice(read, 1 + len(read) // 2, replace=False))
     shares = (rng.random(len(positions)) / len(positions)).astype(np.float32)

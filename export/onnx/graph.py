@@ -85,10 +85,8 @@ ANSWER = "logits"
 
 def trace(slotted: SlottedModel) -> onnx.ModelProto:
     """Export ``slotted`` in float32: ``input_ids``, ``attention_mask`` (batch, sequence) and the slots → ``logits``.
-
     The result names no file or line of the machine that exports it, and equal models give equal graphs. Raises
-    ConfigError: torch cannot trace the model.
-    """
+    ConfigError: torch cannot trace the model."""
     example, dynamic = examples(slotted)
     batch, sequence = Dim("batch"), Dim("sequence")
     length = numbers_of(slotted.model)
@@ -148,7 +146,7 @@ def export(
 
 
 def slots(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    """List the inputs that an adapter fills, with their dimensions as text: a number, or the name of a symbolic one."""
+    """Dimensions as text: a number, or the name of a symbolic one."""
     return {
         value.name: tuple(d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim)
         for value in graph.graph.input

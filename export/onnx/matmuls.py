@@ -96,11 +96,9 @@ def find(graph: onnx.ModelProto, weights: Mapping[str, Floats], store: TensorSto
 
 
 def insert_lora(graph: onnx.ModelProto, layers: Mapping[str, LayerMatMul]) -> dict[str, tuple[str, ...]]:
-    """Add ``(x @ A) @ B`` to the output of each layer's MatMul, in place; A and B are inputs of the graph.
-
-    ``graph`` may be quantized, which keeps the names of what MatMuls read and return. Returns the slots with their
-    dimensions as text, the rank of A and B being symbolic, in the order of ``layers``.
-    """
+    """Add ``(x @ A) @ B`` to the output of each layer's MatMul, in place; A and B are inputs of the graph. ``graph``
+    may be quantized, which keeps the names of what MatMuls read and return. Returns the slots with their dimensions as
+    text, the rank of A and B being symbolic, in the order of ``layers``."""
     paths = {layer.y: path for path, layer in layers.items()}
     nodes = []
     for node in graph.graph.node:
@@ -146,7 +144,6 @@ def merge(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> dict[str, list
 
 
 def import_contrib(graph: onnx.ModelProto) -> None:
-    """State, in place, that ``graph`` uses ONNX Runtime's own operators."""
     if CONTRIB not in {entry.domain for entry in graph.opset_import}:
         graph.opset_import.append(helper.make_opsetid(CONTRIB, 1))
 
@@ -230,7 +227,6 @@ def _lora_nodes(node: onnx.NodeProto, path: str, x: str) -> list[onnx.NodeProto]
 
 
 def slot_input(name: str, dimensions: Sequence[str]) -> onnx.ValueInfoProto:
-    """Make a slot an input of a graph, with its dimensions as text."""
     sizes = [int(text) if text.isdigit() else text for text in dimensions]
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
 

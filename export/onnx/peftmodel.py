@@ -189,7 +189,6 @@ def with_inputs(slotted: SlottedModel) -> nn.Module:
 
 
 def _grouped(inputs: AdapterInputs, *, replaced: bool) -> dict[str, set[str]]:
-    """Group graph inputs by module: those that replace its parameters, or those that change its output."""
     groups: dict[str, set[str]] = {}
     for name in (*inputs.vectors, *(slot.path + part for slot in inputs.loras for part in (LORA_A, LORA_B))):
         if name.endswith(REPLACED) == replaced:
@@ -228,13 +227,12 @@ def examples(slotted: SlottedModel) -> tuple[dict[str, Tensor], dict[str, dict[i
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, int]:
-    """Shape of a linear layer's weight: outputs, inputs."""
+    """Outputs, inputs."""
     first, second = layer.get_parameter("weight").shape
     return (int(second), int(first)) if type(layer) is Conv1D else (int(first), int(second))
 
 
 def layer_weight(layer: nn.Module) -> Floats:
-    """Copy the weight of a linear layer, ``(out, in)``."""
     weight: Floats = layer.get_parameter("weight").detach().numpy()
     return weight.T if type(layer) is Conv1D else weight
 
@@ -259,7 +257,7 @@ def replace_conv1d(root: nn.Module) -> None:
 
 
 def as_linear(layer: Conv1D) -> nn.Linear:
-    """Make the Linear that computes what ``layer`` does. Shares the bias and copies the weight."""
+    """Share the bias and copy the weight."""
     width, out = layer.weight.shape
     with torch.device("meta"):
         linear = nn.Linear(width, out)

@@ -29,11 +29,9 @@ SUMS = "_with_sums"  # suffix of an input's name: the input with the sums of its
 def quantize(
     graph: onnx.ModelProto, profile: Profile, ids: Sequence[int], store: TensorStore = MEMORY
 ) -> onnx.ModelProto:
-    """Copy ``graph`` in ``profile``, with the same inputs and the same names of the MatMuls' outputs.
-
-    ``graph`` is in float32, without defaults for slots, which would be mistaken for weights. ``ids`` are tokens of a
-    plain text, to measure which MatMuls ``web-int8`` must leave in float.
-    """
+    """Copy ``graph`` in ``profile``, with the same inputs and the same names of the MatMuls' outputs. ``graph`` is in
+    float32, without defaults for slots, which would be mistaken for weights. ``ids`` are tokens of a plain text, to
+    measure which MatMuls ``web-int8`` must leave in float."""
     if profile is Profile.FP32:
         return copy.deepcopy(graph)
     if profile is Profile.WEB_INT8:
@@ -45,10 +43,8 @@ def in_blocks(
     graph: onnx.ModelProto, bits: int, other: Mapping[str, int], store: TensorStore = MEMORY
 ) -> onnx.ModelProto:
     """Copy ``graph`` (as for ``quantize``) with weights in blocks of 32, of ``bits`` 4 or 8; 32 leaves them in float.
-
     Weights whose width is not divisible by 32 stay in float, those that come in symmetric four bits keep them, and
-    embeddings have 8. ``other`` has other bits by the name of a MatMul's output.
-    """
+    embeddings have 8. ``other`` has other bits by the name of a MatMul's output."""
     result = copy.deepcopy(graph)
     values = {tensor.name: tensor for tensor in result.graph.initializer}
     ranks = _ranks(graph.graph)
@@ -82,11 +78,9 @@ def in_blocks(
 
 
 def in_integers(graph: onnx.ModelProto, kept: Container[str], store: TensorStore = MEMORY) -> onnx.ModelProto:
-    """Copy ``graph`` with each MatMul a MatMulInteger, except those whose output's name is in ``kept``.
-
-    The latter compute in float. Where their weights come in symmetric four bits, the graph stores a byte of each, which
-    ONNX Runtime turns into the same floats when it loads the graph.
-    """
+    """Copy ``graph`` with each MatMul a MatMulInteger, except those whose output's name is in ``kept``. The latter
+    compute in float. Where their weights come in symmetric four bits, the graph stores a byte of each, which ONNX
+    Runtime turns into the same floats when it loads the graph."""
     result = copy.deepcopy(graph)
     values = {tensor.name: tensor for tensor in result.graph.initializer}
     nodes: list[onnx.NodeProto] = []
@@ -116,7 +110,6 @@ def in_integers(graph: onnx.ModelProto, kept: Container[str], store: TensorStore
 
 
 def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
-    """Count the dimensions of each value for which the graph states it."""
     stated = [(value.name, value.type.tensor_type) for value in (*graph.value_info, *graph.input)]
     return {name: len(kind.shape.dim) for name, kind in stated if kind.HasField("shape")}
 

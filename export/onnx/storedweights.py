@@ -93,11 +93,9 @@ def in_integers(weight: Floats, integers: Collection[str]) -> tuple[NDArray[np.i
 
 
 def read_stored(graph: onnx.ModelProto, form_of: FormOf, store: TensorStore, once: Collection[str] | None) -> None:
-    """Let the MatMuls of both passes of a training graph read their weights in stored form, in place.
-
-    ``once``: the outputs of layers whose weight is made floats once for both passes, which keeps it in memory between
-    them; None: all.
-    """
+    """Let the MatMuls of both passes of a training graph read their weights in stored form, in place. ``once``: the
+    outputs of layers whose weight is made floats once for both passes, which keeps it in memory between them; None:
+    all."""
     inner, nodes = graph.graph, list[onnx.NodeProto]()
     values = {tensor.name: tensor for tensor in inner.initializer}
     floats = {name for node in inner.node if node.op_type == "Gemm" for name in node.input}  # also of the answers
@@ -136,7 +134,7 @@ def _four_bits(blocks: Blocks) -> Stored:
 
 
 def _packed(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Put two codes in a byte, without a gap between rows."""
+    """Without a gap between rows."""
     flat = np.append(codes.reshape(-1), np.zeros(codes.size % 2, np.uint8))
     return (flat[::2] | (flat[1::2] << 4)).astype(np.uint8)
 
@@ -154,11 +152,9 @@ def _floats(
 
 
 def _of_bytes(graph: onnx.GraphProto, name: str, stored: Stored, store: TensorStore, made: str) -> list[onnx.NodeProto]:
-    """Make ``made``, a weight as it is stored.
-
-    ONNX Runtime repeats a DequantizeLinear for each of its readers, and makes one of equal nodes. So its only reader is
-    a Reshape to the shape that there is, which no other value has as an input.
-    """
+    """Make ``made``, a weight as it is stored. ONNX Runtime repeats a DequantizeLinear for each of its readers, and
+    makes one of equal nodes. So its only reader is a Reshape to the shape that there is, which no other value has as an
+    input."""
     parts = {f"{name}_codes": stored.codes, f"{name}_scales": stored.scales}
     if stored.zeros is not None:
         middle = stored.bits == 8 or bool(np.all(stored.zeros == MIDDLE4 * 17))

@@ -77,7 +77,6 @@ class Slots:
 
     @classmethod
     def of(cls, slots: Self | Sequence[str]) -> Self:
-        """Make low-rank slots of targets."""
         return slots if isinstance(slots, cls) else cls(tuple(slots))  # type: ignore[arg-type]
 
     @property
@@ -162,7 +161,6 @@ def _number(path: str) -> int:
 
 
 def _replaceable(module: nn.Module, kinds: frozenset[SlotKind]) -> Iterator[str]:
-    """Yield the parameters of one module that ``kinds`` lets an adapter replace."""
     own = {name: value.ndim for name, value in module.named_parameters(recurse=False)}
     norm = own.get("weight") == 1
     for name, dimensions in own.items():

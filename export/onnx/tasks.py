@@ -25,12 +25,9 @@ class Sizes:
 
 
 def sizes(config: Any) -> Sizes:
-    """Read the sizes in a configuration of transformers.
-
-    Optimum says what each family calls them. For a family that it does not list, and where its names are not the
-    installed transformers', the names are those to which transformers maps each family's own. Raises ConfigError: the
-    configuration lacks a size, or its layers differ in one.
-    """
+    """Read the sizes in a configuration of transformers. Optimum says what each family calls them. For a family that it
+    does not list, and where its names are not the installed transformers', the names are those to which transformers
+    maps each family's own. Raises ConfigError: the configuration lacks a size, or its layers differ in one."""
     from optimum.utils.normalized_config import NormalizedConfigManager
 
     try:

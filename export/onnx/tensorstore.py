@@ -18,8 +18,6 @@ INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference
 
 
 class TensorStore:
-    """Reads and makes the initializers of a graph, which keeps them itself."""
-
     folder: Path | None = None  # of the external data
 
     def array(self, tensor: TensorProto) -> NDArray[Any]:
@@ -84,7 +82,6 @@ class OnDisk(TensorStore):
 
 
 def size_of(graph: onnx.ModelProto) -> int:
-    """Count the bytes of the tensors of a graph that are in files."""
     entries = (entry for tensor in graph.graph.initializer for entry in tensor.external_data)
     return sum(int(entry.value) for entry in entries if entry.key == "length")
 

@@ -39,10 +39,8 @@ def training_graphs(
     store: TensorStore = MEMORY,
 ) -> dict[str, onnx.ModelProto]:
     """Make the training graph of a traced base by the name of its file and, if it is cut, the part below as well; of a
-    classifier also the part of the answering graph above.
-
-    ``ids`` are tokens of a plain text, as for ``quantize``. Raises as ``training_graph`` and ``cut.states_of``.
-    """
+    classifier also the part of the answering graph above. ``ids`` are tokens of a plain text, as for ``quantize``.
+    Raises as ``training_graph`` and ``cut.states_of``."""
     if not slotted.cut:
         return {TRAINING: training_graph(traced, slotted, answering, profile, store)}
     states = _states(traced)

@@ -39,11 +39,9 @@ CONSTANTS = {
 
 
 def scale_inputs(graph: onnx.ModelProto, layers: Mapping[str, LayerMatMul], names: Sequence[str]) -> None:
-    """Let each layer that has an input scale among ``names`` read its scaled input, in place.
-
-    ``graph`` is in float32 (quantization stores what a MatMul reads in several forms), ``layers`` from
-    ``matmuls.find``, and ``names`` are all vectors of the base.
-    """
+    """Let each layer that has an input scale among ``names`` read its scaled input, in place. ``graph`` is in float32
+    (quantization stores what a MatMul reads in several forms), ``layers`` from ``matmuls.find``, and ``names`` are all
+    vectors of the base."""
     chosen = {layers[layer_of(name)].y: name for name in names if name.endswith(INPUT_SCALE)}
     nodes = [node for name in chosen.values() for node in _given(name, "vector_one")]
     stated = {value.name: value for value in graph.graph.value_info}

@@ -41,10 +41,8 @@ class Embedding:
 
 def insert_prompt(graph: onnx.ModelProto, embedding: Embedding) -> Slots:
     """Take the embeddings of the first positions from a slot ``(virtual tokens, width)``; changes ``graph`` in place.
-
     ``graph`` is a decoder's, of either path, and may be quantized. Returns the slot. Raises ConfigError: the graph does
-    not look up embeddings in one place, or does not scale them as the model does.
-    """
+    not look up embeddings in one place, or does not scale them as the model does."""
     inner = graph.graph
     maker, tokens = _embeddings(inner, embedding), f"{PROMPT}.tokens"
     slot = _Slot(inner, PROMPT, embedding.width)
@@ -114,11 +112,9 @@ def accept_rows(graph: onnx.ModelProto) -> None:
 
 
 class _Slot:
-    """The rows of a slot for the virtual tokens among the tokens of one run, and what else its nodes need.
-
-    ``start`` and ``end`` are the numbers of these virtual tokens, ``count`` says how many they are, and ``values``
-    holds their rows, ``(rows, count, width)``: the same for every row of a batch.
-    """
+    """The rows of a slot for the virtual tokens among the tokens of one run, and what else its nodes need. ``start``
+    and ``end`` are the numbers of these virtual tokens, ``count`` says how many they are, and ``values`` holds their
+    rows, ``(rows, count, width)``: the same for every row of a batch."""
 
     def __init__(self, graph: onnx.GraphProto, name: str, width: int) -> None:
         self._graph, self._name, self._count = graph, name, 0
@@ -145,7 +141,6 @@ class _Slot:
         return name
 
     def taken_from(self, table: str) -> str:
-        """Select the rows of ``table`` that belong to the virtual tokens of the run."""
         return self.add("Slice", [table, self.start, self.end, self.constant([0])])
 
     def replaced(self, value: str, rows: str, along: int, output: str | None = None) -> str:

@@ -83,8 +83,7 @@ LIMITS: dict[Task, dict[Profile, Limits]] = {
 
 
 def limits_of(profile: str, task: Task) -> Limits:
-    """Choose the limits of the profile in a base manifest. Raises ConfigError: this release does not know the
-    profile."""
+    """Raises ConfigError: this release does not know the profile."""
     try:
         return LIMITS[task][Profile(profile)]
     except ValueError:
@@ -137,8 +136,6 @@ class Parity:
 
 @dataclass(frozen=True, slots=True)
 class OnnxRunner:
-    """An exported base in ONNX Runtime, run with any adapter."""
-
     tokenizer: Any
     graph: ClassifierGraph | None  # None for a language model
     session: ort.InferenceSession | None  # of a language model
@@ -227,10 +224,8 @@ def compare(
     labels: Sequence[int] | None = None,
 ) -> Parity:
     """Run torch, with the trained adapter, and ONNX Runtime on the same held-out texts; call ``step`` after each.
-
     ``inputs`` is the exported adapter, read back from its file; ``labels`` are a classifier's right answers, if they
-    are known. Raises DataError: there is no answer to compare, or one is not finite.
-    """
+    are known. Raises DataError: there is no answer to compare, or one is not finite."""
     rows: list[Floats] = []
     alone: list[tuple[Sequence[int], Floats]] = []
     tokens = [encoding.ids for encoding in runner.encode(texts, inputs)]
@@ -296,7 +291,7 @@ def gate(parity: Parity, limits: Limits, *, privacy: PrivacyBound | None = None)
 
 
 def too_far(parity: Parity, limits: Limits) -> dict[str, str]:
-    """Name the fields of ``parity`` that exceed ``limits`` or are NaN, each with a reason; empty if files may ship."""
+    """Each field that exceeds ``limits`` or is NaN, with a reason; empty if files may ship."""
     broken = {}
     if not parity.agreement >= limits.agreement:
         broken["agreement"] = f"agreement {parity.agreement:.2%}, at least {limits.agreement:.2%}"
@@ -323,7 +318,6 @@ def log_softmax(logits: Floats) -> Floats:
 
 
 def _mixed_diff(runner: OnnxRunner, inputs: Tensors, alone: Sequence[tuple[Sequence[int], Floats]]) -> float:
-    """Find the largest difference of a probability between the answers ``alone`` and in mixed batches."""
     result = 0.0
     half = MAX_ROWS // 2
     for at in range(0, min(len(alone), MIXED_TEXTS), half):
@@ -337,11 +331,9 @@ def _mixed_diff(runner: OnnxRunner, inputs: Tensors, alone: Sequence[tuple[Seque
 
 
 def _compared(expected: Floats, found: Floats, following: Sequence[int] | None) -> Floats:
-    """Compare log probabilities ``(answers, choices)``; a single answer may lack the first dimension.
-
-    Returns for each answer: whether it is the same, the largest difference, and of both, ours first: a language model's
-    losses, a classifier's answers. ``following``: the tokens that follow all but the last; None for a classifier.
-    """
+    """Compare log probabilities ``(answers, choices)``; a single answer may lack the first dimension. Returns for each
+    answer: whether it is the same, the largest difference, and of both, ours first: a language model's losses, a
+    classifier's answers. ``following``: the tokens that follow all but the last; None for a classifier."""
     p, q = (np.atleast_2d(x)[: None if following is None else -1] for x in (expected, found))
     answers = [q.argmax(axis=1), p.argmax(axis=1)]
     columns = [answers[0] == answers[1], np.abs(np.exp(p) - np.exp(q)).max(axis=1)]
@@ -370,11 +362,9 @@ class ExportedPair:
 
 
 def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> ExportedPair:
-    """Read back and verify the base and the adapter ``name`` of a bundle, which was exported from ``origin``.
-
-    Raises ConfigError: ``base_name`` is another base than the bundle's. DataError: the adapter was exported from
-    another file than ``origin``. TrustError: a file of the bundle is not what was signed.
-    """
+    """Read back and verify the base and the adapter ``name`` of a bundle, which was exported from ``origin``. Raises
+    ConfigError: ``base_name`` is another base than the bundle's. DataError: the adapter was exported from another file
+    than ``origin``. TrustError: a file of the bundle is not what was signed."""
     verified = bundle.base()
     manifest, adapter = verified.manifest, bundle.adapter(name, verified.manifest)
     if (source := adapter.manifest.source) != origin.sha256:
@@ -408,10 +398,8 @@ FEWEST = 50  # phrases; fewer leave the calibration error itself uncertain
 
 def read_examples(path: Path, labels: Sequence[str]) -> list[tuple[str, int]]:
     """Read the phrases in a file of ``edgeadapt.formats.phrases``, each with the number of its label among ``labels``.
-
     Raises ConfigError, DataError: as ``read_phrases``; or there are fewer than ``FEWEST`` phrases, or the head has no
-    row for a label.
-    """
+    row for a label."""
     pairs, numbers = read_phrases(path), {label: number for number, label in enumerate(labels)}
     if unknown := sorted({label for label, _ in pairs} - set(numbers)):
         reason = f"the adapter has no label {unknown[0][:40]!r}, which {path} has; it has: {', '.join(labels)[:120]}"
@@ -426,10 +414,8 @@ def fit_temperature(
     runner: OnnxRunner, inputs: Tensors, examples: Sequence[tuple[str, int]], step: Callable[[], object] = lambda: None
 ) -> Calibration:
     """Fit a temperature on what devices run, and measure what it does to phrases that it was not fitted on.
-
     Quantization moves probabilities, so a temperature of the model in torch would be that of another classifier. Raises
-    DataError: an answer is not finite, or a label has no row in the head.
-    """
+    DataError: an answer is not finite, or a label has no row in the head."""
     logits = runner.classify([phrase for phrase, _ in examples], inputs, step)
     labels = np.array([label for _, label in examples], np.int64)
     if (rows := logits.shape[1]) <= labels.max():
