@@ -70,11 +70,9 @@ def challenge(node: int, message: Challenge) -> None:
 
 
 def check_in(root: Root, asked: Challenge, raw: bytes, at: datetime) -> tuple[str, CheckIn]:
-    """The device that answers the challenge ``asked``, and its answer.
-
-    Raises ProtocolError: the authority did not certify a device in it for ``at``, that device did not sign it, or it
-    answers another challenge: of another node, or an earlier one of this node.
-    """
+    """The device that answers the challenge ``asked``, and its answer. Raises ProtocolError: the authority did not
+    certify a device in it for ``at``, that device did not sign it, or it answers another challenge: of another node, or
+    an earlier one of this node."""
     with ProtocolError.blaming(None, TrustError):
         # Whom it claims to be from; that device's signature is then required.
         device, key = root.verify(CheckIn.decode(envelope.unverified_body(raw)).certificate, at)
@@ -87,11 +85,9 @@ def check_in(root: Root, asked: Challenge, raw: bytes, at: datetime) -> tuple[st
 def members(
     root: Root, certificates: Sequence[bytes], coordinator: PublicKey, at: datetime | None
 ) -> Mapping[str, PublicKey]:
-    """Device id → identity key of a cohort, in ascending order, all certified and none repeated.
-
-    ``coordinator``: its key, which is no device's: a key has one role. Raises ProtocolError: a certificate is not the
-    authority's, an id or key is repeated or out of order, or two ids differ in upper and lower case only.
-    """
+    """Device id → identity key of a cohort, in ascending order. ``coordinator``: its key, which is no device's: a key
+    has one role. Raises ProtocolError: a certificate is not the authority's, an id or key is repeated or out of order,
+    or two ids differ in upper and lower case only."""
     with ProtocolError.blaming(None, TrustError):
         # Lists that are equal may differ in what an audit counts as revoked: they are no part of the key.
         cohort, numbers, begins, ends = _members(replace(root, revoked=None), tuple(certificates), coordinator)
@@ -173,11 +169,9 @@ def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes
 def roster(
     spec: SessionSpec, offer: bytes, cohort: Mapping[str, PublicKey], message: Roster
 ) -> tuple[Session, Mapping[str, bytes]]:
-    """The session that a roster defines, and device → advert as signed.
-
-    Raises ProtocolError: for another offer, below the threshold, an advert from outside the cohort, a device or key
-    repeated, an advert that ``advert`` refuses, or no graph of the degree on so many devices.
-    """
+    """The session that a roster defines, and device → advert as signed. Raises ProtocolError: for another offer, below
+    the threshold, an advert from outside the cohort, a device or key repeated, an advert that ``advert`` refuses, or no
+    graph of the degree on so many devices."""
     return _roster(spec, offer, tuple(cohort.items()), message)
 
 
@@ -319,7 +313,6 @@ def quorum(spec: SessionSpec, current: Plan, signers: Collection[str]) -> None:
 
 @lru_cache(maxsize=COHORTS)
 def _signed(survivors: bytes, signatures: tuple[tuple[str, PublicKey, bytes], ...]) -> None:
-    """Return if each device's key signed its ``ConsistencySignature`` of the survivor set with this digest."""
     for device, key, signature in signatures:
         envelope.verify(key, ConsistencySignature.TAG, ConsistencySignature(survivors, device).encode(), signature)
 

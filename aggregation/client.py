@@ -140,12 +140,9 @@ def check_in(
     node: int,
     last_offer: bytes | None,
 ) -> bytes:
-    """Answer a challenge (step 0): the certificate, signed with its key. No state changes.
-
-    ``node``: Flower's id of the node that this device runs as. ``last_offer``: digest of the last offer that this
-    device joined, if it keeps a log state. Raises ProtocolError: the challenge is not the coordinator's, or is for
-    another node.
-    """
+    """Answer a challenge (step 0): the certificate, signed with its key. No state changes. ``node``: Flower's id of the
+    node that this device runs as. ``last_offer``: digest of the last offer that this device joined, if it keeps a log
+    state. Raises ProtocolError: the challenge is not the coordinator's, or is for another node."""
     message = envelope.open_verified(Challenge, challenge, coordinator, COORDINATOR)
     checks.challenge(node, message)
     return envelope.sign(identity, CheckIn(message.digest(), certificate, last_offer))
@@ -206,10 +203,8 @@ class Advertised:
 
     def on_roster(self, device: Device, roster: bytes, entropy: Entropy) -> "tuple[Ready, bytes]":
         """Check the roster and share the secrets of every round (steps 3 and 4); the answer is the encrypted shares.
-
         Raises ProtocolError: the roster is not the coordinator's for this offer, is too small, has an advert that is
-        repeated, replayed, unsigned or from outside the cohort, or lacks this device's own advert.
-        """
+        repeated, replayed, unsigned or from outside the cohort, or lacks this device's own advert."""
         message = device.open_verified(Roster, roster)
         session, adverts = checks.roster(self.spec, self.offer, self.cohort, message)
         device.policy.check_roster(self.spec, len(self.cohort), len(adverts))
@@ -224,8 +219,6 @@ class Advertised:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Between rounds."""
-
     session: Annotated[Session, wire.record(Session)]
     serials: _Serials  # device id → serial of its certificate, of the whole cohort
     # When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
@@ -291,11 +284,9 @@ class Planned:
         return self.ready.on_plan(device, plan, at)
 
     def contribute(self, device: Device, ring_vector: Ring, threads: int = 1) -> "tuple[Masked, bytes]":
-        """Mask and sign the vector (step 6). This device's own secrets of the round are dropped.
-
-        ``ring_vector``: result of ``spec.vector.encode``. It is masked in place, so that the plain vector does not
-        outlive this call; copy it first if it is still needed. Raises DataError: the vector has another size or type.
-        """
+        """Mask and sign the vector (step 6). This device's own secrets of the round are dropped. ``ring_vector``:
+        result of ``spec.vector.encode``. It is masked in place, so that the plain vector does not outlive this call;
+        copy it first if it is still needed. Raises DataError: the vector has another size or type."""
         bits, plan = self.spec.vector.ring_bits, self.plan.digest()
         ring.require_vector(ring_vector, self.spec.vector.size, bits)
         self.single_use.take("masked-input")
@@ -327,11 +318,9 @@ class Masked:
         return self.ready.on_plan(device, plan, at)
 
     def on_survivors(self, device: Device, survivors: bytes) -> tuple["Confirmed", bytes]:
-        """Check the survivor set and sign it, once (step 7); the answer is the consistency signature.
-
-        Raises ProtocolError: not the coordinator's for this plan, without this device and its own vector, with a device
-        from outside the plan, or too small; or the session runs no consistency check.
-        """
+        """Check the survivor set and sign it, once (step 7); the answer is the consistency signature. Raises
+        ProtocolError: not the coordinator's for this plan, without this device and its own vector, with a device from
+        outside the plan, or too small; or the session runs no consistency check."""
         self._require_adversary(Adversary.ACTIVE, "survivor set")
         message = device.open_verified(Survivors, survivors)
         checks.survivors(self.ready.session, self.plan, self.ready.me, self.vector, message)

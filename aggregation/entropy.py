@@ -12,9 +12,7 @@ from aggregation.keystream import Keystream
 class Entropy(Protocol):
     """Bytes that nobody can predict: from the operating system, or from a secret; fixed ones in vector tests."""
 
-    def bytes(self, n: int) -> bytes:
-        """Return ``n`` fresh bytes."""
-        ...
+    def bytes(self, n: int) -> bytes: ...
 
 
 class SystemEntropy:

@@ -9,14 +9,9 @@ from contextlib import contextmanager
 
 
 class EdgeAdaptError(Exception):
-    """An error that a user can cause or fix.
-
-    Args:
-        message: One line: what is wrong, and what to do.
-        about: The subject of the error, for programs and tests, which must not depend on the sentence: a field
-            (``plan.round``), a setting (``policy.minimum_cohort``), a file's name (``base.onnx``) or an option
-            (``--form``).
-    """
+    """An error that a user can cause or fix. ``message``: one line: what is wrong, and what to do. ``about``: the
+    subject of the error, for programs and tests, which must not depend on the sentence: a field (``plan.round``), a
+    setting (``policy.minimum_cohort``), a file's name (``base.onnx``) or an option (``--form``)."""
 
     exit_code = 1
 

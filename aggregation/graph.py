@@ -69,7 +69,6 @@ def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int 
     (GraphParameters(degree=134, threshold=99), GraphParameters(degree=19, threshold=12))
 
     Args:
-        devices: In the cohort.
         corrupt: Fraction of them that is corrupt, in [0, 1).
         dropout: Fraction of them that drops out in a round, in [0, 1).
         bits: The session is insecure with probability at most 2^-``bits``.
@@ -125,12 +124,8 @@ def left_over(devices: int, corrupt: int, degree: int, threshold: int, survivors
     >>> left_over(8, 1, 7, 6, 6), left_over(8, 1, 7, 5, 5), left_over(1000, 100, 134, 99, 551)
     (6, 2, 20)
 
-    Args:
-        devices: On the roster, n.
-        corrupt: How many of them may be corrupt, c.
-        degree: Neighbors of a device, k.
-        threshold: Shares that reconstruct a secret, t.
-        survivors: Fewest in a sum.
+    n: ``devices`` on the roster, of which c may be ``corrupt``. k: ``degree``. t: ``threshold``. ``survivors``: fewest
+    in a sum.
     """
     if degree >= devices - 1:
         return 2 * (2 * threshold - devices - corrupt)
@@ -166,11 +161,9 @@ def is_secure(devices: int, corrupt: int, degree: int, threshold: int, bits: int
     (True, False)
 
     Args:
-        devices: On the roster.
         corrupt: How many of them may be corrupt; the whole roster, or more, is never secure.
         degree: Neighbors of a device, k; an odd degree is never secure.
         threshold: Shares that reconstruct a secret, t.
-        bits: Of security.
     """
     if corrupt >= devices:  # a roster may be smaller than the part of the cohort that is assumed corrupt
         return False

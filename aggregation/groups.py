@@ -31,8 +31,6 @@ _PLANS = 4  # of which a process keeps the groups
 
 @dataclass(frozen=True, slots=True)
 class GroupSum:
-    """The sum of a group."""
-
     survivors: tuple[str, ...]  # devices whose contributions are in it, in ascending order
     # Segment name → sum, float64 of shape ``(segment.size,)``, in the segment's unit.
     values: Mapping[str, NDArray[np.float64]] = field(repr=False)

@@ -57,12 +57,9 @@ SMALL_ORDER = frozenset(
 
 
 def require_public_key(key: bytes) -> None:
-    """Check that ``key`` (32 bytes) is a canonical X25519 public key that is not of small order.
-
-    X25519 reduces u-coordinates mod p and ignores the top bit (RFC 7748, section 5). Here one key is one byte string,
-    so that keys are different wherever their bytes are. Raises ProtocolError: the key is of small order, or not
-    canonical.
-    """
+    """Check that ``key`` (32 bytes) is a canonical X25519 public key that is not of small order. X25519 reduces
+    u-coordinates mod p and ignores the top bit (RFC 7748, section 5). Here one key is one byte string, so that keys are
+    different wherever their bytes are. Raises ProtocolError: the key is of small order, or not canonical."""
     point = int.from_bytes(key, "little")
     if point >= _P:
         raise ProtocolError("an X25519 key is not in its canonical form", about="x25519.encoding")
@@ -93,7 +90,6 @@ def private_key(private: bytes) -> X25519PrivateKey:
 
 
 def exchange(private: X25519PrivateKey, public: bytes) -> bytes:
-    """``shared_secret`` with a key that is loaded."""
     try:
         return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
@@ -102,11 +98,9 @@ def exchange(private: X25519PrivateKey, public: bytes) -> bytes:
 
 
 def derive(secret: bytes, *bound: bytes) -> bytes:
-    """HKDF-SHA256 (RFC 5869) of ``secret`` without salt: 32 bytes.
-
-    ``secret``: input keying material of any length. ``bound``: parts of the info, each preceded by its length in 4
-    bytes, so that no other list of parts gives the same.
-    """
+    """HKDF-SHA256 (RFC 5869) of ``secret`` without salt: 32 bytes. ``secret``: input keying material of any length.
+    ``bound``: parts of the info, each preceded by its length in 4 bytes, so that no other list of parts gives the
+    same."""
     info = b"".join(len(part).to_bytes(4, "big") + part for part in bound)
     return HKDF(algorithm=hashes.SHA256(), length=KEY, salt=None, info=info).derive(secret)
 

@@ -44,8 +44,6 @@ _CODECS: dict[type["Message"], Codec[Any]] = {}  # each built once
 
 
 class _Digested:
-    """Room for a digest that was computed once."""
-
     __slots__ = ("_digest",)
 
 
@@ -146,10 +144,8 @@ class Roster(Message):
 @dataclass(frozen=True, slots=True)
 class EncryptedShares:
     """Shares from one dealer for one holder, encrypted, with a digest of each, so that a wrong share can be attributed.
-
     ``ciphertext`` holds, for each round, a share of the self-mask seed and a share of the mask key; ``digests`` are of
-    these shares in the same order.
-    """
+    these shares in the same order."""
 
     ciphertext: Annotated[bytes, wire.blob(MAX_ROUNDS * PAIR + AEAD_TAG)]
     digests: Annotated[tuple[bytes, ...], wire.sequence(wire.fixed(SHARE_DIGEST), 2 * MAX_ROUNDS)]
@@ -173,12 +169,9 @@ class Shares(Message):
 
 @dataclass(frozen=True, slots=True)
 class Plan(Message):
-    """A round: the same for every device in it; its digest is bound into every mask.
-
-    ``members`` is the set U1 in ascending order; ``training`` holds settings that this package does not interpret.
-    ``former``: devices that were dealt into groups with the members when the round was first planned, and are in it no
-    more, in ascending order.
-    """
+    """A round: the same for every device in it; its digest is bound into every mask. ``members`` is the set U1 in
+    ascending order; ``training`` holds settings that this package does not interpret. ``former``: devices that were
+    dealt into groups with the members when the round was first planned, and are in it no more, in ascending order."""
 
     TAG: ClassVar = "plan"
     LIMIT: ClassVar = 4 * MIB

@@ -23,8 +23,6 @@ MOST_SETS = 10_000  # of holders of a cheating dealer's shares that are tried: a
 
 @dataclass(slots=True)
 class Recovery:
-    """The secrets of one round."""
-
     session: Session
     plan: Plan
     # Dealer → holder → shares, as the dealers signed them.

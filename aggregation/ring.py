@@ -91,7 +91,6 @@ def packed_view(values: Ring, bits: int) -> memoryview:
 
 
 def digest(values: Ring, bits: int) -> bytes:
-    """SHA-256 of ``pack(values, bits)``: equal for vectors that are equal in the ring."""
     return hashlib.sha256(packed_view(values, bits)).digest()
 
 

@@ -80,7 +80,6 @@ def rotate_back(vector: Vector, seed: bytes) -> Vector:
 
 
 def _order(size: int) -> int:
-    """The greatest power of two that is not above ``size``."""
     return 1 << (size.bit_length() - 1)
 
 

@@ -22,11 +22,9 @@ _KINDS = tuple(_CODECS)
 
 
 def seal(state: ClientState, key: bytes) -> bytes:
-    """Encrypt ``state`` under ``key``, 32 bytes that never leave the device; different bytes on every call.
-
-    ``Planned`` is stored as the ``Ready`` after its round. Law: ``unseal(seal(s, k), k) == s`` for every other state.
-    Raises ConfigError: the key has another length.
-    """
+    """Encrypt ``state`` under ``key``, 32 bytes that never leave the device; different bytes on every call. ``Planned``
+    is stored as the ``Ready`` after its round. Law: ``unseal(seal(s, k), k) == s`` for every other state. Raises
+    ConfigError: the key has another length."""
     kept = _kept(state)
     plain = bytes([_KINDS.index(type(kept))]) + _CODECS[type(kept)].encode(kept)
     return _MAGIC + encrypt(plain, key, _MAGIC)

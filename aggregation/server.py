@@ -74,8 +74,6 @@ class RoundAborted:
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """The sums of a round, one for each group."""
-
     round: int  # its number in the session, from 1
     sums: tuple[GroupSum, ...]  # in the order of the groups; one without groups
     dropped: tuple[str, ...]  # devices of the plan that are in no sum
@@ -153,7 +151,6 @@ def open_session(
     Args:
         spec: Parameters; the degree is the cohort size less one, or even and below that (``graph.graph_parameters``).
         certificates: Device id → certificate, DER.
-        at: The time at which certificates must be valid.
 
     Returns:
         The first state, and the signed offer for every device of the cohort.
@@ -188,11 +185,9 @@ class Offering:
     keys: frozenset[bytes] = field(default=frozenset(), repr=False)
 
     def on_advert(self, peer: str, body: bytes) -> "Offering":
-        """Accept one device's advert (step 2).
-
-        Raises ProtocolError: not its signed advert for this offer, its second, or with a key of another device. The
-        device that copies is refused, so that it cannot spoil the session of all.
-        """
+        """Accept one device's advert (step 2). Raises ProtocolError: not its signed advert for this offer, its second,
+        or with a key of another device. The device that copies is refused, so that it cannot spoil the session of
+        all."""
         checks.may_answer(peer, self.cohort, self.adverts, Advert.TAG)
         keys = checks.advert(self.offer, self.spec.rounds, self.cohort[peer], peer, body).keys
         if keys & self.keys:
@@ -238,8 +233,6 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class Established:
-    """A session between rounds."""
-
     coordinator: Coordinator
     session: Session
     # When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
@@ -276,8 +269,6 @@ class Established:
         """Begin a round (step 5).
 
         Args:
-            adapter_version: Version of the adapter that training starts from.
-            adapter_digest: Its SHA-256, in hex.
             training: Settings for the trainer, not interpreted here.
             cohort: The devices of ``devices`` that take part; None for all.
             dealt: All that were dealt into groups in an earlier round from this adapter, if it must be repeated.
@@ -309,11 +300,9 @@ class Established:
 
 @dataclass(frozen=True, slots=True)
 class Collecting:
-    """The plan is sent; masked inputs arrive and are added as they arrive, so that none is kept.
-
-    ``totals`` has one buffer for each group, which all successors share: a state that has a successor refuses further
-    inputs. ``digest`` is the plan's; ``vectors`` holds the digest of each device's vector.
-    """
+    """The plan is sent; masked inputs arrive and are added as they arrive, so that none is kept. ``totals`` has one
+    buffer for each group, which all successors share: a state that has a successor refuses further inputs. ``digest``
+    is the plan's; ``vectors`` holds the digest of each device's vector."""
 
     established: "Established"
     plan: Plan

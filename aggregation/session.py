@@ -34,10 +34,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The public state of a session.
-
-    Raises ConfigError: no graph of the spec's degree exists on so many devices.
-    """
+    """The public state of a session. Raises ConfigError: no graph of the spec's degree exists on so many devices."""
 
     spec: Annotated[SessionSpec, SESSION_SPEC]  # as offered
     offer: Digest  # digest of the offer
@@ -52,11 +49,9 @@ class Session:
         object.__setattr__(self, "_neighbors", found)
 
     def neighbors(self, device: str, among: Iterable[str]) -> tuple[str, ...]:
-        """The devices of ``among`` with which ``device`` shares masks and secrets, in the given order.
-
-        These are all others on the roster if the degree reaches that far (the complete graph), else the neighbors in
-        the Harary graph (``graph``).
-        """
+        """The devices of ``among`` with which ``device`` shares masks and secrets, in the given order. These are all
+        others on the roster if the degree reaches that far (the complete graph), else the neighbors in the Harary graph
+        (``graph``)."""
         if not self._neighbors:
             return tuple(other for other in among if other != device)
         neighbors = self._neighbors[device]

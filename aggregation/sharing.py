@@ -49,9 +49,7 @@ def deal(
 
     Args:
         session: Its graph says who the holders are.
-        share_key: The dealer's private X25519 key for shares.
         secrets: Round → secrets, for all rounds of the session.
-        entropy: Draws the polynomials.
 
     Returns:
         Round → the dealer's own pair, and neighbor → encrypted shares.

@@ -21,8 +21,6 @@ _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 class Adversary(Enum):
-    """What the coordinator is assumed capable of."""
-
     ACTIVE = "active"  # lies about anything; the consistency check is run
     HONEST_BUT_CURIOUS = "honest-but-curious"  # follows the protocol and learns what it can from its messages
 
@@ -34,10 +32,8 @@ CELLS = "cells"  # segment of what devices' texts are about, in which it demands
 
 @dataclass(frozen=True, slots=True)
 class Privacy:
-    """Differential privacy of a session: each device adds noise to its vector, as much as the segment says.
-
-    Raises ConfigError: ``delta`` is out of range.
-    """
+    """Differential privacy of a session: each device adds noise to its vector, as much as the segment says. Raises
+    ConfigError: ``delta`` is out of range."""
 
     mechanism: Annotated[Mechanism, wire.choice(Mechanism)]  # distribution of the noise
     honest: wire.Uint32  # devices whose noise counts in the smallest sum, 1 or more: the others may be corrupt
@@ -49,11 +45,9 @@ class Privacy:
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """Several sums a round, each over a group of the devices (``groups``).
-
-    ``count``: of groups, 2 or more. ``minimum``: contributions of a group below which no sum of the round is unmasked;
-    and consistency signatures of the group that a device requires. Raises ConfigError: a number is below 2.
-    """
+    """Several sums a round, each over a group of the devices (``groups``). ``count``: of groups, 2 or more.
+    ``minimum``: contributions of a group below which no sum of the round is unmasked; and consistency signatures of the
+    group that a device requires. Raises ConfigError: a number is below 2."""
 
     count: wire.Uint32
     minimum: wire.Uint32
@@ -65,10 +59,7 @@ class Grouping:
 
 @dataclass(frozen=True, slots=True)
 class SessionSpec:
-    """Parameters of a session.
-
-    Raises ConfigError: a value is out of range or contradicts another.
-    """
+    """Parameters of a session. Raises ConfigError: a value is out of range or contradicts another."""
 
     rounds: wire.Uint32  # rounds that the session's keys serve, 1 to ``MAX_ROUNDS``
     # Shares that reconstruct a secret, and answers without which a round aborts; 2 to ``degree + 1``.
@@ -174,10 +165,8 @@ class SessionSpec:
 
     @property
     def quorum(self) -> int:
-        """Consistency signatures that a device requires before it reveals shares, in an active session.
-
-        On the complete graph the threshold exceeds half of all devices, so that two survivor sets cannot both have that
-        many. On a sparse graph the threshold is relative to a neighborhood, so the minimum of survivors is required.
-        """
+        """Consistency signatures that a device requires before it reveals shares, in an active session. On the complete
+        graph the threshold exceeds half of all devices, so that two survivor sets cannot both have that many. On a
+        sparse graph the threshold is relative to a neighborhood, so the minimum of survivors is required."""
         complete = self.degree == self.vector.max_clients - 1
         return self.threshold if complete else self.minimum_survivors

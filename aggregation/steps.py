@@ -15,8 +15,6 @@ REVOCATIONS = "revocations"  # with an offer: the authority's newest revocation 
 
 
 class Step(Enum):
-    """A request of the coordinator, and the device's answer to it."""
-
     CHECK_IN = "checkin"  # challenge → the device's certificate, with proof of possession of its key
     OFFER = "offer"  # offer → advert
     ROSTER = "roster"  # roster → encrypted shares

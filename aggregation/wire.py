@@ -262,11 +262,9 @@ def _pair_write(key: Codec[K], value: Codec[V]) -> Callable[[bytearray, tuple[K,
 
 
 def record(kind: type[T], fields: Mapping[str, Codec[Any]] | None = None) -> Codec[T]:
-    """A dataclass, field by field in order. A value that its constructor refuses is refused on reading.
-
-    ``kind``: the dataclass. ``fields``: field → codec; by default the codec with which each field is annotated
-    (``typing.Annotated``).
-    """
+    """A dataclass, field by field in order. A value that its constructor refuses is refused on reading. ``kind``: the
+    dataclass. ``fields``: field → codec; by default the codec with which each field is annotated
+    (``typing.Annotated``)."""
     codecs = annotated(kind) if fields is None else fields
 
     def write(out: bytearray, value: T) -> None:

@@ -50,11 +50,9 @@ class Authority:
     def issue(
         self, device_id: str, public: PublicKey, *, not_before: datetime, not_after: datetime, serial: int | None = None
     ) -> bytes:
-        """Certify that ``public`` is the identity of ``device_id``; returns DER.
-
-        ``serial``: a random number (RFC 5280, 4.1.2.2); derived from the other fields by default. Raises ConfigError:
-        ``device_id`` is not a device id, or ``not_after`` is not after ``not_before``.
-        """
+        """Certify that ``public`` is the identity of ``device_id``; returns DER. ``serial``: a random number (RFC 5280,
+        4.1.2.2); derived from the other fields by default. Raises ConfigError: ``device_id`` is not a device id, or
+        ``not_after`` is not after ``not_before``."""
         require_device_id(device_id)
         issuer = subject(load(self.der))
         serial = _serial(issuer, device_id, public, not_before, not_after) if serial is None else serial
@@ -72,15 +70,8 @@ class Authority:
         not_after: datetime,
         serial: int,
     ) -> bytes:
-        """Certify that ``public`` is the TLS key of the gateway ``name``; returns DER.
-
-        Args:
-            public: Its P-256 key.
-            hosts: As ``tls.extensions``.
-            serial: A random number.
-
-        Raises ConfigError as ``issue`` and ``tls.extensions``.
-        """
+        """Certify that the P-256 key ``public`` is the TLS key of the gateway ``name`` at ``hosts``; returns DER.
+        Raises ConfigError as ``issue`` and ``tls.extensions``."""
         require_device_id(name)
         key = serialization.load_der_public_key(public.der)
         if not isinstance(key, ec.EllipticCurvePublicKey):
@@ -95,16 +86,9 @@ class Authority:
     def revocations(
         self, number: int, revoked: Mapping[int, Revocation], this_update: datetime, next_update: datetime
     ) -> RevocationList:
-        """Sign a revocation list.
-
-        Args:
-            number: Above that of every earlier list.
-            revoked: Serial → revocation: all that a reader could still rely on, not only new ones.
-            this_update: Now.
-            next_update: Until when the list is valid.
-
-        Raises ConfigError: ``next_update`` is not after ``this_update``.
-        """
+        """Sign a revocation list, valid from ``this_update``, now, to ``next_update``. ``number``: above that of every
+        earlier list. ``revoked``: by serial, all that a reader could still rely on, not only new ones. Raises
+        ConfigError: ``next_update`` is not after ``this_update``."""
         private = Ed25519PrivateKey.from_private_bytes(self.key.raw)
         der = sign_list(load(self.der).subject, private, number, revoked, (this_update, next_update))
         return self.root.revocations(der)
@@ -151,10 +135,8 @@ def _certified_key(public: PublicKey) -> Ed25519PublicKey:
 
 
 def new_serial(entropy: Entropy) -> int:
-    """A serial of 158 random bits (RFC 5280, 4.1.2.2), of 20 bytes in DER whatever it is.
-
-    So certificates, and the answers that carry them, have one length for each length of a name.
-    """
+    """A serial of 158 random bits (RFC 5280, 4.1.2.2), of 20 bytes in DER whatever it is. So certificates, and the
+    answers that carry them, have one length for each length of a name."""
     return int.from_bytes(entropy.bytes(20), "big") % 2**158 | 2**158
 
 

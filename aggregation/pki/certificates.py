@@ -68,10 +68,8 @@ def is_authority(certificate: x509.Certificate) -> bool:
 
 def constraints(of: x509.Certificate | x509.CertificateSigningRequest, what: str) -> x509.BasicConstraints | None:
     """The basic constraints of a certificate or request, if it has any: the one extension that is understood here.
-
     Raises TrustError: an extension is unreadable or occurs twice, or another one is critical, so that nobody may go on
-    without understanding it (RFC 5280, section 4.2).
-    """
+    without understanding it (RFC 5280, section 4.2)."""
     found = None
     try:
         for extension in of.extensions:
@@ -140,11 +138,9 @@ def not_after(der: bytes) -> datetime:
 
 @lru_cache(maxsize=KNOWN_CERTIFICATES)
 def _certified(root: bytes, der: bytes) -> tuple[str, PublicKey]:
-    """What ``Root.verify`` finds without the time and revocations, of which the outcome does not depend.
-
-    A success is kept, so that a process that simulates many devices verifies a certificate once
-    (docs/decisions/0032-verified-once.md).
-    """
+    """What ``Root.verify`` finds without the time and revocations, of which the outcome does not depend. A success is
+    kept, so that a process that simulates many devices verifies a certificate once
+    (docs/decisions/0032-verified-once.md)."""
     certificate, authority = load(der), load(root)
     try:
         certificate.verify_directly_issued_by(authority)
@@ -172,11 +168,9 @@ class Root:
     revoked: RevocationList | None = None  # its newest revocation list, if one is known
 
     def verify(self, der: bytes, at: datetime | None = None) -> tuple[str, PublicKey]:
-        """Return the device id and identity key that this authority certified in ``der``.
-
-        ``der``: a device certificate. ``at``: also require that the certificate and the authority's own are valid at
-        this time. Raises TrustError: not a certificate of this authority for a device, revoked, or not valid at ``at``.
-        """
+        """Return the device id and identity key that this authority certified in ``der``. ``der``: a device
+        certificate. ``at``: also require that the certificate and the authority's own are valid at this time. Raises
+        TrustError: not a certificate of this authority for a device, revoked, or not valid at ``at``."""
         device_id, key = _certified(self.der, der)
         certificate, authority = load(der), load(self.der)
         if self.revoked is not None and certificate.serial_number in self.revoked.revoked:
@@ -193,7 +187,7 @@ class Root:
 
     @property
     def not_after(self) -> datetime:
-        """The time until which the authority's certificate, and with it every one that it issued, is valid."""
+        """With it ends every certificate that the authority issued."""
         return load(self.der).not_valid_after_utc
 
     @property

@@ -35,12 +35,9 @@ def _framed(tag: str, body: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class PublicKey:
-    """The public half of an identity: 32 raw bytes (RFC 8032, section 5.1.5).
-
-    Every public key of the project is read through this class: of certificates, requests, pinned files and trust lists.
-    Raises TrustError: another length, a point of small order, or a second encoding of a point: two readers of one key
-    must not see two.
-    """
+    """The public half of an identity: 32 raw bytes (RFC 8032, section 5.1.5). Every public key of the project is read
+    through this class: of certificates, requests, pinned files and trust lists. Raises TrustError: another length, a
+    point of small order, or a second encoding of a point: two readers of one key must not see two."""
 
     raw: Annotated[bytes, wire.fixed(KEY)]
 
@@ -76,7 +73,7 @@ class PublicKey:
 
     @classmethod
     def from_pem(cls, pem: bytes) -> "PublicKey":
-        """Read what ``to_pem`` wrote. Raises TrustError: not the PEM of an Ed25519 public key."""
+        """Raises TrustError: not the PEM of an Ed25519 public key."""
         try:
             key = serialization.load_pem_public_key(pem)
         except (ValueError, UnsupportedAlgorithm):
@@ -102,7 +99,6 @@ class IdentityKey:
 
     @classmethod
     def generate(cls, entropy: Entropy) -> "IdentityKey":
-        """A new identity from 32 bytes of ``entropy``."""
         return cls(entropy.bytes(KEY))
 
     @property

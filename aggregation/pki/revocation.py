@@ -105,11 +105,9 @@ class RevocationList:
         raise TrustError(text, about="revocations.number")
 
     def require_fresh(self, at: datetime, oldest: timedelta | None = None) -> None:
-        """Return if the list is valid at the time ``at``.
-
-        ``oldest``: greatest age; None for the list's own end alone. Raises TrustError: it is past its end, older than
-        ``oldest``, or dated in the future, where it would pass for new later.
-        """
+        """Return if the list is valid at the time ``at``. ``oldest``: greatest age; None for the list's own end alone.
+        Raises TrustError: it is past its end, older than ``oldest``, or dated in the future, where it would pass for
+        new later."""
         if self.this_update - at > AHEAD:
             text = f"revocation list {self.number} is dated {self.this_update:%Y-%m-%d}, in the future"
             raise TrustError(text, about="revocations.this-update")

@@ -96,11 +96,9 @@ def extensions(hosts: Sequence[str]) -> tuple[x509.ExtensionType, ...]:
 
 
 def verify_tls(root: Root, der: bytes, at: datetime) -> str:
-    """Return the name of the gateway for which the authority certified the TLS key in ``der``.
-
-    ``root``: the pinned authority, with its newest revocation list. Raises TrustError: not a gateway's TLS certificate
-    of this authority, revoked, or not valid at ``at``.
-    """
+    """Return the name of the gateway for which the authority certified the TLS key in ``der``. ``root``: the pinned
+    authority, with its newest revocation list. Raises TrustError: not a gateway's TLS certificate of this authority,
+    revoked, or not valid at ``at``."""
     certificate, authority = load(der), load(root.der)
     try:
         certificate.verify_directly_issued_by(authority)

@@ -33,18 +33,13 @@ Curve = NDArray[np.float64]  # Rényi divergence at each of ``ORDERS``, in nats
 
 
 class Mechanism(Enum):
-    """The distribution of the noise that each device adds."""
-
     SKELLAM = "skellam"  # a sum of such noises is one again
     DISCRETE_GAUSSIAN = "discrete-gaussian"  # a sum is near one, for a deviation of more than about 2 steps a device
 
 
 @dataclass(frozen=True, slots=True)
 class NoisySum:
-    """One segment of one sum over the survivors of a round.
-
-    Raises ConfigError: a number is out of range.
-    """
+    """One segment of one sum over the survivors of a round. Raises ConfigError: a number is out of range."""
 
     mechanism: Mechanism  # of the noise
     size: int  # elements, 1 or more
@@ -89,12 +84,11 @@ class NoisySum:
 class Spent:
     """What a number of sums reveal together: their curves add up, whatever was chosen in view of earlier ones.
 
-    Raises:
-        ConfigError: The curve is not one.
-
     >>> one = Spent.on([NoisySum(Mechanism.SKELLAM, size=100, norm_squared=10**6, variance=1e6, honest=16)])
     >>> round(one.epsilon(1e-6), 2), round((one + one).epsilon(1e-6), 2)
     (1.14, 1.66)
+
+    Raises ConfigError: the curve is not one.
     """
 
     curve: tuple[float, ...] = (0.0,) * len(ORDERS)  # Rényi divergence at each of ``ORDERS``, in nats
@@ -119,7 +113,6 @@ class Spent:
         return Spent(curve, self.draws + other.draws)
 
     def times(self, rounds: int) -> "Spent":
-        """Of as many rounds as this one."""
         return Spent(tuple(rounds * value for value in self.curve), rounds * self.draws)
 
     def epsilon(self, delta: float) -> float:
@@ -150,16 +143,12 @@ NOTHING = Spent()
 def calibrated(epsilon: Callable[[float], float], target: float) -> float:
     """The least noise multiplier that meets a target, to a relative 2^-12 and never below it.
 
-    Args:
-        epsilon: Noise multiplier → ε of all rounds: Δ / √S (``NoisySum``) is its inverse. It falls.
-        target: The ε that may be spent, above 0.
-
-    Raises:
-        ConfigError: No multiplier up to 2^20 meets the target.
-
     >>> noisy = lambda z: NoisySum(Mechanism.SKELLAM, 1000, 10**8, variance=z**2 * 10**8 / 16, honest=16)
     >>> round(calibrated(lambda z: Spent.on([noisy(z)]).times(10).epsilon(1e-6), target=4.0), 2)
     4.01
+
+    ``epsilon``: noise multiplier → ε of all rounds: Δ / √S (``NoisySum``) is its inverse. It falls. ``target``: the ε
+    that may be spent, above 0. Raises ConfigError: no multiplier up to 2^20 meets the target.
     """
     low, high = 0.0, 2.0**-6
     while not epsilon(high) <= target:

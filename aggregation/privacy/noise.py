@@ -47,15 +47,10 @@ def norm_squared(norm: float, size: int) -> int:
     With c = ``norm`` and d = ``size``, the least of c² + d/4 + √(2 log 1/β) (c + √d/2) and (c + √d)², rounded down
     (Kairouz, Liu, Steinke 2021, theorem 1 with γ = 1).
 
-    Args:
-        norm: L2 norm of what is rounded, at most, in steps; at most 2^30.
-        size: Its number of elements.
-
-    Raises:
-        ConfigError: ``norm`` is out of range.
-
     >>> norm_squared(1000.0, 10_000), norm_squared(0.5, 1)
     (1006409, 2)
+
+    ``norm``: L2 norm of what is rounded, at most, in steps; at most 2^30. Raises ConfigError: ``norm`` is out of range.
     """
     if not 0 < norm <= _LONGEST:
         raise ConfigError(f"a norm of {norm:g} steps is not between 0 and 2^30", about="norm")
@@ -162,11 +157,9 @@ class Table:
 
 @lru_cache(maxsize=8)
 def table(mechanism: Mechanism, variance: float) -> Table:
-    """The table of the noise of one device.
-
-    ``mechanism``: its distribution. ``variance``: in squared steps, at most ``MAX_DEVIATION`` squared; of a discrete
-    Gaussian the parameter σ². Raises ConfigError: the variance is out of range.
-    """
+    """The table of the noise of one device. ``mechanism``: its distribution. ``variance``: in squared steps, at most
+    ``MAX_DEVIATION`` squared; of a discrete Gaussian the parameter σ². Raises ConfigError: the variance is out of
+    range."""
     if not 0 < variance <= MAX_DEVIATION**2:
         text = f"noise with a variance of {variance:g} squared steps is not between 0 and {MAX_DEVIATION}² of them"
         raise ConfigError(text, about="noise.variance")
@@ -176,11 +169,9 @@ def table(mechanism: Mechanism, variance: float) -> Table:
 
 
 def skellam_weights(variance: Fraction, last: int) -> list[int]:
-    """Numbers proportional to the probabilities of 0…``last`` under Skellam noise: I_k(v) of the Bessel function.
-
-    The recurrence I_{k-1}(v) = I_{k+1}(v) + (2k / v) I_k(v), downward from where the function vanishes, is stable:
-    all terms are positive, and what the start lacks shrinks at each step (Miller's algorithm; DLMF 3.6(iii), 10.29.1).
-    """
+    """Numbers proportional to the probabilities of 0…``last`` under Skellam noise: I_k(v) of the Bessel function. The
+    recurrence I_{k-1}(v) = I_{k+1}(v) + (2k / v) I_k(v), downward from where the function vanishes, is stable: all
+    terms are positive, and what the start lacks shrinks at each step (Miller's algorithm; DLMF 3.6(iii), 10.29.1)."""
     above, weights = 0, [1 << (_BITS + _GUARD)]
     for k in range(last, 0, -1):
         at = weights[-1]

@@ -33,12 +33,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A leaf of the log: a signed message and its place.
-
-    ``at``: when the coordinator wrote it, in seconds since 1970 by its own clock, never less than in an entry before.
-    A checkpoint has none, so that a checkpoint after each time signs it; nor has an answer of a device, which would say
-    how long that trained, nor a log of an earlier version.
-    """
+    """A leaf of the log: a signed message and its place. ``at``: when the coordinator wrote it, in seconds since 1970
+    by its own clock, never less than in an entry before. A checkpoint has none, so that a checkpoint after each time
+    signs it; nor has an answer of a device, which would say how long that trained, nor a log of an earlier version."""
 
     index: Uint64
     kind: Annotated[str, wire.text(r"[a-z-]{1,32}")]
@@ -57,8 +54,6 @@ ENTRY: Codec[Entry] = wire.record(Entry)
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The entries of a log, as far as it can be read."""
-
     entries: tuple[Entry, ...]  # in the order of the log
     end: int  # bytes that they take, with ``MAGIC``
     problem: str = ""  # why reading ended there; empty at the end of the log

@@ -70,11 +70,9 @@ class Transcript:
         self.round, self.plan = plan.round, plan.digest()
 
     def sent(self, step: Step, bodies: Mapping[str, bytes], at: int) -> bytes:
-        """Log the coordinator's requests, sent ``at`` that time (``Entry.at``), or ``latest`` if that is later.
-
-        A message that all devices receive alike is one entry. So is an assignment without encrypted shares that several
-        devices receive.
-        """
+        """Log the coordinator's requests, sent ``at`` that time (``Entry.at``), or ``latest`` if that is later. A
+        message that all devices receive alike is one entry. So is an assignment without encrypted shares that several
+        devices receive."""
         kind, alike = REQUESTS[step].TAG, Counter(bodies.values())
         if len(alike) == 1 and (len(bodies) > 1 or step is not Step.PLAN):
             return self._append(kind, EVERYONE, next(iter(alike)), at)
@@ -87,7 +85,6 @@ class Transcript:
         return b"".join([*records, *(self._append(kind, EVERYONE, body, at) for body in shared)])
 
     def received(self, step: Step, device: str, body: bytes) -> bytes:
-        """Log a device's answer, once it was accepted."""
         return self._append(ANSWERS[step].TAG, device, logged_part(step, body))
 
     def ended(self, key: IdentityKey, ending: Result | Abort, at: int) -> bytes:
@@ -95,7 +92,6 @@ class Transcript:
         return self._append(ending.TAG, EVERYONE, envelope.sign(key, ending), at) + self.checkpoint(key)
 
     def checkpoint(self, key: IdentityKey, stage: Stage = Stage.OPEN) -> bytes:
-        """Log a signed root of the entries so far."""
         signed = Checkpoint(self.offer, self.tree.size, self.tree.root(), self.previous, *self.newest, stage)
         return self._append(Checkpoint.TAG, EVERYONE, envelope.sign(key, signed))
 

@@ -26,8 +26,6 @@ _SignedCheckpoint: TypeAlias = Annotated[bytes, _CHECKPOINT]
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The leaf of an entry, and its inclusion proof."""
-
     leaf: Annotated[bytes, wire.blob(_MAX_LEAF)]
     path: Annotated[tuple[bytes, ...], _PATH]
 
@@ -37,8 +35,6 @@ _Proofs: TypeAlias = Annotated[tuple[Proof, ...], wire.sequence(wire.record(Proo
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Proofs about a log."""
-
     checkpoint: _SignedCheckpoint  # the newest one, signed
     endings: _Proofs  # ``Result`` or ``Abort`` of each round that may have been the device's last
     # The device's masked input and consistency signature in the round to which it contributed last.
@@ -215,11 +211,9 @@ LOG_STATE: Codec[LogState] = wire.record(LogState)
 def check_last_round(
     state: LogState, receipt: Receipt, endings: Sequence[Result | Abort], checkpoint: Checkpoint
 ) -> None:
-    """Check that a receipt shows the end of the device's last round and the messages that it must contain.
-
-    Raises ProtocolError: it does not, or names other survivors than the device was shown; TrustError: an entry is not
-    in the log.
-    """
+    """Check that a receipt shows the end of the device's last round and the messages that it must contain. Raises
+    ProtocolError: it does not, or names other survivors than the device was shown; TrustError: an entry is not in the
+    log."""
     if state.plan is None:
         return
     ending = next((each for each in endings if each.plan == state.plan), None)
@@ -241,13 +235,8 @@ def check_adapter(state: LogState, endings: Iterable[Result | Abort], checkpoint
     """Return if the results since the checkpoint that a device knows lead from its newest adapter to the log's.
 
     A receipt shows every ending since the device's last round, so that no result between the two is missing.
-
-    Args:
-        state: Of the device.
-        endings: Those that the receipt shows, in the order of the log.
-        checkpoint: The newest.
-
-    Raises ProtocolError: they do not: the log names an older adapter, one without a result, or two of one version.
+    ``endings``: those that the receipt shows, in the order of the log. Raises ProtocolError: they do not: the log names
+    an older adapter, one without a result, or two of one version.
     """
     version, adapter = state.newest
     for result in endings:

@@ -15,12 +15,10 @@ _LEAF, _NODE = b"\x00", b"\x01"  # domain separation: no leaf hash can be a node
 
 
 def leaf_hash(entry: bytes) -> bytes:
-    """The leaf hash of an entry (32 bytes)."""
     return hashlib.sha256(_LEAF + entry).digest()
 
 
 def node_hash(left: bytes, right: bytes) -> bytes:
-    """The hash of a node from the hashes of its two subtrees (32 bytes)."""
     return hashlib.sha256(_NODE + left + right).digest()
 
 
