@@ -9,9 +9,7 @@ export class AdapterView {
   #weights = new Map(); // of a composition: name → what its field says
   #used; // { name, rank, parts }: what is in use, which is kept when something else is refused
 
-  /**
-   * `switching` is called when another adapter is going to answer, and `switched` with whether it does.
-   */
+  /** `switching` is called when another adapter is going to answer, and `switched` with whether it does. */
   constructor(client, { switching, switched }) {
     Object.assign(this, { client, switching, switched });
     const elements = { search: element("adapter-search"), list: element("adapters"), count: element("adapter-count") };
@@ -22,7 +20,6 @@ export class AdapterView {
     element("parts").addEventListener("click", ({ target }) => target.type === "button" && this.#remove(target.value));
   }
 
-  /** What is in use: { name, rank, parts }; undefined before the first. */
   get inUse() {
     return this.#used;
   }

@@ -78,7 +78,6 @@ const facts = ({ task, profile, base, runsOn, context }) => ({
   ...(context ? { Context: `${context.toLocaleString("en")} tokens` } : {}),
 });
 
-/** Open the served bundle when the page is loaded. */
 async function begin() {
   try {
     await open({});

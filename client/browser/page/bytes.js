@@ -9,7 +9,6 @@ export const encode = (text) => new TextEncoder().encode(text);
 
 export const hex = (bytes) => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 
-/** Bytes of hexadecimal digits. */
 export function unhex(text) {
   return Uint8Array.from({ length: text.length / 2 }, (_, i) => parseInt(text.slice(2 * i, 2 * i + 2), 16));
 }

@@ -25,7 +25,6 @@ export class ChatView {
     element("chat").addEventListener("change", () => this.#restart());
   }
 
-  /** Begin with another bundle: { chat, context, trainable }. */
   show({ chat, context, trainable }) {
     Object.assign(this, { context, trainable, formats: chat });
     element("chat").checked = chat;

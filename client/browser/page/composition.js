@@ -7,11 +7,8 @@ import { checkName } from "./manifests.js";
 const MAX_WEIGHT = 16; // a larger multiple of an adapter's update is noise
 const NUMBER = /^\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?\s*$/i;
 
-/**
- * The parts of `global`, `global+anna` or `global:0.5+anna:1`, sorted by name: [{ name, weight }].
- *
- * Throws ConfigError: a name or a weight is not valid, or a name is repeated.
- */
+/** The parts of `global`, `global+anna` or `global:0.5+anna:1`, sorted by name: [{ name, weight }]. Throws ConfigError: a name or a
+ * weight is not valid, or a name is repeated. */
 export function parse(text) {
   const parts = text.split("+").map((part) => weighted(part.trim()));
   const names = parts.map(({ name }) => name).sort();
@@ -43,7 +40,6 @@ function weighted(text) {
   return { name, weight };
 }
 
-/** A weight as Python writes it. */
 const pythonic = (weight) =>
   Math.abs(weight) < 1e-4 ? weight.toExponential().replace(/-(\d)$/, "-0$1") : String(weight);
 
@@ -155,9 +151,7 @@ function vector(name, kind, tensors, weights) {
   return { shape: given[0].shape, values: Float32Array.from(given[0].values, (_, at) => neutral + change(at)) };
 }
 
-/**
- * The mean of tensors of one shape by the weights above 0, in double precision, so that the mean of equal ones is exact.
- */
+/** The mean of tensors of one shape by the weights above 0, in double precision, so that the mean of equal ones is exact. */
 const mean = (tensors, weights) => ({
   shape: tensors[0].shape,
   values: Float32Array.from(tensors[0].values, (_, at) => average(tensors.map(({ values }) => values[at]), weights)),

@@ -15,11 +15,8 @@ const FLOAT32 = 1;
 const TYPES = { 1: ["float32", 4], 2: ["uint8", 1], 3: ["int8", 1], 10: ["float16", 2] }; // name, bytes of an element
 const [MAX_DIMENSIONS, MAX_DIMENSION] = [8, 2 ** 31];
 
-/**
- * The tensors of a file: Map of name → { type, shape, bytes }. `bytes` is a copy, so that it is aligned.
- *
- * Throws DataError: not such a file, of another version, or with an offset, a size or a name that cannot be.
- */
+/** The tensors of a file: Map of name → { type, shape, bytes }. `bytes` is a copy, so that it is aligned. Throws DataError: not such a
+ * file, of another version, or with an offset, a size or a name that cannot be. */
 export function parse(file) {
   try {
     return tensors(file, new DataView(file.buffer, file.byteOffset, file.byteLength));
@@ -87,11 +84,8 @@ function elements(view, reference, width) {
 
 const follow = (view, at) => at + view.getUint32(at, true);
 
-/**
- * The file of float32 tensors, Map of name → { shape, values }. Law: `parse(pack(inputs))` has these tensors.
- *
- * Numbers of eight bytes and the values of a tensor begin at a multiple of eight, as ONNX Runtime's verifier demands.
- */
+/** The file of float32 tensors, Map of name → { shape, values }. Law: `parse(pack(inputs))` has these tensors. Numbers of eight bytes
+ * and the values of a tensor begin at a multiple of eight, as ONNX Runtime's verifier demands. */
 export function pack(inputs) {
   const tensors = [...inputs].sort(([left], [right]) => byCodePoint(left, right)).map(([name, each]) => [encode(name), each]);
   const size = tensors.reduce((sum, [name, { shape, values }]) => sum + 64 + name.length + 8 * shape.length + values.byteLength, 64);

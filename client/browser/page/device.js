@@ -68,12 +68,10 @@ export class Device {
     return this.#write((engine, sampling) => engine.ask(message, sampling), options);
   }
 
-  /** Continue a text as it is. */
   complete(text, options = {}) {
     return this.#write((engine, sampling) => engine.complete(text, sampling), options);
   }
 
-  /** Begin a new conversation. */
   reset() {
     return this.#alone(() => this.#engine.conversation?.reset());
   }
@@ -98,10 +96,8 @@ export class Device {
     return this.#alone(() => new Learner(this.#engine).exported(name));
   }
 
-  /**
-   * Take over what the source has now, or another source. `replaced` says whether the base is another one: then no adapter is in use
-   * and taking part ends. Conversations begin again. After an error, what was open stays. Throws as `open`, `use`.
-   */
+  /** Take over what the source has now, or another source. `replaced` says whether the base is another one: then no adapter is in use
+   * and taking part ends. Conversations begin again. After an error, what was open stays. Throws as `open`, `use`. */
   update(source = this.#given.source) {
     return this.#alone(async () => {
       const [old, given] = [this.#engine, { ...this.#given, source }];
@@ -154,7 +150,6 @@ export class Device {
     return this.#alone(() => this.#engine.close());
   }
 
-  /** This device's identity with the open base. */
   async #identity() {
     const { Identity } = await federated();
     return new Identity(this.#engine.base.base_digest, this.#given.store);

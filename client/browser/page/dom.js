@@ -8,7 +8,6 @@ export const element = (id) => document.getElementById(id);
 export const create = (tag, text, properties = {}) =>
   Object.assign(document.createElement(tag), { textContent: text }, properties);
 
-/** Show facts, { term: value }, in the list `id`. */
 export function showFacts(id, facts) {
   const pairs = Object.entries(facts).map(([term, value]) => {
     const pair = create("div", "");
@@ -18,18 +17,14 @@ export function showFacts(id, facts) {
   element(id).replaceChildren(...pairs);
 }
 
-/** Save a file where the browser saves files. */
 export function save(name, content) {
   const link = create("a", "", { href: URL.createObjectURL(new Blob([content])), download: name });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // when the browser has read it
 }
 
-/**
- * Show an error in the alert `id`. The field that it is about is marked and gets the focus.
- *
- * An alert is announced by a screen reader when its text changes.
- */
+/** Show an error in the alert `id`. The field that it is about is marked and gets the focus. An alert is announced by a screen reader
+ * when its text changes. */
 export function complain(id, error, field) {
   element(id).textContent = error.message;
   field?.setAttribute("aria-invalid", "true");
@@ -77,7 +72,6 @@ export function onSubmit(id, work) {
 
 const WORDS = /(?<=\p{Ll}|\d)(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})|(?<=[_\-./:])(?=[^_\-./:])/u;
 
-/** A label as a person reads it. */
 export const words = (label) => label.replaceAll("_", " ").trim() || label;
 
 /** A label that may be broken between its words, as HassTurn|On and light-|turn-|on: its text, and <wbr> elements. */
@@ -87,11 +81,9 @@ export const breakable = (label) =>
 const MAX_EXAMPLES = 2 ** 26; // bytes of a file
 const SPLITS = ["train", "validation", "test"]; // the last one is of simulations
 
-/**
- * The examples in a file, or none without one: JSON lines, [{ text, label, split }], as client/training/examples.py. A label is its number
- * or its name. With `writes`, those of a language model, [{ text, prompt, split }]. Throws Error: the file is too large, or a line is not an
- * example; the message does not quote it.
- */
+/** The examples in a file, or none without one: JSON lines, [{ text, label, split }], as client/training/examples.py. A label is its
+ * number or its name. With `writes`, those of a language model, [{ text, prompt, split }]. Throws Error: the file is too large, or a
+ * line is not an example; the message does not quote it. */
 export async function readExamples(file, writes) {
   if (!file) return [];
   const { name, size } = file;

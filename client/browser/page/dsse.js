@@ -12,11 +12,8 @@ const MAX_DEPTH = 16; // objects and arrays within each other
 const HALF = /\p{Surrogate}/u; // a pair counts as one character
 const STRINGS = /"[^"\\]*(?:\\.[^"\\]*)*"(\s*:)?/g; // of a valid JSON text; those with a colon are keys
 
-/**
- * The value in an envelope that one of `keys` signed as a document of this type.
- *
- * Throws TrustError: no envelope, of another type, of no trusted key, altered, or with a payload that is not sound JSON.
- */
+/** The value in an envelope that one of `keys` signed as a document of this type. Throws TrustError: no envelope, of another type, of no
+ * trusted key, altered, or with a payload that is not sound JSON. */
 export async function accept(raw, type, keys) {
   if (raw.length > MAX_ENVELOPE) {
     throw new TrustError(`a signed document of ${raw.length} bytes is above the limit of ${MAX_ENVELOPE}`, "envelope");

@@ -32,13 +32,9 @@ export class Engine {
     this.conversation = generation && new Conversation(generation);
   }
 
-  /**
-   * Verify the base of `source` with the keys of `pem`, and load it. No adapter is in use yet. `progress` is called as by
-   * `Trust.base`, and with { starting: true } when the files are verified. `provider` as in `choose`; `runsOn` says which it is.
-   * `store` as of `Trust.open`.
-   *
-   * Throws TrustError: no pinned key signed it. DataError: a file is missing or cannot be loaded. Or as `choose`.
-   */
+  /** Verify the base of `source` with the keys of `pem`, and load it. No adapter is in use yet. `progress` is called as by `Trust.base`,
+   * and with { starting: true } when the files are verified. `provider` as in `choose`; `runsOn` says which it is. `store` as of
+   * `Trust.open`. Throws TrustError: no pinned key signed it. DataError: a file is missing or cannot be loaded. Or as `choose`. */
   static async open(source, pem, progress = () => {}, provider = undefined, store = undefined) {
     const trust = await Trust.open(pem, store);
     const { manifest: base, files } = await trust.base(source, progress);
@@ -104,16 +100,13 @@ export class Engine {
     }
   }
 
-  /** Whether the bundle has a training graph. */
   get trainable() {
     return Object.hasOwn(this.base.files, TRAINING);
   }
 
-  /**
-   * What `open(session)` makes of a session of the training graph, whose files are read and verified again: { session, probe, … }
-   * as `choose` takes it, which chooses where the first of them runs, and all after it. Throws as `Trust.file`, `runtime.open`,
-   * `choose`; what `open` throws releases the session.
-   */
+  /** What `open(session)` makes of a session of the training graph, whose files are read and verified again: { session, probe, … } as
+   * `choose` takes it, which chooses where the first of them runs, and all after it. Throws as `Trust.file`, `runtime.open`, `choose`;
+   * what `open` throws releases the session. */
   async training(open) {
     const names = [TRAINING, LOWER, WEIGHTS].filter((name) => Object.hasOwn(this.base.files, name));
     const read = async (name) => [name, await this.trust.file(this.source, this.base, name)];
@@ -139,13 +132,9 @@ export class Engine {
     await this.session.release();
   }
 
-  /**
-   * Switch to an adapter or a composition in writing (`global:0.5+anna`), verified on first use; `BARE` is the base
-   * alone. After an error the adapter in use is kept.
-   *
-   * Returns what is in use: { name, rank, parts: [{ name, weight }] }. Throws as `Trust.adapter` and
-   * `composition.compose`.
-   */
+  /** Switch to an adapter or a composition in writing (`global:0.5+anna`), verified on first use; `BARE` is the base alone. After an
+   * error the adapter in use is kept. Returns what is in use: { name, rank, parts: [{ name, weight }] }. Throws as `Trust.adapter` and
+   * `composition.compose`. */
   async use(text) {
     const parts = text === BARE && this.generation ? [] : composition.parse(text);
     const name = composition.format(parts);
@@ -157,12 +146,9 @@ export class Engine {
     return { name, rank: loaded.rank, parts };
   }
 
-  /**
-   * The `top` most likely labels of a text, most likely first, the share of its tokens that the base does not know, and how
-   * many at its end are not read: { adapter, unknown, unread, outcome, says, labels: [{ label, probability }] }, without labels
-   * if `policy` says something instead. `adapter` is one of `loaded`; without it, the one in use answers. Throws DataError,
-   * ConfigError.
-   */
+  /** The `top` most likely labels of a text, most likely first, the share of its tokens that the base does not know, and how many at its
+   * end are not read: { adapter, unknown, unread, outcome, says, labels: [{ label, probability }] }, without labels if `policy` says
+   * something instead. `adapter` is one of `loaded`; without it, the one in use answers. Throws DataError, ConfigError. */
   async rank(text, top, adapter = this.#inUse(), policy = this.policy) {
     if (this.generation) throw new ConfigError("this base writes text; it has no labels", "base.task");
     const virtual = virtualTokens(adapter.feeds);
@@ -186,7 +172,6 @@ export class Engine {
     return this.generation.pieces(this.generation.promptIds(text, virtualTokens(feeds)), feeds, { ...options, asked: text });
   }
 
-  /** Answer a message of the chat; see `Conversation.ask`. */
   ask(text, options) {
     this.#requireWriter();
     return this.conversation.ask(text, this.#inUse().feeds, options);

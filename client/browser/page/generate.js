@@ -45,10 +45,8 @@ export class Generation {
     this.#forget();
   }
 
-  /**
-   * The ids of a text to continue, after `virtual` tokens. Throws DataError: it is empty, has no known token, or leaves no
-   * room for more.
-   */
+  /** The ids of a text to continue, after `virtual` tokens. Throws DataError: it is empty, has no known token, or leaves no room for
+   * more. */
   promptIds(text, virtual = 0) {
     const ids = this.text.beginning(text);
     if (!ids.length) throw new DataError("the prompt contains no known token; write another one", "text.tokens");
@@ -60,12 +58,8 @@ export class Generation {
     return ids;
   }
 
-  /**
-   * The ids of a chat, [{ role, content }], up to where the answer begins.
-   *
-   * Throws DataError: a message is empty or has a special token of the model, or the template does not accept them.
-   * ConfigError: the model has no chat template.
-   */
+  /** The ids of a chat, [{ role, content }], up to where the answer begins. Throws DataError: a message is empty or has a special token
+   * of the model, or the template does not accept them. ConfigError: the model has no chat template. */
   messageIds(messages) {
     if (!this.chat) throw new ConfigError("this model has no chat template; send plain text", "chat_template");
     const checked = messages.map(({ role, content }) => ({ role, content: this.text.message(content) }));
@@ -115,7 +109,6 @@ export class Generation {
     return found;
   }
 
-  /** Free the memory of what was read. */
   close() {
     this.#keep(null);
   }
@@ -127,7 +120,6 @@ export class Generation {
     this.#keep({ feeds: null, ids: [], cache });
   }
 
-  /** Replace what was read. */
   #keep(read) {
     for (const tensor of Object.values(this.#read?.cache ?? {})) runtime.release(tensor);
     this.#read = read;
@@ -175,10 +167,8 @@ export class Generation {
   }
 }
 
-/**
- * A function that formats messages, [{ role, content }], by the template in the model's tokenizer_config.json (@huggingface/jinja), up to
- * where the next answer begins, or with `answer` false up to their end; null without a template.
- */
+/** A function that formats messages, [{ role, content }], by the template in the model's tokenizer_config.json (@huggingface/jinja), up
+ * to where the next answer begins, or with `answer` false up to their end; null without a template. */
 function chatTemplate(config, jinja) {
   const settings = config ? JSON.parse(decode(config)) : {};
   const source = jinja ? decode(jinja) : settings.chat_template;
@@ -205,7 +195,6 @@ function chatTemplate(config, jinja) {
 export class Conversation {
   #messages = [];
 
-  /** `generation` answers. */
   constructor(generation) {
     this.generation = generation;
   }
@@ -215,7 +204,6 @@ export class Conversation {
     return this.#messages.length;
   }
 
-  /** Drop all messages. */
   reset() {
     this.#messages = [];
   }

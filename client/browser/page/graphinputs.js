@@ -41,15 +41,10 @@ export const virtualTokens = (feeds) => VIRTUAL.reduce((sum, name) => sum + (fee
 /** The kind of vector that a graph input takes, a scale, an offset or a replaced parameter; undefined for any other. */
 export const vectorKind = (name) => VECTORS.find((kind) => name.endsWith(kind)) ?? name.match(/\.bottleneck\w*_up_bias$/)?.[0];
 
-/** Whether a graph input is a parameter of a classifier's head, or of another module that adapters bring whole. */
 export const isHead = (name) => !isLora(name) && !bottleneckOf(name) && !vectorKind(name) && !isVirtual(name);
 
-/**
- * Refuse tensors that do not fill exactly the slots of a graph; return the size that each free dimension takes.
- *
- * Throws DataError: a tensor is missing or unknown, of a shape that the graph does not take, or a vector that is there
- * more than once.
- */
+/** Refuse tensors that do not fill exactly the slots of a graph; return the size that each free dimension takes. Throws DataError: a
+ * tensor is missing or unknown, of a shape that the graph does not take, or a vector that is there more than once. */
 export function checkSlots(inputs, slots) {
   const odd = [...inputs.keys()].filter((name) => !Object.hasOwn(slots, name));
   odd.push(...Object.keys(slots).filter((name) => !inputs.has(name)));

@@ -39,15 +39,12 @@ const ENROLLED = "this browser is enrolled already: forget its identity first";
 const UNSPENT = { privacy: EMPTY, maximum_epsilon: 0 };
 
 export class Identity {
-  /** `place` names the base. */
   constructor(place, store = BROWSER) {
     [this.place, this.store] = [place, store];
   }
 
-  /**
-   * The record, with the fields of the account; undefined without one. Throws ConfigError: the browser does not store. TrustError:
-   * the account is damaged.
-   */
+  /** The record, with the fields of the account; undefined without one. Throws ConfigError: the browser does not store. TrustError: the
+   * account is damaged. */
   async load() {
     let account;
     const found = await this.store.transact(IDENTITIES, "readonly", (store) => {
@@ -86,11 +83,8 @@ export class Identity {
     await this.store.transact(IDENTITIES, "readwrite", (store) => store.delete(this.place));
   }
 
-  /**
-   * Make a key and a request for its certificate, and pin the authority's certificate and the coordinator's key, both PEM.
-   *
-   * Throws ConfigError: there is an identity already, or no device can have the name. TrustError: a file is not sound.
-   */
+  /** Make a key and a request for its certificate, and pin the authority's certificate and the coordinator's key, both PEM. Throws
+   * ConfigError: there is an identity already, or no device can have the name. TrustError: a file is not sound. */
   async enrol({ device, authority, coordinator }) {
     if (await this.load()) throw new ConfigError("this browser has an identity already: forget it first", "identity");
     const der = certificateIn(authority, "the authority's certificate");
@@ -134,11 +128,8 @@ export class Identity {
     if (!(await this.#install(record, certificateIn(certificate, "the certificate")))) throw new ConfigError(CHANGED, "identity");
   }
 
-  /**
-   * A newer certificate from the authority's enrolment service, if this one ends soon, for `renew`: { record, der }; else null.
-   *
-   * Throws TrustError: it has expired, or the authority refuses. EdgeAdaptError: the authority cannot be reached.
-   */
+  /** A newer certificate from the authority's enrolment service, if this one ends soon, for `renew`: { record, der }; else null. Throws
+   * TrustError: it has expired, or the authority refuses. EdgeAdaptError: the authority cannot be reached. */
   async renewal(url) {
     const record = await this.load();
     if (!record?.certificate) return null;

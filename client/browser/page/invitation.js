@@ -47,11 +47,8 @@ export async function readInvitation(token) {
   }
 }
 
-/**
- * The certificate, DER, that the authority at `url` issues for a request, PEM.
- *
- * Throws TrustError: the authority refuses, and says why. EdgeAdaptError: it cannot be reached; the same can be asked again.
- */
+/** The certificate, DER, that the authority at `url` issues for a request, PEM. Throws TrustError: the authority refuses, and says why.
+ * EdgeAdaptError: it cannot be reached; the same can be asked again. */
 export async function certified(url, { secret }, request) {
   const der = unbase64(request.replace(/-----[A-Z ]+-----|\s/g, ""));
   const { key, invited } = await keyOf(secret);

@@ -12,10 +12,7 @@ const FIELD = 2n ** 255n - 19n; // RFC 8032, section 5.1
 const ORDER_8 = 0x7a03ac9277fdc74ec6cc392cfa53202a0f67100d760b3cba4fd84d3d706a17c7n; // as aggregation/pki/identity.py
 const SMALL_ORDER = [0n, 1n, FIELD - 1n, ORDER_8, FIELD - ORDER_8]; // y of the eight points
 
-/**
- * The keys of a trust.pem: [{ raw, id }].
- * Throws TrustError if the text holds anything else, or none.
- */
+/** The keys of a trust.pem: [{ raw, id }]. Throws TrustError if the text holds anything else, or none. */
 export async function pinned(pem, name = "trust.pem") {
   const blocks = [...pem.matchAll(BLOCK)];
   if (!blocks.length || !/^[\t-\r ]*$/.test(pem.replace(BLOCK, ""))) {
@@ -70,7 +67,6 @@ export async function publicKeyOf(pair) {
   return { raw, id: (await sha256(raw)).slice(0, 16) };
 }
 
-/** What signs with such a pair: { id, sign }. */
 export async function signer(pair) {
   const sign = async (message) => new Uint8Array(await crypto.subtle.sign({ name: "Ed25519" }, pair.privateKey, message));
   return { id: (await publicKeyOf(pair)).id, sign };
@@ -102,12 +98,9 @@ async function native() {
   };
 }
 
-/**
- * The same from @noble/ed25519, with RFC 8032's rules instead of ZIP 215's looser ones.
- *
- * The library multiplies the equation by the cofactor, so that R plus a point of small order would do as well. Without
- * such a part in R and the key, it accepts what WebCrypto and OpenSSL accept.
- */
+/** The same from @noble/ed25519, with RFC 8032's rules instead of ZIP 215's looser ones. The library multiplies the equation by the
+ * cofactor, so that R plus a point of small order would do as well. Without such a part in R and the key, it accepts what WebCrypto and
+ * OpenSSL accept. */
 export async function portable(library = import("./vendor/noble-ed25519/index.js")) {
   const { Point, verifyAsync } = await library;
   return async (raw, signature, message) => {

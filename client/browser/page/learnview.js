@@ -23,7 +23,6 @@ export class LearnView {
     element("teach-files").addEventListener("click", () => this.#work(() => this.#save()));
   }
 
-  /** Begin with another bundle. */
   show({ task, trainable, adapters, lessons, learned }) {
     this.#writes = task === "text-generation";
     element("learn").hidden = !trainable;
@@ -154,7 +153,6 @@ function otherwise({ changed, tested, taught: [{ unread }] }) {
   return [others + leftOut(unread), changed.map(row)];
 }
 
-/** A text in one line, cut off. */
 const short = (text) => [...text.trim().replace(/\s+/g, " ")].slice(0, MAX_SHOWN).join("");
 
 /** What texts cost a language model before and after a lesson: answers that were taught, now and earlier, and those to compare. */

@@ -107,10 +107,8 @@ export const adapterManifest = (raw, keys) => manifest(raw, "adapter-manifest", 
 /** The signed envelope of the manifest of an adapter. `key` is a key pair of `signingKey`. */
 export const signedAdapterManifest = async (body, key) => sign(body, typeOf("adapter-manifest"), await signer(key));
 
-/**
- * SHA-256 of what an adapter is, whatever its name, version, number format, privacy and card, as `AdapterManifest.content`; of a
- * manifest whose alphas are whole numbers, as those of every adapter that a federation trains.
- */
+/** SHA-256 of what an adapter is, whatever its name, version, number format, privacy and card, as `AdapterManifest.content`; of a
+ * manifest whose alphas are whole numbers, as those of every adapter that a federation trains. */
 export function contentDigest(manifest) {
   const same = { name: "", version: 0, sha256: "", size: 0, format: "", privacy: null, card: undefined };
   return digest(encode(canonical({ ...manifest, ...same })));

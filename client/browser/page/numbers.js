@@ -22,7 +22,6 @@ export function int4({ shape, bytes }, scales) {
   });
 }
 
-/** The transpose of a matrix of shape [rows, columns]. */
 export function transposed(values, [rows, columns]) {
   return Float32Array.from(values, (_, i) => values[(i % rows) * columns + Math.floor(i / rows)]);
 }

@@ -99,10 +99,8 @@ export async function forget(identity) {
   }
 }
 
-/**
- * Whether the certificate of an identity was renewed at `url`: it is asked for if it ends soon and no tab takes part. Taking part can
- * begin meanwhile, because the authority may be slow; the newer certificate is then left. Throws as `Identity.renewal`.
- */
+/** Whether the certificate of an identity was renewed at `url`: it is asked for if it ends soon and no tab takes part. Taking part can
+ * begin meanwhile, because the authority may be slow; the newer certificate is then left. Throws as `Identity.renewal`. */
 export async function renew(identity, url) {
   const isFree = await identity.store.lock(LOCK, { ifAvailable: true }, (lock) => lock !== null);
   const found = isFree ? await identity.renewal(url) : null;

@@ -105,7 +105,6 @@ export class ParticipationView {
     element("rounds-caption").textContent = rounds.length ? "Rounds that this browser took part in" : "";
   }
 
-  /** Show what a token names, as soon as it is whole. */
   async #invited() {
     const token = element("token").value;
     const found = await this.client.invited(token).catch(() => null);

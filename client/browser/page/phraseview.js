@@ -14,7 +14,6 @@ export class PhraseView {
     onSubmit("classify-form", () => this.#ask());
   }
 
-  /** Begin with another bundle, without an answer. */
   show() {
     this.#answer("", []);
     settle("phrase-error", element("phrase"));

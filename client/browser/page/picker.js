@@ -27,7 +27,6 @@ export class Picker {
     this.#filter();
   }
 
-  /** Mark the selected items; with `several`, picking toggles. */
   select(names, several = false) {
     this.list.setAttribute("aria-multiselectable", String(several));
     for (const { name, option } of this.#items) option.setAttribute("aria-selected", String(names.includes(name)));

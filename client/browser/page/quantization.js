@@ -9,12 +9,8 @@ const SCALE = "#scale";
 // The number types of matrices, by format.
 const TYPES = { fp32: ["float32"], fp16: ["float16"], int8: ["int8"], int4: ["uint8", "int8"] };
 
-/**
- * The float32 tensors of what `container.parse` found, in the number format that the manifest states.
- *
- * Throws DataError: a tensor has another number type than the format allows, a scale is missing, left over, of another
- * shape or not sound, or a value is not finite.
- */
+/** The float32 tensors of what `container.parse` found, in the number format that the manifest states. Throws DataError: a tensor has
+ * another number type than the format allows, a scale is missing, left over, of another shape or not sound, or a value is not finite. */
 export function restore(stored, format) {
   const inputs = new Map();
   for (const [name, tensor] of stored) {

@@ -11,10 +11,8 @@ export const STATES = "states"; // below all slots, which the training graph of 
 
 configured(ort);
 
-/**
- * A session of a graph among the verified files of a base, in WebAssembly or, with `gpu`, on WebGPU. The outputs of the names
- * `kept` stay in the memory of WebGPU. `options` are onnxruntime-web's. Throws DataError if it cannot load them.
- */
+/** A session of a graph among the verified files of a base, in WebAssembly or, with `gpu`, on WebGPU. The outputs of the names `kept`
+ * stay in the memory of WebGPU. `options` are onnxruntime-web's. Throws DataError if it cannot load them. */
 export async function open(files, graph = MODEL, { gpu = false, kept = [], ...options } = {}) {
   const weights = files.get(WEIGHTS);
   try {
@@ -41,10 +39,8 @@ function configured(library) {
   return library;
 }
 
-/**
- * A session of the training graph. Folding constants would store each weight once more. It has `lower`, a session of the graph of the
- * states that it reads, if it reads such; both are released as one.
- */
+/** A session of the training graph. Folding constants would store each weight once more. It has `lower`, a session of the graph of the
+ * states that it reads, if it reads such; both are released as one. */
 export async function openTraining(files, gpu) {
   const training = await open(files, TRAINING, { gpu, extra: { optimization: { disable_specified_optimizers: "ConstantFolding" } } });
   if (!training.inputNames.includes(STATES)) return training;
@@ -78,7 +74,6 @@ function withoutRankZero(feeds) {
   return { ...feeds, ...Object.fromEntries(Object.entries(feeds).filter(isEmpty).map(widened)) };
 }
 
-/** The tensors of an adapter as graph inputs. */
 export const adapterFeeds = (inputs) =>
   Object.fromEntries([...inputs].map(([name, { shape, values }]) => [name, floats(values, shape)]));
 

@@ -15,12 +15,8 @@ const METADATA = "__metadata__";
 const STRINGS = /"(?:[^"\\]|\\.)*"/g;
 const STRUCTURE = /^[\s{}[\]:,0-9]*$/; // what is left without texts: no fraction, no exponent, no sign
 
-/**
- * The tensors of a file: Map of name → { shape, values: Float32Array }, sorted by name as they are flattened.
- *
- * Throws DataError: truncated, oversized or damaged; numbers of another type than float32; gaps or overlaps; no tensor at
- * all; NaN or infinity.
- */
+/** The tensors of a file: Map of name → { shape, values: Float32Array }, sorted by name as they are flattened. Throws DataError:
+ * truncated, oversized or damaged; numbers of another type than float32; gaps or overlaps; no tensor at all; NaN or infinity. */
 export function parse(file) {
   if (file.length > MAX_FILE) throw damaged(`it has ${file.length} bytes, above the limit of ${MAX_FILE}`);
   const start = LENGTH + headerSize(file);

@@ -2,15 +2,9 @@
 
 import { DataError } from "./errors.js";
 
-/**
- * The id of the next token.
- *
- * With `temperature` 0 it is the token with the highest logit (the first of equals). Otherwise it is drawn from
- * softmax(logits / temperature), restricted to the smallest set of most likely tokens with the probability `topP`
- * (nucleus sampling, Holtzman et al. 2020); `random` returns numbers in [0, 1).
- *
- * Throws DataError: a logit is not finite.
- */
+/** The id of the next token. With `temperature` 0 it is the token with the highest logit (the first of equals). Otherwise it is drawn
+ * from softmax(logits / temperature), restricted to the smallest set of most likely tokens with the probability `topP` (nucleus
+ * sampling, Holtzman et al. 2020); `random` returns numbers in [0, 1). Throws DataError: a logit is not finite. */
 export function sample(logits, { temperature, topP, random }) {
   let top = 0;
   for (let i = 0; i < logits.length; i++) {

@@ -12,11 +12,8 @@ export class HttpSource {
     [this.root, this.listing] = [new URL(root), new URL(listing)];
   }
 
-  /**
-   * The file, if it has at most `limit` bytes; `count` is called with the number of bytes of each part that arrives.
-   *
-   * Throws DataError: missing, or the server cannot be reached. TrustError: above the limit.
-   */
+  /** The file, if it has at most `limit` bytes; `count` is called with the number of bytes of each part that arrives. Throws DataError:
+   * missing, or the server cannot be reached. TrustError: above the limit. */
   async read(path, limit, count) {
     return fetched(new URL(path, this.root), path, limit, count);
   }

@@ -12,11 +12,8 @@ export const IDENTITIES = "identities"; // of this browser as a device (identity
 export const LEARNED = "learned"; // what a person taught (learning/history.js)
 const STORES = [VERSIONS, IDENTITIES, LEARNED];
 
-/**
- * The result of the request that `ask` makes of a store, after its transaction is done.
- *
- * Throws ConfigError: the browser does not store it, as with a full disk, or with storage that is not allowed.
- */
+/** The result of the request that `ask` makes of a store, after its transaction is done. Throws ConfigError: the browser does not store
+ * it, as with a full disk, or with storage that is not allowed. */
 export async function transact(store, mode, ask) {
   try {
     const database = await opened();
@@ -54,10 +51,8 @@ const settled = (target, done, ...failed) =>
 /** The browser's own: IndexedDB, and the locks that all tabs share. */
 export const BROWSER = { transact, lock: (name, options, work) => navigator.locks.request(name, options, work) };
 
-/**
- * The same for one process without them, such as Node's: records in memory. A class derived from it keeps more by its own `read` and
- * `write`. Records can be cloned; those of VERSIONS can be written as JSON too, the others contain keys that no script can read.
- */
+/** The same for one process without them, such as Node's: records in memory. A class derived from it keeps more by its own `read` and
+ * `write`. Records can be cloned; those of VERSIONS can be written as JSON too, the others contain keys that no script can read. */
 export class Store {
   #records = new Map(); // store → its records by key
   #held = new Map(); // lock → settled once it is free
@@ -73,7 +68,6 @@ export class Store {
     this.#records.set(store, records);
   }
 
-  /** As `transact`. */
   transact(store, mode, ask) {
     const found = this.#last.then(() => this.#transact(store, mode, ask));
     this.#last = found.catch(() => {});

@@ -36,12 +36,8 @@ export class Text {
   /** Nothing is to be prepared, but for files. */
   async prepare() {}
 
-  /**
-   * The ids of a phrase with the model's special tokens, truncated at what the model's limit leaves after `virtual` tokens.
-   *
-   * Throws DataError: the text is empty, too long, not Unicode, or has no known token (`unknownShare`); or there is no
-   * room for it.
-   */
+  /** The ids of a phrase with the model's special tokens, truncated at what the model's limit leaves after `virtual` tokens. Throws
+   * DataError: the text is empty, too long, not Unicode, or has no known token (`unknownShare`); or there is no room for it. */
   phrase(text, virtual = 0) {
     const { ids, unknown } = this.#read(text, virtual);
     if (unknown === 1) {
@@ -56,10 +52,8 @@ export class Text {
     return this.#read(text, 0, most).ids;
   }
 
-  /**
-   * The share of a text's tokens that the tokenizer does not know, 0 to 1, by the rule of the native session: special
-   * tokens and marks of white space do not count, and a text without any other token has 1. Throws as `phrase`.
-   */
+  /** The share of a text's tokens that the tokenizer does not know, 0 to 1, by the rule of the native session: special tokens and marks
+   * of white space do not count, and a text without any other token has 1. Throws as `phrase`. */
   unknownShare(text) {
     return this.#read(text).unknown;
   }
@@ -135,7 +129,6 @@ export class Text {
   }
 }
 
-/** A text without white space around it. */
 export function stripped(text) {
   let [start, end] = [0, text.length];
   while (start < end && BLANK.test(text[start])) start++;
@@ -159,7 +152,6 @@ function unknownToken({ unk_token: name, unk_id: number, vocab }) {
   return Object.hasOwn(vocab, name) ? vocab[name] : undefined;
 }
 
-/** Where the tokens `part` begin in the ids `all`. */
 const indexOf = (part, all) => {
   for (let at = 0; ; at++) if (part.every(([id], i) => all[at + i] === id)) return at;
 };

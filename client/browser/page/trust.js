@@ -44,10 +44,8 @@ export class Trust {
     return new Trust(keys, new SeenVersions(await keySet(keys), store));
   }
 
-  /**
-   * The base (rules 1 and 2): { manifest, files: Map of name → bytes }. While files are read, `progress` is called with
-   * { received, total }, in bytes; `total` is null where the source does not know it. Throws TrustError, DataError.
-   */
+  /** The base (rules 1 and 2): { manifest, files: Map of name → bytes }. While files are read, `progress` is called with { received,
+   * total }, in bytes; `total` is null where the source does not know it. Throws TrustError, DataError. */
   async base(source, progress = () => {}) {
     const manifest = await this.baseManifest(source);
     const missing = NEEDED[manifest.task].find((name) => !Object.hasOwn(manifest.files, name));
@@ -182,11 +180,8 @@ class SeenVersions {
     [this.keys, this.store] = [keys, store];
   }
 
-  /**
-   * Note the version of a verified manifest, if it is the highest so far.
-   *
-   * Throws TrustError: it is lower than the highest, the highest had another content, or what is stored is damaged. ConfigError: it cannot be stored.
-   */
+  /** Note the version of a verified manifest, if it is the highest so far. Throws TrustError: it is lower than the highest, the highest
+   * had another content, or what is stored is damaged. ConfigError: it cannot be stored. */
   async accept(manifest) {
     const { name, version } = manifest;
     const content = contentOf(manifest);

@@ -15,10 +15,8 @@ let current = Promise.resolve(null); // the open bundle, if any
 let stopping = new AbortController();
 
 const methods = {
-  /**
-   * Open the served bundle or the picked `files`, with the served keys or the picked ones, on a `provider`. Its pieces are
-   * progress. After an error what was open stays.
-   */
+  /** Open the served bundle or the picked `files`, with the served keys or the picked ones, on a `provider`. Its pieces are progress.
+   * After an error what was open stays. */
   async open({ files, pem, provider }, piece) {
     const before = current;
     const next = before.then(async (old) => {

@@ -7,7 +7,6 @@ const byId = (id) => document.getElementById(id);
 const dash = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 const total = (counts) => Object.values(counts).reduce((sum, each) => sum + each, 0);
 
-/** A new element with attributes and children; a child that is no element becomes a text. */
 function filled(made, attributes, children) {
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   made.append(...children);
@@ -160,7 +159,6 @@ function origin({ kind, source, again, by }) {
   return by ? `${by}: ${how}` : how;
 }
 
-/** What the last evaluation found, and whether a worse release is taken back by itself. */
 function evaluation({ evaluation: found, prepared, unprepared, previous }) {
   const made = element("div", {});
   if (found) {

@@ -13,10 +13,8 @@ const RESERVE = 2 ** -10; // share of δ that is kept for it
 /** What a number of sums reveal together: { curve, draws }. Their curves, in nats at each of `ORDERS`, add up. */
 export const NOTHING = Object.freeze({ curve: Object.freeze(ORDERS.map(() => 0)), draws: 0 });
 
-/**
- * What one sum of one segment reveals: `norm_squared` is the largest squared L2 norm of one device's integers, `variance` that of the
- * noise of one device on one of `size` elements, `honest` how many devices' noise counts. Throws ConfigError: one is out of range.
- */
+/** What one sum of one segment reveals: `norm_squared` is the largest squared L2 norm of one device's integers, `variance` that of the
+ * noise of one device on one of `size` elements, `honest` how many devices' noise counts. Throws ConfigError: one is out of range. */
 export function spentOn({ mechanism, ...sum }) {
   for (const [name, value] of Object.entries(sum)) {
     if (!(Number.isFinite(value) && value > 0)) throw new ConfigError(`${name} ${value} of a noisy sum is not above 0`, `sum.${name}`);
@@ -27,7 +25,6 @@ export function spentOn({ mechanism, ...sum }) {
   return { curve: (mechanism === SKELLAM ? skellam : gaussian)(sum), draws: sum.honest * sum.size };
 }
 
-/** What both reveal together. */
 export const together = (left, right) => ({ curve: left.curve.map((each, i) => each + right.curve[i]), draws: left.draws + right.draws });
 
 /** Agarwal et al. 2021, corollary 3.6. */
@@ -53,10 +50,8 @@ function gaussian({ size, norm_squared: squared, variance, honest }) {
   return ORDERS.map((order) => Math.min((order * squared) / (2 * total) + tau * size, (order / 2) * Math.min(middle, wide)));
 }
 
-/**
- * The least ε on `ORDERS` for which all of `spent` is (ε, δ)-differentially private (Canonne et al. 2020, proposition 12); infinite
- * if the distance of the drawn noise takes more of `delta` than is kept for it.
- */
+/** The least ε on `ORDERS` for which all of `spent` is (ε, δ)-differentially private (Canonne et al. 2020, proposition 12); infinite if
+ * the distance of the drawn noise takes more of `delta` than is kept for it. */
 export function epsilonOf({ curve, draws }, delta) {
   if (!curve.some(Boolean)) return 0;
   const rest = Math.log(delta * (1 - RESERVE));
@@ -77,11 +72,9 @@ export function normSquared(norm, size) {
   return Math.floor(Math.min(expected, (norm + root) ** 2));
 }
 
-/**
- * Rounds `steps`, a Float64Array of L2 norm `norm` at most, until the norm is within `normSquared`, which is compared in whole
- * numbers. `rounded` → Promise of the numbers, rounded by unbiased coins that are new in each call. Throws DataError: `steps` is
- * longer, or not finite.
- */
+/** Rounds `steps`, a Float64Array of L2 norm `norm` at most, until the norm is within `normSquared`, which is compared in whole numbers.
+ * `rounded` → Promise of the numbers, rounded by unbiased coins that are new in each call. Throws DataError: `steps` is longer, or not
+ * finite. */
 export async function roundWithin(steps, norm, rounded) {
   const length = Math.sqrt(steps.reduce((sum, x) => sum + x * x, 0));
   if (!(length <= norm * (1 + SLACK))) throw new DataError(`a vector of length ${length} steps is longer than its bound of ${norm}`, "norm");

@@ -6,12 +6,9 @@ import { refuse } from "./messages.js";
 
 export const EARLIER = 1024; // adapters
 
-/**
- * The state after the device trained for `plan`; `known` is null before the first one. `repeats`: the policy's maximum.
- *
- * Throws ProtocolError: the adapter is older than the last one, another one of its version, one that the device left after it
- * revealed shares, or used up; or it was trained on other terms before.
- */
+/** The state after the device trained for `plan`; `known` is null before the first one. `repeats`: the policy's maximum. Throws
+ * ProtocolError: the adapter is older than the last one, another one of its version, one that the device left after it revealed shares,
+ * or used up; or it was trained on other terms before. */
 export function onPlan(known, plan, spec, repeats) {
   const { adapter_version: version, adapter_digest: digest } = plan;
   const terms = termsOf(plan, spec);
@@ -57,11 +54,9 @@ function dealt({ members, former }, { grouping }) {
   return grouping ? `${grouping.count}/${[...new Set([...members, ...former])].sort()}` : "";
 }
 
-/**
- * The state after the device reveals shares, or with groups signs the survivor set, for a sum over `survivors`: a Map of
- * device → serial of its certificate. `revoked` is a Set of serials. Throws ProtocolError: it trained from another adapter
- * since, or the last sum has other devices.
- */
+/** The state after the device reveals shares, or with groups signs the survivor set, for a sum over `survivors`: a Map of device →
+ * serial of its certificate. `revoked` is a Set of serials. Throws ProtocolError: it trained from another adapter since, or the last sum
+ * has other devices. */
 export function onSurvivors(known, plan, spec, survivors, revoked) {
   if (known?.digest !== plan.adapter_digest) {
     refuse(`adapter ${plan.adapter_version} of the sum is not the one that this device trained from last`, "survivors.adapter");

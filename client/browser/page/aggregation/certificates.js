@@ -53,7 +53,6 @@ export function signedPart(der, read) {
   return { ...found, tbs, signature };
 }
 
-/** The object identifier of an algorithm without parameters. */
 export function algorithmOf(source) {
   const inner = source.sequence();
   const found = inner.oid();
@@ -165,7 +164,6 @@ export class Root {
     return new Root(authority, null);
   }
 
-  /** This root with a revocation list that it signed. */
   withRevocations(revoked) {
     return new Root(this.#authority, revoked);
   }
@@ -175,11 +173,8 @@ export class Root {
     return this.#authority;
   }
 
-  /**
-   * What this authority certified: { device, key, serial, notBefore, notAfter }. `at`: also require validity at this time.
-   *
-   * Throws TrustError: not a certificate of this authority for a device, revoked, or not valid at `at`.
-   */
+  /** What this authority certified: { device, key, serial, notBefore, notAfter }. `at`: also require validity at this time. Throws
+   * TrustError: not a certificate of this authority for a device, revoked, or not valid at `at`. */
   async verify(der, at = null) {
     const certificate = load(der);
     if (!(await isSignedBy(this.#authority, certificate))) {

@@ -38,7 +38,6 @@ export function beforeEnd(ends, at) {
   refuse(text, "plan.time");
 }
 
-/** The advert of `device` for the offer with this digest. */
 async function advert(offer, rounds, signer, device, raw) {
   const message = await openVerified(Advert, raw, signer, device);
   if (!equal(message.offer, offer)) throw new ProtocolError("advert message is for another offer", "advert.offer", device);

@@ -20,10 +20,8 @@ export function updateSegments(spec, size) {
   return [["delta", size, spec.clip_norm * Number(spec.weight_cap) * peak(size)], ...metricSegments(spec)];
 }
 
-/**
- * The segments of moments of embeddings of `d` numbers with `k` labels, as `AnalyticTask.vector` of edgeadapt/rounds/analytic.py. With noise, `kept`
- * numbers of each embedding count.
- */
+/** The segments of moments of embeddings of `d` numbers with `k` labels, as `AnalyticTask.vector` of edgeadapt/rounds/analytic.py. With
+ * noise, `kept` numbers of each embedding count. */
 export function momentSegments(spec, d, k, kept) {
   if (spec.privacy) return noisySegments("moments", (kept * (kept + 1)) / 2 + kept * k, spec);
   const cap = Number(spec.weight_cap);
@@ -42,10 +40,8 @@ function metricSegments({ weight_cap: weight }) {
   return [["weight", 1, cap], ["correct", 1, cap], ["loss", 1, MAX_LOSS * cap], ["held_out", 1, cap]];
 }
 
-/**
- * Returns if the vector in the offer is `fair`, [[name, size, bound]], and without noise counts up to the weight cap one by one, so that
- * it admits every contribution: a tighter bound would tell devices apart by whether they can answer. Throws ProtocolError.
- */
+/** Returns if the vector in the offer is `fair`, [[name, size, bound]], and without noise counts up to the weight cap one by one, so
+ * that it admits every contribution: a tighter bound would tell devices apart by whether they can answer. Throws ProtocolError. */
 export function requireBounds(spec, fair) {
   const found = spec.vector.segments.map((segment) => [segment.name, segment.size, segment.bound]);
   if (JSON.stringify(found) === JSON.stringify(fair) && (spec.privacy || maxSteps(spec.vector) >= Number(spec.weight_cap))) return;
@@ -53,13 +49,9 @@ export function requireBounds(spec, fair) {
   refuse(text, "offer.spec.vector");
 }
 
-/**
- * The contribution of a device as ring elements.
- *
- * `delta` is its update, a Float64Array; `examples` their number; `score` is { correct, loss, count } of the adapter that it
- * received on held-out examples. `adapter` is the digest in the plan, hex. Throws DataError: a number is not finite, or a
- * metric is outside its bound.
- */
+/** The contribution of a device as ring elements. `delta` is its update, a Float64Array; `examples` their number; `score` is { correct,
+ * loss, count } of the adapter that it received on held-out examples. `adapter` is the digest in the plan, hex. Throws DataError: a
+ * number is not finite, or a metric is outside its bound. */
 export async function contribution({ delta, examples, score }, spec, adapter, entropy = systemEntropy) {
   const weight = Math.min(examples, Number(spec.weight_cap));
   const segment = spec.vector.segments.find(({ name }) => name === "delta");
@@ -97,10 +89,8 @@ export async function noisyContribution(vector, spec, adapter, entropy = systemE
   return arrayType(spec.vector.ring_bits).from(found, (x, i) => x + noise[i]); // negative numbers in two's complement
 }
 
-/**
- * The moments of a device's examples as ring elements: `xx`, `xy` and `count` as of `momentsOf`. If they are of more examples
- * than the weight cap, they are scaled down to it. `score` and errors as of `contribution`.
- */
+/** The moments of a device's examples as ring elements: `xx`, `xy` and `count` as of `momentsOf`. If they are of more examples than the
+ * weight cap, they are scaled down to it. `score` and errors as of `contribution`. */
 export async function momentContribution({ xx, xy, count }, score, spec, entropy = systemEntropy) {
   const weight = Math.min(count, Number(spec.weight_cap));
   const share = count ? weight / count : 0;
@@ -120,17 +110,14 @@ const counted = (weight, { correct, loss, count }) => ({
 /** A number in [0, 1) of 53 bits, as NumPy makes it of 64. */
 const uniform = (drawn, at) => Number(drawn.getBigUint64(at, true) >> 11n) * 2 ** -53;
 
-/** `delta` clipped to an L2 norm (McMahan et al. 2018, algorithm 1). */
 export function clip(delta, norm) {
   const length = Math.sqrt(delta.reduce((sum, x) => sum + x * x, 0));
   if (length > norm) return delta.map((x) => x * ((norm / length) * SHRINK));
   return delta.map((x) => Math.min(norm, Math.max(-norm, x)));
 }
 
-/**
- * Rounds values to ring steps without bias (stochastic rounding): { name: Float64Array } of exactly the vector's segments.
- * `entropy` draws the key of the rounding coins, 32 bytes.
- */
+/** Rounds values to ring steps without bias (stochastic rounding): { name: Float64Array } of exactly the vector's segments. `entropy`
+ * draws the key of the rounding coins, 32 bytes. */
 export async function encode(vector, values, entropy = systemEntropy) {
   const key = await crypto.subtle.importKey("raw", await entropy(32), "AES-CTR", false, ["encrypt"]);
   const coins = new Uint32Array((await keystream(key, 0, 4 * sizeOf(vector))).buffer);

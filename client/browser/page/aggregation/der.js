@@ -4,7 +4,6 @@ const TAGS = { BOOLEAN: 0x01, INTEGER: 0x02, BITS: 0x03, OCTETS: 0x04, OID: 0x06
 const [UTC_TIME, GENERALIZED_TIME] = [0x17, 0x18];
 const UTF8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
-/** A cursor over the elements in `bytes`. */
 export class Der {
   #bytes;
   #at = 0;
@@ -92,7 +91,6 @@ export class Der {
     return found.getTime();
   }
 
-  /** Returns if nothing is left. */
   end() {
     if (!this.done) throw new SyntaxError("bytes are left over");
   }

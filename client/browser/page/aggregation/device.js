@@ -17,12 +17,9 @@ import { KEY, apply, deal, decrypt, derivable, derive, derivedEntropy, exchangeK
 import * as m from "./messages.js";
 import { ACTIVE, HONEST_BUT_CURIOUS, sizeOf } from "./spec.js";
 
-/**
- * The identity of a device, and what it relies on: { key, publicKey, certificate, root, coordinator, policy }.
- *
- * `key` is its Ed25519 CryptoKey, which need not be exportable, with its public half of 32 bytes; `certificate` is DER;
- * `root` is the pinned authority (certificates.js); `coordinator` the pinned public key, 32 bytes.
- */
+/** The identity of a device, and what it relies on: { key, publicKey, certificate, root, coordinator, policy }. `key` is its Ed25519
+ * CryptoKey, which need not be exportable, with its public half of 32 bytes; `certificate` is DER; `root` is the pinned authority
+ * (certificates.js); `coordinator` the pinned public key, 32 bytes. */
 export class Device {
   #key;
 
@@ -32,7 +29,6 @@ export class Device {
     Object.freeze(this);
   }
 
-  /** This device with another state of its pinned authority. */
   withRoot(root) {
     return new Device({ ...this, key: this.#key, root });
   }
@@ -135,12 +131,9 @@ class Advertised extends State {
     return this.#known.spec;
   }
 
-  /**
-   * Checks the roster and shares the secrets of every round (steps 3 and 4): the state and the encrypted shares.
-   *
-   * Without `entropy` the polynomials follow from the share key and the roster, as the protocol has it. The bytes of the
-   * secrets are overwritten; what stays of this device's own are keys that cannot be exported.
-   */
+  /** Checks the roster and shares the secrets of every round (steps 3 and 4): the state and the encrypted shares. Without `entropy` the
+   * polynomials follow from the share key and the roster, as the protocol has it. The bytes of the secrets are overwritten; what stays
+   * of this device's own are keys that cannot be exported. */
   async onRoster(device, roster, entropy = null) {
     const { me, spec, offer, cohort, ends } = this.#known;
     const message = await device.open(m.Roster, roster);
@@ -165,11 +158,9 @@ class Advertised extends State {
   }
 }
 
-/**
- * Between rounds. `ends`: see `checks.sessionEnd`; `serials`: a Map of device → serial of its certificate, of the whole
- * cohort; `lastRound`: the last one begun, 0 before the first; `dealers`: the Set of devices whose shares arrived, null before.
- * The secrets are a Map of round → { maskKey, seed, held }, of rounds still to come.
- */
+/** Between rounds. `ends`: see `checks.sessionEnd`; `serials`: a Map of device → serial of its certificate, of the whole cohort;
+ * `lastRound`: the last one begun, 0 before the first; `dealers`: the Set of devices whose shares arrived, null before. The secrets are
+ * a Map of round → { maskKey, seed, held }, of rounds still to come. */
 class Ready extends State {
   #shareKey;
   #rounds;
@@ -219,13 +210,11 @@ class InRound extends State {
     return this.#secrets;
   }
 
-  /** Abandons this round for a later one. */
   onPlan(device, assignment, at = null) {
     return this.ready.onPlan(device, assignment, at);
   }
 }
 
-/** A round has begun; the trained vector is next. */
 class Planned extends InRound {
   get spec() {
     return this.ready.session.spec;

@@ -52,11 +52,9 @@ const openCheckpoint = (raw, coordinator) => openVerified(Checkpoint, raw, coord
 /** SHA-256 of the sorted device ids: equal for equal sets. */
 const digestOf = (devices) => digest(utf8([...devices].sort().join("\n")));
 
-/**
- * What a device knows of the log of the session that it joined last: its own id; `offer` and `previous`, the digests of that
- * session's offer and of the last checkpoint before it; `version` and `adapter`, the newest in the log; `size` and `root` when
- * it saw proofs last; and of its last round the digest of the plan, of its messages and of the survivors that were named.
- */
+/** What a device knows of the log of the session that it joined last: its own id; `offer` and `previous`, the digests of that session's
+ * offer and of the last checkpoint before it; `version` and `adapter`, the newest in the log; `size` and `root` when it saw proofs last;
+ * and of its last round the digest of the plan, of its messages and of the survivors that were named. */
 export class LogState {
   constructor(known) {
     Object.assign(this, { size: 0n, root: null, plan: null, unconfirmed: null, delivered: [], survivors: null }, known);
@@ -85,16 +83,13 @@ export class LogState {
     return new LogState({ ...this, delivered, unconfirmed, survivors: await digestOf(survivors) });
   }
 
-  /**
-   * The state to keep after a receipt. Throws ProtocolError: it does not prove that the log extends what this device saw, has
-   * its delivered messages, and ended its round with the survivors that it was shown; or its newest adapter is not the one
-   * that this device knows, or that the results since then made from it.
-   */
+  /** The state to keep after a receipt. Throws ProtocolError: it does not prove that the log extends what this device saw, has its
+   * delivered messages, and ended its round with the survivors that it was shown; or its newest adapter is not the one that this device
+   * knows, or that the results since then made from it. */
   async onReceipt(coordinator, raw) {
     return (await this.#checked(coordinator, raw))[0];
   }
 
-  /** Returns if the plan distributes the newest adapter that the log names. */
   requireNewest({ adapter_version: version, adapter_digest: adapter }) {
     if (version === this.version && adapter === this.adapter) return;
     refuse(`adapter ${version} of the plan is not the newest one in the log, ${this.version}`, "plan.adapter");

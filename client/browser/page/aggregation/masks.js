@@ -115,11 +115,8 @@ const DRAW = 48; // bytes: reduced mod p, 384 bits are uniform to within a dista
 const whole = (bytes) => BigInt(`0x${hex(bytes)}`);
 const share = (value) => unhex(value.toString(16).padStart(2 * SHARE, "0"));
 
-/**
- * Share the secrets of every round, [{ maskKey, seed }] of 32 bytes each, among the dealer and its neighbors.
- *
- * Returns the dealer's own pairs, one { seed, key } for each round, and a Map of neighbor → encrypted shares.
- */
+/** Share the secrets of every round, [{ maskKey, seed }] of 32 bytes each, among the dealer and its neighbors. Returns the dealer's own
+ * pairs, one { seed, key } for each round, and a Map of neighbor → encrypted shares. */
 export async function deal(session, dealer, shareKey, secrets, entropy) {
   const holders = [dealer, ...session.neighbors(dealer, session.peers.keys())];
   const points = holders.map((device) => session.peers.get(device).position);
@@ -172,10 +169,8 @@ async function keyOf(session, shareKey, peer, dealer, holder) {
 
 // The dealer's half of Shamir's secret sharing over the integers modulo 2^256 + 297, as aggregation/shamir.py.
 
-/**
- * One share of 33 bytes of `secret` (32 bytes) for each of `points`, distinct positive numbers; any `threshold` of them
- * reconstruct it. `entropy` draws the coefficients, the highest power first.
- */
+/** One share of 33 bytes of `secret` (32 bytes) for each of `points`, distinct positive numbers; any `threshold` of them reconstruct it.
+ * `entropy` draws the coefficients, the highest power first. */
 async function split(secret, threshold, points, entropy) {
   if (secret.length !== 32 || threshold < 1 || threshold > new Set(points).size || Math.min(...points) < 1) {
     throw new ConfigError(`cannot share ${secret.length} bytes among ${points.length} points`, "shamir.split");

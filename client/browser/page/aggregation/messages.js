@@ -116,11 +116,8 @@ export async function verify(signer, tag, body, signature) {
   throw new ProtocolError(`signature on ${tag} is not valid`, "signature");
 }
 
-/**
- * The message of this kind that `signer` signed; `peer` is its name in errors.
- *
- * Throws ProtocolError: too large, not canonical, of another type or version, or not signed by `signer`.
- */
+/** The message of this kind that `signer` signed; `peer` is its name in errors. Throws ProtocolError: too large, not canonical, of
+ * another type or version, or not signed by `signer`. */
 export async function openVerified(kind, raw, signer, peer) {
   try {
     if (raw.length > kind.limit + OVERHEAD) {

@@ -58,7 +58,6 @@ export class Table {
     return this.high[k] < high || (this.high[k] === high && this.middle[k] <= middle);
   }
 
-  /** Draws `size` independent outcomes, an Int32Array. `entropy`: n → Promise of n uniform bytes. */
   async draw(entropy, size) {
     const drawn = new Int32Array(size);
     for (let start = 0; start < size; start += CHUNK) {
@@ -90,10 +89,8 @@ export class Table {
   }
 }
 
-/**
- * The table of the noise of one device. `variance`: in squared steps, at most `MAX_DEVIATION` squared; of a discrete Gaussian
- * the parameter σ². Throws ConfigError: it is out of range.
- */
+/** The table of the noise of one device. `variance`: in squared steps, at most `MAX_DEVIATION` squared; of a discrete Gaussian the
+ * parameter σ². Throws ConfigError: it is out of range. */
 export function table(mechanism, variance) {
   if (!(0 < variance && variance <= MAX_DEVIATION ** 2)) {
     const text = `noise with a variance of ${variance} squared steps is not between 0 and ${MAX_DEVIATION}² of them`;

@@ -38,12 +38,8 @@ export class Participant {
     this.#known = { adapter: null, sums: null, log: null, privacy: privacyledger.EMPTY, parts: null, ...known };
   }
 
-  /**
-   * The answer to the request `step` (aggregation/steps.py). `fields`: { body, adapter, proof, revocations }, as far as there
-   * are any. `at`: now in milliseconds, or null.
-   *
-   * Requests are answered one after the other. Throws ProtocolError: refused.
-   */
+  /** The answer to the request `step` (aggregation/steps.py). `fields`: { body, adapter, proof, revocations }, as far as there are any.
+   * `at`: now in milliseconds, or null. Requests are answered one after the other. Throws ProtocolError: refused. */
   answer(step, fields, at = Date.now()) {
     const found = this.#last.then(() => this.#kept(step, fields, at));
     this.#last = found.catch(() => {});

@@ -28,10 +28,8 @@ export function requireLedger(found) {
 /** Of everything that left the device with noise. */
 export const spent = ({ settled, pending }) => together(settled, pending);
 
-/**
- * The ledger to store before the contribution to a round leaves, of a session with a `cohort` of so many devices. Throws
- * ProtocolError: it would exceed the policy's `maximum_epsilon`.
- */
+/** The ledger to store before the contribution to a round leaves, of a session with a `cohort` of so many devices. Throws ProtocolError:
+ * it would exceed the policy's `maximum_epsilon`. */
 export function onPlan(known, spec, cohort, { corrupt_fraction: fraction, maximum_epsilon: limit, delta }) {
   const settled = spent(known);
   if (spec.privacy === null) return { ...known, settled, pending: NOTHING, bare: known.bare + 1 };

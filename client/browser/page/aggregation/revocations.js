@@ -13,11 +13,8 @@ const EXTENSIONS = 0xa0; // context-specific tag
 const [UTC_TIME, GENERALIZED_TIME] = [0x17, 0x18];
 const V2 = 1n;
 
-/**
- * The list in `der`, if the authority of `root` signed it: { der, number, thisUpdate, nextUpdate, serials }.
- *
- * Throws TrustError: not a complete list of that authority with number and end, or one with an unknown extension.
- */
+/** The list in `der`, if the authority of `root` signed it: { der, number, thisUpdate, nextUpdate, serials }. Throws TrustError: not a
+ * complete list of that authority with number and end, or one with an unknown extension. */
 export async function readRevocations(root, der) {
   if (der.length > MAX_REVOCATIONS) {
     throw new TrustError(`revocation list of ${der.length} bytes is over the limit of ${MAX_REVOCATIONS}`, "revocations.size");
@@ -85,10 +82,8 @@ export function newerThan(list, seen) {
   throw new TrustError(text, "revocations.number");
 }
 
-/**
- * Returns if a device may rely at time `at` on the list that it has, or on having none (null); `days` is the greatest age that
- * its policy allows, 0: none. Throws ProtocolError.
- */
+/** Returns if a device may rely at time `at` on the list that it has, or on having none (null); `days` is the greatest age that its
+ * policy allows, 0: none. Throws ProtocolError. */
 export function requireFresh(list, days, at) {
   const refuse = (text, about) => {
     throw new ProtocolError(`offer refused: ${text}`, `offer.${about}`, COORDINATOR);

@@ -121,7 +121,6 @@ export function quorumOf(spec) {
   return spec.degree === spec.vector.max_clients - 1 ? spec.threshold : spec.minimum_survivors;
 }
 
-/** Fewest contributions in a sum. */
 export const smallestSum = ({ grouping, minimum_survivors: least }) => grouping?.minimum ?? least;
 
 /** How many devices add the noise of a sum over so many `survivors` that the account counts on, if `corrupt` may add none. */
@@ -137,10 +136,8 @@ export function noiseMultiplier(spec, corrupt = 0) {
   return (spec.vector.segments[0].noise * Math.sqrt(honest)) / spec.clip_norm;
 }
 
-/**
- * What a round reveals of one device in a session with noise (accounting.js); arguments as of `honestIn`. With groups, each sum
- * counts as the smallest. Throws ConfigError: no honest device is left, or a number is out of range.
- */
+/** What a round reveals of one device in a session with noise (accounting.js); arguments as of `honestIn`. With groups, each sum counts
+ * as the smallest. Throws ConfigError: no honest device is left, or a number is out of range. */
 export function spentIn(spec, survivors, corrupt = 0) {
   const [segment] = spec.vector.segments;
   const step = stepOf(spec.vector, segment);
@@ -153,7 +150,6 @@ export function spentIn(spec, survivors, corrupt = 0) {
   });
 }
 
-/** Number of elements of all segments of a vector. */
 export const sizeOf = ({ segments }) => segments.reduce((sum, { size }) => sum + size, 0);
 
 /** Largest magnitude of one client's element, in steps; at most 2^40. */
@@ -162,11 +158,9 @@ export function maxSteps({ ring_bits: bits, max_clients: clients }) {
   return most < 2n ** 40n ? Number(most) : 2 ** 40;
 }
 
-/**
- * Resolution of a segment: the finest power of two with which `maxSteps` of them reach its bound. With noise, the finest one with
- * which the sum of all values and their noise is below half the ring, and the noise of one device has at most `MAX_DEVIATION` steps.
- * Throws ConfigError: the noise does not fit the ring.
- */
+/** Resolution of a segment: the finest power of two with which `maxSteps` of them reach its bound. With noise, the finest one with which
+ * the sum of all values and their noise is below half the ring, and the noise of one device has at most `MAX_DEVIATION` steps. Throws
+ * ConfigError: the noise does not fit the ring. */
 export function stepOf(vector, segment) {
   const { bound, noise } = segment;
   const largest = Math.max(bound, Math.fround(bound)); // float32 values that are clipped to the bound are within it

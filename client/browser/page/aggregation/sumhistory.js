@@ -45,13 +45,9 @@ export function leastMovement(task, clipNorm, size, share) {
   return share * Math.max(Math.min(clipNorm, step), LEAST_STEP);
 }
 
-/**
- * The history to keep before the contribution to a round leaves. `known` is null before the first one; `blob` is the adapter's
- * file; `share` the policy's `minimum_movement`.
- *
- * Throws ProtocolError: the adapter is too near to one from which there was a sum over earlier devices, on other terms, or in
- * other groups.
- */
+/** The history to keep before the contribution to a round leaves. `known` is null before the first one; `blob` is the adapter's file;
+ * `share` the policy's `minimum_movement`. Throws ProtocolError: the adapter is too near to one from which there was a sum over earlier
+ * devices, on other terms, or in other groups. */
 export async function onPlan(known, plan, spec, blob, share) {
   if (spec.privacy) return known;
   const { key, last, earlier } = known ?? (known = newHistory());
@@ -78,11 +74,9 @@ export async function onPlan(known, plan, spec, blob, share) {
   return { ...known, round: { point: now, bound, movement, least } };
 }
 
-/**
- * The history after the device reveals shares, or with groups signs the survivor set, for a sum over `survivors`, as of
- * adapterstate.js. Throws ProtocolError: it trained for another plan since, or the adapter is near to one from which the last sum
- * was over other devices.
- */
+/** The history after the device reveals shares, or with groups signs the survivor set, for a sum over `survivors`, as of
+ * adapterstate.js. Throws ProtocolError: it trained for another plan since, or the adapter is near to one from which the last sum was
+ * over other devices. */
 export function onSurvivors(known, plan, spec, survivors, revoked) {
   if (spec.privacy) return known;
   const { point, bound, movement, least } = known?.round ?? {};
@@ -104,7 +98,6 @@ export function onSurvivors(known, plan, spec, survivors, revoked) {
   return { ...known, last: [...others, { kind: point.kind, survivors, points }], earlier };
 }
 
-/** What the contributions to a sum follow from. */
 async function pointOf(key, plan, spec, task, adapter) {
   const kind = isAnalytic(task) ? MOMENTS : UPDATES;
   const form = JSON.stringify([spec.layout_digest, task.peft_config, task.labels]);

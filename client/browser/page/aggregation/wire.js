@@ -28,7 +28,6 @@ class Reader {
   }
 }
 
-/** A buffer that grows. */
 class Writer {
   #buffer = new Uint8Array(1024);
   #size = 0;
@@ -154,7 +153,6 @@ export const real = {
   },
 };
 
-/** One of a closed list of texts. */
 export function choice(...names) {
   const inner = text("[a-z-]+");
   return {

@@ -1,12 +1,9 @@
 // The order of a device's examples in training, as client/training/batches.py. The order is drawn here from the browser's
 // entropy: NumPy does not promise to keep the stream of its generator, from which a native device draws it.
 
-/**
- * The batches of all epochs, as lists of indices: texts of similar length, which need little padding, in random order.
- *
- * `lengths` are tokens of each text; `permuted` draws an order, n → a permutation of 0 to n - 1. Guarantee: an epoch contains
- * every index exactly once.
- */
+/** The batches of all epochs, as lists of indices: texts of similar length, which need little padding, in random order. `lengths` are
+ * tokens of each text; `permuted` draws an order, n → a permutation of 0 to n - 1. Guarantee: an epoch contains every index exactly
+ * once. */
 export function batches(lengths, size, epochs, permuted = permutation) {
   const epoch = () => {
     const grouped = permuted(lengths.length).sort((left, right) => lengths[left] - lengths[right]); // which is stable

@@ -15,10 +15,8 @@ export class AdamW {
     Object.assign(this, { learningRate, weightDecay });
   }
 
-  /**
-   * Change each parameter that has a gradient, in place. Both are Maps of name → Float32Array, of equal lengths. `factor`:
-   * of the learning rate.
-   */
+  /** Change each parameter that has a gradient, in place. Both are Maps of name → Float32Array, of equal lengths. `factor`: of the
+   * learning rate. */
   step(parameters, gradients, factor = 1) {
     this.#steps += 1;
     const [bias1, bias2] = [1 - BETA_1 ** this.#steps, 1 - BETA_2 ** this.#steps];
@@ -50,7 +48,6 @@ export class SGD {
     Object.assign(this, { learningRate, momentum });
   }
 
-  /** As `AdamW.step`. */
   step(parameters, gradients, factor = 1) {
     const rate = factor * this.learningRate;
     for (const [name, gradient] of gradients) {

@@ -10,7 +10,6 @@ export const MAGNITUDE = ".lora_magnitude_vector";
 
 const layersOf = (values, ending) => [...values.keys()].filter((name) => name.endsWith(ending)).map((name) => name.slice(0, -ending.length));
 
-/** The layers of which values have magnitudes. */
 export const magnitudes = (values) => layersOf(values, MAGNITUDE);
 
 /** Each number of B with that of its output: `change(b, x)`, where the outputs have the numbers `of`. */
@@ -29,10 +28,8 @@ export function withScales(values, norms, biases) {
   return found;
 }
 
-/**
- * The inverse of `withScales`, up to rounding. `normsOf` resolves to the norms of these values at layers. Where a scale is 0, B is lost;
- * whatever it is, the output is 0.
- */
+/** The inverse of `withScales`, up to rounding. `normsOf` resolves to the norms of these values at layers. Where a scale is 0, B is
+ * lost; whatever it is, the output is 0. */
 export async function withMagnitudes(values, normsOf) {
   const found = new Map(values);
   const layers = layersOf(values, OUTPUT_SCALE);
@@ -47,10 +44,8 @@ export async function withMagnitudes(values, normsOf) {
   return found;
 }
 
-/**
- * The gradients by values with magnitudes, from those by what `withScales` makes of them. The norm counts as a constant, as peft has it
- * (section 4.3 of the paper).
- */
+/** The gradients by values with magnitudes, from those by what `withScales` makes of them. The norm counts as a constant, as peft has it
+ * (section 4.3 of the paper). */
 export function gradientsOfMagnitudes(gradients, values, norms, biases) {
   const found = new Map(gradients);
   for (const path of magnitudes(values)) {

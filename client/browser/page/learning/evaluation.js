@@ -3,13 +3,9 @@
 import { contentDigest } from "../manifests.js";
 import { NO_POLICY } from "../policy.js";
 
-/**
- * Right answers and examples, under the newest release and under the one before: four whole numbers, those of the release that
- * the bundle does not have being 0; all of them, if it has neither.
- *
- * `task` is that of the round, `examples` are [{ text, target }], and `pause` is awaited before each answer. What is in use
- * stays. Throws TrustError, DataError: the bundle is damaged or breaks a rule.
- */
+/** Right answers and examples, under the newest release and under the one before: four whole numbers, those of the release that the
+ * bundle does not have being 0; all of them, if it has neither. `task` is that of the round, `examples` are [{ text, target }], and
+ * `pause` is awaited before each answer. What is in use stays. Throws TrustError, DataError: the bundle is damaged or breaks a rule. */
 export async function ownCounts(engine, task, examples, pause) {
   const { source, trust, base } = engine;
   for (const name of await source.adapterNames()) {

@@ -11,13 +11,10 @@ import { LORA_B, PEFT_PREFIX } from "../graphinputs.js";
 
 const LORA_R = ".lora_R.weight";
 
-/** The name of R of the layer whose B has `name`. */
 const squareName = (name) => name.replace(LORA_B, LORA_R);
 
-/**
- * The values, with R = 0 of each LoRA layer, in peft's order. `shapes`: of each graph input. Throws DataError: a rank is above the
- * outputs of its layer, where R would be larger than B.
- */
+/** The values, with R = 0 of each LoRA layer, in peft's order. `shapes`: of each graph input. Throws DataError: a rank is above the
+ * outputs of its layer, where R would be larger than B. */
 export function unfolded(values, shapes) {
   const squares = layers(shapes).map(([name, [rank, outputs]]) => {
     if (rank > outputs) throw new DataError(`${quoted(name)} has rank ${rank}, above its ${outputs} outputs: Fed-SB needs a lower one`, name);
@@ -26,7 +23,6 @@ export function unfolded(values, shapes) {
   return new Map([...values, ...squares].sort(([left], [right]) => byCodePoint(left, right)));
 }
 
-/** Whether some of the values are R. */
 export const hasSquares = (values) => [...values.keys()].some((name) => name.endsWith(LORA_R));
 
 /** F of each LoRA layer, by the name of its B: Map of name → { rank, outputs, values }, row by row of [outputs, rank]. */
@@ -44,7 +40,6 @@ export async function frozenFactors(shapes) {
 
 const layers = (shapes) => [...shapes].filter(([name]) => name.endsWith(LORA_B));
 
-/** The values without R: each B becomes B + F R. */
 export function folded(values, factors) {
   const found = new Map(values);
   for (const [name, { rank, outputs, values: f }] of factors) {

@@ -89,8 +89,6 @@ function readable(text, number, generation) {
   }
 }
 
-/** Bits for each byte of a text, by its score. */
 const cost = ({ nats }) => nats / Math.LN2;
 
-/** Whether a text is the answer without sampling, by its score. */
 const isKnown = ({ hits }) => hits === 1;

@@ -22,7 +22,6 @@ export class LanguageGraphTrainer extends SlotGraph {
     throw new ConfigError(`${reason}; use one of other layers`, "target_modules");
   }
 
-  /** The tokens of an example, { text, prompt }, as `encoded`. */
   encode(example) {
     return encoded(example, this.engine.generation);
   }
@@ -33,10 +32,8 @@ export class LanguageGraphTrainer extends SlotGraph {
     return batch.map((example) => ({ ...example, share: learned(example) / total }));
   }
 
-  /**
-   * The score of values on examples: { correct, loss, count }, the sums of the share of learned tokens that are the most likely
-   * ones, and of nats for each byte. `pause` as in `gradients`.
-   */
+  /** The score of values on examples: { correct, loss, count }, the sums of the share of learned tokens that are the most likely ones,
+   * and of nats for each byte. `pause` as in `gradients`. */
   async score(values, examples, pause) {
     const { scores } = await this.gradients(values, examples.map((one) => ({ ...one, share: 0 })), pause);
     const sum = (of) => scores.reduce((total, each) => total + of(each), 0);

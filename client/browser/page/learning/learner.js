@@ -57,10 +57,8 @@ export class Learner {
     });
   }
 
-  /**
-   * Go back to the adapter before the last lesson: { adapter, version, corrections }, where a private adapter that was made
-   * by the lesson is gone, and `adapter` and `version` are null. Throws DataError: no lesson is left; or as `teach`.
-   */
+  /** Go back to the adapter before the last lesson: { adapter, version, corrections }, where a private adapter that was made by the
+   * lesson is gone, and `adapter` and `version` are null. Throws DataError: no lesson is left; or as `teach`. */
   async undo() {
     return this.#alone(async (loaded) => {
       const { lesson, record } = withoutLesson(loaded);

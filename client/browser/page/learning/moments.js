@@ -4,20 +4,14 @@ import { rotate, seedOf } from "../aggregation/rotation.js";
 import { unhex } from "../bytes.js";
 import { DataError } from "../errors.js";
 
-/**
- * The moments of examples: { xx, xy, count }.
- *
- * `embeddings` are rows of d numbers, scaled to L2 norm 1 here, where a row of zeros stays one; `labels` their numbers, below
- * `k`. `xx` is the upper triangle of Σ x xᵀ, row by row, and `xy` is Σ x yᵀ of d rows and k columns; both Float64Array, no
- * number above the count of examples. Throws DataError: a number is not finite.
- */
+/** The moments of examples: { xx, xy, count }. `embeddings` are rows of d numbers, scaled to L2 norm 1 here, where a row of zeros stays
+ * one; `labels` their numbers, below `k`. `xx` is the upper triangle of Σ x xᵀ, row by row, and `xy` is Σ x yᵀ of d rows and k columns;
+ * both Float64Array, no number above the count of examples. Throws DataError: a number is not finite. */
 export const momentsOf = (embeddings, labels, d, k) => momentsOfRows(embeddings.map(unit), labels, d, k);
 
-/**
- * The mean moments of examples in a session with noise, before they are clipped: those of the first `kept` coordinates of rotated
- * embeddings, the entries of Σ x xᵀ off the diagonal times √2; zeros without examples. `adapter`: the digest of its file, hex; the
- * rest and errors as of `momentsOf`.
- */
+/** The mean moments of examples in a session with noise, before they are clipped: those of the first `kept` coordinates of rotated
+ * embeddings, the entries of Σ x xᵀ off the diagonal times √2; zeros without examples. `adapter`: the digest of its file, hex; the rest
+ * and errors as of `momentsOf`. */
 export async function projectedMoments(embeddings, labels, kept, k, adapter) {
   const seed = await seedOf(unhex(adapter));
   const rows = [];

@@ -7,11 +7,8 @@ import { stripped } from "../text.js";
 const LONGEST_LIST = 2 ** 24; // bytes
 const LINES = /\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]/; // as Python's str.splitlines
 
-/**
- * The pairs in the bytes of a file: [{ label, text }].
- *
- * Throws DataError: it is too long, or not UTF-8, or a line has no tab, or nothing on one side of it. The message names the line.
- */
+/** The pairs in the bytes of a file: [{ label, text }]. Throws DataError: it is too long, or not UTF-8, or a line has no tab, or nothing
+ * on one side of it. The message names the line. */
 export function parsePhrases(bytes, name) {
   if (bytes.length > LONGEST_LIST) {
     const reason = `${name} has ${bytes.length} bytes, above the limit of ${LONGEST_LIST}: use a bundle with fewer phrases`;

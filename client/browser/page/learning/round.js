@@ -79,7 +79,6 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
 
 const valuesOf = (inputs) => new Map([...inputs].map(([name, { values }]) => [name, values]));
 
-/** The labels of each adapter in the bundle that was not made on this device. */
 async function signedLabels({ source, trust }) {
   const manifests = [];
   for (const name of await source.adapterNames()) manifests.push(await trust.adapterManifest(source, name));
@@ -172,10 +171,8 @@ async function orElse(attempt, otherwise) {
 
 const warn = (error) => console.warn("contributed nothing:", error.about || error.name); // an error's text can quote an example
 
-/**
- * The examples whose labels the task has, or all of a language model's, with tokens and target: { train, heldOut }, at most `cap` held
- * out. Those that the base cannot read are left out.
- */
+/** The examples whose labels the task has, or all of a language model's, with tokens and target: { train, heldOut }, at most `cap` held
+ * out. Those that the base cannot read are left out. */
 async function usable(engine, trainer, { labels }, examples, cap) {
   const target = ({ label }) => (typeof label === "number" ? label : labels.indexOf(label));
   const isKnown = (one) => !labels.length || (one.target >= 0 && one.target < labels.length);
@@ -213,10 +210,8 @@ async function scored(trainer, values, examples, pause) {
 /** The score where no answer could be computed: all of them wrong. */
 const worst = ({ length }) => ({ correct: 0, loss: MAX_LOSS * length, count: length });
 
-/**
- * `start` trained on examples, as the trainer encodes them, in batches of this order. `pause` is awaited with { step, steps }; `control`
- * and errors as of `descend`.
- */
+/** `start` trained on examples, as the trainer encodes them, in batches of this order. `pause` is awaited with { step, steps };
+ * `control` and errors as of `descend`. */
 export async function trainOn(trainer, start, examples, task, order, pause = async () => {}, control = {}) {
   let step = 0;
   const gradientsOf = async (values, batch) => {

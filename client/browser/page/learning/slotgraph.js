@@ -24,23 +24,17 @@ export class SlotGraph {
   #factors; // of Fed-SB
   #biases = new Map(); // of the layers of DoRA that have one
 
-  /** Use `open`. */
   constructor(engine, session, shapes, scaling) {
     Object.assign(this, { engine, session, shapes, scaling, states: session && new States(session) });
   }
 
-  /** The graph inputs that every adapter fills. */
   static head(_base) {
     return [];
   }
 
-  /**
-   * Load the training graph of an open bundle, for the adapter { manifest, inputs }: inputs of slots or, with `start`, tensors of
-   * values, which are `start`.
-   *
-   * Throws ConfigError: the bundle has none, or it lacks an output; or the method of the adapter is one that cannot be trained
-   * here. DataError: the adapter is of another layout than its method says; or as `Trust.file`.
-   */
+  /** Load the training graph of an open bundle, for the adapter { manifest, inputs }: inputs of slots or, with `start`, tensors of
+   * values, which are `start`. Throws ConfigError: the bundle has none, or it lacks an output; or the method of the adapter is one that
+   * cannot be trained here. DataError: the adapter is of another layout than its method says; or as `Trust.file`. */
   static async open(engine, adapter, start = null) {
     const { base } = engine;
     const { scaling, shapes } = this.checked(base, adapter);
@@ -87,7 +81,6 @@ export class SlotGraph {
     if (biased.length) this.#biases = await this.#ofLayers(biased, OWN_BIAS);
   }
 
-  /** Free the memory of the training graph. */
   async close() {
     await this.session?.release();
   }
@@ -98,10 +91,8 @@ export class SlotGraph {
     return withMagnitudes(given, (values, layers) => this.#norms(values, layers));
   }
 
-  /**
-   * The graph inputs, one for each slot, of values: `valuesOf(inputsOf(values))` are the values, rounded. Throws DataError: the training
-   * graph does not run, or with the adapter an output of a layer has no weights.
-   */
+  /** The graph inputs, one for each slot, of values: `valuesOf(inputsOf(values))` are the values, rounded. Throws DataError: the
+   * training graph does not run, or with the adapter an output of a layer has no weights. */
   async inputsOf(values) {
     return this.#inputs(values, await this.#norms(values, magnitudes(values)));
   }
@@ -142,11 +133,9 @@ export class SlotGraph {
     return new Map(layers.map((path) => [path, found[path + ending].data]));
   }
 
-  /**
-   * The loss of batches, which are graph inputs besides the slots, and the gradient by each value: { loss, gradients,
-   * outputs }, the last of each run, of which those in `scores`. `pause` is awaited before each run of the graph; what it throws
-   * ends the computation. `values` may have R of Fed-SB. Throws as `inputsOf`.
-   */
+  /** The loss of batches, which are graph inputs besides the slots, and the gradient by each value: { loss, gradients, outputs }, the
+   * last of each run, of which those in `scores`. `pause` is awaited before each run of the graph; what it throws ends the computation.
+   * `values` may have R of Fed-SB. Throws as `inputsOf`. */
   async summed(values, batches, pause) {
     const factors = hasSquares(values) ? (this.#factors ??= await frozenFactors(this.shapes)) : new Map();
     const whole = folded(values, factors);
@@ -229,8 +218,8 @@ const fits = (slot, shape, rank) =>
 
 const MAX_BYTES = 2 ** 26; // in memory
 
-/** The hidden states of texts below all slots, as edgeadapt/bases/states.py: what the training graph of a base reads whose last
- * layers alone have slots. No adapter changes them, so each text's are computed once. */
+/** The hidden states of texts below all slots, as edgeadapt/bases/states.py: what the training graph of a base reads whose last layers
+ * alone have slots. No adapter changes them, so each text's are computed once. */
 class States {
   #kept = new Map(); // tokens → { states, places, width }, the last used ones last
   #size = 0; // bytes

@@ -63,10 +63,8 @@ export const LIMITS = {
   moments: true, // whether to contribute to an analytic head
 };
 
-/**
- * The task in a plan, of one of the kinds of edgeadapt/rounds/taskkinds.py: `isAnalytic` and `isEvaluation` tell which. Throws
- * ProtocolError: not a task, or one that a tab cannot train.
- */
+/** The task in a plan, of one of the kinds of edgeadapt/rounds/taskkinds.py: `isAnalytic` and `isEvaluation` tell which. Throws
+ * ProtocolError: not a task, or one that a tab cannot train. */
 export function decodeTask(raw) {
   let found;
   try {
@@ -103,7 +101,6 @@ export async function adapterOf({ adapter_digest: digest }, blob) {
   return ProtocolError.blaming(COORDINATOR, DataError, () => tensorsOf(blob));
 }
 
-/** Whether a task fits an analytic head (edgeadapt/rounds/analytic.py). */
 export const isAnalytic = (task) => Object.hasOwn(task, "ridge");
 
 /** Whether a task counts right answers (edgeadapt/rounds/evaluation.py). */
@@ -127,10 +124,8 @@ function evaluationTask(found) {
   return found;
 }
 
-/**
- * Returns if the labels of a task, in their order, are those of an adapter in the device's signed bundle, whose labels are `signed`; else
- * throws ProtocolError. They say which examples count, so a coordinator does not choose them (client/node/tasklabels.py).
- */
+/** Returns if the labels of a task, in their order, are those of an adapter in the device's signed bundle, whose labels are `signed`;
+ * else throws ProtocolError. They say which examples count, so a coordinator does not choose them (client/node/tasklabels.py). */
 export function requireLabels(labels, signed) {
   const isSame = (own) => own.length === labels.length && own.every((label, i) => label === labels[i]);
   if (signed.some(isSame)) return;
@@ -195,7 +190,6 @@ function checkTrainable(config) {
   if (odd) throw new ConfigError(`${odd} is not that of LoRA, DoRA or a bottleneck adapter, which alone a tab trains`, odd);
 }
 
-/** The part of an adapter to which a graph input belongs. */
 export function partOf(name) {
   if (name.endsWith(MAGNITUDE) || bottleneckOf(name)) return VECTORS;
   const [, factor] = /\.lora_([ABR])\./.exec(name) ?? [];

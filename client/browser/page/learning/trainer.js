@@ -14,10 +14,8 @@ const MAX_TOKENS = 128; // of a text
 const MAX_LOSS = 20; // nats, of one example (edgeadapt/rounds/task.py)
 const MAX_ROWS = 16; // of one run of the answering graph
 
-/**
- * Refuse a base with another head than one over the mean of the tokens, or with virtual tokens: federations train such a head, and it
- * alone has embeddings. Throws ConfigError.
- */
+/** Refuse a base with another head than one over the mean of the tokens, or with virtual tokens: federations train such a head, and it
+ * alone has embeddings. Throws ConfigError. */
 export function requireMeanHead({ slots }) {
   const isOdd = (name) => (isHead(name) ? !MEAN_HEAD.includes(name) : !name.startsWith(ENCODER));
   const odd = [...Object.keys(slots).filter(isOdd), ...MEAN_HEAD.filter((name) => !Object.hasOwn(slots, name))];
@@ -42,7 +40,6 @@ export class GraphTrainer extends SlotGraph {
     return fixedTexts(this.engine.text).map((ids) => ({ ids, target: 0, share: 0.5 }));
   }
 
-  /** The tokens of a text. Throws DataError as `Text.tokens`. */
   tokens(text) {
     return this.engine.text.tokens(text, MAX_TOKENS);
   }
@@ -61,7 +58,6 @@ export class GraphTrainer extends SlotGraph {
     });
   }
 
-  /** The tokens of an example: { ids }. Throws as `tokens`. */
   encode({ text }) {
     return { ids: this.tokens(text) };
   }
@@ -107,7 +103,6 @@ export class GraphTrainer extends SlotGraph {
     return this.#answers(inputs.set(weight, { shape: [hidden, hidden], values: identity }), tokens, pause);
   }
 
-  /** Numbers of an embedding. */
   get hidden() {
     const [bias, weight] = MEAN_HEAD.map((name) => this.shapes.get(name).reduce((product, size) => product * size, 1));
     return weight / bias;

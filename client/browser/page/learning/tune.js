@@ -9,12 +9,9 @@ const SURE = 0.8; // probability of a correction's label at which it counts as l
 export const MAX_STEPS = 30;
 const MAX_SECONDS = 60; // after which no further step begins
 
-/**
- * Train `start` on all examples at once, until each correction has its label with probability `SURE`: { values, steps }.
- *
- * `trainer` has `gradients` and `logits` of a `GraphTrainer`. `taught` and `rehearsed` are [{ ids, target }], at least one
- * taught. `pause` and errors are those of `descendUntil`.
- */
+/** Train `start` on all examples at once, until each correction has its label with probability `SURE`: { values, steps }. `trainer` has
+ * `gradients` and `logits` of a `GraphTrainer`. `taught` and `rehearsed` are [{ ids, target }], at least one taught. `pause` and errors
+ * are those of `descendUntil`. */
 export function tune(trainer, start, taught, rehearsed, pause, clock) {
   const examples = withShares(taught, rehearsed);
   const isLearned = async (values, between) => {
