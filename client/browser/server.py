@@ -1,6 +1,6 @@
 """Serves the page that runs a bundle in a browser, or exports it for another server.
 
-The served files are a closed list: the page, its four libraries, the pinned keys, and the files of one bundle. A
+The served files are a closed list: the page, its libraries, the pinned keys, and the files of one bundle. A
 requested path is joined to a folder only if it is on this list.
 
 The page verifies the bundle itself (``page/trust.js``). It trusts its server for its code and the pinned keys, but not

@@ -167,7 +167,7 @@ def test_the_package_is_small_and_what_its_tools_ask_for(node: str, app: Path) -
     first = loaded(package, "index.js")
     assert len(first) > 1
     assert sum((package / name).stat().st_size for name in first) <= LIMIT
-    assert len(list(package.glob("LICENSE*"))) == 4
+    assert len(list(package.glob("LICENSE*"))) == 3
     assert "All good!" in run(node, TOOLS / "publint" / "src" / "cli.js", "--strict", package)
     shutil.copyfile(SCRIPTS / "use.ts", app / "use.ts")
     options = (

@@ -1,6 +1,4 @@
-// Ed25519 keys: reading the pinned ones, verifying signatures, and signing with a key of this browser.
-//
-// WebCrypto does the arithmetic where it can; a browser without Ed25519 gets it from @noble/ed25519.
+// Ed25519 keys: reading the pinned ones, verifying signatures, and signing with a key of this browser, all with WebCrypto.
 
 import { base64, concat, encode, hex, sha256, unhex } from "./bytes.js";
 import { ConfigError, TrustError } from "./errors.js";
@@ -46,11 +44,21 @@ export function requireStrong(raw) {
 /** One name for a set of keys, whatever their order. */
 export const keySet = async (keys) => sha256(encode(keys.map((key) => hex(key.raw)).sort().join()));
 
-/** Whether `signature` is that of `key` on `message` (RFC 8032). */
-export async function verifies(key, signature, message) {
-  const holds = await verifier();
-  return (await holds(key.raw, signature, message)) === true;
+/** Whether `signature` is that of `key` on `message` (RFC 8032). Throws ConfigError where the browser does not know Ed25519. */
+export async function verifies({ raw }, signature, message) {
+  await (known ??= importKey(unhex(BASE_POINT)).catch(() => {
+    throw new ConfigError("this browser cannot verify Ed25519 signatures: use a newer one", "key");
+  }));
+  try {
+    return await crypto.subtle.verify("Ed25519", await importKey(raw), signature, message);
+  } catch {
+    return false; // not a point of the curve
+  }
 }
+
+let known;
+
+const importKey = (raw) => crypto.subtle.importKey("raw", raw, "Ed25519", false, ["verify"]);
 
 /** A new key pair, whose private half no script can read. Throws ConfigError where the browser does not know Ed25519. */
 export async function signingKey() {
@@ -75,40 +83,3 @@ export async function signer(pair) {
 /** A public key in PEM form, which a trust.pem can contain. */
 export const toPem = ({ raw }) =>
   `-----BEGIN PUBLIC KEY-----\n${base64(concat(SPKI, raw))}\n-----END PUBLIC KEY-----\n`;
-
-let chosen;
-
-/** (key, signature, message) → whether it holds; the browser's own implementation if it has one. */
-function verifier() {
-  chosen ??= native()
-    .catch(() => null)
-    .then((own) => own ?? portable());
-  return chosen;
-}
-
-async function native() {
-  const importKey = (raw) => crypto.subtle.importKey("raw", raw, { name: "Ed25519" }, false, ["verify"]);
-  await importKey(unhex(BASE_POINT)); // rejected where the browser does not know Ed25519
-  return async (raw, signature, message) => {
-    try {
-      return await crypto.subtle.verify({ name: "Ed25519" }, await importKey(raw), signature, message);
-    } catch {
-      return false; // not a point of the curve
-    }
-  };
-}
-
-/** The same from @noble/ed25519, with RFC 8032's rules instead of ZIP 215's looser ones. The library multiplies the equation by the
- * cofactor, so that R plus a point of small order would do as well. Without such a part in R and the key, it accepts what WebCrypto and
- * OpenSSL accept. */
-export async function portable(library = import("./vendor/noble-ed25519/index.js")) {
-  const { Point, verifyAsync } = await library;
-  return async (raw, signature, message) => {
-    try {
-      if (![raw, signature.slice(0, 32)].every((point) => Point.fromBytes(point).isTorsionFree())) return false;
-      return await verifyAsync(signature, message, raw, { zip215: false });
-    } catch {
-      return false;
-    }
-  };
-}

@@ -4,4 +4,3 @@ import { readFileSync } from "node:fs";
 
 export const made = JSON.parse(readFileSync(process.env.EDGEADAPT_MADE, "utf8"));
 export const bytes = (base64) => new Uint8Array(Buffer.from(base64, "base64"));
-export const WEB = new URL("../../../client/browser/page/", import.meta.url);
