@@ -1,7 +1,5 @@
-"""The source of secret bytes. Nothing else in this package generates randomness for keys, seeds or shares.
-
-Rounding coins come from a ``numpy.random.Generator`` that the caller passes (``vector``).
-"""
+"""The source of secret bytes. Nothing else in this package generates randomness for keys, seeds or shares. Rounding
+coins come from a ``numpy.random.Generator`` that the caller passes (``vector``)."""
 
 import secrets
 from typing import Protocol

@@ -1,8 +1,6 @@
-"""Signed messages: tag, version, body, signature. Every step begins by verifying one.
-
-A body is valid only under the tag for which its signer signed it. Verification is bounded: a message over the limit of
-its type is refused before its content is copied.
-"""
+"""Signed messages: tag, version, body, signature. Every step begins by verifying one. A body is valid only under the
+tag for which its signer signed it. Verification is bounded: a message over the limit of its type is refused before its
+content is copied."""
 
 import hashlib
 from collections.abc import Hashable

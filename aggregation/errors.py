@@ -1,8 +1,6 @@
-"""The errors of the project. A command prints ``str(error)`` as one line and exits with ``exit_code``.
-
-They are defined in the lowest package because every package raises them. An aborted round is a value
-(``server.RoundAborted``), not an error: it is one of the expected ends of a round.
-"""
+"""The errors of the project. A command prints ``str(error)`` as one line and exits with ``exit_code``. They are defined
+in the lowest package because every package raises them. An aborted round is a value (``server.RoundAborted``), not an
+error: it is one of the expected ends of a round."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

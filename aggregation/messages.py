@@ -1,8 +1,6 @@
-"""The messages of the protocol: the fields of each, and its canonical encoding (``docs/reference/protocol.md``).
-
-A message declares its fields once, in wire order, each annotated with its codec. ``checks`` decides what a well-formed
-message may say at each step; ``envelope`` adds signatures and the version. Limits are in bytes of the encoded body.
-"""
+"""The messages of the protocol: the fields of each, and its canonical encoding (``docs/reference/protocol.md``). A
+message declares its fields once, in wire order, each annotated with its codec. ``checks`` decides what a well-formed
+message may say at each step; ``envelope`` adds signatures and the version. Limits are in bytes of the encoded body."""
 
 import hashlib
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
-"""What a device requires of an offer before it takes part. The policy belongs to the device's owner.
-
-The defaults are the secure ones. The coordinator cannot change them; each weaker value is the owner's choice.
-"""
+"""What a device requires of an offer before it takes part. The policy belongs to the device's owner. The defaults are
+the secure ones. The coordinator cannot change them; each weaker value is the owner's choice."""
 
 import math
 from collections.abc import Mapping

@@ -1,8 +1,6 @@
-"""Shamir's secret sharing (1979) of 32-byte secrets over the integers mod p = 2^256 + 297, a prime.
-
-Any ``t`` shares determine the secret; fewer say nothing about it. The Lagrange coefficients of a set of holders are
-computed once and serve every secret that the set reconstructs.
-"""
+"""Shamir's secret sharing (1979) of 32-byte secrets over the integers mod p = 2^256 + 297, a prime. Any ``t`` shares
+determine the secret; fewer say nothing about it. The Lagrange coefficients of a set of holders are computed once and
+serve every secret that the set reconstructs."""
 
 import itertools
 import math

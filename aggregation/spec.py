@@ -1,7 +1,5 @@
 """The parameters of a session: everything in the offer except the cohort. Contradictions are refused at construction.
-
-Whether a device accepts a spec is decided by its own ``policy``.
-"""
+Whether a device accepts a spec is decided by its own ``policy``."""
 
 import math
 import re

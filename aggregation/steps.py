@@ -1,8 +1,6 @@
 """The exchanges of a session: what the coordinator asks, what a device answers, and the fields of a transport record.
-
 ``docs/reference/protocol.md`` describes them. The step names travel as Flower message actions, so they are letters
-only.
-"""
+only."""
 
 from enum import Enum
 

@@ -1,7 +1,5 @@
 """The coordinator's Flower ServerApp: opens the state directory that the run configuration names, and runs its rounds.
-
-The grid may be Flower's own or a simulated one.
-"""
+The grid may be Flower's own or a simulated one."""
 
 import logging
 from collections.abc import Callable, Iterator

@@ -1,8 +1,6 @@
-"""Until when the TLS certificate and the revocation list in a coordinator's state directory are valid.
-
-Both are to be replaced in the last third of their validity, as an agent has the certificates of its device renewed.
-Nothing is verified here: what uses the files does that.
-"""
+"""Until when the TLS certificate and the revocation list in a coordinator's state directory are valid. Both are to be
+replaced in the last third of their validity, as an agent has the certificates of its device renewed. Nothing is
+verified here: what uses the files does that."""
 
 import logging
 import time

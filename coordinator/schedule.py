@@ -1,8 +1,6 @@
 """When a federation evaluates by itself: some hours after a release began to be rolled out, until that is decided.
-
 Nothing is noted but the rounds: what is due follows from the repository of channels and the records of the registry. So
-a coordinator after a kill, or one that takes over, neither loses an evaluation nor repeats one that is done.
-"""
+a coordinator after a kill, or one that takes over, neither loses an evaluation nor repeats one that is done."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta

@@ -1,8 +1,6 @@
-"""Make a session: steps 1–4 of the protocol with the devices that checked in, which is step 0.
-
-This file holds the order of the steps; ``aggregation.server`` decides which is legal, and ``coordinator.rounds``
-continues with the session.
-"""
+"""Make a session: steps 1–4 of the protocol with the devices that checked in, which is step 0. This file holds the
+order of the steps; ``aggregation.server`` decides which is legal, and ``coordinator.rounds`` continues with the
+session."""
 
 import logging
 import math

@@ -1,7 +1,5 @@
-"""The settings of a federation, ``federation.toml``, and the parameters of a session that follow from them.
-
-The table of each kind of round is in the kind's module.
-"""
+"""The settings of a federation, ``federation.toml``, and the parameters of a session that follow from them. The table
+of each kind of round is in the kind's module."""
 
 import math
 import re

@@ -1,7 +1,5 @@
 """The state of a federation, read from the coordinator's state directory: versions, rounds, dropouts, last session.
-
-Nothing in a log is verified here; ``edgeadapt audit`` does that.
-"""
+Nothing in a log is verified here; ``edgeadapt audit`` does that."""
 
 import math
 import textwrap

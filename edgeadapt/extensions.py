@@ -1,7 +1,5 @@
-"""What installed packages add to edgeadapt, by name: an entry point announces each (docs/how-to/extend.md).
-
-A plan, a manifest and settings have names only. A package is imported when one of its names is used.
-"""
+"""What installed packages add to edgeadapt, by name: an entry point announces each (docs/how-to/extend.md). A plan, a
+manifest and settings have names only. A package is imported when one of its names is used."""
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points

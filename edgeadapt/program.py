@@ -1,8 +1,6 @@
-"""The command `edgeadapt`. It mounts the commands of each part, and imports a part only when one of them is called.
-
-So `edgeadapt device …` starts in a second on a machine that has neither torch nor flwr. A command whose extra is not
-installed names the extra; the other commands work.
-"""
+"""The command `edgeadapt`. It mounts the commands of each part, and imports a part only when one of them is called. So
+`edgeadapt device …` starts in a second on a machine that has neither torch nor flwr. A command whose extra is not
+installed names the extra; the other commands work."""
 
 import json
 import logging

@@ -1,7 +1,5 @@
 """Record spans with OpenTelemetry's SDK, and send them by OTLP over HTTP. ``edgeadapt.traces`` imports this if asked.
-
-The SDK reads its standard environment variables: address, headers, certificates, sampler, sizes.
-"""
+The SDK reads its standard environment variables: address, headers, certificates, sampler, sizes."""
 
 import logging
 import threading

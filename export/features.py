@@ -1,13 +1,12 @@
-"""Bases whose embeddings are centered, or also say which tokens a text has.
+"""Bases whose embeddings are centered, or also say which tokens a text has. Each result has a digest of its own.
 
-Centering moves a base's embeddings so that those of some texts have mean zero. The embeddings of many encoders lie in
-a narrow cone: of multilingual-e5-small, two phrases have a cosine of .83 on average. Then all rows of a head see
-nearly the same input, which acts as a second bias of each label, and devices that hold few of the labels pull the
-global adapter towards theirs. The mean is subtracted from the bias of the encoder's last layer norm, so that nothing
-else has to know of it.
+The embeddings of many encoders lie in a narrow cone: of multilingual-e5-small, two phrases have a cosine of .83 on
+average. Then all rows of a head see nearly the same input, which acts as a second bias of each label, and devices that
+hold few of the labels pull the global adapter towards theirs. So the mean over some texts is subtracted, from the bias
+of the encoder's last layer norm, so that nothing else has to know of it.
 
 Lexical features (``edgeadapt.methods.classifier``) tell apart texts whose words differ where an encoder that was not
-trained on their language takes them for alike. Each result is a base with a digest of its own.
+trained on their language takes them for alike.
 """
 
 import json

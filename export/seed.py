@@ -1,7 +1,5 @@
 """The first adapter of a federation, written as a PEFT folder: a classifier's from a few public phrases for each label.
-
-``edgeadapt coordinator publish`` takes the folder. It holds what ``peft`` saves, and a classifier's ``labels.txt``.
-"""
+``edgeadapt coordinator publish`` takes the folder. It holds what ``peft`` saves, and a classifier's ``labels.txt``."""
 
 from collections.abc import Sequence
 from pathlib import Path

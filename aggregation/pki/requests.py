@@ -1,8 +1,6 @@
-"""Certificate requests (PKCS #10, RFC 2986): how a device's key reaches the authority.
-
-A request is signed with the key that it holds, so nobody can have another's key certified under their own name. It does
-not prove who sent it: the operator of the authority compares the key's id with the one that the device shows.
-"""
+"""Certificate requests (PKCS #10, RFC 2986): how a device's key reaches the authority. A request is signed with the key
+that it holds, so nobody can have another's key certified under their own name. It does not prove who sent it: the
+operator of the authority compares the key's id with the one that the device shows."""
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm

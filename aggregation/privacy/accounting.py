@@ -2,8 +2,7 @@
 
 Neighbors are two runs that differ in one device, whose vector is zero in one of them: the unit is everything that a
 device contributes, and it may add or take away any vector within its norm. The noise of a sum is what the honest
-survivors added: that of corrupt devices counts as zero. A device, the coordinator and an auditor compute the same
-number from the same sums.
+survivors added. A device, the coordinator and an auditor compute the same number from the same sums.
 
 Sources: Agarwal, Kairouz, Liu 2021, "The Skellam Mechanism for Differentially Private Federated Learning"; Kairouz,
 Liu, Steinke 2021, "The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure Aggregation";

@@ -1,8 +1,6 @@
-"""The Merkle tree of RFC 9162, section 2.1, over SHA-256: root, inclusion proof, consistency proof.
-
-A proof is a short list of hashes. With it, whoever has the signed root of a log can check that an entry is in the log,
-or that a log seen earlier is a prefix of the present one, without the log itself.
-"""
+"""The Merkle tree of RFC 9162, section 2.1, over SHA-256: root, inclusion proof, consistency proof. A proof is a short
+list of hashes. With it, whoever has the signed root of a log can check that an entry is in the log, or that a log seen
+earlier is a prefix of the present one, without the log itself."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
-"""Conversations of a light device over gRPC: the messages in both directions, and what the end of a call means.
-
-The server's TLS certificate is verified under the authority that the device pins, for the host of the address.
-"""
+"""Conversations of a light device over gRPC: the messages in both directions, and what the end of a call means. The
+server's TLS certificate is verified under the authority that the device pins, for the host of the address."""
 
 import ipaddress
 import queue

@@ -1,8 +1,6 @@
 """Inference on a device, from verified files only: classify texts or write text with a frozen base and small adapters.
-
 It runs on the bare install: neither torch nor flwr nor transformers is imported, onnxruntime-genai only when a
-``Generator`` is opened, and llguidance only for a guide.
-"""
+``Generator`` is opened, and llguidance only for a guide."""
 
 from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.guide import Guide, GuideKind

@@ -1,7 +1,5 @@
-"""Brings the adapters of a channel's release that a device does not hold when they are asked for.
-
-``client.updates`` fetches and verifies an adapter, and deletes others by the times of their files, which ``note`` sets.
-"""
+"""Brings the adapters of a channel's release that a device does not hold when they are asked for. ``client.updates``
+fetches and verifies an adapter, and deletes others by the times of their files, which ``note`` sets."""
 
 import logging
 import os

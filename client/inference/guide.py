@@ -1,8 +1,6 @@
-"""The form that an answer must have: a JSON schema, a regular expression or a grammar.
-
-A guide is followed with llguidance: before each token it excludes those after which no answer of this form is left. A
-guide decides the form of an answer, not whether it is right.
-"""
+"""The form that an answer must have: a JSON schema, a regular expression or a grammar. A guide is followed with
+llguidance: before each token it excludes those after which no answer of this form is left. A guide decides the form of
+an answer, not whether it is right."""
 
 import importlib
 import json

@@ -1,8 +1,6 @@
-"""Classifies texts with a verified base and verified adapters. It needs neither torch nor flwr nor transformers.
-
-An adapter is a set of inputs of the graph, held in memory in float32: switching to one that was used before exchanges a
-reference (docs/decisions/0010-profiles-of-a-base.md).
-"""
+"""Classifies texts with a verified base and verified adapters. It needs neither torch nor flwr nor transformers. An
+adapter is a set of inputs of the graph, held in memory in float32: switching to one that was used before exchanges a
+reference (docs/decisions/0010-profiles-of-a-base.md)."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

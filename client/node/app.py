@@ -1,8 +1,6 @@
-"""The device's Flower ClientApp: it carries requests to ``client.node.step`` and the answers back.
-
-A refusal becomes an error reply with its code and reason. Flower would send the text of an exception, which may name
-files of the device; a step raises none.
-"""
+"""The device's Flower ClientApp: it carries requests to ``client.node.step`` and the answers back. A refusal becomes an
+error reply with its code and reason. Flower would send the text of an exception, which may name files of the device; a
+step raises none."""
 
 from collections.abc import Callable
 from functools import partial

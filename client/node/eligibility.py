@@ -1,8 +1,6 @@
 """Whether a device takes part now: the conditions of ``[eligibility]`` in ``device.toml``, and what is read for each.
-
 The conditions are those of Google's on-device federated compute. A condition that is asked for and cannot be read is
-not met. Those of the machine are read again while the device trains; the others are read when it joins a session.
-"""
+not met. Those of the machine are read again while the device trains; the others are read when it joins a session."""
 
 import logging
 from collections.abc import Callable, Sequence

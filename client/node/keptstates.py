@@ -1,8 +1,6 @@
-"""The states of a device's texts below the layers that it trains, kept from one process to the next, encrypted.
-
-They say almost what the texts say. So only those of the texts of the last training are kept, and ``edgeadapt device
-forget`` deletes them. States of another base, and a file that cannot be read, are computed again.
-"""
+"""The states of a device's texts below the layers that it trains, kept from one process to the next, encrypted. They
+say almost what the texts say. So only those of the texts of the last training are kept, and ``edgeadapt device forget``
+deletes them. States of another base, and a file that cannot be read, are computed again."""
 
 import logging
 from collections.abc import Mapping

@@ -1,8 +1,6 @@
-"""Contribute to a round: check what the coordinator asks for, and then contribute, whatever the examples are.
-
-The order of the two keeps a refusal from saying anything about the examples. What is contributed, the kind of round
-says (``edgeadapt.rounds.roundtask``).
-"""
+"""Contribute to a round: check what the coordinator asks for, and then contribute, whatever the examples are. The order
+of the two keeps a refusal from saying anything about the examples. What is contributed, the kind of round says
+(``edgeadapt.rounds.roundtask``)."""
 
 import logging
 import math

@@ -1,8 +1,6 @@
 """What bounds a training on a device besides its task: time, memory, heat and battery, held-out examples, and kills.
-
 The task is the coordinator's or the personal step's. These limits are the device's, and hold for every engine
-(``descent.descend``).
-"""
+(``descent.descend``)."""
 
 import math
 import time

@@ -1,8 +1,6 @@
-"""Optimizers in NumPy, and training with them: what the training of an adapter needs besides gradients.
-
-Every engine (``trainer.Engine``) brings its own gradients. So what a task demands, and what the owner of a device
-limits, is kept in one place, and all engines make the same adapter of the same gradients.
-"""
+"""Optimizers in NumPy, and training with them: what the training of an adapter needs besides gradients. Every engine
+(``trainer.Engine``) brings its own gradients. So what a task demands, and what the owner of a device limits, is kept in
+one place, and all engines make the same adapter of the same gradients."""
 
 import logging
 import math

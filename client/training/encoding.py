@@ -1,9 +1,6 @@
-"""Examples as tokens, and what is learned of a language model's: the same for every engine.
-
-A text without a prompt is continued from its first token, which is not learned. A text with one is the answer to it,
-in the base's chat template if it has one; only the answer is learned. A text is cut off at ``MAX_TOKENS``, or earlier
-if the base reads fewer.
-"""
+"""Examples as tokens, and what is learned of a language model's: the same for every engine. A text without a prompt is
+continued from its first token, which is not learned. A text with one is the answer to it, in the base's chat template
+if it has one; only the answer is learned. A text is cut off at ``MAX_TOKENS``, or earlier if the base reads fewer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
-"""The device's examples: a JSON-lines file that never leaves the device, and an adapter's score on them.
-
-An error names the file and the line, never the text: errors are shown and logged, and examples are private.
-"""
+"""The device's examples: a JSON-lines file that never leaves the device, and an adapter's score on them. An error names
+the file and the line, never the text: errors are shown and logged, and examples are private."""
 
 import json
 import math

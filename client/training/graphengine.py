@@ -1,8 +1,6 @@
-"""Computes with the training graph of a bundle, which puts adapters into the slots of its base. It needs no torch.
-
-A classifier answers with the graph with which the device answers; a language model with the forward pass of the
-training graph, so that a device holds the weights once.
-"""
+"""Computes with the training graph of a bundle, which puts adapters into the slots of its base. It needs no torch. A
+classifier answers with the graph with which the device answers; a language model with the forward pass of the training
+graph, so that a device holds the weights once."""
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

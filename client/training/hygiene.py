@@ -1,8 +1,6 @@
-"""What ``[data]`` of ``device.toml`` keeps out of training: personal data, secrets, duplicates, broken and old texts.
-
-A line that is set aside becomes a blank one, so that the numbers of the others stay. It is named by its number and a
-reason, and never quoted. Patterns take linear time: a file may be hostile.
-"""
+"""What ``[data]`` of ``device.toml`` keeps out of training: personal data, secrets, duplicates, broken and old texts. A
+line that is set aside becomes a blank one, so that the numbers of the others stay. It is named by its number and a
+reason, and never quoted. Patterns take linear time: a file may be hostile."""
 
 import json
 import logging

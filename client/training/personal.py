@@ -1,8 +1,6 @@
-"""The personal adapter: made on the device from the global adapter, and kept unless another one is better.
-
-The device decides with its own held-out examples, which are few: among three candidates the best on some 18 phrases is
-often not the best. Public texts, some rehearsed and some counted, bound what it forgets. It never leaves the device.
-"""
+"""The personal adapter: made on the device from the global adapter, and kept unless another one is better. The device
+decides with its own held-out examples, which are few: among three candidates the best on some 18 phrases is often not
+the best. Public texts, some rehearsed and some counted, bound what it forgets. It never leaves the device."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
-"""The parts of an adapter that a device trains in the rounds and does not share, as tensors.
-
-The device keeps them between rounds (``client.node.privateparts``).
-"""
+"""The parts of an adapter that a device trains in the rounds and does not share, as tensors. The device keeps them
+between rounds (``client.node.privateparts``)."""
 
 import hashlib
 from dataclasses import asdict

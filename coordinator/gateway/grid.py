@@ -1,8 +1,5 @@
-"""A Flower grid over the gateway: the same ServerApp runs on it as on a SuperLink.
-
-A message becomes a request of the gateway, and its answer a reply. Nobody polls: the grid's clock waits until an answer
-arrives, or its time is over.
-"""
+"""A Flower grid over the gateway: the same ServerApp runs on it as on a SuperLink. A message becomes a request of the
+gateway, and its answer a reply. Nobody polls: the grid's clock waits until an answer arrives, or its time is over."""
 
 import itertools
 import logging

@@ -1,7 +1,5 @@
-"""The registry: signed, content-addressed versions of the global adapter, and a record of every round.
-
-It needs SQLAlchemy and fsspec. An auditor reads the same files without them (``edgeadapt.auditing``).
-"""
+"""The registry: signed, content-addressed versions of the global adapter, and a record of every round. It needs
+SQLAlchemy and fsspec. An auditor reads the same files without them (``edgeadapt.auditing``)."""
 
 from coordinator.registry.lease import Leadership, Lease, leadership
 from coordinator.registry.transcripttable import TranscriptTable

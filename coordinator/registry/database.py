@@ -1,7 +1,5 @@
-"""The registry's tables, and a connection whose failures are errors of one line.
-
-SQLite by default, PostgreSQL by URL. ``versions.py`` verifies what the rows hold.
-"""
+"""The registry's tables, and a connection whose failures are errors of one line. SQLite by default, PostgreSQL by URL.
+``versions.py`` verifies what the rows hold."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

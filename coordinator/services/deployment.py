@@ -1,8 +1,6 @@
-"""The services of a coordinator's state directory: Flower's SuperLink, and the rounds with their gateway.
-
-``up`` runs them while it holds ``up.lock``, and writes to ``services.json`` what runs. The authority's enrolment
-service does not belong to them: it runs where the authority's key is.
-"""
+"""The services of a coordinator's state directory: Flower's SuperLink, and the rounds with their gateway. ``up`` runs
+them while it holds ``up.lock``, and writes to ``services.json`` what runs. The authority's enrolment service does not
+belong to them: it runs where the authority's key is."""
 
 import http.client
 import json

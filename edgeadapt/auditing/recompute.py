@@ -1,7 +1,6 @@
 """The step from a round's sum to its adapter, recomputed with the registry: a transcript does not contain it.
 
-A transcript ends with the digest of a sum and that of the adapter which the coordinator says it produced from it. With
-the registry (``edgeadapt.formats.registryfiles``) four things can be checked:
+With the registry (``edgeadapt.formats.registryfiles``) four things can be checked:
 
 - each adapter that a log names was published under the coordinator's signature, for exactly this plan and these
   survivors, and its file is unaltered; what a round does not change is as in the previous adapter;
@@ -11,8 +10,7 @@ the registry (``edgeadapt.formats.registryfiles``) four things can be checked:
 - FedAdam has two moments as state, which start from constants at version 0 and on another base. Its steps can be
   recomputed if no sum since then is missing, and not otherwise.
 
-The new adapter's manifest names the server optimizer and the combination of groups. An audit shows whether the
-coordinator followed them, not whether anyone agreed to them.
+An audit shows whether the coordinator followed the rules that its manifests name, not whether anyone agreed to them.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,8 +1,6 @@
-"""What the authority did, in one file that only grows: a line of JSON for each certificate, revocation and list.
-
-A line counts once it is complete and on the disk, and nothing is handed out before that. A kill can leave an incomplete
-line at the end, which did not happen: the next writer removes it. Writers wait for each other.
-"""
+"""What the authority did, in one file that only grows: a line of JSON for each certificate, revocation and list. A line
+counts once it is complete and on the disk, and nothing is handed out before that. A kill can leave an incomplete line
+at the end, which did not happen: the next writer removes it. Writers wait for each other."""
 
 import json
 import os

@@ -1,7 +1,5 @@
-"""The frozen base: found on disk and identified by its digest. Nothing here trains or changes it.
-
-A base in one file is converted once, into a folder of the cache (``ggufbase.py``, ``e5base.py``).
-"""
+"""The frozen base: found on disk and identified by its digest. Nothing here trains or changes it. A base in one file is
+converted once, into a folder of the cache (``ggufbase.py``, ``e5base.py``)."""
 
 import hashlib
 import importlib

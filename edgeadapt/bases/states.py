@@ -1,7 +1,5 @@
-"""Hidden states of texts below the first layer that an adapter changes, which are computed once and kept.
-
-Nothing is approximated in float32: such states depend on the frozen base and on a text's tokens alone.
-"""
+"""Hidden states of texts below the first layer that an adapter changes, which are computed once and kept. Nothing is
+approximated in float32: such states depend on the frozen base and on a text's tokens alone."""
 
 import hashlib
 from collections import OrderedDict

@@ -1,8 +1,6 @@
-"""What a head learns from labels: classification, or a task that a package adds (docs/how-to/extend.md).
-
-A label of the data becomes a target, a vector of numbers. A task compares a head's outputs with targets: a loss for
-training, a score for rounds, arms and reports. Nothing else knows what the numbers mean.
-"""
+"""What a head learns from labels: classification, or a task that a package adds (docs/how-to/extend.md). A label of the
+data becomes a target, a vector of numbers. A task compares a head's outputs with targets: a loss for training, a score
+for rounds, arms and reports. Nothing else knows what the numbers mean."""
 
 import importlib
 import json

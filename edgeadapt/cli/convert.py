@@ -1,7 +1,5 @@
-"""``edgeadapt bundle convert``: write an adapter for other programs, PEFT or ONNX Runtime.
-
-What is written is not signed, and no device accepts it in a bundle.
-"""
+"""``edgeadapt bundle convert``: write an adapter for other programs, PEFT or ONNX Runtime. What is written is not
+signed, and no device accepts it in a bundle."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,7 +1,5 @@
-"""``edgeadapt new``: a folder to begin with, a scenario with a table of texts or a trial fleet.
-
-A fleet is made by the same commands that a person would type; they are shown.
-"""
+"""``edgeadapt new``: a folder to begin with, a scenario with a table of texts or a trial fleet. A fleet is made by the
+same commands that a person would type; they are shown."""
 
 import contextlib
 import csv

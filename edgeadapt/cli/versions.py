@@ -1,7 +1,5 @@
 """``edgeadapt release versions``: where versions are from, where they are, what changed, and what they were made of.
-
-Every manifest and the chain of round records are verified first; nothing is written but a bill of materials.
-"""
+Every manifest and the chain of round records are verified first; nothing is written but a bill of materials."""
 
 import json
 from collections.abc import Iterator

@@ -1,8 +1,6 @@
-"""Blobs under their content address, on any file system that fsspec knows: a folder by default, or a bucket.
-
-A blob is written whole or not at all, and ``get`` returns only bytes that have the digest in their name. Signed
-manifests say what a blob is. The keys of a bucket come from where boto takes them, never from an address.
-"""
+"""Blobs under their content address, on any file system that fsspec knows: a folder by default, or a bucket. A blob is
+written whole or not at all, and ``get`` returns only bytes that have the digest in their name. Signed manifests say
+what a blob is. The keys of a bucket come from where boto takes them, never from an address."""
 
 import hashlib
 from collections.abc import Iterator

@@ -1,8 +1,5 @@
-"""An adapter's tensors as a safetensors file: written deterministically, read strictly.
-
-The names are those that PEFT saves, so that plain ``peft`` opens the file. Its base, parent and round are in its
-manifest.
-"""
+"""An adapter's tensors as a safetensors file: written deterministically, read strictly. The names are those that PEFT
+saves, so that plain ``peft`` opens the file. Its base, parent and round are in its manifest."""
 
 import hashlib
 from collections.abc import Mapping

@@ -1,8 +1,6 @@
-"""JSON with one meaning: written deterministically, and read strictly.
-
-Two readers of one text must never see two values, so what JSON leaves open is refused: a key that occurs twice, NaN and
-infinity, half of a surrogate pair, another encoding than UTF-8, and nesting that a reader may not be able to follow.
-"""
+"""JSON with one meaning: written deterministically, and read strictly. Two readers of one text must never see two
+values, so what JSON leaves open is refused: a key that occurs twice, NaN and infinity, half of a surrogate pair,
+another encoding than UTF-8, and nesting that a reader may not be able to follow."""
 
 import json
 import math

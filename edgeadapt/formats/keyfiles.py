@@ -1,6 +1,5 @@
 """Keys in files, all in PEM form: Ed25519 signing keys, which are never replaced, lists of trusted public keys, and the
-TLS key of a state directory with its certificate, which both are replaced.
-"""
+TLS key of a state directory with its certificate, which both are replaced."""
 
 import re
 from collections.abc import Iterator

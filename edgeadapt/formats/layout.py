@@ -1,8 +1,5 @@
-"""The layout of an adapter: its tensors' names and shapes, and their order in a flat vector.
-
-Aggregation adds vectors, so all machines need the same order. The digest of the layout is in the session's offer and in
-every manifest.
-"""
+"""The layout of an adapter: its tensors' names and shapes, and their order in a flat vector. Aggregation adds vectors,
+so all machines need the same order. The digest of the layout is in the session's offer and in every manifest."""
 
 import hashlib
 import math

@@ -1,8 +1,6 @@
-"""Passages: parts of sections of Markdown, HTML and plain text, which answer questions. What they say is data.
-
-A bundle may have some, ``base/knowledge.jsonl``, which its vendor signed: a JSON object with ``source``, ``heading``
-and ``text`` on each line.
-"""
+"""Passages: parts of sections of Markdown, HTML and plain text, which answer questions. What they say is data. A bundle
+may have some, ``base/knowledge.jsonl``, which its vendor signed: a JSON object with ``source``, ``heading`` and
+``text`` on each line."""
 
 import json
 import re

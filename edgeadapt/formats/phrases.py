@@ -1,7 +1,5 @@
 """Phrases with their labels, one pair a line: what an exporter learns from or measures on, and what a device is taught.
-
-A message names the line, and not the phrase: what a device is taught is private.
-"""
+A message names the line, and not the phrase: what a device is taught is private."""
 
 from collections.abc import Iterable
 from pathlib import Path

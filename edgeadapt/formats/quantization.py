@@ -1,7 +1,5 @@
-"""How an adapter file stores numbers: 32 or 16 bit floats, or integers of 8 or 4 bits with scales.
-
-The exporter quantizes and a device restores. Names are graph inputs; ``container.py`` makes the file of it.
-"""
+"""How an adapter file stores numbers: 32 or 16 bit floats, or integers of 8 or 4 bits with scales. The exporter
+quantizes and a device restores. Names are graph inputs; ``container.py`` makes the file of it."""
 
 from typing import Any
 

@@ -1,8 +1,6 @@
 """A registry that is not in its state directory: in PostgreSQL by URL, and with its blobs where fsspec finds them.
-
 Addresses have no secret. The password comes from where PostgreSQL's own programs take it: ``PGPASSWORD``,
-``PGPASSFILE`` or ``~/.pgpass``.
-"""
+``PGPASSFILE`` or ``~/.pgpass``."""
 
 import os
 from dataclasses import dataclass

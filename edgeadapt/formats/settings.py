@@ -1,7 +1,5 @@
 """Settings in a TOML file: read and checked by a pydantic model, changed key by key, written with a comment on each.
-
-The settings of a federation, of a device and of a scenario are such models.
-"""
+The settings of a federation, of a device and of a scenario are such models."""
 
 import copy
 import difflib

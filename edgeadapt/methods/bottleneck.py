@@ -1,8 +1,6 @@
-"""Bottleneck adapters in torch, of which peft has no type: this module adds one for each of ``ACTIVATIONS``.
-
-After a linear layer with the output ``y``, an adapter adds ``f(y @ down + down_bias) @ up + up_bias`` (Houlsby et al.
-2019). At a normalization N of ``s``, it reads ``N(s)`` and adds to ``s`` (Pfeiffer et al. 2020): ``N(s + B(N(s)))``.
-"""
+"""Bottleneck adapters in torch, of which peft has no type: this module adds one for each of ``ACTIVATIONS``. After a
+linear layer with the output ``y``, an adapter adds ``f(y @ down + down_bias) @ up + up_bias`` (Houlsby et al. 2019). At
+a normalization N of ``s``, it reads ``N(s)`` and adds to ``s`` (Pfeiffer et al. 2020): ``N(s + B(N(s)))``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
-"""The trainable view of a frozen causal language model: an adapter of one of peft's methods, nothing else.
-
-``tensors`` and ``load`` are those of a classifier.
-"""
+"""The trainable view of a frozen causal language model: an adapter of one of peft's methods, nothing else. ``tensors``
+and ``load`` are those of a classifier."""
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer

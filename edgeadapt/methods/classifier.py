@@ -1,8 +1,6 @@
-"""The trainable view of a frozen encoder: mean pooling, a linear head, and an adapter of one of peft's methods.
-
-One function builds it, so that the vendor's seed, every device and the exporter hold the same module with the same
-tensor names. Training loops live on the device (``client/training``), the ONNX graph in ``export/``.
-"""
+"""The trainable view of a frozen encoder: mean pooling, a linear head, and an adapter of one of peft's methods. One
+function builds it, so that the vendor's seed, every device and the exporter hold the same module with the same tensor
+names. Training loops live on the device (``client/training``), the ONNX graph in ``export/``."""
 
 import hashlib
 from collections.abc import Callable, Sequence

@@ -1,8 +1,6 @@
-"""The parts of an adapter, which federated methods train and share apart from each other.
-
-A task names the parts that a device trains in a round, and those whose updates it shares. What is trained and not
-shared stays on the device (``client.node.privateparts``).
-"""
+"""The parts of an adapter, which federated methods train and share apart from each other. A task names the parts that a
+device trains in a round, and those whose updates it shares. What is trained and not shared stays on the device
+(``client.node.privateparts``)."""
 
 from collections.abc import Collection
 from enum import StrEnum

@@ -1,8 +1,6 @@
 """A frozen model with an adapter of one of peft's methods, ready to be trained: the one module that lets peft build it.
-
 A coordinator names the configuration, so peft gets one of its own type with the fields that ``require_trainable``
-checked and no others: none makes peft open a file, import a module or draw in weights of another model.
-"""
+checked and no others: none makes peft open a file, import a module or draw in weights of another model."""
 
 import warnings
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,6 @@
 """The rounds of evaluation of a coordinator: which releases they compared, what they found, and what follows from it.
-
 The signed record of a round names its plan by digest. So the plan that a log has under that digest is the one that the
-devices had, no matter who keeps the log.
-"""
+devices had, no matter who keeps the log."""
 
 from collections.abc import Generator
 from contextlib import closing

@@ -1,8 +1,6 @@
-"""The gates of a promotion: what is measured on the very files of a release, as a device runs them.
-
-A gate that cannot be measured refuses: a missing file, too few phrases and a damaged bundle are results, with the
-reason in ``text``, and so is a package that is not installed. Nothing is skipped but what ``gates.toml`` leaves out.
-"""
+"""The gates of a promotion: what is measured on the very files of a release, as a device runs them. A gate that cannot
+be measured refuses: a missing file, too few phrases and a damaged bundle are results, with the reason in ``text``, and
+so is a package that is not installed. Nothing is skipped but what ``gates.toml`` leaves out."""
 
 import json
 import re

@@ -1,8 +1,6 @@
-"""The signed metadata of a repository's roles, the keys that sign them, and the log of what was done.
-
-``commit`` signs the next version of what changed. Files are written before the metadata that name them, and
-``timestamp.json`` last: a kill leaves the old repository or the new one.
-"""
+"""The signed metadata of a repository's roles, the keys that sign them, and the log of what was done. ``commit`` signs
+the next version of what changed. Files are written before the metadata that name them, and ``timestamp.json`` last: a
+kill leaves the old repository or the new one."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence

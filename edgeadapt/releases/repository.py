@@ -7,8 +7,7 @@
     DIR/keys/ID.pem        Ed25519 keys of the roles; those of root and targets belong elsewhere when they are not used
     DIR/public/            what is served: static files, from any web server, object store or folder
         metadata/          N.ROLE.json, and timestamp.json
-        targets/           CHANNEL/DIGEST.release.json, CHANNEL/base/DIGEST.NAME, CHANNEL/adapters/DIGEST.NAME;
-                           in a staged rollout CHANNEL/DIGEST.flags.json, and the previous release as CHANNEL/previous-…
+        targets/           CHANNEL/DIGEST.NAME; in a staged rollout flags.json, and the previous release as previous-…
 
 *root* names the keys of the other roles, *targets* those of the channels; each channel is a delegated role that may
 sign files under its name only; *snapshot* and *timestamp* share a key and say what is current. Files are written before

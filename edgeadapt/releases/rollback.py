@@ -1,7 +1,5 @@
-"""Publish an earlier release of a channel again: with the vendor's key, or as it was prepared with that key.
-
-Errors are those of ``ChannelRepository``, besides what a function names.
-"""
+"""Publish an earlier release of a channel again: with the vendor's key, or as it was prepared with that key. Errors are
+those of ``ChannelRepository``, besides what a function names."""
 
 from dataclasses import replace
 from datetime import datetime

@@ -1,8 +1,6 @@
-"""A software bill of materials (CycloneDX) of a version: the adapter, its ancestors, its base, and what runs it.
-
-The adapter, each version before it and each exported file in a release have the digests that their signed manifests
-state. The packages are those that edgeadapt requires, and what these require in turn, as they are installed here.
-"""
+"""A software bill of materials (CycloneDX) of a version: the adapter, its ancestors, its base, and what runs it. The
+adapter, each version before it and each exported file in a release have the digests that their signed manifests state.
+The packages are those that edgeadapt requires, and what these require in turn, as they are installed here."""
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime

@@ -1,16 +1,15 @@
 """A round of federated evaluation: how good two releases are on the held-out examples of the devices, as one sum.
 
-Devices train nothing. Each runs its own release on its held-out examples and contributes four counts: right answers and
-examples under the newest release, and under the previous one; two of them are zero. So the sums say how good either
-release is, and not which device has which. A device with another release contributes zeros.
+Devices train nothing. Each contributes four counts: its right answers and examples under the newest release, and under
+the previous one; those of the release that it does not have are zero. So the sums say how good either release is, and
+not which device has which.
 
 A device with a language model contributes the logarithm of its release's nats per byte over those of the adapter on
 offer, on the same texts. What makes one device's texts harder than another's is in both, and so hides no difference.
 
 No device can know how many devices have a release, and exact sums could be those of one. So every evaluation has noise,
-also where training has none (``docs/decisions/0066-secure-evaluation.md``). The vector is masked, summed and accounted
-for as every other. Only ``evaluated``'s metrics are published of the sums. The adapter stays what it was, up to a noise
-that only gives it other bytes (``renewed``).
+also where training has none (``docs/decisions/0066-secure-evaluation.md``). Only ``evaluated``'s metrics are published
+of the sums. The adapter stays what it was, up to a noise that only gives it other bytes (``renewed``).
 """
 
 import hashlib

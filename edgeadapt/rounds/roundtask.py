@@ -1,8 +1,6 @@
-"""What a kind of round is: one class, which a new kind derives from ``RoundTask`` in a module of its own.
-
-The class has everything in which the kinds differ. ``taskkinds`` lists them; the coordinator, its auditor and the
-devices ask for none of them.
-"""
+"""What a kind of round is: one class, which a new kind derives from ``RoundTask`` in a module of its own. The class has
+everything in which the kinds differ. ``taskkinds`` lists them; the coordinator, its auditor and the devices ask for
+none of them."""
 
 import json
 import math

@@ -1,8 +1,6 @@
-"""A round of training: devices train the adapter, and the mean of their updates is the server's next step.
-
-The coordinator signs the task as part of its plan, in which it is opaque to the protocol. The engine of a device trains
-(``client/training``); ``coordinator/`` steps the mean, and an audit does so again.
-"""
+"""A round of training: devices train the adapter, and the mean of their updates is the server's next step. The
+coordinator signs the task as part of its plan, in which it is opaque to the protocol. The engine of a device trains
+(``client/training``); ``coordinator/`` steps the mean, and an audit does so again."""
 
 import math
 from contextlib import suppress

@@ -1,8 +1,6 @@
 """The bundle that a device opens: one base, any number of adapters, each described by a signed manifest.
-
 ``edgeadapt.formats.bundle`` names its files and reads them. A bundle is only ever replaced whole
-(``edgeadapt.formats.storage.staged``).
-"""
+(``edgeadapt.formats.storage.staged``)."""
 
 import json
 import os

@@ -1,8 +1,6 @@
-"""Torch's logits for a short text, and whether a graph gives the same: every exported graph is compared before use.
-
-A graph that leaves out a part of a configuration (a scaled rotary embedding, a window, a norm without weights) runs
-without an error; only its logits show it.
-"""
+"""Torch's logits for a short text, and whether a graph gives the same: every exported graph is compared before use. A
+graph that leaves out a part of a configuration (a scaled rotary embedding, a window, a norm without weights) runs
+without an error; only its logits show it."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,8 +1,6 @@
-"""The traced path: any decoder of transformers, traced by torch operator by operator.
-
-It is used for what onnxruntime-genai's builder does not know. Nothing is fused, so a token takes longer than on the
-builder path; inputs, outputs, files and the steps that follow (quantization, slots, headers) are the same.
-"""
+"""The traced path: any decoder of transformers, traced by torch operator by operator. It is used for what
+onnxruntime-genai's builder does not know. Nothing is fused, so a token takes longer than on the builder path; inputs,
+outputs, files and the steps that follow (quantization, slots, headers) are the same."""
 
 import inspect
 import json

@@ -1,8 +1,6 @@
 """A traced graph in two parts: the layers below all slots, whose states no adapter changes, and the layers above them.
-
 The states are one value that every way from the tokens to the first slot passes. What depends on the mask alone is in
-both parts. Token ids that the upper part reads otherwise, such as those of lexical features, stay its input.
-"""
+both parts. Token ids that the upper part reads otherwise, such as those of lexical features, stay its input."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import reduce

@@ -1,7 +1,5 @@
-"""The gradients of an exported training graph, held to those of torch's autograd on the same weights.
-
-Every slot is compared, for batches of several shapes with rows of different lengths, as devices run them.
-"""
+"""The gradients of an exported training graph, held to those of torch's autograd on the same weights. Every slot is
+compared, for batches of several shapes with rows of different lengths, as devices run them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -1,8 +1,6 @@
-"""A PEFT model as one ONNX graph of its frozen base, whose adapter is an input.
-
-``peftmodel.py`` makes the adapter an argument of the model; the graph contains nothing of the adapter. Quantization
-(``quantize.py``) comes between ``trace`` and ``headers.split``, whose empty defaults it would mistake for weights.
-"""
+"""A PEFT model as one ONNX graph of its frozen base, whose adapter is an input. ``peftmodel.py`` makes the adapter an
+argument of the model; the graph contains nothing of the adapter. Quantization (``quantize.py``) comes between ``trace``
+and ``headers.split``, whose empty defaults it would mistake for weights."""
 
 import io
 import logging

@@ -1,8 +1,6 @@
-"""A base as a module whose adapter is an argument of its forward pass, ready to be traced (``graph.trace``).
-
-Each adapted layer computes what ``edgeadapt.formats.graphinputs`` states, with slots from the arguments and a rank
-dimension of its own. Modules in ``modules_to_save`` read their parameters from arguments too.
-"""
+"""A base as a module whose adapter is an argument of its forward pass, ready to be traced (``graph.trace``). Each
+adapted layer computes what ``edgeadapt.formats.graphinputs`` states, with slots from the arguments and a rank dimension
+of its own. Modules in ``modules_to_save`` read their parameters from arguments too."""
 
 import copy
 from collections.abc import Callable

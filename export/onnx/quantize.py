@@ -1,7 +1,5 @@
-"""The weights of a graph in the form of a ``Profile``.
-
-docs/decisions/0010-profiles-of-a-base.md has the measurements behind them.
-"""
+"""The weights of a graph in the form of a ``Profile``. docs/decisions/0010-profiles-of-a-base.md has the measurements
+behind them."""
 
 import copy
 from collections import Counter

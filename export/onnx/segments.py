@@ -1,7 +1,5 @@
-"""Run a graph whose weights are larger than memory: a part of its nodes at a time, each part with its own weights.
-
-A graph with few weights is one part, and runs as it is.
-"""
+"""Run a graph whose weights are larger than memory: a part of its nodes at a time, each part with its own weights. A
+graph with few weights is one part, and runs as it is."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A base as the model of a classifier whose layers have slots: its own head on top, or one over the mean of its tokens.
-
-The modules and their names are those in which adapters are trained, by ``edgeadapt.methods.classifier`` or by peft.
-"""
+The modules and their names are those in which adapters are trained, by ``edgeadapt.methods.classifier`` or by peft."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,8 +1,6 @@
-"""The weights of a training graph, read as the answering graph stores them: bytes, which a pass turns into floats.
-
-Each form is what one ``DequantizeLinear`` reads, so the file of weights has no weight twice. Where a matrix is in four
-bits with residuals (``blocks.py``), these are the last blocks of its rows, and are added to the others.
-"""
+"""The weights of a training graph, read as the answering graph stores them: bytes, which a pass turns into floats. Each
+form is what one ``DequantizeLinear`` reads, so the file of weights has no weight twice. Where a matrix is in four bits
+with residuals (``blocks.py``), these are the last blocks of its rows, and are added to the others."""
 
 from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass, field

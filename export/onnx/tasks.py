@@ -1,7 +1,5 @@
-"""What an architecture's configuration says: by optimum's table of names, or by transformers' own names.
-
-So no exporter needs a table of architectures of its own. Optimum is imported on first use, which takes seconds.
-"""
+"""What an architecture's configuration says: by optimum's table of names, or by transformers' own names. So no exporter
+needs a table of architectures of its own. Optimum is imported on first use, which takes seconds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

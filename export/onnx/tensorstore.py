@@ -1,8 +1,6 @@
-"""Where the tensors of a graph are while it is exported: in the graph, or in files of a folder, for large bases.
-
-A graph whose tensors are in files takes no memory for them: its initializers have ONNX's external data. A tensor is
-mapped when it is read, and written as soon as it is computed.
-"""
+"""Where the tensors of a graph are while it is exported: in the graph, or in files of a folder, for large bases. A
+graph whose tensors are in files takes no memory for them: its initializers have ONNX's external data. A tensor is
+mapped when it is read, and written as soon as it is computed."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence

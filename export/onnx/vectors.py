@@ -1,8 +1,6 @@
 """Slots for vectors in a graph without them: scales and offsets at layers, and parameters that an adapter may replace.
-
 They are for language models, whose graphs are built before they get slots. ``peftmodel.py`` does the same for
-classifiers.
-"""
+classifiers."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,6 +1,5 @@
 """``edgeadapt simulate run`` runs a scenario, ``demo`` the one that comes with the package; ``suite`` compares arms on
-several seeds, and ``migrate`` moves the fleet of a run to the base of another scenario.
-"""
+several seeds, and ``migrate`` moves the fleet of a run to the base of another scenario."""
 
 import json
 import shlex

@@ -1,7 +1,5 @@
-"""Packages of Python's standard library as projects: each has its conventions, and its functions are texts.
-
-They are those of the Python that runs, and differ from one version to the next.
-"""
+"""Packages of Python's standard library as projects: each has its conventions, and its functions are texts. They are
+those of the Python that runs, and differ from one version to the next."""
 
 import ast
 import sysconfig

@@ -1,4 +1,2 @@
-"""The run of a scenario: provisioning, the in-process grid, the personal step, the export, the progress display.
-
-This package imports nothing, because its modules need torch and Flower.
-"""
+"""The run of a scenario: provisioning, the in-process grid, the personal step, the export, the progress display. This
+package imports nothing, because its modules need torch and Flower."""

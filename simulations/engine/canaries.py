@@ -1,10 +1,8 @@
 """An empirical lower bound on epsilon: canaries that are in a sum or not, by coin, and guessed from it.
 
-The account of a session is an upper bound on what a sum reveals. Putting known vectors into the sum, and guessing from
-it which ones are there, gives a lower bound from the real code of a device: if it is above the account, there is a
-mistake, such as noise that is too small. A canary replaces a device: its vector is as long as an update may be, and
-orthogonal to those of all other canaries, so that one sum tries many of them. A device is in the sums of several
-rounds; so is its canary, which is guessed from all of them.
+The account of a session is an upper bound. Guessing which known vectors are in a sum gives a lower bound from the real
+code of a device: if it is above the account, there is a mistake, such as noise that is too small. A canary replaces a
+device, in all of its sums: its vector is as long as an update may be, and orthogonal to those of all other canaries.
 
 Two bounds, each with a confidence:
 

@@ -1,12 +1,10 @@
 """The devices of a simulation: the state of each is kept in memory between messages, where the field has files.
 
 Before each session and round, and at the end, a device's state directory gets what its training depends on (the parts
-of the adapter that it does not share, and its seed before a session only, which has one draw of it) and its privacy
-ledger. So a run that goes on at the first round of a session makes the same adapters. How many contributions had no
-noise is written at the end only. What a device holds against a coordinator that lies is not written, so after a kill it
-is as a new device in this respect. The resumed run begins with another session, as after a restart in the field, so
-that a kill loses the round under way. A state directory is made when its device gets its first message. A device that
-is not asked when a session begins leaves the previous session, which takes the most memory.
+of the adapter that it does not share, and before a session its seed) and its privacy ledger. So a run that goes on at
+the first round of a session makes the same adapters. What a device holds against a coordinator that lies is not
+written. The resumed run begins with another session, as after a restart in the field, so a kill loses the round under
+way. A device that is not asked when a session begins leaves the previous session, which takes the most memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

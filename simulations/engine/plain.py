@@ -1,11 +1,9 @@
 """Rounds without masks, for simulations: what cancels in a sum is not computed.
 
 Masks cancel, and neither a share nor a signature changes a number, so a run makes the adapters, records and accounts
-that it would make with the protocol, bit for bit. Both apps, their messages and checks, noise, thresholds, policies and
-ledgers are the real ones. The parties here leave out key agreement, shares, keystreams and signatures: what stands for
-them is zero, and as long. There is no transcript, and so nothing to audit.
-
-No device and no coordinator outside of ``simulations`` has such parties (tests/architecture/test_sources.py).
+that it would make with the protocol, bit for bit. The parties here put zeros of the same length in place of keys,
+shares, keystreams and signatures; all else is real. There is no transcript to audit. No device and no coordinator
+outside of ``simulations`` has such parties (tests/architecture/test_sources.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,8 +1,6 @@
-"""What a run shows while it works: one live line on a terminal, a plain one for each stage and round elsewhere.
-
-The display listens to the log records of the coordinator and the devices; neither of them knows about it. It logs the
-stages of the run itself, so that the run's log goes on before and after the rounds.
-"""
+"""What a run shows while it works: one live line on a terminal, a plain one for each stage and round elsewhere. The
+display listens to the log records of the coordinator and the devices; neither of them knows about it. It logs the
+stages of the run itself, so that the run's log goes on before and after the rounds."""
 
 import logging
 import time

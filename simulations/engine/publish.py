@@ -1,8 +1,6 @@
-"""The export after the last round: base and global adapter, their parity with torch, and a bundle for every device.
-
-The coordinator's bundle holds the base and the global adapter; its public key is in the same folder. A device's bundle
-adds the device's own private adapter, which the device signs itself and never sends to the coordinator.
-"""
+"""The export after the last round: base and global adapter, their parity with torch, and a bundle for every device. The
+coordinator's bundle holds the base and the global adapter; its public key is in the same folder. A device's bundle adds
+the device's own private adapter, which the device signs itself and never sends to the coordinator."""
 
 from collections import Counter
 from collections.abc import Sequence

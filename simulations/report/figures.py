@@ -1,8 +1,6 @@
-"""The figures of a run and of a suite, drawn with matplotlib as SVG for use inside an HTML page, or as PNG.
-
-Text in an SVG stays text, the colors are the variables of the page's style sheet, and equal data give equal bytes.
-matplotlib is imported when a figure is drawn.
-"""
+"""The figures of a run and of a suite, drawn with matplotlib as SVG for use inside an HTML page, or as PNG. Text in an
+SVG stays text, the colors are the variables of the page's style sheet, and equal data give equal bytes. matplotlib is
+imported when a figure is drawn."""
 
 import math
 import re

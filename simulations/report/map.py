@@ -1,8 +1,6 @@
 """Where an arm is worth it: one suite at every combination of a few places, such as numbers of clients and of texts.
-
 Each cell says how much better the first arm of ``compare`` is than the strongest of those that it is compared with.
-That one is chosen by the same test texts, which is a little hard on the first arm; nothing corrects for many cells.
-"""
+That one is chosen by the same test texts, which is a little hard on the first arm; nothing corrects for many cells."""
 
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
-"""The pages of runs and suites, which need nothing but a browser, and a suite in words and as a table in Markdown.
-
-The words of a page are in ``templates``, which escape every value; the numbers are formatted as in the terminal.
-"""
+"""The pages of runs and suites, which need nothing but a browser, and a suite in words and as a table in Markdown. The
+words of a page are in ``templates``, which escape every value; the numbers are formatted as in the terminal."""
 
 import json
 import math

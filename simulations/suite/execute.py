@@ -1,8 +1,6 @@
-"""Run the jobs of a suite in processes of their own, until nothing is left.
-
-A job is the rounds of a trial, or what comes after them. What is left is a function of the suite's settings and of what
-its folder already holds; a process that is killed, or an interruption, loses at most the client or the round under way.
-"""
+"""Run the jobs of a suite in processes of their own, until nothing is left. A job is the rounds of a trial, or what
+comes after them. What is left is a function of the suite's settings and of what its folder already holds; a process
+that is killed, or an interruption, loses at most the client or the round under way."""
 
 import json
 import os

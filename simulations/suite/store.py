@@ -1,8 +1,6 @@
 """The folder of a suite or a run: outcomes of trials, one file each, complete or absent; federations; bases.
-
 ``results/DIGEST.json`` is the outcome of a trial; while one is computed, ``parts/DIGEST/`` has a file for each client
-that is done.
-"""
+that is done."""
 
 import json
 import shutil

@@ -1,8 +1,6 @@
-"""Bring an older registry to the schema of this edgeadapt, with alembic (docs/decisions/0062).
-
-``versions`` has a file for each revision. ``coordinator.registry.database`` describes the newest one, from which a new
-registry is made; a test holds both equal.
-"""
+"""Bring an older registry to the schema of this edgeadapt, with alembic (docs/decisions/0062). ``versions`` has a file
+for each revision. ``coordinator.registry.database`` describes the newest one, from which a new registry is made; a test
+holds both equal."""
 
 from pathlib import Path
 

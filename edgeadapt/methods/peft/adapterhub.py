@@ -1,6 +1,5 @@
 """A folder of AdapterHub's library ``adapters`` → a bottleneck adapter: ``double_seq_bn`` (Houlsby et al. 2019) or
-``seq_bn`` (Pfeiffer et al. 2020), of models whose layers are named as BERT's. Every setting is honored, or refused.
-"""
+``seq_bn`` (Pfeiffer et al. 2020), of models whose layers are named as BERT's. Every setting is honored, or refused."""
 
 import re
 from typing import Any

@@ -1,7 +1,5 @@
-"""``adapter_config.json`` of a PEFT folder ↔ ``PeftConfig``. Every setting is honored, or refused by name.
-
-Each version of peft adds settings, so an unknown setting is accepted only while it is off.
-"""
+"""``adapter_config.json`` of a PEFT folder ↔ ``PeftConfig``. Every setting is honored, or refused by name. Each version
+of peft adds settings, so an unknown setting is accepted only while it is off."""
 
 import json
 from typing import Any

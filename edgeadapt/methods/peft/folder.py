@@ -1,8 +1,6 @@
-"""A folder of the ``peft`` library ↔ the tensors and the configuration of an adapter.
-
-Reading needs neither torch, peft nor pickle, only ``adapter_config.json`` (``config.py``) and
-``adapter_model.safetensors``. Export checks whether the adapter fits a base.
-"""
+"""A folder of the ``peft`` library ↔ the tensors and the configuration of an adapter. Reading needs neither torch, peft
+nor pickle, only ``adapter_config.json`` (``config.py``) and ``adapter_model.safetensors``. Export checks whether the
+adapter fits a base."""
 
 import json
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The inputs of an exported graph that an adapter fills (``AdapterInputs``). Imports neither torch nor peft.
-
-``AdapterInputs.of_tensors`` reads them from the tensors of a registry version or a PEFT folder.
-"""
+``AdapterInputs.of_tensors`` reads them from the tensors of a registry version or a PEFT folder."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

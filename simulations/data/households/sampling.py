@@ -1,9 +1,6 @@
-"""Sample a population from settings and a seed.
-
-The label set is the intents for which every requested language (public ones included) has enough templates: at least
-one to train, one to test and, in a public language, one for public phrases. With the default languages these are 29 of
-the package's 42 intents.
-"""
+"""Sample a population from settings and a seed. The label set is the intents for which every requested language (public
+ones included) has enough templates: at least one to train, one to test and, in a public language, one for public
+phrases. With the default languages these are 29 of the package's 42 intents."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

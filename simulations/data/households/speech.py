@@ -2,13 +2,13 @@
 
 A test phrase measures something only if its template was never trained on. So the templates of each intent are split
 into three parts (public, train, test) before any sentence is sampled, by the seed, the language and the intent alone.
-hassil's own sampler lists every sentence of a template, maybe millions; ``Expander`` walks the parsed expression once
-and takes one branch at each alternative.
+hassil's own sampler lists every sentence of a template, maybe millions; ``Expander`` takes one branch at each
+alternative.
 
 The package leaves names open: rooms, devices, people, songs, shopping. Nine languages have a file in ``words``;
-a regional code uses the file of its language, and any other language the English words within its own sentences. The
-package's templates allow sentences that nobody says ("le cuisine", "2 minute"), so a file also lists the articles that
-fit each gender, and patterns of unnatural speech; a sentence that matches no pattern is preferred.
+a regional code uses the file of its language, any other language the English words. The package's templates allow
+sentences that nobody says ("le cuisine", "2 minute"), so a file also lists the articles that fit each gender, and
+patterns of unnatural speech; a sentence that matches no pattern is preferred.
 """
 
 import difflib
