@@ -179,8 +179,7 @@ def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, 
     try:
         me, key = device.root.verify(device.certificate, at)
     except TrustError as error:
-        text = f"this device's own certificate: {error}"
-        raise ProtocolError(text, about="device.certificate") from None
+        raise ProtocolError(f"this device's own certificate: {error}", about="device.certificate") from None
     if key != device.identity.public or cohort.get(me) != key:
         raise refused("offer does not include this device with its own key", "offer.self")
     return me, cohort

@@ -166,5 +166,4 @@ class SessionSpec:
         """Consistency signatures that a device requires before it reveals shares, in an active session. On the complete
         graph the threshold exceeds half of all devices, so that two survivor sets cannot both have that many. On a
         sparse graph the threshold is relative to a neighborhood, so the minimum of survivors is required."""
-        complete = self.degree == self.vector.max_clients - 1
-        return self.threshold if complete else self.minimum_survivors
+        return self.threshold if self.degree == self.vector.max_clients - 1 else self.minimum_survivors

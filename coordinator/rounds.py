@@ -150,8 +150,7 @@ class _Run:
         leader = self.leader
         lastsum.warn_of_stillness(adapter, leader.settings)
         if leader.settings.training_rounds >= number:
-            trained = leader.settings.task(adapter.manifest)
-            lastsum.check_unshared(leader.transcripts, trained, adapter.layout)
+            lastsum.check_unshared(leader.transcripts, leader.settings.task(adapter.manifest), adapter.layout)
 
     def _task(self, number: int, adapter: StoredAdapter) -> RoundTask:
         """All sums from one adapter have the same task."""
@@ -420,8 +419,7 @@ def _require_same_terms(last: LastSum, task: RoundTask, adapter: StoredAdapter, 
     """Check that devices would have the task of the last sum: they help to no other sum from its adapter. Raises
     ConfigError: a setting has changed."""
     settings = leader.settings
-    bounds = settings.aggregation
-    now = lastsum.terms(task, settings.clip_norm(task), settings.weight_cap(task), bounds.groups)
+    now = lastsum.terms(task, settings.clip_norm(task), settings.weight_cap(task), settings.aggregation.groups)
     for name, before in last.terms.items():
         if now[name] != before:
             why, until = "has no result", "made the next adapter"

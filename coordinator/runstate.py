@@ -208,8 +208,7 @@ class RunRecord:
             state = self._state or read(self.folder)
             same = [each for each in state.refusals if (each.kind, each.version) == (kind, version)]
             count = 1 + sum(each.count for each in same)
-            first = Refusal(kind, version, count, timestamp(time.time()), text)
-            kept = [first]
+            kept = [Refusal(kind, version, count, timestamp(time.time()), text)]
             for each in state.refusals:
                 if each not in same and sum(one.kind == each.kind for one in kept) < VERSIONS:
                     kept.append(each)

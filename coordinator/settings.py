@@ -383,8 +383,7 @@ class FederationSettings(Settings):
 
     @property
     def _others(self) -> dict[str, Analytic | EvaluationRounds | ObservationRounds | DiscoveryRounds]:
-        names = ("analytic", "evaluation", "observation", "discovery")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("analytic", "evaluation", "observation", "discovery")}
 
     @property
     def kinds(self) -> tuple[tuple[KindSettings, int], ...]:

@@ -321,8 +321,7 @@ class Transcripts:
         if vectors:
             vectors.mkdir(exist_ok=True)
         newest, (previous, latest) = self.head().newest, self._finish()
-        paths = logs(self.folder)
-        number = max(map(log_number, paths), default=0) + 1
+        number = max(map(log_number, logs(self.folder)), default=0) + 1
         log, path = Transcript(offer, newest, previous, latest=latest), self.folder / log_name(number)
         recorder = Recorder(path, log, self.key, vectors, self.table)
         recorder.write(MAGIC)
@@ -366,8 +365,7 @@ class Transcripts:
                     wanted.remove(offer)
                     devices = [device for device, digest in last_offers.items() if digest == offer]
                     end = Checkpoint.decode(envelope.unverified_body(last)).newest
-                    log = resume(read(storage.read(path)).entries, end)
-                    proofs = receipts(log, devices)
+                    proofs = receipts(resume(read(storage.read(path)).entries, end), devices)
                     by_offer |= {
                         device: session_chain_proof(recorder.log, self.key, proofs[device], closed)
                         for device in devices

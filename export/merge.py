@@ -92,8 +92,7 @@ def merge(base: Base, folder: Path, out: Path) -> Merge:
     note = {"peft_type": kind, "sha256": file_sha256(folder / WEIGHTS), "base_digest": base.digest}
     with new_folder(out) as stage:
         _write(merged, base, folder if resized else None, note, stage)
-        written = find_base(str(stage))
-        again = model_of(written, task, mean=_mean(shapes), saved=saved, labels=labels)
+        again = model_of(find_base(str(stage)), task, mean=_mean(shapes), saved=saved, labels=labels)
         if labels is not None:
             again = _with_head(again, merged, saved, stage / HEAD)
         error = float((_logits(again, ids) - expected).abs().max() / expected.abs().max())

@@ -91,8 +91,7 @@ def _kept(tokenizer: Tokenizer, stored: dict[str, Any], words: list[str], texts:
         bare = token.removeprefix(SPACE)
         if (len(bare) == 1 and bare in letters) or not any(unicodedata.category(each)[0] in "LM" for each in bare):
             kept.add(number)
-    forms = (texts, words, [word.title() for word in words], [f"'{word}" for word in words])
-    for form in forms:
+    for form in (texts, words, [word.title() for word in words], [f"'{word}" for word in words]):
         for encoding in tokenizer.encode_batch_fast(form):
             kept.update(encoding.ids)
     return sorted(kept)

@@ -156,8 +156,7 @@ class SuiteSettings(Settings):
     def with_arms(self, names: Sequence[str]) -> Self:
         """Return the suite with some of its arms, and their comparisons. Raises ConfigError if one is missing."""
         if odd := [name for name in names if name not in self.arms]:
-            text = f"there is no arm {odd[0]!r}; the arms are {', '.join(self.arms)}"
-            raise ConfigError(text, about="--arm")
+            raise ConfigError(f"there is no arm {odd[0]!r}; the arms are {', '.join(self.arms)}", about="--arm")
         table = self.model_dump(mode="json")
         return self.parse(
             table

@@ -76,8 +76,7 @@ class Authority:
         key = serialization.load_der_public_key(public.der)
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise ConfigError("a key for TLS must be of the curve P-256", about="key.type")
-        issuer = subject(load(self.der))
-        builder = _builder(name, issuer, key, not_before, not_after, serial=serial)
+        builder = _builder(name, subject(load(self.der)), key, not_before, not_after, serial=serial)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         for extension in extensions(hosts):
             builder = builder.add_extension(extension, critical=False)
@@ -117,8 +116,7 @@ def _builder(
     serial: int,
 ) -> x509.CertificateBuilder:
     if not not_before < not_after:
-        text = f"certificate of {subject} would end before it begins"
-        raise ConfigError(text, about="certificate.validity")
+        raise ConfigError(f"certificate of {subject} would end before it begins", about="certificate.validity")
     return (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))

@@ -40,8 +40,7 @@ def require_device_id(name: str) -> str:
     """Return ``name`` if a device can have it. Raises ConfigError: it is not 1 to 64 letters, digits, dots, colons,
     dashes, underscores, beginning and ending with a letter or digit: some file systems drop a dot at the end."""
     if not is_device_id(name):
-        text = f"device id {name[:64]!r} does not match {DEVICE_ID}"
-        raise ConfigError(text, about="device.id")
+        raise ConfigError(f"device id {name[:64]!r} does not match {DEVICE_ID}", about="device.id")
     return name
 
 
@@ -61,8 +60,7 @@ def is_authority(certificate: x509.Certificate) -> bool:
     """Whether a certificate may issue others. Raises TrustError: it has no basic constraints, or as ``constraints``."""
     found = constraints(certificate, "certificate")
     if found is None:
-        text = "certificate has no basic constraints"
-        raise TrustError(text, about="certificate.basic-constraints")
+        raise TrustError("certificate has no basic constraints", about="certificate.basic-constraints")
     return found.ca
 
 
@@ -92,8 +90,7 @@ def subject(certificate: x509.Certificate) -> str:
     except ValueError:
         raise TrustError("certificate has no readable name", about="certificate.common-name") from None
     if len(names) != 1 or not isinstance(names[0].value, str):
-        text = "certificate must have exactly one common name"
-        raise TrustError(text, about="certificate.common-name")
+        raise TrustError("certificate must have exactly one common name", about="certificate.common-name")
     return names[0].value
 
 

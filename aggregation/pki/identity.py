@@ -63,8 +63,7 @@ class PublicKey:
         try:
             Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, _framed(tag, body))
         except (InvalidSignature, ValueError):
-            text = f"signature of {self.key_id} on {tag!r} is not valid"
-            raise TrustError(text, about="signature") from None
+            raise TrustError(f"signature of {self.key_id} on {tag!r} is not valid", about="signature") from None
 
     def to_pem(self) -> bytes:
         return Ed25519PublicKey.from_public_bytes(self.raw).public_bytes(
@@ -93,8 +92,7 @@ class IdentityKey:
 
     def __post_init__(self) -> None:
         if len(self.raw) != KEY:
-            text = f"an Ed25519 private key has {KEY} bytes, not {len(self.raw)}"
-            raise TrustError(text, about="key.length")
+            raise TrustError(f"an Ed25519 private key has {KEY} bytes, not {len(self.raw)}", about="key.length")
         object.__setattr__(self, "_key", Ed25519PrivateKey.from_private_bytes(self.raw))
 
     @classmethod

@@ -41,8 +41,7 @@ def parsed(raw: bytes) -> tuple[str, CertificatePublicKeyTypes]:
     try:
         if len(raw) > MAX_REQUEST:
             raise ValueError
-        pem = raw.lstrip().startswith(_PEM)
-        asked = x509.load_pem_x509_csr(raw) if pem else x509.load_der_x509_csr(raw)
+        asked = x509.load_pem_x509_csr(raw) if raw.lstrip().startswith(_PEM) else x509.load_der_x509_csr(raw)
         key, signed = asked.public_key(), asked.is_signature_valid
         names = [str(each.value) for each in asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion):
@@ -53,6 +52,5 @@ def parsed(raw: bytes) -> tuple[str, CertificatePublicKeyTypes]:
     if asks is not None and asks.ca:
         raise TrustError("the request is for an authority's certificate", about="request.basic-constraints")
     if len(names) != 1 or not is_device_id(names[0]):
-        text = "the request does not name one device in its common name"
-        raise TrustError(text, about="request.common-name")
+        raise TrustError("the request does not name one device in its common name", about="request.common-name")
     return names[0], key

@@ -130,8 +130,7 @@ def sign_list(
     Raises ConfigError: it would end before it begins."""
     this_update, next_update = times
     if not this_update < next_update:
-        text = "a revocation list cannot end before it begins"
-        raise ConfigError(text, about="revocations.next-update")
+        raise ConfigError("a revocation list cannot end before it begins", about="revocations.next-update")
     builder = x509.CertificateRevocationListBuilder(issuer, this_update, next_update)
     builder = builder.add_extension(x509.CRLNumber(number), critical=False)
     for serial, revocation in sorted(revoked.items()):

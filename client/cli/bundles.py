@@ -113,8 +113,7 @@ def update(
     from client.updates import ChannelSource, follow
     from client.updates import update as bring
 
-    named = (repository, channel, root, keep_adapters)
-    if any(named):
+    if any((repository, channel, root, keep_adapters)):
         if repository is None or channel is None or root is None:
             raise click.UsageError("name --repository, --channel and --root together")
         follow(bundle, ChannelSource(repository, channel, keep_adapters and keep_adapters * 2**20), root)

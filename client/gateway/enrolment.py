@@ -73,8 +73,7 @@ def enrol_with(
     request = storage.read(folder / REQUEST, LONGEST)
     signature = invitation.key.sign(tokens.ENROLMENT, request)
     asked = messages.ENROLMENT.encode(messages.DeviceEnrolment(invitation.key.public.raw, signature, request))
-    certificate = _enrolled(invitation, asked, wait)
-    return _install(state_dir, certificate, invitation.device)
+    return _install(state_dir, _enrolled(invitation, asked, wait), invitation.device)
 
 
 def _enrolled(invitation: Invitation, asked: bytes, wait: Callable[[float], None]) -> bytes:

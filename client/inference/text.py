@@ -44,8 +44,7 @@ def require_plain(text: str, special: Sequence[str], about: str) -> None:
     """Check that a text has no special token: a tokenizer recognizes them in any text, which could pose as another.
     ``special``: as ``special_tokens``; ``about``: what the text is. Raises DataError."""
     if token := next((token for token in special if token in text), None):
-        reason = f"the {about} contains {token!r}, a special token of the model; remove it"
-        raise DataError(reason, about=about)
+        raise DataError(f"the {about} contains {token!r}, a special token of the model; remove it", about=about)
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,8 +242,7 @@ def _contribute(
     # Nothing is saved if the device stops here: it has answered no plan, and its keys masked nothing.
     look()
     files = state_dir.examples, state_dir.settings.policy, kept, state_dir.states()
-    training = TrainingDevice(base, *files, choose, look)
-    vector, parts = contribute(training, planned, task, blob, snapshot)
+    vector, parts = contribute(TrainingDevice(base, *files, choose, look), planned, task, blob, snapshot)
     masked, answer = planned.contribute(device, vector, cores())
     state_dir.save(ledger)  # first: whatever is interrupted after this counts as spent
     if parts is not None:

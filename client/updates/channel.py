@@ -299,8 +299,7 @@ def _described(updater: Updater, source: ChannelSource, name: str, limit: int) -
 def _offer(updater: Updater, source: ChannelSource, folder: Path, bundle: Path, entropy: Entropy) -> ReleaseOffer:
     files = folder / FILES
     newest, held = _release(updater, source, files, RELEASE, bundle), Release.held(bundle)
-    listed = updater.get_targetinfo(target(source.channel, FLAGS))
-    if listed is None:
+    if updater.get_targetinfo(target(source.channel, FLAGS)) is None:
         return ReleaseOffer(newest)
     file = _described(updater, source, FLAGS, MAX_FLAGS)
     rollout = Rollout.decode(storage.read(Path(updater.download_target(file, str(files / FLAGS))), MAX_FLAGS))

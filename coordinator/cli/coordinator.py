@@ -341,8 +341,7 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
     from edgeadapt.releases.repository import ChannelRepository
 
     opened = CoordinatorStateDir.open(state_dir)
-    repository = ChannelRepository.open(releases, datetime.now(UTC))
-    newest, previous = repository.compared(channel, adapter)
+    newest, previous = ChannelRepository.open(releases, datetime.now(UTC)).compared(channel, adapter)
     with opened.locked():
         settings = opened.settings.with_evaluation(len(opened.registry.rounds()), newest, previous)
         storage.replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)

@@ -234,8 +234,7 @@ class GrpcCalls:
                     self.places.leave(place)
                     self.connections.proved.add(peer)
 
-                names = self.conversations.tls.newest().hosts
-                carrier = GrpcCarrier(leave, host, names, call, parts, context)
+                carrier = GrpcCarrier(leave, host, self.conversations.tls.newest().hosts, call, parts, context)
                 end = await self.conversations.run(path, carrier)
         except TimeoutError as error:
             end = end_of(error)

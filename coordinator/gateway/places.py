@@ -49,8 +49,7 @@ def network_of(host: str) -> str:
     except ValueError:
         return host
     if isinstance(address, IPv6Address):
-        mapped = address.ipv4_mapped
-        return str(mapped or ip_network((int(address) >> 64 << 64, 64)))
+        return str(address.ipv4_mapped or ip_network((int(address) >> 64 << 64, 64)))
     return str(address)
 
 
@@ -195,8 +194,7 @@ class Entrance(socket.socket):
         """Accept the next connection, which has a place now. The event loop calls this before TLS."""
         accepted, address = super().accept()
         peer, name = _Peer(fileno=accepted.detach()), address[:2]
-        place = self.places.take(address[0], peer.end)
-        self._peers[name] = peer, place
+        self._peers[name] = peer, self.places.take(address[0], peer.end)
         peer.closed = partial(self._leave, name, peer)
         return peer, address
 

@@ -227,8 +227,7 @@ class Registry:
         with database.explained(self.engine), self.engine.connect() as connection:
             rows = [(row.round, row.record) for row in connection.execute(query)]
         before, following = (rows[0], rows[1:]) if first > 1 and rows else ((0, None), rows)
-        records = accept_chain(following, self.trusted, before)
-        return tuple(records), digest_of(rows[-1][1]) if rows else None
+        return tuple(accept_chain(following, self.trusted, before)), digest_of(rows[-1][1]) if rows else None
 
     def _append(self, connection: Connection, record: RoundRecord, key: IdentityKey) -> None:
         table = database.rounds

@@ -312,8 +312,7 @@ def _take_assignment(history: History, current: Round, entry: Entry, message: As
     _demand(plan == current.plan, "assignment.plan", "devices of one round got different plans", entry)
     _demand(plan.context == session.context, "plan.context", "the plan is of another session", entry)
     _demand(plan.round == entry.round <= session.spec.rounds, "plan.round", "the plan is of another round", entry)
-    ordered = checks.ascending(plan.members)
-    _demand(ordered, "plan.order", "the plan has a member twice, or out of order", entry)
+    _demand(checks.ascending(plan.members), "plan.order", "the plan has a member twice, or out of order", entry)
     _demand(set(plan.members) <= set(dealt), "plan.members", "a member of the plan shared no secrets", entry)
     expected = {dealer: dealt[dealer].get(entry.peer) for dealer in message.encrypted_shares if dealer in dealt}
     text = "the encrypted shares are not those that were dealt to this device"

@@ -59,8 +59,7 @@ class SharedStates(dict[str, States]):
         if (folder / SOURCE).read_text() != source or not (folder / ROWS).stat().st_size:
             return cls()
         keys, ends = (folder / KEYS).read_bytes(), np.frombuffer((folder / ENDS).read_bytes(), np.int64)
-        rows = np.memmap(folder / ROWS, np.float16, "r").reshape(int(ends[-1]), -1)
-        texts = np.split(rows, ends[:-1])
+        texts = np.split(np.memmap(folder / ROWS, np.float16, "r").reshape(int(ends[-1]), -1), ends[:-1])
         return cls((keys[32 * at : 32 * at + 32].hex(), states) for at, states in enumerate(texts))
 
 

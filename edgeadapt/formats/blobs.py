@@ -43,8 +43,7 @@ class Blobs:
         try:
             fs, root = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
-            reason = f"the blob store's address is not usable: {error}"
-            raise ConfigError(reason, about="blobs.url") from error
+            raise ConfigError(f"the blob store's address is not usable: {error}", about="blobs.url") from error
         except OSError as error:  # some file systems connect at once
             raise EdgeAdaptError(f"blob store {url} cannot be opened: {error}", about="blobs.url") from error
         return cls(fs, root.rstrip("/") or root)
@@ -101,8 +100,7 @@ class Blobs:
         """Read the blob of that digest. Raises DataError if it is missing, TrustError for other content."""
         blob = self.read(digest)
         if hashlib.sha256(blob).hexdigest() != digest:
-            reason = f"blob {digest} in {self.name} was altered: restore it from a copy"
-            raise TrustError(reason, about="blob")
+            raise TrustError(f"blob {digest} in {self.name} was altered: restore it from a copy", about="blob")
         return blob
 
     def read(self, digest: str, size: int | None = None) -> bytes:

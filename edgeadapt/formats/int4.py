@@ -74,13 +74,11 @@ def scale_shape(codes: Codes) -> tuple[int, ...]:
 def _blocks(value: Floats) -> Floats:
     """Return shape ``(blocks, BLOCK)``; the last block of each row is filled up with zeros, which cost nothing."""
     rows = value.reshape(-1, value.shape[-1])
-    padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % BLOCK)))
-    return padded.reshape(-1, BLOCK)
+    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % BLOCK))).reshape(-1, BLOCK)
 
 
 def _search(blocks: NDArray[np.float64]) -> tuple[Scales, NDArray[np.float64]]:
-    at = np.abs(blocks).argmax(axis=1)[:, None]
-    largest = np.take_along_axis(blocks, at, axis=1)[:, 0]
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)[:, 0]
     best_error = np.full(len(blocks), np.inf)
     best_scale = np.ones(len(blocks), np.float16)
     best_codes = np.zeros_like(blocks)

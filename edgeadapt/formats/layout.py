@@ -62,8 +62,7 @@ class Layout:
     def check(self, tensors: Mapping[str, Floats]) -> None:
         """Check that tensors have this layout and finite values. Raises DataError: a tensor is missing, unknown, of
         another shape or type, or holds NaN or infinity."""
-        expected = {spec.name for spec in self.tensors}
-        if odd := sorted(expected.symmetric_difference(tensors)):
+        if odd := sorted({spec.name for spec in self.tensors}.symmetric_difference(tensors)):
             reason = f"tensor {odd[0]!r} is missing from the adapter or unknown to its layout"
             raise DataError(reason, about=odd[0])
         for spec in self.tensors:
@@ -89,8 +88,7 @@ class Layout:
         """Return views of a vector of shape ``(size,)`` as tensors. Raises DataError for another size or type."""
         if vector.shape != (self.size,) or vector.dtype != np.float32:
             stated = f"{vector.dtype} vector of shape {vector.shape}"
-            reason = f"a {stated} does not fit a layout of {self.size} float32 elements"
-            raise DataError(reason, about="vector")
+            raise DataError(f"a {stated} does not fit a layout of {self.size} float32 elements", about="vector")
         ends = np.cumsum([spec.size for spec in self.tensors])
         return {
             spec.name: vector[end - spec.size : end].reshape(spec.shape)

@@ -109,8 +109,7 @@ def _check_range(name: str, value: Floats, limit: float, form: Format) -> None:
 def _restored(name: str, stored: Stored, form: Format) -> Floats:
     value = stored[name]
     if value.dtype not in (TYPES[form] if _is_matrix(name, value) else (np.float32,)):
-        reason = f"tensor {name!r} is {value.dtype} in an adapter of format {form}"
-        raise DataError(reason, about=name)
+        raise DataError(f"tensor {name!r} is {value.dtype} in an adapter of format {form}", about=name)
     restored: Floats
     if value.dtype == np.uint8:
         restored = _rows_last(name, int4.unpack(value, _checked_blocks(name, stored)))

@@ -202,8 +202,7 @@ class RegistryFiles:
         digest = manifest.sha256
         blob = self.source.file(digest, manifest.size)
         if hashlib.sha256(blob).hexdigest() != digest:
-            reason = f"{self.source.place(digest)} was altered: restore it from a copy"
-            raise TrustError(reason, about="blob")
+            raise TrustError(f"{self.source.place(digest)} was altered: restore it from a copy", about="blob")
         return blob
 
     def tensors(self, manifest: VersionManifest) -> Tensors:

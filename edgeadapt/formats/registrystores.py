@@ -135,8 +135,7 @@ class RemoteStores:
 
 
 def shown(url: URL) -> str:
-    text = url.render_as_string(hide_password=True)
-    return text.replace(f"{DRIVER}://", POSTGRESQL)
+    return url.render_as_string(hide_password=True).replace(f"{DRIVER}://", POSTGRESQL)
 
 
 def is_local(url: URL) -> bool:

@@ -66,5 +66,4 @@ def check_texts(argument: str, texts: Sequence[str]) -> None:
 def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
     """Check that an argument is one of some values. Raises ConfigError."""
     if value not in choices:
-        reason = f"{argument} is {value!r}: choose one of {', '.join(choices)}"
-        raise ConfigError(reason, about=argument)
+        raise ConfigError(f"{argument} is {value!r}: choose one of {', '.join(choices)}", about=argument)

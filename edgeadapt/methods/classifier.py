@@ -112,8 +112,7 @@ def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
             " peft neither: train another method",
             about="num_virtual_tokens",
         )
-    encoder = pretrained.encoder(base)
-    return adapted(PhraseClassifier(encoder, labels), config, heads=["classifier"])
+    return adapted(PhraseClassifier(pretrained.encoder(base), labels), config, heads=["classifier"])
 
 
 def tokenizer(base: Base, model: PeftModel) -> Any:

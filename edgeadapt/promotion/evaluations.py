@@ -146,8 +146,7 @@ def find_plan(state_dir: Path, digest: str) -> Plan:
                     continue
                 if plan.digest().hex() == digest:
                     return plan
-    reason = f"no log of {state_dir} has the plan {digest[:16]}: restore it from a copy"
-    raise TrustError(reason, about="plan")
+    raise TrustError(f"no log of {state_dir} has the plan {digest[:16]}: restore it from a copy", about="plan")
 
 
 def _newest_logs(state_dir: Path) -> Generator[bytes, None, None]:

@@ -223,8 +223,7 @@ class AssembledRelease:
     def of(cls, repository: ChannelRepository, channel: str, release: Release, trust: Path, folder: Path) -> Self:
         """Put it together in ``folder``, which is new. Raises as ``ChannelRepository.assemble``."""
         folder.mkdir()
-        keys = b"".join(key.to_pem() for key in read_public_keys(trust))
-        (folder / TRUST).write_bytes(keys)
+        (folder / TRUST).write_bytes(b"".join(key.to_pem() for key in read_public_keys(trust)))
         repository.assemble(channel, release, folder / "bundle")
         return cls(release, folder / "bundle")
 
@@ -393,13 +392,11 @@ def _language(trial: PromotionTrial) -> Results:
             if len(own) < settings.fewest:
                 yield refusal(gate, f"there are {len(own)} phrases, and {settings.fewest} are needed")
             else:
-                text = f"{sum(own)} of {len(own)} right"
-                yield _at_least(gate, sum(own) / len(own), settings.least, text)
+                yield _at_least(gate, sum(own) / len(own), settings.least, f"{sum(own)} of {len(own)} right")
 
 
 def _canaries(trial: PromotionTrial) -> Results:
-    path = trial.path("canaries.phrases", trial.settings.canaries.phrases)
-    pairs = read_phrases(path)
+    pairs = read_phrases(trial.path("canaries.phrases", trial.settings.canaries.phrases))
     for name in trial.names:
         answers = trial.candidate.answers(name, [phrase for _, phrase in pairs])
         wrong = [

@@ -94,8 +94,7 @@ class ChannelRepository:
                 part.mkdir(parents=True)
             root, top, online = Root(consistent_snapshot=True), Targets(), repository.metadata.new_key(entropy)
             offline = {role: repository.metadata.new_key(entropy) for role in (ROOT, TOP)}
-            keys = {**offline, SNAPSHOT: online, TIMESTAMP: online}
-            for role, key in keys.items():
+            for role, key in {**offline, SNAPSHOT: online, TIMESTAMP: online}.items():
                 root.add_key(key.public_key, role)
             first = {name: repository.metadata.delegate(top, name, entropy) for name in names}
             repository.metadata.commit(Action("init"), first, root, top)
@@ -187,8 +186,7 @@ class ChannelRepository:
             names += [path for name in shared for path in (manifest_of(name), adapter_path(name))]
             files = {path.as_posix(): bundle / path for path in names}
             versions = {name: one.version for name, one in shared.items()}
-            release = self.add_release(Action("publish"), channel, files, versions)
-            return Published(channel, release, private)
+            return Published(channel, self.add_release(Action("publish"), channel, files, versions), private)
 
     def assemble(self, channel: str, release: Release, bundle: Path) -> None:
         bundle.mkdir()

@@ -90,8 +90,7 @@ def publish_prepared(repository: ChannelRepository, channel: str, judged: Judged
     another evaluation, the evaluation led to one already, or the repository does not pass its audit.
     """
     with repository.locked():
-        current = repository.released(channel)
-        prepared = repository.prepared.accept(channel, current)
+        prepared = repository.prepared.accept(channel, repository.released(channel))
         prepared.condition.require(judged)
         records = audit_repository(repository.folder, None).records
         evaluation = judged if isinstance(judged, JudgedEvaluation) else None

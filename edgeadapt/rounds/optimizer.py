@@ -89,8 +89,7 @@ class FedAdam:
         _positive("learning_rate", self.learning_rate)
         _positive("tau", self.tau)
         if np.float32(self.tau) ** 2 == 0:
-            reason = f"tau = {self.tau} is too small: its square is zero in float32"
-            raise ConfigError(reason, about="tau")
+            raise ConfigError(f"tau = {self.tau} is too small: its square is zero in float32", about="tau")
         _decay("beta1", self.beta1)
         _decay("beta2", self.beta2)
 
@@ -238,8 +237,7 @@ def of_rule(rule: ServerRule) -> ServerOptimizer:
     """
     kind = _NO_STEPS.get(rule.name) or OPTIMIZERS.find(rule.name.lower())
     if kind.__name__ != rule.name or {*numbers_of(kind)} != {*rule.numbers}:
-        text = f"there is no server optimizer {rule.name!r} with such numbers"
-        raise ConfigError(text, about="rule")
+        raise ConfigError(f"there is no server optimizer {rule.name!r} with such numbers", about="rule")
     return kind(**rule.numbers)
 
 

@@ -401,8 +401,7 @@ def noisy_mean(
         raise DataError(text, about="shape")
     update = rotation.rotate_back(summed, rotation.seed(adapter))
     update += spec.vector.step(segment) * dither(noise_key(spec, sums, adapter), summed.size)
-    mean = (update / survivors).astype(np.float32)
-    return np.where(mask(layout, task.trained), mean, np.float32(0))
+    return np.where(mask(layout, task.trained), (update / survivors).astype(np.float32), np.float32(0))
 
 
 def _width(spec: SessionSpec, task: Task, weight: float, survivors: int) -> float:

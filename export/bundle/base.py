@@ -207,5 +207,4 @@ def model_of(base: Base, task: Task, *, mean: bool, saved: Sequence[str], labels
         return pretrained.load(base, AutoModelForCausalLM)
     if not mean:
         return pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels, saved=saved)
-    encoder = pretrained.encoder(base)
-    return PhraseClassifier(encoder, labels or 2)
+    return PhraseClassifier(pretrained.encoder(base), labels or 2)

@@ -86,8 +86,7 @@ def _has_window(config: Any) -> bool:
 def _create(builder: Any, base: Base, out: Path, cache: Path) -> None:
     arguments = (None, str(base.folder), str(out), "fp32", "cpu", str(cache))
     try:
-        options = builder.parse_extra_options(*arguments, list(OPTIONS))
-        builder.create_model(*arguments, **options)
+        builder.create_model(*arguments, **builder.parse_extra_options(*arguments, list(OPTIONS)))
     except Exception as error:  # an architecture that the builder does not know can cause any exception
         if isinstance(error, OSError) and error.errno is not None:  # such as a full disk; transformers sets no errno
             raise

@@ -47,8 +47,7 @@ class LearnedLogits(nn.Module):
         replace_module(inner, path, self._head)
         self.prefix: _AfterPrefix | None = None
         if PREFIX in slotted.inputs.virtual:
-            cache = cache_of(slotted.model, sizes(inner.config))
-            self.model.inner = self.prefix = _AfterPrefix(inner, cache)
+            self.model.inner = self.prefix = _AfterPrefix(inner, cache_of(slotted.model, sizes(inner.config)))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, adapter: dict[str, Tensor]

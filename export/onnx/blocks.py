@@ -130,8 +130,7 @@ def _eight_bits(weight: Floats) -> tuple[Bytes, Floats]:
     rows = weight.reshape(len(weight), -1, BLOCK)
     largest = np.abs(rows).max(axis=2, keepdims=True)
     scales = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
-    codes = (np.rint(rows / scales) + ZERO8).astype(np.uint8)
-    return codes.reshape(weight.shape), scales[:, :, 0]
+    return (np.rint(rows / scales) + ZERO8).astype(np.uint8).reshape(weight.shape), scales[:, :, 0]
 
 
 def _four_bits_exactly(weight: Floats) -> tuple[Bytes, Floats] | None:

@@ -44,8 +44,7 @@ def lower(graph: onnx.ModelProto, states: tuple[str, int]) -> onnx.ModelProto:
     """Return the part of ``graph``, which may be quantized, that computes ``STATES`` from token ids and mask."""
     name, width = states
     inputs = [value for value in graph.graph.input if value.name in TOKENS]
-    output = _value(width, inputs[0])
-    return _part(graph, needed(graph.graph.node, [name]), {name: STATES}, inputs, [output])
+    return _part(graph, needed(graph.graph.node, [name]), {name: STATES}, inputs, [_value(width, inputs[0])])
 
 
 def upper(graph: onnx.ModelProto, states: tuple[str, int]) -> onnx.ModelProto:
@@ -54,8 +53,7 @@ def upper(graph: onnx.ModelProto, states: tuple[str, int]) -> onnx.ModelProto:
     nodes = needed(graph.graph.node, [value.name for value in graph.graph.output], [name])
     sized = [(node, node.op_type == "Shape" and node.input[0] == IDS) for node in nodes]
     kept = {value for node, of_ids in sized if not of_ids for value in reads(node)}
-    tokens = {value.name: value for value in graph.graph.input}
-    inputs = [_value(width, tokens[IDS])]
+    inputs = [_value(width, {value.name: value for value in graph.graph.input}[IDS])]
     inputs += [value for value in graph.graph.input if value.name != IDS or IDS in kept]
     return _part(graph, nodes, {name: STATES} | ({} if IDS in kept else {IDS: MASK}), inputs, graph.graph.output)
 

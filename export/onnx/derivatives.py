@@ -224,8 +224,7 @@ def _unbatched(to: Backward, gradient: str, ranks: tuple[int, int], own: int, so
         to.add("Slice", to.shape(name), to.integers(begin), to.integers(end), to.integers(0))
         for name, begin, end in shapes
     ]
-    whole = to.add("Concat", *parts, axis=0)
-    return to.summed_to(gradient, source, whole, max(ranks))
+    return to.summed_to(gradient, source, to.add("Concat", *parts, axis=0), max(ranks))
 
 
 def _where(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
@@ -263,15 +262,13 @@ def _reduce_sum(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) 
 
 
 def _reduce_mean(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
-    share = to.share(node.output[0], node.input[0])
-    return _reduce_sum(to, node, to.add("Mul", gradient, share), wanted)
+    return _reduce_sum(to, node, to.add("Mul", gradient, to.share(node.output[0], node.input[0])), wanted)
 
 
 def _reduce_l2(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
     """x / |x|, and 0 where x is 0, as torch has it."""
     x, norm = node.input[0], _reduced(to, node, node.output[0])
-    none = to.add("Equal", norm, to.number(0))
-    unit = to.add("Div", x, to.add("Where", none, to.number(1), norm))
+    unit = to.add("Div", x, to.add("Where", to.add("Equal", norm, to.number(0)), to.number(1), norm))
     return {0: to.add("Mul", _reduced(to, node, gradient), unit)}
 
 

@@ -252,6 +252,5 @@ def _concatenated(graph: onnx.GraphProto, parts: Sequence[TensorProto], store: T
     """Concatenate the rows of all ``parts`` under one name; layers that share weights share these rows too."""
     name = "+".join(part.name for part in parts)
     if all(tensor.name != name for tensor in graph.initializer):
-        rows = np.concatenate([store.array(part) for part in parts])
-        graph.initializer.append(store.tensor(rows, name))
+        graph.initializer.append(store.tensor(np.concatenate([store.array(part) for part in parts]), name))
     return name

@@ -192,8 +192,7 @@ class OnnxRunner:
         """Compute a classifier's logits, ``(labels,)`` for each text, in a batch whose other rows have no updates."""
         assert self.graph is not None  # noqa: S101
         without = {name: _without(name, value) for name, value in inputs.items()}
-        rows = [text for text in texts for _ in range(2)]
-        return self.graph.mixed(rows, [inputs, without] * len(texts))[::2]
+        return self.graph.mixed([text for text in texts for _ in range(2)], [inputs, without] * len(texts))[::2]
 
 
 def _without(name: str, value: Floats) -> Floats:

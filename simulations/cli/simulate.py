@@ -120,8 +120,7 @@ def _run(
         click.echo(f"edgeadapt: {plan.warning}", err=True)
     folder = plan.folder(out, resume=resume)
     if not is_quiet():
-        first = folder.of(plan.groups[0]).path / COORDINATOR
-        note = "" if plan.engine.masks(scenario, first) else UNMASKED
+        note = "" if plan.engine.masks(scenario, folder.of(plan.groups[0]).path / COORDINATOR) else UNMASKED
         data, console = summarize(plan.loaded, plan.base), Console(stderr=as_json)
         print_scenario(scenario, folder.log, console, data=data, devices=plan.devices, note=note)
     with resumable(folder.path), RunProgress(quiet=is_quiet()) as progress:

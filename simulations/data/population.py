@@ -59,5 +59,4 @@ class Population:
     def digest(self) -> str:
         """Hash the content (SHA-256, hex): two populations are equal if and only if their digests are."""
         table = dataclasses.asdict(self, dict_factory=lambda row: {k: v for k, v in row if k != "target" or v})
-        canonical = json.dumps(table, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -120,8 +120,7 @@ def audited(fleets: Iterable[Path], delta: float, canaries: int) -> CanaryBounds
 
 def _spent_most(coordinator: Path, delta: float) -> tuple[float, list[Sum]] | None:
     """Return the epsilon of a federation's device that spent most, and the sums that it was in; None without noise."""
-    transcripts = open_coordinator(coordinator).transcripts
-    named = [each for entries in transcripts.sessions() for each in sums(entries)]
+    named = [each for entries in open_coordinator(coordinator).transcripts.sessions() for each in sums(entries)]
     account = Account()
     for spec, survivors in named:
         account = account.after(spec, survivors)

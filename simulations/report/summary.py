@@ -353,8 +353,7 @@ def _forgotten(base: Mapping[int, TrialResult], results: Mapping[int, TrialResul
         for known, client in zip(base[seed].clients, result.clients, strict=True)
         for before, after in zip(known.test.right, client.test.right, strict=True)
     ]
-    kept = [after == "1" for before, after in answers if before == "1"]
-    return 1 - _mean(kept)
+    return 1 - _mean([after == "1" for before, after in answers if before == "1"])
 
 
 def _cost(costs: Sequence[Cost]) -> Cost:

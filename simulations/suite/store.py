@@ -113,8 +113,7 @@ def _stored(file: Path, kind: TypeAdapter[T]) -> T | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        text = f"{file} is damaged: delete it, and continue with --resume"
-        raise DataError(text, about=file.name) from error
+        raise DataError(f"{file} is damaged: delete it, and continue with --resume", about=file.name) from error
 
 
 def results(suite: Suite, store: Store) -> dict[str, tuple[SearchOutcome, Mapping[int, Outcome]]]:

@@ -54,8 +54,7 @@ def read_peft(folder: Path) -> PeftFolder:
     settings = read_settings(folder)
     config = config_of(settings)
     blob = read(folder / WEIGHTS, MAX_ADAPTER)
-    method = settings["peft_type"]
-    tensors = from_peft_tensors(_tensors(blob, method), config, settings)
+    tensors = from_peft_tensors(_tensors(blob, settings["peft_type"]), config, settings)
     _check_saved(tensors, saved_modules(settings))
     count = virtual_tokens({input_name(name): value for name, value in tensors.items()})
     if count != (stated := settings.get("num_virtual_tokens") or 0):

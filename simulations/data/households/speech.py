@@ -254,8 +254,7 @@ def split_templates(templates: tuple[Template, ...], key: str, seed: int, *, pub
     templates for that."""
     if len(templates) < 2 + public:
         return None
-    order = stream(seed, int(_hex(key), 16)).permutation(len(templates))
-    shuffled = [templates[i] for i in order]
+    shuffled = [templates[i] for i in stream(seed, int(_hex(key), 16)).permutation(len(templates))]
     first = max(1, round(_PUBLIC_SHARE * len(templates))) if public else 0
     second = first + max(1, round(_TEST_SHARE * (len(templates) - first)))
     return TemplateSplit(tuple(shuffled[:first]), tuple(shuffled[second:]), tuple(shuffled[first:second]))
