@@ -8,8 +8,7 @@ Each step checks the message (``checks``), then returns the next state and the a
 because attacks need two answers to one step. A new plan may arrive in any state from ``Ready`` on; the secrets of the
 abandoned round are then dropped.
 
-A device that must survive a restart stores the new state (``sealed``) *before* it sends the answer.
-"""
+A device that must survive a restart stores the new state (``sealed``) *before* it sends the answer."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -153,8 +152,7 @@ def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = N
 
     ``at``: the time at which certificates must be valid, if the device has a clock it trusts. Raises ProtocolError: the
     offer is not the coordinator's, names an uncertified or repeated member, does not include this device, or breaks
-    this device's policy.
-    """
+    this device's policy."""
     message = device.open_verified(Offer, offer)
     me, cohort = _find_self(device, message, at)
     digest, rounds = message.digest(), range(1, message.spec.rounds + 1)
@@ -238,8 +236,7 @@ class Ready:
 
         ``at``: the time now, if the device has a clock it trusts. Raises ProtocolError: not the coordinator's, of
         another session or one that has ended, of a round begun before, without this device, with a neighbor that sent
-        no shares, or too small.
-        """
+        no shares, or too small."""
         message = device.open_verified(Assignment, plan)
         checks.before_end(self.ends, at)
         current = self if self.share_key is None else self._decrypt(device, message)

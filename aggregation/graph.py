@@ -13,8 +13,7 @@ The graph does not decide who must agree on the survivors: that takes a ``quorum
 
 ``graph_parameters`` and ``is_secure`` are for sessions of this protocol, which differs from the paper's in three ways:
 a dealer keeps a share of its own secrets; the coordinator may choose who drops out once it knows the graph; and an
-active coordinator may try many rosters for a graph that suits it (``docs/explanation/threat-model.md``).
-"""
+active coordinator may try many rosters for a graph that suits it (``docs/explanation/threat-model.md``)."""
 
 import bisect
 import functools
@@ -52,8 +51,7 @@ def harary_neighbors(order: tuple[str, ...], degree: int) -> dict[str, frozenset
     ['b', 'e']
 
     ``order``: device ids in ring order, more than ``degree``. ``degree``: even, 2 or more. Raises ConfigError: no such
-    graph exists.
-    """
+    graph exists."""
     if degree % 2 or not 2 <= degree < len(order):
         raise ConfigError(f"degree {degree} is not an even number between 2 and {len(order) - 1}", about="spec.degree")
     steps = [step for step in range(-degree // 2, degree // 2 + 1) if step]
@@ -73,8 +71,7 @@ def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int 
         dropout: Fraction of them that drops out in a round, in [0, 1).
         bits: The session is insecure with probability at most 2^-``bits``.
 
-    Raises ConfigError: a fraction is out of range, or no graph on so many devices is secure.
-    """
+    Raises ConfigError: a fraction is out of range, or no graph on so many devices is secure."""
     corrupt_devices, dropouts = count_of(devices, corrupt), count_of(devices, dropout)
     if devices <= COMPLETE_UP_TO:
         return GraphParameters(devices - 1, least_threshold(devices, corrupt))
@@ -92,8 +89,7 @@ def count_of(devices: int, fraction: float) -> int:
     >>> count_of(10, 0.1), count_of(11, 0.1)
     (1, 2)
 
-    Raises ConfigError: the fraction is not in [0, 1).
-    """
+    Raises ConfigError: the fraction is not in [0, 1)."""
     if not 0 <= fraction < 1:
         raise ConfigError(f"fraction {fraction} is not in [0, 1)", about="graph.fraction")
     return math.ceil(fraction * devices - 1e-9)
@@ -125,8 +121,7 @@ def left_over(devices: int, corrupt: int, degree: int, threshold: int, survivors
     (6, 2, 20)
 
     n: ``devices`` on the roster, of which c may be ``corrupt``. k: ``degree``. t: ``threshold``. ``survivors``: fewest
-    in a sum.
-    """
+    in a sum."""
     if degree >= devices - 1:
         return 2 * (2 * threshold - devices - corrupt)
     return 2 * max(0, survivors - corrupt) * (2 * threshold - degree - 1) // (degree + 1) - 4 * corrupt

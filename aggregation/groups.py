@@ -7,8 +7,7 @@ that is gone (``Plan.former``): the difference of two sums would show the device
 
 A device masks with the others of its group. Its secrets are shared as in a session without groups, so one survivor set
 and one unmask request serve all sums of a round. What protects a device is not the deal, which a coordinator can repeat
-until all corrupt devices are with it, but the minimum of each group (``spec.Grouping``).
-"""
+until all corrupt devices are with it, but the minimum of each group (``spec.Grouping``)."""
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -50,8 +49,7 @@ def deal(adapter: str, devices: Iterable[str], count: int) -> Mapping[str, int]:
     >>> deal("ab" * 32, ["a", "b", "c", "d", "e"], 2)
     {'b': 0, 'c': 1, 'a': 0, 'd': 1, 'e': 0}
 
-    ``adapter``: SHA-256 of the adapter that the round begins with, hex. ``count``: of groups.
-    """
+    ``adapter``: SHA-256 of the adapter that the round begins with, hex. ``count``: of groups."""
     seed = _TAG + bytes.fromhex(adapter)
     order = sorted(devices, key=lambda device: hashlib.sha256(seed + device.encode()).digest())
     return {device: place % count for place, device in enumerate(order)}

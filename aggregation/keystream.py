@@ -3,8 +3,7 @@
 The counter blocks are 0, 1, 2, … as in NIST SP 800-38A. From block 2 on they equal the blocks with which AES-GCM under
 a nonce of twelve zero bytes encrypts (SP 800-38D, section 7.1), and the library's GCM uses wider instructions than its
 CTR where the processor has them. The bytes are therefore produced by GCM, whose tag is never requested; they equal CTR
-bit for bit. ``docs/decisions/0007-fast-keystream.md`` has the measurements.
-"""
+bit for bit. ``docs/decisions/0007-fast-keystream.md`` has the measurements."""
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 

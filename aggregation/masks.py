@@ -7,8 +7,7 @@ devices that were shown different plans get masks that do not cancel. A key expa
 
 Expansion allocates one block for each thread: keystreams fill it one after another while a block of the vector stays in
 the cache. A keystream is read sequentially, so threads divide the masks, not the vector: each thread follows the one
-before it through the blocks, and the result is the same bit for bit.
-"""
+before it through the blocks, and the result is the same bit for bit."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,8 +78,7 @@ def shared_secret(private: bytes, public: bytes) -> bytes:
     >>> shared_secret(a, public_key(b)) == shared_secret(b, public_key(a))
     True
 
-    Raises ProtocolError: ``public`` is a point of small order, or not 32 bytes.
-    """
+    Raises ProtocolError: ``public`` is a point of small order, or not 32 bytes."""
     return exchange(private_key(private), public)
 
 
@@ -131,8 +129,7 @@ def pair_masks(private: bytes, me: str, publics: Mapping[str, bytes], context: b
         One mask for each peer, in the order of ``publics``.
 
     ``private``: the mask key of ``me``. ``publics``: peer → its public mask key. Raises ProtocolError: a public key is
-    of small order, or not 32 bytes.
-    """
+    of small order, or not 32 bytes."""
     key = private_key(private)
     return [
         Mask(_pair_key(exchange(key, public), context, plan, (me, peer)), add=me < peer)

@@ -4,8 +4,7 @@ A secret counts only if it matches what its owner published in its advert: the s
 public key. A wrong share can therefore cost a round but never produce a wrong sum. Only where the first ``t`` shares
 fail are the dealer's digests consulted. A share that is not the one dealt is its holder's fault; shares that are as
 dealt and do not reconstruct the secret are the dealer's. So is a secret of which more holders than may be corrupt have
-no share, although they answered: their encrypted shares did not decrypt.
-"""
+no share, although they answered: their encrypted shares did not decrypt."""
 
 import itertools
 import math

@@ -2,8 +2,7 @@
 
 In memory an element is a wrapping ``uint16`` (``uint32`` above 16 bits, ``uint64`` above 32) of which only the low
 ``bits`` count: since 2^bits divides the modulus of its type, sums may wrap there and be reduced at the end. On the wire
-an element takes exactly ``bits`` bits; the first element occupies the lowest bits of the first byte.
-"""
+an element takes exactly ``bits`` bits; the first element occupies the lowest bits of the first byte."""
 
 import hashlib
 import math
@@ -26,8 +25,7 @@ def dtype(bits: int) -> DTypeLike:
     >>> dtype(16), dtype(24), dtype(33)
     (dtype('uint16'), dtype('uint32'), dtype('uint64'))
 
-    Raises ConfigError: ``bits`` is not between 1 and 64.
-    """
+    Raises ConfigError: ``bits`` is not between 1 and 64."""
     if not 1 <= bits <= MAX_BITS:
         raise ConfigError(f"ring of {bits} bits is not between 1 and {MAX_BITS}", about="ring.bits")
     return np.dtype("<u2" if bits <= 16 else "<u4" if bits <= 32 else "<u8")
@@ -67,8 +65,7 @@ def pack(values: Ring, bits: int) -> bytes:
         ``packed_size(n, bits)`` bytes; unused bits of the last byte are zero. Empty for an empty vector.
 
     ``values``: shape ``(n,)``, contiguous, of ``dtype(bits)``. Bits above the ring are ignored. ``bits``: width of an
-    element, 1 to 64. Raises DataError: ``values`` is not a vector of the ring.
-    """
+    element, 1 to 64. Raises DataError: ``values`` is not a vector of the ring."""
     return bytes(packed_view(values, bits))
 
 
@@ -108,8 +105,7 @@ def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:
     Returns:
         Shape ``(size,)``, of ``dtype(bits)``; every element is below ``2**bits``.
 
-    Raises ProtocolError: another number of bytes, or unused bits that are not zero.
-    """
+    Raises ProtocolError: another number of bytes, or unused bits that are not zero."""
     _require_packed(raw, size, bits)
     if bits == 8 * np.dtype(dtype(bits)).itemsize:
         return np.frombuffer(raw, dtype(bits)).copy()
@@ -136,8 +132,7 @@ def add(total: Ring, raw: bytes | memoryview, bits: int) -> None:
     >>> total & 15
     array([0, 2, 4], dtype=uint16)
 
-    Raises ProtocolError as ``unpack``; ``total`` is then unchanged.
-    """
+    Raises ProtocolError as ``unpack``; ``total`` is then unchanged."""
     _require_packed(raw, total.size, bits)
     if bits == 8 * total.itemsize:
         np.add(total, np.frombuffer(raw, total.dtype), out=total)

@@ -7,8 +7,7 @@ signs and then by the Hadamard matrix of order P over √P; then the last P coor
 steps are orthogonal, so no coordinate is added, as padding to a power of two would.
 
 The rotation hides nothing: its seed is public. It is computed in float64 by exact sums of rounded numbers, so that a
-coordinator and an auditor invert it to the same bits.
-"""
+coordinator and an auditor invert it to the same bits."""
 
 import hashlib
 import math
@@ -60,8 +59,7 @@ def rotate(vector: Vector, seed: bytes) -> Vector:
         Shape ``(d,)``. Each of the two steps rounds coordinates to P · 2^-53 of the greatest one or finer, and then by
         three roundings of float64 at most.
 
-    ``vector``: shape ``(d,)``, d at least 1; unchanged.
-    """
+    ``vector``: shape ``(d,)``, d at least 1; unchanged."""
     out, scratch = vector.astype(np.float64), np.empty(_order(vector.size))
     for block, signs in _steps(vector.size, seed):
         out[block] *= signs
@@ -100,8 +98,7 @@ def _hadamard(vector: Vector, scratch: Vector) -> None:
 
     In place. Numbers are first rounded to multiples of 2^(e - 53) P, all of them being below 2^e. Then no sum of P of
     them, with any signs, needs more than 53 bits: all sums are exact, in any order, by any library of matrix products.
-    The matrix is the Kronecker product of small ones, which are applied to one axis after the other.
-    """
+    The matrix is the Kronecker product of small ones, which are applied to one axis after the other."""
     found, other, left = vector, scratch, vector.size
     exponent = 54 - left.bit_length() - math.frexp(max(vector.max(), -vector.min()))[1]
     np.rint(np.ldexp(vector, exponent, out=scratch), out=vector)

@@ -22,8 +22,7 @@ def encrypt(plain: bytes, key: bytes, bound: bytes) -> bytes:
         key: 32 bytes that never leave the device.
         bound: Associated data: what the bytes are and belong to. Different kinds of content have different ones.
 
-    Raises ConfigError: the key has another length.
-    """
+    Raises ConfigError: the key has another length."""
     nonce = SystemEntropy().bytes(_NONCE)
     return nonce + _cipher(key).encrypt(nonce, plain, bound)
 

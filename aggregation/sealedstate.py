@@ -2,8 +2,7 @@
 
 Vectors are not part of it, nor is a round that was
 planned but not answered: sealing ``Planned`` keeps only the rounds after it, so the restarted device counts as dropped
-out of that one. A device that seals the new state before it sends the answer never answers a step twice.
-"""
+out of that one. A device that seals the new state before it sends the answer never answers a step twice."""
 
 from dataclasses import replace
 from typing import Any, TypeAlias

@@ -6,8 +6,7 @@
 ``on_…`` takes one device's answer and returns the next state. A bad answer raises ``ProtocolError`` with the peer's
 name and leaves the state unchanged; the caller counts that peer as dropped out. ``close`` ends a step with the devices
 that have answered: the caller decides when. If too few answered it returns ``RoundAborted``, with the session for the
-next round. A round ends with the sum of its survivors, or of each group of them, or without; never with another sum.
-"""
+next round. A round ends with the sum of its survivors, or of each group of them, or without; never with another sum."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -156,8 +155,7 @@ def open_session(
         The first state, and the signed offer for every device of the cohort.
 
     Raises ProtocolError: a certificate is not the authority's, or is filed under another device's id; ConfigError: the
-    spec's degree does not fit a cohort of this size.
-    """
+    spec's degree does not fit a cohort of this size."""
     offer = Offer(entropy.bytes(32), spec, tuple(der for _, der in sorted(certificates.items())))
     cohort = checks.members(root, offer.certificates, coordinator.key.public, at)
     if list(cohort) != sorted(certificates):

@@ -34,8 +34,7 @@ def split(secret: bytes, threshold: int, points: Sequence[int], entropy: Entropy
     Returns:
         One share of 33 bytes for each point, big-endian, in the order of ``points``.
 
-    Raises ConfigError: the secret has another length, or threshold and points do not allow sharing.
-    """
+    Raises ConfigError: the secret has another length, or threshold and points do not allow sharing."""
     if not 1 <= threshold <= len(set(points)) == len(points) or min(points) < 1 or len(secret) != SECRET:
         raise ConfigError(
             f"cannot share {len(secret)} bytes among {len(points)} points with threshold {threshold}",
@@ -65,8 +64,7 @@ def lagrange(points: Sequence[int], at: int = 0) -> list[int]:
         One coefficient mod ``PRIME`` for each point, in the order of ``points``.
 
     ``points``: distinct x-coordinates, none equal to ``at``; below 2^64, or the products grow long. ``at``: where to
-    evaluate; the secret is at 0. Raises ProtocolError: a point is repeated.
-    """
+    evaluate; the secret is at 0. Raises ProtocolError: a point is repeated."""
     if len(set(points)) != len(points):
         raise ProtocolError("two shares are of the same holder", about="shamir.points")
     # Points are small, so products over them stay short, and all of them share one inverse (Montgomery 1987, 10.3.1).
@@ -85,8 +83,7 @@ def combine(coefficients: Sequence[int], shares: Sequence[bytes]) -> bytes | Non
 
     A wrong share yields another value, not an error: the caller compares the secret with its commitment.
     ``coefficients``: ``lagrange`` of the holders' points. ``shares``: one for each coefficient, in the same order; a
-    share of ``PRIME`` or more is not canonical.
-    """
+    share of ``PRIME`` or more is not canonical."""
     values = [int.from_bytes(share, "big") for share in shares]
     if max(values) >= PRIME:
         return None

@@ -3,8 +3,7 @@
 The shares for a holder are encrypted with AES-256-GCM under a key from X25519 and HKDF-SHA256 that is bound to the
 session, the dealer and the holder. It serves one encryption, so the nonce can be zero, and the ciphertext decrypts
 nowhere else. With it the dealer publishes a digest of each share. A holder that later reveals another value is thereby
-found out, and so is a dealer whose shares match their digests but not its commitment.
-"""
+found out, and so is a dealer whose shares match their digests but not its commitment."""
 
 import hashlib
 from collections.abc import Mapping

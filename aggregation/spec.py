@@ -150,8 +150,7 @@ class SessionSpec:
 
         ``survivors``: their number, ``minimum_survivors`` or more. ``corrupt``: how many of them may have added no
         noise; the session's own number, if that is higher. Raises ConfigError: no honest device is left, or a number is
-        out of the range of ``NoisySum``.
-        """
+        out of the range of ``NoisySum``."""
         if self.privacy is None:
             raise ValueError("a session without noise has no account")
         (segment,) = self.vector.segments

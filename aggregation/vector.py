@@ -5,8 +5,7 @@ A ``VectorSpec`` cannot be constructed if ``max_clients`` vectors within their b
 can only spoil the sum; ``decode`` raises where the total is larger than the survivors could reach.
 
 Steps are powers of two. That costs at most one bit of resolution and makes arithmetic exact: every multiple of the
-step, and so every integer where ``step <= 1``, is encoded and summed without error.
-"""
+step, and so every integer where ``step <= 1``, is encoded and summed without error."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -39,8 +38,7 @@ class Segment:
     ``noise`` is the standard deviation of what each device adds to each of them; 0: nothing.
 
     Raises ConfigError: ``size`` is not between 1 and ``MAX_SIZE``, or ``bound`` not between 2^-100 and 2^100, nor
-    ``noise``, unless it is 0.
-    """
+    ``noise``, unless it is 0."""
 
     name: Annotated[str, wire.text(r"[A-Za-z0-9_./-]{1,128}")]
     size: wire.Uint32
@@ -84,8 +82,7 @@ class VectorSpec:
     >>> spec.decode(total, survivors=2)
     {'delta': array([ 2. , -1. ,  0.5]), 'weight': array([128.])}
 
-    Raises ConfigError: the ring is too small for so many clients, a name is repeated, or a value is out of range.
-    """
+    Raises ConfigError: the ring is too small for so many clients, a name is repeated, or a value is out of range."""
 
     # In wire order, 1 to ``MAX_SEGMENTS``, names unique, at most ``MAX_SIZE`` elements in all.
     segments: Annotated[tuple[Segment, ...], wire.sequence(wire.record(Segment), MAX_SEGMENTS)]
@@ -132,8 +129,7 @@ class VectorSpec:
 
         With noise, the finest one with which the sum of ``max_clients`` values and their noise is below half the ring,
         and the noise of one device has at most ``noise.MAX_DEVIATION`` steps. Raises ConfigError: the noise does not
-        fit the ring in steps of the bound.
-        """
+        fit the ring in steps of the bound."""
         if segment.noise:
             return self._noisy_step(segment)
         step = math.ldexp(1.0, math.frexp(segment.largest / self.max_steps)[1] - 1)
@@ -177,8 +173,7 @@ class VectorSpec:
 
         ``values``: name → float32 or float64 of shape ``(segment.size,)``, each ``|x| <= segment.bound``; exactly the
         spec's names. ``rng``: draws the key of the rounding coins, 32 bytes a call. Raises DataError: a segment is
-        missing, unknown, of another shape or type, not finite, or out of its bound.
-        """
+        missing, unknown, of another shape or type, not finite, or out of its bound."""
         if set(values) != {segment.name for segment in self.segments}:
             raise DataError(f"segments {sorted(values)} are not those of the spec", about="vector.segments")
         out = np.empty(self.size, ring.dtype(self.ring_bits))
@@ -222,8 +217,7 @@ class VectorSpec:
 
         Whole part and fraction are separated first. The fraction is exact except just below an integer, where
         it may be rounded to 1. Fraction plus coin has 24 bits at most, so the sum is below 2, and below 1 where the
-        fraction is 0: a whole step is never lifted.
-        """
+        fraction is 0: a whole step is never lifted."""
         drawn = np.empty(out.size, np.int32)
         coins.read_into(drawn.data.cast("B"))
         drawn = drawn.view(np.uint32)
@@ -247,8 +241,7 @@ class VectorSpec:
         ``total``: shape ``(size,)``, of ``ring.dtype(ring_bits)``; only the low ``ring_bits`` bits of an element count.
         ``survivors``: number of contributions in the sum, 1 to ``max_clients``. Raises DataError: another number of
         survivors, another shape or type, or a sum that ``survivors`` clients within their bounds cannot reach, with
-        noise except with a probability of 2^-``WRAP_BITS``.
-        """
+        noise except with a probability of 2^-``WRAP_BITS``."""
         if not 1 <= survivors <= self.max_clients:
             raise DataError(f"{survivors} survivors are not between 1 and {self.max_clients}", about="survivors")
         ring.require_vector(total, self.size, self.ring_bits)

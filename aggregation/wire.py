@@ -5,8 +5,7 @@ directions. Integers are big-endian. Every length is checked against its limit *
 anything is allocated. Decoding arbitrary bytes returns a value or raises ``ProtocolError``, never another error, and
 trailing bytes are refused.
 
-``messages`` decides what the fields mean, ``envelope`` who signed them.
-"""
+``messages`` decides what the fields mean, ``envelope`` who signed them."""
 
 import itertools
 import math

@@ -14,8 +14,7 @@ An archive is a tar (POSIX ustar) whose manifest the coordinator signs:
     …                 the files
 
 Equal files give equal bytes: no archive has a time or a user. The reader accepts no header but the one that the writer
-makes for that name and size, so it meets no link, no device, no name outside of the archive and no extension.
-"""
+makes for that name and size, so it meets no link, no device, no name outside of the archive and no extension."""
 
 import hashlib
 import os
@@ -101,8 +100,7 @@ def write_archive(
         manifest: Digest of SHA256SUMS → the manifest.
         report: Called for each file when it was hashed, and when it was written.
 
-    Raises EdgeAdaptError: a file changed meanwhile.
-    """
+    Raises EdgeAdaptError: a file changed meanwhile."""
     digests, total = list[str](), 2 * sum(entry.size for entry in files)
     for entry in files:
         digests.append(hashlib.sha256(entry.read()).hexdigest())
@@ -134,8 +132,7 @@ def extract(
 
     ``trusted``: the coordinator's key; None: the one in the archive, which then proves only that nothing is damaged.
     ``modes``: regular expression of a name → permissions. A file with another name is refused. Raises DataError: it is
-    not an archive of a coordinator, or it is truncated; TrustError: it is of another coordinator, or was altered.
-    """
+    not an archive of a coordinator, or it is truncated; TrustError: it is of another coordinator, or was altered."""
     with storage.opened(archive, 2**63) as (file, total):
         reader = _ArchiveReader(archive, file)
         public = PublicKey.from_pem(reader.next(registryfiles.PUBLIC_KEY, MAX_PEM))

@@ -7,8 +7,7 @@ was recorded: the log has the request before any device can have it. With groups
 a survivor set, and later rounds have the same groups. No later round shares what devices keep (``check_unshared``).
 
 Where the newest adapter hardly differs from those before it, devices take it for one of them (without noise), and the
-coordinator plans for the devices of the last sum as well (``binding``).
-"""
+coordinator plans for the devices of the last sum as well (``binding``)."""
 
 import logging
 import math
@@ -123,8 +122,7 @@ def check_unshared(transcripts: Transcripts, task: RoundTask, layout: Layout) ->
 
     Logs are read from the newest one back, to a plan that shared as much: it passed this check. A part without a tensor
     in ``layout``, the adapter's, is neither shared nor kept. Raises ConfigError: it shares one. Raises TrustError: a
-    log was altered.
-    """
+    log was altered."""
     shared = task.changes & {part_of(spec.name) for spec in layout.tensors}
     for entries in transcripts.sessions(backwards=True):
         for earlier in reversed([*_tasks(entries)]):

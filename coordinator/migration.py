@@ -10,8 +10,7 @@ Every step is a round of a kind that there is, or a version that no round makes 
 6. if that is below the one before by more than the margin, the newest old version is published again above the others.
 
 Which steps are done follows from the registry alone, so an interrupted migration goes on with the round that is next.
-A device without the new base refuses the offer, and is in none of these sums.
-"""
+A device without the new base refuses the offer, and is in none of these sums."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -2,8 +2,7 @@
 
 This file holds the order of the steps; ``aggregation.server`` decides which is legal, and the kind of round
 (``edgeadapt.rounds.roundtask``) what the next adapter is. A device that answers wrongly, late or not at all drops out
-of the round and is asked again in the next one.
-"""
+of the round and is asked again in the next one."""
 
 import logging
 import time
@@ -51,8 +50,7 @@ def federate(leader: CoordinatorStateDir, transport: Transport) -> Iterator[Roun
     ConfigError: a setting differs from that of a sum without a result, or the optimizer from that of the registry; or
     the method shares what devices keep to themselves. Raises EdgeAdaptError: the registry is empty or failed or has no
     space, or no session could be made in ``settings.attempts`` attempts. Raises TrustError: the registry or a log was
-    altered, or they contradict each other.
-    """
+    altered, or they contradict each other."""
     leader.transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
     run = _Run(leader, transport, leader)
     try:
@@ -470,8 +468,7 @@ def within_reach(session: Established, result: RoundResult) -> Summed:
     A device lied, and nobody can tell which. If the round had no result, devices would help to only a few more sums
     from the adapter, all with the liar, which could use them up. So a next version is made that has nothing of the sum.
 
-    Survivors may have weight 0, and so may all of them: a device without usable examples answers as every other one.
-    """
+    Survivors may have weight 0, and so may all of them: a device without usable examples answers as every other one."""
     spec = session.session.spec
     return Summed(session, replace(result, sums=tuple(_within_reach(spec, each) for each in result.sums)))
 

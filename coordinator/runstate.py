@@ -2,8 +2,7 @@
 
 ``edgeadapt coordinator status``, its exit code, the dashboard and the metrics render this record. It outlives the run:
 one that fails leaves to the next one since when the fleet has waited, and what was counted. A run that is stopped on
-purpose waits no more.
-"""
+purpose waits no more."""
 
 import json
 import logging

@@ -36,8 +36,7 @@ def publish_first(
     An ``OwnModel`` has no folder: its own parameters are published. ``labels``: of the head, in order; None: those in
     ``LABELS`` in the folder, which a language model does not have. ``task``: what devices learn of labels. Raises
     ConfigError: there is a version already, the settings have rounds that the task does not have, or as
-    ``seed_version``; DataError as ``read_peft``.
-    """
+    ``seed_version``; DataError as ``read_peft``."""
     with state_dir.locked():
         if (latest := state_dir.registry.latest()) is not None:
             text = f"{state_dir.folder} has version {latest.manifest.version} already: the first adapter is published "
@@ -78,8 +77,7 @@ def seed_version(
     ``tensors``: of an adapter of ``edgeadapt.methods.classifier.PhraseClassifier`` or of a language model, under peft's
     names; or all parameters of an ``OwnModel``. ``labels``: of the head's rows, in order; none for a language model.
     Raises ConfigError: devices cannot train such an adapter, or the labels are not those of the head; DataError: the
-    tensors are not those of the configuration.
-    """
+    tensors are not those of the configuration."""
     require_trainable(peft_config)
     if peft_config.peft_type != OWN:
         _require_fitting(tensors, peft_config, labels)

@@ -2,8 +2,7 @@
 
 ``tls-request`` writes the next key, and the authority's certificate for it replaces the old one whenever it arrives.
 Servers check the files as a connection begins. Connections that exist stay as they are; files that cannot be used are
-reported once, and the previous pair stays in use.
-"""
+reported once, and the previous pair stays in use."""
 
 import logging
 import ssl

@@ -62,8 +62,7 @@ def check_in(
     A device at two nodes has its key at both, and so has one with two names. It takes part at the node that answers
     first. While a survivor of the ``last`` sum is absent, the nodes without a device are challenged again.
 
-    Returns the devices whose certificates are still valid at its end.
-    """
+    Returns the devices whose certificates are still valid at its end."""
     listed, cohort = transport.nodes(), leader.settings.cohort
     sampled = bool(cohort.size) and last is None
     asked = choose(listed, cohort, group, all_of_them=bool(consent)) if sampled else listed
@@ -179,8 +178,7 @@ class Cohort:
         heard get the same message again: some may not have had it.
 
         ``group``: Flower's group id, the round or the attempt at a session. Returns the state after the last answer, to
-        be closed by the caller.
-        """
+        be closed by the caller."""
         settings, step, bodies = self.leader.settings, asked.step, asked.bodies
         with traces.span(step.value, asked=len(bodies)) as span:
             self.recorder.sent(step, bodies)

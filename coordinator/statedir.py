@@ -3,8 +3,7 @@
 The authority's revocation list, where there is one, is read again for each session, so that a new one counts without a
 restart; a list older than that of the last session counts for nothing. One run at a time uses the directory: Flower
 itself would start a second one. With a registry in PostgreSQL, one run at a time leads, of all directories with that
-registry; the others wait, and keep their copies of the transcript and of the newest revocation list up to date.
-"""
+registry; the others wait, and keep their copies of the transcript and of the newest revocation list up to date."""
 
 import logging
 import socket
@@ -96,8 +95,7 @@ class CoordinatorStateDir:
         ``authority``: certificate of the authority to pin, PEM. ``services``: what this machine runs for the
         federation; None if that is not by ``edgeadapt coordinator up``. Raises ConfigError: the folder holds something,
         or is the working directory; or the database has a registry; TrustError: ``authority`` is not an authority's
-        certificate.
-        """
+        certificate."""
         with of_file("the authority's certificate"):
             root = Root.from_pem(authority)
         key = IdentityKey.generate(entropy)
@@ -228,8 +226,7 @@ class CoordinatorStateDir:
 
         Yields the directory, with a registry and transcripts that the lease allows to write. Raises EdgeAdaptError:
         another run uses the directory, or the lease cannot be taken. Raises TrustError: the files of the transcript
-        have what the database does not have.
-        """
+        have what the database does not have."""
         with self.locked(), self._noting_stops():
             if not self.registry.is_shared:
                 yield self

@@ -281,8 +281,7 @@ def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
     In each round with groups one is the farthest; a device is in it with a probability of one over their number if it
     is like all others, and rounds deal again. A device is listed if its number of such rounds or more has a probability
     below ``SUSPICIOUS``. That is a hint for the operator, not a proof: of a hundred honest devices, one is listed.
-    Returns device → ``rounds`` with groups that it is in, ``farthest``: in how many its group was, and ``chance``.
-    """
+    Returns device → ``rounds`` with groups that it is in, ``farthest``: in how many its group was, and ``chance``."""
     likely: dict[str, list[float]] = {}  # device → probability of each number of rounds in the farthest group
     seen: Counter[str] = Counter()
     for record in records:

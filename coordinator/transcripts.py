@@ -7,8 +7,7 @@ is written to the registry first and to the log second, from the registry's reco
 
 A kill can leave the last record incomplete, and a power cut can leave zeros in the last ones. The next start moves such
 a rest to a file with the suffix ``.torn``, ends the round that was under way as the registry says, and closes the log.
-A log that lacks what the registry knows is not signed again. ``edgeadapt.auditing.transcripts`` names the files.
-"""
+A log that lacks what the registry knows is not signed again. ``edgeadapt.auditing.transcripts`` names the files."""
 
 import itertools
 import logging
@@ -216,8 +215,7 @@ def _intact(reading: Reading, coordinator: PublicKey) -> Reading:
 
     Answers of devices are on the disk for certain only once the coordinator asks for the next ones: a power cut can
     leave such a record with zeros in it. A later start would sign that, and every audit would refuse it. The entries
-    before a checkpoint are verified by it. Assignments that the log keeps without their body are not verified here.
-    """
+    before a checkpoint are verified by it. Assignments that the log keeps without their body are not verified here."""
     entries = reading.entries
     kept = max((entry.index + 1 for entry in entries if entry.kind == Checkpoint.TAG), default=0)
     if kept >= len(entries):
@@ -241,8 +239,7 @@ def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -
     Returns whether the last log lacks the ending of the last recorded round and nothing else, as after a kill. Raises
     TrustError: the logs lack something else that the registry knows, or the registry what they know. ``logs``: of the
     session of the last recorded round and of all sessions since, in order, without empty ones; all logs, where no round
-    is recorded.
-    """
+    is recorded."""
     for log, following in itertools.pairwise(logs):
         start = following.checkpoints[0].previous if following.checkpoints else None
         if not log.closed or start not in (None, log.checkpoints[-1].digest()):
@@ -351,8 +348,7 @@ class Transcripts:
 
         The proof travels in the same message as the offer. ``last_offers``: device → digest of the offer that it joined
         last, as it says; empty where it joined none. One that was more than ``MAX_SESSIONS`` sessions ago counts as
-        unknown: no message can name them all. So does one before a log that cannot be read.
-        """
+        unknown: no message can name them all. So does one before a log that cannot be read."""
         wanted, closed, by_offer = set(last_offers.values()) - {b""}, list[bytes](), dict[str, bytes]()
         for path in reversed([path for path in logs(self.folder) if path != recorder.path]):
             if not wanted or len(closed) > MAX_SESSIONS:
@@ -381,8 +377,7 @@ class Transcripts:
 
         A round under way gets the ending that the registry has for it, or is aborted. Before anything is signed, all
         that the registry knows must have been found in the logs. Raises TrustError: a log was altered, or the logs and
-        the registry contradict each other. Raises EdgeAdaptError: another coordinator leads, or the registry failed.
-        """
+        the registry contradict each other. Raises EdgeAdaptError: another coordinator leads, or the registry failed."""
         return self._finish()[0]
 
     def _finish(self) -> tuple[bytes, int]:

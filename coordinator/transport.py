@@ -4,8 +4,7 @@ Messages are pushed and polled: Flower's own ``send_and_receive`` sleeps three s
 answers late, with an error or not at all has no answer in the exchange; the protocol decides what follows from that.
 
 Each reply is pulled by a call of its own. Flower reads all replies of a call at once, after its SuperLink has deleted
-them: one that it cannot read raises any kind of exception, and the other replies of the call are lost.
-"""
+them: one that it cannot read raises any kind of exception, and the other replies of the call are lost."""
 
 import logging
 import time

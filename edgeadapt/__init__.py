@@ -15,8 +15,7 @@ Each name is loaded when it is used: the bare install has neither torch nor Flow
 
 Below it, ``formats`` has every file and message that two parts share, ``bases`` the frozen models, ``methods`` their
 adapters, ``rounds`` what a round is about; ``auditing``, ``authority`` and ``releases`` are the tools of the auditor,
-of who enrols devices and of who releases to them; ``program`` is the command line.
-"""
+of who enrols devices and of who releases to them; ``program`` is the command line."""
 
 from importlib import import_module
 from importlib.metadata import version

@@ -3,8 +3,7 @@
 As with logging, code that reports does not know where to: any function may open a ``span``, and ``exporting`` says
 whether one is recorded. Off, nothing of OpenTelemetry is imported (docs/decisions/0080-dashboard-and-traces.md). A span
 has counts, bytes, durations, and names of steps, rounds, channels and gates. It has no name or address of a device, so
-no text of an error either: those may name one.
-"""
+no text of an error either: those may name one."""
 
 import os
 from collections.abc import Iterator
@@ -99,8 +98,7 @@ def exporting(service: str) -> Iterator[None]:
 
     Spans are sent by a thread of their own. Those that the receiver does not take in time are dropped. ``service`` is
     the process's ``service.name``, unless the environment has one. Raises ConfigError: the variables are not valid or
-    ask for another protocol, or the extra ``traces`` is not installed.
-    """
+    ask for another protocol, or the extra ``traces`` is not installed."""
     global _tracer
     if not is_wanted() or _tracer is not None:
         yield

@@ -6,8 +6,7 @@ hold few of the labels pull the global adapter towards theirs. So the mean over 
 of the encoder's last layer norm, so that nothing else has to know of it.
 
 Lexical features (``edgeadapt.methods.classifier``) tell apart texts whose words differ where an encoder that was not
-trained on their language takes them for alike.
-"""
+trained on their language takes them for alike."""
 
 import json
 import shutil

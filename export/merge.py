@@ -5,8 +5,7 @@ answers before. The result is a base of its own: adapters of the previous base h
 ``config.json`` states what was merged, and so does the manifest of a bundle that is exported from it.
 
 A classifier's adapter brings the head, and adapters of the merged base must bring it too. It is therefore written as an
-adapter of its own, ``head``, that changes nothing else.
-"""
+adapter of its own, ``head``, that changes nothing else."""
 
 import json
 import shutil
@@ -61,8 +60,7 @@ def merge(base: Base, folder: Path, out: Path) -> Merge:
 
     The base is read whole into memory, in float32. If the adapter brings tables of another number of tokens, its
     tokenizer is taken from ``folder`` too. Raises ConfigError: peft cannot merge adapters of this type or cannot open
-    this one, the adapter is of another base, or the merged base answers differently.
-    """
+    this one, the adapter is of another base, or the merged base answers differently."""
     settings = read_settings(folder)
     kind = str(settings.get("peft_type"))
     if kind not in MERGED:

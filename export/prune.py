@@ -5,8 +5,7 @@ of its own. A text whose tokens were all kept has the answer that it had. Where 
 it, down to single characters; a character of a script that none of the languages writes becomes the unknown token.
 
 Kept are the tokens of each language's most frequent words (the package ``wordfreq``) in lower case, capitalized and
-after an apostrophe, those of the given texts, and every token without letters: digits, punctuation, emoji.
-"""
+after an apostrophe, those of the given texts, and every token without letters: digits, punctuation, emoji."""
 
 import json
 import unicodedata

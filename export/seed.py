@@ -20,8 +20,7 @@ def write_seed(
 
     Labels first appear in ``phrases`` in the order of the head's rows; a language model has none. ``seed`` draws LoRA's
     A matrices, or the tokens as which virtual tokens begin. Raises ConfigError: ``out`` holds something, or there is
-    one label.
-    """
+    one label."""
     labels, generator = tuple(dict.fromkeys(label for label, _ in phrases)), torch.Generator().manual_seed(seed)
     with new_folder(out) as stage:
         if labels:

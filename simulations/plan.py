@@ -2,8 +2,7 @@
 
 A trial is named by the digest of all that it depends on, and so is a federation. Arms that need the same rounds share
 them, a resumed suite finds what is finished, and a changed suite computes what is new. A run of a scenario is the
-default arms on one seed.
-"""
+default arms on one seed."""
 
 import hashlib
 import itertools

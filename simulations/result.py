@@ -179,8 +179,7 @@ class ClientResult:
 
     ``base``: no training. ``local``: trained by the client itself, for the epochs of the rounds, with the same personal
     step. ``global``: the last global adapter. ``personal``: the global adapter after the personal step; ``choice`` says
-    which candidate the client kept.
-    """
+    which candidate the client kept."""
 
     name: str
     language: str

@@ -2,8 +2,7 @@
 
 There is one level. The authority's self-signed certificate is pinned on every device and signs device certificates. A
 device certificate binds one device id (its common name) to one identity key and can sign nothing itself. Times come
-from the caller and carry a time zone; nothing here reads a clock.
-"""
+from the caller and carry a time zone; nothing here reads a clock."""
 
 from aggregation.pki.authority import Authority, new_serial
 from aggregation.pki.certificates import DEVICE_ID, MAX_CERTIFICATE, Root

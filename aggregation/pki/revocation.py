@@ -3,8 +3,7 @@
 The authority signs a complete list each time, without certificates that expired long ago, and numbers lists upwards. A
 list names certificates by serial and says until when it is valid; after that nobody may rely on it. A reader accepts no
 list with a lower number than the one it has, so nobody who forwards lists can reinstate a revoked device. Times come
-from the caller and carry a time zone; no clock is read.
-"""
+from the caller and carry a time zone; no clock is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

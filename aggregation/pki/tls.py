@@ -2,8 +2,7 @@
 
 TLS libraries, gRPC's among them, refuse Ed25519 leaf certificates, so a gateway's TLS key is of another kind than the
 identities. Its certificate is for the server's side only (extended key usage, RFC 5280, section 4.2.1.12), and no
-device has one: no device can pose as a gateway. A device proves who it is by its identity's signature, after TLS.
-"""
+device has one: no device can pose as a gateway. A device proves who it is by its identity's signature, after TLS."""
 
 import hashlib
 import ipaddress

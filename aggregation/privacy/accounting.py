@@ -7,8 +7,7 @@ survivors added. A device, the coordinator and an auditor compute the same numbe
 Sources: Agarwal, Kairouz, Liu 2021, "The Skellam Mechanism for Differentially Private Federated Learning"; Kairouz,
 Liu, Steinke 2021, "The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure Aggregation";
 Mironov 2017, "Rényi Differential Privacy"; Canonne, Kamath, Steinke 2020, "The Discrete Gaussian for Differential
-Privacy".
-"""
+Privacy"."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -87,8 +86,7 @@ class Spent:
     >>> round(one.epsilon(1e-6), 2), round((one + one).epsilon(1e-6), 2)
     (1.14, 1.66)
 
-    Raises ConfigError: the curve is not one.
-    """
+    Raises ConfigError: the curve is not one."""
 
     curve: tuple[float, ...] = (0.0,) * len(ORDERS)  # Rényi divergence at each of ``ORDERS``, in nats
     draws: int = 0  # numbers that honest devices drew as noise, each within ``DISTANCE`` of its distribution
@@ -123,8 +121,7 @@ class Spent:
         Returns:
             0 if nothing was spent; infinite if the distance takes more than is kept for it.
 
-        ``delta``: between 0 and 1, both excluded. Raises ConfigError: ``delta`` is out of range.
-        """
+        ``delta``: between 0 and 1, both excluded. Raises ConfigError: ``delta`` is out of range."""
         if not 0 < delta < 1:
             raise ConfigError(f"delta {delta} is not between 0 and 1", about="delta")
         if not any(self.curve):
@@ -147,8 +144,7 @@ def calibrated(epsilon: Callable[[float], float], target: float) -> float:
     4.01
 
     ``epsilon``: noise multiplier → ε of all rounds: Δ / √S (``NoisySum``) is its inverse. It falls. ``target``: the ε
-    that may be spent, above 0. Raises ConfigError: no multiplier up to 2^20 meets the target.
-    """
+    that may be spent, above 0. Raises ConfigError: no multiplier up to 2^20 meets the target."""
     low, high = 0.0, 2.0**-6
     while not epsilon(high) <= target:
         low, high = high, 2 * high

@@ -8,8 +8,7 @@ Bits"), and no rejection loop, whose length shows. ``docs/decisions/0037-integer
 Rounding to whole steps has a bound on the norm that holds for every device and every input. Stochastic rounding moves
 each coordinate by up to one step, which would lengthen a vector of d numbers by up to √d steps. Its squared norm is
 expected to grow by at most d/4. Rounding is therefore repeated until the result is not much longer than that
-(conditional randomized rounding; Kairouz, Liu, Steinke 2021).
-"""
+(conditional randomized rounding; Kairouz, Liu, Steinke 2021)."""
 
 import math
 from collections.abc import Callable
@@ -71,8 +70,7 @@ def round_within(
         norm: L2 norm that it has at most.
         rounded: Rounds ``steps`` by unbiased coins, new ones in each call.
 
-    Raises DataError: ``steps`` is longer, or not finite.
-    """
+    Raises DataError: ``steps`` is longer, or not finite."""
     length = float(np.linalg.norm(steps))
     if not length <= norm * (1 + _SLACK):
         text = f"a vector of length {length:g} steps is longer than its bound of {norm:g}"
@@ -199,6 +197,5 @@ def draw(mechanism: Mechanism, variance: float, size: int, key: bytes) -> Intege
         Shape ``(size,)``, in steps: independent draws, each within ``accounting.DISTANCE`` of the exact distribution.
 
     ``mechanism``, ``variance``: as of ``table``. ``key``: 32 secret bytes with no other use: equal keys, equal noise.
-    Raises ConfigError as ``table``.
-    """
+    Raises ConfigError as ``table``."""
     return table(mechanism, variance).draw(Keystream(key), size)

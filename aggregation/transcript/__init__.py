@@ -10,5 +10,4 @@ entries too: one when the session is established, one after each round, and one 
 log is recognizable.
 
 The log holds no secret: it contains what the coordinator knows anyway, and nothing about a single device's update. It
-does contain who took part. This package opens no file: the caller stores the records that it returns.
-"""
+does contain who took part. This package opens no file: the caller stores the records that it returns."""

@@ -121,8 +121,7 @@ class Checkpoint(Message):
     previous session, so that no session between two others can be omitted. ``version`` and ``adapter`` name the newest
     adapter at this place of the log: that of the last result or, before the first result of a session, that of the
     previous session's last checkpoint. Only the first session of a coordinator, and the first on another base, start
-    from an adapter that no log produced.
-    """
+    from an adapter that no log produced."""
 
     TAG: ClassVar = "checkpoint"
     LIMIT: ClassVar = 1024

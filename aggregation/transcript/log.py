@@ -150,8 +150,7 @@ def resume(entries: tuple[Entry, ...], start: AdapterId, previous: bytes = NO_SE
         start: The adapter that the session started from.
         previous: Digest of the last checkpoint of the previous session.
 
-    Raises ProtocolError: the first entry is not an offer, or as ``Transcript.add``.
-    """
+    Raises ProtocolError: the first entry is not an offer, or as ``Transcript.add``."""
     log = Transcript(Offer.decode(envelope.unverified_body(entries[0].message)).digest(), start, previous)
     for entry in entries:
         log.add(entry)

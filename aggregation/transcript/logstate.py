@@ -143,8 +143,7 @@ class LogState:
         ``coordinator``: the pinned key. Raises ProtocolError: not a receipt of this session, or it does not prove that
         the log extends what this device saw, contains its delivered messages, and ended its round with the survivors
         that it was shown; or its newest adapter is not the one that this device knows, or that the results since then
-        made from it.
-        """
+        made from it."""
         return self._checked(coordinator, raw)[0]
 
     def require_newest(self, plan: Plan) -> None:
@@ -165,8 +164,7 @@ class LogState:
 
         ``other_base``: the session is on another base than the last one in which the device trained, and may start from
         a newer adapter than any that the log made. Raises ProtocolError as ``on_receipt``; the log is not closed; or
-        the new session does not follow it, or starts from another adapter than the session before it ended with.
-        """
+        the new session does not follow it, or starts from another adapter than the session before it ended with."""
         proof = SESSION_CHAIN_PROOF.decode(raw)
         self.require_new(offer)
         if not proof.receipt:
@@ -236,8 +234,7 @@ def check_adapter(state: LogState, endings: Iterable[Result | Abort], checkpoint
 
     A receipt shows every ending since the device's last round, so that no result between the two is missing.
     ``endings``: those that the receipt shows, in the order of the log. Raises ProtocolError: they do not: the log names
-    an older adapter, one without a result, or two of one version.
-    """
+    an older adapter, one without a result, or two of one version."""
     version, adapter = state.newest
     for result in endings:
         if isinstance(result, Result) and result.version == version + 1:

@@ -4,8 +4,7 @@ The served files are a closed list: the page, its libraries, the pinned keys, an
 requested path is joined to a folder only if it is on this list.
 
 The page verifies the bundle itself (``page/trust.js``). It trusts its server for its code and the pinned keys, but not
-for the bundle.
-"""
+for the bundle."""
 
 import functools
 import gzip
@@ -78,8 +77,7 @@ class Site:
         ``ws://`` on loopback; empty: none. ``enrolment``: the same of the authority's enrolment service; with
         ``gateway`` only. Raises ConfigError: ``gateway`` or ``enrolment`` is not such an address, or the page or its
         libraries are not installed; DataError: there is no bundle; TrustError: there are no pinned keys, or they are in
-        the bundle.
-        """
+        the bundle."""
         if not (bundle / BASE_MANIFEST).is_file():
             raise DataError(f"{bundle} is not a bundle: it has no base", about="bundle")
         Trust.open(bundle, trust)

@@ -4,8 +4,7 @@ It attends only while its owner's conditions are met (``client.node.eligibility`
 before that ends (``client.gateway.enrolment``). The gateway's TLS is verified under the pinned authority, and the
 identity signs its challenge. What can pass by itself is tried again, at each address in turn, after a pause that grows
 or that the gateway names; a refusal ends the agent. An answer that did not reach the gateway or the coordinator, which
-then asks again, is sent again and never made again: the device's state has moved on.
-"""
+then asks again, is sent again and never made again: the device's state has moved on."""
 
 import hashlib
 import logging

@@ -2,8 +2,7 @@
 
 The key is made on the device and stays the same; the messages to the authority are signed with it, or with the
 invitation's. The state directory is complete before anything is sent, except for the certificate. So a connection that
-breaks loses nothing: the same call again sends the same key, and the authority answers with the same certificate.
-"""
+breaks loses nothing: the same call again sends the same key, and the authority answers with the same certificate."""
 
 import logging
 import secrets
@@ -56,8 +55,7 @@ def enrol_with(
     Returns the device's name, and until when its certificate is valid. ``settings``: the owner's; an earlier call's
     stay. ``wait``: pauses between attempts. Raises ConfigError: the folder is in use for something else, or the device
     is enrolled already; TrustError: the authority refuses the invitation, or answers with something else than a
-    certificate of the key; EdgeAdaptError: the authority cannot be reached.
-    """
+    certificate of the key; EdgeAdaptError: the authority cannot be reached."""
     if not (folder / REQUEST).is_file():
         addresses = {
             "gateway": settings.gateway or invitation.gateway,

@@ -4,8 +4,7 @@ A composition is several adapters as one: ``y = base(x) + Σ wᵢ Δᵢ(x)``, wh
 docs/explanation/export.md has what becomes of each part.
 
 A module of ``modules_to_save`` replaces the base's module instead of updating it, so two of them have no sum. They are
-averaged, if their shapes and, for a head, the labels agree (docs/decisions/0013-slots-and-composition.md).
-"""
+averaged, if their shapes and, for a head, the labels agree (docs/decisions/0013-slots-and-composition.md)."""
 
 import math
 import re
@@ -169,8 +168,7 @@ def compose(composition: Composition, verified: Sequence[VerifiedAdapter], base:
 
     Raises ConfigError: the labels differ; the ranks add up to more than the base allows; the weights of adapters that
     replace parameters do not add up to 1; an adapter with virtual tokens has another weight than 1; a prompt meets a
-    prefix; or no adapter with a weight above 0 brings a head.
-    """
+    prefix; or no adapter with a weight above 0 brings a head."""
     manifests = tuple(one.manifest for one in verified)
     if len(verified) == 1 and composition.parts[0].weight == 1:
         return Adapter.of(composition, manifests, verified[0].inputs)
@@ -243,8 +241,7 @@ class Library:
         ``update``: ``client.updates.update``, if adapters that its channel has and the bundle lacks shall be fetched.
         Raises TrustError: there are no pinned keys, or none signed this base; DataError: there is no bundle, or a file
         is missing; ConfigError: the base is for another task (the message names its command), or needs a newer ONNX
-        Runtime.
-        """
+        Runtime."""
         bundle = Path(bundle)
         restore(bundle)
         if not bundle.is_dir():

@@ -5,8 +5,7 @@
     learned/passages.sealed    the index, encrypted with learned/sealing.key
 
 Words are ranked by BM25 (Robertson and Zaragoza 2009), meaning by embeddings of the bundle's frozen base in eight bits;
-both rankings are added by reciprocal ranks (Cormack et al. 2009).
-"""
+both rankings are added by reciprocal ranks (Cormack et al. 2009)."""
 
 import json
 import re

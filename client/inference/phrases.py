@@ -34,8 +34,7 @@ class PhraseReader:
 
         ``virtual_tokens``: of the adapter that reads it; they count towards the limit. Raises DataError: the text is
         not valid (``text.checked``), or has no known token (``unknown_share``); or the virtual tokens leave no room for
-        it.
-        """
+        it."""
         encoding = self._tokenizer.encode(checked(text))
         if self._share(encoding) == 1:
             reason = f"the text {text[:40]!r} contains no known token; give a phrase in a language of the model"

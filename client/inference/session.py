@@ -60,8 +60,7 @@ class ClassificationSession:
 
     It answers with what the bundle has under that name now, as after a lesson. ``rank`` and ``classify`` run one text
     at a time: an answer depends neither on the other texts nor on padding, whatever the quantization of the base.
-    ``rank_mixed`` runs a batch.
-    """
+    ``rank_mixed`` runs a batch."""
 
     def __init__(self, library: Library, threads: int, loaded: AdapterCache[_Loaded]) -> None:
         self.library, self._loaded = library, loaded
@@ -85,8 +84,7 @@ class ClassificationSession:
         ``trust``: the pinned public keys; by default ``trust.pem`` in the folder that contains the bundle. ``threads``:
         more than one is faster only for long texts. ``loaded``, ``loaded_bytes``: the most adapters to hold in memory,
         and bytes of them. Raises TrustError: there are no pinned keys, or none signed this base; DataError: a file is
-        missing, or the base cannot be loaded; ConfigError: the base is for another task, or a limit is below 1.
-        """
+        missing, or the base cannot be loaded; ConfigError: the base is for another task, or a limit is below 1."""
         return cls.of(Library.open(bundle, trust, "text-classification"), threads, loaded, loaded_bytes)
 
     @classmethod
@@ -116,8 +114,7 @@ class ClassificationSession:
 
         For ``AUTO`` the bundle's ``ROUTER`` names the adapter; the default one answers where the router is unsure, the
         policy withholds its answer, or the bundle does not have what it names; if the channel does, that is fetched in
-        the background. Raises as ``rank``.
-        """
+        the background. Raises as ``rank``."""
         begun = time.perf_counter()
         if adapter == AUTO:
             adapter = self.route(self.ranking(text, ROUTER, 1))
@@ -146,8 +143,7 @@ class ClassificationSession:
 
         Raises DataError: ``texts`` is a string, a text is not valid (``text.checked``) or has no known token
         (``unknown_share``), the graph does not run, or an answer is not finite; ConfigError: ``top`` is below 1; or as
-        ``load``.
-        """
+        ``load``."""
         return [predictions for predictions, _ in self._ranked(texts, adapter, top)]
 
     def _ranked(self, texts: Sequence[str], adapter: Named, top: int) -> list[tuple[list[Prediction], Outcome]]:
@@ -192,8 +188,7 @@ class ClassificationSession:
 
         Returns what ``rank`` returns for each row: the same bits if the base's matrix products do not depend on the
         number of rows and the longest text, else the same up to 1e-6. A base whose manifest does not state
-        ``independent_rows`` runs each row alone, which is slower.
-        """
+        ``independent_rows`` runs each row alone, which is slower."""
         return [predictions for predictions, _ in self._mixed(rows, top)]
 
     def _mixed(self, rows: Sequence[tuple[str, Named]], top: int) -> list[tuple[list[Prediction], Outcome]]:

@@ -151,8 +151,7 @@ class TextDecoder:
 
     Law: with a byte-level tokenizer, the pieces together are what the tokenizers library decodes at once, without ``�``
     at the end. Bytes that are not a character become ``�``, and the letters after them stay. With byte fallback, the
-    library makes ``�`` also of the characters right before such bytes, which here were already emitted.
-    """
+    library makes ``�`` also of the characters right before such bytes, which here were already emitted."""
 
     def __init__(self, detokenizer: Detokenizer) -> None:
         """Begin after a point: a decoder may strip the beginning of a text, and an answer is not one."""

@@ -8,8 +8,7 @@
   was once signed. It is noted only after every other rule holds, in a file next to the pinned keys: a writer there can
   pin another key anyway.
 
-docs/explanation/export.md says what these rules leave open.
-"""
+docs/explanation/export.md says what these rules leave open."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

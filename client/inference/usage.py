@@ -6,8 +6,7 @@
     learned/sealing.key      encrypts it
 
 No text is counted (``client.learning.questions`` keeps texts). A round of observation may ask for sums of the counts
-(``edgeadapt.rounds.observation``).
-"""
+(``edgeadapt.rounds.observation``)."""
 
 import logging
 from collections import Counter

@@ -10,8 +10,7 @@
     learned/training.sealed     a personal step that was interrupted, which the next one continues
     bundle/adapters/NAME.*      the private adapter: readable by its owner only
 
-Nothing of this leaves the device. Whatever fails, and whenever the process is killed, the adapter in use stays.
-"""
+Nothing of this leaves the device. Whatever fails, and whenever the process is killed, the adapter in use stays."""
 
 import math
 import time
@@ -196,8 +195,7 @@ class Learner:
             task: That the base must be for; None: any.
 
         Raises TrustError, DataError, ConfigError as ``Library.open``, ``Library.default`` and ``Trust.adapter``; or
-        another process learns, or what was learned cannot be opened.
-        """
+        another process learns, or what was learned cannot be opened."""
         library = Library.open(bundle, trust, task)
         bundle = library.bundle
         folder = storage.real(bundle).parent / LEARNED

@@ -4,8 +4,7 @@
 
     learned/asked.sealed     the last ``MOST`` texts; without it none is kept
 
-A text with personal data or a secret is never kept (``client.training.hygiene``), and none leaves the device.
-"""
+A text with personal data or a secret is never kept (``client.training.hygiene``), and none leaves the device."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence

@@ -14,8 +14,7 @@ only devices whose certificates the authority revoked since, which would otherwi
 An honest coordinator repeats a round from the same adapter if too few devices answered the unmask request, or if it was
 stopped before it logged the result. Rounds that end before the unmask request do not count. Equal adapters are
 recognized by their bytes. Whether a plan's adapter is the one that the log leads to is a question to the log
-(``aggregation.transcript``).
-"""
+(``aggregation.transcript``)."""
 
 import hashlib
 from collections.abc import Container, Mapping
@@ -102,8 +101,7 @@ def on_survivors(
 
     ``survivors``: whose updates are in the sum, device id → serial of its certificate; ``revoked``: serials in the
     authority's revocation list. Raises ProtocolError: the device trained from another adapter since, or the last sum
-    from this one has other devices.
-    """
+    from this one has other devices."""
     if known is None or known.digest != plan.adapter_digest:
         text = f"adapter {plan.adapter_version} of the sum is not the one that this device trained from last"
         raise refused(text, "survivors.adapter")

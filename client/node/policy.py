@@ -2,8 +2,7 @@
 trains, and ``[eligibility]``, when it takes part.
 
 Each key of ``[policy]`` is a limit of ``TrainingLimits``, or a field of ``aggregation.policy`` with its default, range
-and meaning. Reading refuses unknown keys, and limits that protect nobody.
-"""
+and meaning. Reading refuses unknown keys, and limits that protect nobody."""
 
 import math
 from collections.abc import Callable

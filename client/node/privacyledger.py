@@ -5,8 +5,7 @@ contribution counts before it leaves, as part of the smallest sum that the sessi
 without this device. Once the device reveals its shares it knows the survivors, and their number replaces the smallest.
 A contribution to a round that it did not see the end of counts in full, whether or not its sum was unmasked.
 
-The ledger is kept when the device forgets a coordinator: what was revealed stays revealed. The file is encrypted.
-"""
+The ledger is kept when the device forgets a coordinator: what was revealed stays revealed. The file is encrypted."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar

@@ -6,8 +6,7 @@ of two updates. So the device keeps what the last plan started from, too.
 
 A part that was private once, on a frozen base, stays private: the device refuses every plan that shares it, whatever
 the labels, the layout and the coordinator are. Such parts are in one encrypted file with their numbers, so that no kill
-leaves the ones without the others, and only the owner's ``edgeadapt device forget`` deletes either.
-"""
+leaves the ones without the others, and only the owner's ``edgeadapt device forget`` deletes either."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

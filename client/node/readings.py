@@ -2,8 +2,7 @@
 
 Sources: Linux's ABI of ``/sys/class/power_supply`` (Documentation/ABI/testing/sysfs-class-power), ``/proc/stat``
 (proc_stat(5)), and the property ``Metered`` of NetworkManager on the system bus. What a system does not have cannot be
-read; an app on such a system gives readings of its own.
-"""
+read; an app on such a system gives readings of its own."""
 
 import os
 import subprocess

@@ -7,8 +7,7 @@ nothing but the snapshot, the plan and the adapter, and a snapshot opens only fo
 The secret orders the examples, rounds the update and draws its noise. It is drawn for each session, so that an earlier
 copy of the state directory does not give it, and replaced after each round, so that a later one gives nothing of a
 finished round. The coordinator knows all else that training depends on, and would otherwise make the other devices
-repeat their updates, and subtract two sums that differ by one device.
-"""
+repeat their updates, and subtract two sums that differ by one device."""
 
 import hashlib
 from dataclasses import dataclass, field, replace
@@ -40,8 +39,7 @@ class Snapshot:
 
     Law: ``open(seal(s, k, j), k, j) == s``. ``examples``: content of the examples file, b"" if it could not be read;
     ``first``: the first round that is still to come; ``usage``: what the device counted of its answers on past days,
-    nothing if its owner contributes nothing of it.
-    """
+    nothing if its owner contributes nothing of it."""
 
     secret: Annotated[bytes, wire.fixed(KEY)] = field(repr=False)
     examples: Annotated[bytes, wire.blob(MAX_FILE)] = field(repr=False)

@@ -6,8 +6,7 @@ newest revocation list are replaced in the same way; none of them is secret. Wha
 well (``snapshot``), and so are the parts of an adapter that are not shared (``privateparts``).
 
 At an enrolment the private key is created here, and never leaves the device. The trust anchors are pinned at the same
-time: the authority's certificate and the coordinator's key, as the owner of the device received them.
-"""
+time: the authority's certificate and the coordinator's key, as the owner of the device received them."""
 
 import json
 import logging
@@ -138,8 +137,7 @@ class DeviceStateDir:
 
     An answer leaves only after the new state was saved, and what was saved is what the next message finds, unless the
     device was restarted in between. A device that then finds no session takes part in the next one. ``entropy`` draws
-    the secret of each session.
-    """
+    the secret of each session."""
 
     folder: Path
     settings: DeviceSettings
@@ -201,8 +199,7 @@ class DeviceStateDir:
         ``digest``, and the base itself has not.
 
         Raises ConfigError, DataError: as ``find_base`` and ``Bundle.base``; or a bundle is named for a task of others;
-        TrustError: no key in ``trust.pem``, next to the bundle, signed its base, or a file was altered.
-        """
+        TrustError: no key in ``trust.pem``, next to the bundle, signed its base, or a file was altered."""
         base, following = self._base(self.settings.base), self.settings.next_base
         if not following or digest in ("", base.digest):
             return base

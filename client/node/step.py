@@ -8,8 +8,7 @@ message; an error in the device's own files is only logged here, and the reason 
 No answer depends on the device's examples, except for the numbers under the mask, and for whether there are as many as
 the owner demands. Only an offer, with which they are copied, and a plan make the device read them. What a plan asks for
 is checked before that, and whatever fails afterwards gives an update of zero (``client.node.training``); the answer
-leaves at a time that does not show when the device was done.
-"""
+leaves at a time that does not show when the device was done."""
 
 import hashlib
 import logging

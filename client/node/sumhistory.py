@@ -12,8 +12,7 @@ Sums on two bases are not compared: the owner names the bases, so a coordinator 
 Updates and second moments are compared with each other as well, because sums of both say how many held-out examples the
 adapter answers rightly. With noise, as of every evaluation, the privacy ledger counts. Equal bytes are subject to
 ``adapterstate`` besides. What is refused follows from what the coordinator sent and from a secret key of the sketches.
-The file is encrypted.
-"""
+The file is encrypted."""
 
 import hashlib
 import math
@@ -139,8 +138,7 @@ def on_survivors(
 
     ``survivors`` and ``revoked`` are those of ``adapterstate.on_survivors``; with noise, nothing changes. Raises
     ProtocolError: the device trained for another plan since, or the adapter is near to one from which the last sum was
-    over other devices.
-    """
+    over other devices."""
     if spec.privacy is not None:
         return known
     if known is None or (now := known.round) is None or now.point.adapter.hex() != plan.adapter_digest:

@@ -4,8 +4,7 @@ Examples with a label that the task lacks do not count, and names in a task say 
 labels for a round would get a sum over only the devices that have examples of these. So it does not choose them: a task
 has the labels of an adapter in the device's bundle, in their order. A base in a plain folder does not have a list of
 labels; there the first task's are remembered, on other bases as well, until the owner runs ``edgeadapt device forget``.
-Whether a plan is refused follows from these lists alone, before an example is read.
-"""
+Whether a plan is refused follows from these lists alone, before an example is read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

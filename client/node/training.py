@@ -70,8 +70,7 @@ def contribute(
         same, so that no failure shows in another device's share of the sum.
 
     Raises ProtocolError: what is on offer cannot or must not be trained. This is known before an example is read.
-    EligibilityError: From ``device.step``.
-    """
+    EligibilityError: From ``device.step``."""
     plan, spec = planned.plan, planned.spec
     start = adapter_of(plan, blob)
     try:
@@ -127,8 +126,7 @@ def check_bounds(spec: SessionSpec, layout: Layout, task: RoundTask) -> None:
 
     A tighter bound would tell devices apart by whether they can answer: those that cannot have more examples, or a
     greater loss, than a number that the coordinator chose. Raises ProtocolError: the vector in the offer is not that of
-    this task, layout, clip norm and weight cap, or the adapter lacks what the task asks for.
-    """
+    this task, layout, clip norm and weight cap, or the adapter lacks what the task asks for."""
     try:
         fair = task.vector(layout, Bounds.of(spec))
     except DataError as error:  # the adapter and the task are the coordinator's

@@ -2,8 +2,7 @@
 
 A lesson is one run of learning. It keeps the adapter that was in use before, so that it can be undone. The file is
 written before the bundle: after a kill between the two, the last lesson made no adapter, which
-``LessonHistory.current`` finds.
-"""
+``LessonHistory.current`` finds."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace

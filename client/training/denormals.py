@@ -2,8 +2,7 @@
 
 A processor takes up to a hundred times as long for denormal numbers, so that an adapter could slow down a step for some
 examples alone. ONNX Runtime's own option holds only if the process opened no other session before. So the register is
-set that decides, through the C library's ``fegetenv`` and ``fesetenv``; threads that start meanwhile inherit it.
-"""
+set that decides, through the C library's ``fegetenv`` and ``fesetenv``; threads that start meanwhile inherit it."""
 
 import ctypes
 import platform

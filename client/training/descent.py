@@ -95,8 +95,7 @@ def descend(
     Returns:
         All tensors, finite: the last ones, or with ``control.patience`` those with the least loss on held-out examples.
 
-    Raises DataError: the adapter has none of the parts, or a loss, gradient or trained tensor is not finite.
-    """
+    Raises DataError: the adapter has none of the parts, or a loss, gradient or trained tensor is not finite."""
     trained = [name for name in start if part_of(name) in task.trained]
     if not trained:
         raise DataError("the adapter has none of the parts that the task trains", about="task.trained")

@@ -3,8 +3,7 @@ loop of a model that a package adds (``edgeadapt.bases.base.MODELS``).
 
 The first two are imported when they are needed: torch takes seconds, and a device with a bundle need not have it. Of a
 model with its own loop, the parameters are the adapter: a round sums the changes of all of them, and nothing is
-exported.
-"""
+exported."""
 
 import zlib
 from collections.abc import Callable, Sequence

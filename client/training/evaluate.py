@@ -27,8 +27,7 @@ def own_counts(
 
     ``base``: of the device's bundle, verified as for every answer; ``trust.pem`` is next to the bundle. ``examples``:
     held out, with numbers of ``task.labels``. Raises DataError, TrustError: the bundle is damaged or breaks a rule, or
-    a release has another layout.
-    """
+    a release has another layout."""
     bundle = base.folder.parent
     trust, counts = Trust.open(bundle), np.zeros(task.noisy_size(trainer.layout))
     contents = {name: trust.bundle.adapter_manifest(name).content for name in adapter_names(bundle)}

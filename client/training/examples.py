@@ -139,8 +139,7 @@ def parse_examples(
         target: Of a task of others: makes the target of a line's label, unless the line has a ``target``. The target of
             a label that the task refuses is empty.
 
-    Raises DataError: it is not UTF-8, a line is not an example, or there is no training example.
-    """
+    Raises DataError: it is not UTF-8, a line is not an example, or there is no training example."""
     try:
         # Not splitlines: JSON strings may contain U+2028 and other line separators.
         lines = raw.decode("utf-8-sig").split("\n")

@@ -69,8 +69,7 @@ class GraphEngine:
         biases of the base. ``head``: graph inputs of a classifier's head, and their shapes.
 
         Raises ConfigError: the base lacks a training graph that can be loaded and has the gradients, or a slot for the
-        method, or biases shall be trained; TrustError: the graph changed since it was verified.
-        """
+        method, or biases shall be trained; TrustError: the graph changed since it was verified."""
         if TRAINING not in base.manifest.files:
             raise ConfigError(
                 f"the base in {base.folder} has no training graph: export it with 'bundle make --training', or name "

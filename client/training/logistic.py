@@ -56,8 +56,7 @@ def logistic_head(  # two of them by name
         labels: The number of each row's label, or what another loss takes.
         penalty: Above 0.
 
-    Returns shape ``(features, count)``. Raises DataError if the loss is not finite.
-    """
+    Returns shape ``(features, count)``. Raises DataError if the loss is not finite."""
 
     start = np.zeros(x.shape[1] * count) if prior is None else prior.ravel()
 

@@ -187,8 +187,7 @@ def personalize(  # noqa: PLR0913  # three of them by name
         then fitted to training and held-out examples together; ``plain`` bounds what that forgets, too.
 
     Raises DataError as ``Trainer.train`` and ``with_own_head``, or a method of others failed or returned other tensors
-    than an adapter has; ConfigError: the method is not installed.
-    """
+    than an adapter has; ConfigError: the method is not installed."""
     method = METHODS.find(how.method)
     adapters, held_out = dict(candidates), in_split(examples, Split.VALIDATION)
     if how.patience and held_out:
@@ -313,8 +312,7 @@ def with_own_head(
     head, this gives a device what adding its own moments once more to the sum of all would give (docs/decisions/0033),
     and needs nothing of that sum. ``scale``: logit of a score of 1, as of the federation's rounds. ``strength``: as
     many examples as the previous head counts for in each direction. Raises DataError: the adapter has no classification
-    head, or an embedding is not finite.
-    """
+    head, or an embedding is not finite."""
     return refit(adapter, own_moments(trainer, adapter, examples), strength=strength, scale=scale)
 
 

@@ -4,8 +4,7 @@ A model can run from the hidden states that enter the first layer which an adapt
 
 The layers below are frozen and have no adapter, so they give a text the same states in every step of a training: they
 are computed once (``edgeadapt.bases.states``). How a family of models calls its layers shows while one text passes
-them. That both ways give the same answer is measured before either is used.
-"""
+them. That both ways give the same answer is measured before either is used."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -4,8 +4,7 @@ An engine gives the loss of a batch and its gradients: torch on the base itself 
 of a bundle (``graphengine``). An objective turns examples into batches: a classifier's labels, or the tokens that a
 language model learns. ``descent.descend`` takes the steps. Both engines make the same adapter of the same batches, up
 to rounding and the quantization of a bundle's base. Training is deterministic on one machine with one number of
-threads: the model stays in evaluation mode (no dropout), and the generator orders the examples.
-"""
+threads: the model stays in evaluation mode (no dropout), and the generator orders the examples."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -119,8 +118,7 @@ class Trainer:
             Tensors in ``layout``, and R if the task trains it (``edgeadapt.methods.lorasb``), float32 and finite.
             Guarantee: equal arguments give equal tensors, whatever was trained before, and the base does not change.
 
-        Raises DataError: there are no examples, or as ``descend``.
-        """
+        Raises DataError: there are no examples, or as ``descend``."""
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples")
         encoded = self.encode(examples)
@@ -147,8 +145,7 @@ class Trainer:
         (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal"). Each step after the last that is needed
         would cost time and move what the adapter answers otherwise. Training ends after at most ``MAX_STEPS``, and
         ``MAX_SECONDS`` and a step; without a step, if the adapter answers as taught. It uses AdamW with ``rate``.
-        Raises DataError: as ``descend``, or as ``encode``.
-        """
+        Raises DataError: as ``descend``, or as ``encode``."""
         half = 0.5 if rehearsed else 1.0
         shares = [half / len(group) for group in (taught, rehearsed) for _ in group]
         whole = self.weighted([*taught, *rehearsed], shares)

@@ -15,8 +15,7 @@
 The client of The Update Framework (TUF) refuses metadata of unknown signers, older than the last, expired, or from
 different states of the repository (Samuel et al. 2010, "Survivable Key Compromise in Software Update Systems"). A
 release that it accepts is then held to the rules of every bundle (``client.inference.trust``). Whatever fails, the
-bundle in use stays.
-"""
+bundle in use stays."""
 
 import hashlib
 import os
@@ -164,8 +163,7 @@ def follow(bundle: Path, source: ChannelSource, root: Path) -> None:
 
     Another channel of the same repository may be noted later, but not another repository: what was accepted from one
     says nothing about another. Raises ConfigError: the place or the channel cannot be one, or another root is pinned
-    already; DataError, TrustError: ``root`` is missing or damaged, or is not a root that its own keys have signed.
-    """
+    already; DataError, TrustError: ``root`` is missing or damaged, or is not a root that its own keys have signed."""
     check_channel(source.channel)
     parts = urlsplit(source.repository)
     if parts.scheme not in ("http", "https") and not Path(source.repository).is_dir():

@@ -5,8 +5,7 @@ be changed here. On a loopback address it is served without TLS, on any other wi
 
 A connection holds one of few places until a request on it has the token or a session (``coordinator.gateway.places``).
 Until then each serves one request. The right token is accepted at once, unless somebody of the same network has just
-sent a wrong one: texts of a network are compared one at a time, and each wrong one takes ``PATIENCE`` seconds.
-"""
+sent a wrong one: texts of a network are compared one at a time, and each wrong one takes ``PATIENCE`` seconds."""
 
 import asyncio
 import json

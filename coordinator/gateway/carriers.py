@@ -3,8 +3,7 @@
 A service gives its conversations by path, and each runs in the same way over both: one message after the other, until
 it returns or raises; ``end_of`` says with which status or close code. A peer presents no TLS certificate, and holds one
 of the places of an address from its connection, over gRPC from its call, until the conversation admits it. Pages have a
-port of their own: one port for HTTP/2 of gRPC and for HTTP/1.1 of WebSockets takes a reverse proxy.
-"""
+port of their own: one port for HTTP/2 of gRPC and for HTTP/1.1 of WebSockets takes a reverse proxy."""
 
 import asyncio
 import logging

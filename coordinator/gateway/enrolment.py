@@ -3,8 +3,7 @@
 Both are conversations of one message and one answer (``coordinator.gateway.carriers``). The messages are signed, so a
 peer that passes one on has no other key certified. Calls and refusals are counted after the proof, so nobody without
 credentials uses up what those with credentials may do. The service runs where the authority's key is, not where the
-coordinator is, which could fill a cohort with its own devices, and has no state besides the authority's record.
-"""
+coordinator is, which could fill a cohort with its own devices, and has no state besides the authority's record."""
 
 import asyncio
 import logging

@@ -2,8 +2,7 @@
 
 Everything runs on one event loop and takes no lock. A device has one request under way at a time; others wait, up to a
 limit, and none outlives its time. A device whose stream breaks may come back within the grace time: a request that it
-has not answered is sent again. A newer stream of a device ends the older one, which may be half open.
-"""
+has not answered is sent again. A newer stream of a device ends the older one, which may be half open."""
 
 import asyncio
 import secrets

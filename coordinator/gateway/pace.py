@@ -3,8 +3,7 @@
 The gateway gives each device that it sends away a window of time, and the device comes back at a random time within it.
 The windows are booked one after the other, as in the virtual scheduling of the generic cell rate algorithm (ITU-T
 I.371): the more devices there are, the later is the next window, and their check-ins stay below the target. A device
-that has no window comes when it likes; above the target it is sent away before its credentials are verified.
-"""
+that has no window comes when it likes; above the target it is sent away before its credentials are verified."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

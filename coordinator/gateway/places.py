@@ -9,8 +9,7 @@ A process that has no descriptor left can open no file either, and its round is 
 it hold has a share of them: gRPC's connections half, devices a quarter, other places an eighth.
 
 A network is an IPv4 address or the /64 of an IPv6 address. All peers behind a NAT or a reverse proxy are one network.
-Everything runs on one event loop and takes no lock.
-"""
+Everything runs on one event loop and takes no lock."""
 
 import asyncio
 import os

@@ -3,8 +3,7 @@
 A device proves that it has the Ed25519 identity of a certificate: it signs the gateway's nonce and the host that it has
 connected to. The gateway accepts its own names only, so a host that passes a challenge on to a device cannot use the
 signature here. Before that a peer has a place for ten seconds, and its network one turn at a time
-(``coordinator.gateway.places``). What comes afterwards is the same for light devices and pages.
-"""
+(``coordinator.gateway.places``). What comes afterwards is the same for light devices and pages."""
 
 import asyncio
 import logging

@@ -3,8 +3,7 @@
 The lease is a row of the database, in PostgreSQL only; a registry in SQLite has one machine, and the lock of its state
 directory. A coordinator that finds the lease over adds one to the epoch and leads. Every transaction of a run locks the
 row and compares the epoch (``fenced``, Kleppmann's fencing token), so a leader that was paused while another one took
-over commits nothing. The only clock is the server's.
-"""
+over commits nothing. The only clock is the server's."""
 
 import logging
 import threading

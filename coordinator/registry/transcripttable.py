@@ -2,8 +2,7 @@
 
 There the table is the log, and the files of ``transcript/`` on each machine are a copy of it: a leader appends to the
 table first, in a transaction that its epoch fences, and one that waits copies what was added. So readers of logs read
-files, as with a registry of one machine. Nothing is verified here.
-"""
+files, as with a registry of one machine. Nothing is verified here."""
 
 import os
 import time
@@ -96,8 +95,7 @@ class TranscriptTable:
         A power cut may leave other bytes in the file that was written last. It is copied again once the table has a
         later session, or in any case if ``whole``; an earlier file does not change any more. Raises TrustError: a file
         has what the table does not have. Raises EdgeAdaptError: as ``database.explained``; or the folder cannot be
-        written to.
-        """
+        written to."""
         pem = self.revocations()
         sizes, here = self.sizes(), _sizes(folder)
         newest = max(here, default=0)

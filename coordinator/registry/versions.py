@@ -4,8 +4,7 @@ A round is committed as a unit (docs/decisions/0062): first the blob under its c
 transaction with the version, the round's record and the optimizer's state. A kill at any instant loses at most the
 round under way. Everything that is read is verified: the signature of a manifest or record, the chain of the records,
 the digest of a blob or of the optimizer's state. Deleted last rows are found by comparing with the logs
-(``coordinator.transcripts``).
-"""
+(``coordinator.transcripts``)."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -114,8 +113,7 @@ class Registry:
 
         ``blob``: the new version's safetensors bytes; ``optimizer_state``: ``optimizer.State``. Raises
         DataError: record, manifest and blob contradict each other or what is stored. Raises ConfigError: the registry
-        does not trust ``key``. Raises EdgeAdaptError: the store failed; nothing was changed.
-        """
+        does not trust ``key``. Raises EdgeAdaptError: the store failed; nothing was changed."""
         record.require_agreement(manifest)
         state, digest = _encoded(optimizer_state), state_digest(optimizer_state)
         if record.optimizer != digest:

@@ -2,8 +2,7 @@
 
     python -m coordinator.services.child MODULE:FUNCTION ARGUMENT…
 
-The parent holds the other end of standard input and writes nothing. The kernel closes it when the parent ends.
-"""
+The parent holds the other end of standard input and writes nothing. The kernel closes it when the parent ends."""
 
 import os
 import pkgutil

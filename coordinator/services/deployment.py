@@ -40,8 +40,7 @@ def up(folder: Path, report: Report, *, as_json: bool = False) -> None:
 
     Raises ConfigError: ``services.toml`` is missing or names nothing to run, or a TLS file is missing or for another
     host. Raises TrustError: the TLS certificate is not one of the authority for a gateway. Raises EdgeAdaptError: they
-    run already, the registry is empty, or the rounds cannot go on as they are set.
-    """
+    run already, the registry is empty, or the rounds cannot go on as they are set."""
     state_dir = CoordinatorStateDir.open(folder)
     settings = ServiceSettings.read(folder / SERVICES)
     state_dir.registry.newest_adapter()

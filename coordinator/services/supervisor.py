@@ -2,8 +2,7 @@
 
 It knows nothing of coordinators. A service that is not ready holds back the start of those after it; those that run
 already go on, because what they need from it may come back before they notice. One that runs and does not answer any
-more is restarted as well.
-"""
+more is restarted as well."""
 
 import subprocess
 import sys

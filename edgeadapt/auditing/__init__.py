@@ -2,8 +2,7 @@
 
 An auditor needs the bare install only. In reading order: ``transcripts`` (files), ``history`` (a log, message by
 message), ``rules`` (the checks on a history), ``auditor`` (all checks of a session in their order),
-``weaknesses`` (warnings), ``recompute`` (the published adapters) and ``findings`` (what is reported).
-"""
+``weaknesses`` (warnings), ``recompute`` (the published adapters) and ``findings`` (what is reported)."""
 
 from edgeadapt.auditing.auditor import audit, chain
 from edgeadapt.auditing.findings import Check, Finding, Problem, ProducedAdapter, Report, RoundSummary, Status

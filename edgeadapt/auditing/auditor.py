@@ -4,8 +4,7 @@
     └────────── history ────────────────────┘   └────────── rules ──────────┘   (sums)     (rules)    (sums)
 
 The first failure ends the audit, except that of the log itself: later checks often find the very message that does not
-fit its checkpoint.
-"""
+fit its checkpoint."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -56,8 +55,7 @@ def chain(reports: Mapping[str, Report], unmade: Mapping[int, str] | None = None
     So do their adapters: a session starts from version 0, the adapter that the previous one ended with, or the first on
     another base. ``reports``: name → report, in order; ``unmade``: version → digest of those that no round made, None
     without the registry. Raises TrustError: a session is missing or was replaced or cut, or starts from another
-    adapter. A missing last session that made no adapter cannot be detected.
-    """
+    adapter. A missing last session that made no adapter cannot be detected."""
     last, before, base = NO_SESSION, "the beginning", ""
     newest: AdapterId | None = None
     closed = True

@@ -214,8 +214,7 @@ def follow(
     A checkpoint stands right before each round, and nowhere within one. So every round has an ending unless the log
     ends in it, and a log that is not closed has at most one round that no checkpoint covers. ``messages`` is from
     ``verify``; a body that the log left out is restored here, and its signature verified. Raises Problem: a message
-    does not belong.
-    """
+    does not belong."""
     before = (0, 0)
     for entry, verified in zip(entries, messages, strict=True):
         message = verified or _restored(history, entry, coordinator)

@@ -10,8 +10,7 @@ With the registry (``edgeadapt.formats.registryfiles``) four things can be check
 - FedAdam has two moments as state, which start from constants at version 0 and on another base. Its steps can be
   recomputed if no sum since then is missing, and not otherwise.
 
-An audit shows whether the coordinator followed the rules that its manifests name, not whether anyone agreed to them.
-"""
+An audit shows whether the coordinator followed the rules that its manifests name, not whether anyone agreed to them."""
 
 from dataclasses import dataclass, field, replace
 

@@ -368,8 +368,7 @@ def unmasked(spec: SessionSpec, current: Round) -> tuple[str, ...]:
     Nothing makes it log the unmask request and the answers of a round that it then aborts, or the signatures of devices
     that it needs no more. A device that was asked to unmask continues only if the log has its own signature. Two sums
     that differ by few devices have such a device in common: one signature is enough for a sum that could be unmasked.
-    In a session without signatures the coordinator is trusted to log the updates that arrived.
-    """
+    In a session without signatures the coordinator is trusted to log the updates that arrived."""
     if isinstance(current.ending, Result) or current.unmasks or current.responses:
         return current.survivors
     if spec.adversary is Adversary.ACTIVE:

@@ -12,8 +12,7 @@ The signed records of the rounds in the registry, compared with the logs: which 
 
 Logs name their predecessors, so a log that is left out is missed in the next one; the last one is not. Nor does a log
 show that a round in it had another ending. Every record is written before its round's ending is logged, and names the
-session and the plan, also of an aborted round.
-"""
+session and the plan, also of an aborted round."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -61,8 +60,7 @@ def require_logged(
         after: As it had them after that.
         unfinished: The last session is under way.
 
-    Raises TrustError: the log of a session, a round or its ending is missing, or a round has no record.
-    """
+    Raises TrustError: the log of a session, a round or its ending is missing, or a round has no record."""
     logged = {(report.offer, each.plan): each for report in reports.values() for each in report.rounds}
     *_, last = reports.values()
     open_round = {(last.offer, last.open_plan)} if unfinished else set()
@@ -84,8 +82,7 @@ def require_published(
         manifest_of: Version → its manifest.
         reports: Name → report of all logs. A record has the ε of a round, and the offer of its session the δ.
 
-    Raises TrustError: they do not, or a manifest is missing.
-    """
+    Raises TrustError: they do not, or a manifest is missing."""
     seed = manifest_of(0)
     if seed is None or seed.round or seed.parent or seed.plan or seed.survivors or seed.metrics or seed.privacy:
         raise TrustError("adapter 0 is missing, or its manifest says that a round made it", about="manifest")
@@ -213,8 +210,7 @@ class AuditInput:
         ``path`` is a log, a folder of transcripts, a coordinator's state directory, or the folder of a run. Raises
         ConfigError: the folder of ``options.registry`` has no registry; DataError: there is no log, or there are logs
         in several places; or a file is too large; TrustError: a certificate, a key or a list is missing or damaged; or
-        the registry is damaged or empty.
-        """
+        the registry is damaged or empty."""
         complete = not path.is_file()
         paths = _find(path) if complete else (path,)
         folder = paths[0].parent
@@ -283,8 +279,7 @@ def _with_revocations(root: Root, options: AuditOptions, folder: Path, state_dir
     under a higher number shows that the auditor's is old: it lacks the revocations in between. Raises TrustError: a
     list is damaged, or the auditor's is older than one of the coordinator and than the time of the sessions, or differs
     from one with its number. One that was signed later is not refused: it has the earlier revocations too, but of
-    certificates that expired before it was signed.
-    """
+    certificates that expired before it was signed."""
     stored = [(None, folder / REVOKED), *([(state_dir / REVOKED,) * 2] if state_dir else [])]
     lists = [_read(root.revocations, given, path, "--revoked") for given, path in stored if path.exists()]
     if options.revoked is None:

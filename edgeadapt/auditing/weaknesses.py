@@ -5,8 +5,7 @@ others trained alike; so do rounds that were aborted once their sum could be unm
 
 Other warnings have a code each: what a device with the default policy refuses, a private part of an adapter
 that is shared, a round whose survivors have far fewer examples than those of the others, and one that hardly moved its
-adapter, so that the next sum is like a second one from the same adapter.
-"""
+adapter, so that the next sum is like a second one from the same adapter."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -7,8 +7,7 @@
 
 The private key is read only to sign. Anyone who has it can enrol any number of devices.
 
-Which names and keys, invitations and renewals are allowed follows from the record.
-"""
+Which names and keys, invitations and renewals are allowed follows from the record."""
 
 import base64
 from collections.abc import Callable, Iterator, Sequence
@@ -62,8 +61,7 @@ class AuthorityStore:
 
         The certificate is valid for ``days``, the first list for ``list_days``. Without a passphrase the key is plain.
         Raises ConfigError: the folder is not empty or is the working directory, the name cannot be in a certificate, or
-        the passphrase is too short.
-        """
+        the passphrase is too short."""
         if passphrase is not None and len(passphrase) < SHORTEST_PASSPHRASE:
             text = f"the passphrase has fewer than {SHORTEST_PASSPHRASE} characters: choose a longer one"
             raise ConfigError(text, about="passphrase")
@@ -141,8 +139,7 @@ class AuthorityStore:
                 raise.
 
         Raises TrustError: the invitation is unknown, has expired, or was used for another key; or the signature or the
-        request is not valid, or for another name; ConfigError as ``issue``.
-        """
+        request is not valid, or for another name; ConfigError as ``issue``."""
         public, token = PublicKey(invited), invited.hex()
         public.verify(invitation.ENROLMENT, request, signature)
         name, key = read_request(request)
@@ -167,8 +164,7 @@ class AuthorityStore:
             admit: Called with the device's name once it has proved it; may raise.
 
         Raises TrustError: the certificate has expired, was revoked, or is not of this authority; or the identity did
-        not sign; ConfigError as ``issue``.
-        """
+        not sign; ConfigError as ``issue``."""
         now = self.clock()
         try:
             name, key = authority.root.verify(certificate, now)
@@ -364,8 +360,7 @@ def listed_revocations(events: Sequence[record.Event], now: datetime) -> dict[st
     The revocation of an expired certificate is on one more list, which was signed after that, and then on none (RFC
     5280, section 3.3): lists stay as short as the fleet is large. That list is signed a day later at least. By the
     clock of who accepts a list (``RevocationList.require_fresh``), what it lacks has expired as well. A list with a
-    later time than ``now`` was signed by a clock that ran ahead, and shows nothing.
-    """
+    later time than ``now`` was signed by a clock that ran ahead, and shows nothing."""
     ends = {each.serial: each.not_after for each in issued_in(events)}
     listed = dict[str, record.CertificateRevoked]()
     for event in events:

@@ -152,8 +152,7 @@ def find_base(where: str) -> Base:
     A file is GGUF or ``E5S1``. A package holds its base in a folder ``model`` or in one such file. A file is converted
     when it is first seen, which takes some seconds. Raises ConfigError: there is no such folder, file or package, it
     lacks one of ``IDENTITY_FILES`` or a part of its weights, or one is empty or too large, or the file is of a kind
-    that cannot be converted; DataError: the file is damaged.
-    """
+    that cannot be converted; DataError: the file is damaged."""
     folder = Path(where)
     if not folder.exists():
         if where in MODELS.names():

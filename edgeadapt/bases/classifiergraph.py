@@ -8,8 +8,7 @@ ones or zeros. Heads with fewer labels are padded with zeros, and the surplus lo
 may read inputs of any shape.
 
 Where the last layers alone have slots, a text passes through the layers below once, whatever adapters answer it, also
-in later calls: their states are kept in memory (``states.py``).
-"""
+in later calls: their states are kept in memory (``states.py``)."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path

@@ -13,8 +13,7 @@ The format is llama.cpp's, versions 2 and 3, with the least significant byte fir
     padding to ``general.alignment``, then the tensors' data
 
 Each count and size is compared with the bytes that are left before anything is allocated for it, and tensors share no
-bytes. So a file costs memory and time in proportion to its size. An array of arrays is refused: no model has one.
-"""
+bytes. So a file costs memory and time in proportion to its size. An array of arrays is refused: no model has one."""
 
 import json
 import math
@@ -204,8 +203,7 @@ def convert(file: Path, folder: Path) -> None:
 
     Equal files give equal folders, as long as the tokenizers library writes the same JSON. Raises DataError: ``file``
     is not a sound GGUF file; ConfigError: its architecture, a setting, a tensor or its tokenizer is not one that can be
-    converted.
-    """
+    converted."""
     opened = GgufFile.open(file)
     config = _config(opened.settings, len(opened.tensors))
     tokenizer, companion = _tokenizer(opened.settings), _tokenizer_config(opened.settings)

@@ -2,8 +2,7 @@
 
 A graph declares the shapes of one adapter, as ONNX demands of every input, and ONNX Runtime refuses an input of another
 number of dimensions than the declared one. MatMul, Mul and Add broadcast whatever was declared. The graph is edited as
-protobuf bytes (protobuf.dev/programming-guides/encoding), because a device has no library for them.
-"""
+protobuf bytes (protobuf.dev/programming-guides/encoding), because a device has no library for them."""
 
 from collections.abc import Callable, Collection, Iterator
 

@@ -2,8 +2,7 @@
 
 Devices train with it (``client.training.graphengine``), and the exporter compares it with torch's gradients
 (``export.parity.compare``), so that what is measured is what runs. The graph reads the weights that the device answers
-with, from the same file.
-"""
+with, from the same file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

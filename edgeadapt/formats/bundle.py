@@ -11,8 +11,7 @@ docs/reference/bundle-format.md lists the files. The rules, in the order in whic
 
 Nothing is parsed before it is verified, apart from the envelopes (``dsse.py``). Small files are used from the bytes
 that were verified. Weights are mapped into memory from the folder; ``VerifiedBase.check`` then finds whether a file
-changed since it was hashed. The caller decides which keys are trusted and which versions are too old.
-"""
+changed since it was hashed. The caller decides which keys are trusted and which versions are too old."""
 
 import os
 from collections.abc import Iterator

@@ -2,8 +2,7 @@
 
 A device divides the logits by it before the softmax; no answer changes. Guo et al. minimize the negative log likelihood
 of held-out examples, which has no minimum or a far too confident one if these are few or all answered right. So a prior
-on the inverse temperature weighs as much as a few examples (docs/decisions/0027-calibrated-probabilities.md).
-"""
+on the inverse temperature weighs as much as a few examples (docs/decisions/0027-calibrated-probabilities.md)."""
 
 from dataclasses import dataclass
 
@@ -42,8 +41,7 @@ def fit(logits: Floats, labels: Labels, start: float = 1.0) -> float:
         From ``MIN_TEMPERATURE`` to ``MAX_TEMPERATURE``, to ``DECIMALS`` decimals.
 
     ``logits``: shape ``(examples, labels)``; no example gives ``start``. ``start``: the temperature that is most likely
-    without examples, such as that of the adapter that was fine-tuned.
-    """
+    without examples, such as that of the adapter that was fine-tuned."""
     wide = logits.astype(np.float64)
     right = wide[np.arange(len(wide)), labels]
 

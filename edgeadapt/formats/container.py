@@ -2,8 +2,7 @@
 
 It holds names, shapes and numbers: everything else about an adapter is in its signed manifest. ONNX Runtime writes the
 file, and one of 32-bit floats also works with its ``LoraAdapter``. It is read here, by the rules of
-docs/reference/bundle-format.md: docs/decisions/0018-own-readers.md says why.
-"""
+docs/reference/bundle-format.md: docs/decisions/0018-own-readers.md says why."""
 
 import math
 import struct

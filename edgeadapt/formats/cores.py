@@ -20,8 +20,7 @@ def ahead(call: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[
 
     With two threads or more, calls run while the caller handles earlier items, and at most ``threads`` items wait for
     the caller, so that few are in memory. With one, a call runs when its outcome is asked for. Threads help if ``call``
-    releases the interpreter lock, as hashing long messages does.
-    """
+    releases the interpreter lock, as hashing long messages does."""
     if threads == 1:
         yield from ((item, partial(call, item)) for item in items)
         return

@@ -3,8 +3,7 @@
     {"payload": BASE64, "payloadType": TYPE, "signatures": [{"keyid": ID, "sig": BASE64}]}
 
 A signature covers the payload's type and its own bytes (``pae``). Nothing of a payload is parsed before its signature
-is verified. ``keyid`` only makes messages better: every trusted key is tried.
-"""
+is verified. ``keyid`` only makes messages better: every trusted key is tried."""
 
 import base64
 from collections.abc import Iterable
@@ -52,8 +51,7 @@ def verify(raw: bytes, payload_type: str, trusted: Iterable[PublicKey]) -> bytes
 
     Only ``payload_type`` is accepted, so that no document passes for one of another type. Raises TrustError: not an
     envelope (about ``envelope``), of another type (``payloadType``), by none of the trusted keys (``keyid``), or
-    altered (``signature``).
-    """
+    altered (``signature``)."""
     payload, signatures = _parse(raw, payload_type)
     signed, keys = pae(payload_type, payload), list(trusted)
     if any(_holds(key, signature, signed) for _, signature in signatures for key in keys):

@@ -14,8 +14,7 @@ an offset of 0 (docs/decisions/0013-slots-and-composition.md). The last term is 
 the weight of a normalization. Modules in ``modules_to_save`` keep their shapes.
 
 The whole base has two more slots: embeddings of virtual tokens before a text, ``(virtual tokens, width)``, and their
-keys and values in every layer, ``(virtual tokens, layers * 2 * heads * width)`` (docs/decisions/0023).
-"""
+keys and values in every layer, ``(virtual tokens, layers * 2 * heads * width)`` (docs/decisions/0023)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -152,8 +151,7 @@ def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str
 
     ``inputs``: the adapter's tensors by graph input. ``slots``: the dimensions of each graph input: digits for a fixed
     size, or a symbol for one size everywhere. Raises DataError: a tensor is missing, unknown or of a shape that the
-    graph does not take, or a vector is there more than once; about the tensor.
-    """
+    graph does not take, or a vector is there more than once; about the tensor."""
     if odd := sorted(set(inputs).symmetric_difference(slots)):
         reason = f"tensor {odd[0]!r} is missing from the adapter or has no slot in the base's graph"
         raise DataError(reason, about=odd[0])

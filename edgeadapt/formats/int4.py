@@ -5,8 +5,7 @@ in its high half, each as its code plus 8. A number is its code, -8 to 7, times 
 of a row may be short. Scales may be negative: the code range is longer below zero than above it, and the sign turns
 the longer side to where a block has its largest number (as in the Q4_0 format of llama.cpp).
 
-The scale of a block is searched for, see ``pack``; docs/decisions/0012-int4-adapters.md has the measurements.
-"""
+The scale of a block is searched for, see ``pack``; docs/decisions/0012-int4-adapters.md has the measurements."""
 
 from collections.abc import Iterator
 
@@ -35,8 +34,7 @@ def pack(value: Floats) -> tuple[Codes, Scales]:
     each of them the least squares fit to the codes that it gives. Equal values give equal bytes. Guarantee: the root
     mean square error of a block is at most half of ``largest / 7``, ``largest`` being the block's largest magnitude
     (that is the first start, plain rounding), up to the rounding of the scale to float16. ``value``: shape ``(...,
-    width)`` with an even width, finite, magnitudes of at most ``LARGEST``.
-    """
+    width)`` with an even width, finite, magnitudes of at most ``LARGEST``."""
     *rows, width = value.shape
     blocks = _blocks(value)
     scales = np.empty(len(blocks), np.float16)

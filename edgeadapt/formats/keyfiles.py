@@ -60,8 +60,7 @@ def tls_pair(folder: Path, remedy: str, *, rename: bool = True) -> tuple[TlsKey,
     The next key is in a file of its own until the certificate for it has replaced the old one; the key that belongs to
     the certificate is then the right one. So a kill at any instant leaves a pair. ``remedy``: what to do if they do not
     belong to each other. ``rename``: let the next key have the name of the one in use once it is. Raises TrustError: a
-    file is damaged, or no key belongs to the certificate.
-    """
+    file is damaged, or no key belongs to the certificate."""
     name, key, certificate = _certified(folder)
     if name != TLS_KEY:  # the next one; or none, as another process may just have renamed that
         with suppress(OSError), locked(folder / TLS_LOCK, timeout=PATIENCE):  # a folder that cannot be written

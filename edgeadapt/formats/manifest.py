@@ -5,8 +5,7 @@ Coordinator, exporter and device meet in these documents: frozen values, signed 
 The record of a round is chained to the previous round's. It says how the round ended and where its ending stands in the
 log of its session. The coordinator writes the record first and the ending second, from the record
 (``coordinator.transcripts``). So a start after a kill can add the ending that is missing, and a log that lacks an
-ending which it once had is recognized.
-"""
+ending which it once had is recognized."""
 
 import hashlib
 import math
@@ -317,8 +316,7 @@ def accept_chain(
 
     ``rows``: number of a round, and its signed record; in order. ``before``: number of the round before these, and its
     signed record; (0, None) before the first. Raises TrustError: a record is missing, was altered, or stands in another
-    place than it was signed for.
-    """
+    place than it was signed for."""
     (last, signed), keys, records = before, list(trusted), list[RoundRecord]()
     for number, raw in rows:
         try:

@@ -2,8 +2,7 @@
 
 The patterns mean what peft's ``rank_pattern`` and ``alpha_pattern`` mean: regular expressions for the end of a layer's
 path, of which the first that matches counts. Those that could take forever are refused. A property test holds this file
-to peft itself (``tests/edgeadapt/methods/peft/test_folder.py``).
-"""
+to peft itself (``tests/edgeadapt/methods/peft/test_folder.py``)."""
 
 import math
 import re
@@ -56,8 +55,7 @@ class PeftConfig(Exact):
     rank ``r`` (``edgeadapt.methods.bottleneck``). ``PROMPT_TUNING`` (Lester et al. 2021) and ``P_TUNING``
     (Liu et al. 2021) have embeddings of virtual tokens, ``PREFIX_TUNING`` (Li and Liang 2021) has their keys and
     values; they are at no layer. Methods without low rank have rank and alpha 0. The fields are those of peft's own
-    configurations.
-    """
+    configurations."""
 
     peft_type: Method
     r: Rank
@@ -120,8 +118,7 @@ def require_trainable(config: PeftConfig) -> None:
 
     A device builds what a coordinator names. So modules are named in plain words, without patterns, which run as long
     as they like; sizes are bounded; and a setting that the method does not read is refused, because training something
-    else would go unnoticed. Raises ConfigError: it cannot; ``about`` names the setting.
-    """
+    else would go unnoticed. Raises ConfigError: it cannot; ``about`` names the setting."""
     method = config.peft_type
     for name in sorted(SETTINGS - TRAINABLE[method]):  # the same refusal in every process
         if (value := getattr(config, name)) not in OFF:

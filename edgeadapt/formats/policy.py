@@ -4,8 +4,7 @@ The base manifest and each shared adapter name its digest: neither opens without
 ``client/browser/page/policy.js`` has the same rules, and ``tests/vectors/policy.json`` holds both to them.
 
 A pattern consists of characters and classes, of which one at most varies in number: Python and JavaScript read it
-alike, and match it in time linear in the text.
-"""
+alike, and match it in time linear in the text."""
 
 import re
 import unicodedata

@@ -50,8 +50,7 @@ def quantize(inputs: Tensors, form: Format) -> Stored:
         ``int4`` a root mean square error, in each block of 32, of at most half the block's largest magnitude over 7
         ======== ===================================================================================================
 
-    Raises DataError: a value is not finite, or too large for the format; about the tensor.
-    """
+    Raises DataError: a value is not finite, or too large for the format; about the tensor."""
     stored: Stored = {}
     for name, value in inputs.items():
         if not np.isfinite(value).all():

@@ -7,8 +7,7 @@
 
 ``coordinator.registry`` writes them with SQLAlchemy and fsspec, under the names defined here. The exporter and the
 auditor only read (``edgeadapt.formats.registryreader``), which takes no more than the bare install for files, and for a
-database or a bucket ``edgeadapt.formats.registrystores``.
-"""
+database or a bucket ``edgeadapt.formats.registrystores``."""
 
 import hashlib
 import json

@@ -12,8 +12,7 @@ release and of the previous one. A device is in one of 100 parts by a hash of th
 the parts of the newest release come first: a device that is in at 10 % is in at 50 %, and another release begins with
 other devices.
 
-``edgeadapt.releases`` makes both, ``client.updates`` installs releases.
-"""
+``edgeadapt.releases`` makes both, ``client.updates`` installs releases."""
 
 import re
 import struct

@@ -125,8 +125,7 @@ def overridden(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
 
     ``overrides`` are ``KEY=VALUE`` with a dotted key; a value is TOML, or a text where it is not.
 
-    Raises ConfigError: an override has another form, or a part of its key names a value instead of a table.
-    """
+    Raises ConfigError: an override has another form, or a part of its key names a value instead of a table."""
     changed = copy.deepcopy(table)
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -7,8 +7,7 @@ survived as well, except by what a simulation writes (``kill_safe``).
 Folders of the cache are computed once and kept, each named by a digest of its source; complete or absent. Folders to
 work in are deleted when they are no longer needed, whatever ends the process. A killed process cannot delete its
 folder. Each folder therefore holds a lock, which the operating system releases with its holder, and who makes the next
-folder in the same place deletes those whose lock is free.
-"""
+folder in the same place deletes those whose lock is free."""
 
 import hashlib
 import os
@@ -167,8 +166,7 @@ def locked(lock: Path, *, timeout: float = -1) -> Iterator[None]:
 
     The operating system releases the lock when its holder is killed. ``timeout`` is in seconds; -1 waits forever.
     Raises ConfigError: a link, a folder, a device or a pipe is there. The target of a link is not touched;
-    TimeoutError: another holder has it; OSError: the file cannot be created.
-    """
+    TimeoutError: another holder has it; OSError: the file cannot be created."""
     _require_own_file(lock)
     with FileLock(lock, timeout=timeout, poll_interval=POLL):  # follows no symbolic link that appears only now, either
         yield

@@ -33,8 +33,7 @@ class Coordinator:
             authority: The certificate of the authority that enrols devices.
             settings: Keys of ``federation.toml``, as in ``rounds=20`` or ``aggregation__minimum_devices=5``.
 
-        Raises ConfigError, TrustError: as ``CoordinatorStateDir.create``.
-        """
+        Raises ConfigError, TrustError: as ``CoordinatorStateDir.create``."""
         with in_python():
             keys = FederationSettings.parse(overridden({}, overrides(settings)), "settings")
             CoordinatorStateDir.create(Path(path), read(Path(authority), MAX_PEM), keys, SystemEntropy())

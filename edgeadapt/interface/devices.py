@@ -35,8 +35,7 @@ class Device:
             token: What ``edgeadapt authority invite`` prints. It is a secret.
             settings: Keys of ``device.toml``, as in ``policy__minimum_cohort=5``.
 
-        Raises ConfigError, TrustError, EdgeAdaptError: as ``client.gateway.enrolment.enrol_with``.
-        """
+        Raises ConfigError, TrustError, EdgeAdaptError: as ``client.gateway.enrolment.enrol_with``."""
         with in_python():
             table = overridden({"base": str(base)}, overrides(settings))
             enrol_with(read_invitation(token), Path(path), DeviceSettings.parse(table, "settings"), SystemEntropy())

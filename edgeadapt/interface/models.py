@@ -102,8 +102,7 @@ class _Model:
 
         This model answers with the new release at once; one that ``using`` made keeps the base that it has. Name the
         repository, the channel and the pinned ``root.json`` together, and only the first time. Raises TrustError,
-        DataError, ConfigError, OSError: as ``client.updates.follow`` and ``update``, and ``edgeadapt.load``.
-        """
+        DataError, ConfigError, OSError: as ``client.updates.follow`` and ``update``, and ``edgeadapt.load``."""
         if repository is not None and channel is not None and root is not None:
             follow(self.bundle, ChannelSource(repository, channel), Path(root))
         elif repository or channel or root:

@@ -7,8 +7,7 @@ registry or a bundle is an ordinary LoRA adapter. R exists within a round only, 
 ``lora_R`` instead of ``lora_B``.
 
 The papers take the factors from a singular value decomposition of a first gradient. Here A is the adapter's, which the
-vendor chooses, and F is random, as in VeRA (Kopiczko et al. 2024): see docs/decisions/0040-fed-sb.md.
-"""
+vendor chooses, and F is random, as in VeRA (Kopiczko et al. 2024): see docs/decisions/0040-fed-sb.md."""
 
 import hashlib
 import math

@@ -102,8 +102,7 @@ def configuration(  # noqa: PLR0913  # each by name, as the command that passes 
         bias: For LoRA: which of the base's biases are trained besides.
         layers: Only the targets in so many of the last layers are adapted; 0: in all.
 
-    Raises ConfigError: the base cannot be opened, peft names no modules for it, or as ``require_trainable``.
-    """
+    Raises ConfigError: the base cannot be opened, peft names no modules for it, or as ``require_trainable``."""
     kind = KINDS[method]
     reads = TRAINABLE[kind]
     fields: dict[str, Any] = {"r": rank if "r" in reads else 0, "lora_alpha": alpha if "lora_alpha" in reads else 0}
@@ -167,8 +166,7 @@ def initial(model: PeftModel, generator: torch.Generator) -> Tensors:
     normalizations and biases where they are replaced and, of DoRA, the norms of its weights. AdaLoRA's singular values,
     one matrix of LoHa's four and VeRA's λ_b are 0, their other matrices as peft draws them, and λ_d is 0.1. Virtual
     tokens begin as tokens of the vocabulary, drawn at random: as their embeddings (Lester et al. 2021) or as the keys
-    and values that the base computes for them (Li and Liang 2021).
-    """
+    and values that the base computes for them (Li and Liang 2021)."""
     start = tensors(model)
     for name, value in start.items():
         if ".lora_A." in name:

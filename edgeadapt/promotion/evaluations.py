@@ -48,8 +48,7 @@ def act(repository: ChannelRepository, state_dir: Path, trust: Path | None, chan
     already gives no verdict: the same adapter, promoted again, is compared again. The repository needs the key of
     snapshot and timestamp only; ``state_dir`` and ``trust`` are as for ``Lineage.read``. Raises ConfigError: a rollout
     is under way without a prepared rollback, or as ``compared`` and ``publish_prepared``; DataError, TrustError: the
-    registry or the repository is damaged, or does not pass its audit.
-    """
+    registry or the repository is damaged, or does not pass its audit."""
     if channel in repository.channels and repository.rollout(channel) is None:
         return WatchStep("no rollout", f"channel {channel} rolls nothing out")
     repository.compared(channel, adapter)
@@ -79,8 +78,7 @@ def judge(
 
     ``margin`` says how far the accuracy of the newest may be below. Raises NoVerdictError: no round compared them, or
     it counted too few examples of one of them; or that release was taken back for it, and is compared again where it
-    was promoted again; otherwise as ``act``.
-    """
+    was promoted again; otherwise as ``act``."""
     newest, previous = repository.compared(channel, adapter)
     records = audit_repository(repository.folder, None).records
     add_one = f"add one with 'edgeadapt coordinator evaluate {state_dir}', and run it"

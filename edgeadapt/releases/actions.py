@@ -7,8 +7,7 @@
 Each action signs a new snapshot, and the snapshot names the newest record by number and digest. So the log has the
 protection that TUF gives to metadata: a record cannot be altered, removed or moved, nor the end of the log cut off,
 without the key of the snapshot. The records name all metadata that they signed, so nothing is done without one;
-``edgeadapt.releases.history`` checks that. The log is not served: it says which releases were refused, and why.
-"""
+``edgeadapt.releases.history`` checks that. The log is not served: it says which releases were refused, and why."""
 
 import getpass
 import hashlib

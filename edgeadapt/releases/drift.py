@@ -3,8 +3,7 @@
 Of each bin of a histogram, the two shares are compared. What they differ by without any change has a variance of three
 parts: the noise that devices added; chance within a device, which has ``LEAST`` answers or more; and devices that took
 part in one of the two only, whose habits may differ as much as answers can. So the test holds its level, and may find
-less than there is. It does not know of devices that had enough answers on the days of one observation only.
-"""
+less than there is. It does not know of devices that had enough answers on the days of one observation only."""
 
 import math
 from collections.abc import Iterable

@@ -15,8 +15,7 @@
    by a rollback. The targets of that time say which channels are protected.
 
 Expired metadata are no failure: the repository is not renewed, but was not altered. A copy of an earlier state of
-everything is consistent with itself: compare the number of actions with the one known before.
-"""
+everything is consistent with itself: compare the number of actions with the one known before."""
 
 import hashlib
 from collections.abc import Sequence

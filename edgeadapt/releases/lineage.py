@@ -5,8 +5,7 @@ manifests and the chain of round records with the coordinator's key.
 
 Versions are compared tensor by tensor, layer by layer, and in the manifests. The tensors A and B of LoRA have no
 meaning of their own: ``(2A, B/2)`` is the same adapter. So each layer that has both is compared by its update
-``ΔW = s B A`` too.
-"""
+``ΔW = s B A`` too."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -147,8 +146,7 @@ class Lineage:
         ``trust`` is a file with the coordinator's public key; by default that of the state directory. Raises
         ConfigError: there is no registry; DataError: the registry is empty or cannot be read, or there is no key or
         more than one; TrustError: a document is missing or damaged, or signed by another key; or a version is not made
-        from the previous one, by a round that is recorded.
-        """
+        from the previous one, by a round that is recorded."""
         registryfiles.require(state_dir)
         keys = read_public_keys(trust or state_dir / PUBLIC_KEY)
         if len(keys) > 1:

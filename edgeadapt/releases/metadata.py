@@ -131,8 +131,7 @@ class RoleMetadata:
 
         The action's record is written first, and the snapshot names it. Nothing is written if a key is missing.
         ``also``: further signers of the root, whose keys it no longer names. ``prepared``: name → the next version of a
-        channel's metadata, which are signed already.
-        """
+        channel's metadata, which are signed already."""
         keys, delegated = root or self.load(tuf.Root, ROOT), delegations(top or self.load(tuf.Targets, TOP))
         snapshot = self.load(tuf.Snapshot, SNAPSHOT) if self.version(SNAPSHOT) else tuf.Snapshot()
         timestamp = self.load(tuf.Timestamp, TIMESTAMP) if self.version(TIMESTAMP) else tuf.Timestamp()

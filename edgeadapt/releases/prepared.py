@@ -7,8 +7,7 @@
 
 They are not served. The channel's key signs the condition on which they may be published (``RollbackCondition``), too:
 ``publish`` refuses, and an audit finds, what does not meet it. Every change of the channel takes their version, and
-signs them again under the next one; but a new key of the channel never signs what the previous one had signed.
-"""
+signs them again under the next one; but a new key of the channel never signs what the previous one had signed."""
 
 import shutil
 from collections.abc import Mapping

@@ -11,8 +11,7 @@
 
 *root* names the keys of the other roles, *targets* those of the channels; each channel is a delegated role that may
 sign files under its name only; *snapshot* and *timestamp* share a key and say what is current. Files are written before
-the metadata that name them, and ``timestamp.json`` last: a kill leaves the old repository or the new one.
-"""
+the metadata that name them, and ``timestamp.json`` last: a kill leaves the old repository or the new one."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -212,8 +211,7 @@ class ChannelRepository:
         ``gates`` goes into the log; a protected channel demands some, all passed. Devices outside ``share`` and
         ``languages`` (``Rollout``) get the previous release. Raises ConfigError: the release is no longer the current
         one, devices would refuse it, or the channel is protected and the gates did not all let it pass; or a rollout is
-        asked for while another one is under way, or without a previous release.
-        """
+        asked for while another one is under way, or without a previous release."""
         with self.locked():
             candidate, current = self.release(source), self.release(channel)
             if candidate is None or candidate.number != number:
@@ -325,8 +323,7 @@ class ChannelRepository:
 
         ``snapshot`` stands for both roles that share a key. Devices follow by themselves: a new root is signed by the
         old key too. The old key's file is deleted. A rollback that was prepared with a channel's old key is discarded,
-        because a thief of that key could have replaced it.
-        """
+        because a thief of that key could have replaced it."""
         with self.locked():
             if role not in (ROOT, TOP, SNAPSHOT, TIMESTAMP, *self.channels):
                 raise ConfigError(f"there is no role or channel {role!r}", about="role")

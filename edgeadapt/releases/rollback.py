@@ -26,8 +26,7 @@ def roll_back(repository: ChannelRepository, channel: str, number: int, key: Ide
 
     Devices refuse an older version of an adapter than they have had, so the adapters are signed again, under the
     version after the highest. Raises ConfigError: there is no such release, or it is the current one; TrustError:
-    ``key`` signed neither the release nor the current one: devices would refuse what it signs.
-    """
+    ``key`` signed neither the release nor the current one: devices would refuse what it signs."""
     with repository.locked():
         old, current = repository.release(channel, number), repository.release(channel)
         if old is None or current is None or old.number == current.number:
@@ -50,8 +49,7 @@ def prepare(
     ``margin`` says how far an accuracy may be below the previous release's, and ``drift`` whether worse answers are
     enough: ``accuracy.margin`` and ``rollback_on_drift`` of ``gates.toml``.
     Raises ConfigError: the channel rolls nothing out; TrustError: ``key`` is not the one that signed the release which
-    is rolled out.
-    """
+    is rolled out."""
     with repository.locked():
         current, rollout = repository.rolled_out(channel)
         old = repository.released(channel, rollout.previous)
@@ -87,8 +85,7 @@ def publish_prepared(repository: ChannelRepository, channel: str, judged: Judged
 
     ``judged`` found its newest release worse; the log gets it. Raises ConfigError: no rollback is prepared, or it is
     out of date; DataError: the figures do not give the verdict; TrustError: the rollback is damaged or was prepared for
-    another evaluation, the evaluation led to one already, or the repository does not pass its audit.
-    """
+    another evaluation, the evaluation led to one already, or the repository does not pass its audit."""
     with repository.locked():
         prepared = repository.prepared.accept(channel, repository.released(channel))
         prepared.condition.require(judged)

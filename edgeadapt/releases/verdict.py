@@ -5,8 +5,7 @@ Independent Proportions: Comparison of Eleven Methods", method 10), which holds 
 accuracies near 0 and 1. Two things widen it: the variance of the noise that devices added, and the rounding of what is
 published. Examples of one device count as independent, as in any accuracy.
 Of a language model each device has one number, relative nats per byte: the interval is the normal distribution's for
-two means, with the pooled variance between devices at its upper limit, because noise hides it.
-"""
+two means, with the pooled variance between devices at its upper limit, because noise hides it."""
 
 import math
 from collections.abc import Mapping
@@ -60,8 +59,7 @@ def difference_interval(
     (0.0524, 0.3339)
 
     ``deviation``: standard deviation of the noise in each of the four counts, in examples. ``confidence``: with which
-    the difference is between the limits, 0 to 1.
-    """
+    the difference is between the limits, 0 to 1."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     (low, high), (other_low, other_high) = one.wilson(z), other.wilson(z)
     noise = z * z * (one.noise_variance(deviation) + other.noise_variance(deviation))

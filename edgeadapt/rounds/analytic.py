@@ -8,8 +8,7 @@ With noise a device contributes the mean of its examples' moments, clipped in L2
 embeddings are rotated at random (``aggregation.rotation``, seeded by the adapter), a random projection that needs no
 data, and the first ``AnalyticTask.dimensions`` coordinates are kept (``docs/decisions/0038-privacy-of-a-session.md``).
 The vector is Σ x xᵀ as its upper triangle, row by row, with the entries off the diagonal times √2, so that its L2 norm
-is that of the matrix; then Σ x yᵀ row by row. It is rotated as an update is, which makes its coordinates small.
-"""
+is that of the matrix; then Σ x yᵀ row by row. It is rotated as an update is, which makes its coordinates small."""
 
 import math
 from dataclasses import dataclass
@@ -207,8 +206,7 @@ def moment_spec(head: ClassifierHead, bounds: Bounds) -> VectorSpec:
 
     Embeddings have norm 1, so an entry of a device's moments is at most its number of examples, at most ``weight_cap``.
     ``correct``, ``loss`` and ``held_out`` are as in a round of training. Raises ConfigError as ``sums.require_exact``
-    and ``VectorSpec``.
-    """
+    and ``VectorSpec``."""
     cap = bounds.weight_cap
     moments = (Segment(XX, packed_size(head.hidden), float(cap)), Segment(XY, head.hidden * head.labels, float(cap)))
     return require_exact(VectorSpec((*moments, *metric_segments(cap)), bounds.ring_bits, bounds.max_clients), cap)
@@ -226,8 +224,7 @@ def moment_contribution(
         Ring elements, shape ``(spec.vector.size,)``, in the segments of ``moment_spec``. Guarantee:
         each value is off by less than one step of its segment, without bias.
 
-    Raises DataError: a number is not finite, or a metric is outside its bound.
-    """
+    Raises DataError: a number is not finite, or a metric is outside its bound."""
     weight = min(moments.weight, float(spec.weight_cap))
     share = weight / moments.weight if moments.weight else 0.0
     values = {
@@ -297,8 +294,7 @@ def require_moments(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     Guarantee: no sum of honest contributions is refused. A sum that passes is that of W examples with some embeddings
     and real-valued labels, up to rounding.
 
-    Raises DataError: honest survivors cannot have it. The text names no number of the sum, because it is published.
-    """
+    Raises DataError: honest survivors cannot have it. The text names no number of the sum, because it is published."""
     names, sizes = zip(*((segment.name, segment.size) for segment in spec.vector.segments), strict=True)
     expected = (XX, XY, *(segment.name for segment in metric_segments(spec.weight_cap)))
     if names != expected or packed_size(_dimension(sizes[0])) != sizes[0] or sizes[1] % _dimension(sizes[0]):
@@ -335,8 +331,7 @@ def solved(
     Returns:
         float32 tensors. Guarantee: equal arguments give equal bits on every machine; no weight exceeds ``LARGEST``.
 
-    ``digest``: SHA-256 of the adapter's file. Raises DataError as ``require_moments`` and ``ClassifierHead.of``.
-    """
+    ``digest``: SHA-256 of the adapter's file. Raises DataError as ``require_moments`` and ``ClassifierHead.of``."""
     require_moments(spec, sums, survivors)
     head, moments = ClassifierHead.of(Layout.of(tensors)), _moments(sums)
     if moments.xy.shape != (head.hidden, head.labels):
@@ -365,8 +360,7 @@ def noisy_solved(
 
     Arguments are those of ``sums.check_noisy``, and the SHA-256 of the adapter's file; guarantees those of ``solved``.
 
-    Raises DataError as ``sums.check_noisy`` and ``ClassifierHead.of``, or the sum has another size.
-    """
+    Raises DataError as ``sums.check_noisy`` and ``ClassifierHead.of``, or the sum has another size."""
     check_noisy(spec, sums, survivors)
     head = ClassifierHead.of(Layout.of(tensors))
     (segment,) = spec.vector.segments
@@ -416,8 +410,7 @@ def refit(tensors: Tensors, moments: EmbeddingMoments, *, strength: float | None
     Returns:
         float32 tensors, with the guarantee of ``ridge.ridge``; no weight exceeds ``LARGEST``.
 
-    Raises DataError as ``ridge.ridge`` and ``ClassifierHead.of``.
-    """
+    Raises DataError as ``ridge.ridge`` and ``ClassifierHead.of``."""
     head = ClassifierHead.of(Layout.of(tensors))
     before, bias = tensors[head.weight].T.astype(np.float64) / scale, tensors[head.bias].astype(np.float64) / scale
     total = np.zeros(len(moments.xy))  # Σ x, added up in a fixed order, which ``numpy.sum`` does not promise

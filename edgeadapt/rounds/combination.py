@@ -74,8 +74,7 @@ def combine(combination: Combination, means: Sequence[Floats]) -> Floats:
         float32 of shape ``(n,)``. Guarantee: it does not depend on the order of the groups, each coordinate is between
         the least and the greatest of the values that are not cut off, and equal means give equal bits.
 
-    Raises DataError: there is no group, shapes differ, or a number is not finite.
-    """
+    Raises DataError: there is no group, shapes differ, or a number is not finite."""
     if not means or any(mean.ndim != 1 or mean.shape != means[0].shape for mean in means):
         raise DataError("the means of the groups are not flat vectors of one size", about="combination.shape")
     values = np.sort(np.stack(means).astype(np.float32) + np.float32(0), axis=0)  # -0 + 0 = 0: one order of zeros

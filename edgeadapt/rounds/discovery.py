@@ -4,8 +4,7 @@ Devices train nothing. The task has ``Cells``, which divide the embeddings of pu
 it contributes, in the cell nearest to the mean of its texts, a count and where in the span of the cells that mean is.
 There are more cells than groups, so k-means on the means of the cells (``found``) finds groups that no cell foresaw,
 and no device's cell or group leaves it but in the sum. The sums are published, as they are private already; the adapter
-stays what it was, as in an evaluation.
-"""
+stays what it was, as in an evaluation."""
 
 import base64
 import hashlib

@@ -9,8 +9,7 @@ offer, on the same texts. What makes one device's texts harder than another's is
 
 No device can know how many devices have a release, and exact sums could be those of one. So every evaluation has noise,
 also where training has none (``docs/decisions/0066-secure-evaluation.md``). Only ``evaluated``'s metrics are published
-of the sums. The adapter stays what it was, up to a noise that only gives it other bytes (``renewed``).
-"""
+of the sums. The adapter stays what it was, up to a noise that only gives it other bytes (``renewed``)."""
 
 import hashlib
 import math

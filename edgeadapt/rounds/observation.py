@@ -3,8 +3,7 @@
 Devices train nothing. A device whose owner allows it contributes, of each histogram, the share of its answers in each
 bin: one that is used much counts as one that is used little. One with fewer than ``LEAST`` answers contributes zeros.
 The days are past, so a device's counts of them do not change any more. The sums are published, as they are private
-already; the adapter stays what it was, as in an evaluation.
-"""
+already; the adapter stays what it was, as in an evaluation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -99,8 +98,7 @@ class ObservationTask(CountingTask):
         ``ObservationRounds.bound`` at most.
 
         First ``PRESENT``, or 0 of a device with too few answers; then, of each histogram, the bins' shares of all
-        answers, shortened to ``LONGEST``. A label that the task lacks counts as a text without an answer.
-        """
+        answers, shortened to ``LONGEST``. A label that the task lacks counts as a text without an answer."""
         answers, vector = counts.get(f"lessons/{LESSONS[0]}", 0), [np.array([PRESENT])]
         if answers < LEAST:
             return np.zeros(1 + sum(map(len, self.bins().values())))

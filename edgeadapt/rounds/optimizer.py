@@ -77,8 +77,7 @@ class FedAdam:
     about ``learning_rate`` a round.
 
     Raises ConfigError: ``learning_rate`` or ``tau`` is not a positive number, the square of ``tau`` is zero in float32,
-    or a decay is not at least 0 and below 1.
-    """
+    or a decay is not at least 0 and below 1."""
 
     learning_rate: float = 0.01
     beta1: float = 0.9
@@ -115,8 +114,7 @@ class FedYogi(FedAdam):
 
         v = v - (1 - beta2) * d**2 * sign(v - d**2)
 
-    It grows as fast as FedAdam's where deltas become larger, and shrinks more slowly where they become smaller.
-    """
+    It grows as fast as FedAdam's where deltas become larger, and shrinks more slowly where they become smaller."""
 
     def _second(self, second: Floats, square: Floats) -> Floats:
         after: Floats = second - (np.float32(1) - np.float32(self.beta2)) * square * np.sign(second - square)
@@ -133,8 +131,7 @@ class FedAvgM:
         v = momentum * v + d
         x = x + learning_rate * v
 
-    Raises ConfigError: the learning rate is not a positive number, or the momentum is not at least 0 and below 1.
-    """
+    Raises ConfigError: the learning rate is not a positive number, or the momentum is not at least 0 and below 1."""
 
     learning_rate: float = 1.0
     momentum: float = 0.9
@@ -233,8 +230,7 @@ def of_rule(rule: ServerRule) -> ServerOptimizer:
     >>> of_rule(ServerRule("FedAvg", {"learning_rate": 0.5}))
     FedAvg(learning_rate=0.5)
 
-    Raises ConfigError: it is not installed, or its numbers are not those of that name or out of their range.
-    """
+    Raises ConfigError: it is not installed, or its numbers are not those of that name or out of their range."""
     kind = _NO_STEPS.get(rule.name) or OPTIMIZERS.find(rule.name.lower())
     if kind.__name__ != rule.name or {*numbers_of(kind)} != {*rule.numbers}:
         raise ConfigError(f"there is no server optimizer {rule.name!r} with such numbers", about="rule")
@@ -247,8 +243,7 @@ def start(settings: ServerOptimizer, size: int) -> State:
     >>> start(FedAdam(tau=0.5), 2)
     {'first': array([0., 0.], dtype=float32), 'second': array([0.25, 0.25], dtype=float32)}
 
-    Raises DataError: it is not a finite float32 vector of that size for each name.
-    """
+    Raises DataError: it is not a finite float32 vector of that size for each name."""
     return _checked(settings.start(size), size)
 
 
@@ -265,8 +260,7 @@ def step(settings: ServerOptimizer, state: State, adapter: Floats, mean_delta: F
         bits.
 
     Raises ConfigError: the state belongs to another optimizer; DataError: shapes or types differ, or the update is not
-    finite.
-    """
+    finite."""
     size = adapter.size
     for vector in (adapter, mean_delta, *state.values()):
         _require_flat(vector, size)

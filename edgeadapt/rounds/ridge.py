@@ -3,8 +3,7 @@
 The linear head that a ridge regression fits to embeddings x and one-hot labels y depends on nothing but S = Σ x xᵀ and
 T = Σ x yᵀ. So a sum of these two over devices gives the head that all their examples together would give, exactly and
 at once (AFL: He et al. 2025, "Analytic Federated Learning"). No constant is appended to x: its products with y would be
-the number of examples of each label. ``edgeadapt.rounds.analytic`` says how the sums travel.
-"""
+the number of examples of each label. ``edgeadapt.rounds.analytic`` says how the sums travel."""
 
 import math
 from dataclasses import dataclass
@@ -123,8 +122,7 @@ def ridge(moments: EmbeddingMoments, prior: Matrix, strength: float) -> Matrix:
         Shape ``(d, k)``. Guarantee: equal arguments give equal bits on every machine, because only operations whose
         result IEEE 754 defines are used, in a fixed order.
 
-    Raises DataError: ``xx`` is far from semidefinite, or a number is not finite.
-    """
+    Raises DataError: ``xx`` is far from semidefinite, or a number is not finite."""
     while strength <= 2.0**64:
         if (lower := cholesky(moments.xx, strength)) is not None:
             return _back(lower, forward(lower, moments.xy + strength * prior))

@@ -2,8 +2,7 @@
 
 A sum without noise counts examples as well: devices weigh by them. With noise every device has the weight 1, and only
 one vector is summed: an exact count of examples would say much about one device, and metrics that are hidden by noise
-of their own are worth less than the budget that they cost (``docs/decisions/0038-privacy-of-a-session.md``).
-"""
+of their own are worth less than the budget that they cost (``docs/decisions/0038-privacy-of-a-session.md``)."""
 
 import hashlib
 import math
@@ -121,8 +120,7 @@ def dither(key: bytes, size: int) -> NDArray[np.float64]:
 
     One uniform number removes a period of the width from the distribution of a coordinate, each further one from a
     further derivative (Wannamaker et al. 2000, "A Theory of Nonsubtractive Dither"). At most a share of 6e-6 of any
-    shorter period is left: the eighth power of sin(πx) / πx for x > 1. The bits are the same on every machine.
-    """
+    shorter period is left: the eighth power of sin(πx) / πx for x > 1. The bits are the same on every machine."""
     stream, total, drawn = Keystream(key), np.zeros(size, np.int64), np.empty(size, "<i4")
     for _ in range(UNIFORMS):
         stream.read_into(drawn.data.cast("B"))
@@ -142,8 +140,7 @@ def noisy_ring_bits(size: int, bounds: Bounds) -> int:
 
     The norm that a device's vector is accounted for (``rounding.norm_squared``), and so the noise that an epsilon
     needs, is at most ``LENGTHENED`` times that in the widest ring. Raises ConfigError: the noise is too large for any
-    ring: a thousand times the bound of a coordinate.
-    """
+    ring: a thousand times the bound of a coordinate."""
 
     def longest(bits: int) -> float:
         spec = noisy_spec("", size, replace(bounds, ring_bits=bits))
@@ -163,8 +160,7 @@ def check_noisy(spec: SessionSpec, sums: Sums, survivors: int) -> None:
 
     With n survivors and d coordinates of step s, the norm of the sum is at most n · s · √``norm_squared`` + s · √d · r,
     where the noise of no coordinate is beyond r steps except with a probability of 2^-40 (``vector.noise_reach``).
-    Raises DataError: they cannot. The text names no number of the sum.
-    """
+    Raises DataError: they cannot. The text names no number of the sum."""
     (segment,) = spec.vector.segments
     step = spec.vector.step(segment)
     added = noise_reach(segment, step, survivors) * math.sqrt(segment.size)

@@ -243,8 +243,7 @@ def contribution_spec(layout: Layout, bounds: Bounds) -> VectorSpec:
     weight, rotated, so that a coordinate is within ``rotation.peak`` of its norm, ``clip_norm * weight_cap``.
     ``correct``, ``loss`` and ``held_out`` are of the received adapter with the device's private parts, on held-out
     examples before training. ``layout`` is that of the shared tensors. Raises ConfigError: the ring cannot hold the sum
-    of all devices, or cannot count their examples one by one.
-    """
+    of all devices, or cannot count their examples one by one."""
     cap = bounds.weight_cap
     delta = Segment("delta", layout.size, bounds.clip_norm * cap * rotation.peak(layout.size))
     return require_exact(VectorSpec((delta, *metric_segments(cap)), bounds.ring_bits, bounds.max_clients), cap)
@@ -279,8 +278,7 @@ def contribution(
 
     ``outcome``: finite tensors, those of ``layout`` and maybe others, which stay on the device. ``adapter``: SHA-256 of
     the adapter's file; the seed of the rotation follows from it. Raises DataError: a tensor has another layout, NaN or
-    infinity, or a metric is outside its bound.
-    """
+    infinity, or a metric is outside its bound."""
     weight, segment = min(outcome.examples, spec.weight_cap), spec.vector.segment("delta")
     delta = clip(update_of(outcome, layout), spec.clip_norm) * weight
     rotated = rotation.rotate(delta, rotation.seed(adapter))
@@ -307,8 +305,7 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     Guarantee: a sum of honest contributions is refused with a probability of at most 2^-40. The mean of a sum that
     passes has at most the norm ``clip_norm`` + ``rounding_norm`` / W, or 0 if W = 0; ``weighted_mean`` adds its noise.
 
-    Raises DataError: honest survivors cannot have it. The text names no number of the sum, because it is published.
-    """
+    Raises DataError: honest survivors cannot have it. The text names no number of the sum, because it is published."""
     if not {"delta", "weight"} <= {segment.name for segment in spec.vector.segments}:
         raise DataError("the sum does not consist of an update and its examples", about="vector.segments")
     weight, rounding = require_weight(spec, sums, survivors), rounding_norm(spec, survivors)
@@ -324,8 +321,7 @@ def rounding_norm(spec: SessionSpec, survivors: int) -> float:
     (``rounding_noise``), and is independent of the others. So the norm E of their sum has E‖E‖² = n · d · s² / 4. It is
     a convex function of the errors that changes by at most √n times their distance, so ‖E‖ exceeds its mean by
     3 s √n · √(80 ln 2) with a probability of at most 2^-40 (Boucheron, Lugosi and Massart 2013, "Concentration
-    Inequalities", theorem 6.10). It never exceeds 1.5 · n · s · √d.
-    """
+    Inequalities", theorem 6.10). It never exceeds 1.5 · n · s · √d."""
     delta = spec.vector.segment("delta")
     step, root = spec.vector.step(delta), math.sqrt(delta.size)
     likely = math.sqrt(survivors) * (root / 2 + 3 * math.sqrt(2 * math.log(2) * rotation.EXCESS_BITS))
@@ -338,8 +334,7 @@ def rounding_noise(step: float, size: int, rng: np.random.Generator) -> NDArray[
     Stochastic rounding alone has no bias, but a variance between 0 and s² / 4 that depends on the number. With this
     noise it is s² / 4 for every number, also for 0: the two are the triangular dither of Wannamaker et al. 2000, "A
     Theory of Nonsubtractive Dither", section IV. So rounding errors show neither how many devices have examples nor how
-    long their updates are.
-    """
+    long their updates are."""
     return step * (rng.random(size) - 0.5)
 
 
@@ -371,8 +366,7 @@ def weighted_mean(
     bytes, from which devices reveal shares again, and the noise of such rounds grows with the root of their number.
 
     ``adapter``: SHA-256 of the adapter from which they trained. Raises DataError as ``require_reach``, or the sum has
-    another size than the shared tensors.
-    """
+    another size than the shared tensors."""
     require_reach(spec, sums, survivors)
     delta, weight = sums["delta"], float(sums["weight"][0])
     if delta.shape != (layout.size,):
@@ -391,8 +385,7 @@ def noisy_mean(
 
     Noise of the width of a step is added, as in ``weighted_mean``: the next adapter has other bytes also if the sum
     counts as zero. Arguments are those of ``weighted_mean``. Raises DataError as ``check_noisy``, or the sum has
-    another size than the shared tensors.
-    """
+    another size than the shared tensors."""
     check_noisy(spec, sums, survivors)
     (segment,) = spec.vector.segments
     summed = sums[segment.name]
@@ -410,8 +403,7 @@ def _width(spec: SessionSpec, task: Task, weight: float, survivors: int) -> floa
     In the mean, the variance of noise and rounding errors must not depend on W, and the noise must be at least as wide
     as a step. One variance for all W would be that of W = 1, n times as large as most need: therefore one for κ · n and
     above, and one for each power of two below. The errors of n survivors have the variance of noise with the width
-    s · √(3 n / ``UNIFORMS``).
-    """
+    s · √(3 n / ``UNIFORMS``)."""
     step = spec.vector.step(spec.vector.segment("delta"))
     period = 2 * task.learning_rate if task.optimizer is OptimizerName.ADAMW else 0.0
     wide, errors = max(step, period), 3 * survivors / UNIFORMS * step**2

@@ -3,8 +3,7 @@
 They belong to the device's owner (``client.node.policy``), and an audit names what the defaults refuse. A key
 bounds what its name says: ``maximum_learning_rate`` and ``minimum_batch_size`` bound ``task.learning_rate`` and
 ``task.batch_size``. A number without a limit is refused, unless its kind says why it needs none
-(``RoundTask.NEED_NO_LIMIT``). Limits are checked before an example is read: a refusal says nothing about examples.
-"""
+(``RoundTask.NEED_NO_LIMIT``). Limits are checked before an example is read: a refusal says nothing about examples."""
 
 from collections.abc import Iterator
 

@@ -74,8 +74,7 @@ def wanted(
 
     The layers of ``origin`` get slots in addition to those of ``slots``. Raises ConfigError: the adapter does not fit
     the task, head, ``max_rank`` or the last layers, brings modules of a language model, or brings no head for a
-    classifier.
-    """
+    classifier."""
     slots = slots or Slots()
     if origin is None:
         task = task or usual_task(base)
@@ -129,8 +128,7 @@ def export_named(
 
     ``where`` and ``report`` are those of ``export_causal`` (a classifier takes too short for reports), ``training`` is
     that of ``export_classifier``; None makes none for a language model. Raises ConfigError: no such base or profile, no
-    layer of a target's name, a head for a language model, or as ``export_classifier`` and ``export_causal``.
-    """
+    layer of a target's name, a head for a language model, or as ``export_classifier`` and ``export_causal``."""
     try:
         chosen = Profile(profile)
     except ValueError:

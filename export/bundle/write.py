@@ -73,8 +73,7 @@ def write_bundle(
     would no longer fit the base; an adapter's name cannot be a file's; or an adapter of a language model lacks its
     ``adapter_inputs``. DataError: an adapter does not fit the base, or has labels that do not match the rows of its
     head or that devices refuse. TrustError: as ``_under_policy``. At any error the
-    content of ``out`` is unchanged.
-    """
+    content of ``out`` is unchanged."""
     with locked_folder(out) as whole:
         exported = _under_policy(whole, exported, key)
         check_place(whole)
@@ -227,8 +226,7 @@ def add_adapter(
     ``inputs``: of the model that the adapter was trained in. A policy of ``source`` is the bundle's from now on.
 
     Raises ConfigError: no adapter has a label of the policy; TrustError: another key signed the bundle whose policy is
-    changed. At an error the bundle is unchanged.
-    """
+    changed. At an error the bundle is unchanged."""
     with locked_folder(bundle) as whole:
         manifest = _stated(whole)
         limit = partial(_longest, manifest.task, lambda name: read(whole / BASE / name, MAX_HELD_FILE))

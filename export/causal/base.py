@@ -174,8 +174,7 @@ def export_causal(
     parameter. ``training``: with a training graph, whose gradients are compared with torch's, for which the base has to
     fit into memory in float32, twice if it is quantized. Raises ConfigError: the base is an encoder-decoder or cannot
     be exported, a target names no linear layer, a layer's MatMul or a place for virtual tokens cannot be found in the
-    graph, or as ``training_graph`` and ``check_gradients``.
-    """
+    graph, or as ``training_graph`` and ``check_gradients``."""
     check_decoder(pretrained.configuration(base))
     with closing(WorkFolder(where)) as scratch:
         store, work, wanted = OnDisk(scratch.path / "tensors"), WorkFolder(where), Slots.of(slots)

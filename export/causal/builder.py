@@ -3,8 +3,7 @@
 The builder knows some twenty architectures, Llama's and Qwen's among them, but not everything that their configurations
 can state, and may silently leave out what it does not know. So its graph is used only if it gives torch's logits. It
 builds the graph in float32 and the files that onnxruntime-genai needs; quantization and slots are applied afterwards,
-the same way as on the traced path (``traced.py``).
-"""
+the same way as on the traced path (``traced.py``)."""
 
 import io
 import json

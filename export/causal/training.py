@@ -3,8 +3,7 @@
 The answering graph has a cache and, on the builder path, fused operators without derivatives. So torch traces the model
 once more, without a cache, with the logits of the learned tokens alone: those of all tokens would take more memory than
 the rest of a pass, 200 kB a token with SmolLM2's vocabulary. The weights are those of the answering graph, byte for
-byte, and ``headers.split`` stores them once.
-"""
+byte, and ``headers.split`` stores them once."""
 
 from typing import Any
 

@@ -6,8 +6,7 @@ or entries of the embedding, and two four-bit values share a byte, the first in 
 In four bits a weight is ``scale (code - zero) + residual``. The fast kernels take integer zero points only, and the
 steps of a block seldom meet zero; the residual, at most half a step, is the difference. It is the same for a whole
 block, so it adds to a product the residual times the sum of the block's inputs. The sums are appended to the input
-(``quantize.in_blocks``) and the residuals to the row, in further blocks of four bits: one MatMul computes both.
-"""
+(``quantize.in_blocks``) and the residuals to the row, in further blocks of four bits: one MatMul computes both."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

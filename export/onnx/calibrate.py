@@ -2,8 +2,7 @@
 
 In some layers of a language model a few activations are a thousand times larger than the others. One scale for all
 activations of a MatMul then loses the others (down_proj of SmolLM2: perplexity 50 becomes 112). So each MatMul is
-computed both ways on the same inputs, and stays in float where too much is lost.
-"""
+computed both ways on the same inputs, and stays in float where too much is lost."""
 
 from collections.abc import Mapping, Sequence
 
@@ -36,8 +35,7 @@ def lossy_matmuls(graph: onnx.ModelProto, feeds: Feeds, limit: float, store: Ten
     The loss of a MatMul is the mean over tokens of the squared error over the square of the exact output: tokens
     without outliers lose most, and their outputs are small. A token whose exact output is zero counts as no loss if the
     rounded output is zero too. Only MatMuls with a two-dimensional initializer as weight are measured. Returns the loss
-    by the name of the MatMul's output, largest first.
-    """
+    by the name of the MatMul's output, largest first."""
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
     matmuls = [node for node in graph.graph.node if node.op_type in ("MatMul", "FusedMatMul")]
     matmuls = [node for node in matmuls if node.input[1] in values and len(values[node.input[1]].dims) == 2]

@@ -156,8 +156,7 @@ def independent_rows(
 
     ``ids``: the tokens of a text, which the texts repeat; ``most``: tokens of the shortest and of the longest text that
     the base reads.
-    Raises ConfigError: the graph does not run, or gives an answer that is not finite.
-    """
+    Raises ConfigError: the graph does not run, or gives an answer that is not finite."""
     longest = max(most[0], min(most[1], LONGEST) - (RANK if PROMPT in slots else 0))
     lengths = sorted({max(most[0], length) for length in (min(3, longest), longest // 3, longest)})
     texts = [list(np.resize(ids, length)) for length in (lengths * ROWS)[:ROWS]]

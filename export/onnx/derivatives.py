@@ -4,8 +4,7 @@ The nodes of the forward pass stay, and those of the backward pass follow over t
 Walther 2008, "Evaluating Derivatives", section 3.2). Shapes may be symbolic: where two cannot be shown to agree, the
 graph computes at run time along which dimensions a gradient is summed. A rule adds nodes to a backward pass and returns
 the names of the gradients of an operator's inputs, by the number of the input. It is asked for those in ``wanted``;
-masks, indices and shapes have no gradients. Each result is held to torch's gradients (``gradients.py``).
-"""
+masks, indices and shapes have no gradients. Each result is held to torch's gradients (``gradients.py``)."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -461,8 +460,7 @@ def differentiate(graph: onnx.ModelProto, value: str, by: Sequence[str]) -> onnx
 
     The gradient by each input in ``by``, on which ``value`` depends, is named after it, with ``GRADIENT``, and has its
     shape. Raises ConfigError: an operator between them has no derivative here, or ``value`` does not depend on an
-    input.
-    """
+    input."""
     result = shape_inference.infer_shapes(graph, data_prop=True)
     inner = result.graph
     _without_splits(inner)

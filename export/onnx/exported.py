@@ -26,8 +26,7 @@ class Profile(StrEnum):
     quantized at run time, in blocks too, so that no phrase of a batch changes the answer to another. ``native-int4``:
     the same in four bits with a zero point and a residual; embeddings stay in eight. ``web-int8``: int8 weights with a
     scale for each output, and one scale for all activations of a MatMul, which browsers multiply fast. MatMuls that
-    lose too much by that stay in float (``calibrate.py``).
-    """
+    lose too much by that stay in float (``calibrate.py``)."""
 
     FP32 = "fp32"
     NATIVE_INT8 = "native-int8"

@@ -45,8 +45,7 @@ def check_gradients(
     graph of the lower layers computes states, both go on from these, which are within ``STATES_LIMIT`` of torch's.
     Returns the largest difference of a gradient, relative to the largest
     gradient of its slot and ``SMALL``. Raises ConfigError: the graph does not run, or its loss or a gradient is further
-    from torch's than ``LIMIT``, or ``LANGUAGE_LIMIT``; about ``loss`` or the slot.
-    """
+    from torch's than ``LIMIT``, or ``LANGUAGE_LIMIT``; about ``loss`` or the slot."""
     module.requires_grad_(False)
     lower = (folder / LOWER).read_bytes() if (folder / LOWER).exists() else None
     graph = TrainingGraph((folder / TRAINING).read_bytes(), folder, lower=lower)

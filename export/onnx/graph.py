@@ -39,8 +39,7 @@ def hollow(model: nn.Module) -> Weights:
     Tracing needs shapes and types, and values only to store them: a hollow weight is memory that the system never has
     to provide, because nothing is written to it. What the exporter computes while it traces (constant folding) it
     computes from small weights, which are there. Returns what reads the value of each hollow weight, in its memory's
-    layout.
-    """
+    layout."""
     on_disk = [(module, dict(_on_disk(module))) for module in model.modules()]
     remove_hook_from_module(model, recurse=True)
     weights: dict[int, Callable[[], Tensor]] = {}
@@ -116,8 +115,7 @@ def export(
 
     ``dynamic`` has the dynamic dimensions of each tensor in the structure of ``example``, ``inputs`` the names of all
     its tensors in order, ``weights`` those of a module that is ``hollow``, which are read one by one. Raises
-    ConfigError: torch cannot trace it.
-    """
+    ConfigError: torch cannot trace it."""
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(

@@ -4,8 +4,7 @@ ONNX Runtime maps the file of weights into memory, so every process that opens t
 native header gives each slot an empty default, because ONNX Runtime checks required inputs before it applies an
 adapter; onnxruntime-web refuses defaults for inputs, so its header has none. Slots declare the shapes of one adapter,
 with a name for each free dimension. ``edgeadapt.bases.slotshapes`` drops them where each row has an adapter of its own
-(A of shape ``(rows, in, rank)``), which MatMul broadcasts.
-"""
+(A of shape ``(rows, in, rank)``), which MatMul broadcasts."""
 
 import copy
 import hashlib
@@ -56,8 +55,7 @@ def split(
     ``slots`` are inputs without defaults: their dimensions, digits for a fixed one, else the name of a symbolic one.
     ``about`` becomes metadata of the model. ``others`` are further headers over the same file, such as the training
     graph, by their names; it grows by what only they have. ``parts``, from ``matmuls.merge``, are the rows of tensors
-    that they have one by one.
-    """
+    that they have one by one."""
     graphs = [graph, *others.values()]
     digests = {WEIGHTS: _externalize(graphs, folder / WEIGHTS, store, parts)}
     for model in graphs:

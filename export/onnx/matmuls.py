@@ -2,8 +2,7 @@
 
 Quantization and slots expect one form: an activation times a stored weight of shape ``(in, out)``. ``normalize`` brings
 what torch exports to that form, and ``share_embedding`` lets an output layer read the embedding. A layer's MatMul is
-found by its weight (``find``), not by a node's name, which depends on the exporter.
-"""
+found by its weight (``find``), not by a node's name, which depends on the exporter."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -121,8 +120,7 @@ def merge(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> dict[str, list
     Queries, keys and values, or the two halves of a gated layer, become one MatMulNBits and a Split. Each MatMul starts
     all threads, which takes a good part of the time of a single token. Blockwise weights are stored row by row, so
     their rows are concatenated and each output keeps its exact value and name. Returns for each concatenated
-    initializer the rows of its parts.
-    """
+    initializer the rows of its parts."""
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
     groups: dict[object, list[onnx.NodeProto]] = {}
     for node in graph.graph.node:

@@ -101,8 +101,7 @@ def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = (), *, norms:
     ``model`` and errors are those of ``linear_layers``; ``heads`` are names of modules that adapters bring whole;
     ``norms``: bottleneck adapters may be at normalizations.
     Raises ConfigError: as ``linear_layers``, or the base lacks the layer or the parameter of a vector, or the first
-    layer with slots, or an adapter's is below it.
-    """
+    layer with slots, or an adapter's is below it."""
     at = [ending for kind, endings in AT_LAYERS.items() if kind in slots.kinds for ending in endings]
     below = _below(model, slots)
     _refuse_below([name for name in slots.vectors if below(layer_of(name))], slots)
@@ -176,8 +175,7 @@ def linear_layers(
 
     A target means what it means to peft: ``all-linear``, which leaves out ``heads``, modules that return the answer; a
     name or path, for the end of a layer's path; or a regular expression, for a whole path. Raises ConfigError: targets
-    that match no module, all of which are named, or modules that are not linear layers.
-    """
+    that match no module, all of which are named, or modules that are not linear layers."""
     modules = dict(model.named_modules())
     linear = {path for path, module in modules.items() if path and pretrained.is_linear(module)}
     matched = {target: _matched(target, model, modules, linear, heads) for target in targets}

@@ -92,8 +92,7 @@ def readable_length(model: Any, ids: Sequence[int], length: int) -> int:
 
     ``max_position_embeddings`` counts the rows of an embedding, and some families reserve the first ones. ``model``: in
     evaluation mode; ``ids``: of a text without padding; ``length``: what the model states. Raises ConfigError: the
-    model cannot read ``length - OFFSETS + 1`` tokens.
-    """
+    model cannot read ``length - OFFSETS + 1`` tokens."""
     reason = ""
     for tried in range(length, max(0, length - OFFSETS), -1):
         try:

@@ -3,8 +3,7 @@
 It is made by ``differentiate``, of a classifier's answering graph or of that which ``export.causal.training`` traces.
 It reads the weights that the device answers with, of a quantized base as bytes which it turns into floats block by
 block. So it adds little more than its nodes to a bundle, and an adapter is trained on the base that it will run on (as
-QLoRA does; Dettmers et al. 2023).
-"""
+QLoRA does; Dettmers et al. 2023)."""
 
 import copy
 from collections.abc import Sequence
@@ -78,8 +77,7 @@ def training_graph(
     Returns a graph with the inputs of ``traced``, ``TARGETS`` and ``SHARES``, and the outputs ``LOSS`` and the
     gradients; of a language model also ``LOG_LIKELIHOOD`` and ``HITS``, and of layers with slots for DoRA
     ``WEIGHT_NORM`` and ``OWN_BIAS``. Its weights are byte for byte those of ``answering``, which ``headers.split``
-    stores once. Raises ConfigError: the graph lacks the weight of a layer, or as ``differentiate``.
-    """
+    stores once. Raises ConfigError: the graph lacks the weight of a layer, or as ``differentiate``."""
     result = differentiate(_with_loss(traced), LOSS, tuple(tracing.slots(traced)))
     language = POSITIONS in {value.name for value in result.graph.input}
     if language:

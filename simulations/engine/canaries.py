@@ -66,8 +66,7 @@ def planted(sums: Sequence[Sum], entropy: Callable[[int], bytes]) -> Guesses:
     Each device contributes its canary, to all sums, or zeros, by a fair coin, through the code of a real device:
     clipping, rotation, rounding and noise in the ring. A canary counts as present if Gaussian noise of the same
     variance made that likelier: if Σ C (r - C/2) / V > 0 over the sums, with the clip norm C, the canary's reading r,
-    and the variance V of all noise. ``entropy``: random bytes, as ``os.urandom``.
-    """
+    and the variance V of all noise. ``entropy``: random bytes, as ``os.urandom``."""
     rng = np.random.default_rng(int.from_bytes(entropy(32), "big"))
     coins = rng.random(min(sum_.devices for sum_ in sums)) < 0.5
     likelier = np.zeros(coins.size)
@@ -99,8 +98,7 @@ def audited(fleets: Iterable[Path], delta: float, canaries: int) -> CanaryBounds
 
     The sums are those that the coordinators' logs name, with as many devices as the account counts on: of the
     survivors, those that may be corrupt add nothing. At least so many ``canaries`` are planted, in the same sums again
-    until there are enough. None if there are to be none, no sum with noise was revealed, or nothing bounds it.
-    """
+    until there are enough. None if there are to be none, no sum with noise was revealed, or nothing bounds it."""
     read = (_spent_most(folder / provision.COORDINATOR, delta) for folder in fleets) if canaries else ()
     account, sums = max(filter(None, read), key=lambda one: one[0], default=(math.inf, []))
     if not math.isfinite(account):
@@ -152,8 +150,7 @@ def gaussian_epsilon(guesses: Guesses, delta: float, confidence: float = CONFIDE
 
     With the rates α of mistaken and β of missed canaries at most, μ = Φ⁻¹(1 - α) - Φ⁻¹(β); each rate is bounded with
     half of the risk (Clopper and Pearson 1934). The least ε of μ-GDP solves Φ(μ/2 - ε/μ) - exp(ε) Φ(-μ/2 - ε/μ) = δ
-    (Dong, Roth and Su 2022, corollary 2.13). There is a canary on either side at least.
-    """
+    (Dong, Roth and Su 2022, corollary 2.13). There is a canary on either side at least."""
     mistaken, missed = (
         float(beta.ppf((1 + confidence) / 2, count + 1, trials - count)) if count < trials else 1.0
         for count, trials in ((guesses.mistaken, guesses.outside), (guesses.missed, guesses.inside))

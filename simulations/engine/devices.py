@@ -4,8 +4,7 @@ Before each session and round, and at the end, a device's state directory gets w
 of the adapter that it does not share, and before a session its seed) and its privacy ledger. So a run that goes on at
 the first round of a session makes the same adapters. What a device holds against a coordinator that lies is not
 written. The resumed run begins with another session, as after a restart in the field, so a kill loses the round under
-way. A device that is not asked when a session begins leaves the previous session, which takes the most memory.
-"""
+way. A device that is not asked when a session begins leaves the previous session, which takes the most memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,8 +49,7 @@ class LyingTrainer(Trainer):
 
     ``sign-flip``: the negative of the update. ``label-flip``: trained with each label replaced by its mirror image, the
     first by the last and so on (Tolpegin et al. 2020). ``boost``: ten times that (Bagdasaryan et al. 2020); the device
-    clips it, as the sum would count as zero otherwise.
-    """
+    clips it, as the sum would count as zero otherwise."""
 
     def __init__(self, trainer: Trainer, kind: str) -> None:
         super().__init__(trainer.engine)

@@ -3,8 +3,7 @@
 The grid delays, reorders and loses messages as a ``FaultModel`` decides. Time is virtual: waiting for a reply costs
 nothing, and a device that answers after the deadline is late. Training takes no virtual time, so a run is the same on
 any machine. A device works on each request that reaches it, in the order in which they were sent, also if its answer
-is late.
-"""
+is late."""
 
 import bisect
 import csv
@@ -57,8 +56,7 @@ def read_trace(path: Path, clients: Iterable[Client]) -> Mapping[str, Steps]:
 
     The file has the columns ``round`` and ``available``, and ``client`` or ``language``. A row holds from its round on,
     until another one of the same client or language. ``available`` is 1 or 0 for a client; in between it is the share
-    of the clients of a language, or the probability for a client.
-    """
+    of the clients of a language, or the probability for a client."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file, strict=True)
@@ -137,8 +135,7 @@ class FaultModel:
     An outcome depends on the seed, the message group, the step and the receiving nodes, never on earlier messages. So a
     resumed run meets the faults that it would have met without the interruption. ``availability`` is the share of the
     devices that can be reached in a round, for each round in turn, over and over; all of them in all rounds if empty. A
-    device that is there at some share is there at every larger one.
-    """
+    device that is there at some share is there at every larger one."""
 
     seed: int
     message_loss: float  # probability that a request is lost, and the probability that its reply is lost; 0 to 1

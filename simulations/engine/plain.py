@@ -3,8 +3,7 @@
 Masks cancel, and neither a share nor a signature changes a number, so a run makes the adapters, records and accounts
 that it would make with the protocol, bit for bit. The parties here put zeros of the same length in place of keys,
 shares, keystreams and signatures; all else is real. There is no transcript to audit. No device and no coordinator
-outside of ``simulations`` has such parties (tests/architecture/test_sources.py).
-"""
+outside of ``simulations`` has such parties (tests/architecture/test_sources.py)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace

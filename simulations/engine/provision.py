@@ -6,8 +6,7 @@ device orders its examples by the scenario's seed, so that a run can be repeated
 
 A group has its own coordinator, registry and log. A device pins the key of its group's coordinator, so it takes part in
 no other group, and its policy refuses a cohort that is too small. No device is in two groups: the sum over all devices
-less the sums of the large groups would be the sum of a small one (docs/decisions/0043-cohorts-by-language.md).
-"""
+less the sums of the large groups would be the sum of a small one (docs/decisions/0043-cohorts-by-language.md)."""
 
 import dataclasses
 import hashlib
@@ -116,8 +115,7 @@ def grouped(population: Population, settings: GroupSettings) -> tuple[Group, ...
 
     A language with fewer than ``settings.smallest`` clients that take part has no group of its own. Such clients
     have a common one; while it has too few, the smallest of the others joins it. Where they are all unseen,
-    they get the adapter of the largest group.
-    """
+    they get the adapter of the largest group."""
     if settings.by == "none":
         return (Group("", Path(), population),)
     languages: dict[str, list[Client]] = {}

@@ -168,8 +168,7 @@ def personal_temperature(logits: Floats, labels: Labels, shared: float) -> float
 
     ``logits`` have the shape ``(answers, labels)``. ``shared``, the global adapter's temperature, holds where there are
     fewer than ``FEWEST`` phrases: fitted to a dozen, a temperature does more harm than good
-    (docs/decisions/0027-calibrated-probabilities.md).
-    """
+    (docs/decisions/0027-calibrated-probabilities.md)."""
     return fit(logits, labels, shared) if len(labels) >= FEWEST else shared
 
 

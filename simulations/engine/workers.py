@@ -4,8 +4,7 @@ A process holds an object, and works on the calls to it one after the other. Wha
 The first process imports the libraries, and the others are forked from it before anything runs in it, so that they
 share that memory. They exchange Python's objects over pipes that nobody else can open; one ends at once when the other
 end of its pipe is closed. Each device belongs to one process, which holds its state and gives it its requests in the
-order in which they were sent. So a run makes the same adapters with any number of processes.
-"""
+order in which they were sent. So a run makes the same adapters with any number of processes."""
 
 import logging
 import logging.handlers

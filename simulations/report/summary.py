@@ -4,8 +4,7 @@ Intervals and tests are by the bootstrap (Efron and Tibshirani 1993). A seed has
 share one federation. So both levels are resampled: seeds with replacement, then clients with replacement within each
 drawn seed. Arms are compared on the same draws, which leaves what makes a client hard for both out of their difference.
 Where clients differ more than seeds do, the intervals are a little too wide; where seeds differ more, three seeds give
-intervals that are too narrow. The tests measure both.
-"""
+intervals that are too narrow. The tests measure both."""
 
 import json
 import math

@@ -4,8 +4,7 @@ Each stage leaves its outcome in the folder, and skips the work whose outcome it
 current round, client or export. The ServerApp and the ClientApp are the real ones, on the in-process grid.
 
 The fleet of a run can move to the base of another scenario, on the in-process grid: clients, coordinator and devices
-stay, every device has both bases.
-"""
+stay, every device has both bases."""
 
 import json
 import logging

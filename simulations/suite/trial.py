@@ -2,8 +2,7 @@
 
 An arm says whom a client trains with, and what it keeps, of a classifier or a language model. A loss of a language
 model is in bits per byte of text: a byte is the same in every language and for every tokenizer, and a model that
-predicts nothing needs about eight.
-"""
+predicts nothing needs about eight."""
 
 import hashlib
 import math
@@ -334,8 +333,7 @@ def aggregation_error(trained: Iterable[tuple[Mapping[str, NDArray[np.float32]],
 
     The error of averaging LoRA's factors, which a coordinator, which knows sums only, cannot measure. It is 0 where all
     devices have the same A or the same B (Sun et al. 2024, section 3.2); NaN if the mean update is zero. ``trained``
-    has each device's adapter, under peft's names, and its weight in the mean; they are read one after the other.
-    """
+    has each device's adapter, under peft's names, and its weight in the mean; they are read one after the other."""
     total, means, products = 0.0, dict[str, Matrix](), dict[str, Matrix]()
     for tensors, weight in trained:
         total += weight

@@ -43,16 +43,14 @@ function weighted(text) {
 const pythonic = (weight) =>
   Math.abs(weight) < 1e-4 ? weight.toExponential().replace(/-(\d)$/, "-0$1") : String(weight);
 
-/**
- * The adapter that `parts` make: { name, labels, rank, temperature, inputs }.
+/** The adapter that `parts` make: { name, labels, rank, temperature, inputs }.
  *
- * `verified` has for each part what `Trust.adapter` returned, all for the base of manifest `base`. A single adapter of
- * weight 1 is returned unchanged.
+ * `verified` has for each part what `Trust.adapter` returned, all for the base of manifest `base`. A single adapter of weight 1 is returned
+ * unchanged.
  *
- * Throws ConfigError: the labels differ; the ranks add up to more than the base allows; the weights of adapters that
- * replace parameters do not add up to 1; an adapter with virtual tokens has another weight than 1; a prompt meets a
- * prefix; or no adapter with a weight above 0 brings a head.
- */
+ * Throws ConfigError: the labels differ; the ranks add up to more than the base allows; the weights of adapters that replace parameters do
+ * not add up to 1; an adapter with virtual tokens has another weight than 1; a prompt meets a prefix; or no adapter with a weight above 0
+ * brings a head. */
 export function compose(parts, verified, base) {
   const manifests = verified.map(({ manifest }) => manifest);
   const { name, labels } = manifests[0];

@@ -1,8 +1,6 @@
-// The container of an adapter file, `.onnx_adapter`: names, number types, shapes and raw bytes of its tensors.
-//
-// It is a FlatBuffer of the schema in docs/reference/bundle-format.md.
-// Every offset is checked before it is followed, since a FlatBuffer reader trusts them all. What the numbers mean is
-// decided in ondevice.js.
+// The container of an adapter file, `.onnx_adapter`: names, number types, shapes and raw bytes of its tensors. It is a FlatBuffer of the
+// schema in docs/reference/bundle-format.md. Every offset is checked before it is followed, since a FlatBuffer reader trusts them all. What
+// the numbers mean is decided in ondevice.js.
 
 import { byCodePoint, decode, encode } from "./bytes.js";
 import { DataError } from "./errors.js";

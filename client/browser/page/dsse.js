@@ -1,6 +1,5 @@
-// Signed documents as DSSE envelopes with Ed25519: as edgeadapt/formats/dsse.py and edgeadapt/formats/jsontext.py.
-//
-// Nothing of a payload is parsed before its signature is verified.
+// Signed documents as DSSE envelopes with Ed25519: as edgeadapt/formats/dsse.py and edgeadapt/formats/jsontext.py. Nothing of a payload is
+// parsed before its signature is verified.
 
 import { base64, concat, decode, encode, unbase64 } from "./bytes.js";
 import { TrustError, quoted } from "./errors.js";

@@ -1,10 +1,7 @@
-// Text generation with a KV cache: one forward pass for the prompt, then one for each new token.
-//
-// The cache is kept after a text: of a prompt that begins with the same tokens, as the next message of a chat does, only
-// the rest is read. Another adapter reads everything again, since its keys and values are others.
-//
-// The names of the graph's inputs, the shape of its cache and the end-of-text tokens are read from genai_config.json, as
-// onnxruntime-genai reads them on other devices.
+// Text generation with a KV cache: one forward pass for the prompt, then one for each new token. The cache is kept after a text: of a
+// prompt that begins with the same tokens, as the next message of a chat does, only the rest is read. Another adapter reads everything
+// again, since its keys and values are others. The names of the graph's inputs, the shape of its cache and the end-of-text tokens are read
+// from genai_config.json, as onnxruntime-genai reads them on other devices.
 
 import { decode } from "./bytes.js";
 import { ConfigError, DataError } from "./errors.js";
@@ -66,16 +63,14 @@ export class Generation {
     return this.text.formatted(this.chat(checked));
   }
 
-  /**
-   * Continue a prompt, given as ids, with the inputs of an adapter. A placeholder before it for each virtual token, which
-   * the graph does not read, repeats its first id.
+  /** Continue a prompt, given as ids, with the inputs of an adapter. A placeholder before it for each virtual token, which the graph does
+   * not read, repeats its first id.
    *
-   * Yields { id, text }: each new token, and the text that it completes, as the policy lets an answer to `asked` be given.
-   * Ends after `maxTokens`, at an end-of-text token,
-   * or when the model's context is full; `last` says which. A consumer that stops reading stops the generation.
+   * Yields { id, text }: each new token, and the text that it completes, as the policy lets an answer to `asked` be given. Ends after
+   * `maxTokens`, at an end-of-text token, or when the model's context is full; `last` says which. A consumer that stops reading stops the
+   * generation.
    *
-   * Throws DataError: a logit is not finite, or the graph does not run.
-   */
+   * Throws DataError: a logit is not finite, or the graph does not run. */
   pieces(prompt, feeds, { asked, ...options }) {
     return governed(this.policy, asked, this, this.#written(prompt, feeds, options));
   }
@@ -187,11 +182,8 @@ function chatTemplate(config, jinja) {
   };
 }
 
-/**
- * The model reads the system prompt and as many of the last messages as leave room for an answer of `maxTokens`; the
- * oldest are dropped, each question with its answer. After a change of adapter the conversation goes on: the new adapter
- * reads the same messages.
- */
+/** The model reads the system prompt and as many of the last messages as leave room for an answer of `maxTokens`; the oldest are dropped,
+ * each question with its answer. After a change of adapter the conversation goes on: the new adapter reads the same messages. */
 export class Conversation {
   #messages = [];
 
@@ -208,13 +200,11 @@ export class Conversation {
     this.#messages = [];
   }
 
-  /**
-   * Answer `text` with the inputs of an adapter, as `Generation.pieces`. If the answer is not read to its end, the part
-   * that was read is kept; an empty answer and its question are not.
+  /** Answer `text` with the inputs of an adapter, as `Generation.pieces`. If the answer is not read to its end, the part that was read is
+   * kept; an empty answer and its question are not.
    *
-   * Throws DataError: the text or the system prompt is not a valid message, or is too long even without the messages
-   * before it. The messages are then unchanged. ConfigError: an answer of `maxTokens` leaves no room for a question.
-   */
+   * Throws DataError: the text or the system prompt is not a valid message, or is too long even without the messages before it. The
+   * messages are then unchanged. ConfigError: an answer of `maxTokens` leaves no room for a question. */
   async *ask(text, feeds, { system = "", ...options }) {
     const first = system.trim() ? [{ role: "system", content: system }] : [];
     const all = [...this.#messages, { role: "user", content: text }];

@@ -1,6 +1,5 @@
-// The tensors of an adapter as inputs of an exported graph, and the slots that they fill: as edgeadapt/formats/graphinputs.py.
-//
-// A tensor here is { shape, values: Float32Array }, row-major, by graph input.
+// The tensors of an adapter as inputs of an exported graph, and the slots that they fill: as edgeadapt/formats/graphinputs.py. A tensor
+// here is { shape, values: Float32Array }, row-major, by graph input.
 
 import { byCodePoint, encode, sha256 } from "./bytes.js";
 import { DataError, quoted } from "./errors.js";

@@ -94,13 +94,11 @@ export class Identity {
     await this.#create(device, der, raw);
   }
 
-  /**
-   * Enrol with an invitation at the authority's enrolment service: make a key, pin what the invitation names, and install the
-   * certificate; or go on with the key that an earlier call left.
+  /** Enrol with an invitation at the authority's enrolment service: make a key, pin what the invitation names, and install the certificate;
+   * or go on with the key that an earlier call left.
    *
-   * Throws ConfigError: the token is no invitation, or not for this identity. TrustError: the authority refuses, or answers
-   * with something else than the certificate. EdgeAdaptError: it cannot be reached.
-   */
+   * Throws ConfigError: the token is no invitation, or not for this identity. TrustError: the authority refuses, or answers with something
+   * else than the certificate. EdgeAdaptError: it cannot be reached. */
   async redeem(token, url) {
     const invitation = await readInvitation(token);
     const { device, authority, coordinator } = invitation;

@@ -1,8 +1,6 @@
 // Invitations (edgeadapt/formats/gateway/invitation.py), and enrolment with one at the authority, and renewal
-// (coordinator/gateway/enrolment.py).
-//
-// The secret of an invitation stays here: it is the seed of a key that signs the request. Who receives the request instead of
-// the authority can have no other key certified.
+// (coordinator/gateway/enrolment.py). The secret of an invitation stays here: it is the seed of a key that signs the request. Who receives
+// the request instead of the authority can have no other key certified.
 
 import { Root } from "./aggregation/certificates.js";
 import { DEVICE_ID, MAX_CERTIFICATE, signature } from "./aggregation/messages.js";

@@ -1,7 +1,5 @@
-// This browser as a device in the rounds of a federation: its identity, the protocol and the training together.
-//
-// What the device remembers is stored before an answer leaves, so that a tab that is closed, or a full disk, costs a round and
-// nothing else.
+// This browser as a device in the rounds of a federation: its identity, the protocol and the training together. What the device remembers
+// is stored before an answer leaves, so that a tab that is closed, or a full disk, costs a round and nothing else.
 
 import { Root } from "./aggregation/certificates.js";
 import { Device } from "./aggregation/device.js";
@@ -24,15 +22,14 @@ const ANOTHER = "another tab takes part: close it first";
 const PATIENCE = 10_000; // milliseconds until another tab has left
 const OPEN_ENDED = ["training", "sent"]; // outcomes of a round that has not ended
 
-/**
- * Take part until `signal` aborts; with `once`, until the gateway ends the run.
+/** Take part until `signal` aborts; with `once`, until the gateway ends the run.
  *
- * `examples` as for `trainerOf`, and `minimum` their least number; `moments` says whether to contribute to an analytic head; `policy` changes limits of policy.js; `quantum` as of a
- * Participant. `alone` runs work while nothing else uses the engine. `shown` is called with { state, round, step, steps, seconds, error, rounds }.
+ * `examples` as for `trainerOf`, and `minimum` their least number; `moments` says whether to contribute to an analytic head; `policy`
+ * changes limits of policy.js; `quantum` as of a Participant. `alone` runs work while nothing else uses the engine. `shown` is called with
+ * { state, round, step, steps, seconds, error, rounds }.
  *
- * Throws ConfigError: not enrolled, or another tab takes part. DataError: too few examples. ProtocolError: the gateway
- * refuses this device.
- */
+ * Throws ConfigError: not enrolled, or another tab takes part. DataError: too few examples. ProtocolError: the gateway refuses this device.
+ * */
 export async function takePart({ engine, identity, url, examples, minimum, moments, policy, quantum, once, alone, signal, shown, pause }) {
   const own = examples.filter(({ split }) => split === "train").length;
   if (own < Math.max(1, minimum)) {

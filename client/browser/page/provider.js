@@ -10,14 +10,12 @@ const RUNS = 3; // of a probe by the clock, of which the fastest counts
 export const fixedTexts = ({ limit, least = 1 }) =>
   [16, 3, 100].map((length) => Array.from({ length: Math.max(least, Math.min(length, limit)) }, (_, i) => i % 8));
 
-/**
- * What `open` gives for the provider that is chosen, whether that is WebGPU, and where it runs in words: { opened, gpu, runsOn }.
+/** What `open` gives for the provider that is chosen, whether that is WebGPU, and where it runs in words: { opened, gpu, runsOn }.
  *
- * `open(gpu)` resolves to { session, probe, … }; `probe()` to arrays of numbers that both providers must agree on. `provider` is
- * "wasm", "webgpu", or undefined for a choice. What is not chosen is released.
+ * `open(gpu)` resolves to { session, probe, … }; `probe()` to arrays of numbers that both providers must agree on. `provider` is "wasm",
+ * "webgpu", or undefined for a choice. What is not chosen is released.
  *
- * Throws ConfigError: WebGPU is asked for by name, and this browser has none that works; or another name. Or as `open(false)`.
- */
+ * Throws ConfigError: WebGPU is asked for by name, and this browser has none that works; or another name. Or as `open(false)`. */
 export async function choose(open, provider) {
   if (![undefined, "wasm", "webgpu"].includes(provider)) throw new ConfigError("the provider is wasm or webgpu", "provider");
   const native = await open(false);

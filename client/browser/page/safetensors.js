@@ -1,7 +1,6 @@
-// Reads an adapter's safetensors file, in which a plan distributes it: as edgeadapt/formats/files.py.
-//
-// The length of the header in eight bytes, little-endian; the header, a JSON object of name → { dtype, shape, data_offsets },
-// with texts under "__metadata__"; then the numbers. Every size is checked before it is used.
+// Reads an adapter's safetensors file, in which a plan distributes it: as edgeadapt/formats/files.py. The length of the header in eight
+// bytes, little-endian; the header, a JSON object of name → { dtype, shape, data_offsets }, with texts under "__metadata__"; then the
+// numbers. Every size is checked before it is used.
 
 import { DataError, quoted } from "./errors.js";
 import { isObject, parse as json } from "./dsse.js";

@@ -1,10 +1,8 @@
-// Keeps one copy of the page and its bundle in this browser, and answers from it while the server cannot be reached.
-//
-// The server goes first, always. The copy is replaced as a whole: it is used from the moment on at which every file of
-// site.json is in it, each with the digest that is stated there, and the copy before is deleted then. A page comes from
-// the server or from the copy, never from both; what it reads later, it verifies itself (trust.js).
-//
-// In: "keep", with a MessagePort. Out: { kept: bytes } with the server, { copied: date } without, or { error }.
+// Keeps one copy of the page and its bundle in this browser, and answers from it while the server cannot be reached. The server goes first,
+// always. The copy is replaced as a whole: it is used from the moment on at which every file of site.json is in it, each with the digest
+// that is stated there, and the copy before is deleted then. A page comes from the server or from the copy, never from both; what it reads
+// later, it verifies itself (trust.js). In: "keep", with a MessagePort. Out: { kept: bytes } with the server, { copied: date } without, or
+// { error }.
 
 const SITE = "site.json"; // path → SHA-256 of each file; stored as the last one of a copy
 const READ_LATER = /^(bundle\/.*|bundle\.json|trust\.pem)$/; // the other files are the page's code

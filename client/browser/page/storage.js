@@ -1,7 +1,6 @@
-// What is kept: stores of records by key, in IndexedDB, which a worker can use too, or in a `Store` that an app gives.
-//
-// A transaction is done as a whole or not at all: a tab that is closed in the middle leaves the record that was there. It
-// is as safe as the browser's storage: whoever can write to the profile, or clear it, can change it.
+// What is kept: stores of records by key, in IndexedDB, which a worker can use too, or in a `Store` that an app gives. A transaction is
+// done as a whole or not at all: a tab that is closed in the middle leaves the record that was there. It is as safe as the browser's
+// storage: whoever can write to the profile, or clear it, can change it.
 
 import { ConfigError, EdgeAdaptError } from "./errors.js";
 

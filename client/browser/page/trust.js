@@ -1,7 +1,6 @@
-// The bundles that the page accepts: signed by a pinned key, unaltered, and never older than before.
-//
-// The rules are those of edgeadapt/formats/bundle.py, by the same numbers, and of client/inference/trust.py (rule 6): whoever
-// clears the storage of this browser, or can write to it, can go back to an older version.
+// The bundles that the page accepts: signed by a pinned key, unaltered, and never older than before. The rules are those of
+// edgeadapt/formats/bundle.py, by the same numbers, and of client/inference/trust.py (rule 6): whoever clears the storage of this browser,
+// or can write to it, can go back to an older version.
 
 import { sha256 } from "./bytes.js";
 import { parse } from "./container.js";

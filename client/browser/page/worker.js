@@ -1,7 +1,6 @@
-// Runs the bundle (device.js) in a thread of its own, so that the page stays responsive. `stop` ends the text that is being
-// generated, or the lesson; `leave` ends taking part.
-//
-// In:  { id, method, args }     Out: { id, piece }* then { id, result } or { id, error: { name, message, about } }
+// Runs the bundle (device.js) in a thread of its own, so that the page stays responsive. `stop` ends the text that is being generated, or
+// the lesson; `leave` ends taking part. In:  { id, method, args }     Out: { id, piece }* then { id, result } or { id, error: { name,
+// message, about } }
 
 import { Device, FolderSource, HttpSource, invited } from "./device.js";
 import { ConfigError, EdgeAdaptError } from "./errors.js";

@@ -24,8 +24,7 @@ def upgrade(url: str | URL, transcript: Path | None = None) -> str:
 
     ``transcript``: folder of the logs, which a database in PostgreSQL of revision 2 or older does not have. Returns the
     revision that it had. Raises ConfigError: it is newer than this edgeadapt, the database does not have a registry,
-    the folder does not have a log of its rounds, or as ``database.connect``.
-    """
+    the folder does not have a log of its rounds, or as ``database.connect``."""
     engine = database.engine_of(url)
     try:
         with database.explained(engine), engine.begin() as connection:

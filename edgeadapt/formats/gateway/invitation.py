@@ -3,8 +3,7 @@
 An invitation holds everything that the device pins, so that no first connection has to be trusted, and a secret that
 the authority accepts once: the seed of an Ed25519 key, which signs the device's request and is not sent. So nobody can
 enrol with what the authority records, and a page need not pin the authority's TLS. An invitation travels like a
-password: anyone who has it can enrol instead of its device.
-"""
+password: anyone who has it can enrol instead of its device."""
 
 import base64
 import binascii

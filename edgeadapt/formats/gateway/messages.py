@@ -10,8 +10,7 @@ stream in each direction, and a WebSocket to pages.
     ENROL    device → authority   DeviceEnrolment, and back the certificate (DER)
     RENEW    device → authority   DeviceRenewal, and back the certificate (DER)
 
-``client/browser/page/aggregation/websocket.js`` and ``client/browser/page/invitation.js`` are the page's side.
-"""
+``client/browser/page/aggregation/websocket.js`` and ``client/browser/page/invitation.js`` are the page's side."""
 
 import hashlib
 import math

@@ -133,8 +133,7 @@ def settings_of(config: PeftConfig, inputs: AdapterInputs, base: str | None, vir
 
     Layers are named by their full paths. Those whose rank or alpha differs from the configuration's have a pattern that
     matches them alone, so that the order of patterns does not matter: peft sorts them when it saves. ``base`` is the
-    name of the base that peft notes.
-    """
+    name of the base that peft notes."""
     settings: Settings = {
         "peft_type": config.peft_type,
         "task_type": None,

@@ -2,8 +2,7 @@
 
 With ``d = m / ‖W + s B A‖``, a scale of the output, a layer computes ``(x W + b) d + x A (s d B) + b (1 - d)``: the
 scale, B times it, and an offset for the bias, which PEFT does not scale. ``d`` needs the base's weights, so it is
-computed when the adapter is exported, and by a training graph at each step.
-"""
+computed when the adapter is exported, and by a training graph at each step."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -99,8 +99,7 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
 
     ``out``: a new or empty folder. It is written atomically. ``base``: the name of the base that peft notes. Raises
     ConfigError: ``out`` is not empty; DataError: the tensors do not match ``config``, or are not finite; OSError: the
-    folder cannot be written; the error names the file.
-    """
+    folder cannot be written; the error names the file."""
     inputs = AdapterInputs.of_tensors(*as_lora(config, tensors))
     count = virtual_tokens({input_name(name): value for name, value in tensors.items()})
     stated = settings_of(config, inputs, base, count) | ({"use_dora": True} if magnitudes(tensors) else {})

@@ -7,8 +7,7 @@ VeRA        ``ΔW = diag(b) B diag(d) A`` (Kopiczko et al. 2024)          B and 
 =========== ============================================================ ==========================================
 
 They are trained and stored as peft has them, and become LoRA for a graph. The factor of each layer is in B, so every
-layer has the scaling 1. The update is equal up to the rounding of float32.
-"""
+layer has the scaling 1. The update is equal up to the rounding of float32."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -34,8 +33,7 @@ def as_lora(config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
 
     A configuration whose method is not one of ``FACTORS`` is returned as it is. Tensors have peft's names. Raises
     ConfigError: a rank is above ``MAX_RANK``, rank or alpha is 0, or the adapter lacks what all layers share;
-    DataError: a layer lacks a tensor, two do not fit together, or a rank is not that of the configuration.
-    """
+    DataError: a layer lacks a tensor, two do not fit together, or a rank is not that of the configuration."""
     method = config.peft_type
     if (parts := FACTORS.get(method)) is None:
         return config, tensors

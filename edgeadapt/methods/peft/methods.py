@@ -14,8 +14,7 @@ peft's name, after the prefix                            becomes
 All of these come back; LoRA's tensors and modules in ``modules_to_save`` keep their names. The matrices of AdaLoRA,
 LoHa and VeRA become equal LoRA matrices (``lowrank.py``), and stay so. With virtual tokens, peft does not wrap the
 model, so its names lack a part of the prefix. What it saves of P-tuning, and of prefix tuning with a projection, is
-what their encoders return; the encoders themselves are not in the folder.
-"""
+what their encoders return; the encoders themselves are not in the folder."""
 
 import numpy as np
 
@@ -54,8 +53,7 @@ def from_peft_tensors(tensors: Tensors, config: PeftConfig, settings: Settings) 
 
     ``settings`` (``adapter_config.json``) says which biases the adapter replaces or brings. A version in a registry has
     none; there, the configuration says so. Raises DataError: a tensor has a shape that its method does not give it, or
-    a name that only a graph's input has.
-    """
+    a name that only a graph's input has."""
     result: Tensors = {}
     bias = settings.get("bias", config.bias)
     saved = saved_modules(settings) if settings else (HEAD,)

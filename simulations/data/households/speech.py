@@ -8,8 +8,7 @@ alternative.
 The package leaves names open: rooms, devices, people, songs, shopping. Nine languages have a file in ``words``;
 a regional code uses the file of its language, any other language the English words. The package's templates allow
 sentences that nobody says ("le cuisine", "2 minute"), so a file also lists the articles that fit each gender, and
-patterns of unnatural speech; a sentence that matches no pattern is preferred.
-"""
+patterns of unnatural speech; a sentence that matches no pattern is preferred."""
 
 import difflib
 import hashlib

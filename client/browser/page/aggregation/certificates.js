@@ -1,7 +1,5 @@
-// Certificates of the fleet's authority (X.509 with Ed25519, RFC 5280 and RFC 8410), as aggregation/pki/certificates.py.
-//
-// A certificate is read in the one form in which the authority writes it. Nothing reads a clock: times come from the caller,
-// in milliseconds.
+// Certificates of the fleet's authority (X.509 with Ed25519, RFC 5280 and RFC 8410), as aggregation/pki/certificates.py. A certificate is
+// read in the one form in which the authority writes it. Nothing reads a clock: times come from the caller, in milliseconds.
 
 import { equal } from "../bytes.js";
 import { TrustError, quoted } from "../errors.js";

@@ -1,5 +1,4 @@
 // The checks of a device, as aggregation/checks.py, session.py and groups.py: everything it requires of a message before it acts on it.
-//
 // Each throws ProtocolError, about the same field as there. Rules by step of docs/reference/protocol.md.
 
 import { concat, digest, encode as utf8, equal, hex, unhex } from "../bytes.js";

@@ -66,13 +66,11 @@ export async function contribution({ delta, examples, score }, spec, adapter, en
   }, entropy);
 }
 
-/**
- * The contribution of a device to a sum with noise, as `noisy_vector` of edgeadapt/rounds/sums.py.
+/** The contribution of a device to a sum with noise, as `noisy_vector` of edgeadapt/rounds/sums.py.
  *
- * `vector`, a Float64Array, is clipped, rotated, and rounded until its norm is within that for which the session accounts; noise is
- * then added to whole numbers, so that the guarantee does not depend on how floating point rounds. `entropy` draws the rounding coins
- * and then the key of the noise. `adapter` and errors as of `contribution`.
- */
+ * `vector`, a Float64Array, is clipped, rotated, and rounded until its norm is within that for which the session accounts; noise is then
+ * added to whole numbers, so that the guarantee does not depend on how floating point rounds. `entropy` draws the rounding coins and then
+ * the key of the noise. `adapter` and errors as of `contribution`. */
 export async function noisyContribution(vector, spec, adapter, entropy = systemEntropy) {
   const [segment] = spec.vector.segments;
   const step = stepOf(spec.vector, segment);

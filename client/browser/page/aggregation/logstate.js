@@ -95,11 +95,8 @@ export class LogState {
     refuse(`adapter ${version} of the plan is not the newest one in the log, ${this.version}`, "plan.adapter");
   }
 
-  /**
-   * The state to keep after the proof sent with the offer of this digest: the new session follows the log that is known.
-   * `otherBase`: it is on another base than the last one in which the device trained, and may start from a newer adapter than
-   * any that the log made.
-   */
+  /** The state to keep after the proof sent with the offer of this digest: the new session follows the log that is known. `otherBase`: it is
+   * on another base than the last one in which the device trained, and may start from a newer adapter than any that the log made. */
   async onSessionChainProof(coordinator, raw, offer, otherBase = false) {
     const proof = decode(SESSION_CHAIN_PROOF, raw);
     if (equal(offer, this.offer)) refuse("this device has joined that session before: the offer is repeated", "offer.repeated");

@@ -1,6 +1,5 @@
-// Keys, masks and encrypted shares, as aggregation/masks.py, keystream.py, entropy.py and sharing.py: X25519, HKDF-SHA256 and AES-256-CTR of WebCrypto.
-//
-// A secret becomes a CryptoKey that cannot be exported as soon as the protocol allows. Shared secrets and mask keys are
+// Keys, masks and encrypted shares, as aggregation/masks.py, keystream.py, entropy.py and sharing.py: X25519, HKDF-SHA256 and AES-256-CTR
+// of WebCrypto. A secret becomes a CryptoKey that cannot be exported as soon as the protocol allows. Shared secrets and mask keys are
 // derived from key to key, so their bytes never are in this program's memory.
 
 import { concat, digest, encode as utf8, equal, hex, unhex } from "../bytes.js";

@@ -12,15 +12,14 @@ import { newerThan, readRevocations, requireFresh } from "./revocations.js";
 const QUANTUM = 60_000; // milliseconds
 const READ_EXAMPLES = ["offer", "plan"]; // steps
 
-/**
- * A device that answers.
+/** A device that answers.
  *
- * `train` makes its contribution: (plan, spec, blob, parts) → { vector, parts } (learning/round.js), with the adapter's file and
- * what the device keeps to itself of an adapter, or null. `node`: Flower's id of this node. `adapter`, `sums` and `log`
- * are what it remembers of earlier sessions (adapterstate.js, sumhistory.js, logstate.js), or null; it joins sessions that need
- * consent to `consents` only, and `privacy` is its account
- * (privacyledger.js); `keep` stores them after each step, (step, { adapter, sums, log, privacy, parts, revocations }), before the answer leaves. Offers and plans are answered at a multiple of `quantum` milliseconds after they arrived, which hides how long training took; 0: at once.
- */
+ * `train` makes its contribution: (plan, spec, blob, parts) → { vector, parts } (learning/round.js), with the adapter's file and what the
+ * device keeps to itself of an adapter, or null. `node`: Flower's id of this node. `adapter`, `sums` and `log` are what it remembers of
+ * earlier sessions (adapterstate.js, sumhistory.js, logstate.js), or null; it joins sessions that need consent to `consents` only, and
+ * `privacy` is its account (privacyledger.js); `keep` stores them after each step, (step, { adapter, sums, log, privacy, parts, revocations
+ * }), before the answer leaves. Offers and plans are answered at a multiple of `quantum` milliseconds after they arrived, which hides how
+ * long training took; 0: at once. */
 export class Participant {
   #device;
   #train;

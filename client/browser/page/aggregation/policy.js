@@ -1,6 +1,5 @@
-// What a device requires of an offer before it takes part, as aggregation/policy.py, with the same defaults.
-//
-// One thing is stricter here: rings have at most 32 bits (docs/decisions/0048-browser-as-a-device.md).
+// What a device requires of an offer before it takes part, as aggregation/policy.py, with the same defaults. One thing is stricter here:
+// rings have at most 32 bits (docs/decisions/0048-browser-as-a-device.md).
 
 import { ConfigError, ProtocolError } from "../errors.js";
 import { COMPLETE_UP_TO, GRINDING, SIGMA, countOf, isSecure, leftOver } from "./graph.js";

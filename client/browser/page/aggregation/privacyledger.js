@@ -1,9 +1,7 @@
-// What the sums to which a device contributed may have revealed of it, and the owner's limit on that, as
-// client/node/privacyledger.py: { settled, pending, noisy, bare }.
-//
-// A contribution counts before it leaves, as part of the smallest sum that the session allows. Once the device reveals its shares it
-// knows the survivors, and their number takes the place of the smallest. `settled` and `pending` are as of accounting.js; `noisy`
-// and `bare` count contributions with and without noise, of which nothing bounds the latter.
+// What the sums to which a device contributed may have revealed of it, and the owner's limit on that, as client/node/privacyledger.py: {
+// settled, pending, noisy, bare }. A contribution counts before it leaves, as part of the smallest sum that the session allows. Once the
+// device reveals its shares it knows the survivors, and their number takes the place of the smallest. `settled` and `pending` are as of
+// accounting.js; `noisy` and `bare` count contributions with and without noise, of which nothing bounds the latter.
 
 import { TrustError } from "../errors.js";
 import { NOTHING, ORDERS, epsilonOf, together } from "./accounting.js";

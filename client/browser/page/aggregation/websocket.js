@@ -1,8 +1,7 @@
-// A device in this page at the coordinator's gateway: over a WebSocket it proves its identity, then answers requests.
-//
-// The messages are those of edgeadapt/formats/gateway/messages.py. Whatever can pass by itself is tried again after a pause that
-// grows, or that the gateway names; a refusal ends it. An answer that did not reach the gateway, or not the coordinator,
-// which then asks the same once more, is sent again and never made again: the device's state has moved on.
+// A device in this page at the coordinator's gateway: over a WebSocket it proves its identity, then answers requests. The messages are
+// those of edgeadapt/formats/gateway/messages.py. Whatever can pass by itself is tried again after a pause that grows, or that the gateway
+// names; a refusal ends it. An answer that did not reach the gateway, or not the coordinator, which then asks the same once more, is sent
+// again and never made again: the device's state has moved on.
 
 import { concat, digest, encode as utf8, equal } from "../bytes.js";
 import { ConfigError, ProtocolError } from "../errors.js";
@@ -32,13 +31,11 @@ export async function nodeOf(device) {
   return new DataView(found.buffer).getBigUint64(0) >> 1n || 1n;
 }
 
-/**
- * Answer the requests of the gateway at `url` (wss://, or ws:// on loopback) as `participant` does, until `signal` aborts.
+/** Answer the requests of the gateway at `url` (wss://, or ws:// on loopback) as `participant` does, until `signal` aborts.
  *
- * `shown` is called with { state: "connecting" | "connected" | "answering" | "failed" | "away", step, error, seconds,
- * released }, where `error` is a message and `released` says that the run is over. Throws ConfigError: the page may not
- * connect there. ProtocolError: the gateway refuses this device, and says why.
- */
+ * `shown` is called with { state: "connecting" | "connected" | "answering" | "failed" | "away", step, error, seconds, released }, where
+ * `error` is a message and `released` says that the run is over. Throws ConfigError: the page may not connect there. ProtocolError: the
+ * gateway refuses this device, and says why. */
 export async function attend({ device, participant, url, signal, shown = () => {} }) {
   const answers = new Answers(participant, shown);
   for (let attempt = 0; !signal?.aborted; ) {

@@ -1,8 +1,7 @@
-// The canonical encoding, as aggregation/wire.py: each value has exactly one byte string, each accepted one exactly one value.
-//
-// A codec is { write(out, value), read(source) }. Every length is checked against its limit and against the bytes present
-// before anything is allocated. Reading arbitrary bytes returns a value or throws ProtocolError. Integers of up to 32 bits
-// are numbers, those of 64 bits are BigInts; maps are Maps, because "constructor" is a device id.
+// The canonical encoding, as aggregation/wire.py: each value has exactly one byte string, each accepted one exactly one value. A codec is {
+// write(out, value), read(source) }. Every length is checked against its limit and against the bytes present before anything is allocated.
+// Reading arbitrary bytes returns a value or throws ProtocolError. Integers of up to 32 bits are numbers, those of 64 bits are BigInts;
+// maps are Maps, because "constructor" is a device id.
 
 import { ConfigError, ProtocolError, quoted } from "../errors.js";
 

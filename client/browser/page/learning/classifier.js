@@ -10,14 +10,12 @@ import { probabilities, tune } from "./tune.js";
 const MAX_REHEARSED = 32; // phrases
 const MAX_TESTED = 32; // phrases
 
-/**
- * Tune an adapter of an open bundle to corrections, [{ text, label }]; `earlier` are those of other lessons, the oldest first.
+/** Tune an adapter of an open bundle to corrections, [{ text, label }]; `earlier` are those of other lessons, the oldest first.
  *
- * Returns { inputs, steps, seconds, known, taught, changed, tested }: the adapter's graph inputs, how many corrections are
- * answered as taught, the corrections, and those of the tested other phrases that are answered otherwise, each { text, label,
- * before, after, unread } with the answers { label, probability } and how many tokens at the end of the text are not trained on.
- * `pause` and errors are those of `Learner.teach`.
- */
+ * Returns { inputs, steps, seconds, known, taught, changed, tested }: the adapter's graph inputs, how many corrections are answered as
+ * taught, the corrections, and those of the tested other phrases that are answered otherwise, each { text, label, before, after, unread }
+ * with the answers { label, probability } and how many tokens at the end of the text are not trained on. `pause` and errors are those of
+ * `Learner.teach`. */
 export async function teachClassifier(engine, adapter, corrections, earlier, pause) {
   const { labels } = adapter.manifest;
   for (const { label } of corrections) {

@@ -60,14 +60,12 @@ export class SGD {
   }
 }
 
-/**
- * Minimize a loss over the parameters `trained`, a list of names. Returns all values, of which the others are as before.
+/** Minimize a loss over the parameters `trained`, a list of names. Returns all values, of which the others are as before.
  *
- * `start` is a Map of name → Float32Array, which stays as it is; `order` the batches of all epochs; `gradientsOf` values and
- * batch → Promise of { loss, gradients }; `task` of a plan (task.js). A gradient is clipped to `norm`. One that is not finite counts
- * as zero if `unfailing`, and no value gets farther than DISTANCE from its start, as in a round (client/training/descent.py says
- * why); else it throws a DataError.
- */
+ * `start` is a Map of name → Float32Array, which stays as it is; `order` the batches of all epochs; `gradientsOf` values and batch →
+ * Promise of { loss, gradients }; `task` of a plan (task.js). A gradient is clipped to `norm`. One that is not finite counts as zero if
+ * `unfailing`, and no value gets farther than DISTANCE from its start, as in a round (client/training/descent.py says why); else it throws
+ * a DataError. */
 export async function descend(start, order, gradientsOf, task, trained, { norm = Infinity, unfailing = false } = {}) {
   const values = new Map([...start].map(([name, each]) => [name, each.slice()]));
   const { optimizer: kind, learning_rate: rate, weight_decay: decay } = task;

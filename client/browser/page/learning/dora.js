@@ -1,8 +1,6 @@
-// DoRA (Liu et al. 2024) as slots, as edgeadapt/methods/peft/dora.py: with d = m / ‖W + s B A‖, a layer computes
-// (x W + b) d + x A (s d B) + b (1 - d).
-//
-// Values are Maps of name → Float32Array, as slotgraph.js has them: B is [rank, outputs], without s. An adapter that is trained has the
-// magnitudes m of a layer; in its slots it has the scales d, and for a layer with a bias b the offsets b (1 - d).
+// DoRA (Liu et al. 2024) as slots, as edgeadapt/methods/peft/dora.py: with d = m / ‖W + s B A‖, a layer computes (x W + b) d + x A (s d B)
+// + b (1 - d). Values are Maps of name → Float32Array, as slotgraph.js has them: B is [rank, outputs], without s. An adapter that is
+// trained has the magnitudes m of a layer; in its slots it has the scales d, and for a layer with a bias b the offsets b (1 - d).
 
 import { LORA_B, OFFSET, OUTPUT_SCALE } from "../graphinputs.js";
 

@@ -5,14 +5,12 @@ import { ConfigError, DataError } from "../errors.js";
 
 const MAX_TOKENS = 128; // of a prompt with its text
 
-/**
- * A text as tokens, or a prompt and the text that answers it, in the model's chat template if it has one: { ids, first, size,
- * cut }. Learned are the tokens from place `first` on: all but the first one, or those of an answer. `size`: the bytes that
- * they stand for, at least 1; `cut`: whether the text has more tokens than are learned.
+/** A text as tokens, or a prompt and the text that answers it, in the model's chat template if it has one: { ids, first, size, cut }.
+ * Learned are the tokens from place `first` on: all but the first one, or those of an answer. `size`: the bytes that they stand for, at
+ * least 1; `cut`: whether the text has more tokens than are learned.
  *
- * Throws ConfigError: the chat template does not begin an answer with its prompt. DataError: the prompt leaves no room, or there
- * is a special token, which could pose as another message.
- */
+ * Throws ConfigError: the chat template does not begin an answer with its prompt. DataError: the prompt leaves no room, or there is a
+ * special token, which could pose as another message. */
 export function encoded({ text, prompt = "" }, { text: tokenizer, chat, limit, ends }) {
   for (const each of [prompt, text]) tokenizer.requirePlain(each, "text");
   const [before, after] = rendered(text, prompt, chat);

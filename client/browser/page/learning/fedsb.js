@@ -1,8 +1,6 @@
-// Fed-SB, as edgeadapt/methods/lorasb.py: in a round a layer computes W x + scaling · (B + F R) A x, where F is a frozen matrix that everybody
-// can compute, and R, which is zero at first, is all that is trained of the layer.
-//
-// R is a Float32Array of rank × rank numbers, row by row as peft has matrices; B here is that of a graph input: [rank, outputs], the
-// transposed one of peft.
+// Fed-SB, as edgeadapt/methods/lorasb.py: in a round a layer computes W x + scaling · (B + F R) A x, where F is a frozen matrix that
+// everybody can compute, and R, which is zero at first, is all that is trained of the layer. R is a Float32Array of rank × rank numbers,
+// row by row as peft has matrices; B here is that of a graph input: [rank, outputs], the transposed one of peft.
 
 import { keystream } from "../aggregation/masks.js";
 import { byCodePoint, digest, encode as utf8 } from "../bytes.js";

@@ -11,16 +11,14 @@ const LIKELY = 0.5; // probability of each token of an answer at which training 
 const LEARNING_RATE = 0.005; // of a correction, whose few steps have to change several tokens
 const MAX_REHEARSED = 32; // earlier corrections
 
-/**
- * Tune an adapter of an open bundle until it answers prompts as taught: corrections are [{ text, label }], where `label` is
- * the answer to the prompt `text`; `earlier`, those of other lessons, the oldest first, are rehearsed. Nothing is learned of
- * the texts `compared`, [{ text, prompt }].
+/** Tune an adapter of an open bundle until it answers prompts as taught: corrections are [{ text, label }], where `label` is the answer to
+ * the prompt `text`; `earlier`, those of other lessons, the oldest first, are rehearsed. Nothing is learned of the texts `compared`, [{
+ * text, prompt }].
  *
- * Returns { inputs, steps, seconds, known, taught, others, compared }: the adapter's graph inputs; how many corrections are
- * learned; the corrections and the earlier ones, each { text, label, before, after }; and the texts that are compared, each
- * { text, prompt, before, after }, or null if nothing was learned or `pause` ended the comparison. `before` and `after` are
- * bits for each byte: of the answer, or of the text. `pause` and errors are those of `Learner.teach`.
- */
+ * Returns { inputs, steps, seconds, known, taught, others, compared }: the adapter's graph inputs; how many corrections are learned; the
+ * corrections and the earlier ones, each { text, label, before, after }; and the texts that are compared, each { text, prompt, before,
+ * after }, or null if nothing was learned or `pause` ended the comparison. `before` and `after` are bits for each byte: of the answer, or
+ * of the text. `pause` and errors are those of `Learner.teach`. */
 export async function teachLanguageModel(engine, adapter, corrections, earlier, pause, compared = []) {
   for (const one of corrections) [one.text, one.label].forEach((message) => engine.text.message(message));
   const prompts = new Set(corrections.map((one) => one.text));

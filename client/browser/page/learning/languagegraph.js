@@ -44,14 +44,11 @@ export class LanguageGraphTrainer extends SlotGraph {
     return fixedTexts(this.engine.generation).map((ids) => ({ ids, first: 2, size: ids.length - 2, share: 0.5 }));
   }
 
-  /**
-   * The sum of each example's mean cross-entropy a learned token, in nats, times its share, and the gradient by each value:
-   * { loss, gradients, scores }. The scores, one for each example, are { nats, hits, least }: nats for each byte, the share
-   * of learned tokens that are the most likely ones, with 1 the text is the answer without sampling, and the lowest
-   * probability of a learned token.
+  /** The sum of each example's mean cross-entropy a learned token, in nats, times its share, and the gradient by each value: { loss,
+   * gradients, scores }. The scores, one for each example, are { nats, hits, least }: nats for each byte, the share of learned tokens that
+   * are the most likely ones, with 1 the text is the answer without sampling, and the lowest probability of a learned token.
    *
-   * `examples` are [{ ids, first, size, share }] (`encoded`). `pause` and errors are those of `summed`.
-   */
+   * `examples` are [{ ids, first, size, share }] (`encoded`). `pause` and errors are those of `summed`. */
   async gradients(values, examples, pause) {
     const runs = parts(examples.map(({ ids }) => ids.length), TOKENS_AT_ONCE).map((run) => run.map((i) => examples[i]));
     const { loss, gradients, outputs } = await this.summed(values, runs.map(batchOf), pause);

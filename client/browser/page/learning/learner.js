@@ -22,20 +22,18 @@ export class Learner {
     this.engine = engine;
   }
 
-  /**
-   * Tune the adapter `name` until it answers corrections, [{ text, label }], as taught, and keep the result, as the private
-   * adapter that it is or as a new one. Of a language model, `text` is a prompt, and `label` its answer. `compared` are texts,
-   * [{ text, prompt }], to see what a language model forgets.
+  /** Tune the adapter `name` until it answers corrections, [{ text, label }], as taught, and keep the result, as the private adapter that it
+   * is or as a new one. Of a language model, `text` is a prompt, and `label` its answer. `compared` are texts, [{ text, prompt }], to see
+   * what a language model forgets.
    *
-   * `pause` is awaited between the parts of the work, with the number of steps so far, and while texts are compared with
-   * { part, of } too. What it throws ends the lesson, and the adapter in use stays, as after every error; while texts are
-   * compared it ends the comparison alone.
+   * `pause` is awaited between the parts of the work, with the number of steps so far, and while texts are compared with { part, of } too.
+   * What it throws ends the lesson, and the adapter in use stays, as after every error; while texts are compared it ends the comparison
+   * alone.
    *
    * Returns { adapter, version } with what `teachClassifier` or `teachLanguageModel` gives, without the inputs.
    *
-   * Throws DataError: a text or label cannot be learned, or none was. ConfigError: the bundle or the adapter cannot be
-   * trained, a classifier has texts to compare, another tab is learning, or the result cannot be stored. TrustError: a file is not what was signed.
-   */
+   * Throws DataError: a text or label cannot be learned, or none was. ConfigError: the bundle or the adapter cannot be trained, a
+   * classifier has texts to compare, another tab is learning, or the result cannot be stored. TrustError: a file is not what was signed. */
   async teach(name, corrections, pause = async () => {}, compared = []) {
     return this.#alone(async (record) => {
       const { engine } = this;

@@ -1,7 +1,6 @@
 // The parts of an adapter that a device trains in the rounds and does not share, as client/training/private.py and
-// client/node/privateparts.py: { subject, values, ever } in the identity's record, which is of one base; null at first.
-//
-// A part that was private once stays private: no later round shares a part in `ever`, whatever the labels and the layout are.
+// client/node/privateparts.py: { subject, values, ever } in the identity's record, which is of one base; null at first. A part that was
+// private once stays private: no later round shares a part in `ever`, whatever the labels and the layout are.
 
 import { refuse } from "../aggregation/messages.js";
 import { B, R, partOf } from "./task.js";

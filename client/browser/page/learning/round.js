@@ -1,7 +1,6 @@
-// A tab's contribution to a round, as client/node/training.py: what is on offer is checked first, then it trains.
-//
-// The order of the two keeps a refusal from saying anything about the examples; so what fails once the examples matter counts as an
-// update of zero, with the weight of the examples.
+// A tab's contribution to a round, as client/node/training.py: what is on offer is checked first, then it trains. The order of the two
+// keeps a refusal from saying anything about the examples; so what fails once the examples matter counts as an update of zero, with the
+// weight of the examples.
 
 import { COORDINATOR, refuse } from "../aggregation/messages.js";
 import {
@@ -30,17 +29,14 @@ import { GraphTrainer, requireMeanHead } from "./trainer.js";
 const MAX_LOSS = 20; // nats, of one example (edgeadapt/rounds/task.py)
 const between = (pause) => () => pause({ step: 0, steps: 0 });
 
-/**
- * What makes a device's contributions: (plan, spec, blob, kept) → Promise of { vector, parts }, with the adapter's file.
+/** What makes a device's contributions: (plan, spec, blob, kept) → Promise of { vector, parts }, with the adapter's file.
  *
- * `kept` are the parts of an adapter that this device trained and did not share (private.js), or null: the training goes on from
- * them. `parts` are those to keep after it, or null if the round has none.
+ * `kept` are the parts of an adapter that this device trained and did not share (private.js), or null: the training goes on from them.
+ * `parts` are those to keep after it, or null if the round has none.
  *
- * `examples` are [{ text, label, split }], where a label is its name or its number, and the split "train" or "validation"; of a
- * language model [{ text, prompt, split }].
- * `pause` is awaited between the parts of the work, with { round, step, steps }; what it throws ends it, and is thrown.
- * The function throws ProtocolError: what is on offer cannot or must not be trained.
- */
+ * `examples` are [{ text, label, split }], where a label is its name or its number, and the split "train" or "validation"; of a language
+ * model [{ text, prompt, split }]. `pause` is awaited between the parts of the work, with { round, step, steps }; what it throws ends it,
+ * and is thrown. The function throws ProtocolError: what is on offer cannot or must not be trained. */
 export function trainerOf(engine, examples, pause = async () => {}, limits = LIMITS) {
   return async (plan, spec, blob, kept = null) => {
     const [task, adapter] = [decodeTask(plan.training), await adapterOf(plan, blob)];

@@ -1,9 +1,7 @@
-// A training graph with an adapter in its slots, as client/training/slotgraph.py. trainer.js trains a classifier with it,
-// languagegraph.js a language model.
-//
-// An adapter that is trained is a Map of graph input → Float32Array. B is divided by the scaling that the input contains:
-// these are the numbers of peft, which the optimizer steps. peft's matrices are the transposed ones, which makes no
-// difference to it. An adapter of DoRA has magnitudes (dora.js).
+// A training graph with an adapter in its slots, as client/training/slotgraph.py. trainer.js trains a classifier with it, languagegraph.js
+// a language model. An adapter that is trained is a Map of graph input → Float32Array. B is divided by the scaling that the input contains:
+// these are the numbers of peft, which the optimizer steps. peft's matrices are the transposed ones, which makes no difference to it. An
+// adapter of DoRA has magnitudes (dora.js).
 
 import { byCodePoint } from "../bytes.js";
 import { ConfigError, DataError, EdgeAdaptError, quoted } from "../errors.js";

@@ -75,12 +75,10 @@ export class GraphTrainer extends SlotGraph {
     return { correct: sum(isBest), loss: sum(crossEntropy), count: examples.length };
   }
 
-  /**
-   * The sum of each example's cross-entropy in nats times its share, and the gradient by each value: { loss, gradients }.
+  /** The sum of each example's cross-entropy in nats times its share, and the gradient by each value: { loss, gradients }.
    *
-   * `examples` are [{ ids, target, share }]: tokens, the number of the label, and the factor in the loss. `pause` and errors
-   * are those of `summed`.
-   */
+   * `examples` are [{ ids, target, share }]: tokens, the number of the label, and the factor in the loss. `pause` and errors are those of
+   * `summed`. */
   gradients(values, examples, pause) {
     const ordered = byLength(examples);
     const runs = parts(ordered.map(({ ids }) => ids.length), TOKENS_AT_ONCE).map((run) => run.map((i) => ordered[i]));

@@ -28,14 +28,11 @@ export function withShares(taught, rehearsed) {
   return [taught, rehearsed].flatMap((group) => group.map((one) => ({ ...one, share: half / group.length })));
 }
 
-/**
- * Train `start` at a learning rate until `isLearned`, `MAX_STEPS` or `MAX_SECONDS`: { values, steps }.
+/** Train `start` at a learning rate until `isLearned`, `MAX_STEPS` or `MAX_SECONDS`: { values, steps }.
  *
- * Of values and a pause between runs, `isLearned` gives whether they are learned, and `gradientsOf`, which is called after it
- * with the same ones, { loss, gradients }. `pause` is awaited between the parts of the work, with the number of steps so far;
- * what it throws ends the training. Throws DataError: the loss or the adapter is not finite, or the training graph does not
- * run.
- */
+ * Of values and a pause between runs, `isLearned` gives whether they are learned, and `gradientsOf`, which is called after it with the same
+ * ones, { loss, gradients }. `pause` is awaited between the parts of the work, with the number of steps so far; what it throws ends the
+ * training. Throws DataError: the loss or the adapter is not finite, or the training graph does not run. */
 export async function descendUntil(isLearned, gradientsOf, start, rate, pause, clock = () => performance.now() / 1000) {
   const values = new Map([...start].map(([name, each]) => [name, each.slice()]));
   const [optimizer, end] = [new AdamW(rate), clock() + MAX_SECONDS];
