@@ -66,12 +66,9 @@ def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int 
     >>> graph_parameters(1000, 0.1, 0.1), graph_parameters(20, 0.1, 0.1)
     (GraphParameters(degree=134, threshold=99), GraphParameters(degree=19, threshold=12))
 
-    Args:
-        corrupt: Fraction of them that is corrupt, in [0, 1).
-        dropout: Fraction of them that drops out in a round, in [0, 1).
-        bits: The session is insecure with probability at most 2^-``bits``.
-
-    Raises ConfigError: a fraction is out of range, or no graph on so many devices is secure."""
+    ``corrupt``: fraction of them that is corrupt, in [0, 1). ``dropout``: fraction of them that drops out in a round,
+    in [0, 1). ``bits``: the session is insecure with probability at most 2^-``bits``. Raises ConfigError: a fraction is
+    out of range, or no graph on so many devices is secure."""
     corrupt_devices, dropouts = count_of(devices, corrupt), count_of(devices, dropout)
     if devices <= COMPLETE_UP_TO:
         return GraphParameters(devices - 1, least_threshold(devices, corrupt))
@@ -155,11 +152,8 @@ def is_secure(devices: int, corrupt: int, degree: int, threshold: int, bits: int
     >>> is_secure(1000, 100, 134, 99, 80), is_secure(1000, 100, 134, 98, 80)
     (True, False)
 
-    Args:
-        corrupt: How many of them may be corrupt; the whole roster, or more, is never secure.
-        degree: Neighbors of a device, k; an odd degree is never secure.
-        threshold: Shares that reconstruct a secret, t.
-    """
+    ``corrupt``: how many of them may be corrupt; the whole roster, or more, is never secure. ``degree``: neighbors of a
+    device, k; an odd degree is never secure. ``threshold``: shares that reconstruct a secret, t."""
     if corrupt >= devices:  # a roster may be smaller than the part of the cohort that is assumed corrupt
         return False
     both = devices * hypergeometric_tail(devices - 1, corrupt, degree, 2 * threshold - degree - 1)

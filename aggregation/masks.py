@@ -106,11 +106,8 @@ def derive(secret: bytes, *bound: bytes) -> bytes:
 def pair_key(private: bytes, public: bytes, context: bytes, plan: bytes, pair: tuple[str, str]) -> bytes:
     """The mask key that two devices share for one plan; both sides compute the same one.
 
-    Args:
-        private: Mask key of one device of the pair.
-        public: Public mask key of the other.
-        pair: The two device ids, in either order.
-    """
+    ``private``: mask key of one device of the pair. ``public``: public mask key of the other. ``pair``: the two device
+    ids, in either order."""
     return _pair_key(shared_secret(private, public), context, plan, pair)
 
 
@@ -152,11 +149,9 @@ def apply(vector: Ring, masks: Iterable[Mask], threads: int = 1) -> None:
     >>> vector
     array([0, 1, 2], dtype=uint32)
 
-    Args:
-        vector: Shape ``(n,)``, contiguous, of an element type of ``ring``; ``n`` may be 0.
-        masks: Consumed in batches of ``MASKS_PER_BATCH``.
-        threads: Largest number of threads, usually one for each core; a short vector uses one.
-    """
+    ``vector``: shape ``(n,)``, contiguous, of an element type of ``ring``; ``n`` may be 0. ``masks``: consumed in
+    batches of ``MASKS_PER_BATCH``. ``threads``: largest number of threads, usually one for each core; a short vector
+    uses one."""
     waiting = iter(masks)
     while batch := list(itertools.islice(waiting, MASKS_PER_BATCH)):
         _apply(vector, batch, threads)

@@ -99,11 +99,8 @@ def masks_to_remove(
     """The opposites of the masks that the sum of a group's survivors still has: their self masks, and those that they
     share with dropouts.
 
-    Args:
-        survivors: Of one group, or all if there are no groups.
-        seeds: Survivor → its seed.
-        keys: Device of the plan that dropped out → its mask key.
-    """
+    ``survivors``: of one group, or all if there are no groups. ``seeds``: survivor → its seed. ``keys``: device of the
+    plan that dropped out → its mask key."""
     digest = plan.digest()
     for device in survivors:
         yield Mask(masks.self_key(seeds[device], session.context, digest, device), add=False)

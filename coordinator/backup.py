@@ -95,12 +95,9 @@ def write_archive(
 ) -> BackupManifest:
     """Write an archive, readable by its owner only, and return its manifest.
 
-    Args:
-        out: Does not exist; a part of it is left where the disk is full.
-        manifest: Digest of SHA256SUMS → the manifest.
-        report: Called for each file when it was hashed, and when it was written.
-
-    Raises EdgeAdaptError: a file changed meanwhile."""
+    ``out``: does not exist; a part of it is left where the disk is full. ``manifest``: digest of SHA256SUMS → the
+    manifest. ``report``: called for each file when it was hashed, and when it was written. Raises EdgeAdaptError: a
+    file changed meanwhile."""
     digests, total = list[str](), 2 * sum(entry.size for entry in files)
     for entry in files:
         digests.append(hashlib.sha256(entry.read()).hexdigest())

@@ -67,11 +67,9 @@ class Agreement:
 class GatewaySnapshot:
     """A gateway at one moment, in numbers.
 
-    Attributes:
-        versions: Version of edgeadapt, as devices state it → how many of the connected have it.
-        check_ins: Outcome → check-ins since the start: ``admitted``, ``refused``, ``early`` (before their window),
-            ``paced`` (too many at once), ``full``.
-        skewed: Connected devices whose clocks are off by more than a minute, by that of the gateway.
+    ``versions``: version of edgeadapt, as devices state it → how many of the connected have it. ``check_ins``: outcome
+    → check-ins since the start: ``admitted``, ``refused``, ``early`` (before their window), ``paced`` (too many at
+    once), ``full``. ``skewed``: connected devices whose clocks are off by more than a minute, by that of the gateway.
     """
 
     address: str  # ``HOST:PORT``

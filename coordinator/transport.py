@@ -140,11 +140,8 @@ class Transport:
     ) -> Iterator[Reply]:
         """Send each node its body and yield the answers in the order of arrival, one for each node.
 
-        Args:
-            group: Flower's group id: the round, or the attempt at a session.
-            attachments: Node → field → what its message carries besides the body.
-            enough: When to stop before the deadline, if not all answer.
-        """
+        ``group``: Flower's group id: the round, or the attempt at a session. ``attachments``: node → field → what its
+        message carries besides the body. ``enough``: when to stop before the deadline, if not all answer."""
         end = self.clock.now() + self.deadline  # pushing counts too: a message ages from the moment it is made
         messages = []
         for node, body in bodies.items():

@@ -64,13 +64,8 @@ def round_within(
     """Round until the norm is within ``norm_squared(norm, size)``, which is compared in whole numbers.
 
     Guarantee: no result is longer, whatever the input. It is the first one with a probability of at least 1 - 2^-10.
-
-    Args:
-        steps: What is rounded, shape ``(n,)``, in steps.
-        norm: L2 norm that it has at most.
-        rounded: Rounds ``steps`` by unbiased coins, new ones in each call.
-
-    Raises DataError: ``steps`` is longer, or not finite."""
+    ``steps``: what is rounded, shape ``(n,)``, in steps. ``norm``: L2 norm that it has at most. ``rounded``: rounds
+    ``steps`` by unbiased coins, new ones in each call. Raises DataError: ``steps`` is longer, or not finite."""
     length = float(np.linalg.norm(steps))
     if not length <= norm * (1 + _SLACK):
         text = f"a vector of length {length:g} steps is longer than its bound of {norm:g}"
@@ -102,15 +97,10 @@ class Table:
     Guarantee: a draw from a uniform stream is within a statistical distance of ``accounting.DISTANCE``. It comes from
     the tails, of which a table lacks at most 2^-128 and whose outermost weights are wrong by as much; from the
     boundaries, less than 2^16 of them, each rounded down by less than 2^-128; and from the weights, each step of whose
-    recurrence loses less than a relative 2^-128.
-
-    Args:
-        first: The smallest outcome.
-        high, low: Words of the boundaries, shape ``(n,)``, ascending: outcome ``first + k`` is drawn where exactly
-            ``k`` boundaries are at or below 128 uniform bits.
-        guide: Shape ``(2**16,)``: how many boundaries are at or below a draw that begins with these bits, at least.
-            Most draws need one comparison more (Chen and Asau 1974).
-    """
+    recurrence loses less than a relative 2^-128. ``first``: the smallest outcome. ``high``, ``low``: words of the
+    boundaries, shape ``(n,)``, ascending: outcome ``first + k`` is drawn where exactly ``k`` boundaries are at or below
+    128 uniform bits. ``guide``: shape ``(2**16,)``: how many boundaries are at or below a draw that begins with these
+    bits, at least. Most draws need one comparison more (Chen and Asau 1974)."""
 
     first: int
     high: NDArray[np.uint64] = field(repr=False)

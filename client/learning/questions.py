@@ -123,15 +123,13 @@ def worth_asking(doubts: Floats, meaning: Floats, known: Floats, count: int) -> 
     Each text counts by its doubt and by how much more like it the nearest labelled text is, by embeddings less their
     mean: a facility location (Wei, Iyer and Bilmes 2015, "Submodularity in data subset selection and active learning").
 
-    Args:
-        doubts: Shape ``(texts,)``: 1 minus the difference of the two largest probabilities.
-        meaning: Embeddings, shape ``(texts, hidden)``, each of L2 norm 1 or 0.
-        known: Those of texts whose labels are known, shape ``(any, hidden)``.
-
     >>> east, north = np.eye(2, dtype=np.float32)
     >>> worth_asking(np.array([0.5, 0.5, 0.9]), np.stack([east, east, north]), north[None], 1)
     [0]
-    """
+
+    ``doubts``: shape ``(texts,)``: 1 minus the difference of the two largest probabilities. ``meaning``: embeddings,
+    shape ``(texts, hidden)``, each of L2 norm 1 or 0. ``known``: those of texts whose labels are known, shape ``(any,
+    hidden)``."""
     centered = np.concatenate([meaning, known]) - meaning.mean(axis=0, keepdims=True) if len(meaning) else meaning
     centered /= np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-12)
     likeness = np.clip(centered[: len(meaning)] @ centered.T, 0, 1) ** SHARPNESS

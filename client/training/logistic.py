@@ -51,12 +51,9 @@ def logistic_head(  # two of them by name
     With a convex loss the problem is strictly convex, and it starts at the prior, by default zeros: equal arguments
     give equal heads on one machine.
 
-    Args:
-        x: Shape ``(rows, features)``. A constant feature makes a bias.
-        labels: The number of each row's label, or what another loss takes.
-        penalty: Above 0.
-
-    Returns shape ``(features, count)``. Raises DataError if the loss is not finite."""
+    Returns shape ``(features, count)``. Raises DataError if the loss is not finite. ``x``: shape ``(rows, features)``.
+    A constant feature makes a bias. ``labels``: the number of each row's label, or what another loss takes.
+    ``penalty``: above 0."""
 
     start = np.zeros(x.shape[1] * count) if prior is None else prior.ravel()
 

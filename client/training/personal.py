@@ -51,12 +51,9 @@ class Rehearsal:
 class Personalization:
     """What a device keeps, and why.
 
-    Attributes:
-        judged: The candidate that was chosen, which no held-out example was fitted to.
-        adapter: What is kept. If a regression made the chosen one, the head is then fitted to the held-out examples as
-            well, so this adapter's score on them is too high.
-        scores: Each candidate's score on the held-out examples.
-    """
+    ``judged``: the candidate that was chosen, which no held-out example was fitted to. ``adapter``: what is kept. If a
+    regression made the chosen one, the head is then fitted to the held-out examples as well, so this adapter's score on
+    them is too high. ``scores``: each candidate's score on the held-out examples."""
 
     chosen: Candidate
     judged: Tensors
@@ -80,13 +77,10 @@ class Choice(Enum):
 class PersonalStep:
     """The personal step.
 
-    Args:
-        method: The name of one of ``METHODS``, which makes the personal adapter from the global one.
-        share: Of "interpolate": of the fine-tuned adapter, 0 to 1 (Wortsman et al. 2022, "Robust fine-tuning of
-            zero-shot models").
-        patience: Epochs without a lower loss on the held-out examples after which training ends, with the best adapter
-            until then (Prechelt 1998, "Early stopping - but when?"); 0: never. Not used without held-out examples.
-    """
+    ``method``: the name of one of ``METHODS``, which makes the personal adapter from the global one. ``share``: of
+    "interpolate": of the fine-tuned adapter, 0 to 1 (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models").
+    ``patience``: epochs without a lower loss on the held-out examples after which training ends, with the best adapter
+    until then (Prechelt 1998, "Early stopping - but when?"); 0: never. Not used without held-out examples."""
 
     epochs: int  # passes over the training examples; not used by ``HEADS``
     scale: float  # logit of a score of 1, for "ridge" and "ensemble"; equal to the federation's rounds'
@@ -225,14 +219,10 @@ def rehearsal(
 ) -> Rehearsal:
     """Choose public examples to rehearse, so that training does not unlearn them, and others to count.
 
-    See Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal".
-
-    Args:
-        examples: Of the device, all splits. Public examples that the model reads as one of these are left out.
-        public: Training examples, of any labels and languages.
-        each: Number of each label that are rehearsed, those in the device's words (``in_own_words``); of the others the
-            first and the last are counted: one in its languages, and one in another, if there are any. 0: none.
-    """
+    See Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal". ``examples``: of the device, all splits.
+    Public examples that the model reads as one of these are left out. ``public``: training examples, of any labels and
+    languages. ``each``: number of each label that are rehearsed, those in the device's words (``in_own_words``); of the
+    others the first and the last are counted: one in its languages, and one in another, if there are any. 0: none."""
     read = set(map(tuple, trainer.tokens([example.text for example in examples])))
     ordered = in_own_words(trainer, public, in_split(examples, Split.TRAIN))
     texts = zip(ordered, trainer.tokens([example.text for example in ordered]), strict=True)

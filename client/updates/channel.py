@@ -197,15 +197,11 @@ def update(
 ) -> Updated:
     """Bring ``bundle``, which may be missing, to the channel's release for this device. Private adapters stay.
 
-    Args:
-        language: Of the device, from now on; for rollouts by language.
-        wanted: An adapter of the release that the device shall have, instead of those that it used longest ago.
-        entropy: For the targeting key.
-
-    Raises ConfigError: it follows no channel, the repository cannot be reached or has no release of the channel, the
-    disk cannot be written, an adapter to keep is too large, or ``wanted`` is for another base; DataError: the bundle or
-    a file of the release is damaged; TrustError: the repository or the release breaks a rule. The bundle in use stays.
-    """
+    ``language``: of the device, from now on; for rollouts by language. ``wanted``: an adapter of the release that the
+    device shall have, instead of those that it used longest ago. ``entropy``: for the targeting key. Raises
+    ConfigError: it follows no channel, the repository cannot be reached or has no release of the channel, the disk
+    cannot be written, an adapter to keep is too large, or ``wanted`` is for another base; DataError: the bundle or a
+    file of the release is damaged; TrustError: the repository or the release breaks a rule. The bundle in use stays."""
     folder = storage.real(bundle).parent / UPDATES
     if not (folder / SOURCE).is_file():
         raise ConfigError(f"{bundle} follows no channel yet: name --repository, --channel and --root once")

@@ -267,11 +267,9 @@ def application(
 ) -> Starlette:
     """Make the web application.
 
-    Args:
-        look: Reads the fleet's view; called from a thread, never twice at once.
-        hosts: Names by which it may be called now: a foreign site whose name resolves to this machine is refused.
-        entrance: Where it listens; None if it is called within a process.
-    """
+    ``look``: reads the fleet's view; called from a thread, never twice at once. ``hosts``: names by which it may be
+    called now: a foreign site whose name resolves to this machine is refused. ``entrance``: where it listens; None if
+    it is called within a process."""
     pages = Pages(Logins(token, entrance), Feed(look), secure)
     routes = [
         Route("/", pages.page),

@@ -218,13 +218,8 @@ class GrpcConnections:
     """The connections of a port that gRPC has accepted, which it does by itself, past any place.
 
     They are found among the descriptors of this process. Once it has more than ``room``, a quarter of ``room`` is made
-    free: connections whose peer has proved nothing end, of the network that has most, the oldest first.
-
-    Args:
-        port: Of the listening socket.
-        room: Descriptors, of whatever kind.
-        proved: Peers that stay.
-    """
+    free: connections whose peer has proved nothing end, of the network that has most, the oldest first. ``port``: of
+    the listening socket. ``room``: descriptors, of whatever kind. ``proved``: peers that stay."""
 
     port: int
     room: int

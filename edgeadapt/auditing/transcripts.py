@@ -53,14 +53,10 @@ def require_logged(
     A coordinator may continue while it is audited. It writes a record before the ending, so what was recorded before
     the logs were read is in them, and what ended in them is recorded after that. Only the round that is under way then
     may have a record and no ending. The log was synced before the record was written, and so ends where that says. A
-    round in which the coordinator's process ended has no record: the next start logs it as interrupted.
-
-    Args:
-        before: All rounds, as the registry had them before the logs were read.
-        after: As it had them after that.
-        unfinished: The last session is under way.
-
-    Raises TrustError: the log of a session, a round or its ending is missing, or a round has no record."""
+    round in which the coordinator's process ended has no record: the next start logs it as interrupted. ``before``: all
+    rounds, as the registry had them before the logs were read. ``after``: as it had them after that. ``unfinished``:
+    the last session is under way. Raises TrustError: the log of a session, a round or its ending is missing, or a round
+    has no record."""
     logged = {(report.offer, each.plan): each for report in reports.values() for each in report.rounds}
     *_, last = reports.values()
     open_round = {(last.offer, last.open_plan)} if unfinished else set()
@@ -77,12 +73,9 @@ def require_published(
 ) -> None:
     """Check that each record and the manifest of its version say the same, and version 0 is of no round.
 
-    Args:
-        records: All rounds whose logs are there.
-        manifest_of: Version → its manifest.
-        reports: Name → report of all logs. A record has the ε of a round, and the offer of its session the δ.
-
-    Raises TrustError: they do not, or a manifest is missing."""
+    ``records``: all rounds whose logs are there. ``manifest_of``: version → its manifest. ``reports``: name → report of
+    all logs. A record has the ε of a round, and the offer of its session the δ. Raises TrustError: they do not, or a
+    manifest is missing."""
     seed = manifest_of(0)
     if seed is None or seed.round or seed.parent or seed.plan or seed.survivors or seed.metrics or seed.privacy:
         raise TrustError("adapter 0 is missing, or its manifest says that a round made it", about="manifest")

@@ -132,14 +132,11 @@ class AuthorityStore:
     ) -> bytes:
         """Certify the identity of an invited device, DER. For the same key again, return the same certificate.
 
-        Args:
-            invited: The public half of the invitation's key, raw.
-            signature: Made with that key over the request: who passes it on can have no other key certified.
-            admit: Called with ``invited`` in hex once the signature was verified, before the record is locked; may
-                raise.
-
-        Raises TrustError: the invitation is unknown, has expired, or was used for another key; or the signature or the
-        request is not valid, or for another name; ConfigError as ``issue``."""
+        ``invited``: the public half of the invitation's key, raw. ``signature``: made with that key over the request:
+        who passes it on can have no other key certified. ``admit``: called with ``invited`` in hex once the signature
+        was verified, before the record is locked; may raise. Raises TrustError: the invitation is unknown, has expired,
+        or was used for another key; or the signature or the request is not valid, or for another name; ConfigError as
+        ``issue``."""
         public, token = PublicKey(invited), invited.hex()
         public.verify(invitation.ENROLMENT, request, signature)
         name, key = read_request(request)

@@ -178,10 +178,8 @@ def _odd(histograms: Sequence[str], releases: Sequence[str]) -> str:
 def keys(label: str | None, probability: float, unknown: float, seconds: float, adapter: str) -> list[str]:
     """Return the keys of the counts to which an answer adds one.
 
-    Args:
-        label: None: the text had no answer, and ``probability`` counts in no bin.
-        unknown: Share of the text's unknown tokens.
-        adapter: ``AdapterManifest.content`` of the adapter that answered; empty: several did, as one.
+    ``label``: None: the text had no answer, and ``probability`` counts in no bin. ``unknown``: share of the text's
+    unknown tokens. ``adapter``: ``AdapterManifest.content`` of the adapter that answered; empty: several did, as one.
     """
     found = [
         f"labels/{label or OTHER}",

@@ -31,11 +31,8 @@ _LEAST_FREEDOM = 1 / 3  # 1 - 1.4 dof / W
 class EmbeddingMoments:
     """Holds the sums of some examples with embeddings of ``d`` numbers and ``k`` labels.
 
-    Attributes:
-        xx: Σ x xᵀ, shape ``(d, d)``, symmetric. Honest ones are positive semidefinite, with a trace of ``weight``.
-        xy: Σ x yᵀ, shape ``(d, k)``. The sum of its columns is Σ x.
-        weight: Number of examples.
-    """
+    ``xx``: Σ x xᵀ, shape ``(d, d)``, symmetric. Honest ones are positive semidefinite, with a trace of ``weight``.
+    ``xy``: Σ x yᵀ, shape ``(d, k)``. The sum of its columns is Σ x. ``weight``: number of examples."""
 
     xx: Matrix
     xy: Matrix

@@ -128,11 +128,8 @@ class DeviceAnswer:
 class DeviceEnrolment:
     """Asks for a certificate for the key in an invited device's request.
 
-    Attributes:
-        invited: The public half of the invitation's key.
-        signature: Made with that key over the request.
-        request: PKCS #10, PEM or DER.
-    """
+    ``invited``: the public half of the invitation's key. ``signature``: made with that key over the request.
+    ``request``: PKCS #10, PEM or DER."""
 
     invited: Annotated[bytes, wire.fixed(KEY)]
     signature: Annotated[bytes, wire.fixed(SIGNATURE)]
