@@ -167,12 +167,7 @@ def hypergeometric_tail(population: int, marked: int, drawn: int, least: int) ->
     >>> hypergeometric_tail(4, 2, 2, 1)  # 1 - C(2, 2) / C(4, 2)
     0.8333333333333334
 
-    Args:
-        population: Size, of which ``marked`` are marked.
-        marked: 0 to ``population``.
-        drawn: 0 to ``population``.
-        least: Any integer; 0 or less gives 1, more than can be drawn gives 0.
-    """
+    ``least``: any integer; 0 or less gives 1, more than can be drawn gives 0."""
     first, last = max(least, 0, drawn + marked - population), min(marked, drawn)
     ways = sum(math.comb(marked, i) * math.comb(population - marked, drawn - i) for i in range(first, last + 1))
     return ways / math.comb(population, drawn)

@@ -104,10 +104,8 @@ def derive(secret: bytes, *bound: bytes) -> bytes:
 
 
 def pair_key(private: bytes, public: bytes, context: bytes, plan: bytes, pair: tuple[str, str]) -> bytes:
-    """The mask key that two devices share for one plan; both sides compute the same one.
-
-    ``private``: mask key of one device of the pair. ``public``: public mask key of the other. ``pair``: the two device
-    ids, in either order."""
+    """The mask key that two devices share for one plan; both sides compute the same one. ``private``: mask key of one
+    device of the pair. ``public``: public mask key of the other. ``pair``: the two device ids, in either order."""
     return _pair_key(shared_secret(private, public), context, plan, pair)
 
 

@@ -97,10 +97,8 @@ def masks_to_remove(
     session: Session, plan: Plan, survivors: Sequence[str], seeds: Mapping[str, bytes], keys: Mapping[str, bytes]
 ) -> Iterator[Mask]:
     """The opposites of the masks that the sum of a group's survivors still has: their self masks, and those that they
-    share with dropouts.
-
-    ``survivors``: of one group, or all if there are no groups. ``seeds``: survivor → its seed. ``keys``: device of the
-    plan that dropped out → its mask key."""
+    share with dropouts. ``survivors``: of one group, or all if there are no groups. ``seeds``: survivor → its seed.
+    ``keys``: device of the plan that dropped out → its mask key."""
     digest = plan.digest()
     for device in survivors:
         yield Mask(masks.self_key(seeds[device], session.context, digest, device), add=False)

@@ -15,11 +15,9 @@ _KEY, _NONCE = 32, 12  # bytes
 
 
 def encrypt(plain: bytes, key: bytes, bound: bytes) -> bytes:
-    """Encrypt ``plain`` with AES-256-GCM under a sealing key; different bytes on every call.
-
-    ``plain``: at most 2^31 - 1 bytes. ``key``: 32 bytes that never leave the device. ``bound``: associated data: what
-    the bytes are and belong to. Different kinds of content have different ones. Raises ConfigError: the key has another
-    length."""
+    """Encrypt ``plain`` with AES-256-GCM under a sealing key; different bytes on every call. ``plain``: at most 2^31 -
+    1 bytes. ``key``: 32 bytes that never leave the device. ``bound``: associated data: what the bytes are and belong
+    to. Different kinds of content have different ones. Raises ConfigError: the key has another length."""
     nonce = SystemEntropy().bytes(_NONCE)
     return nonce + _cipher(key).encrypt(nonce, plain, bound)
 

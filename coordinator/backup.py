@@ -93,11 +93,9 @@ class ArchiveFile:
 def write_archive(
     out: Path, files: Sequence[ArchiveFile], manifest: Callable[[str], BackupManifest], key: IdentityKey, report: Report
 ) -> BackupManifest:
-    """Write an archive, readable by its owner only, and return its manifest.
-
-    ``out``: does not exist; a part of it is left where the disk is full. ``manifest``: digest of SHA256SUMS → the
-    manifest. ``report``: called for each file when it was hashed, and when it was written. Raises EdgeAdaptError: a
-    file changed meanwhile."""
+    """Write an archive, readable by its owner only, and return its manifest. ``out``: does not exist; a part of it is
+    left where the disk is full. ``manifest``: digest of SHA256SUMS → the manifest. ``report``: called for each file
+    when it was hashed, and when it was written. Raises EdgeAdaptError: a file changed meanwhile."""
     digests, total = list[str](), 2 * sum(entry.size for entry in files)
     for entry in files:
         digests.append(hashlib.sha256(entry.read()).hexdigest())

@@ -138,10 +138,9 @@ class Transport:
         attachments: Mapping[int, Mapping[str, bytes]] | None = None,
         enough: Enough | None = None,
     ) -> Iterator[Reply]:
-        """Send each node its body and yield the answers in the order of arrival, one for each node.
-
-        ``group``: Flower's group id: the round, or the attempt at a session. ``attachments``: node → field → what its
-        message carries besides the body. ``enough``: when to stop before the deadline, if not all answer."""
+        """Send each node its body and yield the answers in the order of arrival, one for each node. ``group``: Flower's
+        group id: the round, or the attempt at a session. ``attachments``: node → field → what its message carries
+        besides the body. ``enough``: when to stop before the deadline, if not all answer."""
         end = self.clock.now() + self.deadline  # pushing counts too: a message ages from the moment it is made
         messages = []
         for node, body in bodies.items():

@@ -11,11 +11,7 @@
     print(run)
     assert edgeadapt.audit(run.path)                        # did the server add up what the devices sent?
 
-Each name is loaded when it is used: the bare install has neither torch nor Flower.
-
-Below it, ``formats`` has every file and message that two parts share, ``bases`` the frozen models, ``methods`` their
-adapters, ``rounds`` what a round is about; ``auditing``, ``authority`` and ``releases`` are the tools of the auditor,
-of who enrols devices and of who releases to them; ``program`` is the command line."""
+Each name is loaded when it is used: the bare install has neither torch nor Flower."""
 
 from importlib import import_module
 from importlib.metadata import version

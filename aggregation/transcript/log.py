@@ -143,11 +143,9 @@ def packed_vector(body: bytes) -> bytes:
 
 
 def resume(entries: tuple[Entry, ...], start: AdapterId, previous: bytes = NO_SESSION) -> Transcript:
-    """The transcript that wrote ``entries``, ready to append to.
-
-    ``entries``: of the log; the first is the offer. ``start``: the adapter that the session started from. ``previous``:
-    digest of the last checkpoint of the previous session. Raises ProtocolError: the first entry is not an offer, or as
-    ``Transcript.add``."""
+    """The transcript that wrote ``entries``, ready to append to. ``entries``: of the log; the first is the offer.
+    ``start``: the adapter that the session started from. ``previous``: digest of the last checkpoint of the previous
+    session. Raises ProtocolError: the first entry is not an offer, or as ``Transcript.add``."""
     log = Transcript(Offer.decode(envelope.unverified_body(entries[0].message)).digest(), start, previous)
     for entry in entries:
         log.add(entry)

@@ -82,10 +82,9 @@ def receipts(log: Transcript, devices: Iterable[str]) -> dict[str, bytes]:
 
 
 def session_chain_proof(log: Transcript, key: IdentityKey, receipt: bytes = b"", closed: Iterable[bytes] = ()) -> bytes:
-    """The encoded proof that a device receives with the offer of a new session.
-
-    ``log``: of the new session. ``receipt``: from the closed log of the session that the device joined last, if it
-    joined one. ``closed``: the last checkpoint of each session since, signed, in order."""
+    """The encoded proof that a device receives with the offer of a new session. ``log``: of the new session.
+    ``receipt``: from the closed log of the session that the device joined last, if it joined one. ``closed``: the last
+    checkpoint of each session since, signed, in order."""
     return SESSION_CHAIN_PROOF.encode(SessionChainProof(receipt, tuple(closed), log.start_checkpoint(key)))
 
 

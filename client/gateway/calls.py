@@ -72,10 +72,9 @@ class Conversation:
 
 @contextmanager
 def conversation(address: str, path: str, authority: bytes, timeout: float | None = None) -> Iterator[Conversation]:
-    """Have a conversation with the service at ``address``, ``HOST:PORT``, while the block runs.
-
-    ``path``: which one, of ``edgeadapt.formats.gateway.messages``. ``authority``: the pinned certificate, PEM, under
-    which the service's own is verified. ``timeout``: seconds for the whole; None: as long as the peer is there."""
+    """Have a conversation with the service at ``address``, ``HOST:PORT``, while the block runs. ``path``: which one, of
+    ``edgeadapt.formats.gateway.messages``. ``authority``: the pinned certificate, PEM, under which the service's own is
+    verified. ``timeout``: seconds for the whole; None: as long as the peer is there."""
     credentials = grpc.ssl_channel_credentials(authority)
     sent: queue.SimpleQueue[Iterable[bytes] | None] = queue.SimpleQueue()
     with grpc.secure_channel(address, credentials, options=messages.DEVICE_OPTIONS) as channel:

@@ -187,15 +187,11 @@ class Learner:
     ) -> Iterator["Learner"]:
         """Verify a bundle and open what was learned, which no other process can do at the same time.
 
-        Args:
-            trust: The pinned public keys; by default ``trust.pem`` in the folder that contains the bundle.
-            name: The adapter that shall learn; by default that in use. One that is not private stays, and a private one
-                is made from it.
-            entropy: Draws the keys, the first time.
-            task: That the base must be for; None: any.
-
-        Raises TrustError, DataError, ConfigError as ``Library.open``, ``Library.default`` and ``Trust.adapter``; or
-        another process learns, or what was learned cannot be opened."""
+        ``trust``: the pinned public keys; by default ``trust.pem`` in the folder that contains the bundle. ``name``:
+        the adapter that shall learn; by default that in use. One that is not private stays, and a private one is made
+        from it. ``task``: that the base must be for; None: any. Raises TrustError, DataError, ConfigError as
+        ``Library.open``, ``Library.default`` and ``Trust.adapter``; or another process learns, or what was learned
+        cannot be opened."""
         library = Library.open(bundle, trust, task)
         bundle = library.bundle
         folder = storage.real(bundle).parent / LEARNED
@@ -273,7 +269,6 @@ class Learner:
         alone is not compared: a regression may have fitted it to the held-out examples.
 
         Args:
-            examples: The device's examples file.
             how: The step; of a language model, its method is fine-tuning.
             learning_rate: Of the first training step; None: ``VIRTUAL_RATE`` of virtual tokens, else ``PERSONAL_RATE``.
             control: Limits of this device; its checkpoint is set here.

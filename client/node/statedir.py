@@ -147,10 +147,9 @@ class DeviceStateDir:
     def create(
         cls, folder: Path, settings: DeviceSettings, identity: IdentityKey, trust: Mapping[str, bytes], entropy: Entropy
     ) -> Self:
-        """Write a state directory, of ``settings`` only values that differ from their defaults.
-
-        ``folder``: created if it is missing. ``identity``: the device's key; the authority certifies its public key.
-        ``trust``: ``AUTHORITY``, ``COORDINATOR`` and, once issued, ``CERTIFICATE`` → the files' bytes."""
+        """Write a state directory, of ``settings`` only values that differ from their defaults. ``folder``: created if
+        it is missing. ``identity``: the device's key; the authority certifies its public key. ``trust``: ``AUTHORITY``,
+        ``COORDINATOR`` and, once issued, ``CERTIFICATE`` → the files' bytes."""
         folder.mkdir(parents=True, exist_ok=True)
         toml = tomli_w.dumps(settings.model_dump(mode="json", exclude_defaults=True))
         files = {SETTINGS: toml.encode(), IDENTITY: identity.to_pem(), **trust}

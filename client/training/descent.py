@@ -88,7 +88,6 @@ def descend(
 
     Args:
         start: All tensors of the adapter, finite, and R of Fed-SB if the task trains it.
-        order: The batches of all epochs, as indices of examples.
         gradients_of: Tensors and batch → its mean loss, and the gradients by at least the trained tensors.
         control: Limits of this device; what it keeps of a training that was interrupted is continued.
 

@@ -49,11 +49,9 @@ class Rehearsal:
 
 @dataclass(frozen=True, slots=True)
 class Personalization:
-    """What a device keeps, and why.
-
-    ``judged``: the candidate that was chosen, which no held-out example was fitted to. ``adapter``: what is kept. If a
-    regression made the chosen one, the head is then fitted to the held-out examples as well, so this adapter's score on
-    them is too high. ``scores``: each candidate's score on the held-out examples."""
+    """What a device keeps, and why. ``judged``: the candidate that was chosen, which no held-out example was fitted to.
+    ``adapter``: what is kept. If a regression made the chosen one, the head is then fitted to the held-out examples as
+    well, so this adapter's score on them is too high. ``scores``: each candidate's score on the held-out examples."""
 
     chosen: Candidate
     judged: Tensors

@@ -1,10 +1,8 @@
 """Computes with torch, on the base itself: the engine of simulations, and of a device that has no bundle.
 
-A model can run from the hidden states that enter the first layer which an adapter changes.
-
-The layers below are frozen and have no adapter, so they give a text the same states in every step of a training: they
-are computed once (``edgeadapt.bases.states``). How a family of models calls its layers shows while one text passes
-them. That both ways give the same answer is measured before either is used."""
+The layers below the first that an adapter changes are frozen, so they give a text the same states in every step of a
+training: they are computed once (``edgeadapt.bases.states``), and the model runs from them. How a family of models
+calls its layers shows while one text passes them. That both ways give one answer is measured before either is used."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -112,7 +112,6 @@ class Trainer:
         Args:
             start: Tensors in ``layout``; the caller checks them.
             task: Batch size, optimizer and its settings; parts that it does not train stay.
-            rng: Draws the order of the examples.
 
         Returns:
             Tensors in ``layout``, and R if the task trains it (``edgeadapt.methods.lorasb``), float32 and finite.

@@ -265,11 +265,9 @@ async def _health(_: Request) -> Response:
 def application(
     look: Look, token: str, hosts: Callable[[], Collection[str]], *, secure: bool, entrance: Entrance | None = None
 ) -> Starlette:
-    """Make the web application.
-
-    ``look``: reads the fleet's view; called from a thread, never twice at once. ``hosts``: names by which it may be
-    called now: a foreign site whose name resolves to this machine is refused. ``entrance``: where it listens; None if
-    it is called within a process."""
+    """Make the web application. ``look``: reads the fleet's view; called from a thread, never twice at once. ``hosts``:
+    names by which it may be called now: a foreign site whose name resolves to this machine is refused. ``entrance``:
+    where it listens; None if it is called within a process."""
     pages = Pages(Logins(token, entrance), Feed(look), secure)
     routes = [
         Route("/", pages.page),

@@ -243,10 +243,9 @@ class Gateway(ConversationServer):
         browsers: BrowserSettings | None = None,
         refused: Refused = lambda kind, version, text: None,
     ) -> None:
-        """Start listening.
-
-        ``address``: ``HOST:PORT`` for light devices; port 0 takes any free one. ``read_root``: now → the authority with
-        its newest revocation list. ``refused``: called for each peer that is not admitted for what it is."""
+        """Start listening. ``address``: ``HOST:PORT`` for light devices; port 0 takes any free one. ``read_root``: now
+        → the authority with its newest revocation list. ``refused``: called for each peer that is not admitted for what
+        it is."""
         limits, room = limits or GatewayLimits(), raise_descriptors() // 4
         if room < limits.devices:
             log.warning("at most %d devices can be connected: this process may open no more files", room)

@@ -39,9 +39,7 @@ def audit(
     """Check a session.
 
     Args:
-        raw: The log.
         root: The authority that must have certified the devices, with its revocation list if that is to be checked.
-        coordinator: The coordinator's key, as devices pin it.
         vectors: Digest and length → packed masked vector, where it was kept.
         at: When certificates must have been valid and not revoked; None: when the session began, as its log says.
         unfinished: Accept a log that is not closed, as that of a session under way is. Else the report says so.

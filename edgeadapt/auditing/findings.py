@@ -94,17 +94,13 @@ class RoundSummary:
     Args:
         dealt: The devices that were dealt into its groups; empty without groups.
         groups: The survivors of each group; one without groups.
-        adapter: Version and digest of the adapter from which the devices trained.
         survivors: The devices whose updates are in the sum; empty if the coordinator never named them.
         unmasked: The devices in the sum that the coordinator learned, or could learn in a round without a result; empty
             if it could learn none.
         dropouts_by_step: Step → devices that answered the previous steps of the round, and not this one. A device that
             drops out after its update arrived is still a survivor.
-        blamed: The devices that revealed wrong shares.
         ending: The adapter that the round produced, or why it produced none.
-        sum: Digest of the sum, if the round has a result.
         entries: In the log before the ending of the round; if the round is open, all of the log.
-        root: Merkle root of these entries.
         epsilon: What all sums so far may have revealed (``account``); None in a session without noise.
         began: When the coordinator sent the plan, in seconds since 1970, as it signed; None in a log of an earlier
             version.

@@ -152,16 +152,10 @@ class AuthorityStore:
     def renew(self, authority: Authority, certificate: bytes, signature: bytes, *, days: float, admit: Admit) -> bytes:
         """Certify again the identity of a device whose certificate is valid; DER.
 
-        Its newest certificate is returned as long as that does not end soon.
-
-        Args:
-            certificate: The certificate of the device's identity, DER.
-            signature: Made by the identity over ``certificate``.
-            days: The new one is valid as long, or until the authority ends.
-            admit: Called with the device's name once it has proved it; may raise.
-
-        Raises TrustError: the certificate has expired, was revoked, or is not of this authority; or the identity did
-        not sign; ConfigError as ``issue``."""
+        Its newest certificate is returned as long as that does not end soon. ``signature``: made by the identity over
+        ``certificate``. ``days``: the new one is valid as long, or until the authority ends. ``admit``: called with the
+        device's name once it has proved it; may raise. Raises TrustError: the certificate has expired, was revoked, or
+        is not of this authority; or the identity did not sign; ConfigError as ``issue``."""
         now = self.clock()
         try:
             name, key = authority.root.verify(certificate, now)

@@ -93,13 +93,10 @@ def configuration(  # noqa: PLR0913  # each by name, as the command that passes 
     """Return the configuration of an adapter that is trained from the start.
 
     Args:
-        rank: For the methods of low rank, as alpha.
         alpha: The factor of the update is alpha / rank, of rsLoRA alpha / sqrt(rank); VeRA has none.
         targets: Names of the modules that are adapted. None: those that peft names for the base's architecture, or of
             LoRA the first of ``PROJECTIONS`` that the base has; of LayerNorm tuning, all normalizations.
         feedforward: Those of IA³'s targets whose input is scaled. None, without targets: those that peft names.
-        virtual_tokens: For prompt and prefix tuning.
-        bias: For LoRA: which of the base's biases are trained besides.
         layers: Only the targets in so many of the last layers are adapted; 0: in all.
 
     Raises ConfigError: the base cannot be opened, peft names no modules for it, or as ``require_trainable``."""

@@ -51,10 +51,7 @@ class Action(Exact):
         subject: The channel; of ``rotate`` the role; None if it concerns all.
         source: The channel that a promotion is from.
         release: Number of the release that it made or rolls out in ``subject``, or of ``source`` that was refused.
-        sha256: The digest of that release's file.
-        adapters: That release's: name → version.
         again: The earlier release that a rollback published again.
-        rollout: Who gets the release, if not all devices.
         evaluation: A prepared rollback was published for it, or the release stayed after it.
         drift: A prepared rollback was published for it.
     """

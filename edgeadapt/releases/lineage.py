@@ -49,13 +49,11 @@ class VersionDifference:
     """Compares version ``after`` with version ``before``.
 
     Args:
-        same_base: They are for one base.
         tensors: In both versions, with one shape.
         updates: Of layers with LoRA in both, ``s B A``.
         total: All of ``tensors`` as one vector; None if there are none.
         added, removed: Names of tensors that only one of the two has, or that have another shape.
         labels_moved: The labels are the same, in another order.
-        peft_config: The method's settings are the same.
     """
 
     before: int

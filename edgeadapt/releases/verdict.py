@@ -130,14 +130,9 @@ def verdict(metrics: Mapping[str, float], margin: float) -> Verdict | None:
 
 @dataclass(frozen=True, slots=True)
 class JudgedEvaluation(Exact):
-    """Holds a round of evaluation with its verdict, as the log of a repository has it.
-
-    Args:
-        version: SHA-256 of the adapter's file that the round made, which its signed manifest names with the metrics.
-        survivors: Number of devices in the sum.
-        adapter: Name of the adapter that was compared.
-        newest, previous: ``AdapterManifest.content`` of it in the two releases.
-    """
+    """Holds a round of evaluation with its verdict, as the log of a repository has it. ``version``: SHA-256 of the
+    adapter's file that the round made, which its signed manifest names with the metrics. ``newest``, ``previous``:
+    ``AdapterManifest.content`` of it in the two releases."""
 
     round: Count
     version: Sha256

@@ -176,11 +176,9 @@ def _odd(histograms: Sequence[str], releases: Sequence[str]) -> str:
 
 
 def keys(label: str | None, probability: float, unknown: float, seconds: float, adapter: str) -> list[str]:
-    """Return the keys of the counts to which an answer adds one.
-
-    ``label``: None: the text had no answer, and ``probability`` counts in no bin. ``unknown``: share of the text's
-    unknown tokens. ``adapter``: ``AdapterManifest.content`` of the adapter that answered; empty: several did, as one.
-    """
+    """Return the keys of the counts to which an answer adds one. ``label``: None: the text had no answer, and
+    ``probability`` counts in no bin. ``unknown``: share of the text's unknown tokens. ``adapter``:
+    ``AdapterManifest.content`` of the adapter that answered; empty: several did, as one."""
     found = [
         f"labels/{label or OTHER}",
         f"unknown/{sum(unknown > bound for bound in UNKNOWN)}",

@@ -29,10 +29,9 @@ _LEAST_FREEDOM = 1 / 3  # 1 - 1.4 dof / W
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingMoments:
-    """Holds the sums of some examples with embeddings of ``d`` numbers and ``k`` labels.
-
-    ``xx``: Σ x xᵀ, shape ``(d, d)``, symmetric. Honest ones are positive semidefinite, with a trace of ``weight``.
-    ``xy``: Σ x yᵀ, shape ``(d, k)``. The sum of its columns is Σ x. ``weight``: number of examples."""
+    """Holds the sums of some examples with embeddings of ``d`` numbers and ``k`` labels. ``xx``: Σ x xᵀ, shape ``(d,
+    d)``, symmetric. Honest ones are positive semidefinite, with a trace of ``weight``. ``xy``: Σ x yᵀ, shape ``(d,
+    k)``. The sum of its columns is Σ x. ``weight``: number of examples."""
 
     xx: Matrix
     xy: Matrix

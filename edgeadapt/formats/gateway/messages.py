@@ -126,10 +126,8 @@ class DeviceAnswer:
 
 @dataclass(frozen=True, slots=True)
 class DeviceEnrolment:
-    """Asks for a certificate for the key in an invited device's request.
-
-    ``invited``: the public half of the invitation's key. ``signature``: made with that key over the request.
-    ``request``: PKCS #10, PEM or DER."""
+    """Asks for a certificate for the key in an invited device's request. ``invited``: the public half of the
+    invitation's key. ``signature``: made with that key over the request. ``request``: PKCS #10, PEM or DER."""
 
     invited: Annotated[bytes, wire.fixed(KEY)]
     signature: Annotated[bytes, wire.fixed(SIGNATURE)]
