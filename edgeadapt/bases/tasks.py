@@ -6,6 +6,7 @@ import importlib
 import json
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Protocol
@@ -17,6 +18,7 @@ from aggregation.errors import ConfigError, DataError
 from edgeadapt.extensions import Extensions
 
 CLASSIFICATION: Final = "classification"
+MULTILABEL = "multilabel"
 Target = tuple[float, ...]
 Numbers = NDArray[np.floating[Any]]
 
@@ -83,9 +85,53 @@ class Classification:
         return names[int(outputs.argmax())]
 
 
+class MultiLabel:
+    """Any number of labels for a text: a list of them in JSON, or joined by ``+``. A score is the share of the labels,
+    right or answered, that are both (Jaccard's index); 1 if there are none."""
+
+    version = 1
+    metric = "overlap of labels"
+
+    def outputs(self, labels: Sequence[str]) -> Sequence[str]:
+        names: set[str] = set()
+        for label in labels:
+            with suppress(ValueError):  # ``target`` refuses it
+                names.update(self._names(label))
+        return sorted(names)
+
+    def target(self, label: str, outputs: Sequence[str]) -> Sequence[float]:
+        if odd := {*self._names(label)} - {*outputs}:
+            raise ValueError(f"{min(odd)!r} is not a label")
+        return [float(name in self._names(label)) for name in outputs]
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        entropy = importlib.import_module("torch.nn.functional").binary_cross_entropy_with_logits
+        return entropy(outputs, targets, reduction="none").mean(1)
+
+    def score(self, outputs: Numbers, targets: Numbers) -> NDArray[Any]:
+        said, right = outputs > 0, targets > 0
+        either = (said | right).sum(1)
+        shares: NDArray[Any] = np.where(either, (said & right).sum(1) / np.maximum(either, 1), 1.0)
+        return shares
+
+    def answer(self, outputs: Numbers, names: Sequence[str]) -> list[str]:
+        return [name for name, output in zip(names, outputs, strict=True) if output > 0]
+
+    def _names(self, label: str) -> list[str]:
+        if not label.startswith("["):
+            return [name.strip() for name in label.split("+") if name.strip()]
+        try:
+            names = json.loads(label)
+        except (ValueError, RecursionError):
+            raise ValueError("the list of labels is not JSON") from None
+        if not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError("a list of labels has texts only")
+        return [name.strip() for name in names]
+
+
 @dataclass(frozen=True, slots=True)
 class OwnTask:
-    """A task of ``TASKS`` that a package adds. What it returns is checked; errors quote no example."""
+    """A task of ``TASKS`` besides classification. What it returns is checked; errors quote no example."""
 
     name: str
     make: Callable[[], LearningTask]
@@ -173,7 +219,7 @@ def check_task(name: str, make: Callable[[], LearningTask]) -> None:
 
 
 TASKS = Extensions[Callable[[], Any]](
-    "edgeadapt.tasks", "task", "data.task", {CLASSIFICATION: Classification}, check_task
+    "edgeadapt.tasks", "task", "data.task", {CLASSIFICATION: Classification, MULTILABEL: MultiLabel}, check_task
 )
 
 

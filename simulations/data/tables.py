@@ -76,7 +76,8 @@ class DataSettings(Settings):
     label: str = "label"
     """column of the label; empty: the texts are for a language model, and have none"""
     task: Annotated[str, AfterValidator(TASKS.require)] = CLASSIFICATION
-    """what is learned of the label: classification, or a task that an installed package adds (docs/how-to/extend.md)"""
+    """what is learned of the label: classification, multilabel (a list of labels, or a+b), or a task that an installed
+    package adds (docs/how-to/extend.md)"""
     prompt: str = ""
     """for a language model: column of what each text answers; without one, texts are continued"""
     client: str = ""

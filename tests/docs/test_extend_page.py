@@ -151,14 +151,14 @@ def test_its_parameters_are_published_and_a_machine_without_it_refuses(
     base = find_base("words")
     assert json.loads(out)["base_digest"] == base.digest
 
-    task = ("--base", "words", "--labels", "labels.txt", "--task", "topics", "--json")
+    task = ("--base", "words", "--labels", "labels.txt", "--task", "multilabel", "--json")
     settings = ("--authority", "trust/authority.pem", "--set", "analytic.rounds=1")
     assert run("coordinator", "init", "other", *settings)[0] == 0
     code, _, err = run("coordinator", "publish", "other", *task)
     assert (code, "set analytic.rounds to 0" in err) == (2, True)
     assert run("coordinator", "init", "third", *settings[:2])[0] == 0
     code, out, _ = run("coordinator", "publish", "third", *task)
-    assert json.loads(out)["base_digest"] == with_task(base, "topics").digest
+    assert json.loads(out)["base_digest"] == with_task(base, "multilabel").digest
     monkeypatch.setattr(MODELS.find("words"), "version", 2)
     assert find_base("words").digest != base.digest
 
@@ -193,29 +193,31 @@ def rows_of(label: Callable[[str, str], str]) -> str:
     return "\n".join(["text,label,customer", *rows])
 
 
-@pytest.mark.parametrize("task", ["topics", "stars"])
+@pytest.mark.parametrize("task", ["multilabel", "stars"])
 def test_a_task_is_learned_in_audited_sums_and_scored_by_its_metric(
     mine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Any, one_thread: None, task: str
 ) -> None:
     labels: dict[str, Callable[[str, str], str]] = {
-        "topics": lambda one, other: "+".join(sorted({one, other})),
+        "multilabel": lambda one, other: "+".join(sorted({one, other})),
         "stars": lambda one, other: STARS[max(one, other)],
     }
-    (tmp_path / "topics.csv").write_text(rows_of(labels[task]))
+    (tmp_path / "stars.csv").write_text(rows_of(labels[task]))
     monkeypatch.chdir(tmp_path)
     program = next(block for block in blocks("python") if "edgeadapt.simulate(" in block and "data__task" in block)
-    program = program.replace('"topics.csv",', QUICK.format(file="topics.csv", base=str(tiny_base.folder)))
-    program = program.replace("Topics", task.capitalize()).replace("client=", 'engine="protocol", client=', 1)
+    program = program.replace('"stars.csv",', QUICK.format(file="stars.csv", base=str(tiny_base.folder)))
+    program = program.replace("data__task=Stars", f"data__task={task!r}").replace(
+        "client=", 'engine="protocol", client=', 1
+    )
     Path("program.py").write_text(program)
     run = runpy.run_path("program.py")["run"]
-    assert run.result.metric == {"topics": "overlap of topics", "stars": "within half a star"}[task]
+    assert run.result.metric == {"multilabel": "overlap of labels", "stars": "within half a star"}[task]
     assert run.accuracy["personal"]["mean"] > run.accuracy["base"]["mean"] + 0.15
     assert run.result.to_json()["score"].keys() == {"base", "local", "global", "personal"}
     assert str(run).startswith(run.result.metric)
     ((status, text),) = audited(SimpleNamespace(out=run.path))
     assert (status, "2 of 2 recomputed from the sums" in text) == (Status.PASS, True), text
     (answer,) = run.answer(["play a song kitchen"], client=run.clients[0].name)
-    assert answer == ["music"] if task == "topics" else abs(answer - 3) <= 0.5
+    assert answer == ["music"] if task == "multilabel" else abs(answer - 3) <= 0.5
 
 
 CLASSES: dict[str, dict[str, Any]] = {
@@ -229,7 +231,7 @@ CLASSES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("key", CLASSES)
 def test_what_counts_classes_is_refused_in_a_task_with_the_key_to_set(mine: None, tiny_base: Any, key: str) -> None:
     known: dict[str, dict[str, Any]] = {
-        "data": {"files": ["topics.csv"], "task": "topics"},
+        "data": {"files": ["stars.csv"], "task": "stars"},
         "base": {"model": str(tiny_base.folder)},
         "federation": {"analytic": {"rounds": 0}},
         "personal": {"method": "fine-tune"},

@@ -13,7 +13,7 @@ from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.engine import OwnTrainer
 from client.training.examples import Example
 from edgeadapt.bases.base import OwnModel, with_task
-from edgeadapt.bases.tasks import TASKS, OwnTask, check_task
+from edgeadapt.bases.tasks import TASKS, MultiLabel, OwnTask, check_task, find_task
 from edgeadapt.rounds.analytic import AnalyticTask
 from tests.support import refused
 
@@ -113,3 +113,21 @@ def test_a_model_of_others_is_scored_by_a_task_of_others(tiny_base: Any) -> None
     examples = [Example("ab", target=(1.0,)), Example("abc", target=(0.0,)), Example("a", target=(1.0,))]
     score = trainer.score({}, examples)
     assert (score.correct, score.count, score.loss) == (2, 3, 1.0)
+
+
+def test_a_text_may_have_any_number_of_labels() -> None:
+    task = find_task("multilabel")
+    names = task.outputs(["wifi+bill", '["bill", "phone line"]', "[]", "[broken"])
+    assert names == ("bill", "phone line", "wifi")
+    targets = np.array([task.target(label, names) for label in ("wifi + bill", '["phone line"]', "[]", "[]")])
+    assert targets.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    outputs = np.array([[2.0, -1, -1], [-1, 3, -1], [-1, -1, -1], [1, -1, -1]])
+    assert task.score(outputs, targets).tolist() == [0.5, 1, 1, 0]
+    assert task.answer(outputs[0], names) == ["bill"]
+    assert task.losses(outputs[:1], targets[:1])[0] == pytest.approx((np.log1p(np.exp([-2, -1, 1]))).mean())
+
+
+@pytest.mark.parametrize("label", ["wifi+tv", '["tv"]', "[broken", "[5]", '[""]', "[" * 100_000])
+def test_a_label_that_is_none_of_several_is_refused(label: str) -> None:
+    with pytest.raises(ValueError, match="label"):
+        MultiLabel().target(label, ["bill", "wifi"])
