@@ -16,6 +16,9 @@ from client.learning import Correction, Learned, Learner, Personalized, Undone
 from client.learning.questions import remember
 from client.training.personal import FINE_TUNE, PersonalStep
 from client.updates import ChannelSource, Updated, follow, update
+from edgeadapt.bases.media import is_medium
+from edgeadapt.bases.readers import as_texts
+from edgeadapt.formats.bundle import TOKENIZER
 from edgeadapt.formats.storage import File
 from edgeadapt.interface.names import in_python
 
@@ -165,7 +168,7 @@ class Classifier(_Model):
     @overload
     def __call__(self, text: Iterable[str], *, adapter: str | None = None) -> list[Answer]: ...
     def __call__(self, text: str | Iterable[str], *, adapter: str | None = None) -> Answer | list[Answer]:
-        """Classify a text, or each of several. Raises as ``top``."""
+        """Classify a text, of pictures or sounds the path of a file, or each of several. Raises as ``top``."""
         if isinstance(text, str):
             return self.top(text, 1, adapter=adapter)[0]
         return [answers[0] for answers in self._answers(text, 1, adapter)]
@@ -181,15 +184,22 @@ class Classifier(_Model):
         return self._answers([text], count, adapter)[0]
 
     def _answers(self, texts: Iterable[str], count: int, adapter: str | None) -> list[list[Answer]]:
-        named, found, asked = adapter or self.adapter, list[tuple[Adapter, Ranking, float]](), list(texts)
+        named, found, asked = adapter or self.adapter, list[tuple[Adapter, Ranking, float]](), self._read(texts)
         for text in asked:
-            if not isinstance(text, str):
-                raise DataError(f"a {type(text).__name__} is not a text: give a string", about="text")
-            checked(text)
+            if not is_medium(text):
+                checked(text)
             found.append(self._session.answer(text, named, count))
         usage.count_answers(self.bundle, found)  # once: it writes a file
         remember(self.bundle, [(text, ranking) for text, (_, ranking, _) in zip(asked, found, strict=True)])
         return [self._ranked(used.name, ranking) for used, ranking, _ in found]
+
+    def _read(self, texts: Iterable[str]) -> list[str]:
+        """Return the texts, or what is in the files that they name. Raises DataError: one is not a string, or as
+        ``as_texts``."""
+        given = list(texts)
+        if odd := [text for text in given if not isinstance(text, str)]:
+            raise DataError(f"a {type(odd[0]).__name__} is not a text: give a string", about="text")
+        return as_texts(self._library.base.files[TOKENIZER], given)
 
     @staticmethod
     def _ranked(used: str, found: Ranking) -> list[Answer]:
@@ -212,7 +222,8 @@ class Classifier(_Model):
         pairs = list(corrections)
         if wrong := [pair for pair in pairs if isinstance(pair, str) or len(pair) != 2]:
             raise DataError(f"{wrong[0]!r} is not a text and its label: give pairs", about="corrections")
-        return self._taught([Correction(*pair) for pair in pairs])
+        texts = self._read(text for text, _ in pairs)
+        return self._taught([Correction(text, label) for text, (_, label) in zip(texts, pairs, strict=True)])
 
 
 class LanguageModel(_Model):

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aggregation.errors import DataError
+from edgeadapt.bases.pictures import picture
 from tests.simulations.data.test_tables import picture_rows
-from tests.support import Run
+from tests.support import Run, refused
 from tests.support.pictures import LABELS, SIDE, file_of, make_base, stripes
 
 SCENARIO = """
@@ -106,3 +108,14 @@ def test_a_device_learns_from_a_picture(finished: Path, run: Run, tmp_path: Path
     assert "base64" not in out
     code, out, err = run("device", "infer", "--bundle", bundle, "--json", tmp_path / "a.png")
     assert json.loads(out)["adapters"][0]["answers"][0]["intents"][0]["intent"] == other
+
+
+def test_python_reads_the_file_of_a_picture(finished: Path, tmp_path: Path) -> None:
+    import edgeadapt
+
+    (tmp_path / "a.png").write_bytes(stripes(0, 9))
+    model = edgeadapt.load(bundle_of(finished))
+    answer = model(str(tmp_path / "a.png"))
+    assert answer == model(picture(stripes(0, 9)))
+    with refused(DataError, "picture", "No such file"):
+        model("turn on the light")
