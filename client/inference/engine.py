@@ -77,35 +77,15 @@ class _Live:
         return self.states if self.params.reusable else None
 
 
-class GenerationEngine:
-    """A verified base, loaded. The caller verifies adapters, and reads one answer at a time."""
+class ModelText:
+    """What a verified language model reads and writes as text, and the guides of its answers."""
 
-    def __init__(self, base: VerifiedBase, threads: int, options: Mapping[str, str] | None = None) -> None:
-        """Load the model. ``options``: further session options of ONNX Runtime, such as ``enable_profiling``.
-
-        Raises ConfigError: onnxruntime-genai is not installed; RuntimeError, ValueError, KeyError, TypeError: the base
-        cannot be loaded.
-        """
-        self._og = genai()
-        config = self._og.Config(str(base.folder))
-        session = {"intra_op_num_threads": threads, **(options or {})}
-        self._chat = CHAT in base.manifest.files
-        decoder = {"session_options": session} | ({"filename": CHAT} if self._chat else {})
-        config.overlay(json.dumps({"model": {"decoder": decoder}}))
-        self._model = self._og.Model(config)
-        self._tokenizer = self._og.Tokenizer(self._model)
-        self._adapters = self._og.Adapters(self._model)
-        self._live: _Live | None = None
-        self._names: dict[str, str] = {}  # of loaded adapters: name → name in the library
-        self._unused: list[str] = []  # unloaded adapters that the generator may hold, by name in the library
+    def __init__(self, base: VerifiedBase, config: Any) -> None:
+        """``config``: onnxruntime-genai's, of the base. Raises as ``GenerationEngine``."""
         stated = json.loads(base.files[GENERATION])["model"]
-        self._width = int(stated["decoder"]["hidden_size"]) if self._chat else 0
-        if self._chat:
-            self._load(BARE, empty_inputs(base.manifest.slots))
-        self.context = int(stated["context_length"])
-        self.vocabulary = int(stated["vocab_size"])
+        self.context, self.vocabulary = int(stated["context_length"]), int(stated["vocab_size"])
+        self._tokenizer, self._tokenizer_file = genai().Tokenizer(config), base.files[TOKENIZER]
         self.ends = frozenset(map(int, self._tokenizer.eos_token_ids))
-        self._tokenizer_file = base.files[TOKENIZER]
         self.special_tokens = special_tokens(self._tokenizer_file)
         self._detokenizer = Detokenizer(self._tokenizer_file)
         self._follower: GuideFollower | None = None
@@ -125,6 +105,45 @@ class GenerationEngine:
             reason = f"this model cannot chat ({one_line(error)})"
             raise ConfigError(f"{reason}; use `edgeadapt device infer`", about="chat_template") from error
         return str(text)
+
+    def check(self, params: SamplingParams) -> None:
+        """Check that the guide of ``params``, if any, can be followed. Raises as ``GuideFollower.begin``."""
+        self.guided(params.guide)
+
+    def guided(self, guide: Guide | None) -> GuidedAnswer | None:
+        """Begin an answer, if there is a guide. Raises as ``check``."""
+        if guide is None:
+            return None
+        if self._follower is None:
+            self._follower = GuideFollower(self._tokenizer_file, self.vocabulary, self.ends)
+        return self._follower.begin(guide)
+
+
+class GenerationEngine(ModelText):
+    """A verified base, loaded. The caller verifies adapters, and reads one answer at a time."""
+
+    def __init__(self, base: VerifiedBase, threads: int, options: Mapping[str, str] | None = None) -> None:
+        """Load the model. ``options``: further session options of ONNX Runtime, such as ``enable_profiling``.
+
+        Raises ConfigError: onnxruntime-genai is not installed; RuntimeError, ValueError, KeyError, TypeError: the base
+        cannot be loaded.
+        """
+        self._og = genai()
+        config = self._og.Config(str(base.folder))
+        session = {"intra_op_num_threads": threads, **(options or {})}
+        self._chat = CHAT in base.manifest.files
+        decoder = {"session_options": session} | ({"filename": CHAT} if self._chat else {})
+        config.overlay(json.dumps({"model": {"decoder": decoder}}))
+        self._model = self._og.Model(config)
+        super().__init__(base, config)
+        self._adapters = self._og.Adapters(self._model)
+        self._live: _Live | None = None
+        self._names: dict[str, str] = {}  # of loaded adapters: name → name in the library
+        self._unused: list[str] = []  # unloaded adapters that the generator may hold, by name in the library
+        stated = json.loads(base.files[GENERATION])["model"]["decoder"]
+        self._width = int(stated["hidden_size"]) if self._chat else 0
+        if self._chat:
+            self._load(BARE, empty_inputs(base.manifest.slots))
 
     def load(self, adapter: Adapter) -> None:
         """Load an adapter's tensors under its name. Raises DataError: onnxruntime-genai refuses the tensors;
@@ -178,7 +197,7 @@ class GenerationEngine:
         Returns the number of tokens found in the KV cache. Raises ConfigError: as ``check``; RuntimeError: the graph
         does not run.
         """
-        guided = self._guided(params.guide)
+        guided = self.guided(params.guide)
         live = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens))
         live.guided = guided
         # Without the last tokens: the last sampled one is not in the cache, and the prompt's last must be read once
@@ -232,8 +251,7 @@ class GenerationEngine:
         if live.kept is not None and live.kept.count < len(live.tokens):  # it read the last one that was written
             live.kept.add(live.inner)
         if not np.isfinite(logits).all():
-            reason = "the answer is not finite: the adapter's values are too large for this base; use another one"
-            raise DataError(reason, about="logits")
+            raise not_finite()
         if live.guided is not None:
             logits[..., ~live.guided.allowed()] = -np.inf
             live.inner.set_logits(logits)
@@ -249,18 +267,6 @@ class GenerationEngine:
         yield from map(int, written)
         if len(written) < limit:
             yield next(iter(self.ends))  # onnxruntime-genai leaves it out
-
-    def check(self, params: SamplingParams) -> None:
-        """Check that the guide of ``params``, if any, can be followed. Raises as ``GuideFollower.begin``."""
-        self._guided(params.guide)
-
-    def _guided(self, guide: Guide | None) -> GuidedAnswer | None:
-        """Begin an answer, if there is a guide. Raises as ``check``."""
-        if guide is None:
-            return None
-        if self._follower is None:
-            self._follower = GuideFollower(self._tokenizer_file, self.vocabulary, self.ends)
-        return self._follower.begin(guide)
 
     def inner(self, params: SamplingParams, adapter: str | None) -> Any:
         """Make onnxruntime-genai's generator, for ``params.max_tokens`` in all, to time single tokens. The next
@@ -300,6 +306,11 @@ class GenerationEngine:
         inner = self._og.GeneratorParams(self._model)
         inner.set_search_options(max_length=capacity, **params.search_options(self.vocabulary))
         return self._og.Generator(self._model, inner)
+
+
+def not_finite() -> DataError:
+    reason = "the answer is not finite: the adapter's values are too large for this base; use another one"
+    return DataError(reason, about="logits")
 
 
 def append(inner: Any, tokens: Sequence[int], size: int = PIECE) -> None:

@@ -1,6 +1,7 @@
 """Writes text with a language model and verified adapters. It needs neither torch nor transformers.
 
 ``Generator`` answers one prompt, ``Conversation`` keeps the messages of a chat; ``engine.py`` runs the model.
+``batch.py`` answers many prompts at once.
 """
 
 import time
@@ -12,15 +13,15 @@ from typing import Self
 
 from aggregation.errors import ConfigError, DataError, one_line
 from client.inference import usage
-from client.inference.engine import GenerationEngine
+from client.inference.engine import GenerationEngine, ModelText
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.passages import quoted
 from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
-from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, require_plain
+from client.inference.text import Answer, Finish, SamplingParams, StopFilter, TextDecoder, checked, require_plain
 from edgeadapt.formats.bundle import MODEL
 from edgeadapt.formats.graphinputs import with_placeholders
 from edgeadapt.formats.passages import Passage
-from edgeadapt.formats.policy import blocks
+from edgeadapt.formats.policy import Policy, blocks
 from edgeadapt.formats.storage import File
 
 
@@ -30,12 +31,102 @@ class ChatMessage:
     content: str
 
 
-class Generator:
+@dataclass(slots=True)
+class Draft:
+    """An answer that is written token by token, and given as the bundle's policy lets it be: whole or not at all, if
+    that has output patterns. ``finish`` is INTERRUPTED until it ends."""
+
+    policy: Policy
+    params: SamplingParams
+    prompt_tokens: int
+    limit: int  # tokens
+    ends: frozenset[int]
+    _decoder: TextDecoder
+    _stops: StopFilter
+    text: str = ""
+    tokens: int = 0
+    reused: int = 0
+    finish: Finish = Finish.INTERRUPTED
+
+    @classmethod
+    def begin(
+        cls, policy: Policy, text: ModelText, asked: str, prompt_tokens: int, params: SamplingParams, virtual: int
+    ) -> Self:
+        """Begin the answer to a prompt of at least one token that ends with ``asked``; a text that the policy blocks
+        ends it at once. Raises DataError: the prompt has no tokens, or leaves no room after the ``virtual`` ones."""
+        if not prompt_tokens:
+            raise DataError("the text contains no known token; give another text", about="text.tokens")
+        if (room := text.context - prompt_tokens - virtual) < 1:
+            before = f" after {virtual} virtual ones" if virtual else ""
+            reason = f"the text has {prompt_tokens} tokens{before}, and the model's limit is {text.context}"
+            raise DataError(f"{reason}; shorten it", about="prompt")
+        limit, stops = min(params.max_tokens, room), StopFilter(params.stop)
+        draft = cls(policy, params, prompt_tokens, limit, text.ends, text.decoder(), stops)
+        if blocks(policy.input, asked):
+            draft._block()
+        return draft
+
+    @property
+    def answer(self) -> Answer:
+        counts = self.tokens, self.prompt_tokens, self.reused
+        return Answer(self.text, self.finish, *counts, self.params.guide)
+
+    def take(self, token: int) -> str:
+        """Take the next token; return the text that may be given now."""
+        self.tokens += 1
+        ended = token in self.ends
+        piece = "" if ended else self._stops.feed(self._decoder.decode(token))
+        if ended or self._stops.hit is not None or self.tokens == self.limit:
+            hit = Finish.LENGTH if self._stops.hit is None else Finish.STOP
+            self.finish = Finish.END if ended else hit
+            piece += self._stops.rest()
+        self.text += piece
+        if not self.policy.output:
+            return piece
+        if self.finish is Finish.INTERRUPTED:
+            return ""
+        if blocks(self.policy.output, self.text):
+            self._block()
+        return self.text
+
+    def _block(self) -> None:
+        self.text, self.finish = self.policy.denied, Finish.BLOCKED
+
+
+class Prompts:
+    """Makes prompts for the language model of a bundle."""
+
+    def __init__(self, library: Library, text: ModelText) -> None:
+        self.library, self._text = library, text
+
+    def tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Tokenize the prompt of a conversation, up to where the answer begins.
+
+        Raises DataError: a message is not valid (``text.checked``), or contains a special token of the model, with
+        which it could pose as another message; ConfigError: the model has no chat template, or the template does not
+        accept these messages.
+        """
+        for message in messages:
+            require_plain(checked(message.content), self._text.special_tokens, "message")
+        listed = [{"role": message.role, "content": message.content} for message in messages]
+        return self._text.encode(self._text.apply_chat_template(listed))
+
+    def has_special_token(self, text: str) -> bool:
+        return any(token in text for token in self._text.special_tokens)
+
+    def _draft(self, asked: str, prompt: list[int], params: SamplingParams, adapter: Adapter | None) -> Draft:
+        """Begin an answer. Raises as ``Draft.begin``."""
+        virtual = adapter.virtual_tokens if adapter else 0
+        return Draft.begin(self.library.base.policy, self._text, asked, len(prompt), params, virtual)
+
+
+class Generator(Prompts):
     """The language model of a bundle. Each call names its adapter; without one, the bare base answers. An adapter that
     a lesson or an update replaced is loaded again."""
 
     def __init__(self, library: Library, engine: GenerationEngine, loaded: int, loaded_bytes: int) -> None:
-        self.library, self._engine = library, engine
+        super().__init__(library, engine)
+        self._engine = engine
         self._loaded = AdapterCache[Adapter](
             loaded,
             loaded_bytes,
@@ -108,21 +199,6 @@ class Generator:
         """Answer the last of ``messages``, formatted by the model's chat template. Raises as ``complete``."""
         return self._answer(self.tokens(messages), messages[-1].content, params, adapter)
 
-    def tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Tokenize the prompt of a conversation, up to where the answer begins.
-
-        Raises DataError: a message is not valid (``text.checked``), or contains a special token of the model, with
-        which it could pose as another message; ConfigError: the model has no chat template, or the template does not
-        accept these messages.
-        """
-        for message in messages:
-            require_plain(checked(message.content), self._engine.special_tokens, "message")
-        listed = [{"role": message.role, "content": message.content} for message in messages]
-        return self._engine.encode(self._engine.apply_chat_template(listed))
-
-    def has_special_token(self, text: str) -> bool:
-        return any(token in text for token in self._engine.special_tokens)
-
     def check(self, params: SamplingParams) -> None:
         """Check that answers can be written by these parameters. Raises ConfigError as ``GenerationEngine.check``."""
         self._engine.check(params)
@@ -150,56 +226,31 @@ class Generator:
     def _answer(self, prompt: list[int], asked: str, params: SamplingParams, adapter: Named | None) -> Iterator[str]:
         composition = None if adapter is None else Composition.of(adapter)
         with self._exclusive():  # raise now, not with the first piece
-            virtual = self._get(composition).virtual_tokens if composition is not None else 0
-        if not prompt:
-            raise DataError("the text contains no known token; give another text", about="text.tokens")
-        if len(prompt) + virtual >= self.context:
-            before = f" after {virtual} virtual ones" if virtual else ""
-            reason = f"the text has {len(prompt)} tokens{before}, and the model's limit is {self.context}; shorten it"
-            raise DataError(reason, about="prompt")
-        return self._governed(asked, len(prompt), self._pieces(prompt, params, composition))
+            draft = self._draft(asked, prompt, params, None if composition is None else self._get(composition))
+        return self._pieces(prompt, draft, composition)
 
-    def _governed(self, asked: str, prompt: int, pieces: Iterator[str]) -> Iterator[str]:
-        """Yield an answer as the bundle's policy lets it be given: whole or not at all, if that has output patterns."""
-        policy, self.last = self.library.base.policy, Answer("", Finish.INTERRUPTED, 0, prompt, 0)
-        blocked = blocks(policy.input, asked)
-        if not (blocked or policy.output):
-            yield from pieces
+    def _pieces(self, prompt: list[int], draft: Draft, composition: Composition | None) -> Iterator[str]:
+        self.last = draft.answer
+        if draft.finish is Finish.BLOCKED:
+            yield draft.text
             return
-        text = "" if blocked else "".join(pieces)
-        if blocked or blocks(policy.output, text):
-            text = policy.denied
-            self.last = replace(self.last, text=text, finish=Finish.BLOCKED)
-        yield text
-
-    def _pieces(self, prompt: list[int], params: SamplingParams, composition: Composition | None) -> Iterator[str]:
         with self._exclusive():
             adapter = None if composition is None else self._get(composition)  # may have been evicted since
             begun = time.perf_counter()
-            yield from self._generate(prompt, params, adapter)
+            yield from self._generate(prompt, draft, adapter)
             if adapter:
                 usage.count_answers(self.library.bundle, [(adapter, None, time.perf_counter() - begun)])
 
-    def _generate(self, prompt: list[int], params: SamplingParams, adapter: Adapter | None) -> Iterator[str]:
-        engine, stops, decoder = self._engine, StopFilter(params.stop), self._engine.decoder()
-        finish, text, count, reused = Finish.INTERRUPTED, "", 0, 0
-        virtual = adapter.virtual_tokens if adapter else 0
+    def _generate(self, prompt: list[int], draft: Draft, adapter: Adapter | None) -> Iterator[str]:
+        engine, virtual = self._engine, adapter.virtual_tokens if adapter else 0
         try:
-            cached = engine.read(with_placeholders(prompt, virtual), params, adapter.name if adapter else None)
-            reused = max(0, cached - virtual)
-            for count, token in enumerate(engine.draw(), 1):  # noqa: B007
-                piece = "" if token in engine.ends else stops.feed(decoder.decode(token))
-                text += piece
-                if piece:
+            cached = engine.read(with_placeholders(prompt, virtual), draft.params, adapter.name if adapter else None)
+            draft.reused = max(0, cached - virtual)
+            for token in engine.draw():
+                if piece := draft.take(token):
                     yield piece
-                if token in engine.ends or stops.hit is not None:
-                    finish = Finish.STOP if stops.hit is not None else Finish.END
+                if draft.finish is not Finish.INTERRUPTED:
                     break
-            else:
-                finish = Finish.LENGTH
-            if rest := stops.rest():
-                text += rest
-                yield rest
         except GeneratorExit:  # raised by a ``yield``, between two tokens: the KV cache is consistent
             raise
         except RuntimeError as error:  # of onnxruntime-genai
@@ -210,7 +261,7 @@ class Generator:
             engine.forget()
             raise
         finally:
-            self.last = Answer(text, finish, count, len(prompt), reused, params.guide)
+            self.last = draft.answer
 
 
 class Conversation:

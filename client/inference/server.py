@@ -1,8 +1,9 @@
 """Serves the adapters of a bundle to many tenants by HTTP, in the form of OpenAI's interface: a model is an adapter.
 
 The model does one thing at a time, in the order of arrival. Texts to classify that wait while it runs are its next run,
-whatever their adapters. A tenant sees the adapters that match its patterns; any other does not exist for it. Nothing
-that is logged or counted has a text. ``client.cli.serve`` decides where this listens.
+and answers are written together, token by token (``batch.py``), whatever their adapters. A tenant sees the adapters
+that match its patterns; any other does not exist for it. Nothing that is logged or counted has a text.
+``client.cli.serve`` decides where this listens.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iter
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from hmac import compare_digest
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -32,13 +34,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
-from client.inference import generate
+from client.inference.batch import ROWS, BatchGenerator, Part, Row
+from client.inference.generate import ChatMessage
 from client.inference.guide import Guide, GuideKind
 from client.inference.library import Composition, Library
 from client.inference.session import AUTO, ROUTER, ClassificationSession, Ranking
 from client.inference.text import Answer, Finish, SamplingParams
 from edgeadapt.bases.classifiergraph import MAX_ROWS
-from edgeadapt.formats.policy import blocks
 from edgeadapt.formats.settings import Settings
 
 BASE = "base"  # the model without an adapter: of embeddings, and of a language model
@@ -110,20 +112,14 @@ class WrittenRequest(Settings):
     stream_options: dict[Literal["include_usage"], bool] = {}  # noqa: RUF012
     n: Literal[1] = 1
 
-    def parts(self, model: generate.Generator, adapter: Composition | None) -> Generator[Any, None, None]:
-        """Yield the pieces of an answer, then the ``Answer``. What the policy blocks in an earlier message is answered
-        as if it were the last one. Raises as ``answer`` and ``complete``; ConfigError: a value is out of range."""
+    def begin(self, model: BatchGenerator, adapter: Composition | None, tenant: str) -> Row:
+        """Prepare an answer. Raises as ``BatchGenerator.begin``; ConfigError: a value is out of range."""
         form = self.response_format
         guide = Guide(GuideKind.JSON_SCHEMA, json.dumps(form.json_schema.get("schema"))) if form else None
         sampling = self.max_tokens, self.temperature, self.top_p, 0, self.seed, tuple(self.stop)
         params = SamplingParams(*sampling, guide=guide)
-        said, policy = [generate.ChatMessage(one.role, one.content) for one in self.messages], model.library.base.policy
-        blocked = [generate.ChatMessage("user", one.content) for one in said if blocks(policy.input, one.content)]
-        if said:
-            yield from model.answer(blocked[:1] or said, params, adapter)
-        else:
-            yield from model.complete(self.prompt, params, adapter)
-        yield model.last
+        said = [ChatMessage(one.role, one.content) for one in self.messages]
+        return model.begin(said or self.prompt, params, adapter, tenant)
 
 
 class RequestError(EdgeAdaptError):
@@ -170,15 +166,18 @@ class Service:
 
     def __init__(self, library: Library, tenants: Tenants | None, threads: int, nbytes: int) -> None:
         """Load the base. Without ``tenants``, whoever can connect may use every adapter. ``nbytes``: of the adapters in
-        memory. Raises as ``ClassificationSession.of`` and ``Generator.of``."""
+        memory. Raises as ``ClassificationSession.of`` and ``BatchGenerator.of``."""
         writes, opened = library.manifest.task == "text-generation", (library, threads, LOADED, nbytes)
-        self._model: Any = generate.Generator.of(*opened) if writes else ClassificationSession.of(*opened)
+        self._model: Any = BatchGenerator.of(*opened) if writes else ClassificationSession.of(*opened)
         given = {"token_sha256": "0" * 64, "adapters": ["*"], "waiting": MAX_WAITING, "requests_per_minute": 10**9}
         everybody = TenantSettings.parse({**given, "metrics": True}, "tenants")
         self._everybody = None if tenants else Account("", everybody)
         self._accounts = [Account(name, one) for name, one in tenants.tenants.items()] if tenants else []
         self._library, self._turn, self._rows = library, asyncio.Lock(), list[_Row]()
-        self._waiting, self._fetching = 0, anyio.CapacityLimiter(1)
+        self._waiting, self._fetching, self._beginning = 0, anyio.CapacityLimiter(1), anyio.CapacityLimiter(1)
+        self._written: dict[Row, asyncio.Queue[Part | Exception]] = {}
+        self._seats = asyncio.Semaphore(2 * ROWS)  # of rows, which hold their adapters in memory
+        self._steps: asyncio.Task[None] | None = None
         self.stops: Callable[[], bool] = lambda: False
         self._calls: dict[str, Callable[[Request, Account], Awaitable[Response]]]
         self._calls = {"/v1/models": self._models, "/metrics": self._metrics}
@@ -191,7 +190,7 @@ class Service:
         self._requests = Counter("requests", "Requests.", ["tenant", "path", "status"], **of)
         self._tokens = Counter("tokens", "Tokens that were read or written.", ["tenant", "kind"], **of)
         self._seconds = Histogram("seconds", "Seconds until an answer, or its first part.", ["path"], **of)
-        self._runs = Histogram("rows", "Texts of a run.", buckets=[2**n for n in range(5)], **of)
+        self._runs = Histogram("rows", "Texts, or answers, of a run.", buckets=[2**n for n in range(5)], **of)
         Gauge("waiting", "Texts and answers that wait.", **of).set_function(lambda: self._waiting)
 
     def application(self, hosts: Sequence[str]) -> Starlette:
@@ -266,6 +265,56 @@ class Service:
                 finally:
                     work.close()
 
+    async def _answers(
+        self, account: Account, asked: WrittenRequest, adapter: Composition | None
+    ) -> AsyncGenerator[Any, None]:
+        """Yield the pieces of an answer, then the ``Answer``; closing this ends it, after the step under way."""
+        with self._place(account, 1):
+            row = await self._seated(partial(asked.begin, self._model, adapter, account.name))
+            parts = self._written[row] = asyncio.Queue()
+            self._model.add(row)
+            if self._steps is None or self._steps.done():
+                self._steps = asyncio.create_task(self._step())
+            try:
+                part: Part | Exception = ""
+                while not isinstance(part, Answer):
+                    if isinstance(part := await parts.get(), Exception):
+                        raise part
+                    yield part
+            finally:
+                del self._written[row]
+                self._leave(row)
+
+    async def _seated(self, begin: Callable[[], Row]) -> Row:
+        """Begin an answer in its turn. Raises RequestError: the server stops; and as ``begin``."""
+        await self._seats.acquire()
+        try:
+            self._check_open()
+            return await anyio.to_thread.run_sync(begin, limiter=self._beginning)
+        except BaseException:
+            self._seats.release()
+            raise
+
+    def _leave(self, row: Row) -> None:
+        """Give the seat of a row that has ended, or whose reader has gone, to another; once."""
+        if not row.gone:
+            row.gone = True
+            self._seats.release()
+
+    async def _step(self) -> None:
+        """Let the model write until nobody waits for an answer. A reader who is slow keeps no other waiting."""
+        while not self._model.idle:
+            try:
+                parts = await anyio.to_thread.run_sync(self._model.step)
+            except Exception as error:
+                parts = [(row, error) for row in self._model.clear()]
+            self._runs.observe(self._model.writing)
+            for row, part in parts:
+                if row in self._written:
+                    self._written[row].put_nowait(part)
+                if not isinstance(part, str):
+                    self._leave(row)
+
     def _check_open(self) -> None:
         if self.stops():
             raise RequestError(503, "the server stops")
@@ -336,7 +385,7 @@ class Service:
     async def _write(self, request: Request, account: Account) -> Response:
         asked, chat = await _read(request, account, WrittenRequest), request.url.path.startswith("/v1/chat")
         adapter = None if asked.model == BASE else await self._named(account, asked.model)
-        parts = self._parts(account, asked.parts(self._model, adapter))
+        parts = self._answers(account, asked, adapter)
         kind = ("chat.completion" + ".chunk" * asked.stream) if chat else "text_completion"
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": asked.model}
 
@@ -422,6 +471,8 @@ def _status(error: Exception) -> int:
         return 422  # the adapter is broken
     if isinstance(error, TrustError):
         return 409
+    if isinstance(error, ConfigError) and error.about == "repository":
+        return 503  # it is away, and the adapter is not here
     return 400 if isinstance(error, ConfigError | DataError) else 500
 
 

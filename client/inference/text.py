@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from aggregation.errors import ConfigError, DataError, check_fields
 from client.inference.guide import Guide
+from edgeadapt.formats.layout import Floats
 
 MAX_TEXT = 2**16  # characters; most models accept far fewer tokens
 MAX_STOP = 256  # characters of a stop string
@@ -86,6 +88,19 @@ class SamplingParams:
         if self.guide is not None and (self.beams > 1 or self.stop):
             reason = f"a {self.guide} excludes beams and stop strings, which could cut it; leave one of them out"
             raise ConfigError(reason, about="guide")
+
+    def sample(self, logits: Floats, rng: np.random.Generator) -> int:
+        """Sample the next token from finite logits, or some of minus infinity, shape ``(vocabulary,)``; without beams
+        and penalty."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        weights = np.exp((logits - logits.max()).astype(np.float64) / self.temperature)
+        order = np.flatnonzero(weights >= (1 - self.top_p) * weights.mean())  # the rest is less than 1 - top_p
+        if self.top_k or self.top_p < 1:
+            order = order[np.argsort(-weights[order], kind="stable")][: self.top_k or None]
+        total = np.cumsum(weights[order])
+        kept = total[: np.searchsorted(total, self.top_p * total[-1]) + 1]
+        return int(order[np.searchsorted(kept, rng.random() * kept[-1], side="right")])
 
     @property
     def reusable(self) -> bool:

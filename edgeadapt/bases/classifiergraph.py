@@ -26,6 +26,7 @@ from edgeadapt.formats.layout import Floats, Tensors
 
 LABELS = "labels"  # the symbolic dimension of a head's rows in the base's manifest
 RANK = "rank_"  # prefix of the symbolic dimension of a rank
+BY_ADAPTER = (*RANKED, *SCALES, OFFSET, *UP_BIAS)  # end the slots that each row of a batch may fill otherwise
 MIN_RANK = 2  # ONNX Runtime adds up a product with one column in an order that depends on the rows
 MEAN_HEAD = ("classifier.bias", "classifier.weight")  # a head over the mean of the tokens, as federations train it
 ENCODER = "encoder."  # begins the path of everything below a head over the mean of the tokens
@@ -167,7 +168,7 @@ def _stackable(name: str, one: Floats, other: Floats, dimensions: Sequence[str])
 
 
 def _per_row(name: str, dimensions: Sequence[str]) -> bool:
-    return name.endswith((*RANKED, *SCALES, OFFSET, *UP_BIAS)) or name == PROMPT or LABELS in dimensions
+    return name.endswith(BY_ADAPTER) or name == PROMPT or LABELS in dimensions
 
 
 def _padded(values: Sequence[Floats], dimensions: Sequence[str], fill: float = 0.0) -> Floats:

@@ -5,13 +5,14 @@ import base64
 import hashlib
 import json
 import signal
+import socket
 import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -163,6 +164,23 @@ def test_a_bad_body_is_refused_in_one_line(bundle: Path, body: bytes) -> None:
         assert refusal.status_code == 400
         assert problem(refusal)
         assert client.post("/v1/classify", json={"model": "global", "input": TEXT}).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_waited_for_no_longer(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "PATIENCE", 0.0)
+
+    class Slow(Caller):
+        async def _receive(self) -> dict[str, Any]:
+            await self.gone.wait()
+            return {}
+
+    async def run() -> None:
+        app = server.Service(Library.open(bundle, None), None, 1, 2**28).application(["testserver"])
+        caller = Slow(app, "/v1/classify")
+        assert "did not come" in (await caller.json())["error"]["message"]
+        assert caller.status == 408
+
+    asyncio.run(run())
 
 
 def test_a_failure_of_the_server_shows_no_text(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -458,33 +476,99 @@ def test_what_the_policy_blocks_is_in_no_message(lm_bundle: Path, lm_source: Any
             }
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_ends_when_its_reader_hangs_up_and_the_next_one_begins(lm_bundle: Path, stream: bool) -> None:
+class Steps:
+    """Notes how many answers each step of a model wrote; ``open`` lets steps through if ``held``."""
+
+    def __init__(self, service: Any, held: bool = False) -> None:
+        self.open, self.wrote, self.held, self._model = threading.Semaphore(0), list[int](), held, service._model
+        self._step, self._model.step = self._model.step, self._stepped
+
+    def _stepped(self) -> Any:
+        assert not self.held or self.open.acquire(timeout=60)
+        parts = self._step()
+        self.wrote.append(self._model.writing)
+        return parts
+
+
+def asker(app: Any, **more: Any) -> Callable[..., Caller]:
+    given = {**SAMPLING, **more}
+    return lambda **own: Caller(app, "/v1/chat/completions", **{"messages": MESSAGES, **given, **own})
+
+
+def test_answers_are_written_together_and_each_is_its_adapters(lm_bundle: Path) -> None:
+    expected = {name: written(lm_bundle, name, max_tokens=30) for name in ("anna", "global", "anna+global")}
+
     async def run() -> None:
         service = server.Service(Library.open(lm_bundle, None), None, 1, 2**28)
-        written, closed = threading.Event(), threading.Event()
+        steps, ask = Steps(service), asker(service.application(["testserver"]), max_tokens=30)
+        callers = [ask(model=name) for name in expected for _ in range(4)]
+        found = [(await one.json())["choices"][0]["message"]["content"] for one in callers]
+        assert found == [text for text in expected.values() for _ in range(4)]
+        assert max(steps.wrote) > 4
+        assert service._registry.get_sample_value("edgeadapt_rows_sum") == sum(steps.wrote)
 
-        def endless(*_: Any) -> Iterator[str]:
-            try:
-                while True:
-                    written.set()
-                    yield "a"
-            finally:
-                closed.set()
+    asyncio.run(run())
 
-        answer, service._model.answer = service._model.answer, endless
-        app = service.application(["testserver"])
-        ask = lambda: Caller(app, "/v1/chat/completions", **SAMPLING, messages=MESSAGES, stream=stream)  # noqa: E731
-        first = ask()
-        await until(written.is_set)
-        service._model.answer = answer
-        second = ask()
-        await until(lambda: service._waiting == 2)
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_when_its_reader_hangs_up_and_others_go_on(lm_bundle: Path, stream: bool) -> None:
+    async def run() -> None:
+        service = server.Service(Library.open(lm_bundle, None), None, 1, 2**28)
+        steps, app = Steps(service, held=True), service.application(["testserver"])
+        first, second = asker(app, stream=stream)(max_tokens=200), asker(app)(max_tokens=30)
+        steps.open.release(5)
+        await until(lambda: len(steps.wrote) == 5)
+        assert steps.wrote[-1] == 2
         first.gone.set()
-        await until(closed.is_set)
-        await asyncio.wait_for(asyncio.gather(first.task, second.task), 60)
-        assert second.status == 200
-        assert service._waiting == 0
+        await asyncio.wait_for(first.task, 60)
+        steps.open.release(200)
+        assert (await second.json())["choices"][0]["message"]["content"] == written(lm_bundle, max_tokens=30)
+        await until(lambda: service._model.idle)
+        assert len(steps.wrote) < 50
+        assert (service._waiting, service._seats._value) == (0, 2 * server.ROWS)
+
+    asyncio.run(run())
+
+
+def test_a_reader_who_is_slow_keeps_no_other_waiting(lm_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "ROWS", 1)  # two seats
+
+    async def run() -> None:
+        service = server.Service(Library.open(lm_bundle, None), None, 1, 2**28)
+        app, reads = service.application(["testserver"]), asyncio.Event()
+
+        class Slow(Caller):
+            async def _send(self, message: dict[str, Any]) -> None:
+                await reads.wait()
+
+        slow = [
+            Slow(app, "/v1/chat/completions", **SAMPLING, messages=MESSAGES, stream=stream) for stream in (True, False)
+        ]
+        ask = asker(app)
+        assert (await ask().json())["choices"]
+        assert service._waiting == 1  # one has its whole answer
+        reads.set()
+        await asyncio.wait_for(asyncio.gather(*(one.task for one in slow)), 60)
+        assert (service._waiting, service._seats._value) == (0, 2)
+
+    asyncio.run(run())
+
+
+def test_a_failed_step_is_said_to_all_and_the_next_answer_is_right(lm_bundle: Path) -> None:
+    async def run() -> None:
+        service = server.Service(Library.open(lm_bundle, None), None, 1, 2**28)
+        step, ask = service._model.step, asker(service.application(["testserver"]))
+
+        def fails() -> None:
+            service._model.step = step
+            raise MemoryError
+
+        service._model.step = fails
+        assert [(await one.json())["error"]["code"] for one in (ask(), ask())] == ["500"] * 2
+        assert (await ask().json())["choices"][0]["message"]["content"] == written(lm_bundle)
+        refused = ask(max_tokens=0)
+        await refused.json()
+        assert (refused.status, service._seats._value, service._model.idle) == (400, 2 * server.ROWS, True)
 
     asyncio.run(run())
 
@@ -531,6 +615,21 @@ def test_a_process_serves_until_it_is_told_to_stop(lm_bundle: Path) -> None:
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(60) == 130
         assert process.stderr.read().strip() == "edgeadapt: interrupted"
+
+
+def test_a_second_interrupt_waits_for_nobody(bundle: Path) -> None:
+    with serving(bundle) as process:
+        assert process.stdout is not None
+        address = ("127.0.0.1", int(json.loads(process.stdout.readline())["url"].rpartition(":")[2]))
+        with socket.create_connection(address) as slow:
+            slow.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+            httpx.get(f"http://{address[0]}:{address[1]}/health")  # after it
+            process.send_signal(signal.SIGINT)
+            with suppress(OSError):  # when the first interrupt has come
+                while True:
+                    socket.create_connection(address).close()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(server.PATIENCE / 2) == 130
 
 
 @pytest.mark.parametrize(
