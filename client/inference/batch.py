@@ -35,7 +35,7 @@ from edgeadapt.formats.graphinputs import SCALES, empty_inputs, with_placeholder
 from edgeadapt.formats.layout import Floats, Tensors
 from edgeadapt.formats.policy import blocks
 
-ROWS = 16  # answers that are written at once
+ROWS = 32  # answers that are written at once
 MAX_CACHE = 2**30  # bytes of all rows' KV cache, of which only what was written takes memory; one row may have more
 PAST, PRESENT, CLOSE = "past_key_values", "present", 0.05  # of the largest logit
 

@@ -95,7 +95,7 @@ def test_more_rows_than_places_wait(lm_bundle: Path) -> None:
 
 def test_the_memory_of_the_cache_limits_the_rows(lm_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, width, bytes
-    monkeypatch.setattr(batch, "MAX_CACHE", 2 * 256 * token)
+    monkeypatch.setattr(batch, "MAX_CACHE", 4 * 256 * token)
     model, most = opened(lm_bundle), 0
     rows = [ask(model, *one) for one in ASKED]
     assert model._graph._bytes == token
@@ -103,7 +103,7 @@ def test_the_memory_of_the_cache_limits_the_rows(lm_bundle: Path, monkeypatch: p
     while not model.idle:
         step(model, written)
         most = max(most, model.writing)
-    assert most == 2
+    assert most == 4
     assert [text_of(written[row]) for row in rows] == alone(lm_bundle)
     monkeypatch.setattr(batch, "GROWTH", 16)
     model = opened(lm_bundle)
@@ -227,7 +227,7 @@ def test_a_graph_whose_rows_depend_on_each_other_runs_one_after_the_other(
 
 
 def test_a_sample_has_the_probabilities_of_its_parameters() -> None:
-    logits, rng, count = np.log(np.array([1, 4, 2, 3], np.float32)), np.random.default_rng(0), 20_000
+    logits, rng, count = np.log(np.array([1, 4, 2, 3], np.float32)), np.random.default_rng(0), 4000
 
     def shares(**params: Any) -> Any:
         given = SamplingParams(**params)
@@ -241,4 +241,4 @@ def test_a_sample_has_the_probabilities_of_its_parameters() -> None:
         ({"temperature": 1.0, "top_p": 0.75}, [0, 4 / 9, 2 / 9, 3 / 9]),
         ({"temperature": 1.0, "top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
     ):
-        np.testing.assert_allclose(shares(**params), expected, atol=0.015)
+        np.testing.assert_allclose(shares(**params), expected, atol=0.03)
