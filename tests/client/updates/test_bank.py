@@ -219,6 +219,10 @@ def test_offline_the_default_answers_and_one_line_says_so(bank: Bank, caplog: py
         session.library.bank.wait()
     (said,) = [record.getMessage() for record in caplog.records if record.name == "edgeadapt.device"]
     assert said.startswith("adapter a is not here yet: ")
+    service = Service(Library.open(bank.bundle, None, update=update), None, 1, 2**28)
+    with TestClient(service.application(["*"])) as client:
+        asked = [client.post("/v1/classify", json={"model": name, "input": PHRASES[0]}) for name in ("c", "global")]
+    assert [one.status_code for one in asked] == [503, 200]
     assert "\n" not in said
     (bank.place.folder / "away").rename(public)
     later(session)
