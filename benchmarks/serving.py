@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -77,26 +77,31 @@ def measure(base: Base, work: ServingWorkload, note: Note) -> dict[str, dict[str
         note("a bundle of all adapters")
         write_bundle(folder / "bundle", exported, sources, key=key)
         (folder / TRUST).write_bytes(key.public.to_pem())
-        with _server(folder / "bundle", work) as (port, process, before):
+        with _classifying(folder / "bundle", work) as (port, process, before):
 
             def run(engine: str) -> Mapping[str, float]:
-                drawn = (np.random.default_rng(1).zipf(EXPONENT, 20 * work.calls) - 1).tolist()
-                tenants = [number for number in drawn if number < work.adapters][: work.calls]
+                tenants = drawn(work.adapters, work.calls)
                 if engine == SERVER:
                     found = _ask(port, tenants, work.threads)
-                    return {**found, "kB/tenant": (_resident(process) - before) / len(set(tenants))}
+                    return {**found, "kB/tenant": (resident(process) - before) / len(set(tenants))}
                 seconds, begun = [], time.perf_counter()
                 for at, number in enumerate(tenants[: work.peer_calls]):
                     start = time.perf_counter()
                     load(model, load_file(folder / f"t{number}.safetensors"))
                     torch_logits(model, tokenizer.encode(TEXTS[at % len(TEXTS)]).ids)
                     seconds.append(time.perf_counter() - start)
-                return _figures(seconds, time.perf_counter() - begun)
+                return figures(seconds, time.perf_counter() - begun)
 
             return in_turn((SERVER, PEER), work.repeats, run, note)
 
 
-def _figures(seconds: list[float], wall: float) -> dict[str, float]:
+def drawn(adapters: int, calls: int) -> list[int]:
+    """Draw the adapter of each call."""
+    numbers = (np.random.default_rng(1).zipf(EXPONENT, 200 * calls) - 1).tolist()
+    return [number for number in numbers if number < adapters][:calls]
+
+
+def figures(seconds: Sequence[float], wall: float) -> dict[str, float]:
     half, most = 1e3 * np.quantile(seconds, [0.5, 0.99])
     return {"calls": len(seconds), "calls/s": len(seconds) / wall, "p50 ms": float(half), "p99 ms": float(most)}
 
@@ -119,28 +124,35 @@ def _ask(port: int, tenants: list[int], threads: int) -> dict[str, float]:
     begun = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         rows = [row for part in pool.map(work, range(threads)) for row in part]
-    found = _figures([seconds for seconds, _ in rows], time.perf_counter() - begun)
+    found = figures([seconds for seconds, _ in rows], time.perf_counter() - begun)
     return {**found, "foreign": sum(foreign for _, foreign in rows)}
 
 
-def _resident(process: int) -> int:
+def resident(process: int) -> int:
+    """Return the kB of a process in memory."""
     status = Path(f"/proc/{process}/status").read_text()
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0])
 
 
 @contextmanager
-def _server(bundle: Path, work: ServingWorkload) -> Iterator[tuple[int, int, int]]:
-    """Serve a bundle in a process of its own, which has answered once. Yields its port, process and kB."""
-    words = ["device", "serve", "--bundle", str(bundle), "--port", "0", "--memory", str(work.memory), "--json"]
-    call, quiet = [sys.executable, "-m", "edgeadapt", *words], subprocess.DEVNULL
-    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=quiet) as process:  # noqa: S603
+def server(bundle: Path, *words: str) -> Iterator[tuple[int, int]]:
+    """Serve a bundle in a process of its own. Yields its port and process."""
+    call = [sys.executable, "-m", "edgeadapt", "device", "serve", "--bundle", str(bundle), "--port", "0", "--json"]
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen([*call, *words], stdout=subprocess.PIPE, stderr=quiet) as process:  # noqa: S603
         try:
             assert process.stdout is not None  # noqa: S101
-            port = int(json.loads(process.stdout.readline())["url"].rpartition(":")[2])
-            _ask(port, [0] * 64, 8)
-            yield port, process.pid, _resident(process.pid)
+            yield int(json.loads(process.stdout.readline())["url"].rpartition(":")[2]), process.pid
         finally:
             process.terminate()
+
+
+@contextmanager
+def _classifying(bundle: Path, work: ServingWorkload) -> Iterator[tuple[int, int, int]]:
+    """Serve a bundle by a process that has answered. Yields its port, process and kB."""
+    with server(bundle, "--memory", str(work.memory)) as (port, process):
+        _ask(port, [0] * 64, 8)
+        yield port, process, resident(process)
 
 
 def table(found: dict[str, Any]) -> str:

@@ -3,13 +3,16 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 from click.testing import CliRunner
 
-from benchmarks import serving
+from benchmarks import serving, writing
 from benchmarks.__main__ import bench
-from tests.support.models import tiny_base as tiny_base
+from tests.support import models
+
+globals().update(models.FIXTURES)
 
 
 class _Confused(BaseHTTPRequestHandler):
@@ -43,3 +46,18 @@ def test_a_real_server_is_measured(tiny_base: Any) -> None:
     assert (found["server"]["calls"]["median"], found["server"]["foreign"]["max"]) == (16, 0)
     assert found["PEFT and torch"]["calls"]["median"] == 16
     assert "foreign" in serving.table(found)
+
+
+def test_the_server_of_a_language_model_is_measured(make_lm: Any) -> None:
+    base, sizes = make_lm(max_position_embeddings=128), ["--adapters", "3", "--calls", "8", "--repeats", "1"]
+    result = CliRunner().invoke(bench, ["serving", "--base", str(base.folder), *sizes, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["server"]["answers"]["median"], found["server"]["foreign"]["max"]) == (8, 0)
+    assert found["PEFT and torch"]["tokens/s"]["min"] > 0
+
+
+def test_an_answer_of_another_adapter_is_foreign_and_one_of_none_is_not() -> None:
+    alone: Any = SimpleNamespace(complete=lambda prompt, params, name: [f"{name}: ", prompt[:2]])
+    texts = [f"{name}: {writing._prompt(at)[:2]}, and so on" for at, name in enumerate(("t1", "t2", "t9", "t2"))]
+    assert writing._foreign(alone, [1, 1, 1, 2], texts) == (2, 1)
