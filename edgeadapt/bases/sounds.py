@@ -17,7 +17,8 @@ from edgeadapt.bases.media import MAX_SOURCE, MediaReader, as_text, library
 
 RATE = 16_000  # samples a second of what a file becomes
 SECONDS = 5  # of it; the loudest part of a longer one
-MAX_SECONDS, MAX_FILE_RATE, MAX_FILE_CHANNELS = 600, 192_000, 16  # of a file
+FILE_RATES, MAX_FILE_SECONDS, MAX_FILE_SAMPLES = (4_000, 192_000), 900, 2**26  # of a file, all channels together
+BEGINS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff")  # of the kinds of files that are opened
 MAX_RATE, MAX_CHANNELS, MAX_LENGTH = 48_000, 64, 2**17  # that a model hears
 LOUDEST = 2**15 - 1  # of a sample
 _HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")  # of WAV
@@ -28,20 +29,29 @@ def sound(content: bytes) -> str:
     file says. Raises as ``MediaReader.of_file``."""
     if len(content) > MAX_SOURCE:
         raise DataError(f"the sound has {len(content)} bytes, above the limit of {MAX_SOURCE}", about="sound")
+    if not content.startswith(BEGINS):
+        raise _damaged()
     files, rates = library("soundfile", SoundReader.noun), library("soxr", SoundReader.noun)
     try:
         with files.SoundFile(io.BytesIO(content)) as file:
             rate, channels, frames = file.samplerate, file.channels, file.frames
-            if rate > MAX_FILE_RATE or channels > MAX_FILE_CHANNELS or frames > MAX_SECONDS * rate:
-                reason = f"the sound has {channels} channels of {frames} samples at {rate} Hz: cut a part out"
+            within = FILE_RATES[0] <= rate <= FILE_RATES[1] and frames <= MAX_FILE_SECONDS * rate
+            if not within or frames * channels > MAX_FILE_SAMPLES:
+                reason = (
+                    f"the sound has {channels} channels of {frames} samples at {rate} Hz: convert it, or cut a part out"
+                )
                 raise DataError(reason, about="sound")
             read = file.read(frames, dtype="float32", always_2d=True)
         samples = rates.resample(read.mean(1), rate, RATE)
     except DataError:
         raise
     except Exception:  # of many classes; a message may have bytes of the sound
-        raise DataError(f"the sound is damaged, or not {SoundReader.files}", about="sound") from None
+        raise _damaged() from None
     return signal(loudest(_whole(samples)[:, None], SECONDS * RATE), RATE)
+
+
+def _damaged() -> DataError:
+    return DataError(f"the sound is damaged, or not {SoundReader.files}", about="sound")
 
 
 def signal(samples: Any, rate: int) -> str:

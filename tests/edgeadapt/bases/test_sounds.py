@@ -92,8 +92,9 @@ def test_of_a_long_sound_the_loudest_part_is_heard() -> None:
         (b"MZ secret words", "damaged"),
         (file_of(NOISE)[:30], "damaged"),
         (file_of(NOISE)[:44], "16 bits"),
-        (silence(700), "cut a part out"),
-        (file_of(np.zeros((4, 17)), 8000), "17 channels"),
+        (silence(1000), "cut a part out"),
+        (file_of(NOISE, 1), "at 1 Hz"),
+        (silence(1, "AIFF"), "or not WAV"),
         (bytes(MAX_SOURCE + 1), "above the limit"),
     ],
 )
@@ -101,6 +102,13 @@ def test_a_file_that_is_no_sound_is_refused_in_one_line(content: bytes, why: str
     with refused(DataError, "sound", why) as caught:
         sound(content)
     assert "secret" not in str(caught.value)
+
+
+def test_the_channels_of_a_file_count_towards_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeadapt.bases.sounds.MAX_FILE_SAMPLES", 2 * len(NOISE))
+    assert sound(file_of(np.stack([NOISE, NOISE], 1))) == sound(file_of(NOISE))
+    with refused(DataError, "sound", "3 channels"):
+        sound(file_of(np.stack([NOISE] * 3, 1)))
 
 
 def test_samples_that_are_no_numbers_are_refused() -> None:
