@@ -175,7 +175,8 @@ def in_package(package: str) -> Path:
     """Locate the base that an installed package holds. Raises ConfigError for another package."""
     # find_spec alone: importing the package would pull in its whole framework.
     try:
-        spec = find_spec(package) if package.replace(".", "").isidentifier() else None
+        known = package.isidentifier() or package in {candidate.name for candidate in PACKAGES}
+        spec = find_spec(package) if known else None
     except (ValueError, ModuleNotFoundError):  # ValueError: a module that was not imported from anywhere, as __main__
         spec = None
     if spec is None or spec.origin is None:
