@@ -108,6 +108,23 @@ def answers(bundle: Path, text: str, adapter: str = "global") -> list[tuple[str,
     return [(one.label, pytest.approx(one.probability, abs=1e-4)) for one in session.rank([text], adapter, 5)[0]]
 
 
+def assert_taught_alike(page: Any, bundle: Path, text: str) -> None:
+    """The page answers and learns as the native device does, and shows no content of a file."""
+    before = answers(bundle, text)
+    assert shown(page) == before
+    wrong = before[-1][0]
+    page.evaluate(f"document.getElementById('teach-label').value = {wrong!r}")
+    page.evaluate("document.getElementById('teach-form').requestSubmit()")
+    page.until("/learned/.test(document.getElementById('teach-result').textContent)")
+    assert "1 of 1 learned" in page.evaluate("document.getElementById('teach-result').textContent")
+    assert "base64" not in page.evaluate("document.body.innerText")
+    with Learner.open(bundle) as learner:
+        learner.teach([Correction(text, wrong)])
+    page.until(f"document.querySelector('#answers th').textContent === {wrong!r}")
+    assert [label for label, _ in shown(page)] == [label for label, _ in answers(bundle, text, "personal")]
+    assert page.errors() == []
+
+
 def test_a_chosen_file_is_answered_as_natively_and_teaches_the_same(
     page: Any, serve: Serve, bundle: Path, tmp_path: Path
 ) -> None:
@@ -119,20 +136,7 @@ def test_a_chosen_file_is_answered_as_natively_and_teaches_the_same(
     assert page.evaluate("document.getElementById('said').hidden")
     page.pick("#picture-file", file)
     page.until("document.getElementById('answer-caption').textContent.startsWith('A picture with global')")
-    before = answers(own, picture(file.read_bytes()))
-    assert shown(page) == before
-    wrong = before[-1][0]
-    page.evaluate(f"document.getElementById('teach-label').value = {wrong!r}")
-    page.evaluate("document.getElementById('teach-form').requestSubmit()")
-    page.until("/learned/.test(document.getElementById('teach-result').textContent)")
-    assert "1 of 1 learned" in page.evaluate("document.getElementById('teach-result').textContent")
-    assert "base64" not in page.evaluate("document.body.innerText")
-    with Learner.open(own) as learner:
-        learner.teach([Correction(picture(file.read_bytes()), wrong)])
-    after = answers(own, picture(file.read_bytes()), "personal")
-    page.until(f"document.querySelector('#answers th').textContent === {wrong!r}")
-    assert [label for label, _ in shown(page)] == [label for label, _ in after]
-    assert page.errors() == []
+    assert_taught_alike(page, own, picture(file.read_bytes()))
 
 
 def test_the_camera_is_asked_what_it_sees(page: Any, serve: Serve, bundle: Path) -> None:

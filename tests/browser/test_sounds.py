@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client.inference.session import ClassificationSession
-from client.learning import Correction, Learner
 from edgeadapt.bases.sounds import RATE, SoundReader, signal, sound
 from tests.browser.conftest import IN_BROWSER, Serve
 from tests.browser.test_page import shown
-from tests.browser.test_pictures import READ, bundle_of
+from tests.browser.test_pictures import READ, answers, assert_taught_alike, bundle_of
 from tests.support.sounds import file_of, make_base, tone, tones
 
 RNG = np.random.default_rng(3)
@@ -52,11 +50,6 @@ def test_what_is_no_sound_is_refused_as_natively(page: Any, serve: Serve, bundle
     assert f"at {RATE} Hz" in found[5]
 
 
-def answers(bundle: Path, text: str, adapter: str = "global") -> list[tuple[str, Any]]:
-    session = ClassificationSession.open(bundle)
-    return [(one.label, pytest.approx(one.probability, abs=1e-4)) for one in session.rank([text], adapter, 5)[0]]
-
-
 def test_a_chosen_file_is_answered_as_natively_and_teaches_the_same(
     page: Any, serve: Serve, bundle: Path, tmp_path: Path
 ) -> None:
@@ -72,19 +65,7 @@ def test_a_chosen_file_is_answered_as_natively_and_teaches_the_same(
     text = page.evaluate("document.getElementById('phrase').value")
     there, here = (SoundReader(RATE, RATE, 1).encode(one).ids for one in (text, sound(file.read_bytes())))
     assert np.abs(there - here).max() <= 1  # a browser divides by 32768
-    before = answers(own, text)
-    assert shown(page) == before
-    wrong = before[-1][0]
-    page.evaluate(f"document.getElementById('teach-label').value = {wrong!r}")
-    page.evaluate("document.getElementById('teach-form').requestSubmit()")
-    page.until("/learned/.test(document.getElementById('teach-result').textContent)")
-    assert "1 of 1 learned" in page.evaluate("document.getElementById('teach-result').textContent")
-    assert "base64" not in page.evaluate("document.body.innerText")
-    with Learner.open(own) as learner:
-        learner.teach([Correction(text, wrong)])
-    page.until(f"document.querySelector('#answers th').textContent === {wrong!r}")
-    assert [label for label, _ in shown(page)] == [label for label, _ in answers(own, text, "personal")]
-    assert page.errors() == []
+    assert_taught_alike(page, own, text)
 
 
 def test_the_microphone_is_asked_what_it_hears(page: Any, serve: Serve, bundle: Path) -> None:
