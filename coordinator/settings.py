@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from ipaddress import ip_address
 from itertools import combinations
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -293,6 +293,7 @@ RELOADED = ("rounds", "interval", "deadline", "attempts", "cohort")  # what may 
 class FederationSettings(Settings):
     """``federation.toml`` in the coordinator's state directory."""
 
+    longest: ClassVar[int] = 2**20  # the cells of a discovery are long
     rounds: int = Field(default=10, ge=1, le=100_000)
     """rounds of training in all"""
     interval: float = Field(default=0.0, ge=0, le=31_536_000)
@@ -467,9 +468,14 @@ class FederationSettings(Settings):
         return self.with_counting("evaluation", done, {"newest": newest, "previous": previous})
 
     def evaluating(self, done: int, newest: str, previous: str) -> Self:
-        others = {"analytic": Analytic(), "observation": ObservationRounds(), "discovery": DiscoveryRounds()}
-        bare = self.model_copy(update={"rounds": done, **others})
-        return bare.with_counting("evaluation", done, {"newest": newest, "previous": previous, "every": 0.0})
+        return self.bare(done).with_counting("evaluation", done, {"newest": newest, "previous": previous, "every": 0.0})
+
+    def bare(self, done: int) -> Self:
+        """The settings with no round to do after those that are ``done``."""
+        others = {"analytic": Analytic(), "observation": ObservationRounds()}
+        for name in ("evaluation", "discovery"):
+            others[name] = getattr(self, name).model_copy(update={"rounds": 0})
+        return self.model_copy(update={"rounds": done, **others})
 
     def with_counting(
         self, kind: Literal["evaluation", "observation", "discovery"], done: int, asked: Mapping[str, Any]

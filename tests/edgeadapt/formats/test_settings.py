@@ -119,6 +119,7 @@ ENDLESS = {
     "arrays over many lines": "count = " + "[\n" * 20_000 + "]\n" * 20_000,
     "tables in tables": f"count = {'{a=' * 300}1{'}' * 300}",
     "a long line": f"name = '{'x' * 3000}'",
+    "a key of many texts": f"{'.'.join(2_000 * [chr(34) * 2])} = 1",
     "a large file": "# comment\n" * 10_000,
 }
 

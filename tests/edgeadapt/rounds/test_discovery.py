@@ -19,11 +19,13 @@ from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Privacy, SessionSpec
 from client.node.policy import PolicySettings
 from client.node.statedir import SETTINGS
+from coordinator.settings import FederationSettings
 from edgeadapt.bases.base import Base
 from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.rounds.discovery import (
     LEAST,
+    MOST_CELLS,
     NOISE,
     PLACE,
     PRESENT,
@@ -153,6 +155,13 @@ def test_cells_are_read_as_they_were_written_and_damaged_ones_are_refused() -> N
     other = {**HEAD, "classifier.weight": np.zeros((2, 7), np.float32)}
     with refused(DataError, "task.cells"):
         TASK.noisy_size(Layout.of(other))
+
+
+def test_the_cells_of_a_wide_base_stay_in_the_settings(tmp_path: Path) -> None:
+    cells = Cells(np.zeros(1024), np.random.default_rng(0).normal(size=(MOST_CELLS, 1024))).encode()
+    asked = FederationSettings().with_counting("discovery", 0, {"cells": cells, "count": MOST_CELLS})
+    (tmp_path / "federation.toml").write_text(asked.to_toml())
+    assert FederationSettings.read(tmp_path / "federation.toml") == asked
 
 
 def test_nothing_is_discovered_without_noise_or_without_the_owners_consent() -> None:
