@@ -12,7 +12,7 @@ differs.
 
 import json
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -197,7 +197,7 @@ class BatchGenerator(Prompts):
         super().__init__(library, text)
         self._graph, self._loaded = graph, loaded
         self._bare = empty_inputs(library.manifest.slots)
-        self._waiting: deque[Row] = deque()
+        self._waiting: list[Row] = []  # ``add`` may append during a step
         self._places: list[Row | None] = []
         self._writing = 0  # places, the first ones
         self._reading: int | None = None  # the place of the row whose prompt is being read
@@ -284,13 +284,14 @@ class BatchGenerator(Prompts):
         return row
 
     def _next(self, parts: list[tuple[Row, Part]]) -> None:
-        """Give the first row that waits a place, if there is one."""
-        while self._waiting and (self._waiting[0].gone or self._waiting[0].draft.finish is Finish.BLOCKED):
-            row = self._waiting.popleft()
+        """Give a row that waits a place, if there is one: the first of the owner who has the fewest."""
+        for row in [one for one in self._waiting if one.gone or one.draft.finish is Finish.BLOCKED]:
+            self._waiting.remove(row)
             parts += [(row, row.draft.text), (row, row.draft.answer)]
-        if not self._waiting or not self._has_room(self._waiting[0].needs):
+        of = Counter(self._row(place).owner for place in range(self._writing))
+        if not self._waiting or not self._has_room((row := min(self._waiting, key=lambda one: of[one.owner])).needs):
             return
-        row = self._waiting.popleft()
+        self._waiting.remove(row)
 
         def fit(place: int) -> tuple[int, float]:
             held = self._places[place]

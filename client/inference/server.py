@@ -1,20 +1,23 @@
 """Serves the adapters of a bundle to many tenants by HTTP, in the form of OpenAI's interface: a model is an adapter.
 
-The model does one thing at a time, in the order of arrival. Texts to classify that wait while it runs are its next run,
-and answers are written together, token by token (``batch.py``), whatever their adapters. A tenant sees the adapters
-that match its patterns; any other does not exist for it. Nothing that is logged or counted has a text.
+The model does one thing at a time. Texts to classify that wait while it runs are its next run, and answers are written
+together, token by token (``batch.py``), whatever their adapters. Tenants are served in turn, however much one of them
+asks. A tenant sees the adapters that match its patterns; any other does not exist for it. Nothing that is logged or
+counted has a text.
 ``client.cli.serve`` decides where this listens.
 """
 
 import asyncio
 import base64
 import hashlib
+import itertools
 import json
 import math
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -153,11 +156,57 @@ class Account:
         return any(fnmatchcase(name, pattern) for pattern in self.settings.adapters)
 
 
+class Seats:
+    """Gives seats to those who wait: to the tenant that has the fewest, and among equals to the one that was served
+    longest ago."""
+
+    def __init__(self, count: int) -> None:
+        self.free, self._clock = count, itertools.count(1)
+        self._held, self._served = defaultdict[str, int](int), defaultdict[str, int](int)  # the second: when
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+
+    async def take(self, tenant: str) -> None:
+        if self.free:  # then nobody waits
+            return self._give(tenant)
+        self._waiting.append(mine := (tenant, asyncio.get_running_loop().create_future()))
+        try:
+            await mine[1]
+        except asyncio.CancelledError:
+            if mine in self._waiting:
+                self._waiting.remove(mine)
+            else:
+                self.leave(tenant)
+            raise
+
+    def leave(self, tenant: str) -> None:
+        self._held[tenant] -= 1
+        self.free += 1
+        if self._waiting:
+            first = min(self._waiting, key=lambda one: (self._held[one[0]], self._served[one[0]]))
+            self._waiting.remove(first)
+            self._give(first[0])
+            first[1].set_result(None)
+
+    def _give(self, tenant: str) -> None:
+        self.free -= 1
+        self._held[tenant] += 1
+        self._served[tenant] = next(self._clock)
+
+    @asynccontextmanager
+    async def one(self, tenant: str) -> AsyncGenerator[None, None]:
+        await self.take(tenant)
+        try:
+            yield
+        finally:
+            self.leave(tenant)
+
+
 @dataclass(slots=True, eq=False)
 class _Row:
     text: str
     adapter: Composition
     top: int
+    tenant: str
     found: Any = None  # a Ranking, or the error
 
 
@@ -173,10 +222,10 @@ class Service:
         everybody = TenantSettings.parse({**given, "metrics": True}, "tenants")
         self._everybody = None if tenants else Account("", everybody)
         self._accounts = [Account(name, one) for name, one in tenants.tenants.items()] if tenants else []
-        self._library, self._turn, self._rows = library, asyncio.Lock(), list[_Row]()
+        self._library, self._turn, self._rows = library, Seats(1), list[_Row]()
         self._waiting, self._fetching, self._beginning = 0, anyio.CapacityLimiter(1), anyio.CapacityLimiter(1)
         self._written: dict[Row, asyncio.Queue[Part | Exception]] = {}
-        self._seats = asyncio.Semaphore(2 * ROWS)  # of rows, which hold their adapters in memory
+        self._seats = Seats(2 * ROWS)  # of rows, which hold their adapters in memory
         self._steps: asyncio.Task[None] | None = None
         self.stops: Callable[[], bool] = lambda: False
         self._calls: dict[str, Callable[[Request, Account], Awaitable[Response]]]
@@ -257,7 +306,7 @@ class Service:
     async def _parts(self, account: Account, work: Generator[T, None, None]) -> AsyncGenerator[T, None]:
         """Yield what ``work`` yields, in its turn; closing this ends it, after the step under way."""
         with self._place(account, 1):
-            async with self._turn:
+            async with self._turn.one(account.name):
                 self._check_open()
                 try:
                     while (part := await anyio.to_thread.run_sync(next, work, END)) is not END:
@@ -270,7 +319,7 @@ class Service:
     ) -> AsyncGenerator[Any, None]:
         """Yield the pieces of an answer, then the ``Answer``; closing this ends it, after the step under way."""
         with self._place(account, 1):
-            row = await self._seated(partial(asked.begin, self._model, adapter, account.name))
+            row = await self._seated(account.name, partial(asked.begin, self._model, adapter, account.name))
             parts = self._written[row] = asyncio.Queue()
             self._model.add(row)
             if self._steps is None or self._steps.done():
@@ -285,21 +334,21 @@ class Service:
                 del self._written[row]
                 self._leave(row)
 
-    async def _seated(self, begin: Callable[[], Row]) -> Row:
+    async def _seated(self, tenant: str, begin: Callable[[], Row]) -> Row:
         """Begin an answer in its turn. Raises RequestError: the server stops; and as ``begin``."""
-        await self._seats.acquire()
+        await self._seats.take(tenant)
         try:
             self._check_open()
             return await anyio.to_thread.run_sync(begin, limiter=self._beginning)
         except BaseException:
-            self._seats.release()
+            self._seats.leave(tenant)
             raise
 
     def _leave(self, row: Row) -> None:
         """Give the seat of a row that has ended, or whose reader has gone, to another; once."""
         if not row.gone:
             row.gone = True
-            self._seats.release()
+            self._seats.leave(row.owner)
 
     async def _step(self) -> None:
         """Let the model write until nobody waits for an answer. A reader who is slow keeps no other waiting."""
@@ -326,9 +375,9 @@ class Service:
             self._rows += mine
             try:
                 while any(row.found is None for row in mine):
-                    async with self._turn:
+                    async with self._turn.one(account.name):
                         self._check_open()
-                        if (run := self._rows[:MAX_ROWS]) and any(row.found is None for row in mine):
+                        if (run := self._next_rows()) and any(row.found is None for row in mine):
                             texts, top = [(row.text, row.adapter) for row in run], max(row.top for row in run)
                             self._runs.observe(len(run))
                             found = await anyio.to_thread.run_sync(self._model.rankings, texts, top)
@@ -341,6 +390,16 @@ class Service:
             if isinstance(row.found, EdgeAdaptError):
                 raise row.found
         return [row.found for row in mine]
+
+    def _next_rows(self) -> list[_Row]:
+        """Return the rows of the next run, one of each tenant in turn."""
+        before = defaultdict[str, int](int)
+
+        def turn(row: _Row) -> int:
+            before[row.tenant] += 1
+            return before[row.tenant]
+
+        return sorted(self._rows, key=turn)[:MAX_ROWS]
 
     async def _models(self, _: Request, account: Account) -> Response:
         names = self._of(account)
@@ -358,10 +417,11 @@ class Service:
         auto = asked.model == AUTO
         names = [await self._named(account, ROUTER if auto else asked.model)] * len(asked.input)
         if auto:
-            routed = await _unless_gone(request, self._rank(account, [_Row(text, names[0], 1) for text in asked.input]))
+            rows = [_Row(text, names[0], 1, account.name) for text in asked.input]
+            routed = await _unless_gone(request, self._rank(account, rows))
             chosen = [await anyio.to_thread.run_sync(self._model.route, one, account.may) for one in routed]
             names = [await self._named(account, name) for name in chosen]
-        rows = [_Row(text, name, asked.top) for text, name in zip(asked.input, names, strict=True)]
+        rows = [_Row(text, name, asked.top, account.name) for text, name in zip(asked.input, names, strict=True)]
         found = await _unless_gone(request, self._rank(account, rows))
         data = [{"index": index, "adapter": str(names[index]), **one.to_json()} for index, one in enumerate(found)]
         for row in data:
@@ -469,10 +529,10 @@ def _status(error: Exception) -> int:
         return error.status
     if isinstance(error, DataError) and not error.about.startswith(SENT):
         return 422  # the adapter is broken
+    if getattr(error, "about", "") in ("repository", "repository.expired"):
+        return 503  # it is away or was not renewed, and the adapter is not here
     if isinstance(error, TrustError):
         return 409
-    if isinstance(error, ConfigError) and error.about == "repository":
-        return 503  # it is away, and the adapter is not here
     return 400 if isinstance(error, ConfigError | DataError) else 500
 
 

@@ -93,6 +93,17 @@ def test_more_rows_than_places_wait(lm_bundle: Path) -> None:
     assert run(model, *rows) == 6 * alone(lm_bundle)
 
 
+def test_who_has_the_fewest_places_is_next(lm_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "ROWS", 2)
+    model, written = opened(lm_bundle), dict[Row, list[Any]]()
+    rows = [ask(model, "play", None, owner=name) for name in ("a", "a", "a", "b")]
+    for row in rows:
+        model.add(row)
+    while not model.idle:
+        step(model, written)
+    assert [rows.index(row) for row in written] == [0, 3, 1, 2]
+
+
 def test_the_memory_of_the_cache_limits_the_rows(lm_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, width, bytes
     monkeypatch.setattr(batch, "MAX_CACHE", 4 * 256 * token)

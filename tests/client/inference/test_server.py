@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -383,6 +384,56 @@ def test_one_who_hangs_up_while_a_run_is_under_way_costs_the_others_nothing(two:
     asyncio.run(run())
 
 
+def test_a_tenant_with_many_texts_keeps_no_other_waiting(two: Path) -> None:
+    async def run() -> None:
+        service = server.Service(Library.open(two, None), tenants(), 1, 2**28)
+        gate, app = Gate(service), service.application(["testserver"])
+        ask = lambda name, texts: Caller(app, "/v1/classify", TOKENS[name], model=name, input=texts)  # noqa: E731
+        ask("anna", [TEXT])
+        await until(lambda: len(gate.runs) == 1)
+        many = ask("anna", [TEXT] * 100)
+        await until(lambda: len(service._rows) == 101)
+        few = ask("ben", [TEXT, TEXT])
+        await until(lambda: len(service._rows) == 103)
+        gate.open.release(2)
+        assert len((await few.json())["data"]) == 2
+        assert not many.task.done()
+        gate.open.release(100)
+        assert len((await many.json())["data"]) == 100
+        assert Counter(name for _, name in gate.runs[1])["ben"] == 2
+
+    asyncio.run(run())
+
+
+def test_a_seat_goes_to_the_tenant_with_the_fewest_and_then_to_who_waited_longest() -> None:
+    async def run() -> None:
+        seats, taken = server.Seats(2), list[str]()
+
+        async def take(name: str) -> None:
+            await seats.take(name)
+            taken.append(name)
+
+        waits = [asyncio.create_task(take(name)) for name in ("a", "a", "a", "a", "b", "c")]
+        await until(lambda: len(seats._waiting) == 4)
+        waits[-1].cancel()
+        await asyncio.wait(waits[-1:])
+        for left in ("a", "a", "b", "a"):
+            seats.leave(left)
+            await asyncio.sleep(0)
+        assert (taken, seats.free) == (["a", "a", "b", "a", "a"], 1)
+        seats.leave("a")
+        first, given = (asyncio.create_task(take(name)) for name in ("a", "b"))
+        await asyncio.wait([first, given])
+        late = asyncio.create_task(take("c"))
+        await until(lambda: len(seats._waiting) == 1)
+        seats.leave("a")
+        late.cancel()  # in the moment in which it gets the seat
+        await asyncio.wait([late])
+        assert (late.cancelled(), seats.free) == (True, 1)
+
+    asyncio.run(run())
+
+
 def test_a_full_queue_and_a_server_that_stops_say_so(two: Path) -> None:
     async def run() -> None:
         service = server.Service(Library.open(two, None), tenants(waiting=1), 1, 2**28)
@@ -525,7 +576,7 @@ def test_an_answer_ends_when_its_reader_hangs_up_and_others_go_on(lm_bundle: Pat
         assert (await second.json())["choices"][0]["message"]["content"] == written(lm_bundle, max_tokens=30)
         await until(lambda: service._model.idle)
         assert len(steps.wrote) < 50
-        assert (service._waiting, service._seats._value) == (0, 2 * server.ROWS)
+        assert (service._waiting, service._seats.free) == (0, 2 * server.ROWS)
 
     asyncio.run(run())
 
@@ -549,7 +600,7 @@ def test_a_reader_who_is_slow_keeps_no_other_waiting(lm_bundle: Path, monkeypatc
         assert service._waiting == 1  # one has its whole answer
         reads.set()
         await asyncio.wait_for(asyncio.gather(*(one.task for one in slow)), 60)
-        assert (service._waiting, service._seats._value) == (0, 2)
+        assert (service._waiting, service._seats.free) == (0, 2)
 
     asyncio.run(run())
 
@@ -568,7 +619,7 @@ def test_a_failed_step_is_said_to_all_and_the_next_answer_is_right(lm_bundle: Pa
         assert (await ask().json())["choices"][0]["message"]["content"] == written(lm_bundle)
         refused = ask(max_tokens=0)
         await refused.json()
-        assert (refused.status, service._seats._value, service._model.idle) == (400, 2 * server.ROWS, True)
+        assert (refused.status, service._seats.free, service._model.idle) == (400, 2 * server.ROWS, True)
 
     asyncio.run(run())
 
