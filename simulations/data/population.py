@@ -31,6 +31,7 @@ class Client:
     train: tuple[LabelledText, ...]  # what its device has so far
     validation: tuple[LabelledText, ...]
     test: tuple[LabelledText, ...]  # what comes later, of groups of which no client has a text in the other parts
+    found: str = ""  # the group that a round of discovery found for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,5 +59,7 @@ class Population:
     @property
     def digest(self) -> str:
         """Hash the content (SHA-256, hex): two populations are equal if and only if their digests are."""
-        table = dataclasses.asdict(self, dict_factory=lambda row: {k: v for k, v in row if k != "target" or v})
+        table = dataclasses.asdict(
+            self, dict_factory=lambda row: {k: v for k, v in row if k not in ("target", "found") or v}
+        )
         return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -68,10 +68,8 @@ from export.prune import WORDS, frequent_words, prune
 from simulations.data.households import released_phrases
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine.devices import SEED
-from simulations.scenario import GroupSettings, Scenario
+from simulations.scenario import Scenario
 
-COMMON = "common"  # group of clients whose own would be too small
-GROUPS = "groups"  # in the folder of a run
 Matrix = NDArray[np.float64]
 KINDS = {  # method → what its adapters bring
     "IA3": frozenset({SlotKind.SCALE, SlotKind.INPUT_SCALE}),
@@ -93,54 +91,6 @@ COORDINATOR = "coordinator"
 DEVICES = "devices"
 LIFETIME = timedelta(days=365)
 PENALTY = 0.1  # of the vendor's logistic head, on half the sum of its squared weights
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    name: str  # their language, ``COMMON``, or empty for all clients of an undivided population
-    folder: Path
-    population: Population  # the clients, in the order of the whole population
-
-    @property
-    def devices(self) -> int:
-        return len(self.names)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(client.name for client in self.population.clients if not client.unseen)
-
-
-def grouped(population: Population, settings: GroupSettings) -> tuple[Group, ...]:
-    """Divide a population. Guarantee: each client is in one group, and each group has a client that takes part.
-
-    A language with fewer than ``settings.smallest`` clients that take part has no group of its own. Such clients
-    have a common one; while it has too few, the smallest of the others joins it. Where they are all unseen,
-    they get the adapter of the largest group."""
-    if settings.by == "none":
-        return (Group("", Path(), population),)
-    languages: dict[str, list[Client]] = {}
-    for client in population.clients:
-        languages.setdefault(client.language, []).append(client)
-    own = {name: members for name, members in languages.items() if _devices(members) >= settings.smallest}
-    left = [client for name, members in languages.items() if name not in own for client in members]
-    while own and 0 < _devices(left) < settings.smallest:
-        left += own.pop(min(own, key=lambda name: (_devices(own[name]), name)))
-    if left and not _devices(left):
-        own[max(own, key=lambda name: (_devices(own[name]), name))] += left
-        left = []
-    groups = [*sorted(own.items()), *([(COMMON, left)] if left else [])]
-    return tuple(
-        Group(name, Path(GROUPS, str(number)), population.only({client.name for client in members}))
-        for number, (name, members) in enumerate(groups, 1)
-    )
-
-
-def fleet_folders(out: Path, groups: Sequence[Group]) -> dict[str, Path]:
-    return {client.name: out / group.folder for group in groups for client in group.population.clients}
-
-
-def _devices(clients: Sequence[Client]) -> int:
-    return sum(not client.unseen for client in clients)
 
 
 def hashed_ngrams(texts: Sequence[str]) -> Matrix:
@@ -253,6 +203,7 @@ def _require_possible(scenario: Scenario, own_model: bool) -> None:
         "base.engine=torch": (own_model or own_task) and scenario.base.engine != "torch",
         "federation.analytic.rounds=0": (own_model or own_task) and scenario.federation.analytic.rounds > 0,
         "personal.method=fine-tune": (own_model or own_task) and scenario.personal.method in (*HEADS, "ensemble"),
+        "groups.by=none": own_model and scenario.groups.by == "discovered",
         "attack.kind=none": own_task and scenario.attack.kind in ("label-flip", "boost"),
     }
     if keys := [key for key, is_odd in odd.items() if is_odd]:
@@ -395,6 +346,7 @@ def _policy(scenario: Scenario, population: Population) -> PolicySettings:
         minimum_cohort=smallest,
         minimum_survivors=min(SAFE.minimum_survivors, honest),
         adversaries=sorted({"active", scenario.federation.aggregation.adversary}),
+        observations=scenario.federation.discovery.rounds > 0,
         **_training_limits(scenario, len(population.labels)),
     )
 

@@ -20,8 +20,9 @@ from edgeadapt.formats import storage
 from edgeadapt.formats.cores import cores
 from simulations.data import populate
 from simulations.data.population import Population
+from simulations.engine.groups import with_found
 from simulations.engine.progress import RunProgress, SuiteProgress
-from simulations.engine.provision import device_base, forget_states, grouped, training_base, with_shared_states
+from simulations.engine.provision import device_base, forget_states, training_base, with_shared_states
 from simulations.engine.workers import Notify, Process, WorkerKilledError
 from simulations.plan import Suite, Trial, digest_of, search
 from simulations.report.formatting import aborted, duration
@@ -166,8 +167,8 @@ def compute_rounds(trial: Trial, store: Store, notify: Notify) -> None:
         material, before = _material(trial, store), time.process_time()
         try:
             with RunProgress(quiet=True, notify=notify) as progress:
-                prepare(folder, grouped(material.population, scenario.groups), material.base)
-                federate(folder, material.population, material.base, progress)
+                population = prepare(folder, material.population, material.base, progress)
+                federate(folder, population, material.base, progress)
         finally:  # an interrupted run has spent it as well
             folder.add("cpu", time.process_time() - before)
         storage.replace(path / FINISHED, json.dumps({"cpu_seconds": folder.seconds["cpu"]}).encode())
@@ -190,7 +191,7 @@ def _material(trial: Trial, store: Store) -> Material:
     with _shared(store, scenario, {*needs, "adapter"}, made=scenario.base.engine == "onnx") as folder:
         trained = device_base(folder, scenario, base, population)
     spent = json.loads(finished.read_bytes())["cpu_seconds"] if trial.kind.federated and finished.exists() else 0.0
-    return Material(population, base, trained, store.federation(trial), spent)
+    return Material(with_found(store.federation(trial), population), base, trained, store.federation(trial), spent)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from flwr.clientapp import ClientApp
 from aggregation.errors import ConfigError, EdgeAdaptError
 from client.node.app import register
 from client.node.statedir import EXAMPLES, PERSONAL
+from client.training.engine import classifier_trainer
 from client.training.examples import encode_examples, parse_examples
 from coordinator import lastsum
 from coordinator.app import STATE, conduct
@@ -42,6 +43,7 @@ from edgeadapt.formats.layout import Tensors
 from edgeadapt.formats.registryfiles import SUMS, TRANSCRIPT
 from edgeadapt.formats.settings import LONGEST
 from edgeadapt.formats.storage import PUBLIC, kill_safe, read, replace
+from edgeadapt.rounds.discovery import Cells
 from simulations.data import populate
 from simulations.data.population import Client, Population
 from simulations.data.tables import Loaded
@@ -58,6 +60,7 @@ from simulations.engine.grid import (
     read_trace,
     trace_digest,
 )
+from simulations.engine.groups import DISCOVERY, FOUND, Group, Router, fleet_folders, grouped, with_found
 from simulations.engine.plain import is_plain, open_coordinator
 from simulations.engine.progress import RunProgress
 from simulations.engine.publish import export_all
@@ -158,7 +161,7 @@ class RunFolder:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         replace(self.path / SECONDS, json.dumps(self.seconds).encode())
 
-    def of(self, group: provision.Group) -> "RunFolder":
+    def of(self, group: Group) -> "RunFolder":
         """Return the folder of a group's federation, with the same times."""
         path = self.path / group.folder
         path.mkdir(parents=True, exist_ok=True)
@@ -173,14 +176,14 @@ class Plan:
     engine: Engine
     loaded: Loaded
     base: Base
-    groups: Sequence[provision.Group]
+    groups: Sequence[Group]
 
     @classmethod
     def of(cls, scenario: Scenario, engine: Engine = HERE) -> Self:
         """Make the population, and find the base. Raises as ``populate`` and ``provision.uncentered_base``."""
         loaded = populate(scenario.data, scenario.population, scenario.seed)
         base = provision.uncentered_base(scenario)
-        return cls(scenario, engine, loaded, base, provision.grouped(loaded.population, scenario.groups))
+        return cls(scenario, engine, loaded, base, grouped(loaded.population, scenario.groups))
 
     @property
     def devices(self) -> int:
@@ -210,7 +213,7 @@ class Plan:
 
 def simulate(folder: RunFolder, population: Population, progress: RunProgress, engine: Engine = HERE) -> RunResult:
     """Run the stages that are not finished. One that fails leaves the outcomes of those before it in the folder."""
-    scenario, groups = folder.scenario, provision.grouped(population, folder.scenario.groups)
+    scenario = folder.scenario
     torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
     exported: ExportResult | None = None
     progress.metric = find_task(scenario.data.task).metric
@@ -218,7 +221,7 @@ def simulate(folder: RunFolder, population: Population, progress: RunProgress, e
         with folder.timed("prepare"), progress.stage("prepare"):
             base = provision.training_base(folder.path, scenario, population)
             base = provision.with_shared_states(folder.path, scenario, population, base)
-            prepare(folder, groups, base)
+            population = prepare(folder, population, base, progress, engine)
         federate(folder, population, base, progress, engine)
         with folder.timed("personal"):
             evaluated = [(folder.of(group).path, chosen) for group, chosen in _evaluated(folder, population, base)]
@@ -227,7 +230,7 @@ def simulate(folder: RunFolder, population: Population, progress: RunProgress, e
             with folder.timed("export"), progress.stage("export"):
                 exported = export_all(evaluated, scenario, base, str(folder.path / REPORT))
         with progress.stage("canaries"):
-            canaries = _canary_bounds(folder, groups)
+            canaries = _canary_bounds(folder, grouped(population, scenario.groups))
     result = _result(folder, population, base, arms, exported, canaries)
     if exported:
         write_report(result, folder.path / REPORT, program())
@@ -258,32 +261,66 @@ def _logged(log: Path) -> Iterator[None]:
         handler.close()
 
 
-def prepare(folder: RunFolder, groups: Sequence[provision.Group], base: Base) -> None:
-    """Make the fleets of a run, unless they are there. Raises ConfigError if they are of another population, base or
-    trace, or as ``device_base``."""
-    scenario = folder.scenario
-    for out, population in ((folder.of(group).path, group.population) for group in groups):
-        marker, digests = out / PREPARED, {"population": population.digest, "base": base.digest}
-        if scenario.network.trace:
-            digests["trace"] = trace_digest(Path(scenario.network.trace))
-        if not marker.exists():
-            for name in (provision.AUTHORITY, provision.COORDINATOR, provision.DEVICES):  # what an interrupted run left
-                shutil.rmtree(out / name, ignore_errors=True)
-            provision.device_base(out, scenario, base, population)
-            provision.provision(out, scenario, population, base)
-            replace(marker, json.dumps(digests).encode())
-        elif json.loads(marker.read_bytes()) != digests:
-            reason = f"{out} contains a run with another population, base model or trace: choose another --out"
-            raise ConfigError(reason, about="--out")
+def prepare(
+    folder: RunFolder, population: Population, base: Base, progress: RunProgress, engine: Engine = HERE
+) -> Population:
+    """Make the fleets of a run, unless they are there; where groups are to be found, find them first. Returns the
+    population, whose clients know their group. Raises ConfigError if they are of another population, base or trace, or
+    as ``device_base``; DataError or ConfigError: no groups can be found."""
+    if folder.scenario.groups.by == "discovered":
+        population = _discovered(folder, population, base, progress, engine)
+    for group in grouped(population, folder.scenario.groups):
+        _prepare(folder.of(group), group.population, base)
+    return population
+
+
+def _prepare(folder: RunFolder, population: Population, base: Base) -> None:
+    out, scenario = folder.path, folder.scenario
+    marker, digests = out / PREPARED, {"population": population.digest, "base": base.digest}
+    if scenario.network.trace:
+        digests["trace"] = trace_digest(Path(scenario.network.trace))
+    if not marker.exists():
+        for name in (provision.AUTHORITY, provision.COORDINATOR, provision.DEVICES):  # what an interrupted run left
+            shutil.rmtree(out / name, ignore_errors=True)
+        provision.device_base(out, scenario, base, population)
+        provision.provision(out, scenario, population, base)
+        replace(marker, json.dumps(digests).encode())
+    elif json.loads(marker.read_bytes()) != digests:
+        reason = f"{out} contains a run with another population, base model or trace: choose another --out"
+        raise ConfigError(reason, about="--out")
+
+
+def _discovered(
+    folder: RunFolder, population: Population, base: Base, progress: RunProgress, engine: Engine
+) -> Population:
+    """Let all clients find their groups, in a federation of one round."""
+    stored, config = folder.path / DISCOVERY / FOUND, provision.peft_config(folder.scenario, base)
+    if not stored.exists():
+        mine = classifier_trainer(base, len(population.labels), config)
+        asked = folder.scenario.federation.discovery
+        cells = Cells.of(mine.embed([one.text for one in population.public]), asked.count)
+        path = stored.parent
+        path.mkdir(exist_ok=True)
+        fleet = RunFolder(path, folder.scenario.discovering(cells.encode()), folder.seconds, folder.retries)
+        _prepare(fleet, population, base)
+        _federate(fleet, population, base, progress, _availability(folder, population), engine)
+        router = Router.of(folder.path, folder.scenario.groups)
+        own = {each.name: router.joined(mine.embed([one.text for one in each.train])) for each in population.clients}
+        replace(stored, json.dumps(own).encode())
+    return with_found(folder.path, population)
+
+
+def _availability(folder: RunFolder, population: Population) -> Mapping[str, Steps]:
+    trace = folder.scenario.network.trace
+    return read_trace(Path(trace), population.clients) if trace else {}
 
 
 def federate(
     folder: RunFolder, population: Population, base: Base, progress: RunProgress, engine: Engine = HERE
 ) -> None:
     """Run the rounds that are left, of one federation after the other, all of them prepared."""
-    trace = folder.scenario.network.trace
-    availability = read_trace(Path(trace), population.clients) if trace else {}
-    for group in provision.grouped(population, folder.scenario.groups):
+    availability = _availability(folder, population)
+    for group in grouped(population, folder.scenario.groups):
         _federate(folder.of(group), group.population, base, progress, availability, engine)
 
 
@@ -433,12 +470,12 @@ def faults_of(scenario: Scenario, trace: Mapping[int, Steps], retries: int) -> F
     )
 
 
-def _evaluated(folder: RunFolder, population: Population, base: Base) -> list[tuple[provision.Group, Population]]:
+def _evaluated(folder: RunFolder, population: Population, base: Base) -> list[tuple[Group, Population]]:
     """Return the groups with those of their clients that are evaluated after the rounds, all of them enrolled."""
     scenario = folder.scenario
     names = {client.name for client in population.sampled(scenario.evaluation.clients, scenario.seed).clients}
     evaluated = []
-    for group in provision.grouped(population, scenario.groups):
+    for group in grouped(population, scenario.groups):
         chosen = group.population.only(names)
         if chosen.clients:
             enrolment = provision.Enrolment.of(folder.of(group).path, scenario, group.population, base)
@@ -449,8 +486,8 @@ def _evaluated(folder: RunFolder, population: Population, base: Base) -> list[tu
 
 def _arms(folder: RunFolder, population: Population, base: Base, progress: RunProgress) -> dict[str, TrialResult]:
     scenario, store = folder.scenario, Store(folder.path)
-    groups = provision.grouped(population, scenario.groups)
-    fleets = provision.fleet_folders(folder.path, groups)
+    groups = grouped(population, scenario.groups)
+    fleets = fleet_folders(folder.path, groups)
 
     def keep(client: Client, adapter: Tensors) -> None:
         replace(provision.device_folder(fleets[client.name], client.name) / PERSONAL, files.encode(adapter))
@@ -467,7 +504,7 @@ def _arms(folder: RunFolder, population: Population, base: Base, progress: RunPr
     return results
 
 
-def _canary_bounds(folder: RunFolder, groups: Sequence[provision.Group]) -> CanaryBounds | None:
+def _canary_bounds(folder: RunFolder, groups: Sequence[Group]) -> CanaryBounds | None:
     path = folder.path / CANARIES
     if path.exists():
         return CanaryBounds(**json.loads(path.read_bytes()))
@@ -486,7 +523,7 @@ def _result(
     canaries: CanaryBounds | None,
 ) -> RunResult:
     scenario, metric = folder.scenario, metric_of(arms.values())
-    groups = provision.grouped(population, scenario.groups)
+    groups = grouped(population, scenario.groups)
     registry = provision.registry(folder.of(groups[0]).path)
     last = (registry.latest() or registry.version(0)).manifest
     evaluated = population.sampled(scenario.evaluation.clients, scenario.seed).clients
@@ -528,7 +565,7 @@ def _result(
     )
 
 
-def _group_result(folder: RunFolder, group: provision.Group) -> GroupResult:
+def _group_result(folder: RunFolder, group: Group) -> GroupResult:
     registry = provision.registry(folder.of(group).path)
     last = (registry.latest() or registry.version(0)).manifest
     names = tuple(client.name for client in group.population.clients)

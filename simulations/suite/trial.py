@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate, chain, zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock
@@ -45,8 +45,9 @@ from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
 from simulations.engine.canaries import audited
 from simulations.engine.grid import GridLog
+from simulations.engine.groups import Group, fleet_folders, grouped
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import Group, Matrix, fleet_folders, grouped, ridge_head
+from simulations.engine.provision import Matrix, ridge_head
 from simulations.plan import Kind, Trial
 from simulations.result import (
     ACCURACY,
@@ -140,9 +141,7 @@ class Arms(ABC):
 
     def pooled(self) -> Tensors:
         """Train version 0 on the texts of all clients that are not unseen, for the epochs of all rounds."""
-        inputs = self.inputs
-        seen = (client for client in inputs.population.clients if not client.unseen)
-        examples = [example for client in seen for example in training_examples(client)]
+        inputs, examples = self.inputs, _trained_on(self.inputs.population)
         return self.train(inputs.seed_adapter, examples, inputs.task, inputs.scenario.round_epochs, "", CENTRAL)
 
     def train(
@@ -171,6 +170,7 @@ class ClassifierArms(Arms):
     mine: ClassifierTrainer
     # Digest of the last adapter, and what it made of texts.
     _embedded: tuple[str, dict[str, Floats]] = field(default_factory=lambda: ("", {}))
+    _router: Matrix = field(default_factory=lambda: np.zeros((0, 0)))  # once it is made
 
     def _personal(self, client: Client, start: Tensors, task: Task, arm: str) -> Kept:
         own, examples = self.inputs.scenario.personal, provision.examples_of(client)
@@ -217,11 +217,32 @@ class ClassifierArms(Arms):
 
     @cached_property
     def _shared_head(self) -> Matrix:
-        seen = [training_examples(client) for client in self.inputs.population.clients if not client.unseen]
-        texts = [*chain.from_iterable(seen), *provision.public_examples(self.inputs.population.public)]
+        texts = [*_trained_on(self.inputs.population), *provision.public_examples(self.inputs.population.public)]
         rows, _ = self._features([text.text for text in texts])
         labels, penalty = np.array([text.label for text in texts], np.int64), self.inputs.scenario.head.ridge
         return ridge_head(rows, labels, np.ones(len(texts)), len(self.inputs.task.labels), penalty)
+
+    def routed(self, groups: Sequence[Group], adapters: Sequence[Tensors]) -> Model:
+        """Return what answers each text by the adapter of the group that a router names: a head over the groups, which
+        one sum over all clients gives."""
+        router = self._router if len(self._router) else self._routing(groups)
+
+        def answers(texts: Sequence[str]) -> Floats:
+            named = (self._features(texts)[0] @ router).argmax(axis=1)
+            logits = np.zeros((len(texts), len(self.inputs.task.labels)), np.float32)
+            for number in np.unique(named).tolist():
+                own = np.flatnonzero(named == number).tolist()
+                logits[own] = self.mine.logits(adapters[number], [texts[place] for place in own])
+            return logits
+
+        return partial(self._answered, answers)
+
+    def _routing(self, groups: Sequence[Group]) -> Matrix:
+        seen = [(number, text.text) for number, group in enumerate(groups) for text in _trained_on(group.population)]
+        rows, _ = self._features([text for _, text in seen])
+        numbers, penalty = np.array([number for number, _ in seen], np.int64), self.inputs.scenario.head.ridge
+        self._router = ridge_head(rows, numbers, np.ones(len(seen)), len(groups), penalty)
+        return self._router
 
     def _fitted(self, texts: Sequence[Example], weights: Matrix, fit: FitHead) -> tuple[Model, Model, float]:
         before = time.thread_time()
@@ -299,6 +320,10 @@ def generator(seed: int, client: str, arm: str) -> np.random.Generator:
 
 def _own(client: Client) -> Sequence[Example]:
     return [example for example in provision.examples_of(client) if example.split is not Split.TEST]
+
+
+def _trained_on(population: Population) -> list[Example]:
+    return [example for client in population.clients if not client.unseen for example in training_examples(client)]
 
 
 def training_examples(client: Client) -> Sequence[Example]:
@@ -425,6 +450,8 @@ class TrialRun:
             judged, model, saved = mine.head(client, fit, getattr(self.trial.scenario.head, penalty))
         elif self.trial.kind is Kind.SUMMED and isinstance(mine, ClassifierArms):
             judged, model, saved = mine.summed(client)
+        elif self.trial.kind is Kind.ROUTED and isinstance(mine, ClassifierArms):
+            judged = model = mine.routed(self._groups, self._adapters)
         else:
             own = self._adapter(mine, client, pooled)
             model, kept = mine.model(own.adapter), own.choice
@@ -468,6 +495,10 @@ class TrialRun:
     @cached_property
     def _fleets(self) -> dict[str, Path]:
         return fleet_folders(self.material.federation, self._groups)
+
+    @cached_property
+    def _adapters(self) -> list[Tensors]:
+        return [self._global(group.population.clients[0]) for group in self._groups]
 
     def _global(self, client: Client) -> Tensors:
         folder = self._fleets[client.name]

@@ -24,8 +24,9 @@ from simulations.data.population import Client, Population
 from simulations.engine.canaries import audited
 from simulations.engine.devices import LyingApp, MemoryDevices
 from simulations.engine.grid import FaultModel, GridLog, InProcessGrid
+from simulations.engine.groups import COMMON, fleet_folders, grouped
 from simulations.engine.plain import PlainCoordinator, PlainDevice, PlainRoot, UnsignedKey
-from simulations.engine.provision import COMMON, COORDINATOR, Enrolment, fleet_folders, grouped
+from simulations.engine.provision import COORDINATOR, Enrolment
 from simulations.result import ReportedRound, joined_rounds
 from simulations.scenario import GroupSettings, Scenario
 from simulations.suite.run import Engine, _on_grid, _require_same_engine

@@ -8,7 +8,7 @@ from aggregation.errors import ConfigError, DataError
 from aggregation.steps import Step
 from simulations.data.population import Client
 from simulations.engine.grid import FaultModel, Steps, read_trace
-from simulations.engine.provision import grouped
+from simulations.engine.progress import RunProgress
 from simulations.suite.run import RunFolder, prepare
 from tests.support import FleetOf, refused
 
@@ -74,12 +74,12 @@ def test_a_run_is_not_resumed_with_another_trace(fleet_of: FleetOf, tmp_path: Pa
     fleet, trace = fleet_of(4), tmp_path / "trace.csv"
     network = fleet.scenario.network.model_copy(update={"trace": str(trace)})
     scenario = fleet.scenario.model_copy(update={"network": network})
-    folder, groups = RunFolder.start(tmp_path / "run", scenario), grouped(fleet.population, scenario.groups)
+    folder, progress = RunFolder.start(tmp_path / "run", scenario), RunProgress(quiet=True)
     with refused(ConfigError, "network.trace"):
-        prepare(folder, groups, fleet.base)
+        prepare(folder, fleet.population, fleet.base, progress)
     trace.write_text("client,round,available\ndevice-00,1,0\n")
-    prepare(folder, groups, fleet.base)
-    prepare(folder, groups, fleet.base)
+    prepare(folder, fleet.population, fleet.base, progress)
+    prepare(folder, fleet.population, fleet.base, progress)
     trace.write_text("client,round,available\ndevice-00,2,0\n")
     with refused(ConfigError, "--out"):
-        prepare(folder, groups, fleet.base)
+        prepare(folder, fleet.population, fleet.base, progress)

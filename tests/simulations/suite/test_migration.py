@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from aggregation.errors import ConfigError
 from edgeadapt.bases.base import Base
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import grouped, registry, training_base
+from simulations.engine.provision import registry, training_base
 from simulations.scenario import Scenario
 from simulations.suite.run import Plan, RunFolder, federate, migrate_run, prepare
 from tests.support import refused
@@ -29,8 +29,8 @@ def run(tmp_path: Path, minilm: Path, one_thread: None) -> RunFolder:
     plan = Plan.of(scenario)
     folder, population = RunFolder.start(tmp_path / "run", scenario), plan.loaded.population
     base = training_base(folder.path, scenario, population)
-    prepare(folder, grouped(population, scenario.groups), base)
     with RunProgress(quiet=True) as progress:
+        prepare(folder, population, base, progress)
         federate(folder, population, base, progress)
     return folder
 
