@@ -37,6 +37,7 @@ from export.parity.compare import FEWEST, Limits, OnnxRunner, Parity, limits_of
 from simulations.data.households import plain_phrases
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
+from simulations.report.pages import template
 from simulations.result import ExportResult, Lesson, Reliability
 from simulations.scenario import Scenario
 
@@ -45,6 +46,7 @@ GLOBAL = "global"
 PERSONAL = "personal"
 Answers: TypeAlias = tuple[Floats, Labels, Floats]  # arguments of ``reliability``
 MISSED = 1.0  # logits between the answer and the right one, in a phrase to teach
+CONFUSED, MOST_PAIRS, MOST_EXAMPLES = "confused.html", 12, 8
 NINETY = (0.85, 0.95)  # what a device calls 90 %
 
 
@@ -56,6 +58,7 @@ class _Exported:
     answers: dict[str, Answers]  # of the global and the personal adapters, to the test phrases of all clients
     plain: dict[str, dict[str, int]]  # client → right and count; without those whose language has no plain phrases
     lesson: Lesson | None
+    tests: list[str]  # phrases, in the order of the answers
 
 
 def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, base: Base, report: str) -> ExportResult:
@@ -90,6 +93,7 @@ def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, ba
         reliability={arm: reliability_of(arm) for arm in first.answers},
         plain={name: answers for each in exported for name, answers in each.plain.items()},
         answered=_answered(exported),
+        confused=_confused(exported, Path(report).with_name(CONFUSED)) if kind else "",
     )
 
 
@@ -137,6 +141,7 @@ def _publish(out: Path, scenario: Scenario, population: Population, base: Base) 
             if (answers := _plain_answers(client, own[client.name], exported, runner))
         },
         next(filter(None, lessons), None),
+        texts,
     )
 
 
@@ -147,6 +152,22 @@ def _answered(exported: Sequence[_Exported]) -> dict[str, dict[str, int]]:
         for label, answer in zip(right, logits.argmax(1), strict=True):
             counts.setdefault(each.labels[label], Counter())[each.labels[answer]] += 1
     return {label: dict(sorted(of.items())) for label, of in sorted(counts.items())}
+
+
+def _confused(exported: Sequence[_Exported], path: Path) -> str:
+    """Write the pictures or sounds that are most often confused in a private file. Returns its path, if any."""
+    missed: dict[tuple[str, str], list[str]] = {}
+    for each in exported:
+        logits, right, _ = each.answers[PERSONAL]
+        for label, answer, text in zip(right, logits.argmax(1), each.tests, strict=True):
+            if label != answer:
+                missed.setdefault((each.labels[label], each.labels[answer]), []).append(text)
+    pairs = sorted(missed.items(), key=lambda one: (-len(one[1]), one[0]))[:MOST_PAIRS]
+    shown = [(*pair, len(texts), texts[:MOST_EXAMPLES]) for pair, texts in pairs]
+    if not shown:
+        return ""
+    storage.replace(path, template("confused.html").render(pairs=shown).encode())
+    return str(path)
 
 
 def reliability(logits: Floats, labels: Labels, temperatures: Floats) -> Reliability:

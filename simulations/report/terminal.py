@@ -183,6 +183,7 @@ def _exported(result: RunResult, exported: ExportResult, program: str) -> list[t
         ("confidence", f"when it says 90 %, {says}"),
         ("", errors),
         *([("confused", _confused(exported))] if formatting.confusions(exported.answered) else []),
+        *([("examples", Text(exported.confused))] if exported.confused else []),
         *([("phrases", formatting.plain(exported.plain))] if exported.plain else []),
         ("bundle", Text(exported.bundle)),
         ("report", Text(exported.report)),

@@ -1,10 +1,14 @@
-"""A personal adapter gets its own temperature from enough phrases only; reliability is that of what is stated."""
+"""A personal adapter gets its own temperature from enough phrases only; reliability is that of what is stated; what is
+confused is shown."""
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from export.parity.compare import FEWEST
-from simulations.engine.publish import personal_temperature, reliability
+from simulations.engine.publish import PERSONAL, _confused, _Exported, personal_temperature, reliability
 
 RNG = np.random.default_rng(5)
 LOGITS = (3 * RNG.standard_normal((400, 5))).astype(np.float32)
@@ -35,3 +39,21 @@ def test_the_answers_at_ninety_percent_are_counted_and_none_has_no_share() -> No
     found = reliability(sure, np.array([0, 0, 1, 0, 0]), np.ones(5))
     assert (found.near_ninety, found.right_near_ninety) == (3, pytest.approx(2 / 3))
     assert np.isnan(reliability(sure[3:], np.array([0, 0]), np.ones(2)).right_near_ninety)
+
+
+def test_examples_of_what_is_confused_are_in_a_private_page(tmp_path: Path) -> None:
+    def answered(logits: list[list[int]], right: list[int]) -> Any:
+        answers = {PERSONAL: (np.float32(logits), np.array(right), np.ones(len(right), np.float32))}
+        texts = [f"data:image/png;base64,{place}" for place in range(len(right))]
+        return _Exported(Path(), None, ("<b>coat", "shirt"), answers, {}, None, texts)  # type: ignore[arg-type]
+
+    path = tmp_path / "confused.html"
+    assert _confused([answered([[1, 0], [0, 1]], [0, 1])], path) == ""
+    assert not path.exists()
+    assert _confused([answered([[1, 0], [0, 1], [0, 1]], [0, 0, 0]), answered([[1, 0]], [1])], path) == str(path)
+    page = path.read_text()
+    assert "&lt;b&gt;coat taken for shirt: 2" in page
+    assert "shirt taken for &lt;b&gt;coat: 1" in page
+    assert page.count("<img") == 3
+    assert "<b>" not in page
+    assert path.stat().st_mode & 0o777 == 0o600
