@@ -345,24 +345,6 @@ def retrieval(folder: Path, bundle: Path, as_json: bool) -> None:
 
 
 @bench.command()
-@commandline.bundle()
-def routing(bundle: Path) -> None:
-    """How often a router finds the language of a household's phrase, and what answers are worth by one adapter for all,
-    by that of the household's language and by the one that the router chooses.
-
-    \b
-    Examples:
-      python -m benchmarks routing --bundle e5/bundle
-    """
-    from benchmarks import routing as run
-    from client.inference.session import ClassificationSession
-
-    with status("measuring") as show:
-        rows = run.measure(ClassificationSession.open(bundle), show)
-    click.echo(run.table(rows))
-
-
-@bench.command()
 @click.option("--pixels", default=64, show_default=True, type=click.IntRange(32, 224), metavar="N", help="Side seen.")
 def fashion(pixels: int) -> None:
     """Heads on a frozen EfficientNet-Lite0, on PFLlib's splits of Fashion-MNIST, beside what PFLlib reports.

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.routing import LANGUAGES, fitted
 from client.inference.session import ClassificationSession
 from coordinator.settings import FederationSettings
 from edgeadapt.formats.layout import Floats, Layout
@@ -27,6 +26,7 @@ from edgeadapt.rounds.sums import noisy_vector
 from simulations.data import newsgroups
 from simulations.data.households import PopulationSettings, sample_population
 
+LANGUAGES = ("de", "en", "es", "fr", "it", "nl")
 DEVICES, TEXTS, ASKED, UNSEEN, AT_ONCE = 500, 16, 16, 100, 64
 SEEDS = range(100, 103)
 MOST, SMALLEST, CELLS, PUBLIC, DELTA = 6, 20, 24, 1500, 1e-5
@@ -125,6 +125,10 @@ def joined(devices: Sequence[Device], mean: Matrix, labels: int, seed: int) -> l
         ]
         own = np.array([np.argmin([_loss(one, head, mean) for head in heads]) for one in devices])
     return [int(one) for one in own]
+
+
+def fitted(rows: Matrix, labels: Labels, count: int) -> Matrix:
+    return ridge(moments_of(rows, labels, count), np.zeros((rows.shape[1], count)), STRENGTH * len(rows))
 
 
 def _rows(texts: Floats, mean: Matrix) -> Matrix:
