@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -28,9 +29,10 @@ from client.updates import ChannelSource, follow, update
 from edgeadapt.formats.bundle import adapter_names, adapter_path, manifest_path
 from edgeadapt.formats.release import RELEASE
 from edgeadapt.program import cli
+from edgeadapt.releases.repository import ChannelRepository
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx.exported import ExportedBase
-from tests.client.updates.conftest import Place
+from tests.client.updates.conftest import NOW, Place
 from tests.support import refused
 from tests.support.bundles import flip, stated
 
@@ -229,6 +231,18 @@ def test_offline_the_default_answers_and_one_line_says_so(bank: Bank, caplog: py
     session.answer(PHRASES[2], AUTO, 1)
     session.library.bank.wait()
     assert bank.names() == {"b"}
+
+
+def test_a_server_brings_nothing_from_a_channel_that_was_not_renewed(bank: Bank) -> None:
+    bank.keep("a", "b")
+    ChannelRepository(bank.place.repository.folder, NOW - timedelta(days=8)).renew()
+    service = Service(Library.open(bank.bundle, None, update=update), None, 1, 2**28)
+    with TestClient(service.application(["*"])) as client:
+        late, held = (
+            client.post("/v1/classify", json={"model": name, "input": PHRASES[0]}) for name in ("c", "global")
+        )
+    assert [late.status_code, held.status_code] == [503, 200]
+    assert "has not been renewed" in late.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", ["nobody", "x" * 64])
