@@ -29,7 +29,8 @@ def serve(bundle: Path, trust: Path | None, host: str, port: int, as_json: bool,
 
     Without --tenants, everybody on this machine may use every adapter. FILE has a table [tenants.NAME] for each tenant:
     token_sha256, adapters (names or patterns), and if need be requests_per_minute, waiting (most unanswered requests)
-    and metrics = true (may read /metrics). Another --host needs --tenants, --certificate and --key.
+    and metrics = true (may read /metrics). It is read again when it changes. Another --host needs --tenants,
+    --certificate and --key.
 
     \b
     Examples:
@@ -51,6 +52,8 @@ def serve(bundle: Path, trust: Path | None, host: str, port: int, as_json: bool,
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else an answer waits 40 ms for the first ACK
         library = Library.open(bundle, trust, update=options.update)
         service = server.Service(library, tenants, given["threads"], given["memory"] * 2**20)
+        if file:
+            service.watch(file)
         runner = server.server_of(service, LOCAL if local else ("*",), tls if any(tls) else None)
         url = f"http{'s' * any(tls)}://{host}:{listening.getsockname()[1]}"
         commandline.print_result({"url": url}, f"serving at {url} until Ctrl-C", as_json)

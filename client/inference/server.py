@@ -12,6 +12,7 @@ import base64
 import hashlib
 import itertools
 import json
+import logging
 import math
 import time
 import uuid
@@ -52,6 +53,8 @@ MAX_TEXTS, MAX_MESSAGES = 256, 1024  # of one request
 MAX_WAITING = 2048  # texts and answers, of all tenants
 MAX_CONNECTIONS = 1024
 PATIENCE = 30.0  # seconds to send a body
+REREAD = 1.0  # seconds until the file of tenants is looked at again
+log = logging.getLogger("edgeadapt.device")
 LOADED = 2**14  # adapters in memory: it is their bytes that are limited
 END = object()
 FINISHES = {Finish.LENGTH: "length", Finish.BLOCKED: "content_filter"}  # any other is stop
@@ -221,7 +224,9 @@ class Service:
         given = {"token_sha256": "0" * 64, "adapters": ["*"], "waiting": MAX_WAITING, "requests_per_minute": 10**9}
         everybody = TenantSettings.parse({**given, "metrics": True}, "tenants")
         self._everybody = None if tenants else Account("", everybody)
-        self._accounts = [Account(name, one) for name, one in tenants.tenants.items()] if tenants else []
+        self._accounts = list[Account]()
+        self._file, self._stamp, self._again = Path(), 0, math.inf
+        self._admit(tenants)
         self._library, self._turn, self._rows = library, Seats(1), list[_Row]()
         self._waiting, self._fetching, self._beginning = 0, anyio.CapacityLimiter(1), anyio.CapacityLimiter(1)
         self._written: dict[Row, asyncio.Queue[Part | Exception]] = {}
@@ -266,9 +271,32 @@ class Service:
         self._seconds.labels(path).observe(time.perf_counter() - begun)
         return response
 
+    def watch(self, file: Path) -> None:
+        """Read the tenants again when ``file`` changes. One that is wrong changes nothing."""
+        self._file, self._stamp, self._again = file, file.stat().st_mtime_ns, time.monotonic()
+
+    def _reread(self) -> None:
+        self._again = time.monotonic() + REREAD
+        with suppress(OSError):
+            if (stamp := self._file.stat().st_mtime_ns) != self._stamp:
+                self._stamp = stamp
+                try:
+                    self._admit(Tenants.read(self._file))
+                except ConfigError as error:
+                    log.warning("the tenants stay as they were: %s", error)
+
+    def _admit(self, tenants: Tenants | None) -> None:
+        """Take tenants in place of those before; one that stays has the quota and requests that it had."""
+        known, self._accounts = {one.name: one for one in self._accounts}, []
+        for name, settings in tenants.tenants.items() if tenants else ():
+            self._accounts.append(known.get(name) or Account(name, settings))
+            self._accounts[-1].settings = settings
+
     def _account(self, request: Request) -> Account:
         if self._everybody:
             return self._everybody
+        if time.monotonic() > self._again:
+            self._reread()
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(token.strip().encode()).hexdigest()
         found = [one for one in self._accounts if compare_digest(one.settings.token_sha256, digest)]

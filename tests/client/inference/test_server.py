@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import hashlib
+import itertools
 import json
+import os
 import signal
 import socket
 import ssl
@@ -382,6 +384,44 @@ def test_one_who_hangs_up_while_a_run_is_under_way_costs_the_others_nothing(two:
         await until(lambda: service._waiting == 0)
 
     asyncio.run(run())
+
+
+def test_tenants_are_read_again_when_their_file_changes(
+    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "REREAD", 0.0)
+    file = tmp_path / "tenants.toml"
+
+    changes = itertools.count(time.time_ns())
+
+    def write(text: str) -> None:
+        file.write_text(text)
+        os.utime(file, ns=(now := next(changes), now))
+
+    row = "[tenants.{0}]\ntoken_sha256 = '{1}'\nadapters = ['{0}']\nrequests_per_minute = {2}\n"
+    digest = {name: hashlib.sha256(token.encode()).hexdigest() for name, token in TOKENS.items()}
+    write(row.format("anna", digest["anna"], 2))
+    service = server.Service(Library.open(two, None), server.Tenants.read(file), 1, 2**28)
+    service.watch(file)
+
+    def asked(name: str) -> int:
+        head = {"Authorization": f"Bearer {TOKENS[name]}"}
+        body = {"model": name, "input": TEXT}
+        return client.post("/v1/classify", json=body, headers=head).status_code
+
+    with TestClient(service.application(["testserver"])) as client:
+        assert [asked("anna"), asked("ben")] == [200, 401]
+        write(row.format("anna", digest["anna"], 2) + row.format("ben", digest["ben"], 9))
+        assert [asked("anna"), asked("anna"), asked("ben")] == [200, 429, 200]  # a change gives no new quota
+        write("[tenants.anna]\ntoken_sha256 = 'secret'\n")
+        assert asked("ben") == 200
+        file.unlink()
+        assert asked("ben") == 200
+        write(row.format("anna", digest["anna"], 2))
+        assert asked("ben") == 401
+    (said,) = [one.getMessage() for one in caplog.records if one.name == "edgeadapt.device"]
+    assert said.startswith("the tenants stay as they were: ")
+    assert "'secret'" not in said
 
 
 def test_a_tenant_with_many_texts_keeps_no_other_waiting(two: Path) -> None:
