@@ -197,22 +197,25 @@ class LazyGroup(HelpfulGroup):
                 formatter.write_dl([(name.ljust(width), self._table[name][2]) for name in names])
 
 
+def option(declared: str, meaning: str, *, name: str | None = None, **settings: Any) -> Decorator:
+    """Add an option as ``--help`` shows it, such as ``--out FILE``. ``name``: of its argument, if not as the flag's."""
+    flag, _, metavar = declared.partition(" ")
+    return click.option(*filter(None, (flag, name)), metavar=metavar or None, help=meaning, **settings)
+
+
 def adapter(name: str, meaning: str, **settings: Any) -> Decorator:
-    return click.option("--adapter", name, metavar="NAME", help=meaning, **settings)
+    return option("--adapter NAME", meaning, name=name, **settings)
 
 
-def path_option(flag: str, meaning: str, *, name: str | None = None, **settings: Any) -> Decorator:
+def path_option(flag: str, meaning: str, *, metavar: str = "FILE", **settings: Any) -> Decorator:
     """Add an option that takes a path, shown as that of a file unless ``metavar`` says otherwise."""
-    usual: dict[str, Any] = {"type": FOLDER, "metavar": "FILE", "help": meaning}
-    return click.option(*filter(None, (flag, name)), **usual | settings)
+    return option(f"{flag} {metavar}", meaning, **{"type": FOLDER, **settings})
 
 
-def number_option(
-    flag: str, meaning: str, least: int, most: int | None = None, *, name: str | None = None, **settings: Any
-) -> Decorator:
+def number_option(flag: str, meaning: str, least: int, most: int | None = None, **settings: Any) -> Decorator:
     """Add an option that takes a whole number from ``least`` to ``most``. Its default is shown, if it has one."""
-    kind, shown = click.IntRange(least, most), "default" in settings
-    return click.option(*filter(None, (flag, name)), type=kind, help=meaning, show_default=shown, **settings)
+    usual: dict[str, Any] = {"type": click.IntRange(least, most), "show_default": "default" in settings}
+    return option(f"{flag} {settings.pop('metavar', '')}".rstrip(), meaning, **usual | settings)
 
 
 def bundle(meaning: str = "The bundle's folder.", *, new: bool = False, **settings: Any) -> Decorator:

@@ -21,6 +21,7 @@ from client.inference.text import Answer, Finish, SamplingParams
 from client.learning import Correction, Learner
 from client.training.trainer import MAX_STEPS
 from edgeadapt import commandline
+from edgeadapt.commandline import option
 from edgeadapt.formats.storage import read
 
 HELP = """\
@@ -38,32 +39,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def sampling(command: F) -> F:
     """Add an option for each field of ``client.inference.SamplingParams``; ``params_of`` reads them."""
-    for option in (
+    for add in (
         click.option("--grammar", type=commandline.FILE, metavar="FILE", help="Answer by this Lark grammar."),
         click.option("--regex", metavar="PATTERN", help="Answer with a text that matches PATTERN as a whole."),
-        click.option(
-            "--json-schema", type=commandline.FILE, metavar="FILE", help="Answer with JSON that matches this schema."
-        ),
-        click.option(
-            "--beams",
+        option("--json-schema FILE", "Answer with JSON that matches this schema.", type=commandline.FILE),
+        option(
+            "--beams N",
+            "Search for the most likely answer with N at once; it is shown when it is complete.",
             type=int,
             default=1,
-            metavar="N",
-            help="Search for the most likely answer with N at once; it is shown when it is complete.",
         ),
-        click.option(
-            "--repetition-penalty", type=float, default=1.0, metavar="X", help="Above 1: avoid words that occurred."
-        ),
+        option("--repetition-penalty X", "Above 1: avoid words that occurred.", type=float, default=1.0),
         click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before TEXT; may be repeated."),
         click.option("--seed", type=int, metavar="N", help="Equal seeds give equal answers."),
         click.option("--top-k", type=int, default=0, metavar="K", help="Sample from the K most likely tokens; 0: all."),
-        click.option(
-            "--top-p", type=float, default=1.0, metavar="P", help="Sample from the fewest tokens of probability P."
-        ),
+        option("--top-p P", "Sample from the fewest tokens of probability P.", type=float, default=1.0),
         click.option("--temperature", type=float, default=0.0, metavar="T", help="0: always the most likely token."),
         click.option("--max-tokens", type=int, default=256, metavar="N", help="Limit of an answer.", show_default=True),
     ):
-        command = option(command)
+        command = add(command)
     return command
 
 

@@ -20,6 +20,7 @@ from client.training.hygiene import Cleaned, clean, with_taught, without, words
 from client.updates.channel import PRIVATE, UPDATES
 from edgeadapt import commandline
 from edgeadapt.bases.tasks import CLASSIFICATION
+from edgeadapt.commandline import option
 from edgeadapt.formats import storage
 from edgeadapt.formats.bundle import BASE_MANIFEST, adapter_names
 from edgeadapt.formats.phrases import read_phrases
@@ -99,9 +100,7 @@ def import_(state_dir: Path, as_json: bool, file: Path) -> None:
 
 @data.command(short_help="Erase examples, and what was learned of them.")
 @options.state_dir
-@click.option(
-    "--bundle", type=commandline.FOLDER, metavar="DIR", help="Default, by device.toml: [data] corrections, else base."
-)
+@option("--bundle DIR", "Default, by device.toml: [data] corrections, else base.", type=commandline.FOLDER)
 @click.option("--text", default="", metavar="TEXT", help="Erase what has the words of TEXT.")
 @click.option("--containing", default="", metavar="WORD", help="Erase what contains WORD, such as a name.")
 @click.option("--all", "everything", is_flag=True, help="Erase everything.")

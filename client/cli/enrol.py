@@ -9,6 +9,7 @@ import click
 from aggregation.errors import ConfigError, of_file
 from client.cli import options
 from edgeadapt import commandline
+from edgeadapt.commandline import option
 from edgeadapt.formats import storage
 from edgeadapt.formats.settings import overridden
 
@@ -18,31 +19,20 @@ LONGEST = 2**16  # bytes of a certificate or key
 @click.command()
 @options.state_dir
 @click.option("--base", metavar="WHERE", help="Frozen base: a folder, a file or an installed package.")
-@click.option(
-    "--token-file",
+@option(
+    "--token-file FILE|-",
+    "File with an invitation from 'edgeadapt authority invite', which has all but --base; - is standard input.",
     type=options.FILE_OR_INPUT,
-    metavar="FILE|-",
-    help="File with an invitation from 'edgeadapt authority invite', which has all but --base; - is standard input.",
 )
-@click.option(
-    "--gateway", metavar="HOST:PORT", help="With --token-file: another address of the gateway than the token's."
-)
+@option("--gateway HOST:PORT", "With --token-file: another address of the gateway than the token's.")
 @click.option("--name", metavar="DEVICE", help="Without --token-file: the device's name in its certificate.")
-@click.option(
-    "--authority", type=commandline.FILE, metavar="FILE", help="Without --token-file: the authority's certificate."
-)
-@click.option(
-    "--coordinator", type=commandline.FILE, metavar="FILE", help="Without --token-file: the coordinator's public key."
-)
+@option("--authority FILE", "Without --token-file: the authority's certificate.", type=commandline.FILE)
+@option("--coordinator FILE", "Without --token-file: the coordinator's public key.", type=commandline.FILE)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of device.toml; may be repeated.")
 @click.option("--certificate", type=commandline.FILE, metavar="FILE", help="Install it: what the authority issued.")
-@click.option(
-    "--revoked", type=commandline.FILE, metavar="FILE", help="Install a revocation list; each offer brings one as well."
-)
+@option("--revoked FILE", "Install a revocation list; each offer brings one as well.", type=commandline.FILE)
 @click.option("--renew", is_flag=True, help="Have the certificate renewed, if it is in the last third of its validity.")
-@click.option(
-    "--renewal", metavar="HOST:PORT", help="With --renew: the authority's service.  [default: 'renewal' in device.toml]"
-)
+@option("--renewal HOST:PORT", "With --renew: the authority's service.  [default: 'renewal' in device.toml]")
 @commandline.as_json
 def enrol(
     state_dir: Path,

@@ -19,7 +19,7 @@ from client.training.examples import read_examples
 from client.training.personal import FINE_TUNE, PersonalStep
 from edgeadapt import commandline
 from edgeadapt.bases.readers import as_texts
-from edgeadapt.commandline import FiniteRange
+from edgeadapt.commandline import FiniteRange, option
 from edgeadapt.formats.bundle import TOKENIZER
 from edgeadapt.formats.manifest import Task
 from edgeadapt.formats.phrases import read_phrases
@@ -30,9 +30,7 @@ from edgeadapt.formats.phrases import read_phrases
 @commandline.adapter("name", "The adapter that learns. Default: the one in use.")
 @options.trust
 @click.option("--undo", is_flag=True, help="Go back to the adapter before the last lesson.")
-@click.option(
-    "--compare", type=commandline.FILE, metavar="EXAMPLES", help="Of a language model: show these texts' bits."
-)
+@option("--compare EXAMPLES", "Of a language model: show these texts' bits.", type=commandline.FILE)
 @commandline.as_json
 @click.argument("file", required=False, type=commandline.FILE, metavar="[FILE]")
 def learn(
@@ -164,44 +162,38 @@ def _one_line(text: str) -> str:
 @commandline.bundle()
 @commandline.adapter("name", "The global adapter to start from, if there are several.")
 @options.trust
-@click.option(
-    "--method",
-    metavar="NAME",
+@option(
+    "--method NAME",
+    "fine-tune: train all parts; of a classifier ridge: fit its head by a regression alone; ensemble: both; "
+    "interpolate: go halfway; or one that an installed package adds.",
     default=FINE_TUNE,
     show_default=True,
-    help="fine-tune: train all parts; of a classifier ridge: fit its head by a regression alone; ensemble: both; "
-    "interpolate: go halfway; or one that an installed package adds.",
 )
 @click.option("--epochs", type=click.IntRange(1, 100), default=3, show_default=True, help="Passes over the examples.")
-@click.option(
-    "--learning-rate",
+@option(
+    "--learning-rate RATE",
+    "Of AdamW. Default: 0.001, and 0.1 of virtual tokens.",
     type=FiniteRange(0, 1, min_open=True),
-    metavar="RATE",
-    help="Of AdamW. Default: 0.001, and 0.1 of virtual tokens.",
 )
-@click.option(
+@option(
     "--scale",
+    "With ridge or ensemble: the federation's analytic.scale.",
     type=FiniteRange(0, 1000, min_open=True),
     default=16.0,
     show_default=True,
-    help="With ridge or ensemble: the federation's analytic.scale.",
 )
-@click.option(
-    "--patience",
+@option(
+    "--patience N",
+    "End after N epochs without a lower loss on the held-out examples, with the best adapter; 0: never.",
     type=click.IntRange(0),
     default=0,
-    metavar="N",
-    help="End after N epochs without a lower loss on the held-out examples, with the best adapter; 0: never.",
 )
-@click.option(
-    "--seconds", type=FiniteRange(0, min_open=True), metavar="S", help="End after S, with what is learned by then."
-)
-@click.option(
-    "--duty-cycle",
+@option("--seconds S", "End after S, with what is learned by then.", type=FiniteRange(0, min_open=True))
+@option(
+    "--duty-cycle SHARE",
+    "Compute for this share of the time, and pause after each step, to save a battery.",
     type=FiniteRange(0.01, 1),
     default=1.0,
-    metavar="SHARE",
-    help="Compute for this share of the time, and pause after each step, to save a battery.",
 )
 @commandline.as_json
 @click.argument("file", type=commandline.FILE, metavar="EXAMPLES")

@@ -11,16 +11,12 @@ import click
 from aggregation.errors import DataError
 from edgeadapt.bases.media import is_medium
 from edgeadapt.bases.pictures import PictureReader
-from edgeadapt.commandline import FOLDER
+from edgeadapt.commandline import FOLDER, option
 
 FILE_OR_INPUT = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 
-state_dir = click.option(
-    "--state", "state_dir", type=FOLDER, required=True, metavar="DIR", help="The device's state directory."
-)
-trust = click.option(
-    "--trust", type=FOLDER, metavar="FILE", help="Pinned public keys. Default: trust.pem next to the bundle."
-)
+state_dir = option("--state DIR", "The device's state directory.", name="state_dir", type=FOLDER, required=True)
+trust = option("--trust FILE", "Pinned public keys. Default: trust.pem next to the bundle.", type=FOLDER)
 
 
 def words(label: str) -> str:

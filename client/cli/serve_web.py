@@ -7,25 +7,17 @@ import click
 from client.browser.server import Site, http_server
 from client.cli import options
 from edgeadapt import commandline
+from edgeadapt.commandline import option
 
 
 @click.command("serve-web")
 @commandline.bundle()
 @options.trust
-@click.option(
-    "--gateway", default="", metavar="URL", help="Let the page connect there too: wss://HOST:PORT of a coordinator."
-)
-@click.option(
-    "--enrolment",
-    default="",
-    metavar="URL",
-    help="With --gateway: the same of the authority, for enrolment by a token.",
-)
+@option("--gateway URL", "Let the page connect there too: wss://HOST:PORT of a coordinator.", default="")
+@option("--enrolment URL", "With --gateway: the same of the authority, for enrolment by a token.", default="")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
-@click.option(
-    "--export", "out", type=commandline.FOLDER, metavar="DIR", help="Write the page and bundle to DIR; do not serve."
-)
+@option("--export DIR", "Write the page and bundle to DIR; do not serve.", name="out", type=commandline.FOLDER)
 @commandline.as_json
 def serve_web(
     bundle: Path,

@@ -35,7 +35,7 @@ from coordinator.status import (
     status_of,
 )
 from edgeadapt import commandline
-from edgeadapt.commandline import FILE, TERMINATED, FiniteRange, as_json, print_result
+from edgeadapt.commandline import FILE, TERMINATED, FiniteRange, as_json, option, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import MAX_PEM
 from edgeadapt.formats.registryfiles import PUBLIC_KEY, SCHEMA, TRANSCRIPT, RegistrySettings, require
@@ -53,9 +53,7 @@ directory = click.argument("state_dir", type=click.Path(path_type=Path), metavar
 @click.command()
 @directory
 @click.option("--authority", type=FILE, required=True, metavar="FILE", help="The authority's certificate, PEM.")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of federation.toml; may be repeated."
-)
+@option("--set KEY=VALUE", "A key of federation.toml; may be repeated.", name="overrides", multiple=True)
 @click.option("--gateway", default="", metavar="HOST:PORT", help="In services.toml: serve light devices here.")
 @click.option("--superlink", default="", metavar="HOST:PORT", help="In services.toml: run Flower's SuperLink here.")
 @click.option("--database", default="", metavar="URL", help="In registry.toml: PostgreSQL for the registry.")
@@ -100,15 +98,8 @@ def init(
 @directory
 @click.option("--peft", "folder", type=click.Path(path_type=Path), metavar="FOLDER", help="PEFT folder.")
 @click.option("--base", required=True, metavar="NAME|DIR", help="The frozen base: a package, a folder or a GGUF file.")
-@click.option(
-    "--labels",
-    type=FILE,
-    metavar="FILE",
-    help="Of the head, one a line. Default: FOLDER/labels.txt; a language model has none.",
-)
-@click.option(
-    "--task", default="classification", metavar="NAME", help="What devices learn of labels; a package adds others."
-)
+@option("--labels FILE", "Of the head, one a line. Default: FOLDER/labels.txt; a language model has none.", type=FILE)
+@option("--task NAME", "What devices learn of labels; a package adds others.", default="classification")
 @as_json
 def publish(state_dir: Path, folder: Path | None, base: str, labels: Path | None, task: str, as_json: bool) -> None:
     """Sign the adapter in FOLDER and put it into the registry of DIR as version 0, which the first round starts from.
@@ -135,9 +126,7 @@ def publish(state_dir: Path, folder: Path | None, base: str, labels: Path | None
 
 @click.command("tls-request")
 @directory
-@click.option(
-    "--name", default="gateway", show_default=True, metavar="NAME", help="Of the gateway, in its certificate."
-)
+@option("--name NAME", "Of the gateway, in its certificate.", default="gateway", show_default=True)
 @as_json
 def tls_request(state_dir: Path, name: str, as_json: bool) -> None:
     """Make the gateway's next TLS key in DIR, and DIR/tls.csr, a request for the authority.
@@ -246,13 +235,12 @@ def _run(flower: "Connection", state_dir: Path, gateway: str | None, as_json: bo
 @click.option("--rounds", is_flag=True, help="Show each round instead; with --json one object a line.")
 @click.option("--devices", is_flag=True, help="Show each device instead: when it was in a sum, where it dropped out.")
 @click.option("--follow", is_flag=True, help="With --rounds: wait for those to come, until all are done.")
-@click.option(
-    "--stuck-after",
+@option(
+    "--stuck-after SECONDS",
+    "Exit with 7 if the fleet has waited longer for devices or a session.",
     type=FiniteRange(min=0.0),
     default=900.0,
     show_default=True,
-    metavar="SECONDS",
-    help="Exit with 7 if the fleet has waited longer for devices or a session.",
 )
 @as_json
 def status(state_dir: Path, rounds: bool, devices: bool, follow: bool, stuck_after: float, as_json: bool) -> None:
@@ -314,12 +302,8 @@ def upgrade(state_dir: Path, as_json: bool) -> None:
 
 @click.command()
 @directory
-@click.option(
-    "--releases",
-    type=click.Path(path_type=Path, file_okay=False),
-    required=True,
-    metavar="REPO",
-    help="The repository of channels.",
+@option(
+    "--releases REPO", "The repository of channels.", type=click.Path(path_type=Path, file_okay=False), required=True
 )
 @click.option("--channel", required=True, metavar="CHANNEL", help="The channel with the rollout.")
 @commandline.adapter("adapter", "Which adapter of both releases.", default="global", show_default=True)
@@ -352,17 +336,15 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
 
 @click.command()
 @directory
-@click.option(
+@option(
     "--of",
-    "histograms",
+    "What to observe; may be repeated, and each adds to the noise of all.  [default: doubt]",
+    name="histograms",
     multiple=True,
     type=click.Choice(["labels", "probability", "doubt", "unknown", "latency", "adapter", "lessons", "outcome"]),
-    help="What to observe; may be repeated, and each adds to the noise of all.  [default: doubt]",
 )
 @click.option("--days", type=click.IntRange(1, 31), default=7, show_default=True, help="Number of days.")
-@click.option(
-    "--until", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="Last of the days.  [default: yesterday, in UTC]"
-)
+@option("--until DATE", "Last of the days.  [default: yesterday, in UTC]", type=click.DateTime(["%Y-%m-%d"]))
 @click.option("--release", "releases", multiple=True, metavar="SHA256", help="With --of adapter: a release's adapter.")
 @as_json
 def observe(
@@ -401,9 +383,7 @@ def observe(
 @click.command()
 @directory
 @click.option("--listen", default="127.0.0.1:9500", show_default=True, metavar="HOST:PORT", help="Serve here.")
-@click.option(
-    "--channels", type=click.Path(path_type=Path), metavar="DIR", help="Show a repository of channels as well."
-)
+@option("--channels DIR", "Show a repository of channels as well.", type=click.Path(path_type=Path))
 @commandline.quiet
 @commandline.as_lines
 def dashboard(state_dir: Path, listen: str, channels: Path | None, as_json: bool) -> None:
@@ -521,12 +501,8 @@ def _plain(value: str | int | float) -> str | int | float:
 @click.command()
 @directory
 @click.option("--out", type=FILE, required=True, metavar="FILE", help="The archive; a new file.")
-@click.option(
-    "--keys", is_flag=True, help="With signing.pem, tls.key and next.tls.key: keep the archive as safe as them."
-)
-@click.option(
-    "--standby", is_flag=True, help="For a second machine with the same registry: settings and certificates alone."
-)
+@option("--keys", "With signing.pem, tls.key and next.tls.key: keep the archive as safe as them.", is_flag=True)
+@option("--standby", "For a second machine with the same registry: settings and certificates alone.", is_flag=True)
 @commandline.quiet
 @as_json
 def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool) -> None:
@@ -561,12 +537,11 @@ def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool)
 @directory
 @click.option("--archive", type=FILE, required=True, metavar="FILE", help="From 'edgeadapt coordinator backup'.")
 @click.option("--key", type=FILE, metavar="FILE", help="signing.pem, if the archive does not have it.")
-@click.option(
-    "--coordinator",
-    type=FILE,
-    metavar="FILE",
-    help="coordinator.pem, as devices pin it. Default: that of --key, or else the archive's own, whose signature then "
+@option(
+    "--coordinator FILE",
+    "coordinator.pem, as devices pin it. Default: that of --key, or else the archive's own, whose signature then "
     "shows only that nothing is damaged.",
+    type=FILE,
 )
 @click.option("--database", default="", metavar="URL", help="Keep the registry in this PostgreSQL database, a new one.")
 @click.option("--blobs", default="", metavar="URL", help="Keep the adapters here. Default: in DIR.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aggregation.errors import ConfigError
-from edgeadapt.commandline import FILE, as_json
+from edgeadapt.commandline import FILE, as_json, option
 from edgeadapt.formats.settings import overridden
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ HEAD = "devices  survive  honest  multiplier  epsilon  if all survive  noise/cli
 
 @click.command()
 @click.option("--numbers", type=click.IntRange(1, 2**27), required=True, help="Numbers in an update.")
-@click.option(
+@option(
     "--devices",
+    "Devices of a cohort; may be repeated.",
     type=click.IntRange(3, 10_000),
     multiple=True,
     default=(10, 100, 1000),
     show_default=True,
-    help="Devices of a cohort; may be repeated.",
 )
 @click.option("--settings", type=FILE, metavar="FILE", help="A federation.toml; the defaults without it.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of the settings; may be repeated.")

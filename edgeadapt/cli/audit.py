@@ -14,7 +14,7 @@ from aggregation.errors import TrustError
 from aggregation.transcript.entries import read
 from edgeadapt.auditing import AuditInput, AuditOptions, Finding, Report, Status
 from edgeadapt.auditing.findings import NotClosedError, count
-from edgeadapt.commandline import as_json, path_option
+from edgeadapt.commandline import as_json, option, path_option
 from edgeadapt.formats import storage
 from edgeadapt.formats.jsontext import optional_timestamp, timestamp
 from edgeadapt.interface.audits import audited
@@ -37,7 +37,7 @@ class _Moment(click.DateTime):
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in (
+    for add in (
         as_json,
         click.option("--unfinished", is_flag=True, help="Accept that the last session is still under way."),
         path_option("--root", "Of a repository of channels: a root that you trust. Default: the repository's own."),
@@ -46,12 +46,11 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             "The coordinator's state directory, to check the adapters too. Default: the one that has the logs.",
             metavar="DIR",
         ),
-        click.option(
-            "--at",
-            type=_Moment(),
-            metavar="DATE",
-            help="When the sessions took place (UTC), to check certificates and revocations; a day without a time "
+        option(
+            "--at DATE",
+            "When the sessions took place (UTC), to check certificates and revocations; a day without a time "
             "means its end. Default: when each log says that its session began.",
+            type=_Moment(),
         ),
         path_option(
             "--revoked",
@@ -62,7 +61,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         path_option("--authority", "The authority's certificate, PEM. Default: the one next to the logs."),
         click.argument("path", type=click.Path(exists=True, path_type=Path)),
     ):
-        command = option(command)
+        command = add(command)
     return command
 
 

@@ -16,7 +16,7 @@ from aggregation.pki.revocation import Reason
 from aggregation.pki.tls import read_tls_request
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.authority.store import CERTIFICATE, KEY, REVOKED, SHORTEST_PASSPHRASE
-from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, number_option, path_option, print_result
+from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, number_option, option, path_option, print_result
 from edgeadapt.formats import storage
 from edgeadapt.formats.gateway.invitation import Invitation, new_secret
 
@@ -40,10 +40,8 @@ list_days = number_option(
 @number_option("--days", "Days for which its certificate is valid.", 1, 36_500, default=3650)
 @list_days
 @passphrase_file
-@click.option(
-    "--unencrypted",
-    is_flag=True,
-    help="Write the key without a passphrase. Anyone who reads the file can enrol devices.",
+@option(
+    "--unencrypted", "Write the key without a passphrase. Anyone who reads the file can enrol devices.", is_flag=True
 )
 @as_json
 def init(
@@ -74,9 +72,7 @@ def init(
     type=FILE,
 )
 @path_option("--public-key", "Ed25519 public key in PEM, instead of a request.", type=FILE)
-@click.option(
-    "--host", "hosts", multiple=True, metavar="HOST", help="Of a gateway: name or IP of its TLS key; may be repeated."
-)
+@option("--host HOST", "Of a gateway: name or IP of its TLS key; may be repeated.", name="hosts", multiple=True)
 @number_option("--days", f"Days for which it is valid.  [default: {DEVICE_DAYS}, of a gateway {TLS_DAYS}]", 1, 3650)
 @path_option("--out", "Write the certificate here. Default: print it.", type=FILE)
 @passphrase_file
@@ -138,9 +134,7 @@ def issue(
 @path_option("--coordinator", "Its public key, which the device pins.", required=True, type=FILE)
 @click.option("--enrolment", required=True, metavar="HOST:PORT", help="Where 'edgeadapt authority serve' listens.")
 @click.option("--gateway", required=True, metavar="HOST:PORT", help="The coordinator's gateway; several with commas.")
-@click.option(
-    "--hours", type=FiniteRange(0.01, 24 * 90), default=24.0, show_default=True, help="For which it is valid."
-)
+@option("--hours", "For which it is valid.", type=FiniteRange(0.01, 24 * 90), default=24.0, show_default=True)
 @as_json
 def invite(
     folder: Path,
@@ -215,12 +209,12 @@ def _listed(path: Path) -> list[str]:
 @click.command()
 @folder
 @click.argument("which", metavar="[NAME|SERIAL]", required=False)
-@click.option(
+@option(
     "--reason",
+    "Reason in the list.",
     type=click.Choice([reason.value for reason in Reason]),
     default=Reason.UNSPECIFIED.value,
     show_default=True,
-    help="Reason in the list.",
 )
 @list_days
 @passphrase_file

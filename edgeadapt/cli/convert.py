@@ -9,7 +9,7 @@ from click.core import ParameterSource
 
 from aggregation.errors import ConfigError
 from edgeadapt import commandline
-from edgeadapt.commandline import as_json, number_option, path_option, print_result
+from edgeadapt.commandline import as_json, number_option, option, path_option, print_result
 from edgeadapt.formats import container, storage
 
 if TYPE_CHECKING:  # needs an extra
@@ -27,20 +27,18 @@ GLOBAL = "global"
     "Of the bundle; for onnx also NAME:WEIGHT+NAME, several as one.  [default: for onnx the personal adapter, else the "
     "global one; for peft global]",
 )
-@click.option(
+@option(
     "--format",
-    "form",
+    "A file in 32-bit floats, for ONNX Runtime and onnxruntime-genai; or a folder for PeftModel.from_pretrained.",
+    name="form",
     type=click.Choice(["onnx", "peft"]),
     default="onnx",
     show_default=True,
-    help="A file in 32-bit floats, for ONNX Runtime and onnxruntime-genai; or a folder for PeftModel.from_pretrained.",
 )
 @path_option("--registry", "With --format peft: a coordinator's state directory.", metavar="DIR")
 @number_option("--version", "With --registry. Default: the newest.", 0, 2**63 - 1, metavar="N")
 @path_option("--trust", "Public keys. Default: the registry's own, or trust.pem in the folder that holds the bundle.")
-@click.option(
-    "--base", metavar="NAME|DIR", help="With --format peft: the base of a DoRA adapter, which needs its weights."
-)
+@option("--base NAME|DIR", "With --format peft: the base of a DoRA adapter, which needs its weights.")
 @path_option("--out", "The new .onnx_adapter file, or folder.", required=True, metavar="FILE|DIR")
 @as_json
 def convert(

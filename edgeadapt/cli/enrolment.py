@@ -7,7 +7,7 @@ import click
 
 from edgeadapt.authority import AuthorityStore
 from edgeadapt.cli.authority import folder, passphrase_file, unlock
-from edgeadapt.commandline import as_lines, number_option, quiet, show_log
+from edgeadapt.commandline import as_lines, number_option, option, quiet, show_log
 
 
 @click.command()
@@ -15,9 +15,7 @@ from edgeadapt.commandline import as_lines, number_option, quiet, show_log
 @click.option("--listen", required=True, metavar="HOST:PORT", help="Address for light devices.")
 @click.option("--host", "hosts", multiple=True, required=True, metavar="HOST", help="Name or IP; may be repeated.")
 @click.option("--websocket", default="", metavar="HOST:PORT", help="Address for pages in a browser, besides.")
-@click.option(
-    "--origin", "origins", multiple=True, metavar="URL", help="Of pages that are not on loopback; may be repeated."
-)
+@option("--origin URL", "Of pages that are not on loopback; may be repeated.", name="origins", multiple=True)
 @number_option("--days", "Validity of certificates.", 1, 3650, default=365)
 @passphrase_file
 @quiet

@@ -13,7 +13,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from edgeadapt import commandline, traces
 from edgeadapt.cli.channel import name, open_repository, print_published, repository
-from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, number_option, path_option, print_result
+from edgeadapt.commandline import FILE, FOLDER, FiniteRange, as_json, number_option, option, path_option, print_result
 from edgeadapt.formats.bundle import TRUST
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.release import ALL
@@ -24,12 +24,8 @@ from edgeadapt.releases.prepared import RollbackCondition
 from edgeadapt.releases.repository import ChannelRepository, Published
 from edgeadapt.releases.rollback import prepare, require_signer, roll_back
 
-language = click.option(
-    "--language",
-    "languages",
-    multiple=True,
-    metavar="CODE",
-    help="Only devices with this language, such as de; may be repeated.",
+language = option(
+    "--language CODE", "Only devices with this language, such as de; may be repeated.", name="languages", multiple=True
 )
 vendor_key = path_option(
     "--key",
@@ -173,13 +169,8 @@ def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) 
 @adapter_name
 @click.option("--once", is_flag=True, help="Look once, and end.")
 @click.option("--dry-run", is_flag=True, help="Only say whether the release is worse; then the exit code is 6.")
-@click.option(
-    "--interval",
-    type=FiniteRange(min=0.1, max=86_400),
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Between two looks.",
+@option(
+    "--interval SECONDS", "Between two looks.", type=FiniteRange(min=0.1, max=86_400), default=60.0, show_default=True
 )
 @commandline.as_lines
 def watch(

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from edgeadapt import commandline
-from edgeadapt.commandline import as_json, path_option, print_result
+from edgeadapt.commandline import as_json, option, path_option, print_result
 from edgeadapt.formats.calibration import BINS, FOLDS, Calibration
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.manifest import Format
@@ -35,17 +35,14 @@ from export.cli.options import (
 @the_policy
 @the_card
 @commandline.adapter("name", "The adapter's name on devices.", default="global", show_default=True)
-@click.option(
-    "--format", "form", default="int8", type=click.Choice(["fp32", "fp16", "int8", "int4"]), help="Default: int8."
-)
+@option("--format", "Default: int8.", name="form", default="int8", type=click.Choice(["fp32", "fp16", "int8", "int4"]))
 @path_option(
     "--calibrate", "Fit the probabilities to held-out phrases: lines of a label, a tab and a phrase.", name="held_out"
 )
-@click.option(
-    "--base",
-    "base_name",
-    metavar="NAME|DIR",
-    help="Export this base too, if the bundle does not exist yet. DoRA needs its weights.",
+@option(
+    "--base NAME|DIR",
+    "Export this base too, if the bundle does not exist yet. DoRA needs its weights.",
+    name="base_name",
 )
 @profiled
 @commandline.bundle("Where the adapter is added or replaced.", new=True)

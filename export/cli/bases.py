@@ -13,7 +13,7 @@ from edgeadapt import commandline
 from edgeadapt.bases.base import PACKAGES, Base, Package, find_base, in_package
 from edgeadapt.bases.media import MediaReader
 from edgeadapt.bases.pictures import MAX_SEEN
-from edgeadapt.commandline import as_json, path_option, print_result, status
+from edgeadapt.commandline import as_json, option, path_option, print_result, status
 from edgeadapt.formats.storage import WorkFolder, read_lines
 
 
@@ -45,23 +45,16 @@ def show(name: str | None, as_json: bool) -> None:
 @click.option("--prune", is_flag=True, help="Keep only the tokens of --languages and --texts.")
 @click.option("--center", is_flag=True, help="Subtract the mean embedding of --texts.")
 @click.option("--lexical", is_flag=True, help="Add numbers to the embedding that say which tokens a text has.")
-@click.option(
-    "--pixels", type=click.IntRange(8, MAX_SEEN), metavar="N", help="Let it see pictures of N times N pixels."
-)
-@click.option(
-    "--languages", default="", metavar="A,B", help="With --prune: tokens of their frequent words stay, as en,de."
-)
+@option("--pixels N", "Let it see pictures of N times N pixels.", type=click.IntRange(8, MAX_SEEN))
+@option("--languages A,B", "With --prune: tokens of their frequent words stay, as en,de.", default="")
 @path_option("--texts", "Such as the base will read, one a line.")
-@click.option(
-    "--words",
+@option(
+    "--words N",
+    "With --prune: words of each language. Default: 60,000.",
     type=click.IntRange(1, 1_000_000),
     default=60_000,
-    metavar="N",
-    help="With --prune: words of each language. Default: 60,000.",
 )
-@click.option(
-    "--size", default=384, show_default=True, metavar="N", help="With --lexical: how many numbers, a multiple of 8."
-)
+@option("--size N", "With --lexical: how many numbers, a multiple of 8.", default=384, show_default=True)
 @path_option("--out", "The new base's folder; must not exist.", required=True, metavar="DIR")
 @commandline.quiet
 @as_json

@@ -8,7 +8,7 @@ import click
 from aggregation.errors import ConfigError, DataError
 from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
-from edgeadapt.commandline import as_json, number_option, path_option, print_result
+from edgeadapt.commandline import as_json, number_option, option, path_option, print_result
 from edgeadapt.formats.bundle import KNOWLEDGE, PHRASES, TRAINING
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.manifest import Task
@@ -22,38 +22,33 @@ TASKS = ("text-classification", "text-generation")
 
 
 @click.command()
-@click.option(
-    "--base", "name", required=True, metavar="NAME|DIR", help="A package that carries the model, or a folder."
-)
+@option("--base NAME|DIR", "A package that carries the model, or a folder.", name="name", required=True)
 @click.option("--task", type=click.Choice(TASKS), help="Default: what the base was made for.")
 @from_folder
 @profiled
-@click.option(
-    "--targets",
-    metavar="A,B",
-    help="Layers that get slots: names, patterns of whole paths, or all-linear. Default: those of --peft, or "
+@option(
+    "--targets A,B",
+    "Layers that get slots: names, patterns of whole paths, or all-linear. Default: those of --peft, or "
     "query,value or q_proj,v_proj.",
 )
-@click.option(
-    "--slots",
-    "kinds",
-    metavar="A,B",
-    help="Kinds of slots at the targets: low-rank, scale, input-scale, offset, bottleneck (with swish), "
+@option(
+    "--slots A,B",
+    "Kinds of slots at the targets: low-rank, scale, input-scale, offset, bottleneck (with swish), "
     "bottleneck-relu, bottleneck-gelu; and of the whole base: norms, biases, prompt, prefix. "
     "Default: low-rank, and what --peft needs.",
+    name="kinds",
 )
-@click.option(
-    "--layers",
+@option(
+    "--layers K",
+    "Slots in the last K layers alone: devices compute what is below once for each text that they train on. "
+    "Default: 0, all layers.",
     type=click.IntRange(0),
     default=0,
-    metavar="K",
-    help="Slots in the last K layers alone: devices compute what is below once for each text that they train on. "
-    "Default: 0, all layers.",
 )
-@click.option(
+@option(
     "--head",
+    "Of a classifier: the base's own, or over the mean of its tokens. Default: its own, if it has one.",
     type=click.Choice(["own", "mean"]),
-    help="Of a classifier: the base's own, or over the mean of its tokens. Default: its own, if it has one.",
 )
 @number_option(
     "--max-rank", "Highest rank of an adapter. Default: 64, or that of --peft if it is higher.", 1, 1024, metavar="N"

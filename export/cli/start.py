@@ -7,7 +7,7 @@ import click
 
 from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
-from edgeadapt.commandline import as_json, number_option, path_option, print_result, status
+from edgeadapt.commandline import as_json, number_option, option, path_option, print_result, status
 from edgeadapt.formats.peftconfig import MAX_LAYERS, MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from edgeadapt.formats.phrases import read_phrases
 
@@ -15,31 +15,24 @@ from edgeadapt.formats.phrases import read_phrases
 @click.command()
 @click.option("--base", "name", required=True, metavar="NAME|DIR", help="The frozen base: a package or a folder.")
 @path_option("--phrases", "Lines of a label, a tab and a phrase. Without it, the base is a language model.")
-@click.option(
-    "--method", type=click.Choice(get_args(MethodName)), default="lora", show_default=True, help="Of the adapter."
-)
+@option("--method", "Of the adapter.", type=click.Choice(get_args(MethodName)), default="lora", show_default=True)
 @number_option("--rank", "Of updates of low rank.", 1, MAX_RANK, default=8)
 @number_option("--alpha", "The update is scaled by alpha / rank; vera has none.", 1, default=16)
-@click.option(
-    "--targets",
-    metavar="A,B",
-    help="Names of adapted modules.  [default: as in adapter.targets of a scenario]",
-)
-@click.option(
-    "--layers",
+@option("--targets A,B", "Names of adapted modules.  [default: as in adapter.targets of a scenario]")
+@option(
+    "--layers K",
+    "Adapt the last K layers alone: what is below is computed once for each text.  [default: 0, all]",
     type=click.IntRange(0, MAX_LAYERS),
     default=0,
-    metavar="K",
-    help="Adapt the last K layers alone: what is below is computed once for each text.  [default: 0, all]",
 )
 @click.option("--feedforward", metavar="A,B", help="Those of ia3's targets whose input is scaled.")
 @number_option("--virtual-tokens", "Of prompt_tuning and prefix_tuning.", 1, MAX_VIRTUAL_TOKENS, default=20)
-@click.option(
+@option(
     "--bias",
+    "Which of the base's biases lora, rslora and dora train besides.",
     type=click.Choice(["none", "all", "lora_only"]),
     default="none",
     show_default=True,
-    help="Which of the base's biases lora, rslora and dora train besides.",
 )
 @number_option("--seed", "Draws matrices or virtual tokens.", 0, 2**63 - 1, default=0)
 @path_option("--out", "A new folder, for 'coordinator publish'.", required=True, metavar="DIR")

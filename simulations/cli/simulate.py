@@ -13,7 +13,7 @@ from rich.console import Console
 
 from aggregation.errors import ConfigError
 from coordinator.cli.migrate import judged, line_of, print_found, row_of
-from edgeadapt.commandline import FOLDER, as_json, is_quiet, program, quiet
+from edgeadapt.commandline import FOLDER, as_json, is_quiet, option, program, quiet
 from edgeadapt.formats.cores import cores
 from simulations.scenario import describe, read_scenario
 from simulations.shipped import SCENARIOS
@@ -27,28 +27,26 @@ MOST_WORKERS = 4  # of the demo; each has the base in memory
 
 
 def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in (
+    for add in (
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable."),
-        click.option(
+        option(
             "--engine",
-            type=click.Choice(["plain", "protocol"]),
-            help="How the rounds run: with sums without masks, which make the same adapters and leave no transcript; "
+            "How the rounds run: with sums without masks, which make the same adapters and leave no transcript; "
             "or with the protocol.  [default: plain; of demo: protocol]",
+            type=click.Choice(["plain", "protocol"]),
         ),
-        click.option(
+        option(
             "--workers",
-            type=click.IntRange(1, 256),
-            help="Processes that the devices of the rounds share; 1 is this process.  "
+            "Processes that the devices of the rounds share; 1 is this process.  "
             f"[default: 1; of demo: one a core, at most {MOST_WORKERS}]",
+            type=click.IntRange(1, 256),
         ),
         as_json,
         quiet,
         click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest run in runs/."),
-        click.option(
-            "--out", type=click.Path(path_type=Path), help="Folder of the run; by default a new one in runs/."
-        ),
+        option("--out", "Folder of the run; by default a new one in runs/.", type=click.Path(path_type=Path)),
     ):
-        command = option(command)
+        command = add(command)
     return command
 
 
@@ -144,9 +142,7 @@ def resumable(out: Path) -> Iterator[None]:
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="FILE|DIR")
 @click.option("--seeds", type=click.IntRange(1, 1000), help="So many seeds, from 0 on.  [default: the file's]")
-@click.option(
-    "--jobs", type=click.IntRange(1, 256), help="Processes at the same time.  [default: one a core, at most 4]"
-)
+@option("--jobs", "Processes at the same time.  [default: one a core, at most 4]", type=click.IntRange(1, 256))
 @click.option("--arm", "arms", multiple=True, metavar="NAME", help="Only this arm; repeatable.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
 @click.option("--resume", is_flag=True, help="Continue the suite in --out; what is finished is kept.")
