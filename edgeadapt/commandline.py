@@ -22,6 +22,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 PERIOD = 10.0  # seconds between two lines of progress
+WHOLE_STAGE = 1e9  # seconds; an estimate uses every part of a stage that is done, however long a part takes
 QUIET = "edgeadapt.quiet"
 TERMINATED = 143  # the exit code that a shell reports for a command that SIGTERM ended
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -273,19 +274,41 @@ def plain_progress(now: Callable[[], str], file: IO[str], *, shown: bool = True)
 
 
 @contextmanager
-def status(label: str) -> Iterator[Callable[[str], None]]:
-    """Show on standard error what is being done: ``label``, until the yielded function is called with another text. A
-    terminal has a spinner, anything else a line every ``PERIOD`` seconds."""
-    from rich.console import Console  # which the bare install lacks
+def status(label: str) -> Iterator[Callable[..., None]]:
+    """Show on standard error what is being done: ``label``, and after it the stage with which the yielded function was
+    called last, and how many of its parts are done if their number is given. A terminal has a line that changes,
+    anything else a line every ``PERIOD`` seconds."""
+    # The bare install lacks rich.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     # FORCE_COLOR makes rich take a pipe for a terminal. The file is fixed now: torch's is redirected while it traces.
-    console, texts = Console(file=sys.stderr, force_terminal=sys.stderr.isatty()), [label]
-    console.quiet = is_quiet()
-    plain = plain_progress(lambda: texts[0], console.file, shown=not console.is_terminal and not is_quiet())
-    with console.status(label) as display, plain:
+    console = Console(file=sys.stderr, force_terminal=sys.stderr.isatty())
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(20), TaskProgressColumn()
+    display = Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=WHOLE_STAGE,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not console.is_terminal or is_quiet(),
+    )
 
-        def update(text: str) -> None:
-            texts[0] = text
-            display.update(text)
+    def report(stage: str, done: int = 0, total: int = 0) -> None:
+        named = f"{label}: {stage}" if stage else label
+        for task in display.tasks:
+            if task.description != named:
+                display.remove_task(task.id)
+        shown = display.task_ids[0] if display.tasks else display.add_task(named, total=total or None)
+        display.update(shown, completed=done, total=total or None)
 
-        yield update
+    def now() -> str:
+        (task,) = display.tasks or (None,)
+        of = f"{task.completed:.0f} of {task.total:.0f}" if task and task.total else ""
+        return f"{task.description if task else label} {of}".rstrip()
+
+    with display, plain_progress(now, console.file, shown=not console.is_terminal and not is_quiet()):
+        report("")
+        yield report

@@ -13,6 +13,7 @@ from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
+from edgeadapt.commandline import status
 from edgeadapt.formats.bundle import TRUST, Bundle, VerifiedBase
 from edgeadapt.formats.calibration import Calibration
 from edgeadapt.formats.keyfiles import read_public_keys
@@ -33,7 +34,6 @@ from export.bundle.write import (
     stated_adapter,
     stated_manifest,
 )
-from export.progress import progress
 
 if TYPE_CHECKING:  # imports torch
     from export.onnx.exported import ExportedBase
@@ -137,7 +137,7 @@ def _exported(bundle: Path, base_name: str, profile: str, origin: Origin) -> "Ex
     want = wanted(find_base(base_name), origin)
     if want.task == "text-classification" and not origin.labels:
         raise ConfigError("name the labels of the adapter's head, in order, with --labels", about="--labels")
-    with progress(f"exporting {base_name} as {profile}") as report:
+    with status(f"exporting {base_name} as {profile}") as report:
         return export_named(base_name, profile, want, folder_above(bundle), report)
 
 

@@ -8,7 +8,7 @@ import click
 from aggregation.errors import ConfigError, DataError
 from edgeadapt import commandline
 from edgeadapt.bases.base import find_base
-from edgeadapt.commandline import as_json, number_option, option, path_option, print_result
+from edgeadapt.commandline import as_json, number_option, option, path_option, print_result, status
 from edgeadapt.formats.bundle import KNOWLEDGE, PHRASES, TRAINING
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.manifest import Task
@@ -16,7 +16,6 @@ from edgeadapt.formats.passages import encode_passages, read_folder
 from edgeadapt.formats.phrases import encode_phrases, read_phrases
 from export.addition import PROFILE
 from export.cli.options import from_folder, learning, profiled, signed_by
-from export.progress import progress
 
 TASKS = ("text-classification", "text-generation")
 
@@ -119,7 +118,7 @@ def make(
     if (public or passages) and want.task == "text-generation":
         option = "--phrases" if public else "--knowledge"
         raise ConfigError(f"{option} is for a classifier; leave it out", about=option)
-    with progress(f"exporting {name} as {profile or PROFILE}") as report:
+    with status(f"exporting {name} as {profile or PROFILE}") as report:
         exported = export_named(name, profile or PROFILE, want, folder_above(bundle), report, training=training)
     if public:
         exported = exported.with_file(PHRASES, encode_phrases(public))

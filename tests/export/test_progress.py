@@ -10,7 +10,6 @@ import pytest
 
 from edgeadapt.commandline import quiet, status
 from export.onnx.exported import counted
-from export.progress import progress
 
 
 class Terminal(io.StringIO):
@@ -48,8 +47,8 @@ def test_a_pipe_gets_plain_lines_of_what_takes_long(monkeypatch: pytest.MonkeyPa
     with status("merging") as show:
         pipe.until("merging (0 s)")
         show("comparing")
-        pipe.until("comparing (0 s)")
-    with progress("exporting") as report:
+        pipe.until("merging: comparing (0 s)")
+    with status("exporting") as report:
         pipe.until("exporting (0 s)")
         counted(report, "quantizing", 400)(100)
         pipe.until("exporting: quantizing 100 of 400 (0 s)")
@@ -72,7 +71,7 @@ def test_with_quiet_nothing_is_shown(monkeypatch: pytest.MonkeyPatch, stream: ty
     @click.command()
     @quiet
     def command() -> None:
-        with status("merging"), progress("exporting") as report:
+        with status("exporting") as report:
             counted(report, "quantizing", 400)(100)
             assert not [thread.name for thread in threading.enumerate() if "speak" in thread.name]
 
@@ -85,7 +84,7 @@ def test_an_export_shows_its_stage_and_the_share_that_is_done_on_a_terminal_alon
     monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]
 ) -> None:
     monkeypatch.setattr(sys, "stderr", shown := stream())
-    with progress("exporting") as report:
+    with status("exporting") as report:
         report("building the graph", 0, 0)
         step = counted(report, "quantizing", 400)
         step(100)
