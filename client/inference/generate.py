@@ -138,24 +138,16 @@ class Generator(Prompts):
         self.last: Answer | None = None
 
     @classmethod
-    def open(
-        cls,
-        bundle: File,
-        trust: File | None = None,
-        *,
-        threads: int = 2,
-        loaded: int = MAX_LOADED,
-        loaded_bytes: int = MAX_LOADED_BYTES,
-    ) -> Self:
+    def open(cls, bundle: File, trust: File | None = None, **limits: int) -> Self:
         """Verify and load the base of ``bundle``. Arguments and errors as ``ClassificationSession.open``. Raises
         ConfigError: also if onnxruntime-genai is not installed."""
-        return cls.of(Library.open(bundle, trust, "text-generation"), threads, loaded, loaded_bytes)
+        return cls.of(Library.open(bundle, trust, "text-generation"), **limits)
 
     @classmethod
     def of(
         cls, library: Library, threads: int = 2, loaded: int = MAX_LOADED, loaded_bytes: int = MAX_LOADED_BYTES
     ) -> Self:
-        """Load a verified base. Arguments and errors as ``open``."""
+        """Load a verified base. Arguments and errors as ``ClassificationSession.of``."""
         try:
             generator = cls(library, GenerationEngine(library.base, threads), loaded, loaded_bytes)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:

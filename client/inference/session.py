@@ -70,28 +70,20 @@ class ClassificationSession:
         self._graph = ClassifierGraph.open(base.files, base.folder, manifest.slots, manifest.independent_rows, threads)
 
     @classmethod
-    def open(
-        cls,
-        bundle: File,
-        trust: File | None = None,
-        *,
-        threads: int = 1,
-        loaded: int = MAX_LOADED,
-        loaded_bytes: int = MAX_LOADED_BYTES,
-    ) -> Self:
+    def open(cls, bundle: File, trust: File | None = None, **limits: int) -> Self:
         """Verify and load the base of ``bundle``. It holds no adapter yet.
 
-        ``trust``: the pinned public keys; by default ``trust.pem`` in the folder that contains the bundle. ``threads``:
-        more than one is faster only for long texts. ``loaded``, ``loaded_bytes``: the most adapters to hold in memory,
-        and bytes of them. Raises TrustError: there are no pinned keys, or none signed this base; DataError: a file is
+        ``trust``: the pinned public keys; by default ``trust.pem`` in the folder that contains the bundle. ``limits``:
+        as of ``of``. Raises TrustError: there are no pinned keys, or none signed this base; DataError: a file is
         missing, or the base cannot be loaded; ConfigError: the base is for another task, or a limit is below 1."""
-        return cls.of(Library.open(bundle, trust, "text-classification"), threads, loaded, loaded_bytes)
+        return cls.of(Library.open(bundle, trust, "text-classification"), **limits)
 
     @classmethod
     def of(
         cls, library: Library, threads: int = 1, loaded: int = MAX_LOADED, loaded_bytes: int = MAX_LOADED_BYTES
     ) -> Self:
-        """Load a verified base. Arguments and errors as ``open``."""
+        """Load a verified base. ``threads``: more than one is faster only for long texts. ``loaded``, ``loaded_bytes``:
+        the most adapters to hold in memory, and bytes of them. Raises as ``open``."""
         cache = AdapterCache[_Loaded](
             loaded, loaded_bytes, lambda held: held.adapter.nbytes, lambda held: library.is_current(held.adapter)
         )
