@@ -61,12 +61,12 @@ class Problem(Exception):  # noqa: N818 - it becomes a finding, and is not an er
 
     @classmethod
     @contextmanager
-    def at(cls, place: Place) -> Iterator[None]:
-        """Attribute what a check of ``aggregation`` refuses in the block to the message there."""
+    def at(cls, place: Place, about: str = "") -> Iterator[None]:
+        """Attribute what a check of ``aggregation`` refuses in the block to the message there, and to ``about``."""
         try:
             yield
         except ProtocolError as error:
-            raise cls(error.about, str(error), place) from None
+            raise cls(about or error.about, str(error), place) from None
 
 
 class NotClosed(Exception):  # noqa: N818 - as above

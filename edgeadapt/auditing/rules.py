@@ -7,12 +7,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
 from aggregation import checks, envelope, graph, groups, masks, ring
-from aggregation.errors import DataError, ProtocolError
+from aggregation.errors import DataError
 from aggregation.groups import GroupSum
 from aggregation.masks import Mask
 from aggregation.messages import Assignment, ConsistencySignature, MaskedInput, Survivors, Unmask, UnmaskResponse
@@ -232,14 +231,17 @@ def _tolerated(history: History) -> int:
 def _enough_devices(history: History, current: Round) -> None:
     spec = history.offer.spec
     planned = len(current.plan.members)
-    _hold("plan.size", current.place(Assignment), lambda: checks.enough_devices(spec, planned, "in the plan"))
-    _hold("plan.groups", current.place(Assignment), lambda: checks.grouped(spec, current.plan))
+    with Problem.at(current.place(Assignment), "plan.size"):
+        checks.enough_devices(spec, planned, "in the plan")
+    with Problem.at(current.place(Assignment), "plan.groups"):
+        checks.grouped(spec, current.plan)
     if current.survivor_set is None:
         return
     place, survived = _named(history, current), len(current.survivors)
-    _hold("survivors.size", place, lambda: checks.enough_devices(spec, survived, "survivors"))
-    in_groups = partial(groups.require_minimum, spec, current.plan, current.survivors, "survivors", about="group")
-    _hold("survivors.group", place, in_groups)
+    with Problem.at(place, "survivors.size"):
+        checks.enough_devices(spec, survived, "survivors")
+    with Problem.at(place, "survivors.group"):
+        groups.require_minimum(spec, current.plan, current.survivors, "survivors", about="group")
     if isinstance(current.ending, Result) and history.session is not None:
         _enough_responses(history.session, current)
 
@@ -288,13 +290,14 @@ def _signed_by_quorum(history: History, current: Round, peer: str, unmask: Unmas
         text = f"{count(len(signatures), 'consistency signature')}, {quorum} are needed"
         raise Problem("unmask.quorum", text, place)
     spec, plan = history.offer.spec, current.plan
-    _hold("unmask.group", place, lambda: checks.quorum(spec, plan, tuple(signatures)))
+    with Problem.at(place, "unmask.group"):
+        checks.quorum(spec, plan, tuple(signatures))
     for device, signature in signatures.items():
         if device not in current.signed:
             raise Problem("unmask.signers", f"the consistency signature of {device} is not in the log", place)
         body = ConsistencySignature(digest, device).encode()
-        verify = partial(envelope.verify, history.cohort[device], ConsistencySignature.TAG, body, signature)
-        _hold("unmask.signature", place, verify)
+        with Problem.at(place, "unmask.signature"):
+            envelope.verify(history.cohort[device], ConsistencySignature.TAG, body, signature)
 
 
 def shares(history: History) -> str:
@@ -381,10 +384,3 @@ def participation(history: History) -> dict[str, int]:
         device for current in history.rounds if isinstance(current.ending, Result) for device in current.survivors
     )
     return {device: counted[device] for device in history.cohort}
-
-
-def _hold(about: str, place: Place, check: Callable[[], None]) -> None:
-    try:
-        check()
-    except ProtocolError as error:
-        raise Problem(about, str(error), place) from None
