@@ -148,7 +148,7 @@ def _gateway(count: int) -> Iterator[tuple[Transport, float]]:
     """A gateway to which so many devices are connected, and the bytes of memory that they take here."""
     with _serving() as (grid, authority):
         before = resident("VmRSS")
-        with _clients(authority, grid.port, count):
+        with _clients(authority, grid.gateway.port, count):
             yield Transport(grid, grid.clock, DEADLINE), resident("VmRSS") - before
 
 
@@ -157,7 +157,7 @@ def measure_arrivals(arrivals: Arrivals, note: Note) -> dict[str, Any]:
     before, rate = os.getloadavg()[0], arrivals.rate / 60.0
     with _serving() as (grid, authority):
         note("devices are made")
-        with _clients(authority, grid.port, rate, arrivals.seconds) as (asked, answered):
+        with _clients(authority, grid.gateway.port, rate, arrivals.seconds) as (asked, answered):
             note(f"{arrivals.rate:.0f} check-ins a minute for {arrivals.seconds:.0f} s")
             begin = time.process_time()
             asked.write(b"\n")

@@ -46,15 +46,15 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
         browsers=browsers,
         refused=state_dir.run.refused,
     )
-    listens = f"{address.rpartition(':')[0]}:{grid.port}"
+    listens = f"{address.rpartition(':')[0]}:{grid.gateway.port}"
     log.info("listening at %s", listens)
-    if grid.url:
-        log.info("listening for browsers at %s", grid.url)
+    if url := grid.gateway.url(ATTEND):
+        log.info("listening for browsers at %s", url)
     ends = ExpiryLog(state_dir.folder)
 
     def snapshot() -> GatewaySnapshot:
         ends.look()
-        return grid.snapshot(listens)
+        return grid.gateway.snapshot(listens)
 
     try:
         with state_dir.run.observing(snapshot):
@@ -101,22 +101,10 @@ class GatewayGrid(OwnGrid):
         self._devices: dict[int, str] = {}  # node → device
         if own_process:
             identify()
-        self._gateway = Gateway(address, tls, read_root, self._answered, limits, browsers, refused)
-
-    @property
-    def port(self) -> int:
-        return self._gateway.port
-
-    @property
-    def url(self) -> str:
-        """URL at which pages connect; empty if the gateway does not listen for them."""
-        return self._gateway.url(ATTEND)
-
-    def snapshot(self, address: str) -> GatewaySnapshot:
-        return self._gateway.snapshot(address)
+        self.gateway = Gateway(address, tls, read_root, self._answered, limits, browsers, refused)
 
     def close(self) -> None:
-        self._gateway.close()
+        self.gateway.close()
 
     @property
     def known(self) -> frozenset[int]:
@@ -125,12 +113,12 @@ class GatewayGrid(OwnGrid):
     def await_devices(self, count: int, look: Callable[[int], object] = lambda devices: None) -> None:
         """Wait until ``count`` devices are connected. ``look``: called meanwhile with how many there are; what it
         raises ends the wait."""
-        while (devices := len(self._gateway.devices())) < count:
+        while (devices := len(self.gateway.devices())) < count:
             look(devices)
             self.clock.sleep(LOOK)
 
     def get_node_ids(self) -> Iterable[int]:
-        listed = {node_of(device): device for device in self._gateway.devices()}
+        listed = {node_of(device): device for device in self.gateway.devices()}
         self._devices |= listed
         return list(listed)
 
@@ -145,7 +133,7 @@ class GatewayGrid(OwnGrid):
             fields = {name: value for name, value in record.items() if isinstance(value, bytes)}
             step = message.metadata.message_type.partition(".")[2]
             requests[self._devices[message.metadata.dst_node_id]] = (step, fields)
-        numbers = self._gateway.ask(requests, min(message.metadata.ttl for message in batch))
+        numbers = self.gateway.ask(requests, min(message.metadata.ttl for message in batch))
         pushed = []
         with self._lock:
             for message in batch:

@@ -238,7 +238,7 @@ class MixedFleet:
             contextlib.closing(state_dir.registry),
             contextlib.closing(light),
             living(self.link, [str(node)]),
-            attending(light.port, [device]),
+            attending(light.gateway.port, [device]),
         ):
             yield light, JoinedGrid(self.link.grid, light)
 

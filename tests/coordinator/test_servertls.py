@@ -97,22 +97,22 @@ def test_a_gateway_that_serves_takes_the_new_key_and_disconnects_nobody(
         state_dir.locked(),
         serving(state_dir, f"{HOST}:0", own_process=False) as grid,
     ):
-        kitchen = LightDevice(grid._gateway, signer, "kitchen")
+        kitchen = LightDevice(grid.gateway, signer, "kitchen")
         stream = kitchen.attend()
         request(state_dir)
-        assert presented(grid.port) == serial(to_der(old))
+        assert presented(grid.gateway.port) == serial(to_der(old))
         new = certified(state_dir, store)
         _, other = certify(signer)
         for useless in (b"", new[: len(new) // 2], other, b"\xff" * 2**18):
             copy(state_dir, useless)
-            assert presented(grid.port) == serial(to_der(old))
+            assert presented(grid.gateway.port) == serial(to_der(old))
         assert len(lines(caplog)) == 3  # an empty one and a half one are one problem
         assert all("not used" in each for each in lines(caplog))
         copy(state_dir, new)
-        assert presented(grid.port) == serial(to_der(new))
-        garage = LightDevice(grid._gateway, signer, "garage")
+        assert presented(grid.gateway.port) == serial(to_der(new))
+        garage = LightDevice(grid.gateway, signer, "garage")
         streams = {"kitchen": stream, "garage": garage.attend()}
-        grid._gateway.ask({name: ("offer", {"body": b"body"}) for name in streams}, 60.0)
+        grid.gateway.ask({name: ("offer", {"body": b"body"}) for name in streams}, 60.0)
         for each in streams.values():
             assert each.request().step == "offer"
         for device in (kitchen, garage):

@@ -39,7 +39,7 @@ def test_rounds_over_the_gateway_are_one_trace_a_session_and_no_span_names_a_dev
         with (
             traces.exporting("edgeadapt-test"),
             gateway(fleet) as grid,
-            attending(grid.port, [*fleet.nodes.values()]),
+            attending(grid.gateway.port, [*fleet.nodes.values()]),
         ):
             grid.await_devices(3)
             records = fleet.federate(grid)

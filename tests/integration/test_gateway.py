@@ -84,7 +84,7 @@ def test_an_agent_that_is_asked_again_answers_as_before(app_fleet_of: FleetOf) -
     fleet = app_fleet_of(3, rounds=2)
     state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
     grid = AskingTwice(f"{HOST}:0", server_tls(authority_of(fleet)), state_dir.read_root)
-    with contextlib.closing(grid), attending(grid.port, [*fleet.nodes.values()]):
+    with contextlib.closing(grid), attending(grid.gateway.port, [*fleet.nodes.values()]):
         grid.await_devices(3)
         records = fleet.federate(grid)
         assert [(record.survivors, record.dropped) for record in records] == [(DEVICES, {})] * 2
@@ -99,8 +99,8 @@ def test_a_device_that_is_killed_while_it_trains_drops_out_and_the_others_finish
     *others, last = fleet.nodes.values()
     with (
         gateway(fleet, GatewayLimits(grace=0.5)) as grid,
-        attending(grid.port, others),
-        agent_process(grid.port, last) as agent,
+        attending(grid.gateway.port, others),
+        agent_process(grid.gateway.port, last) as agent,
     ):
 
         def kill_at_the_plan() -> None:
@@ -129,12 +129,12 @@ def test_an_agent_that_finds_the_gateway_full_comes_back_when_there_is_room(
     first, second = fleet.nodes.values()
     limits = GatewayLimits(devices=1, grace=0.1, calls=10_000, settings=GatewaySettings(rejected_seconds=0.2))
     with caplog.at_level("INFO", "edgeadapt"), gateway(fleet, limits) as grid:
-        with attending(grid.port, [first]):
+        with attending(grid.gateway.port, [first]):
             grid.await_devices(1)
-            with attending(grid.port, [second]):
+            with attending(grid.gateway.port, [second]):
                 wait_until(lambda: any("asks this device to come back" in line for line in caplog.messages))
                 assert [*grid.get_node_ids()] == [node_of(Path(first).name)]
-        with attending(grid.port, [second]):
+        with attending(grid.gateway.port, [second]):
             wait_until(lambda: [*grid.get_node_ids()] == [node_of(Path(second).name)])
     assert not [line for line in caplog.messages if "too early" in line]
 
@@ -160,7 +160,7 @@ def test_an_agent_of_a_version_that_is_too_old_ends_with_one_line(app_fleet_of: 
     (folder,) = fleet.nodes.values()
     with (
         gateway(fleet, GatewayLimits(settings=GatewaySettings(client_version="99.1"))) as grid,
-        agent_process(grid.port, folder) as agent,
+        agent_process(grid.gateway.port, folder) as agent,
     ):
         _, errors = agent.communicate(timeout=120)
     assert agent.returncode == 3
@@ -213,7 +213,7 @@ def test_an_agent_waits_says_why_once_comes_and_leaves_as_the_power_does(app_fle
     demand(folder, "charging = true\nminimum_battery = 30")
     machine.supply("BAT0", type="Battery", capacity="80")
     machine.supply("AC", type="Mains", online="0")
-    with gateway(fleet, LIMITS) as grid, agent_on(machine, folder, grid.port) as lines:
+    with gateway(fleet, LIMITS) as grid, agent_on(machine, folder, grid.gateway.port) as lines:
         wait_until(lambda: lines)
         for charge in range(79, 69, -1):  # the reading changes, and the reason does not
             machine.supply("BAT0", capacity=str(charge))
@@ -255,8 +255,8 @@ def test_a_device_that_is_unplugged_while_it_trains_drops_out_and_comes_back(
     *others, last = fleet.nodes.values()
     demand(last, "charging = true")
     readings = Unplugged()
-    with gateway(fleet, LIMITS) as grid, attending(grid.port, others):
-        agent = Agent(Path(last), (f"{HOST}:{grid.port}",), readings, look=3600)
+    with gateway(fleet, LIMITS) as grid, attending(grid.gateway.port, others):
+        agent = Agent(Path(last), (f"{HOST}:{grid.gateway.port}",), readings, look=3600)
         thread = Thread(target=agent.run)
         thread.start()
         grid.await_devices(4)

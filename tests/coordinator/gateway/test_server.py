@@ -437,7 +437,7 @@ def test_the_settings_of_a_coordinator_say_where_browsers_are_served_and_from_wh
     for name, content in zip((TLS_KEY, TLS_CERTIFICATE), certify(authority), strict=True):
         (state_dir.folder / name).write_bytes(content)
     with serving(state_dir, f"{HOST}:0", own_process=False) as grid:
-        tab = LightDevice(grid._gateway, authority, "tab", SOCKET)
+        tab = LightDevice(grid.gateway, authority, "tab", SOCKET)
         tab.attend(origin="https://fleet.example")
         grid.await_devices(1)
         assert list(grid.get_node_ids()) == [messages.node_of("tab")]
