@@ -434,7 +434,7 @@ def _restore_registry(
     """Verify the registry and the logs of an archive, and put the registry where ``stores`` say."""
     (stage / registryfiles.BLOBS).mkdir(exist_ok=True)  # a registry without a version has none
     # The database is not trusted: read it within limits, and nothing but tables, as an auditor does.
-    registryfiles.RegistryFiles(registryfiles.LocalFiles(stage, stage / registryfiles.BLOBS), (key.public,)).rounds()
+    registryfiles.RegistryFiles(registryfiles.LocalFiles(stage), (key.public,)).rounds()
     with closing(open_registry(stage, key)) as registry:
         head = _verified(registry)
         snapshot = RegistrySnapshot.read(registry.engine)

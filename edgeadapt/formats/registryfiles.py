@@ -16,7 +16,7 @@ import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -64,23 +64,6 @@ class RegistrySettings(Settings):
         return cls.read(state_dir / REGISTRY) if (state_dir / REGISTRY).exists() else cls()
 
 
-class RegistrySource(Protocol):
-    """Says where a registry is read from. Nothing that it returns is verified. Methods raise ConfigError if the
-    database has another schema, and DataError if it cannot be read."""
-
-    @property
-    def name(self) -> str:
-        """Name the database in a message."""
-
-    def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]: ...
-
-    def place(self, digest: str) -> str:
-        """Name the file with that digest in a message."""
-
-    def file(self, digest: str, size: int) -> bytes:
-        """Read that file; empty if it does not have that size. Raises DataError if it is missing."""
-
-
 def blob_name(digest: str) -> str:
     """Name the file in ``BLOBS`` with the adapter of this SHA-256 (hex)."""
     return f"{digest}.safetensors"
@@ -98,18 +81,23 @@ def require(state_dir: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LocalFiles:
+    """Reads a registry from its state directory. Nothing that it returns is verified. Methods raise ConfigError if the
+    database has another schema, and DataError if it cannot be read."""
+
     folder: Path
-    blobs: Path
 
     @property
     def name(self) -> str:
+        """Name the database in a message."""
         return str(self.folder / DATABASE)
 
     def place(self, digest: str) -> str:
-        return str(self.blobs / blob_name(digest))
+        """Name the file with that digest in a message."""
+        return str(self.folder / BLOBS / blob_name(digest))
 
     def file(self, digest: str, size: int) -> bytes:
-        path = self.blobs / blob_name(digest)
+        """Read that file; empty if it does not have that size. Raises DataError if it is missing."""
+        path = Path(LocalFiles.place(self, digest))
         try:
             return storage.read(path) if path.stat().st_size == size else b""
         except (FileNotFoundError, NotADirectoryError):
@@ -158,7 +146,7 @@ class RegistryFiles:
     another schema, DataError if it cannot be read, and TrustError if what they read is missing, was altered, or is
     signed by no trusted key."""
 
-    source: RegistrySource
+    source: LocalFiles
     trusted: tuple[PublicKey, ...]
 
     def manifest(self, version: int | None = None) -> VersionManifest | None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aggregation.pki.identity import PublicKey
-from edgeadapt.formats.registryfiles import BLOBS, LocalFiles, RegistryFiles, RegistrySettings, require
+from edgeadapt.formats.registryfiles import LocalFiles, RegistryFiles, RegistrySettings, require
 
 
 def open_registry_files(state_dir: Path, trusted: Sequence[PublicKey]) -> RegistryFiles:
@@ -12,7 +12,7 @@ def open_registry_files(state_dir: Path, trusted: Sequence[PublicKey]) -> Regist
     require(state_dir)
     settings = RegistrySettings.of(state_dir)
     if not settings.database and not settings.blobs:
-        return RegistryFiles(LocalFiles(state_dir, state_dir / BLOBS), tuple(trusted))
+        return RegistryFiles(LocalFiles(state_dir), tuple(trusted))
     from edgeadapt.formats.registrystores import RemoteStores
 
     return RegistryFiles(RemoteStores.open(state_dir, settings), tuple(trusted))

@@ -15,7 +15,7 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from edgeadapt.formats.blobs import Blobs
 from edgeadapt.formats.dsse import MAX_ENVELOPE
 from edgeadapt.formats.registryfiles import (
-    BLOBS,
+    DATABASE,
     FIRST,
     FIRST_TABLE,
     REGISTRY,
@@ -78,10 +78,9 @@ def postgresql_engine(url: URL) -> Engine:
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteStores:
-    """Reads a registry whose database, blobs or both are elsewhere; ``local`` reads what is in the state directory."""
+class RemoteStores(LocalFiles):
+    """Reads a registry whose database, blobs or both are elsewhere."""
 
-    local: LocalFiles
     engine: Engine | None
     blobs: Blobs | None
 
@@ -90,24 +89,24 @@ class RemoteStores:
         """Open those of a state directory without connecting. Raises as ``postgresql_url`` and ``Blobs.at``."""
         engine = postgresql_engine(postgresql_url(settings.database)) if settings.database else None
         blobs = Blobs.at(settings.blobs) if settings.blobs else None
-        return cls(LocalFiles(state_dir, state_dir / BLOBS), engine, blobs)
+        return cls(state_dir, engine, blobs)
 
     @property
     def name(self) -> str:
-        return shown(self.engine.url) if self.engine else self.local.name
+        return shown(self.engine.url) if self.engine else str(self.folder / DATABASE)
 
     def place(self, digest: str) -> str:
-        return f"{self.blobs.name}/{blob_name(digest)}" if self.blobs else self.local.place(digest)
+        return f"{self.blobs.name}/{blob_name(digest)}" if self.blobs else LocalFiles.place(self, digest)
 
     def file(self, digest: str, size: int) -> bytes:
-        """Read as ``RegistrySource.file`` does. Raises EdgeAdaptError if the store cannot be reached."""
-        return self.blobs.read(digest, size) if self.blobs else self.local.file(digest, size)
+        """Read as ``LocalFiles.file`` does. Raises EdgeAdaptError if the store cannot be reached."""
+        return self.blobs.read(digest, size) if self.blobs else LocalFiles.file(self, digest, size)
 
     def rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
-        """Query as ``RegistrySource.rows`` does. Raises EdgeAdaptError if the database cannot be reached. A database's
+        """Query as ``LocalFiles.rows`` does. Raises EdgeAdaptError if the database cannot be reached. A database's
         owner decides what it answers, also without an end: there are limits on time and size."""
         if self.engine is None:
-            return self.local.rows(query, values)
+            return LocalFiles.rows(self, query, values)
         try:
             with self.engine.connect() as connection:
                 connection = connection.execution_options(postgresql_readonly=True)
