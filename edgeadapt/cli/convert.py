@@ -73,9 +73,9 @@ def convert(
         if registry is None:
             tensors, config = _of_bundle(bundle, name or GLOBAL, trust, base)
         else:
-            from export.cli.options import origin_of
+            from export.bundle.sources import origin_of
 
-            origin = origin_of(registry, None, version, trust, None)
+            origin = origin_of(registry, None, version, trust)
             tensors, config = origin.tensors, origin.peft_config
         to_peft(tensors, config, out)
         print_result({"out": str(out), "tensors": len(tensors)}, f"{out}: {len(tensors)} tensors, for peft", as_json)

@@ -16,7 +16,7 @@ from edgeadapt.interface.models import Classifier, LanguageModel, load
 from edgeadapt.interface.names import check_choice, check_texts, in_python
 from edgeadapt.methods.peft.folder import CONFIG
 from export.addition import Wanted, add_to
-from export.bundle.sources import Origin, from_peft, from_registry
+from export.bundle.sources import origin_of
 
 
 def export(
@@ -72,22 +72,16 @@ def export(
         else:
             reason = f"source is a {type(source).__name__}: give a PeftModel, or a folder"
             raise ConfigError(reason, about="source")
-        origin = _origin(folder, version, tuple(labels), None if trust is None else Path(trust))
-        counted = version is not None or not (folder / CONFIG).exists()
+        if not folder.is_dir():
+            raise ConfigError(f"there is no folder {folder}", about="source")
+        saved = (folder / CONFIG).exists()
+        if saved and trust is not None:
+            raise ConfigError("trust= is for a registry: leave it out", about="trust")
+        registry, peft = (None, folder) if saved else (folder, None)
+        origin = origin_of(registry, peft, version, None if trust is None else Path(trust), labels)
+        counted = version is not None or not saved
         named = None if base is None else str(base)
         add_to(out, origin, signer, Wanted(adapter, format, named, profile, calibration, counted, rules, stated))
         with suppress(FileExistsError):
             create(real(out).parent / TRUST, signer.public.to_pem(), PUBLIC)
         return load(out, adapter=adapter)
-
-
-def _origin(folder: Path, version: int | None, labels: tuple[str, ...], trust: Path | None) -> Origin:
-    if (folder / CONFIG).exists():
-        if trust is not None:
-            raise ConfigError("trust= is for a registry: leave it out", about="trust")
-        return from_peft(folder, 1 if version is None else version, labels)
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}", about="source")
-    if labels:
-        raise ConfigError("labels= is for an adapter of peft; a registry states its labels", about="labels")
-    return from_registry(folder, version, trust)

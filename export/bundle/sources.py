@@ -57,6 +57,19 @@ def fitted(origin: Origin, base_digest: str, slots: Mapping[str, Sequence[str]])
     return replace(origin, tensors=trimmed(origin.tensors, slots)) if origin.shares_a else origin
 
 
+def origin_of(
+    registry: Path | None, folder: Path | None, version: int | None, trust: Path | None, labels: Sequence[str] = ()
+) -> Origin:
+    """Read the adapter in a registry, or else in a PEFT folder. Errors name options of the command line."""
+    if folder is not None and registry is None:
+        return from_peft(folder, 1 if version is None else version, tuple(labels))
+    if registry is None or folder is not None:
+        raise ConfigError("name one source of the adapter: --registry DIR or --peft DIR", about="--registry")
+    if labels:
+        raise ConfigError("--labels is for a PEFT folder; a registry states its labels itself", about="--labels")
+    return from_registry(registry, version, trust)
+
+
 def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> Origin:
     """Read a version, by default the newest, of the registry in a coordinator's state directory. Writes nothing.
     ``trust``: the public keys that may have signed it; by default the coordinator's own. Raises TrustError: manifest or

@@ -10,12 +10,13 @@ from edgeadapt.commandline import as_json, option, path_option, print_result
 from edgeadapt.formats.calibration import BINS, FOLDS, Calibration
 from edgeadapt.formats.keyfiles import read_key
 from edgeadapt.formats.manifest import Format
+from edgeadapt.formats.storage import read_lines
 from export.addition import Wanted, add_to
+from export.bundle.sources import origin_of
 from export.cli.options import (
     from_folder,
     from_registry,
     learning,
-    origin_of,
     pinned,
     profiled,
     signed_by,
@@ -83,7 +84,7 @@ def add_adapter(
     """
     signer = read_key(key_file)
     counted = registry is not None or version is not None
-    origin = origin_of(registry, peft_folder, version, trust, labels)
+    origin = origin_of(registry, peft_folder, version, trust, read_lines(labels, "label") if labels else ())
     added = add_to(bundle, origin, signer, Wanted(name, form, base_name, profile, held_out, counted, policy, card))
     if added.warning:
         click.echo(added.warning, err=True)

