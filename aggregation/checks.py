@@ -22,19 +22,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 
-from aggregation import envelope, groups, masks, ring
+from aggregation import envelope, groups, masks, messages, ring
 from aggregation.errors import ConfigError, ProtocolError, TrustError
-from aggregation.messages import (
-    Advert,
-    Challenge,
-    CheckIn,
-    ConsistencySignature,
-    EncryptedShares,
-    MaskedInput,
-    Plan,
-    Roster,
-    Survivors,
-)
 from aggregation.pki import Root
 from aggregation.pki.certificates import load, not_after, same_name, serial
 from aggregation.pki.identity import PublicKey
@@ -61,7 +50,7 @@ def refers_to(peer: str, tag: str, device: str, field: str, found: bytes, expect
         raise ProtocolError(f"{tag} message names {device}", peer, about=f"{tag}.device")
 
 
-def challenge(node: int, message: Challenge) -> None:
+def challenge(node: int, message: messages.Challenge) -> None:
     """Check that a device that runs as ``node`` may answer a challenge: else another node would pass for this device.
     Raises ProtocolError: it is for another node."""
     if message.node != node:
@@ -69,14 +58,14 @@ def challenge(node: int, message: Challenge) -> None:
         raise refused(text, "challenge.node")
 
 
-def check_in(root: Root, asked: Challenge, raw: bytes, at: datetime) -> tuple[str, CheckIn]:
+def check_in(root: Root, asked: messages.Challenge, raw: bytes, at: datetime) -> tuple[str, messages.CheckIn]:
     """The device that answers the challenge ``asked``, and its answer. Raises ProtocolError: the authority did not
     certify a device in it for ``at``, that device did not sign it, or it answers another challenge: of another node, or
     an earlier one of this node."""
     with ProtocolError.blaming(None, TrustError):
         # Whom it claims to be from; that device's signature is then required.
-        device, key = root.verify(CheckIn.decode(envelope.unverified_body(raw)).certificate, at)
-    message = envelope.open_verified(CheckIn, raw, key, device)
+        device, key = root.verify(messages.CheckIn.decode(envelope.unverified_body(raw)).certificate, at)
+    message = envelope.open_verified(messages.CheckIn, raw, key, device)
     if message.challenge != asked.digest():
         raise ProtocolError("check-in is for another challenge", device, about="check-in.challenge")
     return device, message
@@ -149,11 +138,11 @@ def before_end(ends: datetime, at: datetime | None) -> None:
         raise refused(text, "plan.time")
 
 
-def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes) -> Advert:
+def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes) -> messages.Advert:
     """The advert of ``device`` for the offer with digest ``offer``. Raises ProtocolError: not signed by ``device``, for
     another offer, or without distinct valid keys for each round."""
-    message = envelope.open_verified(Advert, raw, signer, device)
-    refers_to(device, Advert.TAG, message.device, "offer", message.offer, offer)
+    message = envelope.open_verified(messages.Advert, raw, signer, device)
+    refers_to(device, messages.Advert.TAG, message.device, "offer", message.offer, offer)
     if not len(message.mask_keys) == len(message.commitments) == rounds:
         raise ProtocolError(
             f"advert does not have keys and commitments for {rounds} rounds", device, about="advert.mask_keys"
@@ -167,7 +156,7 @@ def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes
 
 
 def roster(
-    spec: SessionSpec, offer: bytes, cohort: Mapping[str, PublicKey], message: Roster
+    spec: SessionSpec, offer: bytes, cohort: Mapping[str, PublicKey], message: messages.Roster
 ) -> tuple[Session, Mapping[str, bytes]]:
     """The session that a roster defines, and device → advert as signed. Raises ProtocolError: for another offer, below
     the threshold, an advert from outside the cohort, a device or key repeated, an advert that ``advert`` refuses, or no
@@ -177,7 +166,7 @@ def roster(
 
 @lru_cache(maxsize=COHORTS)
 def _roster(
-    spec: SessionSpec, offer: bytes, members: tuple[tuple[str, PublicKey], ...], message: Roster
+    spec: SessionSpec, offer: bytes, members: tuple[tuple[str, PublicKey], ...], message: messages.Roster
 ) -> tuple[Session, Mapping[str, bytes]]:
     """``roster``: a process that simulates many devices verifies one once, and they share the session."""
     cohort = dict(members)
@@ -189,7 +178,7 @@ def _roster(
     keys: set[bytes] = set()
     for raw in message.adverts:
         # Whose advert it claims to be; ``advert`` then requires that device's signature.
-        device = Advert.decode(envelope.unverified_body(raw)).device
+        device = messages.Advert.decode(envelope.unverified_body(raw)).device
         if device not in cohort:
             raise refused(f"{device} is on the roster but not in the cohort", "roster.members")
         if peers and device <= next(reversed(peers)):
@@ -206,7 +195,7 @@ def _roster(
         return Session(spec, offer, context_of(offer, message.digest()), peers), signed
 
 
-def encrypted_shares(session: Session, me: str, received: Mapping[str, EncryptedShares]) -> None:
+def encrypted_shares(session: Session, me: str, received: Mapping[str, messages.EncryptedShares]) -> None:
     """Check that the encrypted shares that a device receives are from neighbors only, and enough for a round. Raises
     ProtocolError."""
     strangers = set(received) - set(session.neighbors(me, session.peers))
@@ -215,7 +204,7 @@ def encrypted_shares(session: Session, me: str, received: Mapping[str, Encrypted
     enough_neighbors(session, me, received, "sent it shares", about="assignment.neighbors")
 
 
-def plan(session: Session, me: str, dealers: Collection[str], last_round: int, message: Plan) -> None:
+def plan(session: Session, me: str, dealers: Collection[str], last_round: int, message: messages.Plan) -> None:
     """Check that a device may act on a plan. ``dealers``: the devices whose shares it has. Raises ProtocolError."""
     if message.context != session.context:
         raise refused("plan is for another session", "plan.context")
@@ -236,7 +225,7 @@ def plan(session: Session, me: str, dealers: Collection[str], last_round: int, m
     grouped(session.spec, message)
 
 
-def grouped(spec: SessionSpec, message: Plan) -> None:
+def grouped(spec: SessionSpec, message: messages.Plan) -> None:
     """Check that the groups of a plan are well-formed, and each has its minimum of members. Raises ProtocolError."""
     if message.former and spec.grouping is None:
         raise refused("plan names former members without groups", "plan.former")
@@ -261,11 +250,11 @@ def masked_input(session: Session, plan: bytes, peer: str, body: bytes) -> Check
     another plan, or of another size."""
     size = ring.packed_size(session.spec.vector.size, session.spec.vector.ring_bits)
     header, packed = envelope.open_vector(body, size, session.peers[peer].identity, peer)
-    refers_to(peer, MaskedInput.TAG, header.device, "plan", header.plan, plan)
+    refers_to(peer, messages.MaskedInput.TAG, header.device, "plan", header.plan, plan)
     return CheckedInput(peer, header.plan, header.vector, packed)
 
 
-def survivors(session: Session, current: Plan, me: str, vector: bytes, message: Survivors) -> None:
+def survivors(session: Session, current: messages.Plan, me: str, vector: bytes, message: messages.Survivors) -> None:
     """Check that a device may sign and unmask a survivor set. ``vector``: digest of its own masked vector. Raises
     ProtocolError."""
     if message.plan != current.digest():
@@ -281,7 +270,7 @@ def survivors(session: Session, current: Plan, me: str, vector: bytes, message: 
 
 
 def shares_to_reveal(
-    session: Session, current: Plan, me: str, message: Survivors
+    session: Session, current: messages.Plan, me: str, message: messages.Survivors
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The dealers whose seed, and those whose mask key, a device reveals shares of: survivors and dropouts. No device
     is in both. The dealers are the device itself and its neighbors in the plan."""
@@ -293,7 +282,7 @@ def shares_to_reveal(
 
 
 def consistency_signatures(
-    session: Session, current: Plan, message: Survivors, signatures: Mapping[str, bytes]
+    session: Session, current: messages.Plan, message: messages.Survivors, signatures: Mapping[str, bytes]
 ) -> None:
     """Check that a quorum of survivors signed this set. No other set has a quorum, since a device signs one. Raises
     ProtocolError: fewer signed, also in a group; one of them is not a survivor, or a signature is not valid."""
@@ -304,7 +293,7 @@ def consistency_signatures(
         _signed(message.digest(), tuple((d, session.peers[d].identity, raw) for d, raw in signatures.items()))
 
 
-def quorum(spec: SessionSpec, current: Plan, signers: Collection[str]) -> None:
+def quorum(spec: SessionSpec, current: messages.Plan, signers: Collection[str]) -> None:
     """Check that enough survivors signed their set, in all and in each group. Raises ProtocolError."""
     if len(signers) < spec.quorum:
         raise refused(f"{len(signers)} consistency signatures, {spec.quorum} are needed", "unmask.quorum")
@@ -314,7 +303,9 @@ def quorum(spec: SessionSpec, current: Plan, signers: Collection[str]) -> None:
 @lru_cache(maxsize=COHORTS)
 def _signed(survivors: bytes, signatures: tuple[tuple[str, PublicKey, bytes], ...]) -> None:
     for device, key, signature in signatures:
-        envelope.verify(key, ConsistencySignature.TAG, ConsistencySignature(survivors, device).encode(), signature)
+        envelope.verify(
+            key, messages.ConsistencySignature.TAG, messages.ConsistencySignature(survivors, device).encode(), signature
+        )
 
 
 def enough_devices(spec: SessionSpec, count: int, what: str, *, about: str = "devices") -> None:

@@ -16,36 +16,10 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Annotated, TypeAlias
 
-from aggregation import checks, envelope, groups, masks, ring, sharing, wire
+from aggregation import checks, envelope, groups, masks, messages, ring, sharing, wire
 from aggregation.entropy import Entropy
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.masks import Mask
-from aggregation.messages import (
-    DEVICES,
-    MAX_COHORT,
-    SERIALS,
-    SESSION_SPEC,
-    Advert,
-    Assignment,
-    Challenge,
-    CheckIn,
-    ConsistencySignature,
-    DeviceId,
-    Digest,
-    EncryptedShares,
-    Key,
-    M,
-    MaskedInput,
-    Message,
-    Offer,
-    Plan,
-    Roster,
-    Shares,
-    Survivors,
-    Uint32,
-    Unmask,
-    UnmaskResponse,
-)
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.policy import Policy
@@ -57,7 +31,7 @@ from aggregation.spec import MAX_ROUNDS, Adversary, SessionSpec
 from aggregation.transcript.logstate import LogState
 from aggregation.wire import Codec
 
-_SECONDS, _DEVICE_SET = wire.uint(64), wire.mapping(DEVICES, wire.fixed(0), MAX_COHORT)
+_SECONDS, _DEVICE_SET = wire.uint(64), wire.mapping(messages.DEVICES, wire.fixed(0), messages.MAX_COHORT)
 _TIME: Codec[datetime] = Codec(  # X.509 has whole seconds
     lambda out, value: _SECONDS.write(out, int(value.timestamp())),
     lambda source: datetime.fromtimestamp(_SECONDS.read(source), UTC),
@@ -66,13 +40,13 @@ _DEALERS: Codec[frozenset[str]] = Codec(
     lambda out, value: _DEVICE_SET.write(out, dict.fromkeys(value, b"")),
     lambda source: frozenset(_DEVICE_SET.read(source)),
 )
-_PAIRS = wire.mapping(DEVICES, wire.record(SharePair), MAX_COHORT)
-_COHORT = wire.mapping(DEVICES, wire.record(PublicKey), MAX_COHORT)
-_Spec: TypeAlias = Annotated[SessionSpec, SESSION_SPEC]
-_Plan: TypeAlias = Annotated[Plan, Plan.codec()]
+_PAIRS = wire.mapping(messages.DEVICES, wire.record(SharePair), messages.MAX_COHORT)
+_COHORT = wire.mapping(messages.DEVICES, wire.record(PublicKey), messages.MAX_COHORT)
+_Spec: TypeAlias = Annotated[SessionSpec, messages.SESSION_SPEC]
+_Plan: TypeAlias = Annotated[messages.Plan, messages.Plan.codec()]
 _Held: TypeAlias = Annotated[Mapping[str, SharePair], _PAIRS]
 _Ends: TypeAlias = Annotated[datetime, _TIME]
-_Serials: TypeAlias = Annotated[Mapping[str, int], SERIALS]
+_Serials: TypeAlias = Annotated[Mapping[str, int], messages.SERIALS]
 _Secrets: TypeAlias = Annotated[Mapping[int, Secrets], wire.mapping(wire.uint(32), wire.record(Secrets), MAX_ROUNDS)]
 
 
@@ -86,11 +60,11 @@ class Device:
     coordinator: PublicKey  # the pinned key of the coordinator
     policy: Policy  # what it requires of an offer
 
-    def open_verified(self, kind: type[M], raw: bytes) -> M:
+    def open_verified(self, kind: type[messages.M], raw: bytes) -> messages.M:
         """The message in ``raw``, if the coordinator signed it."""
         return envelope.open_repeated(kind, raw, self.coordinator, COORDINATOR)
 
-    def sign(self, message: Message) -> bytes:
+    def sign(self, message: messages.Message) -> bytes:
         return envelope.sign(self.identity, message)
 
     def public_key(self, private: bytes) -> bytes:
@@ -98,11 +72,11 @@ class Device:
 
     def deal(
         self, session: Session, me: str, share_key: bytes, secrets: Mapping[int, Secrets], entropy: Entropy
-    ) -> tuple[dict[int, SharePair], dict[str, EncryptedShares]]:
+    ) -> tuple[dict[int, SharePair], dict[str, messages.EncryptedShares]]:
         return sharing.deal(session, me, share_key, secrets, entropy)
 
     def decrypt(
-        self, session: Session, me: str, share_key: bytes, dealt: Mapping[str, EncryptedShares]
+        self, session: Session, me: str, share_key: bytes, dealt: Mapping[str, messages.EncryptedShares]
     ) -> Iterator[tuple[str, Mapping[int, SharePair]]]:
         """Dealer → round → pair, of the dealers whose shares ``sharing.decrypt`` accepts."""
         key = masks.private_key(share_key)
@@ -122,7 +96,7 @@ class Device:
             return LogState.initial(self.coordinator, proof, joined.offer, joined.me)
         return known.on_session_chain_proof(self.coordinator, proof, joined.offer, other_base=other_base)
 
-    def followed(self, known: LogState, receipt: bytes, plan: Plan) -> LogState:
+    def followed(self, known: LogState, receipt: bytes, plan: messages.Plan) -> LogState:
         """Verify the log: this device's messages of its last round are in it, and its newest adapter is the plan's.
         Raises ProtocolError."""
         after = known.on_receipt(self.coordinator, receipt)
@@ -142,9 +116,9 @@ def check_in(
     """Answer a challenge (step 0): the certificate, signed with its key. No state changes. ``node``: Flower's id of the
     node that this device runs as. ``last_offer``: digest of the last offer that this device joined, if it keeps a log
     state. Raises ProtocolError: the challenge is not the coordinator's, or is for another node."""
-    message = envelope.open_verified(Challenge, challenge, coordinator, COORDINATOR)
+    message = envelope.open_verified(messages.Challenge, challenge, coordinator, COORDINATOR)
     checks.challenge(node, message)
-    return envelope.sign(identity, CheckIn(message.digest(), certificate, last_offer))
+    return envelope.sign(identity, messages.CheckIn(message.digest(), certificate, last_offer))
 
 
 def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = None) -> tuple["Advertised", bytes]:
@@ -153,12 +127,12 @@ def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = N
     ``at``: the time at which certificates must be valid, if the device has a clock it trusts. Raises ProtocolError: the
     offer is not the coordinator's, names an uncertified or repeated member, does not include this device, or breaks
     this device's policy."""
-    message = device.open_verified(Offer, offer)
+    message = device.open_verified(messages.Offer, offer)
     me, cohort = _find_self(device, message, at)
     digest, rounds = message.digest(), range(1, message.spec.rounds + 1)
     share_key = entropy.bytes(masks.KEY)
     secrets = {round_: Secrets(entropy.bytes(masks.KEY), entropy.bytes(masks.KEY)) for round_ in rounds}
-    advert = Advert(
+    advert = messages.Advert(
         offer=digest,
         device=me,
         share_key=device.public_key(share_key),
@@ -171,7 +145,7 @@ def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = N
     return Advertised(me, message.spec, digest, cohort, serials, ends, signed, share_key, secrets), signed
 
 
-def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, Mapping[str, PublicKey]]:
+def _find_self(device: Device, offer: messages.Offer, at: datetime | None) -> tuple[str, Mapping[str, PublicKey]]:
     cohort = checks.members(device.root, offer.certificates, device.coordinator, at)
     device.policy.check(offer.spec, len(cohort))
     try:
@@ -187,14 +161,14 @@ def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, 
 class Advertised:
     """The advert is sent; the roster is next. ``serials`` and ``ends``: see ``Ready``."""
 
-    me: DeviceId
+    me: messages.DeviceId
     spec: _Spec
-    offer: Digest
+    offer: messages.Digest
     cohort: Annotated[Mapping[str, PublicKey], _COHORT]
     serials: _Serials
     ends: _Ends
-    advert: Annotated[bytes, wire.blob(2 * Advert.LIMIT)]
-    share_key: Key = field(repr=False)
+    advert: Annotated[bytes, wire.blob(2 * messages.Advert.LIMIT)]
+    share_key: messages.Key = field(repr=False)
     secrets: _Secrets = field(repr=False)
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
@@ -202,7 +176,7 @@ class Advertised:
         """Check the roster and share the secrets of every round (steps 3 and 4); the answer is the encrypted shares.
         Raises ProtocolError: the roster is not the coordinator's for this offer, is too small, has an advert that is
         repeated, replayed, unsigned or from outside the cohort, or lacks this device's own advert."""
-        message = device.open_verified(Roster, roster)
+        message = device.open_verified(messages.Roster, roster)
         session, adverts = checks.roster(self.spec, self.offer, self.cohort, message)
         device.policy.check_roster(self.spec, len(self.cohort), len(adverts))
         if adverts.get(self.me) != self.advert:
@@ -211,7 +185,7 @@ class Advertised:
         own, encrypted = device.deal(session, self.me, self.share_key, self.secrets, entropy)
         held = {round_: {self.me: pair} for round_, pair in own.items()}
         ready = Ready(session, self.serials, self.ends, self.me, 0, None, self.share_key, self.secrets, held)
-        return ready, device.sign(Shares(session.context, self.me, encrypted))
+        return ready, device.sign(messages.Shares(session.context, self.me, encrypted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +194,8 @@ class Ready:
     serials: _Serials  # device id → serial of its certificate, of the whole cohort
     # When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
     ends: _Ends
-    me: DeviceId
-    last_round: Uint32  # the last round begun; 0 before the first
+    me: messages.DeviceId
+    last_round: messages.Uint32  # the last round begun; 0 before the first
     # Devices whose encrypted shares arrived; None before they arrive.
     dealers: Annotated[frozenset[str] | None, wire.optional(_DEALERS)]
     # Decrypts the shares; None once they are decrypted.
@@ -237,7 +211,7 @@ class Ready:
         ``at``: the time now, if the device has a clock it trusts. Raises ProtocolError: not the coordinator's, of
         another session or one that has ended, of a round begun before, without this device, with a neighbor that sent
         no shares, or too small."""
-        message = device.open_verified(Assignment, plan)
+        message = device.open_verified(messages.Assignment, plan)
         checks.before_end(self.ends, at)
         current = self if self.share_key is None else self._decrypt(device, message)
         dealers = current.dealers or frozenset()
@@ -249,7 +223,7 @@ class Ready:
         later = replace(current, last_round=round_, secrets=secrets, held=held, single_use=SingleUse())
         return Planned(later, message.plan, self.secrets[round_], current.held[round_])
 
-    def _decrypt(self, device: Device, message: Assignment) -> "Ready":
+    def _decrypt(self, device: Device, message: messages.Assignment) -> "Ready":
         checks.encrypted_shares(self.session, self.me, message.encrypted_shares)
         held = {round_: dict(pairs) for round_, pairs in self.held.items()}
         if message.encrypted_shares:
@@ -266,7 +240,7 @@ class Planned:
     """A round has begun; the trained vector is next. Storing this state abandons the round (``sealed``)."""
 
     ready: "Ready"
-    plan: Plan
+    plan: messages.Plan
     secrets: Secrets = field(repr=False)
     held: Mapping[str, SharePair] = field(repr=False)
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
@@ -288,7 +262,7 @@ class Planned:
         self.single_use.take("masked-input")
         device.mask(ring_vector, self, threads)
         packed = ring.packed_view(ring_vector, bits)
-        header = MaskedInput(plan, self.ready.me, hashlib.sha256(packed).digest())
+        header = messages.MaskedInput(plan, self.ready.me, hashlib.sha256(packed).digest())
         masked = Masked(self.ready, self.plan, self.held, header.vector)
         return masked, envelope.sign_vector(device.identity, header, packed)
 
@@ -307,7 +281,7 @@ class Masked:
     ready: Annotated[Ready, wire.record(Ready)]
     plan: _Plan
     held: _Held = field(repr=False)
-    vector: Digest
+    vector: messages.Digest
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":
@@ -318,17 +292,17 @@ class Masked:
         ProtocolError: not the coordinator's for this plan, without this device and its own vector, with a device from
         outside the plan, or too small; or the session runs no consistency check."""
         self._require_adversary(Adversary.ACTIVE, "survivor set")
-        message = device.open_verified(Survivors, survivors)
+        message = device.open_verified(messages.Survivors, survivors)
         checks.survivors(self.ready.session, self.plan, self.ready.me, self.vector, message)
         self.single_use.take("consistency-signature")
         confirmed = Confirmed(self.ready, self.plan, self.held, message)
-        return confirmed, device.sign(ConsistencySignature(message.digest(), self.ready.me))
+        return confirmed, device.sign(messages.ConsistencySignature(message.digest(), self.ready.me))
 
     def on_unmask(self, device: Device, unmask: bytes) -> tuple["Ready", bytes]:
         """Reveal shares for a survivor set without a consistency check (step 8, honest-but-curious sessions only).
         Raises ProtocolError as ``on_survivors``; always in an active session."""
         self._require_adversary(Adversary.HONEST_BUT_CURIOUS, "unmask request without consistency signatures")
-        message = device.open_verified(Unmask, unmask)
+        message = device.open_verified(messages.Unmask, unmask)
         checks.survivors(self.ready.session, self.plan, self.ready.me, self.vector, message.survivors)
         self.single_use.take("unmask-response")
         return self.ready, _unmask_response(device, self.ready, self.plan, self.held, message.survivors)
@@ -347,7 +321,7 @@ class Confirmed:
     ready: Annotated[Ready, wire.record(Ready)]
     plan: _Plan
     held: _Held = field(repr=False)
-    survivors: Annotated[Survivors, Survivors.codec()]
+    survivors: Annotated[messages.Survivors, messages.Survivors.codec()]
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":
@@ -356,7 +330,7 @@ class Confirmed:
     def on_unmask(self, device: Device, unmask: bytes) -> tuple["Ready", bytes]:
         """Reveal shares for the survivor set that this device signed (step 8). The shares of the round are dropped.
         Raises ProtocolError: not the coordinator's, another survivor set, or too few valid signatures on it."""
-        message = device.open_verified(Unmask, unmask)
+        message = device.open_verified(messages.Unmask, unmask)
         if message.survivors != self.survivors:
             raise refused("unmask request is for another survivor set than this device signed", "unmask.survivors")
         session, signatures = self.ready.session, message.consistency_signatures
@@ -366,10 +340,10 @@ class Confirmed:
 
 
 def _unmask_response(
-    device: Device, ready: "Ready", plan: Plan, held: Mapping[str, SharePair], survivors: Survivors
+    device: Device, ready: "Ready", plan: messages.Plan, held: Mapping[str, SharePair], survivors: messages.Survivors
 ) -> bytes:
     """One kind of share for each dealer: of the seed of a survivor, of the mask key of a dropout."""
     survived, dropped = checks.shares_to_reveal(ready.session, plan, ready.me, survivors)
     seeds = {dealer: held[dealer].seed for dealer in survived if dealer in held}
     keys = {dealer: held[dealer].key for dealer in dropped if dealer in held}
-    return device.sign(UnmaskResponse(survivors.digest(), ready.me, seeds, keys))
+    return device.sign(messages.UnmaskResponse(survivors.digest(), ready.me, seeds, keys))

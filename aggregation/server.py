@@ -17,28 +17,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregation import checks, envelope, groups, masks, ring, sharing
+from aggregation import checks, envelope, groups, masks, messages, ring, sharing
 from aggregation.checks import CheckedInput
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.groups import GroupSum
 from aggregation.masks import Mask
-from aggregation.messages import (
-    Advert,
-    Assignment,
-    ConsistencySignature,
-    EncryptedShares,
-    M,
-    MaskedInput,
-    Message,
-    Offer,
-    Plan,
-    Roster,
-    Shares,
-    Survivors,
-    Unmask,
-    UnmaskResponse,
-)
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.recovery import Recovery, masks_to_remove
@@ -99,7 +83,9 @@ def too_few(spec: SessionSpec, count: int, what: str, session: "Established | No
     return None
 
 
-def _too_few_of(session: "Established", plan: Plan, present: Collection[str], what: str) -> RoundAborted | None:
+def _too_few_of(
+    session: "Established", plan: messages.Plan, present: Collection[str], what: str
+) -> RoundAborted | None:
     """As ``too_few``, also for a group that has fewer devices than its minimum."""
     spec = session.session.spec
     try:
@@ -116,19 +102,19 @@ class Coordinator:
 
     key: IdentityKey
 
-    def sign(self, message: Message) -> bytes:
+    def sign(self, message: messages.Message) -> bytes:
         return envelope.sign(self.key, message)
 
-    def accepts(self, shares: Mapping[str, EncryptedShares], rounds: int) -> bool:
+    def accepts(self, shares: Mapping[str, messages.EncryptedShares], rounds: int) -> bool:
         """Whether all shares of a dealer have the size of shares for ``rounds`` rounds."""
         return all(sharing.fits(encrypted, rounds) for encrypted in shares.values())
 
     def recovery(
         self,
         session: Session,
-        plan: Plan,
-        dealt: Mapping[str, Mapping[str, EncryptedShares]],
-        responses: Mapping[str, UnmaskResponse],
+        plan: messages.Plan,
+        dealt: Mapping[str, Mapping[str, messages.EncryptedShares]],
+        responses: Mapping[str, messages.UnmaskResponse],
         corrupt: int | None,
     ) -> Recovery:
         return Recovery(session, plan, dealt, responses, corrupt)
@@ -156,7 +142,7 @@ def open_session(
 
     Raises ProtocolError: a certificate is not the authority's, or is filed under another device's id; ConfigError: the
     spec's degree does not fit a cohort of this size."""
-    offer = Offer(entropy.bytes(32), spec, tuple(der for _, der in sorted(certificates.items())))
+    offer = messages.Offer(entropy.bytes(32), spec, tuple(der for _, der in sorted(certificates.items())))
     cohort = checks.members(root, offer.certificates, coordinator.key.public, at)
     if list(cohort) != sorted(certificates):
         raise ProtocolError("a certificate is filed under another device's id", about="offer.certificates")
@@ -186,7 +172,7 @@ class Offering:
         """Accept one device's advert (step 2). Raises ProtocolError: not its signed advert for this offer, its second,
         or with a key of another device. The device that copies is refused, so that it cannot spoil the session of
         all."""
-        checks.may_answer(peer, self.cohort, self.adverts, Advert.TAG)
+        checks.may_answer(peer, self.cohort, self.adverts, messages.Advert.TAG)
         keys = checks.advert(self.offer, self.spec.rounds, self.cohort[peer], peer, body).keys
         if keys & self.keys:
             raise ProtocolError("advert has a key of another device", peer, about="advert.copied")
@@ -196,7 +182,7 @@ class Offering:
         """End step 2; the bytes are the roster, for every device on it."""
         if aborted := too_few(self.spec, len(self.adverts), "adverts", None):
             return aborted
-        roster = Roster(self.offer, tuple(raw for _, raw in sorted(self.adverts.items())))
+        roster = messages.Roster(self.offer, tuple(raw for _, raw in sorted(self.adverts.items())))
         session, _ = checks.roster(self.spec, self.offer, self.cohort, roster)
         return Sharing(self.coordinator, session, self.ends), self.coordinator.sign(roster)
 
@@ -208,14 +194,14 @@ class Sharing:
     coordinator: Coordinator
     session: Session
     ends: datetime
-    encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]] = field(default_factory=dict)
+    encrypted_shares: Mapping[str, Mapping[str, messages.EncryptedShares]] = field(default_factory=dict)
 
     def on_shares(self, peer: str, body: bytes) -> "Sharing":
         """Accept one device's encrypted shares (step 4). Raises ProtocolError: not its signed shares of this session,
         for each neighbor and no other device."""
-        checks.may_answer(peer, self.session.peers, self.encrypted_shares, Shares.TAG)
-        message = envelope.open_verified(Shares, body, self.session.peers[peer].identity, peer)
-        checks.refers_to(peer, Shares.TAG, message.device, "context", message.context, self.session.context)
+        checks.may_answer(peer, self.session.peers, self.encrypted_shares, messages.Shares.TAG)
+        message = envelope.open_verified(messages.Shares, body, self.session.peers[peer].identity, peer)
+        checks.refers_to(peer, messages.Shares.TAG, message.device, "context", message.context, self.session.context)
         shares = message.encrypted_shares
         if set(shares) != set(self.session.neighbors(peer, self.session.peers)):
             raise ProtocolError("shares are not for exactly its neighbors", peer, about="shares.holders")
@@ -235,7 +221,7 @@ class Established:
     session: Session
     # When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
     ends: datetime
-    encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]]  # dealer → holder → shares
+    encrypted_shares: Mapping[str, Mapping[str, messages.EncryptedShares]]  # dealer → holder → shares
     last_round: int = 0  # the last round begun
     delivered: frozenset[str] = frozenset()  # devices known to have their encrypted shares
     # Devices whose secrets could not be reconstructed by their own fault: in no further round.
@@ -281,19 +267,21 @@ class Established:
         members = tuple(device for device in self.devices if cohort is None or device in cohort)
         begun = replace(self, last_round=self.last_round + 1)
         former = tuple(sorted(set(dealt).difference(members)))
-        plan = Plan(self.session.context, begun.last_round, members, adapter_version, adapter_digest, training, former)
+        plan = messages.Plan(
+            self.session.context, begun.last_round, members, adapter_version, adapter_digest, training, former
+        )
         if aborted := _too_few_of(self, plan, members, "members of the plan"):
             return aborted
-        alike = self.coordinator.sign(Assignment(plan, {}))  # for all that have their shares
+        alike = self.coordinator.sign(messages.Assignment(plan, {}))  # for all that have their shares
         out = {device: alike if device in self.delivered else self._assignment(plan, device) for device in members}
         spec = self.session.spec
         totals = tuple(ring.zeros(spec.vector.size, spec.vector.ring_bits) for _ in range(spec.groups))
         return Collecting(begun, plan, plan.digest(), totals), out
 
-    def _assignment(self, plan: Plan, device: str) -> bytes:
+    def _assignment(self, plan: messages.Plan, device: str) -> bytes:
         dealers = self.session.neighbors(device, self.encrypted_shares)
         encrypted = {dealer: self.encrypted_shares[dealer][device] for dealer in dealers}
-        return self.coordinator.sign(Assignment(plan, encrypted))
+        return self.coordinator.sign(messages.Assignment(plan, encrypted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +291,7 @@ class Collecting:
     is the plan's; ``vectors`` holds the digest of each device's vector."""
 
     established: "Established"
-    plan: Plan
+    plan: messages.Plan
     digest: bytes
     totals: tuple[Ring, ...] = field(repr=False, compare=False)
     vectors: Mapping[str, bytes] = field(default_factory=dict)
@@ -317,14 +305,14 @@ class Collecting:
     def check(self, peer: str, body: bytes) -> CheckedInput:
         """Check one device's masked vector: most of the work. Any state of the round may do so, in any thread. Raises
         ProtocolError: not its signed vector for this plan, or of another size."""
-        checks.may_answer(peer, self.plan.members, (), MaskedInput.TAG)
+        checks.may_answer(peer, self.plan.members, (), messages.MaskedInput.TAG)
         return checks.masked_input(self.established.session, self.digest, peer, body)
 
     def add(self, peer: str, checked: CheckedInput) -> "Collecting":
         """Add a device's masked vector to the sum of its group. Raises ProtocolError: it is the second of its device,
         was checked for another device or plan, or has unused bits that are not zero."""
-        checks.may_answer(peer, self.plan.members, self.vectors, MaskedInput.TAG)
-        checks.refers_to(peer, MaskedInput.TAG, checked.device, "plan", checked.plan, self.digest)
+        checks.may_answer(peer, self.plan.members, self.vectors, messages.MaskedInput.TAG)
+        checks.refers_to(peer, messages.MaskedInput.TAG, checked.device, "plan", checked.plan, self.digest)
         spec = self.established.session.spec
         with ProtocolError.blaming(peer, ProtocolError):
             self.single_use.require("successor")
@@ -339,7 +327,7 @@ class Collecting:
         self.single_use.take("survivor set")
         # A masked input proves that its sender has its encrypted shares.
         proven = replace(self.established, delivered=self.established.delivered | set(self.vectors))
-        message = Survivors(self.digest, self.vectors)
+        message = messages.Survivors(self.digest, self.vectors)
         survivor_set = SurvivorSet(proven, self.plan, message, message.digest(), self.totals)
         if proven.session.spec.adversary is Adversary.HONEST_BUT_CURIOUS:
             body = survivor_set.unmask({})
@@ -352,8 +340,8 @@ class SurvivorSet:
     """The survivors of a round, the digest of that message, and the sum of their vectors by group, still masked."""
 
     established: "Established"
-    plan: Plan
-    survivors: Survivors
+    plan: messages.Plan
+    survivors: messages.Survivors
     digest: bytes
     totals: tuple[Ring, ...] = field(repr=False, compare=False)
 
@@ -369,13 +357,13 @@ class SurvivorSet:
     def dropped(self) -> tuple[str, ...]:
         return tuple(device for device in self.plan.members if device not in self.survivors.vectors)
 
-    def open_verified(self, kind: type[M], peer: str, body: bytes) -> M:
+    def open_verified(self, kind: type[messages.M], peer: str, body: bytes) -> messages.M:
         """The message in ``body``, if the survivor ``peer`` signed it."""
         return envelope.open_verified(kind, body, self.session.peers[peer].identity, peer)
 
     def unmask(self, signatures: Mapping[str, bytes]) -> bytes:
         """The signed request to unmask the sum, with the consistency signatures in it."""
-        return self.established.coordinator.sign(Unmask(self.survivors, signatures))
+        return self.established.coordinator.sign(messages.Unmask(self.survivors, signatures))
 
     def aborted(
         self, reason: AbortReason, detail: str, blamed: Collection[str] = (), excluded: Collection[str] = ()
@@ -395,9 +383,9 @@ class Confirming:
     def on_consistency_signature(self, peer: str, body: bytes) -> "Confirming":
         """Accept one survivor's consistency signature (step 7). Raises ProtocolError: not its signature on this
         survivor set, or its second."""
-        survivor_set, tag = self.survivor_set, ConsistencySignature.TAG
+        survivor_set, tag = self.survivor_set, messages.ConsistencySignature.TAG
         checks.may_answer(peer, survivor_set.survivors.vectors, self.consistency_signatures, tag)
-        message = survivor_set.open_verified(ConsistencySignature, peer, body)
+        message = survivor_set.open_verified(messages.ConsistencySignature, peer, body)
         checks.refers_to(peer, tag, message.device, "survivors", message.survivors, survivor_set.digest)
         return replace(self, consistency_signatures={**self.consistency_signatures, peer: envelope.signature(body)})
 
@@ -421,15 +409,15 @@ class Unmasking:
 
     survivor_set: SurvivorSet
     asked: tuple[str, ...]
-    responses: Mapping[str, UnmaskResponse] = field(default_factory=dict)
+    responses: Mapping[str, messages.UnmaskResponse] = field(default_factory=dict)
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_unmask_response(self, peer: str, body: bytes) -> "Unmasking":
         """Accept one survivor's shares (step 8). Raises ProtocolError: not its signed response for this survivor set,
         its second, or with a share that it must not reveal."""
-        survivor_set, tag = self.survivor_set, UnmaskResponse.TAG
+        survivor_set, tag = self.survivor_set, messages.UnmaskResponse.TAG
         checks.may_answer(peer, self.asked, self.responses, tag)
-        message = survivor_set.open_verified(UnmaskResponse, peer, body)
+        message = survivor_set.open_verified(messages.UnmaskResponse, peer, body)
         checks.refers_to(peer, tag, message.device, "survivors", message.survivors, survivor_set.digest)
         plan, survivors = survivor_set.plan, survivor_set.survivors
         survived, dropped = checks.shares_to_reveal(survivor_set.session, plan, peer, survivors)

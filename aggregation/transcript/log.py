@@ -4,21 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from aggregation import envelope
-from aggregation.messages import (
-    Advert,
-    Assignment,
-    ConsistencySignature,
-    MaskedInput,
-    Message,
-    Offer,
-    Plan,
-    Roster,
-    Shares,
-    Survivors,
-    Unmask,
-    UnmaskResponse,
-)
+from aggregation import envelope, messages
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, Abort, AdapterId, Checkpoint, Entry, Result, Stage
@@ -26,19 +12,19 @@ from aggregation.transcript.merkle import EMPTY, Tree
 
 NO_SESSION = bytes(32)  # in place of the last checkpoint, for the first session
 
-REQUESTS: dict[Step, type[Message]] = {
-    Step.OFFER: Offer,
-    Step.ROSTER: Roster,
-    Step.PLAN: Assignment,
-    Step.SURVIVORS: Survivors,
-    Step.UNMASK: Unmask,
+REQUESTS: dict[Step, type[messages.Message]] = {
+    Step.OFFER: messages.Offer,
+    Step.ROSTER: messages.Roster,
+    Step.PLAN: messages.Assignment,
+    Step.SURVIVORS: messages.Survivors,
+    Step.UNMASK: messages.Unmask,
 }
-ANSWERS: dict[Step, type[Message]] = {
-    Step.OFFER: Advert,
-    Step.ROSTER: Shares,
-    Step.PLAN: MaskedInput,
-    Step.SURVIVORS: ConsistencySignature,
-    Step.UNMASK: UnmaskResponse,
+ANSWERS: dict[Step, type[messages.Message]] = {
+    Step.OFFER: messages.Advert,
+    Step.ROSTER: messages.Shares,
+    Step.PLAN: messages.MaskedInput,
+    Step.SURVIVORS: messages.ConsistencySignature,
+    Step.UNMASK: messages.UnmaskResponse,
 }
 
 
@@ -65,7 +51,7 @@ class Transcript:
     def newest(self) -> AdapterId:
         return self.produced or self.start
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: messages.Plan) -> None:
         """The entries that follow belong to the round of ``plan``."""
         self.round, self.plan = plan.round, plan.digest()
 
@@ -110,13 +96,13 @@ class Transcript:
             self.plan, self.endings[entry.round] = None, (index, leaf)
             if entry.kind == Result.TAG:
                 self.produced = Result.decode(envelope.unverified_body(entry.message)).produced
-        elif entry.kind == MaskedInput.TAG:
+        elif entry.kind == messages.MaskedInput.TAG:
             self.contributions[entry.peer] = (entry.round, ((index, leaf),))
-        elif entry.kind == ConsistencySignature.TAG:
+        elif entry.kind == messages.ConsistencySignature.TAG:
             round_, leaves = self.contributions.get(entry.peer, (entry.round, ()))
             self.contributions[entry.peer] = (round_, (*leaves, (index, leaf)))
-        elif entry.kind == Assignment.TAG and entry.round > self.round:
-            self.plan = Assignment.decode(envelope.unverified_body(entry.message)).plan.digest()
+        elif entry.kind == messages.Assignment.TAG and entry.round > self.round:
+            self.plan = messages.Assignment.decode(envelope.unverified_body(entry.message)).plan.digest()
         self.round, self.latest = entry.round, max(self.latest, entry.at or 0)
         self.tree.append(leaf)
         return leaf
@@ -146,7 +132,7 @@ def resume(entries: tuple[Entry, ...], start: AdapterId, previous: bytes = NO_SE
     """The transcript that wrote ``entries``, ready to append to. ``entries``: of the log; the first is the offer.
     ``start``: the adapter that the session started from. ``previous``: digest of the last checkpoint of the previous
     session. Raises ProtocolError: the first entry is not an offer, or as ``Transcript.add``."""
-    log = Transcript(Offer.decode(envelope.unverified_body(entries[0].message)).digest(), start, previous)
+    log = Transcript(messages.Offer.decode(envelope.unverified_body(entries[0].message)).digest(), start, previous)
     for entry in entries:
         log.add(entry)
     return log
