@@ -24,18 +24,7 @@ import grpc
 from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError
 from aggregation.pki.certificates import load, subject
 from aggregation.steps import Step
-from client.gateway.calls import (
-    FIRST_PAUSE,
-    PASSING,
-    Asked,
-    Conversation,
-    conversation,
-    host_of,
-    one_line,
-    pause,
-    refusal,
-    until,
-)
+from client.gateway import calls
 from client.gateway.enrolment import Renewal
 from client.node.eligibility import LOOK, Condition, conditions, machine_conditions
 from client.node.readings import Readings
@@ -104,7 +93,7 @@ class Agent:
         authority = storage.read(self.folder / AUTHORITY, LONGEST)
         while self._await_conditions():
             try:
-                with conversation(self.address, messages.ATTEND, authority) as talk:
+                with calls.conversation(self.address, messages.ATTEND, authority) as talk:
                     self._begin(talk, state_dir)
                     self._failed %= len(self.addresses)  # begin with this address again
                     with self._looking(talk):
@@ -112,31 +101,31 @@ class Agent:
                             if not self._declined:
                                 self._handle(talk, asked)
                     if not self._declined and not self._come_back(talk.call):
-                        self._pause(FIRST_PAUSE)
+                        self._pause(calls.FIRST_PAUSE)
             except grpc.RpcError as error:
                 if self._stop.is_set():
                     return
                 if self._declined:
                     continue
-                if error.code() not in PASSING:
-                    raise refusal(error, "the gateway") from error
+                if error.code() not in calls.PASSING:
+                    raise calls.refusal(error, "the gateway") from error
                 if self._come_back(error):
                     continue
-                away, reason = self.address, f"{error.code().name}: {one_line(error)}"
+                away, reason = self.address, f"{error.code().name}: {calls.one_line(error)}"
                 self._failed += 1
                 if self._failed % len(self.addresses):
                     log.info("no gateway at %s, trying %s: %s", away, self.address, reason)
                     continue
-                seconds = pause(self._failed // len(self.addresses), error)
+                seconds = calls.pause(self._failed // len(self.addresses), error)
                 log.info("no gateway at %s, again in %.1f s: %s", away, seconds, reason)
                 self._pause(seconds)
 
-    def _begin(self, talk: Conversation, state_dir: DeviceStateDir) -> None:
+    def _begin(self, talk: calls.Conversation, state_dir: DeviceStateDir) -> None:
         """Prove the identity; returns once the gateway has admitted the device."""
         self._call = talk.call
         if self._stop.is_set():
             talk.call.cancel()
-        nonce, host = messages.CHALLENGE.decode(talk.receive()).nonce, host_of(self.address)
+        nonce, host = messages.CHALLENGE.decode(talk.receive()).nonce, calls.host_of(self.address)
         signature = state_dir.identity.sign(messages.CHALLENGE_TAG, nonce + host.encode())
         now = int(time.time())
         hello = messages.DeviceHello(state_dir.certificate, host, signature, version("edgeadapt"), now)
@@ -155,7 +144,7 @@ class Agent:
         window = messages.retry_window(call.trailing_metadata())
         if window is None:
             return False
-        seconds = max(FIRST_PAUSE, until(window))
+        seconds = max(calls.FIRST_PAUSE, calls.until(window))
         log.info("the gateway at %s asks this device to come back: in %.1f s", self.address, seconds)
         self._pause(seconds)
         return True
@@ -189,7 +178,7 @@ class Agent:
         return [each for each in demanded if not each.met]
 
     @contextmanager
-    def _looking(self, talk: Conversation) -> Iterator[None]:
+    def _looking(self, talk: calls.Conversation) -> Iterator[None]:
         """End the conversation once a condition is not met while the block runs, unless a request is being answered. A
         new certificate ends it too: the gateway ends a connection whose certificate has expired."""
         done = threading.Event()
@@ -218,7 +207,7 @@ class Agent:
         except (EdgeAdaptError, OSError):
             return False
 
-    def _handle(self, talk: Conversation, asked: Asked) -> None:
+    def _handle(self, talk: calls.Conversation, asked: calls.Asked) -> None:
         self._answering = True
         try:
             reply = self._answered(asked)
@@ -232,7 +221,7 @@ class Agent:
         finally:
             self._answering = False
 
-    def _answered(self, asked: Asked) -> bytes | Refusal:
+    def _answered(self, asked: calls.Asked) -> bytes | Refusal:
         """Answer a request, or send the last answer again if the request is repeated; what was refused may then be
         answered."""
         digest = _digest(asked)
@@ -248,7 +237,7 @@ class Agent:
         return reply
 
 
-def _digest(asked: Asked) -> bytes:
+def _digest(asked: calls.Asked) -> bytes:
     digests = (hashlib.sha256(content).digest() for content in asked.fields.values())
     named = zip(asked.fields, digests, strict=True)
     whole = b"".join(name.encode() + b"\x00" + digest for name, digest in sorted(named))

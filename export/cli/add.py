@@ -13,28 +13,17 @@ from edgeadapt.formats.manifest import Format
 from edgeadapt.formats.storage import read_lines
 from export.addition import Wanted, add_to
 from export.bundle.sources import origin_of
-from export.cli.options import (
-    from_folder,
-    from_registry,
-    learning,
-    pinned,
-    profiled,
-    signed_by,
-    the_card,
-    the_labels,
-    the_policy,
-    which,
-)
+from export.cli import options
 
 
 @click.command()
-@from_registry
-@from_folder
-@which
-@pinned
-@the_labels
-@the_policy
-@the_card
+@options.from_registry
+@options.from_folder
+@options.which
+@options.pinned
+@options.the_labels
+@options.the_policy
+@options.the_card
 @commandline.adapter("name", "The adapter's name on devices.", default="global", show_default=True)
 @option("--format", "Default: int8.", name="form", default="int8", type=click.Choice(["fp32", "fp16", "int8", "int4"]))
 @path_option(
@@ -45,9 +34,9 @@ from export.cli.options import (
     "Export this base too, if the bundle does not exist yet. DoRA needs its weights.",
     name="base_name",
 )
-@profiled
+@options.profiled
 @commandline.bundle("Where the adapter is added or replaced.", new=True)
-@signed_by
+@options.signed_by
 @commandline.quiet
 @as_json
 def add_adapter(
@@ -90,7 +79,7 @@ def add_adapter(
         click.echo(added.warning, err=True)
     manifest, row = added.manifest, {"bundle": str(bundle), **asdict(added.manifest)}
     row["card"] = manifest.card and dict(manifest.card)
-    trains = learning(added.exported, added.config) if added.exported else ""
+    trains = options.learning(added.exported, added.config) if added.exported else ""
     size = f"{manifest.size:,} bytes{trains}"
     line = f"{bundle}: {name} version {manifest.version}, {form}, rank {manifest.rank}, {size}"
     if added.calibration:
