@@ -462,11 +462,6 @@ class FederationSettings(Settings):
             if count:
                 yield (task if isinstance(task, table.KIND) else table.task(of)), count
 
-    def with_evaluation(self, done: int, newest: str, previous: str) -> Self:
-        """Add a round after those that are still to do, which compares two releases by ``AdapterManifest.content``. A
-        comparison that is still to do is replaced. Raises ConfigError: the federation has groups."""
-        return self.with_counting("evaluation", done, {"newest": newest, "previous": previous})
-
     def evaluating(self, done: int, newest: str, previous: str) -> Self:
         return self.bare(done).with_counting("evaluation", done, {"newest": newest, "previous": previous, "every": 0.0})
 

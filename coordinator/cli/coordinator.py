@@ -327,7 +327,8 @@ def evaluate(state_dir: Path, releases: Path, channel: str, adapter: str, as_jso
     opened = CoordinatorStateDir.open(state_dir)
     newest, previous = ChannelRepository.open(releases, datetime.now(UTC)).compared(channel, adapter)
     with opened.locked():
-        settings = opened.settings.with_evaluation(len(opened.registry.rounds()), newest, previous)
+        compared = {"newest": newest, "previous": previous}  # by ``AdapterManifest.content``
+        settings = opened.settings.with_counting("evaluation", len(opened.registry.rounds()), compared)
         storage.replace(state_dir / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
     row = {"round": settings.rounds, "newest": newest, "previous": previous}
     line = f"round {settings.rounds} compares {newest[:16]} with {previous[:16]}"

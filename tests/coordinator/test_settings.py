@@ -189,12 +189,13 @@ def test_a_cohort_whose_smallest_sum_may_have_no_honest_device_is_refused() -> N
 
 def test_an_evaluation_comes_after_the_rounds_that_are_left_and_replaces_one_that_waits() -> None:
     before = FederationSettings.parse({"rounds": 5, "analytic": {"rounds": 1}}, "here")
-    added = before.with_evaluation(2, "a" * 64, "b" * 64)
+    added = before.with_counting("evaluation", 2, {"newest": "a" * 64, "previous": "b" * 64})
     assert (added.rounds, added.evaluation.rounds, added.training_rounds) == (6, 1, 4)
     assert [added.kind_of(number) for number in (4, 5, 6)] == [Task, AnalyticTask, EvaluationTask]
-    other = added.with_evaluation(2, "c" * 64, "a" * 64)
+    other = added.with_counting("evaluation", 2, {"newest": "c" * 64, "previous": "a" * 64})
     assert (other.rounds, other.evaluation.newest) == (6, "c" * 64)
-    assert (added.with_evaluation(6, "c" * 64, "a" * 64).rounds, before.rounds) == (7, 5)
+    later = added.with_counting("evaluation", 6, {"newest": "c" * 64, "previous": "a" * 64})
+    assert (later.rounds, before.rounds) == (7, 5)
 
 
 SCHEDULE = {"every": 24, "releases": "../releases", "channel": "stable"}
@@ -215,7 +216,7 @@ def test_each_round_that_counts_comes_once_after_it_was_asked_for_whatever_came_
     done, asked, ran = 0, set[type](), list[type]()
     for word in (*words, *["round"] * 20):
         if word == "evaluation":
-            settings = settings.with_evaluation(done, "a" * 64, f"{len(ran):064x}")
+            settings = settings.with_counting("evaluation", done, {"newest": "a" * 64, "previous": f"{len(ran):064x}"})
             asked.add(EvaluationTask)
         elif word == "observation":
             settings = settings.with_counting("observation", done, {"since": len(ran)})
