@@ -1,8 +1,9 @@
 // The canonical encoding, as aggregation/wire.py: each value has exactly one byte string, each accepted one exactly one value. A codec is {
-// write(out, value), read(source) }. Every length is checked against its limit and against the bytes present before anything is allocated.
+// write(value) → bytes, read(source) }. Every length is checked against its limit and against the bytes present before anything is allocated.
 // Reading arbitrary bytes returns a value or throws ProtocolError. Integers of up to 32 bits are numbers, those of 64 bits are BigInts;
 // maps are Maps, because "constructor" is a device id.
 
+import { concat } from "../bytes.js";
 import { ConfigError, ProtocolError, quoted } from "../errors.js";
 
 /** A cursor over bytes that never reads past their end. */
@@ -27,32 +28,8 @@ class Reader {
   }
 }
 
-class Writer {
-  #buffer = new Uint8Array(1024);
-  #size = 0;
-
-  add(bytes) {
-    const size = this.#size + bytes.length;
-    if (size > this.#buffer.length) {
-      const larger = new Uint8Array(2 * size);
-      larger.set(this.#buffer);
-      this.#buffer = larger;
-    }
-    this.#buffer.set(bytes, this.#size);
-    this.#size = size;
-  }
-
-  get bytes() {
-    return this.#buffer.slice(0, this.#size);
-  }
-}
-
 /** The canonical bytes of `value`. Throws ConfigError: a field is over its limit. */
-export function encode(codec, value) {
-  const out = new Writer();
-  codec.write(out, value);
-  return out.bytes;
-}
+export const encode = (codec, value) => codec.write(value);
 
 /** The value that `raw` encodes. Throws ProtocolError: not the canonical encoding of one value. */
 export function decode(codec, raw) {
@@ -75,9 +52,9 @@ export function u32(value) {
 export function uint(bits) {
   const size = bits / 8;
   return {
-    write(out, value) {
+    write(value) {
       if (!Number.isInteger(value) || value < 0 || value >= 2 ** bits) throw tooLarge(value, bits);
-      out.add(u32(value).subarray(4 - size));
+      return u32(value).subarray(4 - size);
     },
     read: (source) => source.take(size).reduce((value, byte) => value * 256 + byte, 0),
   };
@@ -85,11 +62,11 @@ export function uint(bits) {
 
 /** An unsigned integer of 64 bits, a BigInt. */
 export const uint64 = {
-  write(out, value) {
+  write(value) {
     if (value < 0n || value >= 2n ** 64n) throw tooLarge(value, 64);
     const bytes = new Uint8Array(8);
     view(bytes).setBigUint64(0, value);
-    out.add(bytes);
+    return bytes;
   },
   read: (source) => view(source.take(8)).getBigUint64(0),
 };
@@ -99,24 +76,19 @@ const tooLarge = (value, bits) => new ConfigError(`${value} does not fit an unsi
 /** Exactly `size` bytes, without a length. */
 export function fixed(size) {
   return {
-    write(out, value) {
+    write(value) {
       if (value.length !== size) throw new ConfigError(`${value.length} bytes in a field of exactly ${size}`, "encoding.fixed");
-      out.add(value);
+      return value;
     },
     read: (source) => source.take(size),
   };
 }
 
 /** At most `limit` bytes after their length in 4 bytes. */
-export function blob(limit) {
-  return {
-    write(out, value) {
-      writeCount(out, value.length, limit);
-      out.add(value);
-    },
-    read: (source) => source.take(readCount(source, limit)),
-  };
-}
+export const blob = (limit) => ({
+  write: (value) => concat(count(value.length, limit), value),
+  read: (source) => source.take(readCount(source, limit)),
+});
 
 /** ASCII text of at most 255 characters that `pattern` matches in full, after its length in 1 byte. */
 export function text(pattern) {
@@ -128,22 +100,18 @@ export function text(pattern) {
     return value;
   }
   return {
-    write(out, value) {
-      const raw = Uint8Array.from(checked(value, ConfigError), (sign) => sign.charCodeAt(0));
-      out.add([raw.length]);
-      out.add(raw);
-    },
+    write: (value) => concat([value.length], Array.from(checked(value, ConfigError), (sign) => sign.charCodeAt(0))),
     read: (source) => checked(String.fromCharCode(...source.take(source.take(1)[0])), ProtocolError),
   };
 }
 
 /** A finite IEEE 754 double, big-endian; zero has one encoding. */
 export const real = {
-  write(out, value) {
+  write(value) {
     if (!Number.isFinite(value)) throw new ConfigError(`${value} is not a finite number`, "encoding.real");
     const bytes = new Uint8Array(8);
     view(bytes).setFloat64(0, value + 0);
-    out.add(bytes);
+    return bytes;
   },
   read(source) {
     const value = view(source.take(8)).getFloat64(0);
@@ -167,10 +135,7 @@ export function choice(...names) {
 /** A value that may be null: a flag in 1 byte, then the value if there is one. */
 export function optional(item) {
   return {
-    write(out, value) {
-      out.add([value === null ? 0 : 1]);
-      if (value !== null) item.write(out, value);
-    },
+    write: (value) => (value === null ? Uint8Array.of(0) : concat([1], item.write(value))),
     read(source) {
       const [flag] = source.take(1);
       if (flag > 1) throw new ProtocolError(`flag ${flag} is neither 0 nor 1`, "encoding.flag");
@@ -180,38 +145,26 @@ export function optional(item) {
 }
 
 /** A last field of a message that earlier versions did not have: null if no bytes are left. */
-export function last(item) {
-  return {
-    write(out, value) {
-      if (value !== null) item.write(out, value);
-    },
-    read: (source) => (source.left ? item.read(source) : null),
-  };
-}
+export const last = (item) => ({
+  write: (value) => (value === null ? new Uint8Array() : item.write(value)),
+  read: (source) => (source.left ? item.read(source) : null),
+});
 
 /** At most `limit` items in the given order, after their count in 4 bytes. */
-export function sequence(item, limit) {
-  return {
-    write(out, values) {
-      writeCount(out, values.length, limit);
-      for (const value of values) item.write(out, value);
-    },
-    read: (source) => Array.from({ length: readCount(source, limit) }, () => item.read(source)),
-  };
-}
+export const sequence = (item, limit) => ({
+  write: (values) => concat(count(values.length, limit), ...values.map(item.write)),
+  read: (source) => Array.from({ length: readCount(source, limit) }, () => item.read(source)),
+});
 
 /** A Map of at most `limit` entries, written in strictly ascending order of key: no repeated key, one order. */
 export function mapping(key, value, limit) {
   const entry = {
-    write(out, [name, found]) {
-      key.write(out, name);
-      value.write(out, found);
-    },
+    write: ([name, found]) => concat(key.write(name), value.write(found)),
     read: (source) => [key.read(source), value.read(source)],
   };
   const entries = sequence(entry, limit);
   return {
-    write: (out, values) => entries.write(out, [...values].sort(([a], [b]) => (a < b ? -1 : 1))),
+    write: (values) => entries.write([...values].sort(([a], [b]) => (a < b ? -1 : 1))),
     read(source) {
       const pairs = entries.read(source);
       if (!ascending(pairs.map(([name]) => name))) {
@@ -226,9 +179,7 @@ export function mapping(key, value, limit) {
 export function record(fields, check = () => {}) {
   const codecs = Object.entries(fields);
   return {
-    write(out, value) {
-      for (const [name, codec] of codecs) codec.write(out, value[name]);
-    },
+    write: (value) => concat(...codecs.map(([name, codec]) => codec.write(value[name]))),
     read(source) {
       const value = Object.freeze(Object.fromEntries(codecs.map(([name, codec]) => [name, codec.read(source)])));
       try {
@@ -244,9 +195,9 @@ export function record(fields, check = () => {}) {
 /** Whether texts are in strictly ascending order: none is repeated. */
 export const ascending = (names) => names.every((name, i) => i === 0 || names[i - 1] < name);
 
-function writeCount(out, count, limit) {
-  if (count > limit) throw new ConfigError(`${count} are over the limit of ${limit}`, "encoding.limit");
-  out.add(u32(count));
+function count(size, limit) {
+  if (size > limit) throw new ConfigError(`${size} are over the limit of ${limit}`, "encoding.limit");
+  return u32(size);
 }
 
 function readCount(source, limit) {
