@@ -47,9 +47,20 @@ export class Device {
   }
 }
 
-/** A state produces its answer once: the second attempt is refused. */
+/** A state: what is `known` in it, as fields, and secrets. It produces its answer once: the second attempt is refused. */
 class State {
   #taken = false;
+  #secrets;
+
+  constructor(known, secrets) {
+    Object.assign(this, known);
+    this.#secrets = secrets;
+    Object.freeze(this);
+  }
+
+  secrets() {
+    return this.#secrets;
+  }
 
   take(what) {
     if (this.#taken) throw new ProtocolError(`this state has already produced its ${what}; a step is answered once`, "single-use");
@@ -88,8 +99,8 @@ export async function join(device, offer, entropy = systemEntropy, at = null) {
     advert.commitments.push(await commitment(seed, offered, me, round));
   }
   const signed = await device.sign(m.Advert, advert);
-  const known = { me, spec: message.spec, offer: offered, cohort, ends: checks.sessionEnd(device.root, cohort) };
-  return [new Advertised(known, signed, { shareKey, dealing, secrets }), signed];
+  const known = { me, spec: message.spec, offer: offered, cohort, ends: checks.sessionEnd(device.root, cohort), advert: signed };
+  return [new Advertised(known, { shareKey, dealing, secrets }), signed];
 }
 
 async function findSelf(device, offer, at) {
@@ -110,38 +121,17 @@ async function findSelf(device, offer, at) {
 
 /** The advert is sent; the roster is next. */
 class Advertised extends State {
-  #known;
-  #advert;
-  #own;
-
-  constructor(known, advert, own) {
-    super();
-    [this.#known, this.#advert, this.#own] = [known, advert, own];
-  }
-
-  get me() {
-    return this.#known.me;
-  }
-
-  get offer() {
-    return this.#known.offer;
-  }
-
-  get spec() {
-    return this.#known.spec;
-  }
-
   /** Checks the roster and shares the secrets of every round (steps 3 and 4): the state and the encrypted shares. Without `entropy` the
    * polynomials follow from the share key and the roster, as the protocol has it. The bytes of the secrets are overwritten; what stays
    * of this device's own are keys that cannot be exported. */
   async onRoster(device, roster, entropy = null) {
-    const { me, spec, offer, cohort, ends } = this.#known;
+    const { me, spec, offer, cohort, ends } = this;
     const message = await device.open(m.Roster, roster);
     const [session, adverts] = await checks.roster(spec, offer, cohort, message);
     device.policy.checkRoster(spec, cohort.size, adverts.size);
-    if (!equal(adverts.get(me) ?? [], this.#advert)) m.refuse("roster does not have this device's own advert", "roster.self");
+    if (!equal(adverts.get(me) ?? [], this.advert)) m.refuse("roster does not have this device's own advert", "roster.self");
     this.take("shares");
-    const { shareKey, dealing, secrets } = this.#own;
+    const { shareKey, dealing, secrets } = this.secrets();
     const content = await digest(m.Roster.encode(message));
     entropy ??= derivedEntropy(await derive(dealing, "AES-CTR", utf8("edgeadapt/dealing/1"), content));
     const [own, encrypted] = await deal(session, me, shareKey, secrets, entropy);
@@ -154,41 +144,32 @@ class Advertised extends State {
       rounds.set(i + 1, { ...keys, held: new Map([[me, own[i]]]) });
     }
     const serials = new Map([...cohort].map(([name, { serial }]) => [name, serial]));
-    return [new Ready({ session, me, ends, serials, lastRound: 0, dealers: null }, shareKey, rounds), shares];
+    return [new Ready({ session, me, ends, serials, lastRound: 0, dealers: null }, { shareKey, rounds }), shares];
   }
 }
 
 /** Between rounds. `ends`: see `checks.sessionEnd`; `serials`: a Map of device → serial of its certificate, of the whole cohort;
  * `lastRound`: the last one begun, 0 before the first; `dealers`: the Set of devices whose shares arrived, null before. The secrets are
- * a Map of round → { maskKey, seed, held }, of rounds still to come. */
+ * the share key, until then, and `rounds`, a Map of round → { maskKey, seed, held }, of rounds still to come. */
 class Ready extends State {
-  #shareKey;
-  #rounds;
-
-  constructor(known, shareKey, rounds) {
-    super();
-    Object.assign(this, known);
-    [this.#shareKey, this.#rounds] = [shareKey, rounds];
-    Object.freeze(this);
-  }
-
   /** Accepts the plan of a round (step 5). Skipped rounds can no longer be joined; their secrets are dropped. */
   async onPlan(device, assignment, at = null) {
     const { plan, encrypted_shares: shares } = await device.open(m.Assignment, assignment);
     checks.beforeEnd(this.ends, at);
-    const [rounds, dealers] = this.dealers ? [this.#rounds, this.dealers] : [await this.#decrypt(shares), new Set(shares.keys())];
+    const [rounds, dealers] = this.dealers ? [this.secrets().rounds, this.dealers] : [await this.#decrypt(shares), new Set(shares.keys())];
     await checks.plan(this.session, this.me, dealers, this.lastRound, plan);
     this.take("round");
     const later = new Map([...rounds].filter(([round]) => round > plan.round));
-    const next = new Ready({ ...this, lastRound: plan.round, dealers }, null, later);
+    const next = new Ready({ ...this, lastRound: plan.round, dealers }, { rounds: later });
     return new Planned({ ready: next, plan }, rounds.get(plan.round));
   }
 
   async #decrypt(shares) {
     checks.encryptedShares(this.session, this.me, shares);
-    const rounds = new Map([...this.#rounds].map(([round, own]) => [round, { ...own, held: new Map(own.held) }]));
+    const { shareKey, rounds: own } = this.secrets();
+    const rounds = new Map([...own].map(([round, secrets]) => [round, { ...secrets, held: new Map(secrets.held) }]));
     for (const [dealer, encrypted] of shares) {
-      const pairs = (await decrypt(this.session, this.#shareKey, dealer, this.me, encrypted)) ?? [];
+      const pairs = (await decrypt(this.session, shareKey, dealer, this.me, encrypted)) ?? [];
       pairs.forEach((pair, i) => rounds.get(i + 1).held.set(dealer, pair));
     }
     return rounds;
@@ -197,19 +178,6 @@ class Ready extends State {
 
 /** A state within a round: { ready, plan, … }, and secrets of the round. */
 class InRound extends State {
-  #secrets;
-
-  constructor(known, secrets) {
-    super();
-    Object.assign(this, known);
-    this.#secrets = secrets;
-    Object.freeze(this);
-  }
-
-  secrets() {
-    return this.#secrets;
-  }
-
   onPlan(device, assignment, at = null) {
     return this.ready.onPlan(device, assignment, at);
   }
