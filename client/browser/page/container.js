@@ -3,7 +3,7 @@
 // the numbers mean is decided in ondevice.js.
 
 import { byCodePoint, decode, encode } from "./bytes.js";
-import { DataError } from "./errors.js";
+import { DataError, translated } from "./errors.js";
 
 const IDENTIFIER = 0x54524f54; // "TORT", little-endian
 const FORMAT = 1;
@@ -16,12 +16,8 @@ const [MAX_DIMENSIONS, MAX_DIMENSION] = [8, 2 ** 31];
 /** The tensors of a file: Map of name → { type, shape, bytes }. `bytes` is a copy, so that it is aligned. Throws DataError: not such a
  * file, of another version, or with an offset, a size or a name that cannot be. */
 export function parse(file) {
-  try {
-    return tensors(file, new DataView(file.buffer, file.byteOffset, file.byteLength));
-  } catch (error) {
-    if (!(error instanceof RangeError || error instanceof TypeError)) throw error; // of a view, or of text that is not UTF-8
-    throw new DataError(`not a sound .onnx_adapter file: ${error.message}`, ".onnx_adapter");
-  }
+  const refusal = ({ message }) => new DataError(`not a sound .onnx_adapter file: ${message}`, ".onnx_adapter");
+  return translated(() => tensors(file, new DataView(file.buffer, file.byteOffset, file.byteLength)), refusal);
 }
 
 function tensors(file, view) {

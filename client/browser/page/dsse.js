@@ -2,7 +2,7 @@
 // parsed before its signature is verified.
 
 import { base64, concat, decode, encode, unbase64 } from "./bytes.js";
-import { TrustError, quoted } from "./errors.js";
+import { TrustError, quoted, translated } from "./errors.js";
 import { verifies } from "./keys.js";
 
 export const MAX_ENVELOPE = 2 ** 22; // bytes
@@ -20,7 +20,7 @@ export async function accept(raw, type, keys) {
   const { payload, signatures } = envelope(raw, type);
   const signed = pae(type, payload);
   for (const { sig } of signatures) {
-    for (const key of keys) if (await verifies(key, sig, signed)) return json(payload);
+    for (const key of keys) if (await verifies(key, sig, signed)) return translated(() => parse(payload), unsound);
   }
   if (!signatures.some(({ keyid }) => keys.some(({ id }) => id === keyid))) {
     throw new TrustError(`signed by ${quoted(signatures[0].keyid, 40)}, which is not a trusted key`, "keyid");
@@ -63,25 +63,19 @@ function keysOf(value, left) {
 }
 
 function envelope(raw, type) {
-  let found;
-  try {
-    found = fields(parse(raw), "payload", "payloadType", "signatures");
-    if (!Array.isArray(found.signatures) || !found.signatures.length || found.signatures.length > MAX_SIGNATURES) {
+  return translated(() => {
+    const { payload, payloadType, signatures: signed } = fields(parse(raw), "payload", "payloadType", "signatures");
+    if (!Array.isArray(signed) || !signed.length || signed.length > MAX_SIGNATURES) {
       throw new SyntaxError(`1 to ${MAX_SIGNATURES} signatures are needed`);
     }
-    const signatures = found.signatures.map((each) => fields({ keyid: "", ...each }, "keyid", "sig"));
-    if (![found.payloadType, ...signatures.map(({ keyid }) => keyid)].every((text) => typeof text === "string")) {
+    const signatures = signed.map((each) => fields({ keyid: "", ...each }, "keyid", "sig"));
+    if (![payloadType, ...signatures.map(({ keyid }) => keyid)].every((text) => typeof text === "string")) {
       throw new SyntaxError("payloadType and keyid are texts");
     }
-    found.payload = unbase64(found.payload);
-    found.signatures = signatures.map(({ keyid, sig }) => ({ keyid, sig: unbase64(sig) }));
-  } catch (error) {
-    throw new TrustError(`not a signed document (DSSE): ${error.message}`, "envelope");
-  }
-  if (found.payloadType !== type) {
-    throw new TrustError(`a document of type ${quoted(found.payloadType)}, not ${quoted(type)}`, "payloadType");
-  }
-  return found;
+    const decoded = { payload: unbase64(payload), signatures: signatures.map(({ keyid, sig }) => ({ keyid, sig: unbase64(sig) })) };
+    if (payloadType === type) return decoded;
+    throw new TrustError(`a document of type ${quoted(payloadType)}, not ${quoted(type)}`, "payloadType");
+  }, ({ message }) => new TrustError(`not a signed document (DSSE): ${message}`, "envelope"));
 }
 
 function fields(value, ...names) {
@@ -91,12 +85,6 @@ function fields(value, ...names) {
   return value;
 }
 
-function json(payload) {
-  try {
-    return parse(payload);
-  } catch (error) {
-    throw new TrustError(`the signed payload is not sound JSON: ${error.message}`, "payload");
-  }
-}
+const unsound = ({ message }) => new TrustError(`the signed payload is not sound JSON: ${message}`, "payload");
 
 export const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);

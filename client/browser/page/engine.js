@@ -4,7 +4,7 @@ import { byCodePoint } from "./bytes.js";
 import * as composition from "./composition.js";
 import { Conversation, Generation, cacheOutputs } from "./generate.js";
 import { MAX_ENVELOPE } from "./dsse.js";
-import { ConfigError, DataError, EdgeAdaptError, quoted } from "./errors.js";
+import { ConfigError, DataError, EdgeAdaptError, quoted, translated } from "./errors.js";
 import { virtualTokens } from "./graphinputs.js";
 import { History } from "./learning/history.js";
 import { probabilities } from "./learning/tune.js";
@@ -39,14 +39,11 @@ export class Engine {
     const trust = await Trust.open(pem, store);
     const { manifest: base, files } = await trust.base(source, progress);
     progress({ starting: true });
-    try {
+    return translated(async () => {
       const text = readerOf(files.get(TOKENIZER), files.get("tokenizer_config.json"));
       const { opened: { session, generation }, runsOn } = await choose((gpu) => loaded(base, files, text, gpu), provider);
       return new Engine({ source, trust, base, policy: policyOf(files), text, session, generation, runsOn, provider });
-    } catch (error) {
-      if (error instanceof EdgeAdaptError) throw error;
-      throw new DataError(`this page cannot read the base's tokenizer or settings: ${error.message}`, TOKENIZER);
-    }
+    }, ({ message }) => new DataError(`this page cannot read the base's tokenizer or settings: ${message}`, TOKENIZER));
   }
 
   /** The same base with the adapters of another source, of which the one in use is read and verified. Throws as `use`. */

@@ -50,5 +50,18 @@ export class ProtocolError extends EdgeAdaptError {
   }
 }
 
+/** What `work` makes, or resolves to. What it throws becomes what `refusal` makes of it, except an error of this file. */
+export function translated(work, refusal) {
+  const refuse = (error) => {
+    throw error instanceof EdgeAdaptError ? error : refusal(error);
+  };
+  try {
+    const found = work();
+    return found instanceof Promise ? found.catch(refuse) : found;
+  } catch (error) {
+    return refuse(error);
+  }
+}
+
 /** A value for a message: quoted, and cut to `limit` characters. */
 export const quoted = (value, limit = 80) => `'${[...String(value)].slice(0, limit).join("")}'`;

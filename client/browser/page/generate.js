@@ -4,7 +4,7 @@
 // from genai_config.json, as onnxruntime-genai reads them on other devices.
 
 import { decode } from "./bytes.js";
-import { ConfigError, DataError } from "./errors.js";
+import { ConfigError, DataError, translated } from "./errors.js";
 import { virtualTokens } from "./graphinputs.js";
 import { governed, policyOf } from "./policy.js";
 import * as runtime from "./runtime.js";
@@ -171,15 +171,12 @@ function chatTemplate(config, jinja) {
   const token = (value) => (typeof value === "string" ? value : (value?.content ?? ""));
   const tokens = { bos_token: token(settings.bos_token), eos_token: token(settings.eos_token) };
   const template = new Template(source);
-  return (messages, answer = true) => {
-    try {
-      return template.render({ ...tokens, messages, add_generation_prompt: answer });
-    } catch (error) {
-      const reason = `the model's chat template does not accept the messages (${error.message})`;
-      const remedy = "start a new conversation without a system prompt, or send plain text";
-      throw new DataError(`${reason}; ${remedy}`, "chat_template");
-    }
+  const refusal = ({ message }) => {
+    const remedy = "start a new conversation without a system prompt, or send plain text";
+    return new DataError(`the model's chat template does not accept the messages (${message}); ${remedy}`, "chat_template");
   };
+  return (messages, answer = true) =>
+    translated(() => template.render({ ...tokens, messages, add_generation_prompt: answer }), refusal);
 }
 
 /** The model reads the system prompt and as many of the last messages as leave room for an answer of `maxTokens`; the oldest are dropped,

@@ -1,7 +1,7 @@
 // Ed25519 keys: reading the pinned ones, verifying signatures, and signing with a key of this browser, all with WebCrypto.
 
 import { base64, concat, encode, hex, sha256, unhex } from "./bytes.js";
-import { ConfigError, TrustError } from "./errors.js";
+import { ConfigError, TrustError, translated } from "./errors.js";
 
 const SPKI = unhex("302a300506032b6570032100"); // RFC 8410, section 4: everything before the 32 bytes of the key
 const BLOCK = /-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\t-\r ]*)-----END PUBLIC KEY-----/g; // \s has more spaces than Python's
@@ -20,12 +20,8 @@ export async function pinned(pem, name = "trust.pem") {
 }
 
 async function publicKey(text) {
-  let der;
-  try {
-    der = Uint8Array.from(atob(text.replace(/\s/g, "")), (sign) => sign.charCodeAt(0));
-  } catch {
-    throw new TrustError("not a public key in PEM form", "trust.pem");
-  }
+  const binary = translated(() => atob(text.replace(/\s/g, "")), () => new TrustError("not a public key in PEM form", "trust.pem"));
+  const der = Uint8Array.from(binary, (sign) => sign.charCodeAt(0));
   if (der.length !== SPKI.length + 32 || SPKI.some((byte, i) => der[i] !== byte)) {
     throw new TrustError("an Ed25519 public key is needed", "trust.pem");
   }
@@ -61,12 +57,9 @@ let known;
 const importKey = (raw) => crypto.subtle.importKey("raw", raw, "Ed25519", false, ["verify"]);
 
 /** A new key pair, whose private half no script can read. Throws ConfigError where the browser does not know Ed25519. */
-export async function signingKey() {
-  try {
-    return await crypto.subtle.generateKey({ name: "Ed25519" }, false, ["sign", "verify"]);
-  } catch {
-    throw new ConfigError("this browser cannot sign with Ed25519, which learning needs: use a newer one", "key");
-  }
+export function signingKey() {
+  const refusal = () => new ConfigError("this browser cannot sign with Ed25519, which learning needs: use a newer one", "key");
+  return translated(() => crypto.subtle.generateKey({ name: "Ed25519" }, false, ["sign", "verify"]), refusal);
 }
 
 /** The public key of a pair of `signingKey`, as `pinned` gives it. */

@@ -1,6 +1,6 @@
 // Files as texts, as edgeadapt/bases/media.py: a data URI of a small file, whose tokens are its pixels or samples.
 
-import { DataError } from "./errors.js";
+import { DataError, translated } from "./errors.js";
 
 const MAX_MEDIUM = 2 ** 18; // characters
 const MAX_KEPT = 2 ** 26; // bytes of decoded files in memory
@@ -62,12 +62,7 @@ export class Files {
     if (text.length > MAX_MEDIUM) {
       throw new DataError(`the ${noun} has ${text.length} characters, above the limit of ${MAX_MEDIUM}: reduce it`, noun);
     }
-    let bytes;
-    try {
-      bytes = Uint8Array.from(atob(text.slice(text.indexOf(",") + 1)), (char) => char.charCodeAt(0));
-    } catch {
-      throw new DataError(`the ${noun} is not in base64`, noun);
-    }
-    return this.decoded(bytes);
+    const binary = translated(() => atob(text.slice(text.indexOf(",") + 1)), () => new DataError(`the ${noun} is not in base64`, noun));
+    return this.decoded(Uint8Array.from(binary, (char) => char.charCodeAt(0)));
   }
 }

@@ -1,7 +1,7 @@
 // The policy of a bundle: what may be answered, and what is said instead, as edgeadapt/formats/policy.py has it.
 
 import { parse } from "./dsse.js";
-import { ConfigError, TrustError } from "./errors.js";
+import { ConfigError, TrustError, translated } from "./errors.js";
 import { between, listOf, mapOf, misfit, orNull, string } from "./manifests.js";
 
 export const POLICY = "policy.json";
@@ -18,15 +18,13 @@ const FIELDS = {
 export function policyOf(files) {
   const raw = files.get(POLICY);
   if (!raw) return NO_POLICY;
-  try {
+  return translated(() => {
     if (raw.length > LONGEST) throw new SyntaxError(`it has more than ${LONGEST} bytes`);
     const policy = parse(raw);
     const [field, why] = misfit(policy, FIELDS) ?? [];
     if (field) throw new SyntaxError(`${field} ${why}`);
     return policy;
-  } catch (error) {
-    throw new TrustError(`the policy cannot be read: ${error.message}`, POLICY);
-  }
+  }, ({ message }) => new TrustError(`the policy cannot be read: ${message}`, POLICY));
 }
 
 export function blocks(patterns, text) {

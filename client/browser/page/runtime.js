@@ -1,6 +1,6 @@
 // Runs the frozen base in onnxruntime-web. One graph serves all adapters: an adapter is a set of inputs.
 
-import { DataError } from "./errors.js";
+import { DataError, translated } from "./errors.js";
 import { hasColumns, hasRows, isVirtual, vectorKind } from "./graphinputs.js";
 import { LOWER, MODEL, TRAINING, WEIGHTS } from "./trust.js";
 import * as ort from "./vendor/onnxruntime-web/ort.wasm.min.mjs";
@@ -13,9 +13,9 @@ configured(ort);
 
 /** A session of a graph among the verified files of a base, in WebAssembly or, with `gpu`, on WebGPU. The outputs of the names `kept`
  * stay in the memory of WebGPU. `options` are onnxruntime-web's. Throws DataError if it cannot load them. */
-export async function open(files, graph = MODEL, { gpu = false, kept = [], ...options } = {}) {
+export function open(files, graph = MODEL, { gpu = false, kept = [], ...options } = {}) {
   const weights = files.get(WEIGHTS);
-  try {
+  return translated(async () => {
     // A library of its own: after a failure in WebGPU's, WebAssembly's still works. It needs promises in WebAssembly (JSPI).
     const library = gpu ? configured(await import("./vendor/onnxruntime-web/ort.jspi.min.mjs")) : ort;
     const session = await library.InferenceSession.create(files.get(graph), {
@@ -26,9 +26,7 @@ export async function open(files, graph = MODEL, { gpu = false, kept = [], ...op
     });
     if (gpu) onGpu.add(session);
     return session;
-  } catch (error) {
-    throw new DataError(`this page cannot load the base: ${firstLine(error)}`, graph);
-  }
+  }, (error) => new DataError(`this page cannot load the base: ${firstLine(error)}`, graph));
 }
 
 function configured(library) {
@@ -56,12 +54,11 @@ export async function openTraining(files, gpu) {
 
 /** The outputs of a session, or those of the names `outputs`. Throws DataError if the graph does not run. */
 export async function run(session, feeds, outputs = undefined) {
-  try {
-    return await session.run(onGpu.has(session) ? withoutRankZero(feeds) : feeds, outputs);
-  } catch (error) {
-    const remedy = onGpu.has(session) ? "open the page with ?provider=wasm" : "export it again";
-    throw new DataError(`the base does not run: ${firstLine(error)}; ${remedy}`, MODEL);
-  }
+  const [given, remedy] = onGpu.has(session)
+    ? [withoutRankZero(feeds), "open the page with ?provider=wasm"]
+    : [feeds, "export it again"];
+  const refusal = (error) => new DataError(`the base does not run: ${firstLine(error)}; ${remedy}`, MODEL);
+  return translated(() => session.run(given, outputs), refusal);
 }
 
 /** Feeds without matrices of rank 0, which WebGPU cannot multiply: a product of rank 1 that is 0 takes their place. */

@@ -2,7 +2,7 @@
 // bytes, little-endian; the header, a JSON object of name → { dtype, shape, data_offsets }, with texts under "__metadata__"; then the
 // numbers. Every size is checked before it is used.
 
-import { DataError, quoted } from "./errors.js";
+import { DataError, quoted, translated } from "./errors.js";
 import { isObject, parse as json } from "./dsse.js";
 import { float32, product } from "./numbers.js";
 
@@ -45,13 +45,9 @@ function headerSize(file) {
 
 /** The tensors that a header describes, [name, description], in the order of their places. */
 function entries(raw) {
-  let header;
-  try {
-    header = json(raw);
-    if (!isObject(header) || !STRUCTURE.test(new TextDecoder().decode(raw).replace(STRINGS, ""))) throw new SyntaxError();
-  } catch {
-    throw damaged("its header is not a JSON object of texts and whole numbers");
-  }
+  const refusal = () => damaged("its header is not a JSON object of texts and whole numbers");
+  const header = translated(() => json(raw), refusal);
+  if (!isObject(header) || !STRUCTURE.test(new TextDecoder().decode(raw).replace(STRINGS, ""))) throw refusal();
   const { [METADATA]: metadata = {}, ...tensors } = header;
   if (!isObject(metadata) || !Object.values(metadata).every((value) => typeof value === "string")) {
     throw damaged("its metadata are not texts");

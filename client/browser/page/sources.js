@@ -1,7 +1,7 @@
 // Where the files of a bundle come from: the page's own server, or a folder that the user picked. Nothing is verified.
 
 import { byCodePoint, concat, decode } from "./bytes.js";
-import { DataError, TrustError } from "./errors.js";
+import { DataError, TrustError, translated } from "./errors.js";
 import { MAX_ENVELOPE } from "./dsse.js";
 
 const REQUEST = { cache: "no-cache", redirect: "error", credentials: "same-origin" };
@@ -27,13 +27,10 @@ export class HttpSource {
   }
 
   async adapterNames() {
-    let names;
-    try {
-      names = JSON.parse(decode(await fetched(this.listing, "bundle.json", MAX_ENVELOPE))).adapters;
-    } catch (error) {
-      if (!(error instanceof SyntaxError || error instanceof TypeError)) throw error;
-    }
-    if (!Array.isArray(names)) throw new DataError("bundle.json does not list adapters; start serve-web again", "bundle.json");
+    const listed = await fetched(this.listing, "bundle.json", MAX_ENVELOPE);
+    const refusal = () => new DataError("bundle.json does not list adapters; start serve-web again", "bundle.json");
+    const names = translated(() => JSON.parse(decode(listed)).adapters, refusal);
+    if (!Array.isArray(names)) throw refusal();
     return names.map(String).sort(byCodePoint);
   }
 }
@@ -50,14 +47,10 @@ export class FolderSource {
     const file = this.files.get(path);
     if (!file) throw missing(path);
     if (file.size > limit) throw tooLong(path, limit);
-    try {
-      const bytes = new Uint8Array(await file.arrayBuffer());
-      count(bytes.length);
-      return bytes;
-    } catch {
-      const why = "it was changed or removed after it was picked; pick the folder again";
-      throw new DataError(`${path} cannot be read: ${why}`, fileName(path));
-    }
+    const why = "it was changed or removed after it was picked; pick the folder again";
+    const content = await translated(() => file.arrayBuffer(), () => new DataError(`${path} cannot be read: ${why}`, fileName(path)));
+    count(content.byteLength);
+    return new Uint8Array(content);
   }
 
   async size(path) {
@@ -89,15 +82,13 @@ export async function fetched(url, path, limit, count = () => {}) {
   return concat(...parts);
 }
 
-async function reached(path, answer) {
-  try {
-    return await answer;
-  } catch {
+function reached(path, answer) {
+  return translated(() => answer, () => {
     const why = globalThis.navigator?.onLine !== false
       ? "the server cannot be reached, or broke off; is it still running?"
       : "this browser is offline; connect it, or open a folder";
-    throw new DataError(`${path} cannot be fetched: ${why}`, fileName(path));
-  }
+    return new DataError(`${path} cannot be fetched: ${why}`, fileName(path));
+  });
 }
 
 const fileName = (path) => path.split("/").at(-1);

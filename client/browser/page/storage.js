@@ -2,7 +2,7 @@
 // done as a whole or not at all: a tab that is closed in the middle leaves the record that was there. It is as safe as the browser's
 // storage: whoever can write to the profile, or clear it, can change it.
 
-import { ConfigError, EdgeAdaptError } from "./errors.js";
+import { ConfigError, translated } from "./errors.js";
 
 const DATABASE = "edgeadapt";
 const VERSION = 4; // to be raised with each new store
@@ -13,8 +13,8 @@ const STORES = [VERSIONS, IDENTITIES, LEARNED];
 
 /** The result of the request that `ask` makes of a store, after its transaction is done. Throws ConfigError: the browser does not store
  * it, as with a full disk, or with storage that is not allowed. */
-export async function transact(store, mode, ask) {
-  try {
+export function transact(store, mode, ask) {
+  return translated(async () => {
     const database = await opened();
     try {
       const transaction = database.transaction(store, mode, { durability: "strict" });
@@ -24,9 +24,7 @@ export async function transact(store, mode, ask) {
     } finally {
       database.close();
     }
-  } catch (error) {
-    throw new ConfigError(`the browser cannot store ${store} (${error}); allow this page to store data, or make room`, store);
-  }
+  }, (error) => new ConfigError(`the browser cannot store ${store} (${error}); allow this page to store data, or make room`, store));
 }
 
 async function opened() {
@@ -73,8 +71,8 @@ export class Store {
     return found;
   }
 
-  async #transact(store, mode, ask) {
-    try {
+  #transact(store, mode, ask) {
+    return translated(async () => {
       const records = new Map(await this.read(store));
       const requests = [];
       const asked = (result) => requests[requests.push({ result: structuredClone(result) }) - 1];
@@ -86,10 +84,7 @@ export class Store {
       for (const each of requests) each.onsuccess?.(); // which may ask for more
       if (mode === "readwrite") await this.write(store, records);
       return request.result;
-    } catch (error) {
-      if (error instanceof EdgeAdaptError) throw error;
-      throw new ConfigError(`the store of this app does not keep ${store} (${error}); make room, or repair it`, store);
-    }
+    }, (error) => new ConfigError(`the store of this app does not keep ${store} (${error}); make room, or repair it`, store));
   }
 
   /** As `navigator.locks.request`, with `ifAvailable` or `signal`. */

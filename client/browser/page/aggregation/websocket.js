@@ -4,7 +4,7 @@
 // again and never made again: the device's state has moved on.
 
 import { concat, digest, encode as utf8, equal } from "../bytes.js";
-import { ConfigError, ProtocolError } from "../errors.js";
+import { ConfigError, ProtocolError, translated } from "../errors.js";
 import { MAX_CERTIFICATE, refuse } from "./messages.js";
 import { blob, decode, encode, fixed, last, mapping, record, text, uint, uint64 } from "./wire.js";
 
@@ -52,12 +52,8 @@ export async function attend({ device, participant, url, signal, shown = () => {
 
 /** One connection, until it ends: { code, reason, admitted }. */
 function connection({ device, answers, url, signal, shown }) {
-  let socket;
-  try {
-    socket = new WebSocket(url);
-  } catch {
-    throw new ConfigError(`${url} is not the address of a gateway: wss://HOST:PORT/…`, "url");
-  }
+  const refusal = () => new ConfigError(`${url} is not the address of a gateway: wss://HOST:PORT/…`, "url");
+  const socket = translated(() => new WebSocket(url), refusal);
   socket.binaryType = "arraybuffer";
   let [received, queue, request] = [0, Promise.resolve(), null];
   const handle = async (raw) => {

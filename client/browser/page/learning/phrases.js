@@ -1,7 +1,7 @@
 // Public phrases with their labels, one pair a line, as edgeadapt/formats/phrases.py.
 
 import { decode } from "../bytes.js";
-import { DataError } from "../errors.js";
+import { DataError, translated } from "../errors.js";
 import { stripped } from "../text.js";
 
 const LONGEST_LIST = 2 ** 24; // bytes
@@ -14,12 +14,7 @@ export function parsePhrases(bytes, name) {
     const reason = `${name} has ${bytes.length} bytes, above the limit of ${LONGEST_LIST}: use a bundle with fewer phrases`;
     throw new DataError(reason, name);
   }
-  let text;
-  try {
-    text = decode(bytes);
-  } catch {
-    throw new DataError(`${name} is not UTF-8`, name);
-  }
+  const text = translated(() => decode(bytes), () => new DataError(`${name} is not UTF-8`, name));
   return text.split(LINES).filter(stripped).map((line, i) => {
     const tab = line.indexOf("\t");
     const [label, phrase] = tab < 0 ? ["", ""] : [stripped(line.slice(0, tab)), stripped(line.slice(tab + 1))];

@@ -2,7 +2,7 @@
 
 import { sha256 as digestOf } from "../bytes.js";
 import { isObject, parse } from "../dsse.js";
-import { ConfigError, DataError, ProtocolError, quoted } from "../errors.js";
+import { ConfigError, DataError, ProtocolError, quoted, translated } from "../errors.js";
 import { between, isPeftConfig, listOf, misfit, oneOf, sha256, string } from "../manifests.js";
 import { COORDINATOR, refuse } from "../aggregation/messages.js";
 import { parse as tensorsOf } from "../safetensors.js";
@@ -66,13 +66,9 @@ export const LIMITS = {
 /** The task in a plan, of one of the kinds of edgeadapt/rounds/taskkinds.py: `isAnalytic` and `isEvaluation` tell which. Throws
  * ProtocolError: not a task, or one that a tab cannot train. */
 export function decodeTask(raw) {
-  let found;
-  try {
-    found = parse(raw);
-  } catch {
-    refuse("task: it is not a JSON object", "task");
-  }
-  if (!isObject(found)) refuse("task: it is not a JSON object", "task");
+  const odd = () => refuse("task: it is not a JSON object", "task");
+  const found = translated(() => parse(raw), odd);
+  if (!isObject(found)) odd();
   if (isAnalytic(found)) return analyticTask(found);
   if (isEvaluation(found)) return evaluationTask(found);
   if (["histograms", "cells"].some((name) => Object.hasOwn(found, name)))
