@@ -20,10 +20,9 @@
 //   maximum_epsilon  the limit on it that its person set last; 0: none
 
 import { epsilonOf } from "./aggregation/accounting.js";
-import { Root } from "./aggregation/certificates.js";
+import { Root, certificateIn, request } from "./aggregation/certificates.js";
 import { Policy } from "./aggregation/policy.js";
 import { EMPTY, requireLedger, spent } from "./aggregation/privacyledger.js";
-import { certificateIn, request } from "./aggregation/requests.js";
 import { equal, sha256 } from "./bytes.js";
 import { ConfigError, TrustError } from "./errors.js";
 import { certified, readInvitation, renewed } from "./invitation.js";

@@ -68,9 +68,10 @@ export async function publicKeyOf(pair) {
   return { raw, id: (await sha256(raw)).slice(0, 16) };
 }
 
+export const signature = async (key, message) => new Uint8Array(await crypto.subtle.sign("Ed25519", key, message));
+
 export async function signer(pair) {
-  const sign = async (message) => new Uint8Array(await crypto.subtle.sign({ name: "Ed25519" }, pair.privateKey, message));
-  return { id: (await publicKeyOf(pair)).id, sign };
+  return { id: (await publicKeyOf(pair)).id, sign: (message) => signature(pair.privateKey, message) };
 }
 
 /** A public key in PEM form, which a trust.pem can contain. */

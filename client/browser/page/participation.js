@@ -1,12 +1,11 @@
 // This browser as a device in the rounds of a federation: its identity, the protocol and the training together. What the device remembers
 // is stored before an answer leaves, so that a tab that is closed, or a full disk, costs a round and nothing else.
 
-import { Root } from "./aggregation/certificates.js";
+import { Root, readRevocations } from "./aggregation/certificates.js";
 import { Device } from "./aggregation/device.js";
 import { LogState } from "./aggregation/logstate.js";
 import { Participant } from "./aggregation/participant.js";
 import { Policy } from "./aggregation/policy.js";
-import { readRevocations } from "./aggregation/revocations.js";
 import { attend, nodeOf } from "./aggregation/websocket.js";
 import { sha256 } from "./bytes.js";
 import { ConfigError, DataError } from "./errors.js";

@@ -1,8 +1,9 @@
-// Reads DER (X.690), of which certificates and revocation lists need a small part. Throws SyntaxError for anything else.
+// Reads and writes DER (X.690), of which certificates, revocation lists and requests need a small part. Throws SyntaxError for anything else.
+
+import { concat, decode, hex } from "../bytes.js";
 
 const TAGS = { BOOLEAN: 0x01, INTEGER: 0x02, BITS: 0x03, OCTETS: 0x04, OID: 0x06, ENUMERATED: 0x0a, SEQUENCE: 0x30, SET: 0x31 };
 const [UTC_TIME, GENERALIZED_TIME] = [0x17, 0x18];
-const UTF8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 export class Der {
   #bytes;
@@ -51,6 +52,16 @@ export class Der {
     return new Der(this.take("SEQUENCE"));
   }
 
+  /** The sequence that is next, or an empty one. */
+  optional() {
+    return this.next === TAGS.SEQUENCE ? this.sequence() : new Der(new Uint8Array());
+  }
+
+  /** The sequence in an element of this tag, if that is next; else an empty one. */
+  within(tag) {
+    return this.next === tag ? new Der(this.take(tag)).sequence() : new Der(new Uint8Array());
+  }
+
   /** A non-negative integer, a BigInt. */
   integer() {
     const raw = this.take("INTEGER");
@@ -60,7 +71,9 @@ export class Der {
     return raw.reduce((value, byte) => value * 256n + BigInt(byte), 0n);
   }
 
-  boolean() {
+  /** A boolean; false if the next element is another. */
+  flag() {
+    if (this.next !== TAGS.BOOLEAN) return false;
     const [value, ...more] = this.take("BOOLEAN");
     if (more.length || (value !== 0 && value !== 0xff)) throw new SyntaxError("a boolean that is neither true nor false");
     return value === 0xff;
@@ -75,13 +88,13 @@ export class Der {
 
   /** An object identifier as hexadecimal digits of its content. */
   oid() {
-    return Array.from(this.take("OID"), (byte) => byte.toString(16).padStart(2, "0")).join("");
+    return hex(this.take("OID"));
   }
 
   /** A time in milliseconds (RFC 5280, section 4.1.2.5): in UTC, to the second. */
   time() {
     const { tag, content } = this.any();
-    const match = /^(\d{2}|\d{4})(\d{2})(\d{2})(\d{2})(\d{2})(\d{2})Z$/.exec(UTF8.decode(content));
+    const match = /^(\d{2}|\d{4})(\d{2})(\d{2})(\d{2})(\d{2})(\d{2})Z$/.exec(decode(content));
     if (!match || match[1].length !== { [UTC_TIME]: 2, [GENERALIZED_TIME]: 4 }[tag]) throw new SyntaxError("not a time");
     const [year, month, day, ...clock] = match.slice(1);
     const full = tag === UTC_TIME ? (year < "50" ? "20" : "19") + year : year;
@@ -99,4 +112,12 @@ export class Der {
     if (this.done) throw new SyntaxError("an element is truncated");
     return this.#bytes[this.#at++];
   }
+}
+
+/** An element of the tag with this name or number, with less than 2^16 bytes. */
+export function der(tag, ...parts) {
+  const content = concat(...parts);
+  const size = content.length;
+  const length = size < 0x80 ? [size] : size < 0x100 ? [0x81, size] : [0x82, size >> 8, size & 0xff];
+  return concat([TAGS[tag] ?? tag, ...length], content);
 }

@@ -2,7 +2,7 @@
 
 import { concat, digest, encode as utf8 } from "../bytes.js";
 import { ProtocolError } from "../errors.js";
-import { verifies } from "../keys.js";
+import { signature as signed, verifies } from "../keys.js";
 import { HEX, MAX_ROUNDS, SESSION_SPEC } from "./spec.js";
 import { blob, decode, encode, fixed, mapping, optional, record, sequence, text, u32, uint, uint64 } from "./wire.js";
 
@@ -99,15 +99,12 @@ const ENVELOPE = record({
 const framed = (tag, body) => concat(FRAME, [tag.length], utf8(tag), body);
 
 /** The signature of `key`, an Ed25519 CryptoKey, on `body` under `tag`. */
-export async function signature(key, tag, body) {
-  return new Uint8Array(await crypto.subtle.sign("Ed25519", key, framed(tag, body)));
-}
+export const signature = (key, tag, body) => signed(key, framed(tag, body));
 
 /** `value` as it travels, signed with `key`, an Ed25519 CryptoKey. */
 export async function sign(key, kind, value) {
   const body = kind.encode(value);
-  const signed = await signature(key, kind.tag, body);
-  return encode(ENVELOPE, { magic: utf8(MAGIC), version: VERSION, tag: kind.tag, body, signature: signed });
+  return encode(ENVELOPE, { magic: utf8(MAGIC), version: VERSION, tag: kind.tag, body, signature: await signature(key, kind.tag, body) });
 }
 
 /** Returns if `signer` (32 bytes) signed `body` under `tag`; else throws ProtocolError. */

@@ -2,12 +2,12 @@
 
 import { ProtocolError, TrustError } from "../errors.js";
 import * as adapterstate from "./adapterstate.js";
+import { newerThan, readRevocations, requireFresh } from "./certificates.js";
 import { checkIn, join } from "./device.js";
 import { LogState } from "./logstate.js";
 import { COORDINATOR, Plan, Unmask, refuse, signedHeader, unverifiedBody } from "./messages.js";
 import * as privacyledger from "./privacyledger.js";
 import * as sumhistory from "./sumhistory.js";
-import { newerThan, readRevocations, requireFresh } from "./revocations.js";
 
 const QUANTUM = 60_000; // milliseconds
 const READ_EXAMPLES = ["offer", "plan"]; // steps

@@ -5,9 +5,8 @@ import { readFileSync } from "node:fs";
 import test from "node:test";
 
 import * as adapterstate from "../../../../client/browser/page/aggregation/adapterstate.js";
-import { Root } from "../../../../client/browser/page/aggregation/certificates.js";
+import { Root, newerThan, readRevocations, requireFresh } from "../../../../client/browser/page/aggregation/certificates.js";
 import { Offer, Plan } from "../../../../client/browser/page/aggregation/messages.js";
-import { newerThan, readRevocations, requireFresh } from "../../../../client/browser/page/aggregation/revocations.js";
 import { ProtocolError, TrustError } from "../../../../client/browser/page/errors.js";
 import { raw } from "./vectors.mjs";
 
