@@ -14,26 +14,30 @@ import { Template } from "./vendor/jinja/index.js";
 
 const PROBE = 256; // tokens, of which a shader's ways for short and for long texts are found out
 
-/** The outputs of a base that are its KV cache, from its verified files. */
-export function cacheOutputs(files) {
-  const { decoder } = JSON.parse(decode(files.get(GENERATION))).model;
-  const { present_key_names: keys, present_value_names: values } = decoder.outputs;
-  const layers = Array.from({ length: decoder.num_hidden_layers }, (_, i) => String(i));
-  return [keys, values].flatMap((pattern) => layers.map((layer) => pattern.replace("%d", layer)));
+const settingsOf = (files) => JSON.parse(decode(files.get(GENERATION))).model;
+
+/** The KV cache of a graph: [input, output] of the keys and of the values of each layer. */
+function cacheNames({ inputs, outputs, num_hidden_layers: layers }) {
+  const pairs = [[inputs.past_key_names, outputs.present_key_names], [inputs.past_value_names, outputs.present_value_names]];
+  const ofLayer = (layer) => pairs.map((pair) => pair.map((pattern) => pattern.replace("%d", layer)));
+  return Array.from({ length: layers }, (_, i) => ofLayer(String(i))).flat();
 }
+
+/** The outputs of a base that are its KV cache, from its verified files. */
+export const cacheOutputs = (files) => cacheNames(settingsOf(files).decoder).map(([, output]) => output);
 
 export class Generation {
   last = null; // of the last text: { finish, tokens, prompt, reused }, the last two in tokens of its prompt
   #read; // { feeds, ids, cache }: what the cache holds, and whose inputs it was read with
 
   constructor(session, text, files) {
-    const { model } = JSON.parse(decode(files.get(GENERATION)));
+    const model = settingsOf(files);
     const { decoder } = model;
     this.policy = policyOf(files);
     Object.assign(this, { session, text, limit: model.context_length }); // tokens, prompt and answer together
     this.inputs = decoder.inputs;
     this.outputs = decoder.outputs;
-    this.layers = Array.from({ length: decoder.num_hidden_layers }, (_, i) => String(i));
+    this.cached = cacheNames(decoder);
     this.empty = [1, decoder.num_key_value_heads, 0, decoder.head_size];
     this.ends = new Set([model.eos_token_id].flat());
     this.vocabulary = model.vocab_size;
@@ -109,10 +113,8 @@ export class Generation {
   }
 
   #forget() {
-    const both = [this.inputs.past_key_names, this.inputs.past_value_names];
-    const names = both.flatMap((pattern) => this.layers.map((layer) => pattern.replace("%d", layer)));
-    const cache = Object.fromEntries(names.map((name) => [name, runtime.floats(new Float32Array(0), this.empty)]));
-    this.#keep({ feeds: null, ids: [], cache });
+    const cache = this.cached.map(([input]) => [input, runtime.floats(new Float32Array(0), this.empty)]);
+    this.#keep({ feeds: null, ids: [], cache: Object.fromEntries(cache) });
   }
 
   #keep(read) {
@@ -145,20 +147,10 @@ export class Generation {
     };
     const wanted = Object.entries(tokens).filter(([name]) => this.declared.has(name));
     const found = await runtime.run(this.session, { ...Object.fromEntries(wanted), ...cache, ...feeds });
-    this.#keep({ feeds, ids: [...read, ...ids], cache: this.#nextCache(found) });
+    const next = this.cached.map(([input, output]) => [input, found[output]]);
+    this.#keep({ feeds, ids: [...read, ...ids], cache: Object.fromEntries(next) });
     const logits = found[this.outputs.logits];
     return logits.data.subarray(logits.data.length - logits.dims.at(-1));
-  }
-
-  #nextCache(found) {
-    const pairs = [
-      [this.inputs.past_key_names, this.outputs.present_key_names],
-      [this.inputs.past_value_names, this.outputs.present_value_names],
-    ];
-    const entries = pairs.flatMap(([past, present]) =>
-      this.layers.map((layer) => [past.replace("%d", layer), found[present.replace("%d", layer)]]),
-    );
-    return Object.fromEntries(entries);
   }
 }
 

@@ -4,6 +4,7 @@
 
 import { Root } from "./aggregation/certificates.js";
 import { DEVICE_ID, MAX_CERTIFICATE, signature } from "./aggregation/messages.js";
+import { conversation } from "./aggregation/websocket.js";
 import { blob, decode, encode, fixed, record, text } from "./aggregation/wire.js";
 import { concat, digest, encode as utf8, equal, unbase64, unbase64url, unhex } from "./bytes.js";
 import { ConfigError, EdgeAdaptError, ProtocolError, TrustError } from "./errors.js";
@@ -77,19 +78,11 @@ async function keyOf(secret) {
 }
 
 /** One message to the authority, and its answer: { certificate, code, reason }. */
-function exchanged(url, asked) {
-  const socket = new WebSocket(url);
-  socket.binaryType = "arraybuffer";
-  const timer = setTimeout(() => socket.close(), PATIENCE);
+async function exchanged(url, asked) {
   let certificate = null;
-  socket.onopen = () => socket.send(asked);
-  socket.onmessage = ({ data }) => {
-    certificate = new Uint8Array(data);
+  const received = (raw) => {
+    certificate = raw;
   };
-  return new Promise((resolve) => {
-    socket.onclose = ({ code, reason }) => {
-      clearTimeout(timer);
-      resolve({ certificate, code, reason });
-    };
-  });
+  const ended = await conversation(url, AbortSignal.timeout(PATIENCE), received, (socket) => socket.send(asked));
+  return { certificate, ...ended };
 }

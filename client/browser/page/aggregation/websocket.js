@@ -51,12 +51,9 @@ export async function attend({ device, participant, url, signal, shown = () => {
 }
 
 /** One connection, until it ends: { code, reason, admitted }. */
-function connection({ device, answers, url, signal, shown }) {
-  const refusal = () => new ConfigError(`${url} is not the address of a gateway: wss://HOST:PORT/…`, "url");
-  const socket = translated(() => new WebSocket(url), refusal);
-  socket.binaryType = "arraybuffer";
-  let [received, queue, request] = [0, Promise.resolve(), null];
-  const handle = async (raw) => {
+async function connection({ device, answers, url, signal, shown }) {
+  let [received, request] = [0, null];
+  const handle = async (raw, socket) => {
     received += 1;
     if (received === 1) return socket.send(await hello(device, decode(CHALLENGE, raw), new URL(url).hostname));
     if (received === 2 && !raw.length) return shown({ state: "connected" });
@@ -67,15 +64,26 @@ function connection({ device, answers, url, signal, shown }) {
     request = null;
     return answers.send(socket, whole);
   };
+  return { ...(await conversation(url, signal, handle)), admitted: received > 1 };
+}
+
+/** A connection, until it is closed or `signal` aborts: { code, reason }. `handle` is called with each message, one after the other, and
+ * the socket. Throws ConfigError: no address, or one to which the page may not connect. */
+export function conversation(url, signal, handle, begun = () => {}) {
+  const refusal = () => new ConfigError(`${url} is not the address of a gateway: wss://HOST:PORT/…`, "url");
+  const socket = translated(() => new WebSocket(url), refusal);
+  socket.binaryType = "arraybuffer";
+  let queue = Promise.resolve();
+  socket.onopen = () => begun(socket);
   socket.onmessage = ({ data }) => {
-    queue = queue.then(() => handle(new Uint8Array(data))).catch(() => socket.close(3000));
+    queue = queue.then(() => handle(new Uint8Array(data), socket)).catch(() => socket.close(3000));
   };
   const leave = () => socket.close(1000);
   signal?.addEventListener("abort", leave);
   return new Promise((resolve) => {
     socket.onclose = ({ code, reason }) => {
       signal?.removeEventListener("abort", leave);
-      resolve({ code, reason, admitted: received > 1 });
+      resolve({ code, reason });
     };
   });
 }
