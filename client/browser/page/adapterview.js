@@ -111,13 +111,9 @@ export class AdapterView {
 }
 
 function part([name, weight]) {
-  const row = create("li", "");
-  const label = create("label", "");
-  const input = create("input", "", { type: "number", step: "any", value: weight });
-  input.dataset.name = name;
-  label.append(create("span", name), input);
-  row.append(label, create("button", "Remove", { type: "button", value: name, ariaLabel: `Remove ${name}` }));
-  return row;
+  const input = create("input", { type: "number", step: "any", value: weight, "data-name": name });
+  const remove = create("button", { type: "button", value: name, "aria-label": `Remove ${name}` }, "Remove");
+  return create("li", {}, create("label", {}, create("span", {}, name), input), remove);
 }
 
 const inUse = ({ name, rank }) => (name === BARE ? "In use: the base alone" : `In use: ${name}, rank ${rank}`);

@@ -7,14 +7,10 @@ import { complain, element, settle, showFacts } from "./dom.js";
 import { LearnView } from "./learnview.js";
 import { ParticipationView } from "./participationview.js";
 import { PhraseView } from "./phraseview.js";
-import { PictureView } from "./pictureview.js";
-import { SoundView } from "./soundview.js";
 
 const provider = new URLSearchParams(location.search).get("provider") ?? undefined; // ?provider=webgpu or wasm
 const client = new Client();
 const phrase = new PhraseView(client);
-const picture = new PictureView();
-const sound = new SoundView();
 const chat = new ChatView(client, () => adapters.used, (message, answer) => learn.correct(message, answer));
 const adapters = new AdapterView(client, {
   switching: () => answering().switching(),
@@ -49,9 +45,8 @@ async function open(options) {
   element("work").hidden = false;
   element("classify").hidden = generates;
   element("generate").hidden = !generates;
-  picture.show(bundle);
-  sound.show(bundle);
-  answering().show(bundle);
+  phrase.show(bundle);
+  if (generates) chat.show(bundle);
   learn.show(bundle);
   await participation.show(bundle);
   await adapters.show(bundle.adapters, generates);

@@ -92,7 +92,7 @@ export class ChatView {
     const empty = done.finish === "blocked" || !answer.querySelector("p").textContent.trim();
     const lost = chat && empty ? " This answer and its message are not part of the conversation." : "";
     const count = done.tokens === 1 ? "1 token" : `${done.tokens} tokens`;
-    const shown = [create("small", `${count}${ENDS[done.finish] ?? ""}.${lost}`, { title: speed(done) })];
+    const shown = [create("small", { title: speed(done) }, `${count}${ENDS[done.finish] ?? ""}.${lost}`)];
     // A lesson formats a message as a chat does, if the model has a format.
     if (this.trainable && chat === this.formats) shown.push(this.#button(...pair));
     this.#scrolled(() => answer.append(...shown));
@@ -102,7 +102,7 @@ export class ChatView {
   }
 
   #button(...pair) {
-    const button = create("button", "Correct this answer", { type: "button" });
+    const button = create("button", { type: "button" }, "Correct this answer");
     button.addEventListener("click", () => this.correct(...pair.map((each) => each.querySelector("p").textContent)));
     return button;
   }
@@ -113,7 +113,7 @@ export class ChatView {
     const first = this.#messages.length - remembered;
     if (first <= 0) return;
     const text = `The model's context of ${this.context} tokens is full: it no longer reads what is above this line.`;
-    this.#messages[first].before(create("li", text, { id: "forgotten" }));
+    this.#messages[first].before(create("li", { id: "forgotten" }, text));
   }
 
   #setBusy(busy) {
@@ -141,12 +141,7 @@ export class ChatView {
   }
 }
 
-function message(role, name, text) {
-  const entry = create("li", "");
-  entry.dataset.role = role;
-  entry.append(create("strong", name), create("p", text));
-  return entry;
-}
+const message = (role, name, text) => create("li", { "data-role": role }, create("strong", {}, name), create("p", {}, text));
 
 function speed({ tokens, prompt, reused, first, milliseconds }) {
   const rate = tokens > 1 ? `, then ${((1000 * (tokens - 1)) / (milliseconds - first)).toFixed(1)} tokens/s` : "";

@@ -4,21 +4,21 @@ import { longest } from "./media.js";
 
 export const element = (id) => document.getElementById(id);
 
-/** A new element with a text and properties. */
-export const create = (tag, text, properties = {}) =>
-  Object.assign(document.createElement(tag), { textContent: text }, properties);
+/** A new element with attributes and children, elements or texts. */
+export function create(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
 
 export function showFacts(id, facts) {
-  const pairs = Object.entries(facts).map(([term, value]) => {
-    const pair = create("div", "");
-    pair.append(create("dt", term), create("dd", value));
-    return pair;
-  });
+  const pairs = Object.entries(facts).map(([term, value]) => create("div", {}, create("dt", {}, term), create("dd", {}, value ?? "")));
   element(id).replaceChildren(...pairs);
 }
 
 export function save(name, content) {
-  const link = create("a", "", { href: URL.createObjectURL(new Blob([content])), download: name });
+  const link = create("a", { href: URL.createObjectURL(new Blob([content])), download: name });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // when the browser has read it
 }
@@ -38,7 +38,7 @@ export function settle(id, field) {
 }
 
 /** Do `work` between `busy(true)` and `busy(false)`. The alert `id` shows its error, and no earlier one. */
-export async function attempt(id, work, busy) {
+export async function attempt(id, work, busy = () => {}) {
   busy(true);
   settle(id);
   try {

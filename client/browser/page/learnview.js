@@ -58,8 +58,8 @@ export class LearnView {
     const labels = this.#labels.get(inUse?.parts[0]?.name) ?? [];
     const shown = [...element("teach-label").options].map(({ value }) => value);
     if (String(shown) !== String(["", ...labels])) {
-      const options = labels.map((label) => create("option", words(label), { value: label }));
-      element("teach-label").replaceChildren(create("option", "Choose …", { value: "" }), ...options);
+      const options = labels.map((label) => create("option", { value: label }, words(label)));
+      element("teach-label").replaceChildren(create("option", { value: "" }, "Choose …"), ...options);
     }
     element("teach-save").hidden = !this.#learned.has(inUse?.name);
   }
@@ -130,7 +130,7 @@ export class LearnView {
 
   #result(text, rows, title = "") {
     Object.assign(element("teach-result"), { textContent: text, title });
-    element("teach-changed").replaceChildren(...rows.map((row) => create("li", row)));
+    element("teach-changed").replaceChildren(...rows.map((row) => create("li", {}, row)));
   }
 }
 

@@ -189,8 +189,6 @@ function spentOf({ epsilon, delta, noisy, bare }) {
 }
 
 function row({ at, round, version, outcome }) {
-  const item = create("tr", "");
-  item.append(...[new Date(at).toLocaleString(), `round ${round}, adapter ${version}`, outcome].map((each) => create("td", each)));
-  item.dataset.outcome = outcome;
-  return item;
+  const cells = [new Date(at).toLocaleString(), `round ${round}, adapter ${version}`, outcome];
+  return create("tr", { "data-outcome": outcome }, ...cells.map((each) => create("td", {}, each)));
 }

@@ -88,11 +88,9 @@ export class Picker {
 }
 
 function option({ name, title, note, refused }, i) {
-  const made = create("li", "", { id: `adapter-${i}`, role: "option" });
-  made.dataset.name = name;
-  if (refused) made.setAttribute("aria-disabled", "true");
-  made.append(create("strong", title), create("small", note));
-  return made;
+  const state = refused ? { "aria-disabled": "true" } : {};
+  const shown = [create("strong", {}, title), create("small", {}, note)];
+  return create("li", { id: `adapter-${i}`, role: "option", "data-name": name, ...state }, ...shown);
 }
 
 const searched = ({ title, note }) => `${title} ${note}`.toLowerCase();
