@@ -49,7 +49,7 @@ PROMPT, ANSWER = "is it?", "yes"
 SMALL = np.float32(0.2)
 GRADIENTS = f"""(async (given) => {{ {OPEN}
   const {{ LanguageGraphTrainer }} = await load("learning/languagegraph");
-  const {{ encoded }} = await load("learning/encoding");
+  const {{ encoded }} = await load("learning/languagegraph");
   const trainer = await LanguageGraphTrainer.open(engine, adapter);
   const example = ([prompt, answer, share]) => ({{ ...encoded({{ prompt, text: answer }}, engine.generation), share }});
   const texts = given.map(example);

@@ -13,7 +13,7 @@ FOR_NODE = {"onnxruntime-web/dist/ort.wasm.min.mjs": "onnxruntime-web/dist/ort.n
 OPEN = """
   const engine = await opened();
   const adapter = await engine.verified("global");
-  const [{ GraphTrainer }, { tune }] = await Promise.all([load("learning/trainer"), load("learning/tune")]);
+  const [{ GraphTrainer }, { tune }] = await Promise.all([load("learning/trainer"), load("learning/descent")]);
   const written = (values) => btoa(Array.from(new Uint8Array(values.buffer), (b) => String.fromCharCode(b)).join(""));
   const all = (map) => Object.fromEntries([...map].map(([name, values]) => [name, written(values)]));
   const examples = (found) => found.map(([text, target, share]) => ({ ids: trainer.tokens(text), target, share }));

@@ -4,7 +4,7 @@ import { Engine } from "./engine.js";
 import { ConfigError, DataError } from "./errors.js";
 import { corrections as corrected } from "./learning/history.js";
 import { Learner } from "./learning/learner.js";
-import { MAX_STEPS } from "./learning/tune.js";
+import { MAX_STEPS } from "./learning/descent.js";
 import { seeded } from "./sampling.js";
 import { Trust } from "./trust.js";
 

@@ -7,7 +7,7 @@ import { MAX_ENVELOPE } from "./dsse.js";
 import { ConfigError, DataError, EdgeAdaptError, quoted, translated } from "./errors.js";
 import { virtualTokens } from "./graphinputs.js";
 import { History } from "./learning/history.js";
-import { probabilities } from "./learning/tune.js";
+import { probabilities } from "./learning/descent.js";
 import { checkCombination, judged, policyOf } from "./policy.js";
 import { choose, fixedTexts } from "./provider.js";
 import * as runtime from "./runtime.js";

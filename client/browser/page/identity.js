@@ -10,7 +10,7 @@
 //   adapter      what the device remembers of adapters (aggregation/adapterstate.js); null at first
 //   log          what it remembers of the coordinator's log (aggregation/logstate.js); null at first
 //   revocations  the authority's newest revocation list that the device saw, DER; null at first
-//   parts        of an adapter that it trains and does not share (learning/private.js); null at first
+//   parts        of an adapter that it trains and does not share (learning/task.js); null at first
 //   rounds       [{ at, round, version, outcome }], newest first; `at` in milliseconds
 //
 // Key and states are in one record, because a device with its key and without its states could be asked for a sum twice. What was

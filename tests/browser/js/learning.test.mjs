@@ -7,8 +7,7 @@ import { AdamW, descend } from "../../../client/browser/page/learning/descent.js
 import { bytes, made } from "./made.mjs";
 
 const { steps, files, orders, nearest } = made.learning;
-const { parsePhrases } = await import(new URL("learning/phrases.js", `file://${process.env.EDGEADAPT_SITE}/`));
-const { inLessonOrder, inOwnWords } = await import(new URL("learning/classifier.js", `file://${process.env.EDGEADAPT_SITE}/`));
+const { inLessonOrder, inOwnWords, parsePhrases } = await import(new URL("learning/classifier.js", `file://${process.env.EDGEADAPT_SITE}/`));
 const floats = (base64) => new Float32Array(bytes(base64).buffer);
 
 test("AdamW takes the steps that the native one takes, with and without weight decay", () => {

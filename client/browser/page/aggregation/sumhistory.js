@@ -2,8 +2,7 @@
 // that hardly differs from another one counts as the same. Adapters are compared by sketches, as client/node/sketch.py.
 
 import { concat, digest, encode, hex } from "../bytes.js";
-import { isPrivate } from "../learning/private.js";
-import { A, B, HEAD, R, VECTORS, adapterOf, decodeTask, isAnalytic, partOf } from "../learning/task.js";
+import { A, B, HEAD, R, VECTORS, adapterOf, decodeTask, isAnalytic, isPrivate, partOf } from "../learning/task.js";
 import { EARLIER, differing, termsOf } from "./adapterstate.js";
 import { keystream } from "./masks.js";
 import { refuse } from "./messages.js";

@@ -1,14 +1,16 @@
 // What a classifier learns from corrections, and which other phrases it then answers otherwise.
 
-import { byCodePoint, encode, sha256 } from "../bytes.js";
-import { DataError, quoted } from "../errors.js";
+import { byCodePoint, decode, encode, sha256 } from "../bytes.js";
+import { DataError, quoted, translated } from "../errors.js";
+import { stripped } from "../text.js";
 import { PHRASES } from "../trust.js";
-import { parsePhrases } from "./phrases.js";
+import { probabilities, tune } from "./descent.js";
 import { GraphTrainer } from "./trainer.js";
-import { probabilities, tune } from "./tune.js";
 
 const MAX_REHEARSED = 32; // phrases
 const MAX_TESTED = 32; // phrases
+const LONGEST_LIST = 2 ** 24; // bytes
+const LINES = /\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]/; // as Python's str.splitlines
 
 /** Tune an adapter of an open bundle to corrections, [{ text, label }]; `earlier` are those of other lessons, the oldest first.
  *
@@ -76,6 +78,22 @@ export function inOwnWords(trainer, phrases, own) {
 
 async function publicPhrases({ base, source, trust }) {
   return Object.hasOwn(base.files, PHRASES) ? parsePhrases(await trust.file(source, base, PHRASES), PHRASES) : [];
+}
+
+/** Public phrases with their labels, one pair a line (edgeadapt/formats/phrases.py), in the bytes of a file: [{ label, text }]. Throws DataError: it is too long, or not UTF-8, or a line has no tab, or nothing
+ * on one side of it. The message names the line. */
+export function parsePhrases(bytes, name) {
+  if (bytes.length > LONGEST_LIST) {
+    const reason = `${name} has ${bytes.length} bytes, above the limit of ${LONGEST_LIST}: use a bundle with fewer phrases`;
+    throw new DataError(reason, name);
+  }
+  const text = translated(() => decode(bytes), () => new DataError(`${name} is not UTF-8`, name));
+  return text.split(LINES).filter(stripped).map((line, i) => {
+    const tab = line.indexOf("\t");
+    const [label, phrase] = tab < 0 ? ["", ""] : [stripped(line.slice(0, tab)), stripped(line.slice(tab + 1))];
+    if (!label || !phrase) throw new DataError(`phrase ${i + 1} of ${name} has not the form LABEL TAB PHRASE`, name);
+    return { label, text: phrase };
+  });
 }
 
 /** Phrases in the order of a lesson, which is another one for each number: by digest, as natively. */

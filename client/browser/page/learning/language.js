@@ -1,11 +1,9 @@
 // What a language model learns from corrections, and what it forgets, as client/learning/language.py.
 
 import { DataError } from "../errors.js";
-import { parts } from "./batches.js";
-import { encoded } from "./encoding.js";
-import { LanguageGraphTrainer } from "./languagegraph.js";
+import { descendUntil, parts, withShares } from "./descent.js";
+import { LanguageGraphTrainer, encoded } from "./languagegraph.js";
 import { TOKENS_AT_ONCE } from "./slotgraph.js";
-import { descendUntil, withShares } from "./tune.js";
 
 const LIKELY = 0.5; // probability of each token of an answer at which training ends: the answering graph rounds otherwise
 const LEARNING_RATE = 0.005; // of a correction, whose few steps have to change several tokens

@@ -14,16 +14,16 @@ import {
 } from "../aggregation/contribution.js";
 import { ConfigError, DataError, ProtocolError } from "../errors.js";
 import { checkSlots, fromPeft, layoutDigest, toPeft } from "../graphinputs.js";
+import { contentDigest } from "../manifests.js";
+import { NO_POLICY } from "../policy.js";
 import { emptyAdapter } from "../runtime.js";
-import { batches } from "./batches.js";
-import { descend } from "./descent.js";
+import { batches, descend } from "./descent.js";
 import { asSlots } from "./dora.js";
-import { ownCounts } from "./evaluation.js";
 import { unfolded } from "./fedsb.js";
 import { LanguageGraphTrainer } from "./languagegraph.js";
 import { momentsOf, projectedMoments } from "./moments.js";
-import { checkUnshared, subjectOf, toKeep, withPrivate } from "./private.js";
 import { LIMITS, R, adapterOf, checkLimits, decodeTask, isAnalytic, isEvaluation, partOf, requireLabels } from "./task.js";
+import { checkUnshared, subjectOf, toKeep, withPrivate } from "./task.js";
 import { GraphTrainer, requireMeanHead } from "./trainer.js";
 
 const MAX_LOSS = 20; // nats, of one example (edgeadapt/rounds/task.py)
@@ -31,7 +31,7 @@ const between = (pause) => () => pause({ step: 0, steps: 0 });
 
 /** What makes a device's contributions: (plan, spec, blob, kept) → Promise of { vector, parts }, with the adapter's file.
  *
- * `kept` are the parts of an adapter that this device trained and did not share (private.js), or null: the training goes on from them.
+ * `kept` are the parts of an adapter that this device trained and did not share (task.js), or null: the training goes on from them.
  * `parts` are those to keep after it, or null if the round has none.
  *
  * `examples` are [{ text, label, split }], where a label is its name or its number, and the split "train" or "validation"; of a language
@@ -43,10 +43,10 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
     const [trainer, inputs] = await opened(engine, task, adapter, limits);
     try {
       if ((await layoutDigest(inputs)) !== spec.layout_digest) refuse("offer, task and adapter have different layouts", "plan.layout");
-      const start = valuesOf(inputs);
+      const [start, given] = [valuesOf(inputs), { engine, trainer, task, examples, plan, spec, pause: ends(pause, plan) }];
       // Of all devices on one scale, so without private parts.
-      if (isEvaluation(task)) return { vector: await counts(engine, trainer, task, examples, plan, spec, ends(pause, plan)), parts: null };
-      if (isAnalytic(task)) return { vector: await moments(engine, trainer, start, task, examples, plan, spec, ends(pause, plan)), parts: null };
+      if (isEvaluation(task)) return { vector: await counts(given), parts: null };
+      if (isAnalytic(task)) return { vector: await moments(given, start), parts: null };
       const withSquares = () => ProtocolError.blaming(COORDINATOR, DataError, () => unfolded(start, trainer.shapes));
       const whole = task.shared.includes(R) ? await withSquares() : start; // of Fed-SB
       const shared = [...whole.keys()].filter((name) => task.shared.includes(partOf(name)));
@@ -56,13 +56,12 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
       const begun = withPrivate(whole, kept, subject, task);
       const made = async ({ trained, ...found }) => {
         const delta = update(begun, trained, shared, inputs);
-        const parts = toKeep(kept, subject, trained, task);
-        if (spec.privacy) return { vector: await noisyContribution(delta, spec, plan.adapter_digest), parts };
-        return { vector: await contribution({ delta, ...found }, spec, plan.adapter_digest), parts };
+        const vector = spec.privacy ? noisy(given, delta) : contribution({ delta, ...found }, spec, plan.adapter_digest);
+        return { vector: await vector, parts: toKeep(kept, subject, trained, task) };
       };
-      const own = await usable(engine, trainer, task, examples, Number(spec.weight_cap));
+      const own = await usable(given, Number(spec.weight_cap));
       return await orElse(
-        async () => made(await outcome(trainer, begun, task, own, limits, ends(pause, plan))),
+        async () => made(await outcome(given, begun, own, limits)),
         () => made({ trained: begun, examples: own.train.length, score: worst(own.heldOut) }),
       );
     } catch (error) {
@@ -72,6 +71,8 @@ export function trainerOf(engine, examples, pause = async () => {}, limits = LIM
     }
   };
 }
+
+const noisy = ({ spec, plan }, vector) => noisyContribution(vector, spec, plan.adapter_digest);
 
 const valuesOf = (inputs) => new Map([...inputs].map(([name, { values }]) => [name, values]));
 
@@ -105,11 +106,12 @@ async function opened(engine, task, tensors, limits) {
 }
 
 /** The contribution to an analytic head: nothing is trained. */
-async function moments(engine, trainer, start, task, examples, plan, spec, pause) {
+async function moments(given, start) {
+  const { trainer, task, plan, spec, pause } = given;
   const [d, k, kept] = [trainer.hidden, task.labels.length, Math.min(task.dimensions, trainer.hidden)];
   if (Boolean(spec.privacy) !== Boolean(kept)) refuse(`an analytic head of ${kept} dimensions does not go with this session`, "offer.spec.vector");
   requireBounds(spec, momentSegments(spec, d, k, kept));
-  const { train, heldOut } = await usable(engine, trainer, task, examples, Number(spec.weight_cap));
+  const { train, heldOut } = await usable(given, Number(spec.weight_cap));
   const targets = train.map(({ target }) => target);
   const zeros = new Float64Array(d);
   const embedded = async () => {
@@ -117,10 +119,9 @@ async function moments(engine, trainer, start, task, examples, plan, spec, pause
     return found.map((row) => (row.every(Number.isFinite) ? row : zeros)); // one that overflows counts all the same
   };
   if (spec.privacy) {
-    const noisy = (vector) => noisyContribution(vector, spec, plan.adapter_digest);
     return orElse(
-      async () => noisy(await projectedMoments(await embedded(), targets, kept, k, plan.adapter_digest)),
-      () => noisy(new Float64Array(spec.vector.segments[0].size)),
+      async () => noisy(given, await projectedMoments(await embedded(), targets, kept, k, plan.adapter_digest)),
+      () => noisy(given, new Float64Array(spec.vector.segments[0].size)),
     );
   }
   return orElse(
@@ -130,17 +131,42 @@ async function moments(engine, trainer, start, task, examples, plan, spec, pause
 }
 
 /** The counts of an evaluation, with noise: zeros where the device has neither release. */
-async function counts(engine, trainer, task, examples, plan, spec, pause) {
+async function counts(given) {
+  const { engine, task, spec, pause } = given;
   if (!spec.privacy) refuse("right answers are not summed without noise", "offer.spec.vector");
   requireBounds(spec, countSegments(spec));
-  const encoded = (counts) => noisyContribution(counts, spec, plan.adapter_digest);
   return orElse(
-    async () => {
-      const { heldOut } = await usable(engine, trainer, task, examples, task.most);
-      return encoded(await ownCounts(engine, task, heldOut, between(pause)));
-    },
-    () => encoded(new Float64Array(4)),
+    async () => noisy(given, await ownCounts(engine, task, (await usable(given, task.most)).heldOut, between(pause))),
+    () => noisy(given, new Float64Array(4)),
   );
+}
+
+/** Right answers and examples, under the newest release and under the one before: four whole numbers, those of the release that the
+ * bundle does not have being 0; all of them, if it has neither. `task` is that of the round, `examples` are [{ text, target }], and
+ * `pause` is awaited before each answer. What is in use stays. Throws TrustError, DataError: the bundle is damaged or breaks a rule. */
+async function ownCounts(engine, task, examples, pause) {
+  const { source, trust, base } = engine;
+  for (const name of await source.adapterNames()) {
+    const content = await contentDigest(await trust.adapterManifest(source, name));
+    if (content !== task.newest && content !== task.previous) continue;
+    const verified = await trust.adapter(source, base, name);
+    if ((await contentDigest(verified.manifest)) !== content) break; // an update came between the two
+    const right = await rightAnswers(engine, engine.loaded([{ name, weight: 1 }], [verified]), task.labels, examples, pause);
+    const counts = [right, examples.length];
+    return Float64Array.from(content === task.newest ? [...counts, 0, 0] : [0, 0, ...counts]);
+  }
+  return new Float64Array(4);
+}
+
+async function rightAnswers(engine, adapter, labels, examples, pause) {
+  let right = 0;
+  for (const { text, target } of examples) {
+    await pause();
+    if (engine.text.unknownShare(text) === 1) continue; // the base knows no part of it, so it has no answer
+    const { labels: [{ label }] } = await engine.rank(text, 1, adapter, NO_POLICY);
+    right += Number(label === labels[target]);
+  }
+  return right;
 }
 
 /** What a person's end of the work throws, which is not the fault of an example. */
@@ -169,7 +195,7 @@ const warn = (error) => console.warn("contributed nothing:", error.about || erro
 
 /** The examples whose labels the task has, or all of a language model's, with tokens and target: { train, heldOut }, at most `cap` held
  * out. Those that the base cannot read are left out. */
-async function usable(engine, trainer, { labels }, examples, cap) {
+async function usable({ engine, trainer, task: { labels }, examples }, cap) {
   const target = ({ label }) => (typeof label === "number" ? label : labels.indexOf(label));
   const isKnown = (one) => !labels.length || (one.target >= 0 && one.target < labels.length);
   const known = examples.map((one) => ({ ...one, target: target(one) })).filter(isKnown);
@@ -189,7 +215,7 @@ async function usable(engine, trainer, { labels }, examples, cap) {
 }
 
 /** The score of `start` on the held-out examples, and what training on the others makes of it. */
-async function outcome(trainer, start, task, { train, heldOut }, limits, pause) {
+async function outcome({ trainer, task, pause }, start, { train, heldOut }, limits) {
   const score = await scored(trainer, start, heldOut, pause);
   const order = batches(train.map(({ ids }) => ids.length), task.batch_size, task.epochs);
   const control = { norm: limits.maximum_gradient_norm, unfailing: true };

@@ -5,7 +5,7 @@ import { ConfigError, quoted } from "../errors.js";
 import { isHead } from "../graphinputs.js";
 import { fixedTexts } from "../provider.js";
 import * as runtime from "../runtime.js";
-import { parts } from "./batches.js";
+import { parts } from "./descent.js";
 import { SlotGraph, TOKENS_AT_ONCE } from "./slotgraph.js";
 
 const ENCODER = "encoder."; // begins the path of everything below the head

@@ -5,7 +5,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import test from "node:test";
 
-import { checkUnshared, subjectOf, toKeep, withPrivate } from "../../../../client/browser/page/learning/private.js";
+import { checkUnshared, subjectOf, toKeep, withPrivate } from "../../../../client/browser/page/learning/task.js";
 
 const { base, layout, walks } = JSON.parse(readFileSync(process.env.EDGEADAPT_PRIVATE, "utf8"));
 const SPEC = { base_digest: base, layout_digest: layout };
