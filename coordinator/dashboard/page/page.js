@@ -3,6 +3,13 @@
 const STEPS = ["checkin", "offer", "roster", "plan", "survivors", "unmask"];
 const SVG = "http://www.w3.org/2000/svg";
 const SHOWN = 30; // rounds in the table
+const [WIDTH, HEIGHT, LEFT, EDGE] = [600, 180, 52, 14]; // of a chart, as its viewBox
+const HEADS = {
+  rounds: ["Round", "Ended (UTC)", "Version", "Survivors", "Dropouts", "Accuracy", "Loss", "Epsilon", "Seconds", "Upload, kB", ""],
+  services: ["Service", "State", "Address", "Restarts"],
+  versions: ["Version of edgeadapt, as stated", "Devices"],
+  channels: ["Channel", "Release", "Adapters", "For", "Since", "Made by", "Gates", "Evaluation"],
+};
 const byId = (id) => document.getElementById(id);
 const dash = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 const total = (counts) => Object.values(counts).reduce((sum, each) => sum + each, 0);
@@ -17,9 +24,17 @@ const element = (name, attributes = {}, ...children) => filled(document.createEl
 const drawn = (name, attributes, ...children) => filled(document.createElementNS(SVG, name), attributes, children);
 const text = (x, y, anchor, content) => drawn("text", { x, y, "text-anchor": anchor }, content);
 
+/** Fill a table of `HEADS` with rows of texts, numbers and nodes. */
 function fill(table, rows) {
-  const cells = (row) => element("tr", {}, ...row.map((each) => element("td", {}, each instanceof Node ? each : String(each))));
-  byId(table).tBodies[0].replaceChildren(...rows.map(cells));
+  const row = (cell, cells) => element("tr", {}, ...cells.map((each) => element(cell, {}, each instanceof Node ? each : String(each))));
+  const body = element("tbody", {}, ...rows.map((cells) => row("td", cells)));
+  byId(table).replaceChildren(element("thead", {}, row("th", HEADS[table])), body);
+}
+
+/** Fill a list with terms, each with its text and attributes of it. */
+function list(id, pairs) {
+  const pair = ([term, text, attributes = {}]) => element("div", {}, element("dt", {}, term), element("dd", attributes, String(text)));
+  byId(id).replaceChildren(...pairs.map(pair));
 }
 
 function show(section, visible) {
@@ -41,9 +56,7 @@ function tiles(view) {
     ...(view.drift && { Answers: view.drift.changed === null ? "not comparable" : view.drift.changed ? "have changed" : "no change is shown" }),
     ...(lease && { Leader: `${lease.in_force ? lease.leader : "nobody"}${lease.own ? " (here)" : ""}, epoch ${lease.epoch}` }),
   };
-  byId("tiles").replaceChildren(
-    ...Object.entries(found).map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, String(value)))),
-  );
+  list("tiles", Object.entries(found));
 }
 
 /** Answer what an operator asks first. Each answer has a question, a text, and whether it is bad news. */
@@ -63,9 +76,7 @@ function answers(view) {
     const seconds = rounds.map((each) => each.seconds).sort((one, other) => one - other)[rounds.length >> 1];
     found.push(["What does it cost a device?", `${up} kB up and ${down} kB down a round, which takes ${dash(seconds, 0)} s (median)`, false]);
   }
-  byId("answers").replaceChildren(
-    ...found.map(([asked, text, bad]) => element("div", {}, element("dt", {}, asked), element("dd", bad ? { class: "bad" } : {}, text))),
-  );
+  list("answers", found.map(([asked, text, bad]) => [asked, text, bad ? { class: "bad" } : {}]));
 }
 
 function learning({ rounds, run, running, rounds_done: done, rounds_wanted: wanted }, last, failed) {
@@ -87,20 +98,19 @@ function learning({ rounds, run, running, rounds_done: done, rounds_wanted: want
 /** A line through the rounds that have a value; axis labels are the least and largest of them. */
 function line(id, rounds, value) {
   const points = rounds.map((each) => [each.round, value(each)]).filter(([, y]) => Number.isFinite(y));
-  const [width, height, left, edge] = [600, 180, 52, 14];
   if (!points.length) return byId(id).replaceChildren();
   const [first, last] = [points[0][0], points.at(-1)[0]];
   const low = Math.min(...points.map(([, y]) => y));
   const high = Math.max(...points.map(([, y]) => y), low + 1e-9);
-  const x = (round) => left + ((width - left - edge) * (round - first)) / Math.max(1, last - first);
-  const y = (number) => height - 24 - ((height - 24 - edge) * (number - low)) / (high - low);
+  const x = (round) => LEFT + ((WIDTH - LEFT - EDGE) * (round - first)) / Math.max(1, last - first);
+  const y = (number) => HEIGHT - 24 - ((HEIGHT - 24 - EDGE) * (number - low)) / (high - low);
   const path = points.map(([round, number]) => `${x(round).toFixed(1)},${y(number).toFixed(1)}`).join(" ");
   const marks = high - low > 1e-6 ? [low, (low + high) / 2, high] : [low];
   const when = (round) => `round ${round}${ended(rounds, round)}`;
   byId(id).replaceChildren(
-    ...marks.flatMap((mark) => [axis(width, y(mark)), text(left - 6, y(mark) + 4, "end", mark.toFixed(3))]),
-    text(left, height - 8, "start", when(first)),
-    ...(last > first ? [text(width - edge, height - 8, "end", when(last))] : []),
+    ...marks.flatMap((mark) => [axis(y(mark)), text(LEFT - 6, y(mark) + 4, "end", mark.toFixed(3))]),
+    text(LEFT, HEIGHT - 8, "start", when(first)),
+    ...(last > first ? [text(WIDTH - EDGE, HEIGHT - 8, "end", when(last))] : []),
     drawn("polyline", { points: path, class: "line" }),
     ...points.map(([round, number]) =>
       drawn("ellipse", { cx: x(round), cy: y(number), rx: 3, ry: 3, class: "point" }, drawn("title", {}, `round ${round}: ${number.toFixed(3)}`)),
@@ -108,31 +118,30 @@ function line(id, rounds, value) {
   );
 }
 
-const axis = (width, y) => drawn("line", { x1: 52, x2: width - 14, y1: y, y2: y, class: "axis" });
+const axis = (y) => drawn("line", { x1: LEFT, x2: WIDTH - EDGE, y1: y, y2: y, class: "axis" });
 const ended = (rounds, round) => {
   const time = rounds.find((each) => each.round === round)?.ended;
   return time ? ` · ${minute(time).slice(5)}` : "";
 };
 
 function bars(id, rounds) {
-  const [width, height, left, edge] = [600, 180, 52, 14];
   const most = Math.max(1, ...rounds.map((each) => total(each.dropouts)));
-  const slot = (width - left - edge) / Math.max(1, rounds.length);
-  const scale = (height - 24 - edge) / most;
+  const slot = (WIDTH - LEFT - EDGE) / Math.max(1, rounds.length);
+  const scale = (HEIGHT - 24 - EDGE) / most;
   const parts = rounds.flatMap((each, index) => {
-    let top = height - 24;
+    let top = HEIGHT - 24;
     return STEPS.filter((step) => each.dropouts[step]).map((step) => {
       const tall = each.dropouts[step] * scale;
       top -= tall;
-      const place = { x: left + index * slot + slot * 0.1, y: top, width: slot * 0.8, height: tall };
+      const place = { x: LEFT + index * slot + slot * 0.1, y: top, width: slot * 0.8, height: tall };
       return drawn("rect", { ...place, class: `step-${step}` }, drawn("title", {}, `round ${each.round}: ${each.dropouts[step]} at ${step}`));
     });
   });
-  const marks = parts.length ? [text(left - 6, edge + 4, "end", String(most)), text(left - 6, height - 20, "end", "0")] : [];
+  const marks = parts.length ? [text(LEFT - 6, EDGE + 4, "end", String(most)), text(LEFT - 6, HEIGHT - 20, "end", "0")] : [];
   const [first, last] = [rounds[0], rounds.at(-1)].map((each) => each && `round ${each.round}`);
-  if (first) marks.push(text(left, height - 8, "start", first));
-  if (last !== first) marks.push(text(width - edge, height - 8, "end", last));
-  byId(id).replaceChildren(axis(width, height - 24), ...marks, ...parts);
+  if (first) marks.push(text(LEFT, HEIGHT - 8, "start", first));
+  if (last !== first) marks.push(text(WIDTH - EDGE, HEIGHT - 8, "end", last));
+  byId(id).replaceChildren(axis(HEIGHT - 24), ...marks, ...parts);
   const seen = STEPS.filter((step) => rounds.some((each) => each.dropouts[step]));
   byId("legend").replaceChildren(...(seen.length ? seen.map((step) => element("span", { class: `key step-${step}` }, step)) : [": none"]));
 }
@@ -190,7 +199,7 @@ function channels({ channels: found, problem }) {
   if (JSON.stringify(found) === shownChannels) return; // what somebody opened stays open
   shownChannels = JSON.stringify(found);
   const row = ([name, one]) => {
-    if (!one) return [name, "none", "–", "–", "–", "–", "–", "–"];
+    if (!one) return [name, "none", ...HEADS.channels.slice(2).map(() => "–")];
     const adapters = Object.entries(one.adapters).map(([adapter, version]) => `${adapter} ${version}`).join(", ");
     return [one.protected ? `${name} (protected)` : name, one.release, adapters, audience(one), minute(one.since), origin(one), gates(one), evaluation(one)];
   };
