@@ -51,7 +51,7 @@ WRITE = """(async (prompts) => {
   return found;
 })"""
 CHOOSE = """(async ({ gpu, provider, adapter }) => {
-  const { choose } = await import('/provider.js');
+  const { choose } = await import('/runtime.js');
   const released = [];
   const info = { vendor: 'acme', architecture: 'x1', isFallbackAdapter: false, ...adapter };
   Object.defineProperty(navigator, 'gpu', {

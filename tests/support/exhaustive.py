@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PASSED = ROOT / "tests" / "exhaustive.json"
 EXPORTER = ("edgeadapt/bases", "edgeadapt/methods", "export/causal", "export/onnx")
-WEBGPU = tuple(f"client/browser/page/{name}.js" for name in ("engine", "learning/trainer", "provider", "runtime"))
+WEBGPU = tuple(f"client/browser/page/{name}.js" for name in ("engine", "learning/trainer", "runtime"))
 SOURCES = {  # file of tests → what its cases depend on, besides itself
     "tests/attacks/test_29_files_that_never_end.py": (
         *("client/cli", "client/inference", "client/node", "coordinator/cli"),

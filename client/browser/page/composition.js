@@ -1,7 +1,7 @@
 // Several adapters as one: how people write it, and its tensors, by the rules of client/inference/library.py.
 
 import { ConfigError, quoted } from "./errors.js";
-import { REPLACED, SCALES, VIRTUAL, hasColumns, hasRows, isVirtual, vectorKind } from "./graphinputs.js";
+import { REPLACED, SCALES, VIRTUAL, hasColumns, hasRows, isVirtual, turned, vectorKind } from "./graphinputs.js";
 import { checkName } from "./manifests.js";
 
 const MAX_WEIGHT = 16; // a larger multiple of an adapter's update is noise
@@ -103,20 +103,7 @@ function composed(name, tensors, weights) {
 }
 
 /** Matrices of as many rows, [in, rankᵢ], as one of [in, Σ rankᵢ]. */
-function sideBySide(tensors) {
-  const rows = tensors[0].shape[0];
-  const columns = tensors.reduce((sum, { shape }) => sum + shape[1], 0);
-  const values = new Float32Array(rows * columns);
-  let left = 0;
-  for (const { shape, values: part } of tensors) {
-    const width = shape[1];
-    for (let row = 0; row < rows; row++) {
-      values.set(part.subarray(row * width, (row + 1) * width), row * columns + left);
-    }
-    left += width;
-  }
-  return { shape: [rows, columns], values };
-}
+const sideBySide = (tensors) => turned(stacked(tensors.map(turned), tensors.map(() => 1)));
 
 /** Matrices of as many columns, [rankᵢ, out], each times its weight, as one of [Σ rankᵢ, out]. */
 function stacked(tensors, weights) {

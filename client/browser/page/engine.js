@@ -9,7 +9,6 @@ import { virtualTokens } from "./graphinputs.js";
 import { History } from "./learning/history.js";
 import { probabilities } from "./learning/descent.js";
 import { checkCombination, judged, policyOf } from "./policy.js";
-import { choose, fixedTexts } from "./provider.js";
 import * as runtime from "./runtime.js";
 import { readerOf } from "./text.js";
 import { LOWER, MODEL, TOKENIZER, TRAINING, Trust, WEIGHTS } from "./trust.js";
@@ -33,7 +32,7 @@ export class Engine {
   }
 
   /** Verify the base of `source` with the keys of `pem`, and load it. No adapter is in use yet. `progress` is called as by `Trust.base`,
-   * and with { starting: true } when the files are verified. `provider` as in `choose`; `runsOn` says which it is. `store` as of
+   * and with { starting: true } when the files are verified. `provider` as in `runtime.choose`; `runsOn` says which it is. `store` as of
    * `Trust.open`. Throws TrustError: no pinned key signed it. DataError: a file is missing or cannot be loaded. Or as `choose`. */
   static async open(source, pem, progress = () => {}, provider = undefined, store = undefined) {
     const trust = await Trust.open(pem, store);
@@ -41,7 +40,7 @@ export class Engine {
     progress({ starting: true });
     return translated(async () => {
       const text = readerOf(files.get(TOKENIZER), files.get("tokenizer_config.json"));
-      const { opened: { session, generation }, runsOn } = await choose((gpu) => loaded(base, files, text, gpu), provider);
+      const { opened: { session, generation }, runsOn } = await runtime.choose((gpu) => loaded(base, files, text, gpu), provider);
       return new Engine({ source, trust, base, policy: policyOf(files), text, session, generation, runsOn, provider });
     }, ({ message }) => new DataError(`this page cannot read the base's tokenizer or settings: ${message}`, TOKENIZER));
   }
@@ -118,7 +117,7 @@ export class Engine {
       }
     };
     if (this.#trainsOnGpu !== undefined) return opened(this.#trainsOnGpu);
-    const found = await choose(opened, this.provider);
+    const found = await runtime.choose(opened, this.provider);
     this.#trainsOnGpu = found.gpu;
     return found.opened;
   }
@@ -215,7 +214,7 @@ async function loaded({ task, slots }, files, text, gpu) {
   const generation = generates ? new Generation(session, text, files) : null;
   const feeds = runtime.adapterFeeds(runtime.probeAdapter(slots));
   const logits = async (rows) => (await runtime.run(session, { ...runtime.padded(rows), ...feeds })).logits.data;
-  const texts = fixedTexts(text);
+  const texts = runtime.fixedTexts(text);
   const classified = async () => [await logits(texts.slice(0, 2)), await logits(texts)];
   return { session, generation, probe: generates ? () => generation.probe(feeds) : classified };
 }

@@ -74,15 +74,14 @@ function sizeOf(text, size, sizes) {
 export function fromPeft(tensors) {
   const odd = [...tensors.keys()].find((name) => !name.startsWith(PEFT_PREFIX));
   if (odd !== undefined) throw new DataError(`tensor ${quoted(odd)} has not a name that peft gives`, odd);
-  return new Map([...tensors].map(([name, tensor]) => [name.slice(PEFT_PREFIX.length), turned(name, tensor)]));
+  const own = [...tensors].map(([name, tensor]) => [name.slice(PEFT_PREFIX.length), tensor]);
+  return new Map(own.map(([name, tensor]) => [name, toPeft(name, tensor)]));
 }
 
-/** A tensor as peft has it, from that of `fromPeft`. */
-export const toPeft = (name, tensor) => turned(name, tensor);
+/** A tensor as peft has it, from that of a graph input, or the other way round. */
+export const toPeft = (name, tensor) => (isLora(name) && tensor.shape.length === 2 ? turned(tensor) : tensor);
 
-function turned(name, { shape, values }) {
-  return isLora(name) && shape.length === 2 ? { shape: shape.toReversed(), values: transposed(values, shape) } : { shape, values };
-}
+export const turned = ({ shape, values }) => ({ shape: shape.toReversed(), values: transposed(values, shape) });
 
 /** SHA-256 of names and shapes as peft has them, in order (edgeadapt/formats/layout.py). */
 export async function layoutDigest(inputs) {

@@ -3,11 +3,12 @@
 // the request instead of the authority can have no other key certified.
 
 import { Root } from "./aggregation/certificates.js";
+import { privateKey } from "./aggregation/masks.js";
 import { DEVICE_ID, MAX_CERTIFICATE, signature } from "./aggregation/messages.js";
 import { conversation } from "./aggregation/websocket.js";
 import { blob, decode, encode, fixed, record, text } from "./aggregation/wire.js";
-import { concat, digest, encode as utf8, equal, unbase64, unbase64url, unhex } from "./bytes.js";
-import { ConfigError, EdgeAdaptError, ProtocolError, TrustError } from "./errors.js";
+import { concat, digest, encode as utf8, equal, unbase64, unbase64url } from "./bytes.js";
+import { ConfigError, EdgeAdaptError, TrustError } from "./errors.js";
 import { requireStrong } from "./keys.js";
 
 const PREFIX = "edgeadapt2.";
@@ -24,7 +25,6 @@ const INVITATION = record({
 });
 const ENROLMENT = record({ invited: fixed(32), signature: fixed(64), request: blob(8192) });
 const RENEWAL = record({ certificate: blob(MAX_CERTIFICATE), signature: fixed(64) });
-const PKCS8 = unhex("302e020100300506032b657004220420"); // RFC 8410, section 7: everything before the 32 bytes of the key
 const PATIENCE = 30_000; // milliseconds
 const [INVALID, VIOLATION, LATER] = [1007, 1008, 1013]; // close codes
 
@@ -71,8 +71,7 @@ function answered({ certificate, code, reason }, next) {
 /** The key of an invitation: its seed is SHA-256 of the secret after a tag. */
 async function keyOf(secret) {
   const seed = await digest(concat(utf8("edgeadapt/invitation\0"), secret));
-  const algorithm = { name: "Ed25519" };
-  const key = await crypto.subtle.importKey("pkcs8", concat(PKCS8, seed), algorithm, true, ["sign"]);
+  const key = await privateKey(seed, "Ed25519", ["sign"], true);
   const { x } = await crypto.subtle.exportKey("jwk", key); // WebCrypto gives the public half in no other way
   return { key, invited: unbase64url(x) };
 }

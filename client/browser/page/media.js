@@ -1,9 +1,17 @@
-// Files as texts, as edgeadapt/bases/media.py: a data URI of a small file, whose tokens are its pixels or samples.
+// Files as texts, as edgeadapt/bases/media.py, pictures.py and sounds.py: a data URI of a small file, whose tokens are its pixels or the
+// samples of a WAV file of 16 bits. Pictures are reduced or enlarged as Pillow does it (bilinear, across and then down), to the same numbers.
 
 import { DataError, translated } from "./errors.js";
 
 const MAX_MEDIUM = 2 ** 18; // characters
 const MAX_KEPT = 2 ** 26; // bytes of decoded files in memory
+const PICTURE = { noun: "picture", kinds: "PNG, JPEG or WebP", uri: /^data:image\/(png|jpeg|webp);base64,/ };
+const MOST_SEEN = 1024; // pixels of a side
+const ONE = 2 ** 22; // Pillow's weights are whole numbers of it
+const SOUND = { noun: "sound", kinds: "WAV, FLAC, Ogg or MP3", uri: /^data:audio\/wav;base64,/ };
+const HEADER = 44; // bytes of a WAV file
+export const RATE = 16_000; // samples a second of what a file becomes
+export const SECONDS = 5; // of it, at most
 
 /** The most characters of a text, which may be a file, if it has at most `most` else. */
 export const longest = (text, most) => (/^data:(image|audio)\//.test(text) ? MAX_MEDIUM : most);
@@ -65,4 +73,135 @@ export class Files {
     const binary = translated(() => atob(text.slice(text.indexOf(",") + 1)), () => new DataError(`the ${noun} is not in base64`, noun));
     return this.decoded(Uint8Array.from(binary, (char) => char.charCodeAt(0)));
   }
+}
+
+export class Pixels extends Files {
+  constructor({ model: { height, width, channels } }) {
+    const sizes = [height, width].every((size) => size > 0 && size <= MOST_SEEN) && [1, 3].includes(channels);
+    const stated = Files.stated(PICTURE.noun, { height, width, channels }, sizes);
+    super(PICTURE, height * width * channels);
+    Object.assign(this, stated);
+  }
+
+  async decoded(bytes) {
+    if (typeof createImageBitmap !== "function") throw new DataError("this runtime decodes no pictures: use a browser", "picture");
+    const image = await createImageBitmap(new Blob([bytes]), { colorSpaceConversion: "none" }).catch(() => {
+      throw new DataError("the picture is damaged, or neither PNG, JPEG nor WebP", "picture");
+    });
+    const { width, height } = image;
+    if (width * height > MOST_SEEN ** 2) throw new DataError(`the picture has ${width} x ${height} pixels: reduce it`, "picture");
+    const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+    context.drawImage(image, 0, 0);
+    return this.#fitted(context.getImageData(0, 0, width, height).data, width, height);
+  }
+
+  #fitted(rgba, width, height) {
+    const bands = this.channels === 1 ? [grey(rgba)] : [0, 1, 2].map((band) => rgba.filter((_, i) => i % 4 === band));
+    const ratio = this.width / this.height;
+    const [across, down] = width / height >= ratio ? [ratio * height, height] : [width, width / ratio];
+    const columns = weights(width, (width - across) / 2, (width - across) / 2 + across, this.width);
+    const rows = weights(height, (height - down) / 2, (height - down) / 2 + down, this.height);
+    const pixels = new Uint8Array(this.limit);
+    bands.forEach((values, band) => {
+      const narrow = resized(values, columns, height, (x, y) => y * width + x, (x, y) => y * this.width + x);
+      const small = resized(narrow, rows, this.width, (y, x) => y * this.width + x, (y, x) => y * this.width + x);
+      small.forEach((value, i) => (pixels[i * this.channels + band] = value));
+    });
+    return pixels;
+  }
+}
+
+const grey = (rgba) =>
+  Uint8Array.from({ length: rgba.length / 4 }, (_, i) => (19595 * rgba[4 * i] + 38470 * rgba[4 * i + 1] + 7471 * rgba[4 * i + 2] + 32768) >> 16);
+
+/** What each of `count` pixels is made of: [{ from, of }], the first one that is read, and the weight of each; none if nothing changes. */
+function weights(size, begin, end, count) {
+  const [first, last] = [begin, end].map(Math.fround); // Pillow's are single
+  if (!first && last === size && count === size) return null;
+  const scale = Math.fround(last - first) / count;
+  const support = Math.max(scale, 1);
+  return Array.from({ length: count }, (_, at) => {
+    const center = first + (at + 0.5) * scale;
+    const from = Math.max(0, Math.trunc(center - support + 0.5));
+    const beyond = Math.min(size, Math.trunc(center + support + 0.5));
+    const near = Array.from({ length: beyond - from }, (_, i) => Math.max(0, 1 - Math.abs((from + i - center + 0.5) * (1 / support))));
+    const share = 1 / near.reduce((total, each) => total + each, 0);
+    return { from, of: near.map((each) => Math.trunc(each * share * ONE + 0.5)) };
+  });
+}
+
+/** Values in another number along one side; `read` and `write` are the places of (along, across). */
+function resized(values, along, across, read, write) {
+  if (!along) return values;
+  const result = new Uint8Array(along.length * across);
+  along.forEach(({ from, of }, at) => {
+    for (let other = 0; other < across; other++) {
+      const sum = of.reduce((total, weight, i) => total + weight * values[read(from + i, other)], ONE / 2);
+      result[write(at, other)] = Math.min(255, Math.floor(sum / ONE));
+    }
+  });
+  return result;
+}
+
+/** The loudest of the parts of `length` samples, the first of them; all if they are no more. */
+export function loudest(samples, length, channels = 1) {
+  const moments = samples.length / channels;
+  if (moments <= length) return samples;
+  const energy = (moment) => {
+    let sum = 0;
+    for (let at = moment * channels; at < (moment + 1) * channels; at++) sum += samples[at] ** 2;
+    return sum;
+  };
+  let [sum, most, begin] = [0, -1, 0];
+  for (let moment = 0; moment < moments; moment++) {
+    sum += energy(moment) - (moment < length ? 0 : energy(moment - length));
+    if (moment >= length - 1 && sum > most) [most, begin] = [sum, moment - length + 1];
+  }
+  return samples.subarray(begin * channels, (begin + length) * channels);
+}
+
+/** A sound of samples, an Int16Array. */
+export function signal(samples, rate, channels = 1) {
+  const content = new Uint8Array(HEADER + 2 * samples.length);
+  content.set(header(rate, channels, 2 * samples.length));
+  const view = new DataView(content.buffer);
+  samples.forEach((sample, at) => view.setInt16(HEADER + 2 * at, sample, true));
+  const parts = Array.from({ length: Math.ceil(content.length / 2 ** 13) }, (_, at) => content.subarray(at * 2 ** 13, (at + 1) * 2 ** 13));
+  return `data:audio/wav;base64,${btoa(parts.map((part) => String.fromCharCode(...part)).join(""))}`;
+}
+
+export class Samples extends Files {
+  constructor({ model: { rate, length, channels } }) {
+    const sound = Math.min(rate, length, channels) >= 1 && rate <= 48_000 && length <= 2 ** 17 && channels <= 64;
+    const stated = Files.stated(SOUND.noun, { rate, length, channels }, sound);
+    super(SOUND, length * channels);
+    Object.assign(this, stated, { span: length });
+  }
+
+  decoded(bytes) {
+    const { rate, span, channels } = this;
+    const size = bytes.length - HEADER;
+    if (size < 2 * channels || size % (2 * channels) || String.fromCharCode(...bytes.subarray(0, 4)) !== "RIFF") {
+      throw new DataError("the sound is damaged: make it again from its file", "sound");
+    }
+    if (!header(rate, channels, size).every((byte, at) => byte === bytes[at])) {
+      throw new DataError(`this base hears ${channels} channels at ${rate} Hz with 16 bits: convert the sound`, "sound");
+    }
+    const view = new DataView(bytes.buffer);
+    const samples = Int16Array.from({ length: size / 2 }, (_, at) => view.getInt16(HEADER + 2 * at, true));
+    const part = loudest(samples, span, channels);
+    const whole = new Int16Array(span * channels);
+    whole.set(part, channels * Math.floor((span - part.length / channels) / 2));
+    return whole;
+  }
+}
+
+/** The one header that a sound has: PCM of `size` bytes. */
+function header(rate, channels, size) {
+  const view = new DataView(new ArrayBuffer(HEADER));
+  const each = 2 * channels;
+  ["RIFF", "WAVE", "fmt ", "data"].forEach((name, at) => [...name].forEach((char, i) => view.setUint8([0, 8, 12, 36][at] + i, char.charCodeAt(0))));
+  for (const [at, number] of [[4, size + 36], [16, 16], [24, rate], [28, rate * each], [40, size]]) view.setUint32(at, number, true);
+  for (const [at, number] of [[20, 1], [22, channels], [32, each], [34, 16]]) view.setUint16(at, number, true);
+  return new Uint8Array(view.buffer);
 }

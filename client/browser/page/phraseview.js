@@ -2,7 +2,7 @@
 // sound of a file or the microphone. The last two take the place of the phrase as texts (media.js).
 
 import { attempt, breakable, complain, create, element, leftOut, onSubmit, said, settle, words } from "./dom.js";
-import { RATE, SECONDS, loudest, signal } from "./samples.js";
+import { RATE, SECONDS, loudest, signal } from "./media.js";
 
 const TOP = 5;
 const SIDE = 256; // pixels of a picture's longer side, as edgeadapt/bases/pictures.py

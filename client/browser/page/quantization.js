@@ -1,7 +1,7 @@
 // How an adapter file stores numbers: the reading half of edgeadapt/formats/quantization.py.
 
 import { DataError, quoted } from "./errors.js";
-import { hasColumns, isVirtual, vectorKind } from "./graphinputs.js";
+import { hasColumns, isVirtual, turned, vectorKind } from "./graphinputs.js";
 import * as numbers from "./numbers.js";
 import { product } from "./numbers.js";
 
@@ -49,7 +49,7 @@ function fourBits(name, tensor, stored) {
   const values = numbers.int4(tensor, scales);
   if (!hasColumns(name)) return { shape, values };
   if (shape.length !== 2) throw new DataError(`tensor ${quoted(name)} is not a matrix`, name);
-  return { shape: [...shape].reverse(), values: numbers.transposed(values, shape) };
+  return turned({ shape, values });
 }
 
 function checkedScales(name, stored, { type, shape, sound }) {

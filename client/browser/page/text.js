@@ -2,8 +2,7 @@
 
 import { decode } from "./bytes.js";
 import { DataError, quoted } from "./errors.js";
-import { Pixels } from "./pixels.js";
-import { Samples } from "./samples.js";
+import { Pixels, Samples } from "./media.js";
 import { Tokenizer } from "./vendor/tokenizers/tokenizers.min.mjs";
 
 const MAX_TEXT = 2 ** 16; // characters, as client/inference/text.py

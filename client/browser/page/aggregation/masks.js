@@ -46,9 +46,9 @@ export function requirePublicKey(raw) {
   if (SMALL_ORDER.includes(point)) throw new ProtocolError("an X25519 key is of small order", "x25519.order");
 }
 
-/** 32 private bytes as an Ed25519 or X25519 key that cannot be exported. */
-export function privateKey(raw, name, usages) {
-  return crypto.subtle.importKey("pkcs8", concat(PKCS8[name], raw), name, false, usages);
+/** 32 private bytes as an Ed25519 or X25519 key. */
+export function privateKey(raw, name, usages, extractable = false) {
+  return crypto.subtle.importKey("pkcs8", concat(PKCS8[name], raw), name, extractable, usages);
 }
 
 export const exchangeKey = (raw) => privateKey(raw, "X25519", ["deriveBits", "deriveKey"]);

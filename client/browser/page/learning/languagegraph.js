@@ -3,7 +3,6 @@
 
 import { encode } from "../bytes.js";
 import { ConfigError, DataError, quoted } from "../errors.js";
-import { fixedTexts } from "../provider.js";
 import * as runtime from "../runtime.js";
 import { parts } from "./descent.js";
 import { SlotGraph, TOKENS_AT_ONCE } from "./slotgraph.js";
@@ -43,7 +42,7 @@ export class LanguageGraphTrainer extends SlotGraph {
   }
 
   probes() {
-    return fixedTexts(this.engine.generation).map((ids) => ({ ids, first: 2, size: ids.length - 2, share: 0.5 }));
+    return runtime.fixedTexts(this.engine.generation).map((ids) => ({ ids, first: 2, size: ids.length - 2, share: 0.5 }));
   }
 
   /** The sum of each example's mean cross-entropy a learned token, in nats, times its share, and the gradient by each value: { loss,

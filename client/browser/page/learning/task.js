@@ -73,8 +73,12 @@ export function decodeTask(raw) {
   const odd = () => refuse("task: it is not a JSON object", "task");
   const found = translated(() => parse(raw), odd);
   if (!isObject(found)) odd();
-  if (isAnalytic(found)) return analyticTask(found);
-  if (isEvaluation(found)) return evaluationTask(found);
+  if (isAnalytic(found)) return classifying(found, ANALYTIC, "a language model has no analytic head");
+  if (isEvaluation(found)) {
+    classifying(found, EVALUATION, "a language model gives no right answers");
+    if (found.newest === found.previous) refuse("the task compares a release with itself", "task.newest");
+    return found;
+  }
   if (["histograms", "cells"].some((name) => Object.hasOwn(found, name)))
     refuse("this device contributes no observations", "task.observations");
   requireFields(found, TASK);
@@ -111,16 +115,9 @@ function requireFields(found, fields) {
   if (field) refuse(`task.${field}: it ${why}`, `task.${field}`);
 }
 
-function analyticTask(found) {
-  requireFields(found, ANALYTIC);
-  if (!found.labels.length) refuse("a language model has no analytic head", "task.labels");
-  return found;
-}
-
-function evaluationTask(found) {
-  requireFields(found, EVALUATION);
-  if (!found.labels.length) refuse("a language model gives no right answers", "task.labels");
-  if (found.newest === found.previous) refuse("the task compares a release with itself", "task.newest");
+function classifying(found, fields, otherwise) {
+  requireFields(found, fields);
+  if (!found.labels.length) refuse(otherwise, "task.labels");
   return found;
 }
 

@@ -3,7 +3,6 @@
 import { byCodePoint } from "../bytes.js";
 import { ConfigError, quoted } from "../errors.js";
 import { isHead } from "../graphinputs.js";
-import { fixedTexts } from "../provider.js";
 import * as runtime from "../runtime.js";
 import { parts } from "./descent.js";
 import { SlotGraph, TOKENS_AT_ONCE } from "./slotgraph.js";
@@ -37,7 +36,7 @@ export class GraphTrainer extends SlotGraph {
   }
 
   probes() {
-    return fixedTexts(this.engine.text).map((ids) => ({ ids, target: 0, share: 0.5 }));
+    return runtime.fixedTexts(this.engine.text).map((ids) => ({ ids, target: 0, share: 0.5 }));
   }
 
   tokens(text) {
