@@ -47,7 +47,7 @@ OLDER = """(async () => {
   const found = await new Identity("base").load();
   const signed = await crypto.subtle.sign("Ed25519", found.pair.privateKey, new Uint8Array(9));
   const holds = await crypto.subtle.verify("Ed25519", pair.publicKey, signed, new Uint8Array(9));
-  return [found.device, holds, await transact(LEARNED, "readonly", (store) => store.count())];
+  return [found.device, holds, await transact(LEARNED, ["base"])];
 })()"""
 
 ACCOUNTS = """(async () => {
@@ -55,7 +55,7 @@ ACCOUNTS = """(async () => {
   const [{ Identity }, { EMPTY }, { NOTHING }, { IDENTITIES, transact }, { takePart }] = await Promise.all(
     modules.map((name) => import(`/${name}.js`)),
   );
-  const put = (record, key) => transact(IDENTITIES, "readwrite", (store) => store.put(record, key));
+  const put = (record, key) => transact(IDENTITIES, [], () => [[key, record]]);
   const spent = (each, noisy) => ({ ...EMPTY, settled: { curve: NOTHING.curve.map(() => each), draws: noisy }, noisy });
   const [one, other] = [new Identity("one"), new Identity("other")];
   for (const key of ["one", "other"]) await put({ device: "tab", pair: {} }, key);
@@ -73,11 +73,9 @@ ACCOUNTS = """(async () => {
   const asked = { identity: other, examples: [{ text: "", label: "", split: "train" }], minimum: 1 };
   found.another = await navigator.locks.request("edgeadapt/participation", () => takePart(asked).catch(refused));
   found.damaged = [];
-  const keys = await transact(IDENTITIES, "readonly", (store) => store.getAllKeys());
-  const account = keys.find((key) => key !== "one");
   const [lost, negative] = [{ ...privacy, settled: null }, { ...privacy, noisy: -1 }];
   for (const damage of [{ privacy: lost }, { privacy: negative }, { maximum_epsilon: NaN }]) {
-    await put({ privacy, maximum_epsilon: 1, ...damage }, account);
+    await put({ privacy, maximum_epsilon: 1, ...damage }, "account");
     found.damaged.push(await one.load().catch(refused));
   }
   return found;
@@ -219,13 +217,12 @@ REDEEM = """(async (place, token, url) => {
 })"""
 CHANGE = """(async (place, changes) => {
   const { IDENTITIES, transact } = await import("/storage.js");
-  const record = await transact(IDENTITIES, "readonly", (store) => store.get(place));
-  await transact(IDENTITIES, "readwrite", (store) => store.put({ ...record, ...changes }, place));
+  await transact(IDENTITIES, [place], (record) => [[place, { ...record, ...changes }]]);
 })"""
 REDEEMED = """(async (place) => {
   const { IDENTITIES, transact } = await import("/storage.js");
   const result = await redeemed;
-  const { rounds, certificate } = await transact(IDENTITIES, "readonly", (store) => store.get(place));
+  const [{ rounds, certificate }] = await transact(IDENTITIES, [place]);
   return [result, rounds, certificate.length > 1];
 })"""
 
@@ -341,7 +338,7 @@ def test_an_identity_survives_a_newer_version_of_the_database(page: Any, url: st
     """That of an older page had fewer stores."""
     page.call("Page.navigate", url=f"{url}trust.pem")  # the application itself would open the database first
     page.until("location.pathname === '/trust.pem' && document.readyState === 'complete'")
-    assert page.evaluate(OLDER) == ["tab", True, 0]
+    assert page.evaluate(OLDER) == ["tab", True, [None]]
 
 
 def test_what_a_browser_revealed_stays_counted_for_every_base_and_when_an_identity_is_forgotten(

@@ -155,8 +155,11 @@ SPENT = (
 )
 NOISY = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 1.0}
 KEPT = """(async () => {
-  const { IDENTITIES, transact } = await import("/storage.js");
-  const { parts } = (await transact(IDENTITIES, "readonly", (store) => store.getAll())).find((one) => one.parts);
+  const done = (request) => new Promise((resolve) => (request.onsuccess = () => resolve(request.result)));
+  const database = await done(indexedDB.open("edgeadapt"));
+  const records = await done(database.transaction("identities").objectStore("identities").getAll());
+  database.close();
+  const { parts } = records.find((one) => one.parts);
   return [[...parts.values.keys()].sort(), parts.ever];
 })()"""  # names of the tensors that a tab does not share, and the parts that it never will
 LIMITED = {"maximum_epsilon": 90, "minimum_noise_multiplier": 0.2}

@@ -45,41 +45,30 @@ export class Identity {
   /** The record, with the fields of the account; undefined without one. Throws ConfigError: the browser does not store. TrustError: the
    * account is damaged. */
   async load() {
-    let account;
-    const found = await this.store.transact(IDENTITIES, "readonly", (store) => {
-      account = store.get(ACCOUNT);
-      return store.get(this.place);
-    });
-    const own = requireAccount(account.result ?? UNSPENT);
+    const [found, account = UNSPENT] = await this.store.transact(IDENTITIES, [this.place, ACCOUNT]);
+    const own = requireAccount(account);
     return found && { ...FRESH, ...found, ...own }; // an older page wrote fewer fields
   }
 
   /** Replace the record and the account together. Throws ConfigError: they cannot be stored; those before stay. */
   async save({ privacy, maximum_epsilon, ...record }) {
-    const rounds = record.rounds.slice(0, MAX_ROUNDS);
-    await this.store.transact(IDENTITIES, "readwrite", (store) => {
-      store.put({ privacy, maximum_epsilon }, ACCOUNT);
-      return store.put({ ...record, rounds }, this.place);
-    });
+    const own = { ...record, rounds: record.rounds.slice(0, MAX_ROUNDS) };
+    await this.store.transact(IDENTITIES, [], () => [[ACCOUNT, { privacy, maximum_epsilon }], [this.place, own]]);
   }
 
   /** Whether `change` made another record of the one that is stored now, in the same transaction. Throws as `save`. */
   async #change(change) {
     let next;
-    await this.store.transact(IDENTITIES, "readwrite", (store) => {
-      const request = store.get(this.place);
-      request.onsuccess = () => {
-        next = change(request.result);
-        if (next) store.put(next, this.place);
-      };
-      return request;
+    await this.store.transact(IDENTITIES, [this.place], (now) => {
+      next = change(now);
+      return next ? [[this.place, next]] : [];
     });
     return Boolean(next);
   }
 
   /** Delete the key and all that belongs to it. The account of what was revealed stays. */
   async forget() {
-    await this.store.transact(IDENTITIES, "readwrite", (store) => store.delete(this.place));
+    await this.store.transact(IDENTITIES, [], () => [[this.place, undefined]]);
   }
 
   /** Make a key and a request for its certificate, and pin the authority's certificate and the coordinator's key, both PEM. Throws

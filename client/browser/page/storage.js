@@ -11,16 +11,22 @@ export const IDENTITIES = "identities"; // of this browser as a device (identity
 export const LEARNED = "learned"; // what a person taught (learning/history.js)
 const STORES = [VERSIONS, IDENTITIES, LEARNED];
 
-/** The result of the request that `ask` makes of a store, after its transaction is done. Throws ConfigError: the browser does not store
- * it, as with a full disk, or with storage that is not allowed. */
-export function transact(store, mode, ask) {
+/** The records of a store at `keys`, undefined where there is none. `change`, if there is one, is called with them, and returns what to put
+ * at which keys in the same transaction, [[key, record]]; undefined deletes. Throws ConfigError: the browser does not store it, as with a
+ * full disk, or with storage that is not allowed. */
+export function transact(store, keys, change) {
   return translated(async () => {
     const database = await opened();
     try {
-      const transaction = database.transaction(store, mode, { durability: "strict" });
-      const request = ask(transaction.objectStore(store));
+      const transaction = database.transaction(store, change ? "readwrite" : "readonly", { durability: "strict" });
+      const records = transaction.objectStore(store);
+      const requests = keys.map((key) => records.get(key));
+      const found = () => requests.map(({ result }) => result);
+      const work = () => change?.(...found()).forEach(([key, record]) => (record === undefined ? records.delete(key) : records.put(record, key)));
+      if (requests.length) requests.at(-1).onsuccess = work;
+      else work();
       await settled(transaction, "oncomplete", "onabort", "onerror");
-      return request.result;
+      return found();
     } finally {
       database.close();
     }
@@ -65,25 +71,22 @@ export class Store {
     this.#records.set(store, records);
   }
 
-  transact(store, mode, ask) {
-    const found = this.#last.then(() => this.#transact(store, mode, ask));
+  transact(store, keys, change) {
+    const found = this.#last.then(() => this.#transact(store, keys, change));
     this.#last = found.catch(() => {});
     return found;
   }
 
-  #transact(store, mode, ask) {
+  #transact(store, keys, change) {
     return translated(async () => {
       const records = new Map(await this.read(store));
-      const requests = [];
-      const asked = (result) => requests[requests.push({ result: structuredClone(result) }) - 1];
-      const request = ask({
-        get: (key) => asked(records.get(key)),
-        put: (value, key) => asked(records.set(key, structuredClone(value)) && key),
-        delete: (key) => asked(void records.delete(key)),
-      });
-      for (const each of requests) each.onsuccess?.(); // which may ask for more
-      if (mode === "readwrite") await this.write(store, records);
-      return request.result;
+      const found = keys.map((key) => structuredClone(records.get(key)));
+      for (const [key, record] of change?.(...found) ?? []) {
+        if (record === undefined) records.delete(key);
+        else records.set(key, structuredClone(record));
+      }
+      if (change) await this.write(store, records);
+      return found;
     }, (error) => new ConfigError(`the store of this app does not keep ${store} (${error}); make room, or repair it`, store));
   }
 

@@ -185,11 +185,9 @@ class SeenVersions {
     const { name, version } = manifest;
     const content = contentOf(manifest);
     const place = this.#place(manifest);
-    const seen = await this.store.transact(VERSIONS, "readwrite", (store) => {
-      const request = store.get(place); // in one transaction, so that another tab's higher version stays
-      request.onsuccess = () => (request.result?.version >= version ? null : store.put({ version, content }, place));
-      return request;
-    });
+    // In one transaction, so that another tab's higher version stays.
+    const noted = (before) => (before?.version >= version ? [] : [[place, { version, content }]]);
+    const [seen] = await this.store.transact(VERSIONS, [place], noted);
     if (seen !== undefined && !(Number.isSafeInteger(seen.version) && typeof seen.content === "string")) {
       throw new TrustError("the noted versions are damaged; clear the page's data only if you trust the bundle", "seen");
     }
@@ -211,7 +209,7 @@ class SeenVersions {
 
   /** The highest version that was accepted of the adapter of a manifest; 0 if none was. Throws ConfigError. */
   async highest(manifest) {
-    const seen = await this.store.transact(VERSIONS, "readonly", (store) => store.get(this.#place(manifest)));
+    const [seen] = await this.store.transact(VERSIONS, [this.#place(manifest)]);
     return seen?.version ?? 0;
   }
 

@@ -4,20 +4,15 @@ import test from "node:test";
 import { ConfigError, TrustError } from "../../../client/browser/page/errors.js";
 import { Store } from "../../../client/browser/page/storage.js";
 
-const put = (store, key, value) => store.transact("versions", "readwrite", (records) => records.put(value, key));
-const get = (store, key) => store.transact("versions", "readonly", (records) => records.get(key));
+const put = (store, key, value) => store.transact("versions", [], () => [[key, value]]);
+const get = async (store, key) => (await store.transact("versions", [key]))[0];
 
-test("transactions are done one after the other, also with requests that follow from a result", async () => {
+test("transactions are done one after the other, also with changes that follow from what was there", async () => {
   const store = new Store();
-  const raise = () =>
-    store.transact("versions", "readwrite", (records) => {
-      const request = records.get("a");
-      request.onsuccess = () => records.put((request.result ?? 0) + 1, "a");
-      return request;
-    });
-  assert.deepEqual(await Promise.all([raise(), raise(), raise()]), [undefined, 1, 2]);
+  const raise = () => store.transact("versions", ["a", "b"], (a = 0, b = 0) => [["a", a + 1], ["b", b + 2]]);
+  assert.deepEqual(await Promise.all([raise(), raise(), raise()]), [[undefined, undefined], [1, 2], [2, 4]]);
   assert.equal(await get(store, "a"), 3);
-  await store.transact("versions", "readwrite", (records) => records.delete("a"));
+  await put(store, "a", undefined);
   assert.equal(await get(store, "a"), undefined);
 });
 
@@ -34,8 +29,8 @@ test("a record is a copy, and a failed write or transaction leaves the one befor
   store.full = true;
   await assert.rejects(put(store, "a", record), (error) => error instanceof ConfigError && error.about === "versions");
   store.full = false;
-  const broken = (records) => (records.put(record, "a"), null.missing);
-  await assert.rejects(store.transact("versions", "readwrite", broken), ConfigError);
+  const broken = [["a", record], null];
+  await assert.rejects(store.transact("versions", [], () => broken), ConfigError);
   assert.deepEqual(await get(store, "a"), { version: 1 });
 });
 

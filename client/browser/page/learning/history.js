@@ -23,15 +23,14 @@ export class History {
 
   /** The record. Throws ConfigError: the browser does not store. TrustError: what is stored is damaged. */
   async load() {
-    const found = await this.store.transact(LEARNED, "readonly", (store) => store.get(this.place));
-    if (found === undefined) return EMPTY;
+    const [found = EMPTY] = await this.store.transact(LEARNED, [this.place]);
     if (found.adapters && Array.isArray(found.kept) && Array.isArray(found.lessons)) return found;
     throw new TrustError("what was learned is damaged; clear the page's data to start anew", LEARNED);
   }
 
   /** Replace the record. Throws ConfigError: it cannot be stored; the one before stays. */
   async save(record) {
-    await this.store.transact(LEARNED, "readwrite", (store) => store.put(record, this.place));
+    await this.store.transact(LEARNED, [], () => [[this.place, record]]);
   }
 
   async adapterNames() {
