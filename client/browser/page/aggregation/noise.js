@@ -26,36 +26,27 @@ export class Table {
     const total = both.reduce((sum, each) => sum + each, 0n);
     const size = both.length - 1;
     this.first = 1 - weights.length;
-    // Outcome `first + k` is drawn where exactly k boundaries are at or below 128 uniform bits.
-    [this.high, this.middle, this.low] = [new Uint32Array(size), new Uint32Array(size), new BigUint64Array(size)];
+    // Outcome `first + k` is drawn where exactly k boundaries are at or below 128 uniform bits; these are the halves of the boundaries.
+    [this.high, this.low] = [new BigUint64Array(size), new BigUint64Array(size)];
     let sum = 0n;
     for (let k = 0; k < size; k++) {
       sum += both[k];
       const bound = (sum << BITS) / total;
       const most = (1n << BITS) - 1n;
-      this.#set(k, bound < most ? bound : most);
+      const kept = bound < most ? bound : most;
+      [this.high[k], this.low[k]] = [kept >> 64n, kept]; // of which the low 64 bits are stored
     }
     this.guide = this.#guides();
-  }
-
-  #set(k, bound) {
-    this.high[k] = Number(bound >> 96n);
-    this.middle[k] = Number((bound >> 64n) & 0xffffffffn);
-    this.low[k] = bound; // its low 64 bits
   }
 
   /** How many boundaries are at or below a draw that begins with these bits, at least. */
   #guides() {
     const guide = new Uint32Array(2 ** GUIDE);
     for (let bits = 0, below = 0; bits < guide.length; bits++) {
-      while (below < this.high.length && this.#atOrBelow(below, bits * 2 ** (32 - GUIDE), 0)) below++;
+      while (this.high[below] <= BigInt(bits) << 48n) below++;
       guide[bits] = below;
     }
     return guide;
-  }
-
-  #atOrBelow(k, high, middle) {
-    return this.high[k] < high || (this.high[k] === high && this.middle[k] <= middle);
   }
 
   async draw(entropy, size) {
@@ -66,10 +57,10 @@ export class Table {
       const words = new DataView(bytes.buffer, bytes.byteOffset);
       const ties = [];
       for (let i = 0; i < part.length; i++) {
-        const [middle, high] = [words.getUint32(8 * i, true), words.getUint32(8 * i + 4, true)];
-        let below = this.guide[high >>> (32 - GUIDE)];
-        while (below < this.high.length && this.#atOrBelow(below, high, middle)) below++;
-        if (below && this.high[below - 1] === high && this.middle[below - 1] === middle) ties.push(i);
+        const word = words.getBigUint64(8 * i, true);
+        let below = this.guide[words.getUint16(8 * i + 6, true)];
+        while (this.high[below] <= word) below++;
+        if (this.high[below - 1] === word) ties.push(i);
         part[i] = below + this.first;
       }
       for (const i of ties) part[i] = (await this.#byNextWord(part[i] - this.first, entropy)) + this.first;
@@ -81,9 +72,8 @@ export class Table {
   async #byNextWord(below, entropy) {
     const bytes = await entropy(8);
     const following = new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(0, true);
-    const same = (k) => this.high[k] === this.high[below - 1] && this.middle[k] === this.middle[below - 1];
     let at = below - 1;
-    while (at && same(at - 1)) at--;
+    while (this.high[at - 1] === this.high[below - 1]) at--;
     while (at < below && this.low[at] <= following) at++;
     return at;
   }

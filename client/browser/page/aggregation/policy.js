@@ -4,7 +4,7 @@
 import { ConfigError, ProtocolError } from "../errors.js";
 import { COMPLETE_UP_TO, GRINDING, SIGMA, countOf, isSecure, leftOver } from "./graph.js";
 import { COORDINATOR } from "./messages.js";
-import { ACTIVE, CELLS, COUNTS, OBSERVED, noiseMultiplier, quorumOf, smallestSum } from "./spec.js";
+import { ACTIVE, CELLS, COUNTS, OBSERVED, noiseMultiplier, quorumOf, requireRules, smallestSum } from "./spec.js";
 
 const DEFAULTS = {
   known_bases: [], // SHA-256 of the frozen bases that this device holds, in hex
@@ -53,9 +53,7 @@ export class Policy {
     for (const name of Object.keys(given)) {
       if (!(name in DEFAULTS)) throw new ConfigError(`${name} is not a limit of a policy`, `policy.${name}`);
     }
-    for (const [name, [holds, expected]] of Object.entries(ranges)) {
-      if (!holds) throw new ConfigError(`${name} ${this[name]} is not ${expected}`, `policy.${name}`);
-    }
+    requireRules(this, "policy", ranges);
     Object.freeze(this);
   }
 

@@ -16,7 +16,7 @@ export const HEX = text("[0-9a-f]{64}");
 
 const SEGMENT = record({ name: text("[A-Za-z0-9_./-]{1,128}"), size: U32, bound: real, noise: real }, (segment) => {
   const within = (value) => SMALLEST <= value && value <= LARGEST;
-  require(segment, "segment", {
+  requireRules(segment, "segment", {
     size: [1 <= segment.size && segment.size <= MAX_SIZE, `between 1 and ${MAX_SIZE}`],
     bound: [within(segment.bound), "between 2^-100 and 2^100"],
     noise: [segment.noise === 0 || within(segment.noise), "0, or between 2^-100 and 2^100"],
@@ -29,7 +29,7 @@ const VECTOR = record({ segments: sequence(SEGMENT, MAX_SEGMENTS), ring_bits: ui
   if (!segments.length || new Set(segments.map(({ name }) => name)).size !== segments.length) {
     throw new ConfigError(`a vector has 1 to ${MAX_SEGMENTS} segments, each with its own name`, "vector.segments");
   }
-  require({ ...vector, size: sizeOf(vector) }, "vector", {
+  requireRules({ ...vector, size: sizeOf(vector) }, "vector", {
     size: [sizeOf(vector) <= MAX_SIZE, `at most ${MAX_SIZE}`],
     max_clients: [1 <= clients && clients <= MAX_CLIENTS, `between 1 and ${MAX_CLIENTS}`],
   });
@@ -45,7 +45,7 @@ const PRIVACY = record({ mechanism: choice(SKELLAM, DISCRETE_GAUSSIAN), honest: 
 
 const GROUPING = record({ count: U32, minimum: U32 }, (grouping) => {
   const { count, minimum } = grouping;
-  require(grouping, "spec.grouping", { count: [count >= 2, "2 or more"], minimum: [minimum >= 2, "2 or more"] });
+  requireRules(grouping, "spec.grouping", { count: [count >= 2, "2 or more"], minimum: [minimum >= 2, "2 or more"] });
 });
 
 export const ACTIVE = "active";
@@ -72,7 +72,7 @@ export const SESSION_SPEC = record(
   (spec) => {
     const { rounds, threshold, minimum_survivors: least, degree, clip_norm: norm, weight_cap: cap } = spec;
     const clients = spec.vector.max_clients;
-    require(spec, "spec", {
+    requireRules(spec, "spec", {
       rounds: [1 <= rounds && rounds <= MAX_ROUNDS, `between 1 and ${MAX_ROUNDS}`],
       threshold: [2 <= threshold && threshold <= degree + 1, `between 2 and degree + 1 = ${degree + 1}`],
       minimum_survivors: [threshold <= least && least <= clients, `between the threshold and max_clients ${clients}`],
@@ -110,7 +110,8 @@ function requireNoise(spec) {
   spentIn(spec, least);
 }
 
-function require(value, what, rules) {
+/** Check rules, each { name: [whether it holds, what is expected] } of a field. Throws ConfigError. */
+export function requireRules(value, what, rules) {
   for (const [name, [holds, expected]] of Object.entries(rules)) {
     if (!holds) throw new ConfigError(`${name} ${value[name]} is not ${expected}`, `${what}.${name}`);
   }
