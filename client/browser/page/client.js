@@ -18,10 +18,10 @@ export class Client {
     for (const name of PLAIN) this[name] = (...args) => this.#call(name, args);
   }
 
-  open = (args = {}, progress) => this.#call("open", args, progress);
-  generate = (args, piece) => this.#call("generate", args, piece);
-  teach = (name, corrections, compared = [], piece) => this.#call("teach", { name, corrections, compared }, piece);
-  takePart = (args, piece) => this.#call("takePart", args, piece);
+  open = (args = {}, progress) => this.#call("open", [args], progress);
+  generate = ({ prompt, chat, ...options }, piece) => this.#call(chat ? "chat" : "complete", [prompt, options], piece);
+  teach = (name, corrections, compared = [], piece) => this.#call("teach", [name, corrections, { compared }], piece);
+  takePart = (options, piece) => this.#call("takePart", [options], piece);
   leave = () => this.#worker.postMessage({ method: "leave" });
   stop = () => this.#worker.postMessage({ method: "stop" });
 

@@ -31,20 +31,16 @@ const methods = {
     return (await next).about;
   },
 
-  async generate({ prompt, chat, ...options }, onPiece) {
-    const { signal } = stopping;
-    const device = await opened();
-    return chat ? device.chat(prompt, { ...options, signal, onPiece }) : device.complete(prompt, { ...options, signal, onPiece });
-  },
-
-  async teach({ name, corrections, compared }, onProgress) {
-    const { signal } = stopping;
-    return (await opened()).teach(name, corrections, { compared, signal, onProgress });
-  },
-
-  invited: ([token]) => invited(token),
-  takePart: async (options, onProgress) => (await opened()).takePart({ ...options, onProgress }),
+  invited,
 };
+const WATCHED = ["chat", "complete", "teach", "takePart"]; // calls of the device whose last argument is an object of options
+
+/** What the device gives; to options are added what cannot be sent here, a signal and callbacks. */
+async function called(method, args, piece) {
+  const { signal } = stopping;
+  const options = WATCHED.includes(method) ? [{ ...args.pop(), signal, onPiece: piece, onProgress: piece }] : [];
+  return (await opened())[method](...args, ...options);
+}
 
 self.onmessage = async ({ data: { id, method, args } }) => {
   if (method === "stop") {
@@ -56,8 +52,8 @@ self.onmessage = async ({ data: { id, method, args } }) => {
 
 async function answer(id, method, args) {
   try {
-    const work = methods[method] ?? (async () => (await opened())[method](...args)); // others are as the device has them
-    const result = await work(args, (piece) => self.postMessage({ id, piece }));
+    const piece = (each) => self.postMessage({ id, piece: each });
+    const result = await (methods[method]?.(...args, piece) ?? called(method, args, piece));
     self.postMessage({ id, result });
   } catch (error) {
     const known = error instanceof EdgeAdaptError;
