@@ -192,18 +192,13 @@ class SeenVersions {
       throw new TrustError("the noted versions are damaged; clear the page's data only if you trust the bundle", "seen");
     }
     if (version < seen?.version) {
-      throw new TrustError(
-        `adapter ${quoted(name)} is version ${version}, but version ${seen.version} was accepted here before; ` +
-          "copy the current bundle",
-        "adapter-manifest.version",
-      );
+      const why = `is version ${version}, but version ${seen.version} was accepted here before; copy the current bundle`;
+      throw new TrustError(`adapter ${quoted(name)} ${why}`, "adapter-manifest.version");
     }
     if (version === seen?.version && content !== seen.content) {
-      throw new TrustError(
-        `adapter ${quoted(name)} has another content than the version ${version} that was accepted here before; ` +
-          "copy the current bundle, or export the new content under the next version",
-        "adapter-manifest.source",
-      );
+      const why = `has another content than the version ${version} that was accepted here before`;
+      const remedy = "copy the current bundle, or export the new content under the next version";
+      throw new TrustError(`adapter ${quoted(name)} ${why}; ${remedy}`, "adapter-manifest.source");
     }
   }
 
