@@ -33,7 +33,8 @@ function load(der) {
     const [subject, key] = [body.any().whole, body.sequence()];
     return { serial, algorithm, issuer, notBefore, notAfter, subject, key, extensions: body.within(EXTENSIONS) };
   };
-  return translated(() => signedPart(der, read), ({ message }) => new TrustError(`not a certificate in DER form: ${message}`, "certificate"));
+  const refusal = ({ message }) => new TrustError(`not a certificate in DER form: ${message}`, "certificate");
+  return translated(() => signedPart(der, read), refusal);
 }
 
 /** Reads SEQUENCE { body, algorithm, signature }: what `read` finds in the body, with { tbs, signature }. */
@@ -198,7 +199,8 @@ export async function readRevocations(root, der) {
     const nextUpdate = TIMES.includes(body.next) ? body.time() : null;
     return { algorithm, issuer, thisUpdate, nextUpdate, entries: body.optional(), extensions: body.within(LIST_EXTENSIONS) };
   };
-  const list = translated(() => signedPart(der, read), ({ message }) => new TrustError(`not a revocation list in DER form: ${message}`, "revocations"));
+  const refusal = ({ message }) => new TrustError(`not a revocation list in DER form: ${message}`, "revocations");
+  const list = translated(() => signedPart(der, read), refusal);
   if (!(await isSignedBy(root.authority, list))) {
     throw new TrustError("revocation list was not signed by the pinned authority", "revocations.signature");
   }

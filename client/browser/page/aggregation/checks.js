@@ -3,7 +3,7 @@
 
 import { concat, digest, encode as utf8, equal, hex, unhex } from "../bytes.js";
 import { ConfigError, ProtocolError, TrustError } from "../errors.js";
-import { hararyNeighbors, hararyOrder } from "./graph.js";
+import { digestOrder, hararyNeighbors, hararyOrder } from "./graph.js";
 import { requirePublicKey } from "./masks.js";
 import { Advert, COORDINATOR, ConsistencySignature, Plan, Roster, Survivors, openVerified, refuse, unverifiedBody, verify } from "./messages.js";
 import { quorumOf } from "./spec.js";
@@ -179,12 +179,8 @@ export function commitment(seed, offer, device, round) {
 /** A Map of device → its group, from 0, for the members of a plan and its former ones; null in a session without groups. */
 async function groupsOf({ grouping }, { adapter_digest: adapter, members, former }) {
   if (grouping === null) return null;
-  const places = [];
-  for (const device of [...members, ...former]) {
-    places.push([hex(await digest(concat(utf8("edgeadapt/group/1\0"), unhex(adapter), utf8(device)))), device]);
-  }
-  places.sort(([a], [b]) => (a < b ? -1 : 1));
-  return new Map(places.map(([, device], place) => [device, place % grouping.count]));
+  const order = await digestOrder("edgeadapt/group/1\0", unhex(adapter), [...members, ...former]);
+  return new Map(order.map((device, place) => [device, place % grouping.count]));
 }
 
 /** The devices with which `device` masks: its neighbors among the members of the plan or, with groups, those of its group. */

@@ -4,7 +4,7 @@
 import { unhex } from "../bytes.js";
 import { DataError } from "../errors.js";
 import { roundWithin } from "./accounting.js";
-import { KEY, derivedEntropy, keystream, systemEntropy } from "./masks.js";
+import { KEY, derivedEntropy, keystream, streamKey, systemEntropy } from "./masks.js";
 import { refuse } from "./messages.js";
 import { draw } from "./noise.js";
 import { peak, rotate, seedOf } from "./rotation.js";
@@ -81,7 +81,7 @@ export async function noisyContribution(vector, spec, adapter, entropy = systemE
     return steps.map((x, i) => Math.floor(x + uniform(drawn, 8 * i)));
   });
   const raw = await entropy(KEY);
-  const key = await crypto.subtle.importKey("raw", raw, "AES-CTR", false, ["encrypt"]);
+  const key = await streamKey(raw);
   raw.fill(0);
   const noise = await draw(spec.privacy.mechanism, (segment.noise / step) ** 2, segment.size, derivedEntropy(key));
   return arrayType(spec.vector.ring_bits).from(found, (x, i) => x + noise[i]); // negative numbers in two's complement
@@ -117,7 +117,7 @@ export function clip(delta, norm) {
 /** Rounds values to ring steps without bias (stochastic rounding): { name: Float64Array } of exactly the vector's segments. `entropy`
  * draws the key of the rounding coins, 32 bytes. */
 export async function encode(vector, values, entropy = systemEntropy) {
-  const key = await crypto.subtle.importKey("raw", await entropy(32), "AES-CTR", false, ["encrypt"]);
+  const key = await streamKey(await entropy(KEY));
   const coins = new Uint32Array((await keystream(key, 0, 4 * sizeOf(vector))).buffer);
   const out = new (arrayType(vector.ring_bits))(sizeOf(vector));
   if (Object.keys(values).length !== vector.segments.length) {

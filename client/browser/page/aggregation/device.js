@@ -232,8 +232,7 @@ class Masked extends InRound {
     this.#requireAdversary(HONEST_BUT_CURIOUS, "unmask request without consistency signatures");
     const { survivors } = await device.open(m.Unmask, unmask);
     await checks.survivors(this.ready.session, this.plan, this.ready.me, this.vector, survivors);
-    this.take("unmask-response");
-    return [this.ready, await unmaskResponse(device, this, survivors)];
+    return revealed(device, this, survivors);
   }
 
   #requireAdversary(expected, what) {
@@ -252,13 +251,13 @@ class Confirmed extends InRound {
       m.refuse("unmask request is for another survivor set than this device signed", "unmask.survivors");
     }
     await checks.consistencySignatures(this.ready.session, this.plan, survivors, signatures);
-    this.take("unmask-response");
-    return [this.ready, await unmaskResponse(device, this, survivors)];
+    return revealed(device, this, survivors);
   }
 }
 
-/** One kind of share for each dealer: of the seed of a survivor, of the mask key of a dropout. */
-async function unmaskResponse(device, state, survivors) {
+/** The state after an unmask response: one kind of share for each dealer, of the seed of a survivor, of the mask key of a dropout. */
+async function revealed(device, state, survivors) {
+  state.take("unmask-response");
   const [{ ready, plan }, held] = [state, state.secrets()];
   const [seeds, keys] = [new Map(), new Map()];
   for (const dealer of [ready.me, ...ready.session.neighbors(ready.me, plan.members)]) {
@@ -266,5 +265,5 @@ async function unmaskResponse(device, state, survivors) {
     if (survivors.vectors.has(dealer)) seeds.set(dealer, held.get(dealer).seed);
     else keys.set(dealer, held.get(dealer).key);
   }
-  return device.sign(m.UnmaskResponse, { survivors: await m.Survivors.digest(survivors), device: ready.me, seeds, keys });
+  return [ready, await device.sign(m.UnmaskResponse, { survivors: await m.Survivors.digest(survivors), device: ready.me, seeds, keys })];
 }

@@ -7,12 +7,15 @@ export const COMPLETE_UP_TO = 128; // devices: up to here every device is every 
 export const SIGMA = 40; // bits: a session is insecure with a probability of at most 2^-40
 export const GRINDING = 40; // bits: an active coordinator may try 2^40 rosters
 
-/** Devices in their ring order in the session `context`: ascending SHA-256 of context and id. */
-export async function hararyOrder(context, devices) {
+/** Devices in ascending order of SHA-256 of a tag, bytes and their id. */
+export async function digestOrder(tag, bound, devices) {
   const places = [];
-  for (const device of devices) places.push([hex(await digest(concat(utf8("edgeadapt/harary/1\0"), context, utf8(device)))), device]);
+  for (const device of devices) places.push([hex(await digest(concat(utf8(tag), bound, utf8(device)))), device]);
   return places.sort(([a], [b]) => (a < b ? -1 : 1)).map(([, device]) => device);
 }
+
+/** Devices in their ring order in the session `context`. */
+export const hararyOrder = (context, devices) => digestOrder("edgeadapt/harary/1\0", context, devices);
 
 /** A Map of device → the Set of its neighbors, `degree / 2` on either side in the ring order. */
 export function hararyNeighbors(order, degree) {

@@ -108,6 +108,9 @@ export async function keystream(key, start, size) {
   return new Uint8Array(await crypto.subtle.encrypt({ name: "AES-CTR", counter, length: 64 }, key, zeros));
 }
 
+/** 32 bytes as a key of `keystream`. */
+export const streamKey = (raw) => crypto.subtle.importKey("raw", raw, "AES-CTR", false, ["encrypt"]);
+
 const PRIME = 2n ** 256n + 297n;
 const DRAW = 48; // bytes: reduced mod p, 384 bits are uniform to within a distance of 2^-127
 

@@ -1,7 +1,7 @@
 // The public random rotation of an update, as aggregation/rotation.py, to the same bits.
 
 import { concat, digest, encode as utf8 } from "../bytes.js";
-import { keystream } from "./masks.js";
+import { keystream, streamKey } from "./masks.js";
 
 const EXCESS_BITS = 40; // the bound `peak` fails with a probability of at most 2^-40
 
@@ -17,9 +17,8 @@ export function peak(size) {
 /** The rotated `vector` (Float64Array, which is not changed). */
 export async function rotate(vector, seed) {
   const [out, order] = [vector.slice(), orderOf(vector.length)];
-  const key = await crypto.subtle.importKey("raw", seed, "AES-CTR", false, ["encrypt"]);
   const octets = Math.ceil(order / 8);
-  const signs = await keystream(key, 0, 2 * octets);
+  const signs = await keystream(await streamKey(seed), 0, 2 * octets);
   for (const [at, bits] of [[0, signs.subarray(0, octets)], [vector.length - order, signs.subarray(octets)]]) {
     const part = out.subarray(at, at + order);
     for (let i = 0; i < order; i++) if ((bits[i >> 3] >> (i & 7)) & 1) part[i] = -part[i];

@@ -1,10 +1,10 @@
 // The sums without noise that a device helped to, from which adapters and over whom, as client/node/sumhistory.py: an adapter
 // that hardly differs from another one counts as the same. Adapters are compared by sketches, as client/node/sketch.py.
 
-import { concat, digest, encode, hex } from "../bytes.js";
+import { concat, digest, encode } from "../bytes.js";
 import { A, B, HEAD, R, VECTORS, adapterOf, decodeTask, isAnalytic, isPrivate, partOf } from "../learning/task.js";
 import { EARLIER, differing, termsOf } from "./adapterstate.js";
-import { keystream } from "./masks.js";
+import { keystream, streamKey } from "./masks.js";
 import { refuse } from "./messages.js";
 
 const BUCKETS = 32;
@@ -19,16 +19,12 @@ export const newHistory = () => ({ key: crypto.getRandomValues(new Uint8Array(32
 export async function sketch(adapter, key) {
   const sums = new Float64Array(PARTS.length * BUCKETS);
   for (const [name, { values }] of adapter) {
-    const drawn = await keystream(await keyOf(key, name), 0, values.length);
+    const seed = await digest(concat(encode("edgeadapt/sketch/1\0"), key, encode(name)));
+    const drawn = await keystream(await streamKey(seed), 0, values.length);
     const first = PARTS.indexOf(partOf(name)) * BUCKETS;
     values.forEach((value, i) => (sums[first + (drawn[i] % BUCKETS)] += drawn[i] & 0x80 ? -value : value));
   }
   return Float32Array.from(sums);
-}
-
-async function keyOf(key, name) {
-  const raw = await digest(concat(encode("edgeadapt/sketch/1\0"), key, encode(name)));
-  return crypto.subtle.importKey("raw", raw, "AES-CTR", false, ["encrypt"]);
 }
 
 /** The distance between two adapters over some parts, from their sketches. */

@@ -80,8 +80,8 @@ async function publicPhrases({ base, source, trust }) {
   return Object.hasOwn(base.files, PHRASES) ? parsePhrases(await trust.file(source, base, PHRASES), PHRASES) : [];
 }
 
-/** Public phrases with their labels, one pair a line (edgeadapt/formats/phrases.py), in the bytes of a file: [{ label, text }]. Throws DataError: it is too long, or not UTF-8, or a line has no tab, or nothing
- * on one side of it. The message names the line. */
+/** Public phrases with their labels, one pair a line (edgeadapt/formats/phrases.py), in the bytes of a file: [{ label, text }]. Throws
+ * DataError: it is too long, or not UTF-8, or a line has no tab, or nothing on one side of it. The message names the line. */
 export function parsePhrases(bytes, name) {
   if (bytes.length > LONGEST_LIST) {
     const reason = `${name} has ${bytes.length} bytes, above the limit of ${LONGEST_LIST}: use a bundle with fewer phrases`;

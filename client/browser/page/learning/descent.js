@@ -128,9 +128,9 @@ export function clipped(gradients, limit) {
 const mapped = (gradients, change) =>
   new Map([...gradients].map(([name, each]) => [name, each.map((g, i) => change(name, i, g))]));
 
-/** Train `start` on all examples at once, half of the loss being that of the corrections and half that of phrases to rehearse, until each correction has its label with probability `SURE`: { values, steps }. `trainer` has
- * `gradients` and `logits` of a `GraphTrainer`. `taught` and `rehearsed` are [{ ids, target }], at least one taught. `pause` and errors
- * are those of `descendUntil`. */
+/** Train `start` on all examples at once, half of the loss being that of the corrections and half that of phrases to rehearse, until
+ * each correction has its label with probability `SURE`: { values, steps }. `trainer` has `gradients` and `logits` of a
+ * `GraphTrainer`. `taught` and `rehearsed` are [{ ids, target }], at least one taught. `pause` and errors are those of `descendUntil`. */
 export function tune(trainer, start, taught, rehearsed, pause, clock) {
   const examples = withShares(taught, rehearsed);
   const isLearned = async (values, between) => {

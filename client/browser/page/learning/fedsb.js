@@ -2,7 +2,7 @@
 // everybody can compute, and R, which is zero at first, is all that is trained of the layer. R is a Float32Array of rank × rank numbers,
 // row by row as peft has matrices; B here is that of a graph input: [rank, outputs], the transposed one of peft.
 
-import { keystream } from "../aggregation/masks.js";
+import { keystream, streamKey } from "../aggregation/masks.js";
 import { byCodePoint, digest, encode as utf8 } from "../bytes.js";
 import { DataError, quoted } from "../errors.js";
 import { LORA_B, PEFT_PREFIX } from "../graphinputs.js";
@@ -28,7 +28,7 @@ export async function frozenFactors(shapes) {
   const found = new Map();
   for (const [name, [rank, outputs]] of layers(shapes)) {
     const seed = await digest(utf8(`edgeadapt/fed-sb/1\0${PEFT_PREFIX}${name} ${outputs} ${rank}`));
-    const key = await crypto.subtle.importKey("raw", seed, "AES-CTR", false, ["encrypt"]);
+    const key = await streamKey(seed);
     const size = Math.fround(1 / Math.sqrt(rank)); // random signs over the root of the rank
     const values = Float32Array.from(await keystream(key, 0, outputs * rank), (byte) => (byte & 1 ? size : -size));
     found.set(name, { rank, outputs, values });
