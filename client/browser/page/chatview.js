@@ -68,16 +68,18 @@ export class ChatView {
       ...{ temperature: number("temperature"), topP: number("top-p"), seed: number("seed") },
     };
     settle("generate-error", field);
-    if (!chat) element("transcript").replaceChildren();
+    const transcript = element("transcript");
+    if (!chat) transcript.replaceChildren();
     const pair = [
       message("user", chat ? "You" : "Text", field.value),
       message("assistant", this.adapter() || "the base alone", ""),
     ];
-    this.#append(...pair);
+    transcript.append(...pair);
+    transcript.scrollTop = transcript.scrollHeight;
     field.value = chat ? "" : field.value;
     this.#setBusy(true);
     try {
-      const done = await this.client.generate(options, ({ text }) => this.#add(pair[1], text));
+      const done = await this.client.generate(options, ({ text }) => this.#scrolled(() => pair[1].querySelector("p").append(text)));
       this.#ended(pair, done, chat);
     } catch (error) {
       if (!pair[1].lastChild.textContent) for (const each of pair) each.remove();
@@ -121,15 +123,6 @@ export class ChatView {
     element("generate-button").disabled = busy;
     element("stop").disabled = !busy;
     element("transcript").setAttribute("aria-busy", String(busy)); // announced as a whole, not token by token
-  }
-
-  #append(...entries) {
-    element("transcript").append(...entries);
-    element("transcript").scrollTop = element("transcript").scrollHeight;
-  }
-
-  #add(entry, text) {
-    this.#scrolled(() => entry.querySelector("p").append(text));
   }
 
   /** Change the transcript, and keep its end in view if it was. */

@@ -4,56 +4,44 @@
 import { ConfigError, ProtocolError } from "../errors.js";
 import { COMPLETE_UP_TO, GRINDING, SIGMA, countOf, isSecure, leftOver } from "./graph.js";
 import { COORDINATOR } from "./messages.js";
-import { ACTIVE, CELLS, COUNTS, OBSERVED, noiseMultiplier, quorumOf, requireRules, smallestSum } from "./spec.js";
+import { ACTIVE, CELLS, COUNTS, OBSERVED, noiseMultiplier, quorumOf, smallestSum } from "./spec.js";
 
-const DEFAULTS = {
-  known_bases: [], // SHA-256 of the frozen bases that this device holds, in hex
-  minimum_cohort: 8,
-  minimum_survivors: 4, // honest devices, in a sum and in combinations of sums
-  minimum_ring_bits: 16,
-  maximum_ring_bits: 32,
-  adversaries: [ACTIVE],
-  corrupt_fraction: 0.1,
-  complete_up_to: COMPLETE_UP_TO,
-  maximum_weight: 65_536,
-  maximum_rounds: 64,
-  maximum_repeats: 3, // sums from an adapter after the first one
-  minimum_movement: 0.02, // of an adapter since a sum without noise over other devices, as a share of the longest step of training
-  minimum_noise_multiplier: 0, // of the smallest sum, in clip norms; above 0, a session must have noise
-  minimum_evaluation_noise: 1, // the same of a session that counts right answers, above 0
-  maximum_epsilon: 0, // that all contributions together may reveal, for `delta`; above 0, a session must have noise; 0: no limit
-  delta: 1e-6,
-  demand_proofs: true, // whether to take part again only if the coordinator proves what its log holds
-  revocation_days: 0, // greatest age of the authority's revocation list; 0: no list is required
+const honestOf = ({ minimum_cohort: cohort, corrupt_fraction: fraction }) => cohort - countOf(cohort, fraction);
+const FROM_0 = [(value) => 0 <= value && value < Infinity, "a number from 0 on"];
+// Each limit: its default and, where not every value will do, the check of one in a policy, and what it demands.
+const LIMITS = {
+  known_bases: [[]], // SHA-256 of the frozen bases that this device holds, in hex
+  minimum_cohort: [8, (value) => value >= 3, "3 or more: a sum of two shows each the other's part"],
+  // Honest devices, in a sum and in combinations of sums.
+  minimum_survivors: [4, (value, policy) => 2 <= value && value <= honestOf(policy), "between 2 and minimum_cohort less its corrupt_fraction"],
+  minimum_ring_bits: [16, (value, { maximum_ring_bits: high }) => 1 <= value && value <= high, "between 1 and maximum_ring_bits"],
+  maximum_ring_bits: [32, (value) => value <= 32, "32 or less"],
+  adversaries: [[ACTIVE]],
+  corrupt_fraction: [0.1, (value) => 0 <= value && value < 1, "in [0, 1)"],
+  complete_up_to: [COMPLETE_UP_TO],
+  maximum_weight: [65_536],
+  maximum_rounds: [64],
+  maximum_repeats: [3, (value) => 0 <= value && value <= 15, "between 0 and 15"], // sums from an adapter after the first one
+  minimum_movement: [0.02, ...FROM_0], // of an adapter since a sum without noise over other devices, as a share of the longest step of training
+  minimum_noise_multiplier: [0, ...FROM_0], // of the smallest sum, in clip norms; above 0, a session must have noise
+  // The same of a session that counts right answers.
+  minimum_evaluation_noise: [1, (value) => 0 < value && value < Infinity, "a number above 0"],
+  maximum_epsilon: [0, ...FROM_0], // that all contributions together may reveal, for `delta`; above 0, a session must have noise; 0: no limit
+  delta: [1e-6, (value) => 0 < value && value < 1, "between 0 and 1"],
+  demand_proofs: [true], // whether to take part again only if the coordinator proves what its log holds
+  revocation_days: [0, (value) => value >= 0, "0 or more"], // greatest age of the authority's revocation list; 0: no list is required
 };
 
 /** Limits on the sessions that a device joins; `given` replaces defaults. Throws ConfigError: a value is out of range. */
 export class Policy {
   constructor(given = {}) {
-    Object.assign(this, DEFAULTS, given);
-    const [low, high] = [this.minimum_ring_bits, this.maximum_ring_bits];
-    const honest = this.minimum_cohort - countOf(this.minimum_cohort, this.corrupt_fraction);
-    const ranges = {
-      minimum_cohort: [this.minimum_cohort >= 3, "3 or more: a sum of two shows each the other's part"],
-      minimum_survivors: [
-        2 <= this.minimum_survivors && this.minimum_survivors <= honest,
-        `between 2 and ${honest}, the honest devices of the smallest cohort`,
-      ],
-      corrupt_fraction: [0 <= this.corrupt_fraction && this.corrupt_fraction < 1, "in [0, 1)"],
-      minimum_ring_bits: [1 <= low && low <= high, `between 1 and maximum_ring_bits ${high}`],
-      maximum_ring_bits: [high <= 32, "32 or less"],
-      maximum_repeats: [0 <= this.maximum_repeats && this.maximum_repeats <= 15, "between 0 and 15"],
-      revocation_days: [this.revocation_days >= 0, "0 or more"],
-      minimum_movement: [0 <= this.minimum_movement && this.minimum_movement < Infinity, "a number from 0 on"],
-      minimum_noise_multiplier: [0 <= this.minimum_noise_multiplier && this.minimum_noise_multiplier < Infinity, "a number from 0 on"],
-      minimum_evaluation_noise: [0 < this.minimum_evaluation_noise && this.minimum_evaluation_noise < Infinity, "a number above 0"],
-      maximum_epsilon: [0 <= this.maximum_epsilon && this.maximum_epsilon < Infinity, "a number from 0 on"],
-      delta: [0 < this.delta && this.delta < 1, "between 0 and 1"],
-    };
-    for (const name of Object.keys(given)) {
-      if (!(name in DEFAULTS)) throw new ConfigError(`${name} is not a limit of a policy`, `policy.${name}`);
+    for (const [name, [value]] of Object.entries(LIMITS)) this[name] = value;
+    Object.assign(this, given);
+    for (const name of Object.keys(this)) {
+      if (!Object.hasOwn(LIMITS, name)) throw new ConfigError(`${name} is not a limit of a policy`, `policy.${name}`);
+      const [, check, expected] = LIMITS[name];
+      if (check && !check(this[name], this)) throw new ConfigError(`${name} ${this[name]} is not ${expected}`, `policy.${name}`);
     }
-    requireRules(this, "policy", ranges);
     Object.freeze(this);
   }
 

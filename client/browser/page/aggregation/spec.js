@@ -111,7 +111,7 @@ function requireNoise(spec) {
 }
 
 /** Check rules, each { name: [whether it holds, what is expected] } of a field. Throws ConfigError. */
-export function requireRules(value, what, rules) {
+function requireRules(value, what, rules) {
   for (const [name, [holds, expected]] of Object.entries(rules)) {
     if (!holds) throw new ConfigError(`${name} ${value[name]} is not ${expected}`, `${what}.${name}`);
   }
