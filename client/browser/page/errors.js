@@ -1,8 +1,6 @@
 // The errors of the page. A message is one line: what is wrong and what to do. As aggregation/errors.py.
 
 export class EdgeAdaptError extends Error {
-  static name = "EdgeAdaptError"; // written out: a minifier renames classes
-
   /** `about` says what the error is about, for programs and tests: "text", "seed", "base/manifest.json". */
   constructor(message, about = "") {
     super(message);
@@ -12,24 +10,16 @@ export class EdgeAdaptError extends Error {
 }
 
 /** A file is not what a trusted party signed: digest, signature, base, or version. */
-export class TrustError extends EdgeAdaptError {
-  static name = "TrustError";
-}
+export class TrustError extends EdgeAdaptError {}
 
 /** A setting contradicts another or is out of range, or the browser lacks a feature. */
-export class ConfigError extends EdgeAdaptError {
-  static name = "ConfigError";
-}
+export class ConfigError extends EdgeAdaptError {}
 
 /** A file, tensor or text cannot be used. */
-export class DataError extends EdgeAdaptError {
-  static name = "DataError";
-}
+export class DataError extends EdgeAdaptError {}
 
 /** A peer sent what the protocol does not allow. `peer` names it where it is known. */
 export class ProtocolError extends EdgeAdaptError {
-  static name = "ProtocolError";
-
   constructor(message, about = "", peer = "") {
     super(peer ? `${peer}: ${message}` : message, about);
     this.peer = peer;
@@ -49,6 +39,9 @@ export class ProtocolError extends EdgeAdaptError {
     }
   }
 }
+
+const KINDS = { EdgeAdaptError, TrustError, ConfigError, DataError, ProtocolError };
+for (const [name, kind] of Object.entries(KINDS)) Object.defineProperty(kind, "name", { value: name }); // a minifier renames classes
 
 /** What `work` makes, or resolves to. What it throws becomes what `refusal` makes of it, except an error of this file. */
 export function translated(work, refusal) {

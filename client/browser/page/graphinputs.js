@@ -3,7 +3,6 @@
 
 import { byCodePoint, encode, sha256 } from "./bytes.js";
 import { DataError, quoted } from "./errors.js";
-import { transposed } from "./numbers.js";
 
 export const PEFT_PREFIX = "base_model.model.";
 export const LORA_A = ".lora_A.weight";
@@ -81,7 +80,13 @@ export function fromPeft(tensors) {
 /** A tensor as peft has it, from that of a graph input, or the other way round. */
 export const toPeft = (name, tensor) => (isLora(name) && tensor.shape.length === 2 ? turned(tensor) : tensor);
 
-export const turned = ({ shape, values }) => ({ shape: shape.toReversed(), values: transposed(values, shape) });
+/** The transposed matrix. */
+export function turned({ shape, values }) {
+  const [rows, columns] = shape;
+  return { shape: [columns, rows], values: Float32Array.from(values, (_, i) => values[(i % rows) * columns + Math.floor(i / rows)]) };
+}
+
+export const product = (shape) => shape.reduce((size, each) => size * each, 1);
 
 /** SHA-256 of names and shapes as peft has them, in order (edgeadapt/formats/layout.py). */
 export async function layoutDigest(inputs) {

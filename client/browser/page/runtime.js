@@ -2,8 +2,7 @@
 // One graph serves all adapters: an adapter is a set of inputs.
 
 import { ConfigError, DataError, translated } from "./errors.js";
-import { hasColumns, hasRows, isVirtual, vectorKind } from "./graphinputs.js";
-import { product } from "./numbers.js";
+import { hasColumns, hasRows, isVirtual, product, vectorKind } from "./graphinputs.js";
 import { LOWER, MODEL, TRAINING, WEIGHTS } from "./trust.js";
 import * as ort from "./vendor/onnxruntime-web/ort.wasm.min.mjs";
 

@@ -4,7 +4,7 @@
 
 import { DataError, quoted, translated } from "./errors.js";
 import { isObject, parse as json } from "./dsse.js";
-import { float32, product } from "./numbers.js";
+import { product } from "./graphinputs.js";
 
 const MAX_FILE = 2 ** 30; // bytes
 const MAX_HEADER = 2 ** 22; // bytes; an adapter of a thousand tensors has 150 kB
@@ -26,7 +26,7 @@ export function parse(file) {
     if (offsets[0] !== end) throw damaged(`tensor ${quoted(name)} does not begin where the one before it ends`);
     end += Float32Array.BYTES_PER_ELEMENT * product(shape);
     if (offsets[1] !== end || end > data.length) throw damaged(`tensor ${quoted(name)} is not of its size`);
-    const values = float32({ bytes: data.slice(offsets[0], end) }); // a copy, so that it is aligned
+    const values = new Float32Array(data.slice(offsets[0], end).buffer); // a copy, so that it is aligned
     if (!values.every(Number.isFinite)) throw new DataError(`tensor ${quoted(name)} holds NaN or infinity`, name);
     found.set(name, { shape, values });
   }

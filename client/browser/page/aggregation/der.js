@@ -2,7 +2,7 @@
 
 import { concat, decode, hex } from "../bytes.js";
 
-const TAGS = { BOOLEAN: 0x01, INTEGER: 0x02, BITS: 0x03, OCTETS: 0x04, OID: 0x06, ENUMERATED: 0x0a, SEQUENCE: 0x30, SET: 0x31 };
+const TAGS = { BOOLEAN: 0x01, INTEGER: 0x02, BITS: 0x03, OCTETS: 0x04, OID: 0x06, SEQUENCE: 0x30, SET: 0x31 };
 const [UTC_TIME, GENERALIZED_TIME] = [0x17, 0x18];
 
 export class Der {
