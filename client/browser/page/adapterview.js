@@ -7,7 +7,7 @@ const BARE = ""; // engine.js: the base without an adapter
 
 export class AdapterView {
   #weights = new Map(); // of a composition: name → what its field says
-  #used; // { name, rank, parts }: what is in use, which is kept when something else is refused
+  inUse; // { name, rank, parts }, undefined before the first; it is kept when something else is refused
 
   /** `switching` is called when another adapter is going to answer, and `switched` with whether it does. */
   constructor(client, { switching, switched }) {
@@ -15,18 +15,12 @@ export class AdapterView {
     const elements = { search: element("adapter-search"), list: element("adapters"), count: element("adapter-count") };
     this.picker = new Picker(elements, (name) => this.#pick(name));
     element("composing").addEventListener("change", () => this.#startOrEnd());
-    element("parts").addEventListener("change", ({ target }) => this.#weigh(target.dataset.name, target.value));
+    element("parts").addEventListener("change", ({ target }) => {
+      this.#weights.set(target.dataset.name, target.value);
+      this.#compose();
+    });
     onSubmit("parts", () => {});
     element("parts").addEventListener("click", ({ target }) => target.type === "button" && this.#remove(target.value));
-  }
-
-  get inUse() {
-    return this.#used;
-  }
-
-  /** The name of what is in use; undefined before the first. */
-  get used() {
-    return this.#used?.name;
   }
 
   /** Show adapters, and use the one of this name; by default, the bundle's default one. */
@@ -35,7 +29,7 @@ export class AdapterView {
       return { name, title: name, note: refused ?? described(manifest), refused: Boolean(refused) };
     });
     if (generates) items.push({ name: BARE, title: "no adapter", note: "the base alone" });
-    this.#used = undefined;
+    this.inUse = undefined;
     element("in-use").textContent = "";
     element("composing").checked = false;
     element("composing").disabled = adapters.filter(({ manifest }) => manifest).length < 2;
@@ -58,15 +52,10 @@ export class AdapterView {
   #startOrEnd() {
     this.#weights.clear();
     if (element("composing").checked) {
-      for (const { name, weight } of this.#used?.parts ?? []) this.#weights.set(name, String(weight));
+      for (const { name, weight } of this.inUse?.parts ?? []) this.#weights.set(name, String(weight));
     }
     settle("adapter-error");
     this.#mark();
-  }
-
-  #weigh(name, weight) {
-    this.#weights.set(name, weight);
-    return this.#compose();
   }
 
   #remove(name) {
@@ -86,12 +75,12 @@ export class AdapterView {
     let done;
     try {
       done = await this.client.use(text);
-      this.#used = done;
+      this.inUse = done;
       settle("adapter-error"); // of a choice before this one
       const title = `switched in ${done.milliseconds.toFixed(2)} ms`;
-      Object.assign(element("in-use"), { textContent: inUse(done), title });
+      Object.assign(element("in-use"), { textContent: inWords(done), title });
     } catch (error) {
-      complain("adapter-error", { message: this.#used ? `${error.message}. ${inUse(this.#used)}.` : error.message });
+      complain("adapter-error", { message: this.inUse ? `${error.message}. ${inWords(this.inUse)}.` : error.message });
     }
     this.#mark();
     await this.switched(Boolean(done));
@@ -100,7 +89,7 @@ export class AdapterView {
   /** Show what is selected: what is in use, or the parts of the composition, each with its weight. */
   #mark() {
     const composing = element("composing").checked;
-    const names = composing ? [...this.#weights.keys()] : [this.used];
+    const names = composing ? [...this.#weights.keys()] : [this.inUse?.name];
     this.picker.select(names, composing);
     element("parts").hidden = !composing;
     element("parts-hint").hidden = this.#weights.size > 0;
@@ -116,7 +105,7 @@ function part([name, weight]) {
   return create("li", {}, create("label", {}, create("span", {}, name), input), remove);
 }
 
-const inUse = ({ name, rank }) => (name === BARE ? "In use: the base alone" : `In use: ${name}, rank ${rank}`);
+const inWords = ({ name, rank }) => (name === BARE ? "In use: the base alone" : `In use: ${name}, rank ${rank}`);
 
 /** As Library.default in client/inference/library.py: the personal adapter, else the global one, else the first. */
 function defaultAdapter(adapters, generates) {

@@ -11,7 +11,7 @@ import { PhraseView } from "./phraseview.js";
 const provider = new URLSearchParams(location.search).get("provider") ?? undefined; // ?provider=webgpu or wasm
 const client = new Client();
 const phrase = new PhraseView(client);
-const chat = new ChatView(client, () => adapters.used, (message, answer) => learn.correct(message, answer));
+const chat = new ChatView(client, () => adapters.inUse?.name, (message, answer) => learn.correct(message, answer));
 const adapters = new AdapterView(client, {
   switching: () => answering().switching(),
   switched: (done) => {

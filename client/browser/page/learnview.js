@@ -6,11 +6,9 @@ import { attempt, create, element, leftOut, onSubmit, readExamples, said, save, 
 const MAX_SHOWN = 60; // characters of a text, as `edgeadapt device learn` prints
 
 export class LearnView {
-  #labels = new Map(); // name of an adapter → its labels
-  #learned = new Set(); // the names of adapters that were learned in this browser
+  #known; // { adapters, learned, lessons }: of all adapters, of those that were learned in this browser, and how many can be undone
   #inUse; // { name, parts }
   #busy = false;
-  #lessons = 0; // that can be undone
   #writes = false; // whether the bundle's model writes answers
   #asked = null; // { message }, that the answer to teach is for, of a model that writes
 
@@ -23,13 +21,13 @@ export class LearnView {
     element("teach-files").addEventListener("click", () => this.#work(() => this.#save()));
   }
 
-  show({ task, trainable, adapters, lessons, learned }) {
-    this.#writes = task === "text-generation";
-    element("learn").hidden = !trainable;
+  show(bundle) {
+    this.#known = bundle;
+    this.#writes = bundle.task === "text-generation";
+    element("learn").hidden = !bundle.trainable;
     element("teach-label-field").hidden = element("teach-label").disabled = this.#writes;
     element("teach-compare-field").hidden = !this.#writes;
     element("teach-compare").value = "";
-    this.#know(adapters, lessons, learned);
     this.#ask(null, "");
     this.#result("", []);
     settle("teach-error");
@@ -55,26 +53,20 @@ export class LearnView {
   /** Offer the labels of what is in use now: { name, parts }. */
   switched(inUse) {
     this.#inUse = inUse;
-    const labels = this.#labels.get(inUse?.parts[0]?.name) ?? [];
+    const first = this.#known.adapters.find(({ name }) => name === inUse?.parts[0]?.name);
+    const labels = first?.manifest?.labels ?? [];
     const shown = [...element("teach-label").options].map(({ value }) => value);
     if (String(shown) !== String(["", ...labels])) {
       const options = labels.map((label) => create("option", { value: label }, words(label)));
       element("teach-label").replaceChildren(create("option", { value: "" }, "Choose …"), ...options);
     }
-    element("teach-save").hidden = !this.#learned.has(inUse?.name);
-  }
-
-  #know(adapters, lessons, learned) {
-    this.#labels = new Map(adapters.map(({ name, manifest }) => [name, manifest?.labels ?? []]));
-    this.#learned = new Set(learned);
-    this.#lessons = lessons;
-    this.#buttons();
+    element("teach-save").hidden = !this.#known.learned.includes(inUse?.name);
   }
 
   #buttons() {
     element("teach").disabled = this.#busy || (this.#writes && !this.#asked);
     element("teach-cancel").disabled = !this.#busy;
-    element("teach-undo").disabled = this.#busy || !this.#lessons;
+    element("teach-undo").disabled = this.#busy || !this.#known.lessons;
   }
 
   #work(work) {
@@ -123,9 +115,10 @@ export class LearnView {
     this.#result(`Saved: ${name}.json, ${name}.onnx_adapter and ${name}.pem, the key that signed them.`, []);
   }
 
-  async #use({ adapters, lessons, learned }, name) {
-    this.#know(adapters, lessons, learned);
-    await this.taught(adapters, name);
+  async #use(done, name) {
+    this.#known = done;
+    this.#buttons();
+    await this.taught(done.adapters, name);
   }
 
   #result(text, rows, title = "") {
