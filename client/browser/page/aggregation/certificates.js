@@ -133,13 +133,11 @@ function constraints(value) {
   return ca;
 }
 
-/** The authority as a device pins it. `der`: its self-signed certificate; `revoked`: its newest revocation list, or null. */
+/** The authority as a device pins it. `authority`: what signs for this root, { subject, key, notAfter }; `revoked`: its newest revocation
+ * list, or null. */
 export class Root {
-  #authority;
-
   constructor(authority, revoked) {
-    this.#authority = authority;
-    this.revoked = revoked;
+    Object.assign(this, { authority, revoked });
     Object.freeze(this);
   }
 
@@ -155,19 +153,14 @@ export class Root {
   }
 
   withRevocations(revoked) {
-    return new Root(this.#authority, revoked);
-  }
-
-  /** What signs for this root: { subject, key, notAfter }. */
-  get authority() {
-    return this.#authority;
+    return new Root(this.authority, revoked);
   }
 
   /** What this authority certified: { device, key, serial, notBefore, notAfter }. `at`: also require validity at this time. Throws
    * TrustError: not a certificate of this authority for a device, revoked, or not valid at `at`. */
   async verify(der, at = null) {
     const certificate = load(der);
-    if (!(await isSignedBy(this.#authority, certificate))) {
+    if (!(await isSignedBy(this.authority, certificate))) {
       throw new TrustError("certificate was not issued by the pinned authority", "certificate.issuer");
     }
     if (isAuthority(certificate)) {
@@ -175,9 +168,9 @@ export class Root {
     }
     const [device, key] = [commonName(certificate), identity(certificate)];
     if (!ID.test(device)) throw new TrustError(`certified name ${quoted(device, 64)} is not a device id`, "certificate.common-name");
-    if (equal(key, this.#authority.key)) throw new TrustError(`certificate of ${device} has the authority's own key`, "certificate.key");
+    if (equal(key, this.authority.key)) throw new TrustError(`certificate of ${device} has the authority's own key`, "certificate.key");
     if (this.revoked?.serials.has(certificate.serial)) throw new TrustError(`certificate of ${device} is revoked`, "certificate.revoked");
-    for (const [holder, { notBefore, notAfter }] of [[device, certificate], ["the authority", this.#authority]]) {
+    for (const [holder, { notBefore, notAfter }] of [[device, certificate], ["the authority", this.authority]]) {
       if (at !== null && !(notBefore <= at && at <= notAfter)) {
         throw new TrustError(`certificate of ${holder} is not valid at ${new Date(at).toISOString()}`, "certificate.validity");
       }
