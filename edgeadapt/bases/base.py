@@ -35,6 +35,7 @@ CONVERTERS = {  # suffix of a file
     **{".pth": PICTUREBASE, ".json": PICTUREBASE, ".onnx": "edgeadapt.bases.soundbase"},
 }
 CONVERSION = 1  # raise it when the folder that is made from the same file changes
+DRAWN = re.compile(r"convolutions:(\d{1,5}):(\d{1,6}):(\d{1,2})", re.ASCII)  # rate, length and channels of its windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,8 @@ def with_task(base: Base, name: str) -> Base:
 
 
 def find_base(where: str) -> Base:
-    """Find the base in the folder or file ``where``, in the installed Python package ``where``, or in ``MODELS``.
+    """Find the base in the folder or file ``where``, in the installed Python package ``where``, or in ``MODELS``; or
+    draw the random convolutions that ``where`` names by ``DRAWN``.
 
     A file is GGUF or ``E5S1``. A package holds its base in a folder ``model`` or in one such file. A file is converted
     when it is first seen, which takes some seconds. Raises ConfigError: there is no such folder, file or package, it
@@ -157,7 +159,7 @@ def find_base(where: str) -> Base:
     if not folder.exists():
         if where in MODELS.names():
             return OwnModel.of(where)
-        folder = in_package(where)
+        folder = _drawn(where) if DRAWN.fullmatch(where) else in_package(where)
     if (folder / PICTURES).is_file() and not (folder / "tokenizer.json").exists():
         folder = _converted(folder / PICTURES, *(folder / name for name in ("config.json", WEIGHTS)))
     elif folder.is_file():
@@ -197,18 +199,29 @@ def _converted(file: Path, *read_with: Path) -> Path:
         raise ConfigError(f"base model {file} is neither a folder nor a {kinds} file", about="base")
 
     def make(folder: Path) -> None:
-        try:
-            converter = importlib.import_module(CONVERTERS[file.suffix])
-        except ModuleNotFoundError as error:
-            reason = f"{file} needs {error.name} to be read: pip install 'edgeadapt[export]'"
-            raise ConfigError(reason, about=file.name) from error
-        converter.convert(file, folder)
+        _converter(CONVERTERS[file.suffix], file).convert(file, folder)
 
     if missing := [path.name for path in read_with if not path.is_file()]:
         raise ConfigError(f"base model folder {file.parent} has no {missing[0]}", about=missing[0])
     content = "".join(map(file_sha256, (file, *read_with)))
     digest = hashlib.sha256(content.encode()).hexdigest() if read_with else content
     return cached(f"{file.suffix[1:]}-{CONVERSION}-{digest[:16]}", make)
+
+
+def _drawn(name: str) -> Path:
+    def make(folder: Path) -> None:
+        sizes = map(int, name.split(":")[1:])
+        _converter("edgeadapt.bases.windowbase", Path(name)).write(folder, *sizes)
+
+    return cached(f"{name.replace(':', '-')}-{CONVERSION}", make)
+
+
+def _converter(module: str, file: Path) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        reason = f"{file} needs {error.name} to be read: pip install 'edgeadapt[export]'"
+        raise ConfigError(reason, about=file.name) from error
 
 
 @lru_cache(maxsize=8)

@@ -24,6 +24,7 @@ from edgeadapt.bases.base import WEIGHTS, Base
 from edgeadapt.bases.pictureencoder import PictureEncoder
 from edgeadapt.bases.readers import media_of, open_reader
 from edgeadapt.bases.soundencoder import SpeechEmbedding
+from edgeadapt.bases.windowencoder import RandomConvolutions
 from edgeadapt.formats.graphinputs import in_modules
 
 LONGEST = 2**24  # tokens of a text; a table of positions is as long, whatever the file of weights holds
@@ -152,7 +153,8 @@ def encoder(base: Base) -> Any:
         return model
     try:
         reader = tokenizer(base)
-        return model.reading(reader) if isinstance(model, SpeechEmbedding) else PictureEncoder(model, reader)
+        hears = isinstance(model, SpeechEmbedding | RandomConvolutions)
+        return model.reading(reader) if hears else PictureEncoder(model, reader)
     except Exception as error:  # as in ``configuration``
         raise _refusal(base, error) from error
 

@@ -91,9 +91,9 @@ class _Top(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         moments = states.shape[1] // 2
         bent = self.bent(self.dense(states)).reshape(-1, moments, 2, WIDTH)
-        wide = _larger(bent[:, :, 0], bent[:, :, 1])
+        wide = larger(bent[:, :, 0], bent[:, :, 1])
         pairs = wide[:, : moments // 2 * 2].reshape(-1, moments // 2, 2, WIDTH)
-        places = _larger(pairs[:, :, 0], pairs[:, :, 1])
+        places = larger(pairs[:, :, 0], pairs[:, :, 1])
         mean = places.mean(1, keepdim=True)
         deviation = torch.sqrt(((places - mean) ** 2).mean(1, keepdim=True) + 1e-6)
         shifted: Tensor = self.shift(torch.cat([mean, deviation], -1))
@@ -107,7 +107,7 @@ class _Bent(nn.Module):
         return torch.relu(states) + 0.2 * torch.clamp(states, -2.0, 0.0)
 
 
-def _larger(one: Tensor, other: Tensor) -> Tensor:
+def larger(one: Tensor, other: Tensor) -> Tensor:
     return one + torch.relu(other - one)
 
 

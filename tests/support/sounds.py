@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgeadapt.bases.base import Base, find_base
-from edgeadapt.bases.sounds import RATE, SoundReader, sound
+from edgeadapt.bases.sounds import RATE, SoundReader, signal, sound
 
 LENGTH = 12_512  # samples, the fewest that the network hears
 
@@ -34,6 +34,19 @@ def tone(label: int, seed: int, seconds: float = 0.8) -> bytes:
 
 def tones(count: int, seed: int) -> list[tuple[str, int]]:
     return [(sound(tone(number % 2, 1000 * seed + number)), number % 2) for number in range(count)]
+
+
+WINDOWS = "convolutions:50:40:3"  # a base
+
+
+def windows(count: int, seed: int) -> list[tuple[str, int]]:
+    """Make noisy windows of a sensor that moves slowly along one axis (0) or fast along another (1)."""
+    rng, made = np.random.default_rng(seed), list[tuple[str, int]]()
+    for number in range(count):
+        samples, label = rng.normal(0, 600, (40, 3)), number % 2
+        samples[:, label] += 4000 * np.sin(2 * np.pi * ((0.04, 0.16)[label] * np.arange(40) + rng.random()))
+        made.append((signal(samples.astype(int), 50), label))
+    return made
 
 
 def make_base(folder: Path) -> Base:

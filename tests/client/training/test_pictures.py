@@ -1,4 +1,4 @@
-"""Pictures and sounds through both trainers, a bundle and its session, and as examples of a device."""
+"""Pictures, sounds and sensors through both trainers, a bundle and its session, and as examples of a device."""
 
 import json
 from pathlib import Path
@@ -16,10 +16,9 @@ from client.training.examples import Example, parse_examples, read_file
 from client.training.hygiene import clean
 from client.training.torchengine import TorchEngine, model_of
 from client.training.trainer import ClassifierTrainer
-from edgeadapt.bases.base import Base
+from edgeadapt.bases.base import Base, find_base
 from edgeadapt.bases.media import MAX_MEDIUM
 from edgeadapt.bases.pictures import picture
-from edgeadapt.bases.readers import media_of
 from edgeadapt.bases.sounds import SoundReader
 from edgeadapt.formats.bundle import LOWER, Bundle, VerifiedBase
 from edgeadapt.formats.graphinputs import to_inputs
@@ -38,15 +37,18 @@ from tests.support import refused, sounds
 from tests.support.pictures import LABELS, make_base, stripe_pictures, stripes
 
 
-@pytest.fixture(scope="module", params=["vit", "mobilenet_v2", "speech"])
+@pytest.fixture(scope="module", params=["vit", "mobilenet_v2", "speech", "windows"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    if request.param == "windows":
+        return find_base(sounds.WINDOWS)
     folder = tmp_path_factory.mktemp(request.param)
     return sounds.make_base(folder) if request.param == "speech" else make_base(folder, request.param)
 
 
 def drawn(trainer: ClassifierTrainer, seed: int) -> list[tuple[str, int]]:
-    hears = media_of(cast(Base, trainer.base).folder) is SoundReader
-    return (sounds.tones if hears else stripe_pictures)(24, seed)
+    if not isinstance(reader := trainer.tokenizer, SoundReader):
+        return stripe_pictures(24, seed)
+    return (sounds.tones if reader.channels == 1 else sounds.windows)(24, seed)
 
 
 def seen(trainer: ClassifierTrainer) -> list[Example]:
