@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregation.errors import DataError
-from edgeadapt.bases.media import MAX_SOURCE, MediaReader, as_text, library
+from edgeadapt.bases.media import MAX_MEDIUM, MAX_SOURCE, MediaReader, as_text, library
 
 RATE = 16_000  # samples a second of what a file becomes
 SECONDS = 5  # of it; the loudest part of a longer one
@@ -26,7 +26,9 @@ _HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")  # of WAV
 
 def sound(content: bytes) -> str:
     """Make a sound of the content of a file: one channel, ``RATE``, at most ``SECONDS`` long, without what else the
-    file says. Raises as ``MediaReader.of_file``."""
+    file says; or a window of sensors, as it is. Raises as ``MediaReader.of_file``."""
+    if _is_window(content):
+        return as_text(SoundReader.begin, "wav", content)
     if len(content) > MAX_SOURCE:
         raise DataError(f"the sound has {len(content)} bytes, above the limit of {MAX_SOURCE}", about="sound")
     if not content.startswith(BEGINS):
@@ -48,6 +50,15 @@ def sound(content: bytes) -> str:
     except Exception:  # of many classes; a message may have bytes of the sound
         raise _damaged() from None
     return signal(loudest(_whole(samples)[:, None], SECONDS * RATE), RATE)
+
+
+def _is_window(content: bytes) -> bool:
+    """Check whether a file is what ``signal`` writes, below the rates of sounds."""
+    if not _HEADER.size < len(content) <= MAX_MEDIUM:
+        return False
+    channels, rate = struct.unpack_from("<HI", content, 22)
+    known = channels <= MAX_CHANNELS and rate < FILE_RATES[0]
+    return known and content.startswith(_header(rate, channels, len(content) - _HEADER.size))
 
 
 def _damaged() -> DataError:

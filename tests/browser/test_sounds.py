@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeadapt.bases.base import find_base
 from edgeadapt.bases.sounds import RATE, SoundReader, signal, sound
 from tests.browser.conftest import IN_BROWSER, Serve
 from tests.browser.test_page import shown
 from tests.browser.test_pictures import READ, answers, assert_taught_alike, bundle_of
-from tests.support.sounds import file_of, make_base, tone, tones
+from tests.support.sounds import WINDOWS, file_of, make_base, tone, tones, windows
 
 RNG = np.random.default_rng(3)
 
@@ -66,6 +67,20 @@ def test_a_chosen_file_is_answered_as_natively_and_teaches_the_same(
     there, here = (SoundReader(RATE, RATE, 1).encode(one).ids for one in (text, sound(file.read_bytes())))
     assert np.abs(there - here).max() <= 1  # a browser divides by 32768
     assert_taught_alike(page, own, text)
+
+
+def test_a_file_of_a_window_of_sensors_is_answered_as_natively(page: Any, serve: Serve, tmp_path: Path) -> None:
+    own = bundle_of(tmp_path, find_base(WINDOWS), windows(12, 7))
+    ((text, _),), file = windows(1, 9), tmp_path / "a.wav"
+    file.write_bytes(base64.b64decode(text.partition(",")[2]))
+    page.goto(serve(own))
+    page.pick("#sound-file", file)
+    page.until("document.getElementById('answer-caption').textContent.startsWith('A sound with global')")
+    assert page.evaluate("document.getElementById('phrase').value") == text
+    assert_taught_alike(page, own, text)
+    (tmp_path / "b.wav").write_bytes(file_of(RNG.integers(-9, 9, (40, 3)), 51))
+    page.pick("#sound-file", tmp_path / "b.wav")
+    page.until("/3 channels at 50 Hz/.test(document.getElementById('phrase-error').textContent)")
 
 
 def test_the_microphone_is_asked_what_it_hears(page: Any, serve: Serve, bundle: Path) -> None:

@@ -10,6 +10,8 @@ const MOST_SEEN = 1024; // pixels of a side
 const ONE = 2 ** 22; // Pillow's weights are whole numbers of it
 const SOUND = { noun: "sound", kinds: "WAV, FLAC, Ogg or MP3", uri: /^data:audio\/wav;base64,/ };
 const HEADER = 44; // bytes of a WAV file
+const LOWEST = 4000; // rate of a sound: below it, a file is a window of sensors
+const MOST_CHANNELS = 64;
 export const RATE = 16_000; // samples a second of what a file becomes
 export const SECONDS = 5; // of it, at most
 
@@ -170,9 +172,19 @@ export function signal(samples, rate, channels = 1) {
   return `data:audio/wav;base64,${btoa(parts.map((part) => String.fromCharCode(...part)).join(""))}`;
 }
 
+/** The text of a window of sensors, if a file is one: what `signal` writes, below the rates of sounds. */
+export function sensorWindow(bytes) {
+  const size = bytes.length - HEADER;
+  if (size < 2 || size % 2) return undefined;
+  const view = new DataView(bytes.buffer);
+  const [channels, rate] = [view.getUint16(22, true), view.getUint32(24, true)];
+  const own = rate < LOWEST && channels <= MOST_CHANNELS && header(rate, channels, size).every((byte, at) => byte === bytes[at]);
+  return own ? signal(new Int16Array(bytes.slice(HEADER).buffer), rate, channels) : undefined;
+}
+
 export class Samples extends Files {
   constructor({ model: { rate, length, channels } }) {
-    const sound = Math.min(rate, length, channels) >= 1 && rate <= 48_000 && length <= 2 ** 17 && channels <= 64;
+    const sound = Math.min(rate, length, channels) >= 1 && rate <= 48_000 && length <= 2 ** 17 && channels <= MOST_CHANNELS;
     const stated = Files.stated(SOUND.noun, { rate, length, channels }, sound);
     super(SOUND, length * channels);
     Object.assign(this, stated, { span: length });

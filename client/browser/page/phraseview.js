@@ -2,7 +2,7 @@
 // sound of a file or the microphone. The last two take the place of the phrase as texts (media.js).
 
 import { attempt, breakable, complain, create, element, leftOut, onSubmit, said, settle, words } from "./dom.js";
-import { RATE, SECONDS, loudest, signal } from "./media.js";
+import { RATE, SECONDS, loudest, sensorWindow, signal } from "./media.js";
 
 const TOP = 5;
 const SIDE = 256; // pixels of a picture's longer side, as edgeadapt/bases/pictures.py
@@ -146,11 +146,15 @@ export class PhraseView {
     setTimeout(() => recorder.state === "recording" && recorder.stop(), SECONDS * 1000);
   }
 
-  /** Decode a file to one channel of `RATE`, and ask what it is. */
+  /** Decode a file to one channel of `RATE`, unless it is a window of sensors, and ask what it is. */
   async #hear(file) {
     if (!file) return;
+    const content = await file.arrayBuffer();
+    const kept = sensorWindow(new Uint8Array(content));
+    element("heard").textContent = kept ? "A window of sensors" : "";
+    if (kept) return this.#submit(kept);
     const decoder = new OfflineAudioContext(1, 1, RATE);
-    const heard = await decoder.decodeAudioData(await file.arrayBuffer()).catch(() => {
+    const heard = await decoder.decodeAudioData(content).catch(() => {
       throw new Error("the file is no sound that this browser reads: choose a WAV, FLAC, Ogg or MP3");
     });
     const channels = Array.from({ length: heard.numberOfChannels }, (_, at) => heard.getChannelData(at));
