@@ -59,7 +59,8 @@ def test_a_file_below_the_rates_of_sounds_is_a_window_as_it_is() -> None:
     moved = RNG.integers(-9000, 9000, (50, 6))
     assert sound(file_of(moved, 50)) == signal(moved, 50)
     whole = file_of(moved, 50)
-    for damaged in (whole[:-1], whole[:44], whole + bytes(MAX_MEDIUM)):
+    wide = whole[:22] + (40_000).to_bytes(2, "little") + whole[24:]
+    for damaged in (whole[:-1], whole[:44], whole + bytes(MAX_MEDIUM), wide):
         with pytest.raises(DataError):
             sound(damaged)
 
