@@ -120,6 +120,7 @@ def test_the_cost_counts_epochs_steps_time_and_bytes(computed: dict[Kind, TrialR
         Kind.LOGISTIC: 0,
         Kind.SUMMED: 0,
         Kind.GLOBAL: 2,
+        Kind.ROUTED: 2,
         Kind.CENTRAL: 2,
         Kind.LOCAL: 3,
         Kind.PERSONAL: 3,
