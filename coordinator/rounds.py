@@ -17,7 +17,6 @@ from aggregation.messages import Plan
 from aggregation.server import AbortReason, Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, Step
-from aggregation.transcript.logstate import receipts
 from coordinator import lastsum
 from coordinator.lastsum import LastSum, names
 from coordinator.registry import StoredAdapter, state_digest
@@ -250,9 +249,8 @@ class _Round:
         if isinstance(planned, RoundAborted):
             return planned
         state, plans = planned
-        transcript = self.cohort.recorder.log
-        transcript.begin(state.plan)
-        extra = attachments(receipts(transcript, plans), {ADAPTER: self.adapter.blob})
+        self.cohort.recorder.begin(state.plan)
+        extra = attachments(self.cohort.recorder.receipts(plans), {ADAPTER: self.adapter.blob})
 
         spec = session.session.spec
         least = len(plans) if last else _needed(spec, state.plan, max(spec.threshold, spec.minimum_survivors))

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import BinaryIO, Self
 
 from aggregation import envelope
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
-from aggregation.messages import MaskedInput, Offer
+from aggregation.messages import MaskedInput, Offer, Plan
 from aggregation.pki import Root
 from aggregation.pki.certificates import identity, load, subject
 from aggregation.pki.identity import IdentityKey, PublicKey
@@ -77,6 +77,9 @@ class Recorder:
     _pending: bytes = field(default=b"", repr=False)  # not in the table yet
     _since: float = field(default=0.0, repr=False)  # when the oldest of them came
 
+    def begin(self, plan: Plan) -> None:
+        self.log.begin(plan)
+
     def now(self) -> int:
         """Tell the time as the log does, in which it never goes back: seconds since 1970."""
         return max(int(time.time()), self.log.latest)
@@ -91,6 +94,10 @@ class Recorder:
             path = vector_path(self.vectors, MaskedInput.decode(header).vector)
             storage.replace(path, packed_vector(body), PUBLIC)
         self.write(self.log.received(step, device, body))
+
+    def receipts(self, devices: Iterable[str]) -> dict[str, bytes]:
+        """Prove to each device what the log has: see ``logstate.receipts``."""
+        return receipts(self.log, devices)
 
     def synced(self) -> Transcript:
         """Return the log once all in it would survive a power cut: a record of the round may then refer to it."""

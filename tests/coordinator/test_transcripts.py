@@ -102,7 +102,7 @@ def write(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> Recorder:
     recorder = transcripts.begin(offer[0])
     recorder.sent(Step.OFFER, dict.fromkeys("ab", offer[1]))
     recorder.checkpoint()
-    recorder.log.begin(PLAN)
+    recorder.begin(PLAN)
     recorder.sent(Step.PLAN, dict.fromkeys("ab", envelope.sign(transcripts.key, Assignment(PLAN, {}))))
     return recorder
 
