@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from aggregation import envelope
 from aggregation.errors import EdgeAdaptError, TrustError
@@ -45,6 +46,7 @@ class Recording:
 
 def ask(fleet: Any, device: str, step: Step, fields: Mapping[str, Any]) -> Message:
     """Ask a device outside a run."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 2, 1
     made = Message(RecordDict({RECORD: ConfigRecord(dict(fields))}), 2, step.message_type, group_id="1")
     made.metadata.__dict__["_message_id"] = "1"
     return app(made, Context(1, 2, {STATE: str(fleet.out / "devices" / device)}, RecordDict(), {}))
