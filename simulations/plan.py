@@ -252,10 +252,8 @@ class Suite:
             text = f"{where} fits a head to classes, which the task {scenario.data.task!r} does not have: leave it out"
             raise ConfigError(f"{text} with --arm", about="data.task")
         if arm.kind is Kind.ROUTED and (scenario.groups.by == "none" or scenario.data.own_task):
-            reason = (
-                f"{where} routes texts to the classes of found groups: set groups.by to discovered, or leave it out"
-            )
-            raise ConfigError(reason, about="groups.by")
+            reason = f"{where} routes texts to classifiers of groups: set groups.by to discovered or language"
+            raise ConfigError(f"{reason}, or leave it out with --arm", about="groups.by")
         return Trial(arm.kind, scenario)
 
     def trials(self, name: str, constants: Overrides) -> Iterator[tuple[int, Trial]]:
