@@ -273,7 +273,7 @@ class Service:
 
     def watch(self, file: Path) -> None:
         """Read the tenants again when ``file`` changes. One that is wrong changes nothing."""
-        self._file, self._stamp, self._again = file, file.stat().st_mtime_ns, time.monotonic()
+        self._file, self._again = file, time.monotonic()
 
     def _reread(self) -> None:
         self._again = time.monotonic() + REREAD
