@@ -16,6 +16,7 @@ from edgeadapt.bases.pictures import MAX_SEEN
 from edgeadapt.formats.peftconfig import MAX_LAYERS, MAX_RANK, MAX_VIRTUAL_TOKENS, MethodName
 from edgeadapt.formats.settings import Settings, toml_value
 from edgeadapt.rounds.discovery import MOST_CELLS
+from edgeadapt.rounds.task import Variants
 from simulations.data.households import OF_HOUSEHOLDS, PopulationSettings
 from simulations.data.tables import DataSettings
 from simulations.shipped import SCENARIOS, find
@@ -133,6 +134,9 @@ class PersonalSettings(Settings):
     adapter until then; 0: never"""
     proximal: float = Field(default=0.0, ge=0, le=1000)
     """weight of Ditto's term in its loss: half of it times the squared distance from the global adapter"""
+    variants: Variants = 0
+    """variants of each of the client's own pictures or sounds that are learned as well, in all arms that make a step
+    or a head of their own; in the rounds, federation.training.variants counts"""
     public: int = Field(default=0, ge=0, le=1000)
     """public texts that a classifier rehearses in the personal steps of both arms: so many of each label, those in the
     client's words first; of up to two others of a label, a client's own adapter must answer as many right as the one

@@ -18,6 +18,7 @@ from client.training.control import TrainingControl
 from client.training.examples import read_examples
 from client.training.personal import FINE_TUNE, PersonalStep
 from edgeadapt import commandline
+from edgeadapt.bases.media import MAX_VARIANTS
 from edgeadapt.bases.readers import as_texts
 from edgeadapt.commandline import FiniteRange, option
 from edgeadapt.formats.bundle import TOKENIZER
@@ -188,6 +189,12 @@ def _one_line(text: str) -> str:
     type=click.IntRange(0),
     default=0,
 )
+@option(
+    "--variants N",
+    "Of each picture or sound, learned as well: moved, lighter or with noise.",
+    type=click.IntRange(0, MAX_VARIANTS),
+    default=0,
+)
 @option("--seconds S", "End after S, with what is learned by then.", type=FiniteRange(0, min_open=True))
 @option(
     "--duty-cycle SHARE",
@@ -206,6 +213,7 @@ def personalize(
     learning_rate: float | None,
     scale: float,
     patience: int,
+    variants: int,
     seconds: float | None,
     duty_cycle: float,
     as_json: bool,
@@ -223,13 +231,13 @@ def personalize(
     \b
     Examples:
       edgeadapt device personalize --bundle phone/bundle examples.jsonl
-      edgeadapt device personalize --bundle phone/bundle --method ridge examples.jsonl
+      edgeadapt device personalize --bundle phone/bundle --method ridge --variants 4 examples.jsonl
       edgeadapt device personalize --bundle phone/bundle --epochs 20 --patience 2 --duty-cycle 0.3 examples.jsonl
     """
     how = PersonalStep(epochs, scale, method, patience=patience)
     with Learner.open(bundle, trust, name) as learner:
         control = TrainingControl(seconds or math.inf, duty_cycle)
-        outcome = learner.personalize(file, how, learning_rate, control)
+        outcome = learner.personalize(file, how, learning_rate, control, variants)
         counts = {name: int(score.correct) for name, score in outcome.scores.items()}
         costs = {name: bits(score) for name, score in outcome.scores.items() if score.count}
         scores = {"right": counts} if learner.adapter.manifest.labels else {"bits": costs}

@@ -258,6 +258,7 @@ class Learner:
         how: PersonalStep,
         learning_rate: float | None,
         control: TrainingControl = UNLIMITED,
+        variants: int = 0,
     ) -> Personalized:
         """Make a private adapter from the global one, and put it into use: the personal step.
 
@@ -272,6 +273,7 @@ class Learner:
             how: The step; of a language model, its method is fine-tuning.
             learning_rate: Of the first training step; None: ``VIRTUAL_RATE`` of virtual tokens, else ``PERSONAL_RATE``.
             control: Limits of this device; its checkpoint is set here.
+            variants: Of each picture or sound of the examples, which are learned as well, at most ``MAX_VARIANTS``.
 
         Raises:
             DataError: An example is not valid, or a loss is not finite.
@@ -292,11 +294,11 @@ class Learner:
         engine = _graph(trainer)
         start = engine.tensors_of(origin.inputs)
         taught, public = subject.taught(own), subject.public()
-        digest = _step_digest(manifest, rate, how, [*own, *taught, *public])
+        digest = _step_digest(manifest, rate, (how, variants), [*own, *taught, *public])
         chosen = subject.rehearsal([*own, *taught], public)
         every, held_out = [*own, *taught, *chosen.trained], in_split(own, Split.VALIDATION)
         epochs = max(how.epochs, 1)
-        task = Task(engine.config, manifest.labels, epochs, BATCH_SIZE, rate, 0.0, 0.0, PARTS, PARTS)
+        task = Task(engine.config, manifest.labels, epochs, BATCH_SIZE, rate, 0.0, 0.0, PARTS, PARTS, variants=variants)
         checkpoint = TrainingCheckpoint(self.folder / TRAINING_STATE, self.keys[1], digest)
         rng, limits = np.random.default_rng(list(digest)), replace(control, checkpoint=checkpoint)
         shared = {Candidate.GLOBAL: start}
@@ -621,10 +623,11 @@ def stated_config(manifest: AdapterManifest) -> PeftConfig:
 
 
 def _step_digest(
-    origin: AdapterManifest, learning_rate: float, how: PersonalStep, examples: Sequence[Example]
+    origin: AdapterManifest, learning_rate: float, how: tuple[PersonalStep, int], examples: Sequence[Example]
 ) -> bytes:
     """Digest what a personal step depends on: one that was interrupted is continued by its digest."""
-    settings = [origin.sha256, learning_rate, *map(str, astuple(how))]
+    step, variants = how
+    settings = [origin.sha256, learning_rate, *map(str, astuple(step)), *([variants] if variants else [])]
     return sha256(jsontext.encode(settings) + encode_examples(examples)).digest()
 
 

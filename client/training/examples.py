@@ -5,12 +5,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replaced
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from aggregation.errors import DataError
-from edgeadapt.bases.media import MAX_MEDIUM, MAX_SOURCE, is_medium
+from edgeadapt.bases.media import MAX_MEDIUM, MAX_SOURCE, is_medium, variants
 from edgeadapt.bases.readers import COLUMNS
 from edgeadapt.bases.tasks import Target, label_text
 from edgeadapt.formats.storage import read, replace
@@ -163,6 +164,13 @@ def longest(text: str) -> int:
 
 def in_split(examples: Sequence[Example], split: Split) -> tuple[Example, ...]:
     return tuple(example for example in examples if example.split is split)
+
+
+def with_variants(examples: Sequence[Example], count: int) -> list[Example]:
+    """Add ``count`` variants of each picture and sound that is a training example; the others choose and count."""
+    of = [variants(one.text, count) if one.split is Split.TRAIN else [] for one in examples]
+    pairs = zip(examples, of, strict=True)
+    return [each for one, texts in pairs for each in (one, *(replaced(one, text=text) for text in texts))]
 
 
 def _example(line: str, where: str, labels: int | None, target: TargetOf | None) -> Example:

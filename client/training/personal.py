@@ -13,7 +13,7 @@ import numpy as np
 
 from aggregation.errors import DataError, EdgeAdaptError
 from client.training.control import UNLIMITED, TrainingControl
-from client.training.examples import Example, Score, Split, in_split
+from client.training.examples import Example, Score, Split, in_split, with_variants
 from client.training.logistic import logistic_head, with_constant
 from client.training.trainer import ClassifierTrainer
 from edgeadapt.bases.tasks import Numbers
@@ -103,6 +103,11 @@ class PersonalInputs:
         """Return the training examples; the others choose between the candidates."""
         return in_split(self.examples, Split.TRAIN)
 
+    @property
+    def varied(self) -> list[Example]:
+        """Return the training examples and their variants, as ``train`` makes them."""
+        return with_variants(self.own, self.task.variants)
+
     def tuned(self) -> Tensors:
         if not self.how.epochs:
             return self.shared
@@ -113,11 +118,11 @@ Method = Callable[[PersonalInputs], Tensors]  # returns tensors in the layout of
 
 
 def _ridge(inputs: PersonalInputs) -> Tensors:
-    return with_own_head(inputs.trainer, inputs.shared, inputs.examples, scale=inputs.how.scale)
+    return with_own_head(inputs.trainer, inputs.shared, inputs.varied, scale=inputs.how.scale)
 
 
 def _logistic(inputs: PersonalInputs) -> Tensors:
-    head, own = ClassifierHead.of(Layout.of(inputs.shared)), inputs.own
+    head, own = ClassifierHead.of(Layout.of(inputs.shared)), inputs.varied
     x = with_constant(inputs.embed(own))
     labels = np.array([example.label for example in own], np.int64)
     prior = np.concatenate([inputs.shared[head.weight].T, inputs.shared[head.bias][None]]).astype(np.float64)
@@ -126,7 +131,7 @@ def _logistic(inputs: PersonalInputs) -> Tensors:
 
 
 def _ensemble(inputs: PersonalInputs) -> Tensors:
-    return with_both_heads(inputs.trainer, inputs.tuned(), inputs.shared, inputs.examples, scale=inputs.how.scale)
+    return with_both_heads(inputs.trainer, inputs.tuned(), inputs.shared, inputs.varied, scale=inputs.how.scale)
 
 
 def _interpolate(inputs: PersonalInputs) -> Tensors:

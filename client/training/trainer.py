@@ -17,7 +17,7 @@ from aggregation.errors import DataError
 from client.training.control import TOKENS, UNLIMITED, TrainingControl
 from client.training.descent import GradientsOf, descend
 from client.training.encoding import Encoded, TextEncoder
-from client.training.examples import Example, Score
+from client.training.examples import Example, Score, with_variants
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.classifiergraph import pad
 from edgeadapt.bases.media import MediaReader
@@ -107,11 +107,12 @@ class Trainer:
         rng: np.random.Generator,
         control: TrainingControl = UNLIMITED,
     ) -> Tensors:
-        """Train for ``epochs`` passes over ``examples``. The loss is the mean cross-entropy of a batch's targets.
+        """Train for ``epochs`` passes over ``examples`` and their variants. The loss is the mean cross-entropy of a
+        batch's targets.
 
         Args:
             start: Tensors in ``layout``; the caller checks them.
-            task: Batch size, optimizer and its settings; parts that it does not train stay.
+            task: Batch size, optimizer and its settings, and variants; parts that it does not train stay.
 
         Returns:
             Tensors in ``layout``, and R if the task trains it (``edgeadapt.methods.lorasb``), float32 and finite.
@@ -120,7 +121,7 @@ class Trainer:
         Raises DataError: there are no examples, or as ``descend``."""
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples")
-        encoded = self.encode(examples)
+        encoded = self.encode(with_variants(examples, task.variants))
 
         def of_batch(batch: list[int]) -> Iterator[TrainingBatch]:
             texts = [encoded[i] for i in batch]

@@ -2,6 +2,9 @@
 
 So everything that holds, counts, seals or sends a text does it with a picture or a sound. A base of such files has a
 ``tokenizer.json`` that states what its model sees (``MediaReader``); ``readers.open_reader`` opens it or any other.
+
+Training may also use variants of a file, such as a sound with noise: its text with ``#`` and a number. They are made of
+whole numbers, by bits of the murmur hash: the page makes the same ones.
 """
 
 import base64
@@ -21,6 +24,8 @@ from edgeadapt.formats.bundle import TOKENIZER
 
 MAX_MEDIUM = 2**18  # characters of such a text
 MAX_SOURCE = 2**25  # bytes of a file that becomes one
+MAX_VARIANTS = 16  # of a file
+MARK, VARIANTS = "#", [str(number) for number in range(1, MAX_VARIANTS + 1)]
 FEWEST = 768  # numbers that take about the memory of one token of a text
 
 
@@ -51,6 +56,10 @@ class MediaReader(ABC):
     @abstractmethod
     def decode(self, content: bytes) -> NDArray[np.int64]:
         """Return the tokens of what a text holds. Raises as ``of_file``."""
+
+    @abstractmethod
+    def varied(self, tokens: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+        """Return other tokens that mean the same, as ``seed`` draws them."""
 
     @abstractmethod
     def check(self) -> None:
@@ -94,8 +103,9 @@ class MediaReader(ABC):
         return json.dumps(whole, indent=1 if pretty else None) + "\n"
 
     def encode(self, text: str) -> Numbers:
-        """Decode a text. Raises DataError: it is of another kind, above ``MAX_MEDIUM`` characters, or damaged;
-        ConfigError as ``of_file``."""
+        """Decode a text, or a variant of one. Raises DataError: it is of another kind, above ``MAX_MEDIUM`` characters,
+        or damaged; ConfigError as ``of_file``."""
+        text, mark, number = text.partition(MARK)
         if not text.startswith(self.begin):
             raise DataError(f"this base reads {self.noun}s: give {self.files}", about=self.noun)
         if len(text) > MAX_MEDIUM:
@@ -105,7 +115,12 @@ class MediaReader(ABC):
             content = base64.b64decode(text.partition(";base64,")[2], validate=True)
         except (binascii.Error, ValueError):
             raise DataError(f"the {self.noun} is not in base64", about=self.noun) from None
-        return Numbers(self.decode(content))
+        tokens = self.decode(content)
+        if not mark:
+            return Numbers(tokens)
+        if number not in VARIANTS:
+            raise DataError(f"a {self.noun} has no such variant", about=self.noun)
+        return Numbers(self.varied(tokens, int(tokens.sum()) + int(number) * 0x9E3779B1))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Numbers]:
         return [self.encode(text) for text in texts]
@@ -123,6 +138,19 @@ class MediaReader(ABC):
 def is_medium(text: str) -> bool:
     """Whether a text is a file."""
     return text.startswith(("data:image/", "data:audio/"))
+
+
+def variants(text: str, count: int) -> list[str]:
+    """Return the first variants of a file, at most ``MAX_VARIANTS``; a text has none."""
+    return [text + MARK + number for number in VARIANTS[:count]] if is_medium(text) else []
+
+
+def drawn_bits(seed: int, places: Any) -> NDArray[np.int64]:
+    """Draw 32 bits for each place, which are whole numbers below 2^32."""
+    bits = (np.asarray(places, np.uint32) * np.uint32(0xC2B2AE3D)) ^ np.uint32(seed % 2**32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    return (bits ^ (bits >> np.uint32(16))).astype(np.int64)
 
 
 def as_text(begin: str, subtype: str, content: bytes) -> str:

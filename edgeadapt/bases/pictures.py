@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregation.errors import ConfigError, DataError
-from edgeadapt.bases.media import MAX_SOURCE, MediaReader, as_text, library
+from edgeadapt.bases.media import MAX_SOURCE, MediaReader, as_text, drawn_bits, library
 
 KINDS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 50_000_000  # of a file that becomes a picture
@@ -71,6 +71,15 @@ class PictureReader(MediaReader):
             seen = self._fitted(seen)
         return np.asarray(seen, np.int64).reshape(-1)
 
+    def varied(self, tokens: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+        """Move a picture by up to a tenth of each side, its edge repeated, and make it lighter or darker by up to a
+        fifth. Left and right stay, by which letters and shoes differ."""
+        down, across, light = drawn_bits(seed, range(3))
+        image = tokens.reshape(self.height, self.width, self.channels)
+        rows, columns = _moved(self.height, down), _moved(self.width, across)
+        seen: NDArray[np.int64] = np.minimum(image[rows][:, columns] * (205 + light % 103) >> 8, 255)
+        return seen.reshape(-1)
+
     def _fitted(self, image: Any) -> Any:
         """Resize the middle of an image in two steps, across and down: the page does the same, to the same numbers."""
         how, (width, height), ratio = _pillow("Image").Resampling.BILINEAR, image.size, self.width / self.height
@@ -78,6 +87,11 @@ class PictureReader(MediaReader):
         left, top = (width - across) / 2, (height - down) / 2
         narrow = image.resize((self.width, height), how, box=(left, 0, left + across, height))
         return narrow.resize((self.width, self.height), how, box=(0, top, self.width, top + down))
+
+
+def _moved(size: int, bits: int) -> NDArray[np.int64]:
+    far = size // 10
+    return np.clip(np.arange(size) + bits % (2 * far + 1) - far, 0, size - 1)
 
 
 def _pillow(module: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregation.errors import DataError
-from edgeadapt.bases.media import MAX_MEDIUM, MAX_SOURCE, MediaReader, as_text, library
+from edgeadapt.bases.media import MAX_MEDIUM, MAX_SOURCE, MediaReader, as_text, drawn_bits, library
 
 RATE = 16_000  # samples a second of what a file becomes
 SECONDS = 5  # of it; the loudest part of a longer one
@@ -21,6 +21,7 @@ FILE_RATES, MAX_FILE_SECONDS, MAX_FILE_SAMPLES = (4_000, 192_000), 900, 2**26  #
 BEGINS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff")  # of the kinds of files that are opened
 MAX_RATE, MAX_CHANNELS, MAX_LENGTH = 48_000, 64, 2**17  # that a model hears
 LOUDEST = 2**15 - 1  # of a sample
+OCTAVES, NOISE = 8, 256 * 53_510  # of the noise of a variant; 256 times its deviation
 _HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")  # of WAV
 
 
@@ -141,6 +142,22 @@ class SoundReader(MediaReader):
         part = loudest(held, self.length)
         before = (self.length - len(part)) // 2
         return np.pad(part, ((before, self.length - len(part) - before), (0, 0))).reshape(-1)
+
+    def varied(self, tokens: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+        """Move a sound by up to a tenth of its length, and add noise, 5 to 25 dB below its mean loudness, of which all
+        octaves are equally loud (Voss: Gardner 1978, "White and brown music"). One channel is also made louder or
+        quieter, by up to half; the axes of a sensor mean what they are."""
+        (moved, gain, level), far = drawn_bits(seed, range(3)), self.length // 10
+        samples = np.roll(tokens.reshape(-1, self.channels), moved % (2 * far + 1) - far, axis=0)
+        if self.channels == 1:
+            samples = samples * (128 + gain % 257) >> 8
+        places, noise = np.arange(self.length)[:, None], np.zeros_like(samples)
+        for octave in range(OCTAVES):
+            held = (places >> octave) * self.channels + np.arange(self.channels)
+            noise += (drawn_bits(seed + octave + 1, held + 3) & 0xFFFF) - 2**15
+        loud = np.abs(samples).sum(0) // self.length * (14 + level % 131)
+        heard: NDArray[np.int64] = np.clip(samples + noise * loud // NOISE, -LOUDEST, LOUDEST)
+        return heard.reshape(-1)
 
 
 def _header(rate: int, channels: int, size: int) -> bytes:

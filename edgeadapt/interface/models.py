@@ -79,6 +79,7 @@ class _Model:
         epochs: int = 3,
         learning_rate: float | None = None,
         patience: int = 0,
+        variants: int = 0,
     ) -> Personalized:
         """Make a private adapter from the global one and a device's examples file, and use it if it is not worse.
 
@@ -87,13 +88,14 @@ class _Model:
             epochs: Passes over the examples.
             learning_rate: Of AdamW; by default that of ``edgeadapt device personalize``.
             patience: Epochs without a lower loss on held-out examples after which training ends; 0: never.
+            variants: Of each picture or sound, at most 16, that are learned as well.
 
         Raises:
             TrustError, DataError, ConfigError, OSError: As ``Learner.open`` and ``Learner.personalize``.
         """
         step = PersonalStep(epochs, 16.0, method, patience=patience)
         with self._learner() as learner:
-            personalized = learner.personalize(examples, step, learning_rate)
+            personalized = learner.personalize(examples, step, learning_rate, variants=variants)
         self._answer_with(personalized.adapter)
         return personalized
 

@@ -106,6 +106,7 @@ class RoundTask(jsontext.Exact, ABC):
     EXACT: ClassVar[str | None]  # the kind of its sums without noise (``client.node.sumhistory``); None: it has none
     NEEDS_LABELS: ClassVar[bool] = True
     CONSENT: ClassVar[str] = ""  # the owner's switch for this kind (``client.node.policy``); empty: there is none
+    LATER: ClassVar[Collection[str]] = ()  # numbers that older transcripts lack: a zero is not written
     NEED_NO_LIMIT: ClassVar[Mapping[str, str]] = {}  # numbers that need no limit of the owner, and why
 
     peft_config: PeftConfig
@@ -115,7 +116,8 @@ class RoundTask(jsontext.Exact, ABC):
 
     def encode(self) -> bytes:
         """Law: ``decode(task.encode()) == task``; equal tasks give equal bytes."""
-        return jsontext.encode(asdict(cast(Any, self)))
+        values = asdict(cast(Any, self))
+        return jsontext.encode({name: value for name, value in values.items() if value or name not in self.LATER})
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
@@ -131,7 +133,7 @@ class RoundTask(jsontext.Exact, ABC):
             first = error.errors()[0]
             field = f"task.{'.'.join(map(str, first['loc']))}"
             raise ProtocolError(f"{field}: {first['msg']}", about=field) from error
-        if missing := [name for name in cls.names() if name not in names]:
+        if missing := [name for name in cls.names() if name not in {*names, *cls.LATER}]:
             raise ProtocolError(f"task.{missing[0]}: Field required", about=f"task.{missing[0]}")
         task.check()
         return task

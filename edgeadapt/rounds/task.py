@@ -17,6 +17,7 @@ from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.ring import MAX_BITS, Ring
 from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec
+from edgeadapt.bases.media import MAX_VARIANTS
 from edgeadapt.formats.layout import Floats, Layout, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.lorasb import folded, unfolded, with_squares
@@ -54,6 +55,7 @@ WeightDecay = Annotated[float, Field(ge=0, le=1)]
 Proximal = Annotated[float, Field(ge=0, le=1000)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 GradientNorm = Annotated[float, Field(ge=0)]
+Variants = Annotated[int, Field(ge=0, le=MAX_VARIANTS)]
 
 
 class OptimizerName(StrEnum):
@@ -81,6 +83,7 @@ class Task(roundtask.RoundTask):
     EXACT_SEGMENT: ClassVar[str | None] = "delta"
     EXACT: ClassVar[str | None] = "updates"
     NEEDS_LABELS: ClassVar[bool] = False
+    LATER: ClassVar[tuple[str, ...]] = ("variants",)
 
     peft_config: PeftConfig
     labels: tuple[str, ...]
@@ -95,6 +98,7 @@ class Task(roundtask.RoundTask):
     momentum: Momentum = 0.0
     schedule: RateSchedule = RateSchedule.CONSTANT
     gradient_norm: GradientNorm = 0.0  # L2 norm to which a step's gradient is clipped; 0: never
+    variants: Variants = 0  # of each picture or sound, which are trained as well (``edgeadapt.bases.media``)
 
     def check(self) -> None:
         """Check that training is stable, and that parts are trained and shared without contradiction. Raises
@@ -112,7 +116,8 @@ class Task(roundtask.RoundTask):
 
     def terms(self) -> dict[str, float | str]:
         names = ("epochs", "batch_size", "optimizer", "learning_rate", "momentum", "schedule", "weight_decay")
-        numbers = {f"training.{name}": getattr(self, name) for name in (*names, "proximal", "gradient_norm")}
+        others = ("proximal", "gradient_norm", "variants")
+        numbers = {f"training.{name}": getattr(self, name) for name in (*names, *others)}
         parts = {name: ", ".join(part.value for part in getattr(self, name)) for name in ("trained", "shared")}
         return numbers | {f"method, which has as {name}": value for name, value in parts.items()}
 
@@ -209,6 +214,8 @@ class Training(roundtask.KindSettings):
     """weight decay: decoupled with adamw, in the gradient with sgd"""
     gradient_norm: GradientNorm = 0.0
     """largest L2 norm of a step's gradient, to which it is clipped; 0: any"""
+    variants: Variants = 0
+    """variants of each picture or sound that are trained as well, moved, lighter or with noise; a text has none"""
     proximal: Proximal = 0.0
     """weight of FedProx's term in the loss: half of it times the squared distance from the global adapter"""
 

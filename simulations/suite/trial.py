@@ -27,7 +27,7 @@ from client.node.privateparts import PrivateParts
 from client.node.statedir import DeviceStateDir
 from client.training.control import TrainingControl
 from client.training.engine import open_trainer, trainer_of
-from client.training.examples import Example, Split, in_split
+from client.training.examples import Example, Split, in_split, with_variants
 from client.training.logistic import logistic_head, with_constant
 from client.training.personal import Candidate, Choice, PersonalStep, personalize, rehearsal
 from client.training.private import subject_of, with_private
@@ -130,7 +130,8 @@ class Arms(ABC):
         """Make the personal step from ``start``. ``arm``, ``rate``: for another use than in the personal arm."""
         own = self.inputs.scenario.personal
         proximal = 0.0 if arm else own.proximal
-        task = replace(self.inputs.task, learning_rate=rate or own.learning_rate, proximal=proximal)
+        rate = rate or own.learning_rate
+        task = replace(self.inputs.task, learning_rate=rate, proximal=proximal, variants=own.variants)
         return self._personal(client, start, task, arm)
 
     def after_the_rounds(self, state_dir: DeviceStateDir, global_adapter: Tensors) -> Tensors:
@@ -204,14 +205,14 @@ class ClassifierArms(Arms):
         """Fit a linear head to the client's own and the public texts. Returns the model for its validation texts, the
         one that is fitted to these as well, and the processor seconds of its embeddings that other heads have spent
         already."""
-        own = _own(client)
+        own = self._own(client)
         texts = [*own, *provision.public_examples(self.inputs.population.public)]
         weights = np.where(np.arange(len(texts)) < len(own), self.inputs.scenario.head.own_weight, 1.0)
         return self._fitted(texts, weights, partial(fit, penalty=penalty))
 
     def summed(self, client: Client) -> tuple[Model, Model, float]:
         """Fit what one sum over all clients gives to the client's own texts, and return it as ``head`` does."""
-        own = _own(client)
+        own = self._own(client)
         weights = np.full(len(own), self.inputs.scenario.head.own_weight)
         return self._fitted(own, weights, partial(ridge_head, penalty=1.0, prior=self._shared_head))
 
@@ -243,6 +244,10 @@ class ClassifierArms(Arms):
         numbers, penalty = np.array([number for number, _ in seen], np.int64), self.inputs.scenario.head.ridge
         self._router = ridge_head(rows, numbers, np.ones(len(seen)), len(groups), penalty)
         return self._router
+
+    def _own(self, client: Client) -> Sequence[Example]:
+        own = [example for example in provision.examples_of(client) if example.split is not Split.TEST]
+        return with_variants(own, self.inputs.scenario.personal.variants)
 
     def _fitted(self, texts: Sequence[Example], weights: Matrix, fit: FitHead) -> tuple[Model, Model, float]:
         before = time.thread_time()
@@ -316,10 +321,6 @@ def generator(seed: int, client: str, arm: str) -> np.random.Generator:
     """Return what orders the examples of one training: of a scenario's seed, a client and an arm."""
     name = int.from_bytes(hashlib.sha256(f"{client}{arm}".encode()).digest()[:8], "big")
     return np.random.default_rng([seed, name])
-
-
-def _own(client: Client) -> Sequence[Example]:
-    return [example for example in provision.examples_of(client) if example.split is not Split.TEST]
 
 
 def _trained_on(population: Population) -> list[Example]:

@@ -74,7 +74,7 @@ def native(bundle: Path) -> tuple[ClassifierTrainer, Tensors]:
     library = Library.open(bundle, None)
     adapter = library.trust.adapter("global", library.base)
     assert adapter.manifest.peft_config is not None
-    trainer = graphengine.classifier(library.base, len(LABELS), adapter.manifest.peft_config)
+    trainer = graphengine.classifier(library.base, len(adapter.manifest.labels), adapter.manifest.peft_config)
     return trainer, trainer.engine.tensors_of(adapter.inputs)
 
 

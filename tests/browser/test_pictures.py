@@ -76,6 +76,7 @@ def texts(values: list[bytes]) -> list[str]:
 @pytest.mark.parametrize("reader", [PictureReader(SIDE, SIDE, 3), PictureReader(20, 12, 3), PictureReader(24, 24, 1)])
 def test_pixels_are_those_of_pillow(page: Any, serve: Serve, bundle: Path, reader: PictureReader) -> None:
     asked = texts([file_of(RNG.integers(0, 256, shape)) for shape in SHAPES])
+    asked += [f"{asked[0]}#{number}" for number in (1, 2, 16)]
     page.goto(serve(bundle))
     page.evaluate(IN_BROWSER)
     found = page.evaluate(f"{READ}({json.dumps([reader.to_str(), asked])})")

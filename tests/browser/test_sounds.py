@@ -3,17 +3,22 @@
 import base64
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from client.inference.trust import Trust
+from client.training.examples import Example
 from edgeadapt.bases.base import find_base
 from edgeadapt.bases.sounds import RATE, SoundReader, signal, sound
 from tests.browser.conftest import IN_BROWSER, Serve
 from tests.browser.test_page import shown
 from tests.browser.test_pictures import READ, answers, assert_taught_alike, bundle_of
+from tests.browser.test_training import PLAIN, contributes_as_natively
+from tests.support.nodetab import NodeTab
 from tests.support.sounds import WINDOWS, file_of, make_base, tone, tones, windows
 
 RNG = np.random.default_rng(3)
@@ -29,6 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_samples_are_those_of_python(page: Any, serve: Serve, bundle: Path, reader: SoundReader, moments: int) -> None:
     sizes = (1, reader.length - 1, reader.length, moments)
     asked = [signal(RNG.integers(-(2**15) + 1, 2**15, (size, reader.channels)), reader.rate) for size in sizes]
+    asked += [f"{asked[-1]}#{number}" for number in (1, 2, 16)]
     asked.append(signal(np.tile(RNG.integers(-99, 99, (reader.length, reader.channels)), (3, 1)), reader.rate))
     page.goto(serve(bundle))
     page.evaluate(IN_BROWSER)
@@ -43,12 +49,23 @@ def test_what_is_no_sound_is_refused_as_natively(page: Any, serve: Serve, bundle
 
     odd = ["turn on the light", "data:audio/wav;base64,AAAA", "data:audio/wav;base64,?", "data:audio/ogg;base64,R0lGOD"]
     odd += ["data:audio/wav;base64," + "A" * 2**18, uri(file_of([1, 2], 8000)), uri(file_of([1, 2])[:-1])]
+    odd += [uri(file_of([1, 2])) + end for end in ("#", "#0", "#17", "#1#2", "#01")]
     page.goto(serve(bundle))
     page.evaluate(IN_BROWSER)
     found = page.evaluate(f"{READ}({json.dumps([SoundReader(RATE, 400, 1).to_str(), odd])})")
     assert all(one.startswith("DataError sound: ") for one in found)
     assert ["above the limit" in one for one in found].index(True) == 4
     assert f"at {RATE} Hz" in found[5]
+
+
+def test_a_tab_trains_variants_in_a_round_as_a_native_device(tab: NodeTab, bundle: Path) -> None:
+    """All are in one batch; a variant counts as no example of its own."""
+    manifest = Trust.open(bundle).bundle.adapter_manifest("global")
+    assert manifest.peft_config is not None
+    task = replace(PLAIN, peft_config=manifest.peft_config, labels=manifest.labels, batch_size=64, variants=3)
+    made = [Example(text, label) for text, label in tones(5, 3)]
+    tab.open(bundle)
+    contributes_as_natively(tab, bundle, task, made, [text for text, _ in tones(3, 5)])
 
 
 def test_a_chosen_file_is_answered_as_natively_and_teaches_the_same(

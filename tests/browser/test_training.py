@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def moved(found: Tensors, start: Tensors) -> float:
 
 
 def given(
-    task: Task, trainer: ClassifierTrainer | LanguageTrainer, start: Tensors, examples: list[Example]
+    task: Task, trainer: ClassifierTrainer | LanguageTrainer, start: Tensors, examples: Sequence[Example]
 ) -> dict[str, Any]:
     """A plan with this task, as the tab receives it."""
     blob, layout = files.encode(start), shared_layout(trainer.layout, task)
@@ -130,13 +131,15 @@ def test_a_tab_contributes_what_a_native_device_contributes_or_nothing(tab: Node
         contributes_as_natively(tab, phone, replace(PLAIN, batch_size=16, trained=shared, shared=shared))
 
 
-def contributes_as_natively(tab: NodeTab, phone: Path, task: Task) -> None:
+def contributes_as_natively(
+    tab: NodeTab, phone: Path, task: Task, examples: Sequence[Example] = EXAMPLES, texts: Sequence[str] = PHRASES
+) -> None:
     trainer, start = native(phone)
     layout = shared_layout(trainer.layout, task)
-    held = [Example(text, 1) for text in PHRASES[:3]]
-    expected = trainer.train(start, EXAMPLES, task, epochs=task.epochs, rng=np.random.default_rng(1))
-    asked = given(task, trainer, start, EXAMPLES)
-    asked["examples"] += [{"text": one.text, "label": LABELS[one.label], "split": "validation"} for one in held]
+    held = [Example(text, 1) for text in texts[:3]]
+    expected = trainer.train(start, examples, task, epochs=task.epochs, rng=np.random.default_rng(1))
+    asked = given(task, trainer, start, examples)
+    asked["examples"] += [{"text": one.text, "label": task.labels[one.label], "split": "validation"} for one in held]
     spec = replace(session_of(layout, 32), layout_digest=trainer.layout.digest)
 
     def decoded(found: dict[str, Any]) -> dict[str, Any]:
@@ -149,17 +152,17 @@ def contributes_as_natively(tab: NodeTab, phone: Path, task: Task) -> None:
 
     sums, score = decoded(tab.evaluate(f"{ROUND}({json.dumps(asked)})")), trainer.score(start, held)
     step = spec.vector.step(spec.vector.segment("delta"))
-    length = float(np.linalg.norm(delta_of(expected, 7)))
-    assert float(np.linalg.norm(sums["delta"] - delta_of(expected, 7))) < WAY * length + 1.5 * step * layout.size**0.5
-    assert (sums["weight"][0], sums["correct"][0], sums["held_out"][0]) == (7, score.correct, 3)
+    weight = min(7, len(examples))
+    length = float(np.linalg.norm(delta_of(expected, weight)))
+    assert (
+        float(np.linalg.norm(sums["delta"] - delta_of(expected, weight))) < WAY * length + 1.5 * step * layout.size**0.5
+    )
+    assert (sums["weight"][0], sums["correct"][0], sums["held_out"][0]) == (weight, score.correct, 3)
     assert sums["loss"][0] == pytest.approx(score.loss, abs=1e-3)
     # What fails once the examples matter looks like a device without any.
-    for examples in (
-        [],
-        [{"text": "", "label": 0, "split": "train"}],
-        [{"text": "lock", "label": 9, "split": "train"}],
-    ):
-        sums = decoded(tab.evaluate(f"{ROUND}({json.dumps(asked | {'examples': examples})})"))
+    odd = {"text": "", "label": 0, "split": "train"}, {"text": "lock", "label": 9, "split": "train"}
+    for wrong in ([], *([one] for one in odd)):
+        sums = decoded(tab.evaluate(f"{ROUND}({json.dumps(asked | {'examples': wrong})})"))
         assert np.abs(sums["delta"]).max() <= 1.5 * step
         assert not any(sums[name][0] for name in ("weight", "correct", "loss", "held_out"))
 
@@ -427,6 +430,7 @@ def odd_tasks() -> list[tuple[dict[str, Any], str, bool]]:
         ({"momentum": 1}, "task.momentum", True),
         ({"proximal": 1000, "learning_rate": 0.1}, "task.proximal", True),
         ({"gradient_norm": -1}, "task.gradient_norm", True),
+        ({"variants": 17}, "task.variants", True),
         ({"optimizer": "lion"}, "task.optimizer", True),
         ({"schedule": None}, "task.schedule", True),
         ({"labels": "Light"}, "task.labels", True),

@@ -1,5 +1,5 @@
 // Files as texts, as edgeadapt/bases/media.py, pictures.py and sounds.py: a data URI of a small file, whose tokens are its pixels or the
-// samples of a WAV file of 16 bits. Pictures are reduced or enlarged as Pillow does it (bilinear, across and then down), to the same numbers.
+// samples of a WAV file of 16 bits. A variant of one is its text with "#" and a number. Pictures are reduced or enlarged as Pillow does it (bilinear, across and then down), to the same numbers.
 
 import { DataError, translated } from "./errors.js";
 
@@ -9,6 +9,8 @@ const PICTURE = { noun: "picture", kinds: "PNG, JPEG or WebP", uri: /^data:image
 const MOST_SEEN = 1024; // pixels of a side
 const ONE = 2 ** 22; // Pillow's weights are whole numbers of it
 const SOUND = { noun: "sound", kinds: "WAV, FLAC, Ogg or MP3", uri: /^data:audio\/wav;base64,/ };
+const MOST_VARIANTS = 16;
+const [OCTAVES, NOISE, LOUDEST] = [8, 256 * 53_510, 2 ** 15 - 1]; // of a sound's noise, as in sounds.py
 const HEADER = 44; // bytes of a WAV file
 const LOWEST = 4000; // rate of a sound: below it, a file is a window of sensors
 const MOST_CHANNELS = 64;
@@ -17,6 +19,20 @@ export const SECONDS = 5; // of it, at most
 
 /** The most characters of a text, which may be a file, if it has at most `most` else. */
 export const longest = (text, most) => (/^data:(image|audio)\//.test(text) ? MAX_MEDIUM : most);
+
+/** The first variants of a file; a text has none. */
+export function variants(text, count) {
+  return /^data:(image|audio)\//.test(text) ? Array.from({ length: count }, (_, i) => `${text}#${i + 1}`) : [];
+}
+
+/** 32 bits that a seed draws for a place, by the murmur hash. */
+function drawnBits(seed, place) {
+  let bits = Math.imul(place, 0xc2b2ae3d) ^ seed;
+  for (const [shift, factor] of [[16, 0x85ebca6b], [13, 0xc2b2ae35]]) bits = Math.imul(bits ^ (bits >>> shift), factor);
+  return (bits ^ (bits >>> 16)) >>> 0;
+}
+
+const clipped = (value, low, high) => Math.min(Math.max(value, low), high);
 
 /** Reads files as `Text` reads texts. They are decoded by `prepare`, before the others are called. */
 export class Files {
@@ -66,14 +82,21 @@ export class Files {
 
   #foreign = () => new DataError(`this base reads ${this.noun}s: give ${this.#kind.kinds}`, this.noun);
 
-  async #read(text) {
+  async #read(whole) {
     const { noun } = this;
+    const [text, number] = whole.split("#");
     if (!this.#kind.uri.test(text)) throw this.#foreign();
     if (text.length > MAX_MEDIUM) {
       throw new DataError(`the ${noun} has ${text.length} characters, above the limit of ${MAX_MEDIUM}: reduce it`, noun);
     }
     const binary = translated(() => atob(text.slice(text.indexOf(",") + 1)), () => new DataError(`the ${noun} is not in base64`, noun));
-    return this.decoded(Uint8Array.from(binary, (char) => char.charCodeAt(0)));
+    const tokens = await this.decoded(Uint8Array.from(binary, (char) => char.charCodeAt(0)));
+    if (whole === text) return tokens;
+    if (!Array.from({ length: MOST_VARIANTS }, (_, i) => `${text}#${i + 1}`).includes(whole)) {
+      throw new DataError(`a ${noun} has no such variant`, noun);
+    }
+    const sum = tokens.reduce((total, token) => total + token, 0);
+    return this.varied(tokens, (sum + number * 0x9e3779b1) | 0);
   }
 }
 
@@ -95,6 +118,18 @@ export class Pixels extends Files {
     const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
     context.drawImage(image, 0, 0);
     return this.#fitted(context.getImageData(0, 0, width, height).data, width, height);
+  }
+
+  varied(tokens, seed) {
+    const { height, width, channels } = this;
+    const [down, across, light] = [0, 1, 2].map((place) => drawnBits(seed, place));
+    const moved = (size, bits) => Array.from({ length: size }, (_, at) => clipped(at + (bits % (2 * Math.floor(size / 10) + 1)) - Math.floor(size / 10), 0, size - 1));
+    const [rows, columns] = [moved(height, down), moved(width, across)];
+    return tokens.map((_, at) => {
+      const [row, column] = [Math.floor(at / channels / width), Math.floor(at / channels) % width];
+      const token = tokens[(rows[row] * width + columns[column]) * channels + (at % channels)];
+      return Math.min((token * (205 + (light % 103))) >> 8, 255);
+    });
   }
 
   #fitted(rgba, width, height) {
@@ -205,6 +240,28 @@ export class Samples extends Files {
     const whole = new Int16Array(span * channels);
     whole.set(part, channels * Math.floor((span - part.length / channels) / 2));
     return whole;
+  }
+
+  varied(tokens, seed) {
+    const { span, channels } = this;
+    const [moved, gain, level] = [0, 1, 2].map((place) => drawnBits(seed, place));
+    const far = Math.floor(span / 10);
+    const back = ((moved % (2 * far + 1)) - far + span) % span; // as numpy's roll
+    const samples = Int32Array.from(tokens, (_, at) => {
+      const sample = tokens[(at - back * channels + tokens.length) % tokens.length];
+      return channels === 1 ? (sample * (128 + (gain % 257))) >> 8 : sample;
+    });
+    const sums = new Array(channels).fill(0);
+    samples.forEach((sample, at) => (sums[at % channels] += Math.abs(sample)));
+    const loud = sums.map((sum) => Math.floor(sum / span) * (14 + (level % 131)));
+    return Int16Array.from(samples, (sample, at) => {
+      const [moment, channel] = [Math.floor(at / channels), at % channels];
+      let noise = 0;
+      for (let octave = 0; octave < OCTAVES; octave++) {
+        noise += (drawnBits(seed + octave + 1, (moment >> octave) * channels + channel + 3) & 0xffff) - 2 ** 15;
+      }
+      return clipped(sample + Math.floor((noise * loud[channel]) / NOISE), -LOUDEST, LOUDEST);
+    });
   }
 }
 

@@ -1,6 +1,7 @@
 """Pictures, sounds and sensors through both trainers, a bundle and its session, and as examples of a device."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,8 +13,9 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError
 from aggregation.pki.identity import IdentityKey
 from client.training import graphengine, torchengine
-from client.training.examples import Example, parse_examples, read_file
+from client.training.examples import Example, Split, parse_examples, read_file
 from client.training.hygiene import clean
+from client.training.personal import Candidate, Choice, PersonalStep, personalize
 from client.training.torchengine import TorchEngine, model_of
 from client.training.trainer import ClassifierTrainer
 from edgeadapt.bases.base import Base, find_base
@@ -101,6 +103,33 @@ def test_the_layers_below_run_once_for_a_file(trainer: ClassifierTrainer, start:
     finally:
         frozen.states = states  # type: ignore[method-assign]
     assert (asked, first.tolist()) == ([1], again.tolist())
+
+
+@pytest.mark.parametrize("method", ["fine-tune", "ridge", "logistic", "ensemble"])
+def test_variants_of_the_training_examples_are_learned_as_examples_are(
+    trainer: ClassifierTrainer, start: Tensors, method: str
+) -> None:
+    """Not those of held-out examples, which choose."""
+    own, held = seen(trainer)[:6], [replace(one, split=Split.VALIDATION) for one in seen(trainer)[6:10]]
+    task = Task(trainer.engine.config, LABELS, 1, 64, 0.02, 0.0, 0.0, PARTS, PARTS)
+    how = PersonalStep(1, 16.0, method, choice=Choice.NEVER)
+
+    def made(examples: list[Example], task: Task) -> Tensors:
+        rng, shared = np.random.default_rng(0), {Candidate.GLOBAL: start}
+        return personalize(trainer, shared, examples, task, how, rng=rng).judged
+
+    written = [replace(one, text=f"{one.text}#{number}") for one in own for number in (1, 2)]
+    found, expected, plain = (
+        made([*own, *held], replace(task, variants=2)),
+        made([*own, *written, *held], task),
+        made([*own, *held], task),
+    )
+
+    def apart(one: Tensors) -> float:
+        return max(float(np.abs(found[name] - one[name]).max()) for name in found)
+
+    assert apart(expected) < 2e-4
+    assert apart(plain) > 1e-3
 
 
 @pytest.mark.parametrize("profile", [Profile.FP32, Profile.NATIVE_INT8, Profile.WEB_INT8])

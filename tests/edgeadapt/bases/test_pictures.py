@@ -118,6 +118,21 @@ def test_a_text_that_is_no_picture_is_refused_and_not_quoted(text: str, why: str
     assert "secret" not in str(caught.value)
 
 
+def test_a_variant_of_a_picture_is_moved_and_lighter_or_darker() -> None:
+    reader, moves, lights = PictureReader(40, 20, 1), set(), []
+    for number in range(200):
+        image = np.full((40, 20), 100 + number % 20, np.uint8)
+        image[20, 10] = 200
+        found = reader.encode(f"{picture(file_of(image))}#{1 + number % 16}").ids.reshape(40, 20)
+        down, across = np.unravel_index(found.argmax(), found.shape)
+        moves.add((20 - int(down), 10 - int(across)))
+        lights.append(found[0, 0] / image[0, 0])
+        assert (np.delete(found, found.argmax()) == found[0, 0]).all()
+    assert {move for move, _ in moves} == {*range(-4, 5)}
+    assert {move for _, move in moves} == {*range(-2, 3)}
+    assert (min(lights), max(lights)) == pytest.approx((0.8, 1.2), abs=0.02)
+
+
 @pytest.mark.parametrize(
     "stated", [{}, {"height": 0, "width": 4, "channels": 3}, {"height": 4, "width": 4, "channels": 2}]
 )

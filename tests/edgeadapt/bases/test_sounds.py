@@ -156,6 +156,48 @@ def test_a_text_that_is_no_sound_of_the_base_is_refused_and_not_quoted(text: str
     assert "secret" not in str(caught.value)
 
 
+def varied(reader: SoundReader, samples: Any, number: int) -> Any:
+    text = signal(samples, reader.rate)
+    assert reader.encode(f"{text}#{number}").ids.tolist() == reader.encode(f"{text}#{number}").ids.tolist()
+    return reader.encode(f"{text}#{number}").ids.reshape(-1, reader.channels)
+
+
+def test_a_variant_of_a_sound_is_moved_louder_or_quieter_and_noisy() -> None:
+    """Each number within what it may be, and at both ends of it; the noise has the power of each octave alike."""
+    reader, time = SoundReader(RATE, 4096, 1), np.arange(4096)
+    pulse = (8000 * np.sin(time / 5) * np.exp(-(((time - 2000) / 300) ** 2))).astype(int)[:, None]
+    moves, gains, levels, colours = [], [], [], []
+    for number in range(400):
+        spread = pulse + number % 25  # another sound for each, of 16 variants
+        found = varied(reader, spread, 1 + number % 16)[:, 0]
+        tune = np.fft.irfft(np.fft.rfft(found) * np.fft.rfft(pulse[:, 0]).conj(), 4096)
+        moves.append((int(tune.argmax()) + 2048) % 4096 - 2048)
+        back = np.roll(spread[:, 0], moves[-1])
+        gains.append(found @ back / (back @ back))
+        noise = found - gains[-1] * back
+        levels.append(20 * np.log10(gains[-1] * np.abs(spread).mean() / noise.std()))
+        power = np.abs(np.fft.rfft(noise)) ** 2
+        colours.append(power[16:32].sum() / power[128:256].sum())
+    assert (min(moves), max(moves)) == pytest.approx((-409, 409), abs=15)
+    assert (min(gains), max(gains)) == pytest.approx((0.5, 1.5), abs=0.06)
+    assert (min(levels), max(levels)) == pytest.approx((5, 25), abs=2.5)
+    assert np.median(colours) == pytest.approx(1, rel=0.4)
+
+
+def test_the_axes_of_a_sensor_keep_their_size_and_each_has_its_noise() -> None:
+    still = np.tile([8000, -300, 0], (64, 1))
+    found = varied(SoundReader(50, 64, 3), still, 3)
+    assert np.abs(found.mean(0) - still[0]).max() < 8000 * 0.6
+    assert found[:, 2].any() == 0  # no sound, no noise
+    assert abs(np.corrcoef(found[:, 0], found[:, 1])[0, 1]) < 0.7
+
+
+@pytest.mark.parametrize("end", ["#", "#0", "#17", "#01", "#1#2", "#-1", "#x"])
+def test_no_other_variant_of_a_sound_is_known(end: str) -> None:
+    with refused(DataError, "sound", "no such variant"):
+        SoundReader(RATE, 400, 1).encode(signal(NOISE[:, None], RATE) + end)
+
+
 @pytest.mark.parametrize(
     "stated", [{}, {"rate": 0, "length": 9, "channels": 1}, {"rate": 9, "length": 2**18, "channels": 1}]
 )

@@ -15,6 +15,7 @@ import {
 import { ConfigError, DataError, ProtocolError } from "../errors.js";
 import { checkSlots, fromPeft, layoutDigest, toPeft } from "../graphinputs.js";
 import { contentDigest } from "../manifests.js";
+import { variants } from "../media.js";
 import { NO_POLICY } from "../policy.js";
 import { emptyAdapter } from "../runtime.js";
 import { batches, descend } from "./descent.js";
@@ -217,10 +218,25 @@ async function usable({ engine, trainer, task: { labels }, examples }, cap) {
 /** The score of `start` on the held-out examples, and what training on the others makes of it. */
 async function outcome({ trainer, task, pause }, start, { train, heldOut }, limits) {
   const score = await scored(trainer, start, heldOut, pause);
-  const order = batches(train.map(({ ids }) => ids.length), task.batch_size, task.epochs);
   const control = { norm: limits.maximum_gradient_norm, unfailing: true };
-  const trained = await orElse(() => trainOn(trainer, start, train, task, order, pause, control), () => start);
+  const learnt = async () => {
+    const all = await withVariants(trainer, train, task.variants);
+    const order = batches(all.map(({ ids }) => ids.length), task.batch_size, task.epochs);
+    return trainOn(trainer, start, all, task, order, pause, control);
+  };
+  const trained = await orElse(learnt, () => start);
   return { trained, examples: train.length, score };
+}
+
+/** Examples with `count` variants of each that is a picture or a sound. */
+async function withVariants(trainer, examples, count) {
+  const found = [];
+  for (const one of examples) {
+    const texts = variants(one.text, count);
+    await trainer.engine.text.prepare(texts);
+    found.push(one, ...texts.map((text) => ({ ...one, ...trainer.encode({ text }) })));
+  }
+  return found;
 }
 
 /** The score of values; the worst where it cannot be computed. */

@@ -32,6 +32,7 @@ const TASK = {
   momentum: between(0, 1 - Number.EPSILON / 2),
   schedule: oneOf("constant", "linear", "cosine"),
   gradient_norm: between(0, Number.MAX_VALUE),
+  variants: whole(0, 16),
 };
 
 const ANALYTIC = {
@@ -62,6 +63,7 @@ export const LIMITS = {
   maximum_proximal: 10,
   maximum_gradient_norm: 10,
   maximum_epochs: 10,
+  maximum_variants: 8,
   minimum_batch_size: 2,
   maximum_batch_size: 64,
   moments: true, // whether to contribute to an analytic head
@@ -81,6 +83,7 @@ export function decodeTask(raw) {
   }
   if (["histograms", "cells"].some((name) => Object.hasOwn(found, name)))
     refuse("this device contributes no observations", "task.observations");
+  found.variants ??= 0; // not written
   requireFields(found, TASK);
   const { trained, shared } = found;
   if (!(found.learning_rate * (found.proximal + found.weight_decay) < 1)) {
