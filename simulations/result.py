@@ -271,10 +271,11 @@ class RunResult:
     attackers: tuple[str, ...] = ()
     groups: tuple[GroupResult, ...] = ()  # none if all clients share one adapter; ``adapter`` is that of the first
     round_tally: RoundTally = RoundTally()
+    finding: tuple[float, float] | None = None  # epsilon and delta of the round that found the groups
 
     @property
     def epsilon(self) -> float | None:
-        """Return what all sums may have revealed of a device; None without differential privacy."""
+        """Return what the sums of the rounds may have revealed of a device; None without differential privacy."""
         spent = [each.epsilon for each in self.rounds if each.epsilon is not None]
         return spent[-1] if spent else None
 

@@ -92,6 +92,12 @@ class Router:
         return f"group-{logits.mean(axis=0).argmax() + 1}"
 
 
+def spent_on_finding(run: Path) -> tuple[float, float]:
+    """Return the epsilon of a device in the round that found the groups, and its delta."""
+    spent = [one.epsilon for one in provision.registry(run / DISCOVERY).rounds() if one.epsilon is not None]
+    return spent[-1], CoordinatorStateDir.open(run / DISCOVERY / provision.COORDINATOR).settings.privacy.delta
+
+
 def with_found(run: Path, population: Population) -> Population:
     """Return the population whose clients have the groups that were found in the folder of a run, if any were."""
     if not (stored := run / DISCOVERY / FOUND).exists():

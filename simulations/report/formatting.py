@@ -198,15 +198,15 @@ def formatted_groups(result: RunResult) -> str:
     return "; ".join(parts)
 
 
-def privacy(epsilon: float | None, delta: float | None, rounds: int) -> tuple[str, str]:
-    """Return the epsilon of all rounds, or none; and what that means.
-
-    >>> privacy(6.071, 1e-6, 2)
-    ('epsilon 6.07', 'for delta 1e-06 after 2 rounds, for everything of one device')
-    """
+def privacy(result: RunResult) -> tuple[str, str]:
+    """Return the epsilon of all rounds, or none; and what that means."""
+    epsilon, delta, found = result.epsilon, result.delta, ""
+    if result.finding:
+        found = "; besides, epsilon {:.2f} for delta {:g} of the round that found the groups".format(*result.finding)
     if delta is None or epsilon is None:
-        return "none", "nothing bounds what the sums say about one device"
-    return f"epsilon {epsilon:.2f}", f"for delta {delta:g} after {count(rounds, 'round')}, for everything of one device"
+        return "none", f"nothing bounds what the sums say about one device{found}"
+    rounds = count(len(result.rounds), "round")
+    return f"epsilon {epsilon:.2f}", f"for delta {delta:g} after {rounds}, for everything of one device{found}"
 
 
 def canaries(bounds: CanaryBounds) -> tuple[str, str]:

@@ -139,7 +139,7 @@ def _clients(result: RunResult) -> Table:
 
 
 def _facts(result: RunResult) -> list[tuple[str, str | Text]]:
-    amount, meaning = formatting.privacy(result.epsilon, result.delta, len(result.rounds))
+    amount, meaning = formatting.privacy(result)
     private: list[tuple[str, str | Text]] = [("privacy", Text.assemble((amount, "bold"), f": {meaning}"))]
     if result.canaries:
         private += zip(("canaries", ""), formatting.canaries(result.canaries), strict=True)

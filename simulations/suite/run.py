@@ -60,7 +60,16 @@ from simulations.engine.grid import (
     read_trace,
     trace_digest,
 )
-from simulations.engine.groups import DISCOVERY, FOUND, Group, Router, fleet_folders, grouped, with_found
+from simulations.engine.groups import (
+    DISCOVERY,
+    FOUND,
+    Group,
+    Router,
+    fleet_folders,
+    grouped,
+    spent_on_finding,
+    with_found,
+)
 from simulations.engine.plain import is_plain, open_coordinator
 from simulations.engine.progress import RunProgress
 from simulations.engine.publish import export_all
@@ -562,6 +571,7 @@ def _result(
         attackers=tuple(sorted(name for group in groups for name in attackers(scenario, group.names))),
         groups=tuple(_group_result(folder, group) for group in groups if group.name),
         round_tally=tally_of(folder.path, groups, scenario),
+        finding=spent_on_finding(folder.path) if scenario.groups.by == "discovered" else None,
     )
 
 

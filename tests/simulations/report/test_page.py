@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from simulations.data.summary import ClientSummary, DataSummary
-from simulations.report.formatting import duration, percent, printable, share, size
+from simulations.report.formatting import duration, percent, printable, privacy, share, size
 from simulations.report.pages import page
 from simulations.report.terminal import print_result, print_scenario
 from simulations.result import Lesson, RunResult, dropouts_by_step
@@ -33,6 +33,17 @@ def test_the_page_states_epsilon_by_round_and_in_bold_where_nothing_is_bounded(r
     found = page(replace(result, rounds=rounds, delta=1e-6))
     assert "<dd><strong>epsilon 5.00</strong><small>for delta 1e-06 after 10 rounds" in found
     assert all(f"<td>{0.5 * number:.2f}</td>" in found for number in range(1, 11))
+
+
+def test_what_the_round_that_found_the_groups_told_is_stated_beside_the_other_rounds(result: RunResult) -> None:
+    found = replace(result, finding=(1.234, 1e-6))
+    assert privacy(found)[1].endswith("; besides, epsilon 1.23 for delta 1e-06 of the round that found the groups")
+    noisy = replace(found, delta=1e-5, rounds=tuple(replace(each, epsilon=6.071) for each in result.rounds))
+    amount, meaning = privacy(noisy)
+    assert (amount, meaning.partition(";")[0]) == (
+        "epsilon 6.07",
+        "for delta 1e-05 after 10 rounds, for everything of one device",
+    )
 
 
 def test_the_page_loads_nothing_and_runs_nothing(html: str) -> None:

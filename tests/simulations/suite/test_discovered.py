@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from aggregation.errors import ConfigError
-from simulations.engine.groups import DISCOVERY, grouped
+from simulations.engine.groups import DISCOVERY, grouped, spent_on_finding
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import registry, training_base
 from simulations.plan import Kind, Suite, SuiteSettings, Trial
@@ -63,6 +63,7 @@ def test_clients_find_their_groups_in_one_round_and_a_router_answers_by_them(
     assert first.devices + second.devices == sum(not client.unseen for client in people.clients)
     (record,) = registry(folder.path / DISCOVERY).rounds()
     assert 0 < record.epsilon < 10
+    assert spent_on_finding(folder.path) == (record.epsilon, plan.scenario.federation.privacy.delta)
     assert np.mean([client.test.right.count("1") / client.test.count for client in routed.clients]) > 0.9
 
 
