@@ -53,7 +53,7 @@ export function parse(bytes) {
 function keysOf(value, left) {
   if (typeof value === "string" && HALF.test(value)) throw new SyntaxError("half of a surrogate pair");
   if (typeof value !== "object" || value === null) {
-    if (Math.abs(value) === Infinity) throw new SyntaxError("a number is too large");
+    if (value === Infinity || value === -Infinity) throw new SyntaxError("a number is too large");
     return 0;
   }
   if (!left) throw new SyntaxError(`nested more than ${MAX_DEPTH} levels deep`);
