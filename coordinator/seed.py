@@ -7,7 +7,7 @@ from typing import cast
 from aggregation.errors import ConfigError
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.bases.base import OwnModel, find_base, with_task
-from edgeadapt.bases.tasks import CLASSIFICATION
+from edgeadapt.bases.tasks import CLASSES, CLASSIFICATION
 from edgeadapt.formats import files
 from edgeadapt.formats.graphinputs import input_name, layer_of
 from edgeadapt.formats.layout import Layout, Tensors
@@ -43,7 +43,7 @@ def publish_first(
             text += "once"
             raise ConfigError(text, about="version")
         frozen = with_task(find_base(base), task)
-        if task != CLASSIFICATION and state_dir.settings.analytic.rounds:
+        if task not in CLASSES and state_dir.settings.analytic.rounds:
             reason = f"the analytic head is of classification, and the task is {task!r}: set analytic.rounds to 0"
             raise ConfigError(reason, about="analytic.rounds")
         if isinstance(frozen, OwnModel) != (folder is None):

@@ -15,13 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import IDENTITY_FILES, LEXICAL, LONGEST, MOST_LEXICAL, Base, find_base
 from edgeadapt.bases.classifiergraph import MAX_TOKENS
+from edgeadapt.bases.markedwords import MARKED, MARKS
 from edgeadapt.bases.mediaencoder import Shift
 from edgeadapt.bases.pictures import PictureReader
 from edgeadapt.bases.readers import media_of
@@ -81,6 +82,26 @@ def with_lexical_features(base: Base, size: int, out: Path) -> Base:
             if file.is_file():
                 shutil.copyfile(file, stage / file.name)
         (stage / CONFIG).write_text(json.dumps(config | {LEXICAL: stated}, indent=1, sort_keys=True) + "\n")
+    return find_base(str(out))
+
+
+def with_marked_words(base: Base, out: Path) -> Base:
+    """Write the encoder whose tokenizer knows the marks of a word (``edgeadapt.bases.markedwords``) to a new or empty
+    folder. Raises ConfigError: it is marked already, reads files, or classifies by a head of its own."""
+    if media_of(base.folder) or has_own_head(base):
+        raise ConfigError("words are marked for an encoder of texts without a head: take one", about="base")
+    config = json.loads(read(base.folder / CONFIG, LONGEST[CONFIG]))
+    if MARKED in config:
+        raise ConfigError("this base knows marks already: use it as it is", about=MARKED)
+    tokenizer = pretrained.tokenizer(base)
+    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
+    stated = [tokenizer.token_to_id(mark) for mark in MARKS]
+    with new_folder(out) as stage:
+        for file in base.folder.iterdir():
+            if file.is_file() and file.name not in (CONFIG, TOKENIZER):
+                link_or_copy(file, stage / file.name)
+        tokenizer.save(str(stage / TOKENIZER))
+        (stage / CONFIG).write_text(json.dumps(config | {MARKED: stated}, indent=1, sort_keys=True) + "\n")
     return find_base(str(out))
 
 

@@ -248,7 +248,8 @@ class Scenario(Settings):
     @property
     def base_is_made(self) -> bool:
         """Check whether the run makes its base from the one that it names."""
-        return bool(self.kept_languages or self.base.lexical or self.base.pixels) or self.base.center
+        made = self.kept_languages or self.base.lexical or self.base.pixels
+        return bool(made) or self.base.center or self.data.by_word
 
     @property
     def round_epochs(self) -> int:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from client.training.examples import MAX_FILE, parse_examples, read_file
 from client.training.hygiene import Cleaned, clean, with_taught, without, words
 from client.updates.channel import PRIVATE, UPDATES
 from edgeadapt import commandline
-from edgeadapt.bases.tasks import CLASSIFICATION
+from edgeadapt.bases.markedwords import labelled
+from edgeadapt.bases.tasks import CLASSES, WORDS
 from edgeadapt.commandline import option
 from edgeadapt.formats import storage
 from edgeadapt.formats.bundle import BASE_MANIFEST, adapter_names
@@ -65,7 +66,8 @@ def import_(state_dir: Path, as_json: bool, file: Path) -> None:
     table is missing, an empty one.
 
     FILE has JSON lines like examples.jsonl, or, under another name than .jsonl, lines of a label, a tab and a text. A
-    label is a number, or one of the labels of the device's bundle.
+    label is a number, or one of the labels of the device's bundle. Where the task is words, the lines are texts such as
+    `wake me at [nine](hour)`.
 
     \b
     Examples:
@@ -78,7 +80,8 @@ def import_(state_dir: Path, as_json: bool, file: Path) -> None:
     opened = DeviceStateDir.open(state_dir)
     has_bundle = (Path(opened.settings.base) / BASE_MANIFEST).is_file()
     names = next(iter(signed_labels(opened.base())), ()) if has_bundle else ()
-    raw = read_file(file) if file.suffix == ".jsonl" else _labelled(file, names)
+    pairs = _by_word if opened.settings.task == WORDS else read_phrases
+    raw = read_file(file) if file.suffix == ".jsonl" else _labelled(pairs(file), names)
     with opened.locked():
         old = read_file(opened.examples) if opened.examples.exists() else b""
         old += b"\n" if old and not old.endswith(b"\n") else b""
@@ -88,7 +91,7 @@ def import_(state_dir: Path, as_json: bool, file: Path) -> None:
         new = [line.strip() for line in cleaned.raw.split(b"\n")[known:]]
         if count := sum(map(bool, new)):
             labels = len(names) or (None if b'"label"' in raw else 0)
-            parse_examples(b"\n".join(new), file, labels if opened.settings.task == CLASSIFICATION else 0)
+            parse_examples(b"\n".join(new), file, labels if opened.settings.task in CLASSES else 0)
             content = old + b"".join(line + b"\n" for line in new if line)
             if len(content) > MAX_FILE:
                 reason = f"with {file}, {opened.examples} would have more than {MAX_FILE} bytes: import less"
@@ -177,11 +180,15 @@ def _print(row: dict[str, Any], cleaned: Cleaned, line: str, as_json: bool) -> N
     commandline.print_result(row | {"examples": cleaned.lines, "aside": aside}, "\n".join(lines), as_json)
 
 
-def _labelled(file: Path, names: Sequence[str]) -> bytes:
+def _by_word(file: Path) -> list[tuple[str, str]]:
+    return [(label, text) for line in storage.read_lines(file, "text") for text, label in labelled(line)]
+
+
+def _labelled(pairs: Iterable[tuple[str, str]], names: Sequence[str]) -> bytes:
     """Make JSON lines of labels and texts; ``parse_examples`` refuses a label that is not known."""
     numbers: dict[str, int | str] = {name: number for number, name in enumerate(names)}
     rows = []
-    for label, text in read_phrases(file):
+    for label, text in pairs:
         number = int(label) if label.isdecimal() else label
         rows.append(json.dumps({"text": text, "label": numbers.get(label, number)}))
     return "\n".join(rows).encode()

@@ -15,6 +15,7 @@ from client.inference.library import Library
 from client.inference.session import AUTO, ROUTER, ClassificationSession
 from client.inference.text import SamplingParams
 from edgeadapt import commandline
+from edgeadapt.bases.markedwords import with_labels
 from edgeadapt.bases.readers import as_texts
 from edgeadapt.formats.bundle import TOKENIZER
 
@@ -29,6 +30,7 @@ from edgeadapt.formats.bundle import TOKENIZER
 )
 @options.trust
 @click.option("--top", default=1, type=click.IntRange(1, 1000), metavar="N", help="Show the N most likely intents.")
+@click.option("--words", "by_word", is_flag=True, help="Print the label of each word, as in `[nine](hour)`.")
 @click.option("--max-tokens", default=64, metavar="N", help="Limit of a continuation.", show_default=True)
 @click.option("--teach", "label", metavar="LABEL", help="LABEL is right: learn that on this device.")
 @commandline.as_json
@@ -38,6 +40,7 @@ def infer(
     names: tuple[str, ...],
     trust: Path | None,
     top: int,
+    by_word: bool,
     max_tokens: int,
     label: str | None,
     as_json: bool,
@@ -59,6 +62,8 @@ def infer(
 
     With --teach, the private adapter learns the right intent of each TEXT at once (`edgeadapt device learn`).
 
+    With --words and a base that reads single words, print each TEXT with the labels of its words.
+
     With a language model, continue each TEXT instead; `edgeadapt device chat` chats with it.
 
     \b
@@ -69,6 +74,7 @@ def infer(
       edgeadapt device infer --bundle runs/demo/devices/en-01/bundle --adapter global:0.5+personal "movie night"
       edgeadapt device infer --bundle runs/demo/bundle --json - < phrases.txt
       edgeadapt device infer --bundle camera/bundle cup.jpg
+      edgeadapt device infer --bundle clock/bundle --words "wake me at nine"
       edgeadapt device infer --bundle phone/bundle --teach HassTurnOn "make it bright in here"
     """
     phrases = _phrases(texts)
@@ -78,6 +84,8 @@ def infer(
     library = Library.open(bundle, trust, update=options.update)
     if library.manifest.task == "text-generation":
         answers, lines = _continue(library, names, phrases, max_tokens), _continuations
+    elif by_word:
+        answers, lines = _label_words(library, names, phrases), _labelled
     else:
         answers, lines = _classify(library, names, phrases, top), _table
         if not as_json:
@@ -135,6 +143,27 @@ def _classify(library: Library, names: Sequence[str], phrases: list[str], top: i
         stated = {"adapter": name if name == AUTO else one.name, "version": one.version, "temperature": one.temperature}
         results.append({**stated, "answers": answers})
     return results
+
+
+def _label_words(library: Library, names: Sequence[str], phrases: list[str]) -> list[dict[str, Any]]:
+    session, results = ClassificationSession.of(library), []
+    for name in names or (library.default(),):
+        adapter, answers = session.load(name), []
+        for text in phrases:
+            words = session.words(text, name)
+            row = {"text": text, "labelled": with_labels(text, [best.label for _, best in words])}
+            rows = [{"word": word, "label": best.label, "probability": best.probability} for word, best in words]
+            answers.append({**row, "words": rows})
+        results.append({"adapter": adapter.name, "version": adapter.version, "answers": answers})
+    return results
+
+
+def _labelled(adapters: list[dict[str, Any]]) -> list[str]:
+    return [
+        printable((f"[{result['adapter']}] " if len(adapters) > 1 else "") + answer["labelled"])
+        for result in adapters
+        for answer in result["answers"]
+    ]
 
 
 def _continue(library: Library, names: Sequence[str], texts: list[str], tokens: int) -> list[dict[str, Any]]:

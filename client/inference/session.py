@@ -14,6 +14,7 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError, one_line
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.phrases import PhraseReader
 from edgeadapt.bases.classifiergraph import ENCODER, MEAN_HEAD, ClassifierGraph, Feeds
+from edgeadapt.bases.markedwords import OUTSIDE, knows_marks, marked, marked_word
 from edgeadapt.formats.bundle import MODEL, TOKENIZER, VerifiedBase
 from edgeadapt.formats.graphinputs import empty_inputs
 from edgeadapt.formats.layout import Floats
@@ -137,6 +138,16 @@ class ClassificationSession:
         (``unknown_share``), the graph does not run, or an answer is not finite; ConfigError: ``top`` is below 1; or as
         ``load``."""
         return [predictions for predictions, _ in self._ranked(texts, adapter, top)]
+
+    def words(self, text: str, adapter: Named) -> list[tuple[str, Prediction]]:
+        """Find the label of each word of a text: ``OUTSIDE`` where the model knows no part of the word, or the policy
+        withholds its label. Raises as ``rank`` and ``marked``; ConfigError: the base knows no marks."""
+        if not knows_marks(self.library.base.files[TOKENIZER]):
+            reason = "the base of this bundle does not read single words: make one with 'base change --mark'"
+            raise ConfigError(reason, about="--words")
+        asked = marked(text)
+        ranked = [self.ranking(one, adapter, 1).predictions or (Prediction(OUTSIDE, 0.0),) for one in asked]
+        return [(marked_word(one), best) for one, (best,) in zip(asked, ranked, strict=True)]
 
     def _ranked(self, texts: Sequence[str], adapter: Named, top: int) -> list[tuple[list[Prediction], Outcome]]:
         if isinstance(texts, str):  # whose letters would be texts

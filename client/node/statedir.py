@@ -48,7 +48,7 @@ from client.training.corrections import LessonHistory
 from client.training.hygiene import HygieneSettings
 from client.training.trainer import FrozenBase
 from edgeadapt.bases.base import find_base, with_task
-from edgeadapt.bases.tasks import CLASSIFICATION, find_task
+from edgeadapt.bases.tasks import CLASSES, CLASSIFICATION, find_task
 from edgeadapt.formats.bundle import BASE_MANIFEST
 from edgeadapt.formats.gateway.invitation import ADDRESS, ADDRESSES
 from edgeadapt.formats.settings import Settings
@@ -103,7 +103,7 @@ class DeviceSettings(Settings):
     next_base: str = ""
     """frozen base on which this device takes part as well, once its coordinator migrates to it; empty: none"""
     task: str = CLASSIFICATION
-    """what is learned of labels: classification, or a task that a package adds"""
+    """what is learned of labels: classification, words, multilabel, or a task that a package adds"""
     examples: str = EXAMPLES
     """examples file, relative to the state directory"""
     gateway: str = ""
@@ -205,7 +205,7 @@ class DeviceStateDir:
     def _base(self, where: str) -> FrozenBase:
         folder = Path(where)
         if (folder / BASE_MANIFEST).is_file():
-            if self.settings.task != CLASSIFICATION:
+            if self.settings.task not in CLASSES:
                 reason = f"the task {self.settings.task!r} needs the base itself, and {folder} is a bundle: set base"
                 raise ConfigError(reason, about="base")
             return Trust.open(folder).bundle.base()

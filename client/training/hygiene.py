@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 
 from aggregation.errors import DataError
 from client.training.examples import MAX_FILE, longest, read_file
+from edgeadapt.bases.markedwords import BEGIN
 from edgeadapt.bases.media import is_medium
 from edgeadapt.formats.settings import Settings
 
@@ -134,7 +135,7 @@ def clean(raw: bytes, settings: HygieneSettings | None, now: float) -> Cleaned:
         elif settings.days and now - times.get(number, now) > settings.days * DAY:
             aside[number] = "old"
         elif "duplicates" in settings.remove:
-            key = json.dumps([*map(words, (row["text"], row.get("prompt") or "")), row.get("label")])
+            key = json.dumps([*map(_asked, (row["text"], row.get("prompt") or "")), row.get("label")])
             aside |= {number: "duplicate"} if key in seen else {}
             seen.add(key)
     if settings.most:
@@ -149,7 +150,7 @@ def with_taught(raw: bytes, taught: bytes) -> bytes:
 
     def asked(line: bytes) -> str:
         row = _row(line) or {"text": ""}
-        return words(row.get("prompt") or row["text"])
+        return _asked(row.get("prompt") or row["text"])
 
     known = {*map(asked, taught.splitlines())} - {""}
     kept = (b"" if asked(line) in known else line for line in raw.split(b"\n"))
@@ -183,6 +184,12 @@ def words(text: str) -> str:
     if is_medium(text):
         return text
     return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
+
+
+def _asked(text: str) -> str:
+    """Return what equal examples share: their words, and which of them is marked."""
+    before, mark, _ = text.partition(BEGIN)
+    return words(text) + (f"{BEGIN}{len(words(before).split())}" if mark else "")
 
 
 def _time(value: Any) -> float:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases.base import WEIGHTS, Base
+from edgeadapt.bases.marks import Marks
 from edgeadapt.bases.pictureencoder import PictureEncoder
 from edgeadapt.bases.readers import media_of, open_reader
 from edgeadapt.bases.soundencoder import SpeechEmbedding
@@ -150,6 +151,8 @@ def encoder(base: Base) -> Any:
     ``load``."""
     model = load(base, AutoModel)
     if not media_of(base.folder):
+        if marks := Marks.of(model.config):
+            model.register_forward_pre_hook(marks, with_kwargs=True)
         return model
     try:
         reader = tokenizer(base)

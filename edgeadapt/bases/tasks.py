@@ -18,6 +18,8 @@ from aggregation.errors import ConfigError, DataError
 from edgeadapt.extensions import Extensions
 
 CLASSIFICATION: Final = "classification"
+WORDS: Final = "words"  # classification of marked words (``edgeadapt.bases.markedwords``)
+CLASSES = (CLASSIFICATION, WORDS)  # tasks whose targets are the numbers of labels
 MULTILABEL = "multilabel"
 Target = tuple[float, ...]
 Numbers = NDArray[np.floating[Any]]
@@ -219,14 +221,18 @@ def check_task(name: str, make: Callable[[], LearningTask]) -> None:
 
 
 TASKS = Extensions[Callable[[], Any]](
-    "edgeadapt.tasks", "task", "data.task", {CLASSIFICATION: Classification, MULTILABEL: MultiLabel}, check_task
+    "edgeadapt.tasks",
+    "task",
+    "data.task",
+    {**dict.fromkeys(CLASSES, Classification), MULTILABEL: MultiLabel},
+    check_task,
 )
 
 
 def find_task(name: str) -> Objective:
     """Find a task. Raises ConfigError as ``Extensions.find``."""
     make = TASKS.find(name)
-    return Classification() if name == CLASSIFICATION else OwnTask(name, make)
+    return Classification() if name in CLASSES else OwnTask(name, make)
 
 
 @lru_cache(maxsize=8)

@@ -185,6 +185,12 @@ class Classifier(_Model):
         """
         return self._answers([text], count, adapter)[0]
 
+    def words(self, text: str, *, adapter: str | None = None) -> list[tuple[str, str, float]]:
+        """Find the label of each word of a text, ``OUTSIDE`` for none, and its probability. Raises as ``top``;
+        ConfigError: the base reads no single words."""
+        found = self._session.words(text, adapter or self.adapter)
+        return [(word, best.label, best.probability) for word, best in found]
+
     def _answers(self, texts: Iterable[str], count: int, adapter: str | None) -> list[list[Answer]]:
         named, found, asked = adapter or self.adapter, list[tuple[Adapter, Ranking, float]](), self._read(texts)
         for text in asked:

@@ -16,6 +16,7 @@ from aggregation.errors import ConfigError
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import LEXICAL, MOST_LEXICAL, Base
 from edgeadapt.bases.classifiergraph import MAX_TOKENS
+from edgeadapt.bases.marks import Marks
 from edgeadapt.bases.mediaencoder import MediaEncoder
 from edgeadapt.bases.tasks import OwnTask
 from edgeadapt.formats.layout import Floats, Tensors
@@ -92,10 +93,13 @@ class PhraseClassifier(nn.Module):
 
 
 def pooled(encoder: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the mean state over the tokens that are not padding, or over places, shape ``(batch, hidden)``."""
+    """Return the mean state over the tokens that are not padding, or over places, shape ``(batch, hidden)``; of a base
+    with marks over those of the marked word, if there is one."""
     states: Tensor = encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
     if isinstance(encoder, MediaEncoder):
         return states.mean(1)
+    if marks := Marks.of(encoder.config):
+        attention_mask = marks.weights(input_ids, attention_mask)
     weights = attention_mask.unsqueeze(-1).to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1.0)
 

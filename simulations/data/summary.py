@@ -12,6 +12,7 @@ import numpy as np
 from client.inference.phrases import PhraseReader
 from client.training.examples import NO_LABEL
 from edgeadapt.bases.base import Base, OwnModel
+from edgeadapt.bases.markedwords import unmarked
 from edgeadapt.bases.readers import media_of
 from simulations.data.population import Client, LabelledText
 from simulations.data.tables import DataFacts, Loaded
@@ -155,7 +156,7 @@ def _texts(client: Client) -> Iterator[LabelledText]:
 
 def _client(client: Client, reader: PhraseReader | None) -> ClientSummary:
     texts = list(_texts(client))
-    begins = [text.text.strip()[:READ] for text in texts]
+    begins = [unmarked(text.text).strip()[:READ] for text in texts]
     counts = [reader.known(begin) for begin in begins] if reader else []
     letters, spelled = _letters("".join(begins), sum(known for known, _ in counts)) if reader else (0.0, False)
     return ClientSummary(

@@ -34,10 +34,11 @@ from scipy.sparse.csgraph import connected_components
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.certificates import is_device_id
 from client.training.examples import MAX_TEXT, NO_LABEL, longest
+from edgeadapt.bases.markedwords import labelled, unmarked
 from edgeadapt.bases.media import MAX_SOURCE, is_medium
 from edgeadapt.bases.readers import COLUMNS as FILES
 from edgeadapt.bases.readers import SUFFIXES
-from edgeadapt.bases.tasks import CLASSIFICATION, TASKS, OwnTask, Target, find_task, label_text
+from edgeadapt.bases.tasks import CLASSES, CLASSIFICATION, TASKS, WORDS, OwnTask, Target, find_task, label_text
 from edgeadapt.formats.settings import Settings
 from edgeadapt.formats.storage import read
 from simulations.data.population import Client, LabelledText, Population
@@ -76,8 +77,8 @@ class DataSettings(Settings):
     label: str = "label"
     """column of the label; empty: the texts are for a language model, and have none"""
     task: Annotated[str, AfterValidator(TASKS.require)] = CLASSIFICATION
-    """what is learned of the label: classification, multilabel (a list of labels, or a+b), or a task that an installed
-    package adds (docs/how-to/extend.md)"""
+    """what is learned: classification of the label, multilabel (a list of labels, or a+b), words (labels of words in
+    the text, as in `wake me at [nine](hour)`), or a task that an installed package adds (docs/how-to/extend.md)"""
     prompt: str = ""
     """for a language model: column of what each text answers; without one, texts are continued"""
     client: str = ""
@@ -145,7 +146,11 @@ class DataSettings(Settings):
 
     @property
     def own_task(self) -> bool:
-        return self.task != CLASSIFICATION
+        return self.task not in CLASSES
+
+    @property
+    def by_word(self) -> bool:
+        return self.task == WORDS
 
     @property
     def given(self) -> bool:
@@ -192,6 +197,17 @@ def read_rows(settings: DataSettings, seed: int) -> Rows:
     """Read the rows that ``settings`` name, of files and functions; of more than ``sample`` those the seed chooses."""
     placed = _called(settings.function) if settings.function else _chained(settings.files)
     return _rows(placed, settings, _Sample(settings.sample, bool(settings.client), seed))
+
+
+def _by_word(rows: Rows) -> Rows:
+    """Make a row of each word of texts with labels; texts without a word, or with marks, are broken."""
+    good, odd = list[Row](), list[str]()
+    for row in rows.good:
+        try:
+            good += [replace(row, text=text, label=label) for text, label in labelled(row.text)]
+        except DataError as error:
+            odd.append(f"{row.text[:40]!r}: {error}")
+    return replace(rows, good=good, broken=(*rows.broken, *odd))
 
 
 class _Sample:
@@ -259,6 +275,7 @@ def _rows(placed: Iterable[Placed], settings: DataSettings, sample: _Sample) -> 
 
 def _row(fields: Fields, settings: DataSettings) -> Row | str:
     """Return the row, or what is wrong with it."""
+    settings = settings.model_copy(update={"label": ""}) if settings.by_word else settings
     for key in ("text", "label", "prompt", "client", "split", "time", "group"):
         name = getattr(settings, key)
         if name and name not in fields:
@@ -629,6 +646,8 @@ def load_population(settings: DataSettings, seed: int) -> Loaded:
     only = settings.model_copy(update={"client": "", "split": "", "time": "", "group": ""})  # of public texts
     public = _rows(_chained(settings.public), only, _Sample(0, False, 0))
     names, targets = tuple[str, ...](), dict[str, Target]()
+    if settings.by_word:
+        rows, public = _by_word(rows), _by_word(public)
     if isinstance(task, OwnTask):
         rows, public, names, targets = _with_targets(rows, public, task)
     broken = rows.broken + public.broken
@@ -678,11 +697,11 @@ class _Maker:
         self.rows, others, self.cut, self.idle = rows.good, public.good, rows.cut + public.cut, rows.idle
         labels = {row.label for row in (*self.rows, *others)}
         self.labels = outputs or (tuple(sorted(labels)) if settings.label else ())
-        self.targets = targets
+        self.targets, self.words = targets, settings.by_word
         if settings.label and len(labels) < 2:
             reason = f"the {len(self.rows)} texts have {len(labels)} different labels; at least 2 are needed"
             raise ConfigError(reason, about="data.label")
-        texts = [row.text for row in (*self.rows, *others)]
+        texts = [unmarked(row.text) for row in (*self.rows, *others)]
         keys = [row.group for row in (*self.rows, *others)]
         self.groups = group_texts(texts, keys, settings.near_duplicates)
         self.number = {label: index for index, label in enumerate(self.labels)} or {"": NO_LABEL}
@@ -727,7 +746,7 @@ class _Maker:
 
     def _conflicting(self) -> tuple[str, ...]:
         labels: dict[str, set[str]] = defaultdict(set)
-        for row in self.rows:
+        for row in () if self.words else self.rows:
             labels[normalized(row.text)].add(row.label)
         return tuple(text for text, several in labels.items() if len(several) > 1)
 
@@ -742,7 +761,7 @@ class _Maker:
 
     def _kind(self, row: Row) -> str:
         """Return what texts are dealt out by: the label, or nothing where labels are not classes."""
-        return "" if self.targets else row.label
+        return "" if self.targets or self.words else row.label
 
     def _take_public(self) -> tuple[set[int], tuple[str, ...]]:
         """Make some texts of each label public, with all of their groups: at most ``PUBLIC_SHARE`` of a label's texts,
@@ -757,7 +776,7 @@ class _Maker:
                 members[self.groups[at]].append(at)
         order = sorted(members, key=lambda group: (len(members[group]), self._order(group)))
         sizes_of, most = Counter(map(self._kind, self.rows)), self.settings.public_texts
-        most *= len(self.labels) if self.targets else 1
+        most *= len(self.labels) if self.targets or self.words else 1
         left = {label: max(float(size > 1), PUBLIC_SHARE * size) for label, size in sizes_of.items()}
         count: Counter[str] = Counter()
         for group in order:
@@ -767,21 +786,25 @@ class _Maker:
                 for name, size in sizes.items():
                     left[name] -= size
                 self.public_groups.add(group)
-                self.public.append(self._labelled(first, group))
+                shown = [self.rows[at] for at in members[group]] if self.words else [first]
+                self.public += [self._labelled(row, group) for row in shown]
         self.public.sort(key=lambda text: text.label)
         if not self.public:
             reason = "no label has a text to make public and another one, which is no near-duplicate, for the clients"
             raise ConfigError(f"{reason}: name files of public texts with data.public", about="data.public")
         taken = {at for at in range(len(self.rows)) if self.groups[at] in self.public_groups}
-        return taken, tuple(label for label in self.labels if not self.targets and not count[label])
+        known = {text.label for text in self.public}
+        return taken, tuple(label for label, number in self.number.items() if not self.targets and number not in known)
 
     def _owned(self, left: Sequence[int]) -> tuple[dict[str, list[int]], int]:
         """Map each client to its rows, and count the clients that had too few."""
         if self.settings.client:
             names = [self.rows[at].client for at in left]
         else:
-            owner = partition([self._kind(self.rows[at]) for at in left], self.settings, self.seed)
-            names = [f"client-{number + 1:04d}" for number in owner]
+            units = [self.groups[at] if self.words else at for at in left]  # the words of a text stay together
+            kinds = {unit: self._kind(self.rows[at]) for unit, at in zip(units, left, strict=True)}
+            owner = dict(zip(kinds, partition([*kinds.values()], self.settings, self.seed), strict=True))
+            names = [f"client-{owner[unit] + 1:04d}" for unit in units]
         owned: dict[str, list[int]] = defaultdict(list)
         for name, at in zip(names, left, strict=True):
             owned[name].append(at)

@@ -43,6 +43,7 @@ from coordinator.registry import Registry
 from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
 from edgeadapt.bases.base import Base, OwnModel, find_base, with_task
+from edgeadapt.bases.markedwords import MARKED
 from edgeadapt.bases.pictures import PictureReader
 from edgeadapt.bases.sounds import SoundReader, samples_of
 from edgeadapt.bases.tasks import OwnTask
@@ -59,7 +60,7 @@ from edgeadapt.methods.trainable import configuration, initial
 from edgeadapt.rounds.ridge import unit_rows
 from export.bundle.write import write_bundle
 from export.causal import export_causal
-from export.features import centered, with_lexical_features, with_pixels
+from export.features import centered, with_lexical_features, with_marked_words, with_pixels
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head
@@ -146,6 +147,9 @@ def ridge_head(
 def training_base(out: Path, scenario: Scenario, population: Population) -> Base:
     """Return the base of the run in ``out``; what has to be made is made once. Raises ConfigError if it cannot be."""
     base = uncentered_base(scenario)
+    if scenario.data.by_word:
+        copy = out / MARKED
+        base = find_base(str(copy)) if copy.exists() else with_marked_words(base, copy)
     if scenario.base.center:
         copy = out / CENTERED
         base = find_base(str(copy)) if copy.exists() else centered(base, [u.text for u in population.public], copy)

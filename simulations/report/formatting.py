@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgeadapt.bases.markedwords import OUTSIDE
 from simulations.result import (
     CanaryBounds,
     ExportResult,
@@ -147,9 +148,9 @@ def evaluated(clients: int, population: int) -> str:
 
 def command(exported: ExportResult, program: str) -> str:
     """Quoted for a shell."""
-    phrase = exported.phrase
+    phrase, words = exported.phrase, "--words " if OUTSIDE in exported.answered else ""
     quoted = shlex.quote(phrase) if set(phrase) & set('"$`\\!') else f'"{phrase}"'
-    return f"{program} device infer --bundle {shlex.quote(exported.bundle)} {quoted}"
+    return f"{program} device infer --bundle {shlex.quote(exported.bundle)} {words}{quoted}"
 
 
 def next_commands(result: RunResult, exported: ExportResult, program: str) -> list[tuple[str, str]]:
@@ -243,6 +244,23 @@ def confusions(answered: Mapping[str, Mapping[str, int]]) -> list[tuple[int, int
         if answer != label
     )
     return sorted(wrong, key=lambda one: (-one[0], *one[1:]))
+
+
+def word_f1(answered: Mapping[str, Mapping[str, int]]) -> str:
+    """State how the labels of words were found, apart from ``OUTSIDE``; nothing if labels are of texts.
+
+    >>> word_f1({"O": {"O": 90, "hour": 2}, "hour": {"hour": 6, "O": 1, "room": 1}})
+    'F1 .706 of the words that have a label: .750 of 8 found, .667 of 9 right'
+    """
+    if OUTSIDE not in answered:
+        return ""
+    right = sum(of.get(label, 0) for label, of in answered.items() if label != OUTSIDE)
+    there = sum(sum(of.values()) for label, of in answered.items() if label != OUTSIDE)
+    said = sum(count for of in answered.values() for answer, count in of.items() if answer != OUTSIDE)
+    found, sure = right / max(there, 1), right / max(said, 1)
+    f1 = 2 * right / max(there + said, 1)
+    each = f"{share(found)} of {there} found, {share(sure)} of {said} right"
+    return f"F1 {share(f1)} of the words that have a label: {each}"
 
 
 def accuracies(parity: Mapping[str, float]) -> str:

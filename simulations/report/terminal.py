@@ -182,6 +182,7 @@ def _exported(result: RunResult, exported: ExportResult, program: str) -> list[t
         ("exported", formatting.accuracies(exported.parity)),
         ("confidence", f"when it says 90 %, {says}"),
         ("", errors),
+        *([("words", found)] if (found := formatting.word_f1(exported.answered)) else []),
         *([("confused", _confused(exported))] if formatting.confusions(exported.answered) else []),
         *([("examples", Text(exported.confused))] if exported.confused else []),
         *([("phrases", formatting.plain(exported.plain))] if exported.plain else []),

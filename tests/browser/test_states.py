@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from edgeadapt.bases.base import Base
+from edgeadapt.bases.markedwords import marked
 from edgeadapt.formats.bundle import LOWER
 from edgeadapt.methods import classifier
 from edgeadapt.methods.peft.inputs import AdapterInputs
 from export.bundle.write import AdapterSource
-from export.features import with_lexical_features
+from export.features import with_lexical_features, with_marked_words
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.slotted import with_mean_head
@@ -40,8 +41,9 @@ COMPUTED = f"""(async (texts) => {{ {OPEN}
 
 @pytest.fixture(scope="module")
 def lexical(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """A base whose head reads token ids as well."""
-    return with_lexical_features(tiny_base, 64, tmp_path_factory.mktemp("lexical") / "base")
+    """A base whose head reads token ids as well, to know which tokens there are and which are marked."""
+    folder = tmp_path_factory.mktemp("lexical")
+    return with_lexical_features(with_marked_words(tiny_base, folder / "marked"), 64, folder / "base")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,9 @@ def first(lexical: Base) -> AdapterSource:
 
 def test_gradients_from_states_are_those_of_the_native_device(tab: NodeTab, phone: Any) -> None:
     tab.open(phone)
-    gradients_as_natively(tab, phone, [*PHRASES, *(f"{text} and {other}" for text in PHRASES for other in PHRASES)])
+    words = [word for text in PHRASES for word in marked(text)]
+    pairs = [f"{text} and {other}" for text in PHRASES for other in PHRASES]
+    gradients_as_natively(tab, phone, [*PHRASES, *pairs, *words])
     texts = [(text, 0, 1.0) for text in (*PHRASES, PHRASES[0])]
     assert tab.evaluate(f"{COMPUTED}({json.dumps(texts)})") == len(PHRASES)
 

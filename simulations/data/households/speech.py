@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from aggregation.errors import ConfigError
+from edgeadapt.bases.markedwords import without_labels
 
 T = TypeVar("T")
 # Kinds of device that have the names of another kind.
@@ -340,9 +341,15 @@ class Voice:
     names: HouseholdNames
     rng: np.random.Generator
 
-    def speak(self, template: Template) -> str:
-        """Say a sentence of the template: the first of 120 attempts without a flaw, or that with the fewest."""
-        expander = Expander(self.language.rules, lambda name: self._slot(name, template.domains), self.rng)
+    def speak(self, template: Template, *, labelled: bool = False) -> str:
+        """Say a sentence of the template: the first of 120 attempts without a flaw, or that with the fewest. Labelled,
+        what stands for a list has the list's name, as in "turn on [the lamp](name)"."""
+
+        def slot(name: str) -> str:
+            said = self._slot(name, template.domains)
+            return f"[{said}]({name})" if labelled else said
+
+        expander = Expander(self.language.rules, slot, self.rng)
         best, fewest = "", len(self.language.words.unnatural) + 1
         tried: set[str] = set()
         for _ in range(_ATTEMPTS):
@@ -350,7 +357,7 @@ class Voice:
             if sentence in tried:
                 continue
             tried.add(sentence)
-            flaws = self.language.words.flaws(sentence, enough=fewest)
+            flaws = self.language.words.flaws(without_labels(sentence), enough=fewest)
             if flaws < fewest:
                 best, fewest = sentence, flaws
             if not flaws:

@@ -97,6 +97,12 @@ def test_a_text_of_unknown_tokens_only_has_no_intent_and_the_others_are_answered
     assert found[1][2:4] == ["(25%", "unknown)"]
 
 
+def test_a_base_without_marks_labels_no_words(bundle: Path) -> None:
+    result = run("infer", "--bundle", bundle, "--words", "turn on the light")
+    assert about(result) == "--words"
+    assert "base change --mark" in str(result.exception)
+
+
 def test_the_end_of_a_text_that_is_not_read_is_stated(bundle: Path) -> None:
     limit = json.loads((bundle / BASE / TOKENIZER).read_text())["truncation"]["max_length"]
     texts = ["lock " * size for size in (limit - 2, limit - 1, 1000)]

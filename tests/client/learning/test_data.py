@@ -113,6 +113,29 @@ def test_labels_of_a_table_are_numbers_or_names_of_the_bundle(kitchen: Path) -> 
     assert [(one.text, one.label) for one in found[-2:]] == [("lock up", 3), ("light please", 2)]
 
 
+def test_texts_with_labels_are_imported_word_by_word_and_erased_as_a_whole(kitchen: Path) -> None:
+    """No word is a duplicate of another one of its text."""
+    place = kitchen / "device.toml"
+    place.write_text(f'task = "words"\n{place.read_text()}')
+    before = (kitchen / "examples.jsonl").read_bytes()
+    (kitchen / "more.txt").write_text("[wake](0) me at [nine](2)\n")
+    done = run("data", "import", "--state", kitchen, "--json", kitchen / "more.txt")
+    assert isinstance(done.exception, DataError)  # a word without a label has "O", which the bundle does not have
+    (kitchen / "more.txt").write_text("[wake](0) [me](1) [at](0) [nine](2)\n[wake](0) [me](1) [at](0) [nine](2)\n")
+    done = run("data", "import", "--state", kitchen, "--json", kitchen / "more.txt")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["imported"] == 4
+    found = parse_examples((kitchen / "examples.jsonl").read_bytes(), kitchen, len(LABELS))
+    assert [(one.text, one.label) for one in found[-4:]] == [
+        ("⟦wake⟧ me at nine", 0),
+        ("wake⟦ me⟧ at nine", 1),
+        ("wake me⟦ at⟧ nine", 0),
+        ("wake me at⟦ nine⟧", 2),
+    ]
+    assert run("data", "erase", "--state", kitchen, "--text", "Wake me at nine!", "--yes").exit_code == 0
+    assert parse_examples((kitchen / "examples.jsonl").read_bytes(), kitchen) == parse_examples(before, kitchen)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "about"),
     [

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from edgeadapt.bases.base import PACKAGES, find_base
 from export.cli import base_group as base
-from export.features import centered, with_lexical_features
+from export.features import centered, with_lexical_features, with_marked_words
 from tests.support import refused
 
 
@@ -72,6 +72,15 @@ def test_a_base_is_centered_on_the_lines_of_a_file_and_gets_lexical_features(tin
     assert find_base(str(out)).digest == base.digest != tiny_base.digest
     both = json.loads(run(*words, "--lexical", "--size", "64", "--out", str(tmp_path / "both")))
     assert both["digest"] == with_lexical_features(base, 64, tmp_path / "expected both").digest
+
+
+def test_a_base_gets_marks_before_it_is_centered(tiny_base: Any, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("turn⟦ on⟧ the light\nplay⟦ some⟧ music\n", encoding="utf-8")
+    words = ("--mark", "--center", "--texts", str(tmp_path / "texts.txt"), "--json")
+    made = json.loads(run("change", str(tiny_base.folder), *words, "--out", str(tmp_path / "out")))
+    marked = with_marked_words(tiny_base, tmp_path / "marked")
+    base = centered(marked, ["turn⟦ on⟧ the light", "play⟦ some⟧ music"], tmp_path / "expected")
+    assert made["digest"] == base.digest != marked.digest
 
 
 @pytest.mark.parametrize(

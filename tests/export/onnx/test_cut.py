@@ -1,5 +1,6 @@
 """A base with slots in its last layers alone: its training graph in two parts gives what the whole one gives."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ import pytest
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases.base import Base
+from edgeadapt.bases.markedwords import MARKED
 from edgeadapt.bases.states import STATES
 from edgeadapt.bases.traininggraph import TrainingGraph, batch_of
 from edgeadapt.formats.bundle import LOWER, MODEL, TRAINING, UPPER, WEIGHTS
 from edgeadapt.formats.layout import Floats
 from export.bundle.base import export_named, wanted
 from export.causal import export_causal
-from export.features import with_lexical_features
+from export.features import with_lexical_features, with_marked_words
 from export.onnx import classifier, gradients
 from export.onnx.classifier import export_classifier, open_base
 from export.onnx.exported import ExportedBase, Profile
@@ -37,6 +39,12 @@ def inputs_of(graph: bytes) -> set[str]:
     return {value.name for value in onnx.load_from_string(graph).graph.input}
 
 
+def reading_ids(base: Base, folder: Path) -> tuple[Base, list[int]]:
+    """A base with marks and lexical features, and the numbers of the marks."""
+    made = with_lexical_features(with_marked_words(base, folder / "marked"), 64, folder / "lexical")
+    return made, json.loads((made.folder / "config.json").read_bytes())[MARKED]
+
+
 def drawn(exported: ExportedBase) -> dict[str, Floats]:
     rng = np.random.default_rng(3)
     shapes = {name: [int(d) if d.isdigit() else 3 for d in sizes] for name, sizes in exported.manifest.slots.items()}
@@ -46,8 +54,8 @@ def drawn(exported: ExportedBase) -> dict[str, Floats]:
 def test_both_parts_give_the_gradients_of_the_whole_and_compute_the_states_of_a_text_once(
     tiny_base: Base, tmp_path: Path
 ) -> None:
-    """The head reads token ids besides the states: those of lexical features."""
-    base = with_lexical_features(tiny_base, 64, tmp_path / "lexical")
+    """The head reads token ids besides the states: those of lexical features, and which word is marked."""
+    base, (begin, end) = reading_ids(tiny_base, tmp_path)
     model = with_mean_head(base, TOP)
     both = (model, replace(model, cut=False))
     parts, whole = (export_classifier(each, base, Profile.FP32, training=True) for each in both)
@@ -63,7 +71,7 @@ def test_both_parts_give_the_gradients_of_the_whole_and_compute_the_states_of_a_
     assert graph.lower is not None
     run = graph.lower.computed
     graph.lower.computed = lambda texts: computed.extend(map(len, texts)) or run(texts)  # type: ignore[func-returns-value,method-assign]
-    for texts in ([[5, 6, 7, 8, 9], [10, 11]], [[10, 11], [5]]):
+    for texts in ([[5, begin, 6, 7, end], [10, 11]], [[10, 11], [5]]):
         batch = batch_of(texts, [0, 1], [0.5, 0.25])
         (loss, found), (expected, right) = (one.gradients(batch, inputs) for one in (graph, opened(whole)))
         assert loss == pytest.approx(expected, rel=1e-5)
@@ -152,14 +160,14 @@ def test_a_named_base_with_slots_in_its_last_layers_is_cut(tiny_base: Base) -> N
 def test_both_parts_give_the_answers_of_the_whole_bit_for_bit(
     tiny_base: Base, profile: Profile, tmp_path: Path
 ) -> None:
-    base = with_lexical_features(tiny_base, 64, tmp_path / "lexical") if profile is Profile.FP32 else tiny_base
+    base, (begin, end) = reading_ids(tiny_base, tmp_path) if profile is Profile.FP32 else (tiny_base, (9, 7))
     made = export_classifier(with_mean_head(base, TOP), base, profile, training=True)
     graphs = [
         open_base(made.folder, names, made.manifest.slots, made.manifest.independent_rows)
         for names in (made.manifest.files, [MODEL])
     ]
     adapters = [classifier._random(made.manifest.slots, seed) for seed in range(3)]
-    rows = [(text, adapter) for text in ([2, 9, 8, 7, 3], [2, 11, 3], [2]) for adapter in adapters]
+    rows = [(text, adapter) for text in ([2, begin, 8, end, 3], [2, 11, 3], [2]) for adapter in adapters]
     for text, adapter in rows:
         parts, whole = (graph.logits(text, graph.feeds(adapter)) for graph in graphs)
         np.testing.assert_array_equal(parts, whole)

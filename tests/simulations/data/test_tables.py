@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import MAX_TEXT, NO_LABEL
+from edgeadapt.bases.markedwords import labelled, unmarked, without_labels
 from edgeadapt.bases.media import is_medium
 from edgeadapt.bases.pictures import PictureReader, picture
 from edgeadapt.bases.sounds import samples_of, sound
 from edgeadapt.bases.tasks import TASKS
-from simulations.data import fashion, keywords, newsgroups, projects, watch
+from simulations.data import commands, fashion, keywords, newsgroups, projects, watch
 from simulations.data.population import Client, Population
 from simulations.data.tables import DataSettings, group_texts, load_population, normalized, read_rows
 from tests.support import refused
@@ -682,6 +683,54 @@ def test_windows_of_a_watch_name_their_package(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(watch, "PACKAGE", "seglearn-that-is-not-there")
     with refused(ConfigError, "data.function", "pip install"):
         next(watch.rows())
+
+
+@pytest.mark.parametrize("client", ["user", ""])
+def test_each_word_of_a_text_with_labels_is_an_example_and_those_of_a_text_stay_together(
+    tmp_path: Path, client: str
+) -> None:
+    rooms, times = ("kitchen", "living room", "den"), ("nine", "half past ten", "7:30")
+    found = [
+        {"text": f"{say} [{room}](room) at [{time}](hour){end}", "user": f"user-{user}"}
+        for user, say in enumerate(("light the", "heat the", "open the", "clean my", "close the", "watch my"))
+        for room, time in zip(3 * rooms, sorted(3 * times), strict=True)
+        for end in ("", " please", ", if you can", " or later than that, as you like it best")
+    ]
+    found += [{"text": "?!", "user": "user-0"}, {"text": "the ⟦den⟧", "user": "user-1"}]
+    path = write_csv(tmp_path / "rows.csv", found)
+    settings = DataSettings(files=(str(path),), client=client, task="words", clients=4, partition="iid")
+    with refused(DataError, "data.files", "a text whose words are asked has no word"):
+        load_population(settings, 0)
+    loaded = load_population(settings.model_copy(update={"broken": "skip"}), 0)
+    people, facts = loaded.population, loaded.facts
+    assert facts is not None
+    assert [line.partition(":")[0] for line in facts.broken] == ["'?!'", "'the ⟦den⟧'"]
+    assert (people.labels, facts.rare, facts.conflicting) == (("O", "hour", "room"), (), ())
+    wholes = {without_labels(row["text"]): row["text"] for row in found[:-2]}
+    places: dict[str, set[Any]] = {}
+    parts = {("", "public"): people.public}
+    parts |= {
+        (one.name, part): getattr(one, part) for one in people.clients for part in ("train", "validation", "test")
+    }
+    for place, words in parts.items():
+        said: dict[str, list[Any]] = {}
+        for word in words:
+            said.setdefault(unmarked(word.text), []).append((word.text, people.labels[word.label]))
+        for text, examples in said.items():
+            assert sorted(examples) == sorted(labelled(wholes[text]))
+            places.setdefault(text, set()).add(place)
+    assert all(len(found) == 1 for found in places.values())
+    assert len(people.public) < 0.3 * facts.rows
+
+
+def test_commands_say_what_their_words_are_and_no_test_template_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "HOUSEHOLDS", 3)
+    said = list(commands.rows())
+    assert said == list(commands.rows())
+    assert Counter(row["split"] for row in said) == {"train": 3 * commands.TRAIN, "test": 3 * commands.TEST}
+    labels = Counter(label for row in said for _, label in labelled(row["text"]))
+    assert {"O", "area", "name", "temperature"} <= labels.keys()
+    assert labels["O"] < 0.8 * labels.total()
 
 
 def test_datasets_give_their_pictures_as_files(tmp_path: Path) -> None:
