@@ -159,7 +159,7 @@ def next_commands(result: RunResult, exported: ExportResult, program: str) -> li
     if lesson := exported.lesson:
         words = shlex.join(("--bundle", lesson.bundle, "--teach", lesson.label, lesson.phrase))
         first = ("teach a device a phrase that it gets wrong", f"{program} device infer {words}")
-    federation = shlex.quote(str(Path(exported.report).parent))
+    federation = shlex.quote(str(Path(exported.report).parent / (result.groups[0].folder if result.groups else "")))
     own = [("simulate texts of your own", f"{program} new mine")] if exported.plain else []  # these were households
     checks = [("check what the coordinator did", f"{program} audit verify {federation}")] if result.masked else []
     return [first, *checks, *own]

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from simulations.data.summary import ClientSummary, DataSummary
-from simulations.report.formatting import duration, percent, printable, privacy, share, size
+from simulations.report.formatting import duration, next_commands, percent, printable, privacy, share, size
 from simulations.report.pages import page
 from simulations.report.terminal import print_result, print_scenario
-from simulations.result import Lesson, RunResult, dropouts_by_step
+from simulations.result import GroupResult, Lesson, RunResult, dropouts_by_step
 from simulations.scenario import Scenario
 from tests.support.pages import outline
 
@@ -183,6 +183,14 @@ def test_the_end_names_three_commands_each_on_one_line_quoted_for_the_shell(resu
     ]
     own = replace(exported, lesson=None, plain={}, phrase="a text of your own")
     assert "device infer" in printed(replace(result, exported=own)).splitlines()[-3]
+
+
+def test_a_run_of_groups_names_the_federation_of_the_first_one_for_its_audit(result: RunResult) -> None:
+    exported = result.exported
+    assert exported is not None
+    group = GroupResult("group-1", "groups/1", ("en-01",), 1, 0, "3b" * 32)
+    _, (_, command) = next_commands(replace(result, groups=(group,)), replace(exported, plain={}), "edgeadapt")
+    assert command == "edgeadapt audit verify runs/households/groups/1"
 
 
 def test_a_run_whose_rounds_were_all_aborted_has_no_traffic(result: RunResult) -> None:
