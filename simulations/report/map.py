@@ -3,6 +3,7 @@ Each cell says how much better the first arm of ``compare`` is than the stronges
 That one is chosen by the same test texts, which is a little hard on the first arm; nothing corrects for many cells."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from edgeadapt.formats.storage import PUBLIC, replace
 from simulations.plan import SuiteSettings
 from simulations.report import figures
 from simulations.report.formatting import share
-from simulations.report.pages import difference_cell, marked, suite_page, table, template, write_reports
+from simulations.report.pages import Page, Table, difference_cell, marked, suite_page, write_reports
 from simulations.report.summary import PairSummary, SuiteSummary, plain
 from simulations.result import Metric
 
@@ -65,10 +66,6 @@ class MapSummary:
             rows.append([where, f"{mean[self.arm]}{mark}", other, *gains])
         return rows
 
-    @property
-    def heads(self) -> list[str]:
-        return [" · ".join(self.axes), self.arm, "strongest other", f"gain in {self.metric.differences}", "unseen"]
-
     def headline(self) -> str:
         """Say in how many cells the arm gains, loses, and neither by more than noise."""
         pairs = [pair.figures["mean"] for place in self.cells if (pair := self.strongest(place))]
@@ -79,8 +76,15 @@ class MapSummary:
         text += f"worse in {losses}, and within noise in {noise}"
         return f"{text}; {rest} could not be compared." if rest else f"{text}."
 
+    def page(self, links: Sequence[str] = ()) -> Page:
+        """``links``: to the pages of the cells."""
+        head = [" · ".join(self.axes), self.arm, "strongest other", f"gain in {self.metric.differences}", "unseen"]
+        note = "The first column leads to all arms of a cell. The strongest other arm is chosen by the same test texts."
+        table = Table("Every cell in numbers", note, head, self.rows(), links)
+        return Page("map", self.name, self.headline(), [table])
+
     def markdown(self) -> str:
-        return f"# {self.name}\n\n{self.headline()}\n\n{table(self.heads, self.rows())}\n"
+        return self.page().markdown()
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that ``--json`` prints: the axes, and of each cell its place, its gain and its suite."""
@@ -123,9 +127,8 @@ def write_map(summary: MapSummary, folder: Path) -> None:
     """Write the reports of the map, and a page for each cell. Raises as ``write_suite_report``."""
     pages = {place: f"cell-{number}.html" for number, place in enumerate(summary.cells, 1)}
     picture = figures.svg("map", "Map", summary.headline(), summary.height, summary.paint)
-    page = template("map.html").render(
-        map=summary, rows=zip(pages.values(), summary.rows(), strict=True), picture=picture
-    )
+    caption = f"In {summary.metric.differences}, over the strongest other arm; a tile without a color is noise."
+    page = summary.page([*pages.values()]).html((f"Gain of {summary.arm}", caption, picture))
     write_reports(folder, page, summary.markdown(), figures.png(summary.height, summary.paint), summary.to_json())
     for place, name in pages.items():
         replace(folder / name, suite_page(summary.cells[place]).encode(), PUBLIC)

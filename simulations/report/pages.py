@@ -1,9 +1,10 @@
-"""The pages of runs and suites, which need nothing but a browser, and a suite in words and as a table in Markdown. The
-words of a page are in ``templates``, which escape every value; the numbers are formatted as in the terminal."""
+"""The pages of runs, suites and maps, which need nothing but a browser, and suites and maps in Markdown. ``templates``
+escape every value; the numbers are formatted as in the terminal."""
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -73,32 +74,49 @@ def template(name: str) -> Template:
     return environment.get_template(name)
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    title: str
+    note: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]  # what the page prints small is in parentheses; the first cell names the row
+    links: Sequence[str] = ()  # of the page, one for each row, or none
+
+    def __str__(self) -> str:
+        lines = [self.head, ["---", *["---:"] * (len(self.head) - 1)], *self.rows]
+        return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(cells)} |" for cells in lines)])
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Says what a suite or a map found, as HTML and as Markdown."""
+
+    kind: str
+    name: str
+    headline: str
+    tables: Sequence[Table]
+    notes: Sequence[str] = ()
+    overview: str = ""
+
+    def html(self, *figures: tuple[str, str, str]) -> str:
+        """Each figure has a title, a caption and an SVG."""
+        return template("tables.html").render(page=self, figures=figures)
+
+    def markdown(self) -> str:
+        notes = "\n".join(f"- {line}" for line in self.notes)
+        parts = [f"# {self.name}", self.headline, notes, self.overview, *map(str, self.tables)]
+        return "\n\n".join(filter(None, parts)) + "\n"
+
+
 def interval(estimate: Estimate) -> str:
     """Format ``.794 (.762–.823)``, without parentheses if there is no interval; a dash for NaN."""
-    return f"{share(estimate.value)} {spread(estimate)}".rstrip()
-
-
-def spread(estimate: Estimate) -> str:
-    """Format ``(.762–.823)``; empty if there is no interval."""
-    return f"({share(estimate.low)}–{share(estimate.high)})" if math.isfinite(estimate.low) else ""
+    spread = f" ({share(estimate.low)}–{share(estimate.high)})" if math.isfinite(estimate.low) else ""
+    return share(estimate.value) + spread
 
 
 def difference(found: Difference, metric: Metric) -> str:
     spread = f"{metric.size(found.low)} to {metric.size(found.high)}"
     return f"{metric.size(found.value, signed=True)} ({spread if math.isfinite(found.low) else 'too few clients'})"
-
-
-def pair_rows(summary: SuiteSummary) -> list[list[str]]:
-    return [
-        [
-            f"{marked(summary, pair.first)} - {marked(summary, pair.second)}",
-            *(
-                difference_cell(pair.figures[title], summary.compared_by) if title in pair.figures else "–"
-                for title in figures.SHOWN
-            ),
-        ]
-        for pair in summary.pairs
-    ]
 
 
 def difference_cell(found: Difference | None, metric: Metric) -> str:
@@ -161,16 +179,13 @@ def overview(summary: SuiteSummary) -> str:
     return text
 
 
-FURTHER = ("public", "forgotten", "aggregation error", "epsilon")
-
-
-def further(arm: ArmSummary) -> tuple[str, ...]:
+def _further(arm: ArmSummary) -> tuple[str, ...]:
     shares = (share(value) for value in (arm.public, arm.forgotten, arm.aggregation_error))
     found = f" (canaries: {arm.canaries:.2f})" if math.isfinite(arm.canaries) else ""
     return (*shares, f"{arm.epsilon:.2f}{found}" if math.isfinite(arm.epsilon) else "–")
 
 
-def costs(arm: ArmSummary) -> tuple[str, ...]:
+def _costs(arm: ArmSummary) -> tuple[str, ...]:
     cost, reached = arm.cost, arm.reached
     if arm.failed:
         return ("–",) * 6
@@ -187,7 +202,7 @@ def costs(arm: ArmSummary) -> tuple[str, ...]:
     )
 
 
-def constants(arm: ArmSummary) -> str:
+def _constants(arm: ArmSummary) -> str:
     chosen = ", ".join(f"{key} = {value}" for key, value in arm.constants.items())
     return f"{chosen} (of {count(arm.candidates, 'candidate')}, {duration(arm.search_cpu_seconds)} of CPU)"
 
@@ -223,42 +238,65 @@ def _price(summary: SuiteSummary, name: str) -> str:
     return f"{duration(cost.cpu_seconds / clients)} of CPU{sent} a device"
 
 
-def to_target(summary: SuiteSummary) -> str:
-    return f"rounds, bytes to {share(summary.target, 2)}" if summary.target else "to target"
+def _scores(summary: SuiteSummary) -> Table:
+    metric, what = summary.compared_by, "Share of a client's own test texts answered right."
+    if metric.sign < 0:
+        what = "Loss on a client's own test texts, in bits for each byte: less is better."
+    note = (
+        f"{what} Mean, {metric.decile} percentile and worst are over the clients that took part in training; unseen is "
+        "the mean over those that did not. Public: of the public texts. Forgotten: of the test texts that the base "
+        "answers right, the share that the arm answers wrong. Aggregation error: of the last round of a global arm, "
+        "how far the mean of LoRA's factors is from the mean update, as a share of it. Epsilon: of all rounds, for one "
+        "device; canaries are a lower bound."
+    )
+    head = ["arm", *metric.titles.values(), "public", "forgotten", "aggregation error", "epsilon"]
+    rows = [
+        [marked(summary, name), *(interval(arm.figures[title]) for title in metric.titles), *_further(arm)]
+        for name, arm in summary.arms.items()
+    ]
+    return Table(metric.name.capitalize(), note, head, rows)
+
+
+def _differences(summary: SuiteSummary) -> Table:
+    metric = summary.compared_by
+    title, head = f"What differs, in {metric.differences}", [metric.titles[title] for title in figures.SHOWN]
+    note = f"Noise: the interval contains 0. p: after Holm's correction for all pairs, if above {share(CHANCE, 2)}."
+    rows = [
+        [
+            f"{marked(summary, pair.first)} - {marked(summary, pair.second)}",
+            *(difference_cell(pair.figures.get(title), metric) for title in figures.SHOWN),
+        ]
+        for pair in summary.pairs
+    ]
+    return Table(title, note, ["pair", *head], rows)
+
+
+def _page(summary: SuiteSummary) -> Page:
+    note = "Epochs of a client; steps and CPU time of training, all clients together. Up and down are what one device "
+    note += "sends, also in answers that were lost, and what is sent to it; all rounds together."
+    target = f"rounds, bytes to {share(summary.target, 2)}" if summary.target else "to target"
+    costs = [[marked(summary, name), *_costs(arm)] for name, arm in summary.arms.items()]
+    chosen = [[marked(summary, name), _constants(arm)] for name, arm in summary.arms.items() if arm.constants]
+    tables = [
+        _scores(summary),
+        *([_differences(summary)] if summary.pairs else []),
+        Table("Cost of a seed", note, ["arm", "epochs", "steps", "CPU", "up", "down", target], costs),
+        *([Table("Constants", "", ["arm", "chosen"], chosen)] if chosen else []),
+    ]
+    return Page("suite", summary.name, headline(summary), tables, notes(summary), overview(summary))
 
 
 def markdown(summary: SuiteSummary) -> str:
+    return _page(summary).markdown()
+
+
+def suite_page(summary: SuiteSummary) -> str:
     metric = summary.compared_by
-    parts = [
-        f"# {summary.name}",
-        headline(summary),
-        "\n".join(f"- {line}" for line in notes(summary)),
-        overview(summary),
-        table(
-            [metric.name, *metric.titles.values(), *FURTHER],
-            [
-                [marked(summary, name), *(interval(arm.figures[title]) for title in metric.titles), *further(arm)]
-                for name, arm in summary.arms.items()
-            ],
-        ),
-        table([f"difference in {metric.differences}", *_places(metric)], pair_rows(summary)) if summary.pairs else "",
-        table(
-            ["cost of a seed", "epochs", "steps", "CPU", "up", "down", to_target(summary)],
-            [[marked(summary, name), *costs(arm)] for name, arm in summary.arms.items()],
-        ),
-    ]
-    chosen = [f"- {name}: {constants(arm)}" for name, arm in summary.arms.items() if arm.constants]
-    parts += [] if not chosen else ["Constants:", "\n".join(chosen)]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _places(metric: Metric) -> list[str]:
-    return [metric.titles[title] for title in figures.SHOWN]
+    drawn = [(f"{metric.name.capitalize()} by arm", "Means over seeds with their intervals.", figures.arms(summary))]
+    if summary.pairs:
+        caption = f"In {metric.differences}; an interval that contains 0 is noise."
+        drawn.append(("Differences", caption, figures.pairs(summary)))
+    return _page(summary).html(*drawn)
 
 
 def _list(seeds: Iterable[int]) -> str:
@@ -281,23 +319,3 @@ def write_reports(folder: Path, page: str, text: str, picture: bytes, numbers: o
     }
     for name, content in contents.items():
         replace(folder / name, content, PUBLIC)
-
-
-def suite_page(summary: SuiteSummary) -> str:
-    return template("suite.html").render(
-        suite=summary,
-        headline=headline(summary),
-        overview=overview(summary),
-        notes=notes(summary),
-        names={name: marked(summary, name) for name in summary.arms},
-        pair_rows=pair_rows(summary),
-        places=_places(summary.compared_by),
-        metric=summary.compared_by,
-        to_target=to_target(summary),
-        spread=spread,
-        further=further,
-        further_titles=FURTHER,
-        costs=costs,
-        constants=constants,
-        figures={"arms": figures.arms(summary), "pairs": figures.pairs(summary) if summary.pairs else ""},
-    )

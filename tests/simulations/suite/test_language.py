@@ -116,8 +116,8 @@ def test_fewer_bits_are_better(summary: SuiteSummary) -> None:
     assert summary.standing.best == summary.standing.cheapest == "personal"
     said = "personal has the least mean loss in bits per byte, 1.750 at 0.2 s of CPU a device; no other arm is within"
     assert headline(summary).startswith(said)
-    assert "| bits per byte | mean | 90th pct. |" in markdown(summary)
-    assert '<td data-title="90th pct.">-0.500 (-0.500 to -0.500)</td>' in suite_page(summary)
+    assert "## Bits per byte\n\n| arm | mean | 90th pct. |" in markdown(summary)
+    assert '<td data-title="90th pct.">-0.500 <small>(-0.500 to -0.500)</small></td>' in suite_page(summary)
     assert "Accuracy" not in suite_page(summary)
 
 

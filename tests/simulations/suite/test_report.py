@@ -14,7 +14,7 @@ import pytest
 from aggregation.errors import DataError
 from edgeadapt.formats.layout import Tensors
 from simulations.plan import Kind, SearchOutcome, Suite, Trial
-from simulations.report.pages import headline, markdown, notes, suite_page, write_suite_report
+from simulations.report.pages import Page, Table, headline, markdown, notes, suite_page, write_suite_report
 from simulations.report.summary import PairSummary, SuiteSummary, summarize
 from simulations.result import CanaryBounds, RoundPoint, RoundTally, Tally, TrialResult
 from simulations.scenario import Scenario
@@ -123,9 +123,9 @@ def test_the_page_loads_nothing_has_every_number_and_escapes_names(summary: Suit
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in seen}
     for arm in summary.arms.values():
         assert f'<td data-title="mean">{arm.figures["mean"].value:.3f} <small>('.replace("0.", ".") in html
-    assert '<th scope="row">personal - local</th><td data-title="mean">+30.0 (30.0 to 30.0)</td>' in html
+    assert '<th scope="row">personal - local</th><td data-title="mean">+30.0 <small>(30.0 to 30.0)</small></td>' in html
     assert suite_page(summary) == html
-    arms = {HOSTILE: summary.arms["base"], **summary.arms}
+    arms = {HOSTILE: replace(summary.arms["base"], constants={HOSTILE: HOSTILE}), **summary.arms}
     pairs = (PairSummary(HOSTILE, "local", summary.pairs[0].figures),)
     hostile = suite_page(replace(summary, name=HOSTILE, arms=arms, pairs=pairs))
     assert "<script" not in hostile
@@ -208,6 +208,12 @@ def test_the_page_of_one_arm_without_a_pair_has_no_comparison(
     alone = summarize(settings, {"base": (NONE, {0: result_of(5), 1: result_of(6)})})
     assert "Differences" not in suite_page(alone)
     assert "| base | .550 |" in markdown(alone)
+
+
+def test_an_interval_is_printed_small_but_not_the_mark_of_an_arm_nor_what_follows_it() -> None:
+    html = Page("map", "m", "h", [Table("t", "", ["place", "ours", "other"], [["x", ".7 (.6–.8)", "b (!) .5"]])]).html()
+    assert ">.7 <small>(.6–.8)</small></td>" in html
+    assert ">b (!) .5</td>" in html
 
 
 def test_all_files_are_written_and_equal_suites_give_equal_files(summary: SuiteSummary, tmp_path: Path) -> None:
