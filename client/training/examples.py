@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from aggregation.errors import DataError
-from edgeadapt.bases.media import MAX_MEDIUM, MAX_SOURCE, is_medium, variants
+from edgeadapt.bases.markedwords import unmarked
+from edgeadapt.bases.media import MARK, MAX_MEDIUM, MAX_SOURCE, is_medium, variants
 from edgeadapt.bases.readers import COLUMNS
 from edgeadapt.bases.tasks import Target, label_text
 from edgeadapt.formats.storage import read, replace
@@ -186,9 +187,11 @@ def _example(line: str, where: str, labels: int | None, target: TargetOf | None)
         if not isinstance(value, str) or any("\ud800" <= char <= "\udfff" for char in value):
             # JSON can escape a lone surrogate, which no tokenizer reads.
             raise DataError(f"the {name} in {where} is not a string of Unicode", about=f"example.{name}")
-        if len(value) > longest(value) or (value is text and not value.strip()):
+        if len(unmarked(value)) > longest(value) or (value is text and not value.strip()):
             reason = f"the {name} in {where} is empty or longer than {longest(value)} characters"
             raise DataError(reason, about=f"example.{name}")
+    if is_medium(text) and MARK in text:
+        raise DataError(f"the text in {where} is a variant, which a device makes itself", about="example.text")
     if labels == 0:
         return Example(text, NO_LABEL, split, prompt)
     if target is not None:

@@ -121,14 +121,17 @@ class Trainer:
         Raises DataError: there are no examples, or as ``descend``."""
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples")
-        encoded = self.encode(with_variants(examples, task.variants))
+        every, encoded = with_variants(examples, task.variants), self.encode(examples)
+        pairs = zip(examples, encoded, strict=True)
+        tokens = [text.tokens for one, text in pairs for _ in with_variants([one], task.variants)]
 
         def of_batch(batch: list[int]) -> Iterator[TrainingBatch]:
-            texts = [encoded[i] for i in batch]
+            # Variants are as large as files, and made when they are needed.
+            texts = self.encode([every[i] for i in batch]) if task.variants else [encoded[i] for i in batch]
             share = 1 / sum(len(text.targets) for text in texts)
             return (run for _, run in self._batches(texts, [share] * len(texts), control.tokens))
 
-        order = list(batches([text.tokens for text in encoded], task.batch_size, epochs, rng))
+        order = list(batches(tokens, task.batch_size, epochs, rng))
         return self._descend(start, order, of_batch, task, epochs, control)
 
     def teach(

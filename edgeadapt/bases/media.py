@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregation.errors import ConfigError, DataError
-from edgeadapt.formats.bundle import TOKENIZER
 
 MAX_MEDIUM = 2**18  # characters of such a text
 MAX_SOURCE = 2**25  # bytes of a file that becomes one
@@ -83,7 +82,7 @@ class MediaReader(ABC):
             reader.check()
         except (TypeError, ValueError):
             reason = f"tokenizer.json states no size of {cls.noun}s: copy the base again"
-            raise ConfigError(reason, about=TOKENIZER) from None
+            raise ConfigError(reason, about="tokenizer.json") from None
         return reader
 
     @property

@@ -3,6 +3,7 @@ coordinator signs the task as part of its plan, in which it is opaque to the pro
 (``client/training``); ``coordinator/`` steps the mean, and an audit does so again."""
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -84,6 +85,7 @@ class Task(roundtask.RoundTask):
     EXACT: ClassVar[str | None] = "updates"
     NEEDS_LABELS: ClassVar[bool] = False
     LATER: ClassVar[tuple[str, ...]] = ("variants",)
+    NEED_NO_LIMIT: ClassVar[Mapping[str, str]] = {"variants": "a pass over each counts as one of `epochs`"}
 
     peft_config: PeftConfig
     labels: tuple[str, ...]
@@ -113,6 +115,9 @@ class Task(roundtask.RoundTask):
         for parts in (self.trained, self.shared):
             if Part.R in {*self.trained, *self.shared} and (Part.R not in parts or {Part.A, Part.B} & {*parts}):
                 raise ProtocolError("task: R is trained and shared without A and B, or not at all", about="task.parts")
+
+    def numbers(self) -> dict[str, float]:
+        return roundtask.RoundTask.numbers(self) | {"epochs": self.epochs * (1 + self.variants)}
 
     def terms(self) -> dict[str, float | str]:
         names = ("epochs", "batch_size", "optimizer", "learning_rate", "momentum", "schedule", "weight_decay")

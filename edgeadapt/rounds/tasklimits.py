@@ -41,8 +41,9 @@ class TaskLimits(Settings):
         description="largest L2 norm of a step's gradient, with the proximal term and the weight decay of sgd: a "
         "longer one is clipped to it, whatever the task says",
     )
-    maximum_epochs: int = Field(default=10, ge=1, description="most passes over the examples in a round")
-    maximum_variants: int = Field(default=8, ge=0, description="most variants of each picture or sound in a round")
+    maximum_epochs: int = Field(
+        default=10, ge=1, description="most passes over the examples, and over their variants, in a round"
+    )
     minimum_batch_size: int = Field(default=2, ge=1, description="fewest examples in a step of training")
     maximum_batch_size: int = Field(default=64, ge=1, description="most examples in a step of training")
 

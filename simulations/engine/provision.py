@@ -436,7 +436,7 @@ def _training_limits(scenario: Scenario, labels: int) -> dict[str, Any]:
         "maximum_virtual_tokens": adapter.virtual_tokens,
         "maximum_labels": labels,
         "maximum_learning_rate": training.learning_rate,
-        "maximum_epochs": training.epochs,
+        "maximum_epochs": training.epochs * (1 + training.variants),
         "maximum_batch_size": training.batch_size,
         "maximum_weight_decay": training.weight_decay,
         "maximum_momentum": training.momentum,

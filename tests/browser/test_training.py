@@ -430,7 +430,7 @@ def odd_tasks() -> list[tuple[dict[str, Any], str, bool]]:
         ({"momentum": 1}, "task.momentum", True),
         ({"proximal": 1000, "learning_rate": 0.1}, "task.proximal", True),
         ({"gradient_norm": -1}, "task.gradient_norm", True),
-        ({"variants": 17}, "task.variants", True),
+        *(({"variants": count}, "task.variants", True) for count in (17, -1, 0.5, None)),
         ({"optimizer": "lion"}, "task.optimizer", True),
         ({"schedule": None}, "task.schedule", True),
         ({"labels": "Light"}, "task.labels", True),
@@ -467,6 +467,7 @@ def test_what_a_tab_cannot_or_must_not_train_is_refused_before_an_example_is_rea
     config = asdict(CONFIG)
     for change, about in (
         ({"epochs": 11}, "task.epochs"),
+        ({"epochs": 2, "variants": 5}, "task.epochs"),
         ({"learning_rate": 0.5}, "task.learning_rate"),
         ({"batch_size": 1}, "task.batch_size"),
         ({"weight_decay": 0.2}, "task.weight_decay"),

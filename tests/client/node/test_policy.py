@@ -158,6 +158,13 @@ def test_the_document_names_the_bound_of_every_key_of_every_task() -> None:
     assert set(rows) == {"key", "---"}
 
 
+def test_a_pass_over_the_variants_counts_as_one_over_the_examples() -> None:
+    allowed = dataclasses.replace(TASKS[0], epochs=2, variants=4)
+    TrainingLimits().check(allowed, {})
+    with refused(ProtocolError, "task.epochs", "task.epochs 12 is over", peer="coordinator"):
+        TrainingLimits().check(dataclasses.replace(allowed, variants=5), {})
+
+
 def test_a_number_of_a_task_without_a_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     TrainingLimits().check(TASKS[1], {})
     for task, about in ((TASKS[1], "task.ridge"), (TASKS[2], "task.most")):

@@ -110,6 +110,17 @@ def test_a_file_without_a_training_example_is_refused(tmp_path: Path, rows: list
         read_examples(file_of(tmp_path, *rows), 2)
 
 
+def test_a_variant_is_no_example_and_marks_take_no_place_of_a_text(tmp_path: Path) -> None:
+    medium = "data:audio/wav;base64,AAAA"
+    assert read_examples(file_of(tmp_path, line(text=medium)), 2)
+    with refused(DataError, "example.text", "is a variant"):
+        read_examples(file_of(tmp_path, line(text=f"{medium}#3")), 2)
+    longest = "a" * (MAX_TEXT - 2)
+    assert read_examples(file_of(tmp_path, line(text=f"⟦{longest}⟧ b")), 2)
+    with refused(DataError, "example.text"):
+        read_examples(file_of(tmp_path, line(text=f"⟦{longest}⟧ bc")), 2)
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with refused(DataError, "examples") as caught:
         read_examples(tmp_path / "gone.jsonl", 2)

@@ -220,7 +220,7 @@ async function outcome({ trainer, task, pause }, start, { train, heldOut }, limi
   const score = await scored(trainer, start, heldOut, pause);
   const control = { norm: limits.maximum_gradient_norm, unfailing: true };
   const learnt = async () => {
-    const all = await withVariants(trainer, train, task.variants);
+    const all = await withVariants(trainer, train, task.variants, between(pause));
     const order = batches(all.map(({ ids }) => ids.length), task.batch_size, task.epochs);
     return trainOn(trainer, start, all, task, order, pause, control);
   };
@@ -229,9 +229,10 @@ async function outcome({ trainer, task, pause }, start, { train, heldOut }, limi
 }
 
 /** Examples with `count` variants of each that is a picture or a sound. */
-async function withVariants(trainer, examples, count) {
+async function withVariants(trainer, examples, count, pause) {
   const found = [];
   for (const one of examples) {
+    await pause();
     const texts = variants(one.text, count);
     await trainer.engine.text.prepare(texts);
     found.push(one, ...texts.map((text) => ({ ...one, ...trainer.encode({ text }) })));

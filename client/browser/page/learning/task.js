@@ -63,7 +63,6 @@ export const LIMITS = {
   maximum_proximal: 10,
   maximum_gradient_norm: 10,
   maximum_epochs: 10,
-  maximum_variants: 8,
   minimum_batch_size: 2,
   maximum_batch_size: 64,
   moments: true, // whether to contribute to an analytic head
@@ -83,7 +82,7 @@ export function decodeTask(raw) {
   }
   if (["histograms", "cells"].some((name) => Object.hasOwn(found, name)))
     refuse("this device contributes no observations", "task.observations");
-  found.variants ??= 0; // not written
+  if (!Object.hasOwn(found, "variants")) found.variants = 0; // not written
   requireFields(found, TASK);
   const { trained, shared } = found;
   if (!(found.learning_rate * (found.proximal + found.weight_decay) < 1)) {
@@ -150,13 +149,14 @@ export function checkLimits(task, adapter, limits = LIMITS) {
     "task.scaling": config.lora_alpha / (config.use_rslora ? Math.sqrt(config.r) : config.r),
     ...(labels.length ? { "task.labels": labels.length } : {}), // a language model has none
     ...Object.fromEntries(numbersIn(task).map((name) => [`task.${name}`, task[name]])),
+    ...(task.epochs ? { "task.epochs": task.epochs * (1 + task.variants) } : {}),
   };
   for (const [about, value] of Object.entries(found)) checkNumber(about, value, limits);
 }
 
 /** The numbers that a coordinator chooses with a task, except those that need no limit (edgeadapt/rounds/tasklimits.py). */
 function numbersIn(task) {
-  const free = isAnalytic(task) ? ["ridge", "scale", "dimensions"] : isEvaluation(task) ? ["most"] : [];
+  const free = isAnalytic(task) ? ["ridge", "scale", "dimensions"] : isEvaluation(task) ? ["most"] : ["variants"];
   return Object.keys(task).filter((name) => typeof task[name] === "number" && !free.includes(name));
 }
 
