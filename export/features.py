@@ -87,12 +87,12 @@ def with_lexical_features(base: Base, size: int, out: Path) -> Base:
 
 def with_marked_words(base: Base, out: Path) -> Base:
     """Write the encoder whose tokenizer knows the marks of a word (``edgeadapt.bases.markedwords``) to a new or empty
-    folder. Raises ConfigError: it is marked already, reads files, or classifies by a head of its own."""
+    folder. Raises ConfigError: it has marks or lexical features, reads files, or classifies by a head of its own."""
     if media_of(base.folder) or has_own_head(base):
         raise ConfigError("words are marked for an encoder of texts without a head: take one", about="base")
     config = json.loads(read(base.folder / CONFIG, LONGEST[CONFIG]))
-    if MARKED in config:
-        raise ConfigError("this base knows marks already: use it as it is", about=MARKED)
+    if key := next((key for key in (MARKED, LEXICAL) if key in config), ""):
+        raise ConfigError(f"this base has {key}: take the base that it was made from", about=key)
     tokenizer = pretrained.tokenizer(base)
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
     stated = [tokenizer.token_to_id(mark) for mark in MARKS]

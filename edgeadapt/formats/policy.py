@@ -35,14 +35,17 @@ def _checked(pattern: str) -> str:
     raise ValueError(reason + "{3} after one; only one may vary, by ? or {0,9}, and the empty text may not match")
 
 
+_MARKS = str.maketrans("", "", "⟦⟧")  # of a word, which a model does not read (edgeadapt.bases.markedwords)
+
+
 def _lower(text: str) -> str:
-    lower = unicodedata.normalize("NFKC", text).lower()
+    lower = unicodedata.normalize("NFKC", text.translate(_MARKS)).lower()
     return "".join(sign for sign in lower if unicodedata.category(sign) != "Cf")
 
 
 def blocks(patterns: Sequence[str], text: str) -> bool:
     """Whether a pattern is in a text, however it is spelled: that is read as NFKC, in lower case, without characters
-    that only format, with one space for white space, at both ends too."""
+    that only format and marks of words, with one space for white space, at both ends too."""
     read = f" {' '.join(_lower(text).split())} " if patterns else ""
     return any(re.search(pattern, read) for pattern in patterns)
 

@@ -93,6 +93,7 @@ def export_all(fleets: Sequence[tuple[Path, Population]], scenario: Scenario, ba
         reliability={arm: reliability_of(arm) for arm in first.answers},
         plain={name: answers for each in exported for name, answers in each.plain.items()},
         answered=_answered(exported),
+        by_word=scenario.data.by_word,
         confused=_confused(exported, Path(report).with_name(CONFUSED)) if kind else "",
     )
 

@@ -148,7 +148,7 @@ def evaluated(clients: int, population: int) -> str:
 
 def command(exported: ExportResult, program: str) -> str:
     """Quoted for a shell."""
-    phrase, words = exported.phrase, "--words " if OUTSIDE in exported.answered else ""
+    phrase, words = exported.phrase, "--words " if exported.by_word else ""
     quoted = shlex.quote(phrase) if set(phrase) & set('"$`\\!') else f'"{phrase}"'
     return f"{program} device infer --bundle {shlex.quote(exported.bundle)} {words}{quoted}"
 
@@ -247,13 +247,11 @@ def confusions(answered: Mapping[str, Mapping[str, int]]) -> list[tuple[int, int
 
 
 def word_f1(answered: Mapping[str, Mapping[str, int]]) -> str:
-    """State how the labels of words were found, apart from ``OUTSIDE``; nothing if labels are of texts.
+    """State how the labels of words were found, apart from ``OUTSIDE``.
 
     >>> word_f1({"O": {"O": 90, "hour": 2}, "hour": {"hour": 6, "O": 1, "room": 1}})
     'F1 .706 of the words that have a label: .750 of 8 found, .667 of 9 right'
     """
-    if OUTSIDE not in answered:
-        return ""
     right = sum(of.get(label, 0) for label, of in answered.items() if label != OUTSIDE)
     there = sum(sum(of.values()) for label, of in answered.items() if label != OUTSIDE)
     said = sum(count for of in answered.values() for answer, count in of.items() if answer != OUTSIDE)

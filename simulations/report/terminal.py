@@ -182,7 +182,7 @@ def _exported(result: RunResult, exported: ExportResult, program: str) -> list[t
         ("exported", formatting.accuracies(exported.parity)),
         ("confidence", f"when it says 90 %, {says}"),
         ("", errors),
-        *([("words", found)] if (found := formatting.word_f1(exported.answered)) else []),
+        *([("words", formatting.word_f1(exported.answered))] if exported.by_word else []),
         *([("confused", _confused(exported))] if formatting.confusions(exported.answered) else []),
         *([("examples", Text(exported.confused))] if exported.confused else []),
         *([("phrases", formatting.plain(exported.plain))] if exported.plain else []),

