@@ -71,6 +71,15 @@ def test_a_field_that_is_unknown_or_out_of_range_is_refused_by_name(changes: dic
         Task.decode(json.dumps({**json.loads(TASK.encode()), **changes}).encode())
 
 
+def test_a_task_without_variants_is_written_as_before_there_were_any() -> None:
+    """So that older devices read it, and an audit older transcripts."""
+    written = json.loads(TASK.encode())
+    assert "variants" not in written
+    varied = replace(TASK, variants=3)
+    assert json.loads(varied.encode()) == written | {"variants": 3}
+    assert (Task.decode(varied.encode()), Task.decode(TASK.encode())) == (varied, TASK)
+
+
 def test_every_sum_has_its_bound_and_the_adapter_comes_first() -> None:
     large = Layout((TensorSpec("a", (1, 10**6)),))
     spec = contribution_spec(large, Bounds(clip_norm=12.0, weight_cap=128, ring_bits=22, max_clients=15))
