@@ -1,14 +1,17 @@
 """Places for peers that have proved nothing: who has one, who loses it, and how often a network may be wrong."""
 
 import asyncio
+import os
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from coordinator.gateway import places
 from coordinator.gateway.pace import FORGET
-from coordinator.gateway.places import Entrance, Places, RefusalRates, Turns, network_of
+from coordinator.gateway.places import Entrance, GrpcConnections, Places, RefusalRates, Turns, network_of
 from tests.support.gateway import HOST
 
 
@@ -95,6 +98,25 @@ def test_a_connection_holds_its_place_until_it_is_proved_or_closes() -> None:
         assert loop.is_running()
 
     asyncio.run(listen())
+
+
+@pytest.mark.skipif(not Path("/dev/fd/").stat().st_size, reason="this system does not count descriptors")
+@pytest.mark.parametrize("hole", [True, False])
+def test_a_free_low_descriptor_hides_no_connections(hole: bool) -> None:
+    low = os.open(os.devnull, os.O_RDONLY)
+    with socket.create_server((HOST, 0)) as server, ExitStack() as stack:
+        port = server.getsockname()[1]
+        peers = [stack.enter_context(socket.create_connection((HOST, port))) for _ in range(40)]
+        for _ in peers:
+            stack.enter_context(server.accept()[0])
+        held = len(list(Path("/dev/fd").iterdir())) - 1
+        if hole:
+            os.close(low)
+        assert GrpcConnections(port, held + 1).look(0.0) == 0
+        assert GrpcConnections(port, held - 20).look(0.0) > 20
+        assert peers[0].recv(1) == b""
+    if not hole:
+        os.close(low)
 
 
 @pytest.mark.parametrize(
