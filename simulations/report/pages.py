@@ -247,7 +247,7 @@ def _scores(summary: SuiteSummary) -> Table:
         "the mean over those that did not. Public: of the public texts. Forgotten: of the test texts that the base "
         "answers right, the share that the arm answers wrong. Aggregation error: of the last round of a global arm, "
         "how far the mean of LoRA's factors is from the mean update, as a share of it. Epsilon: of all rounds, for one "
-        "device; canaries are a lower bound."
+        "device, with the one that found groups; canaries are a lower bound."
     )
     head = ["arm", *metric.titles.values(), "public", "forgotten", "aggregation error", "epsilon"]
     rows = [

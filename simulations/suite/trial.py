@@ -45,7 +45,7 @@ from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
 from simulations.engine.canaries import audited
 from simulations.engine.grid import GridLog
-from simulations.engine.groups import Group, fleet_folders, grouped
+from simulations.engine.groups import Group, fleet_folders, grouped, spent_on_finding
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import Matrix, ridge_head
 from simulations.plan import Kind, Trial
@@ -528,6 +528,8 @@ class TrialRun:
                 cost = replace(cost, bytes_up=up, bytes_down=down)
                 points.append(RoundPoint(round_.round, self._value(round_), up + down))
                 epsilon = round_.epsilon
+            if epsilon is not None and self.trial.scenario.groups.by == "discovered":
+                epsilon += spent_on_finding(self.material.federation)[0]
             cost = replace(cost, cpu_seconds=seconds + self.material.rounds_cpu)
             tally = tally_of(self.material.federation, self._groups, self.trial.scenario)
             tally = replace(tally, retries=self.store.retries(self.trial))

@@ -38,7 +38,12 @@ def scenario(minilm: Path, folder: Path, clients: int) -> Scenario:
         {
             "base": {"model": str(minilm)},
             "data": {"files": [texts], "client": "client", "public": [write("public.csv", ["", ""])]},
-            "federation": {"rounds": 1, "analytic": {"rounds": 1}, "discovery": {"count": 3}},
+            "federation": {
+                "rounds": 1,
+                "analytic": {"rounds": 1},
+                "discovery": {"count": 3},
+                "privacy": {"mechanism": "skellam", "noise_multiplier": 0.3},
+            },
             "groups": {"by": "discovered", "smallest": 5},
         },
         "test",
@@ -64,6 +69,8 @@ def test_clients_find_their_groups_in_one_round_and_a_router_answers_by_them(
     (record,) = registry(folder.path / DISCOVERY).rounds()
     assert 0 < record.epsilon < 10
     assert spent_on_finding(folder.path) == (record.epsilon, plan.scenario.federation.privacy.delta)
+    spent = max(one.epsilon for group in (first, second) for one in registry(folder.path / group.folder).rounds())
+    assert routed.epsilon == spent + record.epsilon
     assert np.mean([client.test.right.count("1") / client.test.count for client in routed.clients]) > 0.9
 
 
