@@ -94,6 +94,10 @@ def test_a_mistyped_command_is_told_the_one_that_was_meant(run: Run) -> None:
     assert run("devise") == (2, "", line)
     line = "edgeadapt: No such command 'lsit'; did you mean 'list'? see 'edgeadapt bundle --help'\n"
     assert run("bundle", "lsit") == (2, "", line)
+    line = (
+        "edgeadapt: No such command 'fashion.toml'; did you mean 'run fashion.toml'? see 'edgeadapt simulate --help'\n"
+    )
+    assert run("simulate", "fashion.toml") == (2, "", line)
 
 
 def test_the_bundle_is_the_named_one_or_that_of_the_environment_or_the_one_here(
