@@ -12,10 +12,9 @@ from client.cli import options
 from client.cli.options import printable
 from client.inference.generate import Generator
 from client.inference.library import Library
-from client.inference.session import AUTO, ROUTER, ClassificationSession
+from client.inference.session import AUTO, ROUTER, ClassificationSession, words_to_json
 from client.inference.text import SamplingParams
 from edgeadapt import commandline
-from edgeadapt.bases.markedwords import with_labels
 from edgeadapt.bases.readers import as_texts
 from edgeadapt.formats.bundle import TOKENIZER
 
@@ -148,12 +147,8 @@ def _classify(library: Library, names: Sequence[str], phrases: list[str], top: i
 def _label_words(library: Library, names: Sequence[str], phrases: list[str]) -> list[dict[str, Any]]:
     session, results = ClassificationSession.of(library), []
     for name in names or (library.default(),):
-        adapter, answers = session.load(name), []
-        for text in phrases:
-            words = session.words(text, name)
-            row = {"text": text, "labelled": with_labels(text, [best.label for _, best in words])}
-            rows = [{"word": word, "label": best.label, "probability": best.probability} for word, best in words]
-            answers.append({**row, "words": rows})
+        adapter = session.load(name)
+        answers = [words_to_json(text, session.words(text, name)) for text in phrases]
         results.append({"adapter": adapter.name, "version": adapter.version, "answers": answers})
     return results
 

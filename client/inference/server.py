@@ -42,7 +42,7 @@ from client.inference.batch import ROWS, BatchGenerator, Part, Row
 from client.inference.generate import ChatMessage
 from client.inference.guide import Guide, GuideKind
 from client.inference.library import Composition, Library
-from client.inference.session import AUTO, ROUTER, ClassificationSession, Ranking
+from client.inference.session import AUTO, ROUTER, ClassificationSession, Ranking, words_to_json
 from client.inference.text import Answer, Finish, SamplingParams
 from edgeadapt.bases.classifiergraph import MAX_ROWS
 from edgeadapt.formats.settings import Settings
@@ -91,6 +91,7 @@ class TextsRequest(Settings):
     model: Model
     input: Annotated[Strings, Field(min_length=1, max_length=MAX_TEXTS)]
     top: Annotated[int, Field(ge=1, le=1000)] = 1
+    words: bool = False  # what is asked is each word of the texts
     encoding_format: Literal["float", "base64"] = "float"
 
 
@@ -449,12 +450,31 @@ class Service:
             routed = await _unless_gone(request, self._rank(account, rows))
             chosen = [await anyio.to_thread.run_sync(self._model.route, one, account.may) for one in routed]
             names = [await self._named(account, name) for name in chosen]
-        rows = [_Row(text, name, asked.top, account.name) for text, name in zip(asked.input, names, strict=True)]
+        texts = list(zip(asked.input, names, strict=True))
+        if asked.words:
+            return await self._label_words(request, account, asked.model, texts)
+        rows = [_Row(text, name, asked.top, account.name) for text, name in texts]
         found = await _unless_gone(request, self._rank(account, rows))
         data = [{"index": index, "adapter": str(names[index]), **one.to_json()} for index, one in enumerate(found)]
         for row in data:
             row["intents"] = row["intents"][: asked.top]  # a run is for the most that one of its texts needs
         return JSONResponse({"object": "list", "model": asked.model, "data": data})
+
+    async def _label_words(
+        self, request: Request, account: Account, model: str, texts: Sequence[tuple[str, Composition]]
+    ) -> Response:
+        marked = [self._model.marked(*each) for each in texts]
+        if (count := sum(map(len, marked))) > MAX_TEXTS:
+            raise RequestError(400, f"the texts have {count} words, above the limit of {MAX_TEXTS}: send fewer at once")
+        named = zip(marked, texts, strict=True)
+        rows = [_Row(one, name, 1, account.name) for words, (_, name) in named for _, one in words]
+        found = iter(await _unless_gone(request, self._rank(account, rows)))
+        data = [
+            {"index": index, "adapter": str(name)}
+            | words_to_json(text, [(word, next(found).label_of_word()) for word, _ in marked[index]])
+            for index, (text, name) in enumerate(texts)
+        ]
+        return JSONResponse({"object": "list", "model": model, "data": data})
 
     async def _embed(self, request: Request, account: Account) -> Response:
         asked = await _read(request, account, TextsRequest)

@@ -14,7 +14,7 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError, one_line
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.phrases import PhraseReader
 from edgeadapt.bases.classifiergraph import ENCODER, MEAN_HEAD, ClassifierGraph, Feeds
-from edgeadapt.bases.markedwords import END, OUTSIDE, knows_marks, marked, marked_word
+from edgeadapt.bases.markedwords import END, OUTSIDE, marked, marked_word, require_marks, with_labels
 from edgeadapt.formats.bundle import MODEL, TOKENIZER, VerifiedBase
 from edgeadapt.formats.graphinputs import empty_inputs
 from edgeadapt.formats.layout import Floats
@@ -48,6 +48,16 @@ class Ranking:
         intents = [{"intent": one.label, "probability": round(one.probability, 6)} for one in self.predictions]
         stated = {"unknown": round(self.unknown, 3), "unread": self.unread, "outcome": self.outcome.value}
         return {**stated, "says": self.says, "intents": intents}
+
+    def label_of_word(self) -> Prediction:
+        return self.predictions[0] if self.predictions else Prediction(OUTSIDE, 0.0)
+
+
+def words_to_json(text: str, found: Sequence[tuple[str, Prediction]]) -> dict[str, Any]:
+    """State a text, the text with labels, and the label of each word."""
+    labelled = with_labels(text, [best.label for _, best in found])
+    rows = [{"word": word, "label": best.label, "probability": round(best.probability, 6)} for word, best in found]
+    return {"text": text, "labelled": labelled, "words": rows}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +152,15 @@ class ClassificationSession:
     def words(self, text: str, adapter: Named) -> list[tuple[str, Prediction]]:
         """Find the label of each word of a text: ``OUTSIDE`` where the model knows no part of the text or does not read
         as far, or the policy withholds it. Raises as ``rank`` and ``marked``; ConfigError: the base knows no marks."""
-        if not knows_marks(self.library.base.files[TOKENIZER]):
-            reason = "the base of this bundle does not read single words: make one with 'base change --mark'"
-            raise ConfigError(reason, about="--words")
-        asked = marked(text)
-        found = []
-        for one in asked:
-            is_read = not self.unread(one.partition(END)[0] + END, adapter)
-            best = self.ranking(one, adapter, 1).predictions if is_read else ()
-            found.append((marked_word(one), best[0] if best else Prediction(OUTSIDE, 0.0)))
-        return found
+        asked = self.marked(text, adapter)
+        return [(word, self.ranking(one, adapter, 1).label_of_word()) for word, one in asked]
+
+    def marked(self, text: str, adapter: Named) -> list[tuple[str, str]]:
+        """Return each word of a text, and what asks for its label: the text with the word marked, or nothing where the
+        model does not read as far. Raises as ``words``."""
+        require_marks(self.library.base.files[TOKENIZER], "--words")
+        unread = {one: self.unread(one.partition(END)[0] + END, adapter) for one in marked(text)}
+        return [(marked_word(one), "" if count else one) for one, count in unread.items()]
 
     def _ranked(self, texts: Sequence[str], adapter: Named, top: int) -> list[tuple[list[Prediction], Outcome]]:
         if isinstance(texts, str):  # whose letters would be texts

@@ -48,8 +48,9 @@ from client.training.corrections import LessonHistory
 from client.training.hygiene import HygieneSettings
 from client.training.trainer import FrozenBase
 from edgeadapt.bases.base import find_base, with_task
-from edgeadapt.bases.tasks import CLASSES, CLASSIFICATION, find_task
-from edgeadapt.formats.bundle import BASE_MANIFEST
+from edgeadapt.bases.markedwords import require_marks
+from edgeadapt.bases.tasks import CLASSES, CLASSIFICATION, WORDS, find_task
+from edgeadapt.formats.bundle import BASE_MANIFEST, TOKENIZER
 from edgeadapt.formats.gateway.invitation import ADDRESS, ADDRESSES
 from edgeadapt.formats.settings import Settings
 from edgeadapt.formats.storage import PRIVATE_FOLDER, locked, new_folder, read, replace
@@ -194,7 +195,7 @@ class DeviceStateDir:
         """Open the frozen base that the settings name, itself or that of a bundle; the next one, if that has
         ``digest``, and the base itself has not.
 
-        Raises ConfigError, DataError: as ``find_base`` and ``Bundle.base``; or a bundle is named for a task of others;
+        Raises ConfigError, DataError: as ``find_base`` and ``Bundle.base``; or a bundle is not for the task;
         TrustError: no key in ``trust.pem``, next to the bundle, signed its base, or a file was altered."""
         base, following = self._base(self.settings.base), self.settings.next_base
         if not following or digest in ("", base.digest):
@@ -208,7 +209,10 @@ class DeviceStateDir:
             if self.settings.task not in CLASSES:
                 reason = f"the task {self.settings.task!r} needs the base itself, and {folder} is a bundle: set base"
                 raise ConfigError(reason, about="base")
-            return Trust.open(folder).bundle.base()
+            base = Trust.open(folder).bundle.base()
+            if self.settings.task == WORDS:
+                require_marks(base.files[TOKENIZER], "task")
+            return base
         return with_task(find_base(where), self.settings.task)
 
     def device(self, base_digest: str) -> Device:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from aggregation.errors import ConfigError
-from edgeadapt.bases.markedwords import knows_marks
+from edgeadapt.bases.markedwords import require_marks
 from edgeadapt.bases.tasks import WORDS, Classification, Objective, OwnTask, find_task
 from edgeadapt.extensions import Extensions
 from edgeadapt.formats.layout import Floats, Layout, Tensors
@@ -142,10 +142,8 @@ def with_task(base: Base, name: str) -> Base:
     """Return the base for adapters of this task. Its digest has the task's name and version, so that devices and
     coordinator agree on it. Raises ConfigError as ``find_task``; or the task is of words, and the base has no marks."""
     task = find_task(name)
-    if name == WORDS and (
-        isinstance(base, OwnModel) or not knows_marks((base.folder / IDENTITY_FILES[-1]).read_bytes())
-    ):
-        raise ConfigError("the base does not read single words: make one with 'base change --mark'", about="task")
+    if name == WORDS:
+        require_marks(b"{}" if isinstance(base, OwnModel) else (base.folder / IDENTITY_FILES[-1]).read_bytes(), "task")
     if not isinstance(task, OwnTask):
         return base
     named = json.dumps([base.digest, name, task.version])

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from aggregation.errors import DataError
+from aggregation.errors import ConfigError, DataError
 
 MARKED = "marked_words"  # key of config.json: the numbers of the two marks
 BEGIN, END = MARKS = ("⟦", "⟧")
@@ -21,10 +21,11 @@ MAX_WORDS = 64  # of a text: a base reads 128 tokens
 _LABELLED = re.compile(r"\[([^\[\]]+)\]\((\w[\w.-]*)\)")
 
 
-def knows_marks(tokenizer: bytes) -> bool:
-    """Check whether a tokenizer.json is of a base that was made for marks."""
+def require_marks(tokenizer: bytes, about: str) -> None:
+    """Raise ConfigError if a tokenizer.json is not of a base that was made for marks."""
     added = json.loads(tokenizer).get("added_tokens") or []
-    return {*MARKS} <= {token.get("content") for token in added}
+    if not {*MARKS} <= {token.get("content") for token in added}:
+        raise ConfigError("the base does not read single words: make one with 'base change --mark'", about=about)
 
 
 def marked_word(text: str) -> str:

@@ -13,6 +13,7 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustErro
 from client.inference import usage
 from client.inference.passages import PassageIndex
 from client.learning import Correction, Learned, Learner
+from client.node import statedir
 from client.node.eligibility import conditions, read_trained
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
@@ -113,12 +114,17 @@ def test_labels_of_a_table_are_numbers_or_names_of_the_bundle(kitchen: Path) -> 
     assert [(one.text, one.label) for one in found[-2:]] == [("lock up", 3), ("light please", 2)]
 
 
-def test_texts_with_labels_are_imported_word_by_word_and_erased_as_a_whole(kitchen: Path) -> None:
+def test_texts_with_labels_are_imported_word_by_word_and_erased_as_a_whole(
+    kitchen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No word is a duplicate of another one of its text."""
     place = kitchen / "device.toml"
     place.write_text(f'task = "words"\n{place.read_text()}')
     before = (kitchen / "examples.jsonl").read_bytes()
     (kitchen / "more.txt").write_text("[wake](0) me at [nine](2)\n")
+    done = run("data", "import", "--state", kitchen, "--json", kitchen / "more.txt")
+    assert "--mark" in str(done.exception)  # its base does not read single words
+    monkeypatch.setattr(statedir, "require_marks", lambda *_: None)  # as if it did
     done = run("data", "import", "--state", kitchen, "--json", kitchen / "more.txt")
     assert isinstance(done.exception, DataError)  # a word without a label has "O", which the bundle does not have
     (kitchen / "more.txt").write_text("[wake](0) [me](1) [at](0) [nine](2)\n[wake](0) [me](1) [at](0) [nine](2)\n")

@@ -7,7 +7,7 @@ import pytest
 from peft import PeftModel
 
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ProtocolError, TrustError
+from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.trust import Trust
 from client.node import tasklabels
@@ -103,3 +103,9 @@ def test_labels_outlast_a_restart_until_the_device_forgets(tmp_path: Path) -> No
     made.forget()
     assert made.load(TaskLabels) is None
     assert tasklabels.TASK_LABELS.decode(tasklabels.TASK_LABELS.encode(known)) == known
+
+
+def test_a_bundle_whose_base_reads_no_single_words_is_not_for_that_task(bundle: Path) -> None:
+    assert DeviceStateDir(bundle.parent, DeviceSettings(base=str(bundle))).base().digest
+    with refused(ConfigError, "task", "--mark"):
+        DeviceStateDir(bundle.parent, DeviceSettings(base=str(bundle), task="words")).base()

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
 import edgeadapt
 from aggregation.errors import DataError
+from client.inference.library import Library
+from client.inference.server import Service
 from tests.support import refused
 
 ROOMS, HOURS = ("kitchen", "den", "hall"), ("nine", "ten", "noon")
@@ -69,3 +72,12 @@ def test_a_run_learns_the_labels_of_words_and_its_bundle_writes_them_into_a_text
     assert [found[:2] for found in model.words(text)] == words
     with refused(DataError, "text"):
         model.words("?!")
+    app = Service(Library.open(bundle, None), None, 1, 2**28).application(["testserver"])
+    with TestClient(app) as client:
+        asked = {"model": "global", "input": [text, "light the hall"], "words": True}
+        found = client.post("/v1/classify", json=asked).json()["data"]
+        assert [row["labelled"] for row in found] == [answer["labelled"], "light the [hall](room)"]
+        assert [row["label"] for row in found[0]["words"]] == [label for _, label in words]
+        assert client.post("/v1/classify", json={**asked, "input": "?!"}).status_code == 400
+        many = client.post("/v1/classify", json={**asked, "input": ["turn it on"] * 100})
+        assert (many.status_code, "300 words" in many.text) == (400, True)
