@@ -11,6 +11,7 @@ import click
 from aggregation.errors import DataError
 from edgeadapt.bases.media import is_medium
 from edgeadapt.bases.pictures import PictureReader
+from edgeadapt.bases.sounds import is_window
 from edgeadapt.commandline import FOLDER, option
 
 FILE_OR_INPUT = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
@@ -58,7 +59,10 @@ def printable(text: str) -> str:
     '[31mred\\n'
     """
     if is_medium(text):
-        return f"a {'picture' if text.startswith(PictureReader.begin) else 'sound'} of {len(text)} characters"
+        noun = (
+            "picture" if text.startswith(PictureReader.begin) else "window of sensors" if is_window(text) else "sound"
+        )
+        return f"a {noun} of {len(text)} characters"
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
 
 

@@ -76,6 +76,17 @@ def signal(samples: Any, rate: int) -> str:
     return as_text(SoundReader.begin, "wav", content)
 
 
+def is_window(text: str) -> bool:
+    """Check whether the text of a file is a window of sensors: its header states less than the rates of sounds."""
+    if not text.startswith(SoundReader.begin):
+        return False
+    try:
+        (rate,) = struct.unpack_from("<I", base64.b64decode(text.partition(";base64,")[2][32:40], validate=True))
+    except (ValueError, struct.error):
+        return False
+    return bool(rate < FILE_RATES[0])
+
+
 def samples_of(text: str) -> NDArray[np.int64]:
     """Return the samples of a sound of any rate, shape ``(samples, channels)``. Raises DataError: it is damaged."""
     try:

@@ -18,6 +18,7 @@ from client.training.torchengine import model_of
 from coordinator import statedir as coordinator_files
 from edgeadapt.bases.base import Base
 from edgeadapt.bases.readers import media_of
+from edgeadapt.bases.sounds import is_window, samples_of
 from edgeadapt.formats import files, storage
 from edgeadapt.formats.bundle import PHRASES
 from edgeadapt.formats.calibration import Labels, confidences, expected_calibration_error, fit
@@ -167,8 +168,19 @@ def _confused(exported: Sequence[_Exported], path: Path) -> str:
     shown = [(*pair, len(texts), texts[:MOST_EXAMPLES]) for pair, texts in pairs]
     if not shown:
         return ""
-    storage.replace(path, template("confused.html").render(pairs=shown).encode())
+    storage.replace(path, template("confused.html").render(pairs=shown, axes_of=_axes).encode())
     return str(path)
+
+
+def _axes(text: str) -> list[str]:
+    """Return the points of a line for each axis of a window of sensors, 240 wide and 96 high; none for another file."""
+    if not is_window(text):
+        return []
+    samples = samples_of(text)
+    places, most = np.linspace(0, 240, len(samples)), max(1, np.abs(samples).max())
+    return [
+        " ".join(f"{x:.1f},{48 - 46 * y / most:.1f}" for x, y in zip(places, axis, strict=True)) for axis in samples.T
+    ]
 
 
 def reliability(logits: Floats, labels: Labels, temperatures: Floats) -> Reliability:

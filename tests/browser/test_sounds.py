@@ -92,7 +92,7 @@ def test_a_file_of_a_window_of_sensors_is_answered_as_natively(page: Any, serve:
     file.write_bytes(base64.b64decode(text.partition(",")[2]))
     page.goto(serve(own))
     page.pick("#sound-file", file)
-    page.until("document.getElementById('answer-caption').textContent.startsWith('A sound with global')")
+    page.until("document.getElementById('answer-caption').textContent.startsWith('A window of sensors with global')")
     assert page.evaluate("document.getElementById('phrase').value") == text
     assert_taught_alike(page, own, text)
     (tmp_path / "b.wav").write_bytes(file_of(RNG.integers(-9, 9, (40, 3)), 51))

@@ -1,6 +1,6 @@
 // What the parts of the page share: finding and making elements, errors next to what failed, and keys.
 
-import { longest } from "./media.js";
+import { isWindow, longest } from "./media.js";
 
 export const element = (id) => document.getElementById(id);
 
@@ -51,7 +51,10 @@ export async function attempt(id, work, busy = () => {}) {
 }
 
 /** A text in quotes, or a word for a file. */
-export const said = (text) => (/^data:(image|audio)\//.test(text) ? `A ${text[5] === "i" ? "picture" : "sound"}` : `“${text}”`);
+export function said(text) {
+  if (!/^data:(image|audio)\//.test(text)) return `“${text}”`;
+  return text[5] === "i" ? "A picture" : isWindow(text) ? "A window of sensors" : "A sound";
+}
 
 /** A sentence on the tokens at the end of a phrase that are not read; empty if all are. */
 export const leftOut = (unread) => (unread ? ` The last ${unread} tokens of the phrase are not read: shorten it.` : "");

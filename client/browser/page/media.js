@@ -207,6 +207,12 @@ export function signal(samples, rate, channels = 1) {
   return `data:audio/wav;base64,${btoa(parts.map((part) => String.fromCharCode(...part)).join(""))}`;
 }
 
+/** Whether the text of a sound's file states less than the rates of sounds. */
+export function isWindow(text) {
+  const rate = atob(text.slice(text.indexOf(",") + 33, text.indexOf(",") + 41));
+  return new DataView(Uint8Array.from(rate, (char) => char.charCodeAt(0)).buffer).getUint32(0, true) < LOWEST;
+}
+
 /** The text of a window of sensors, if a file is one: what `signal` writes, below the rates of sounds. */
 export function sensorWindow(bytes) {
   const size = bytes.length - HEADER;

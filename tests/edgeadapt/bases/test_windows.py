@@ -11,9 +11,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from aggregation.errors import ConfigError, DataError
+from client.cli.options import printable
 from edgeadapt.bases import pretrained
 from edgeadapt.bases.base import WEIGHTS, find_base
-from edgeadapt.bases.sounds import SoundReader, signal
+from edgeadapt.bases.sounds import RATE, SoundReader, is_window, signal
 from edgeadapt.bases.windowbase import DILATIONS, KERNELS, TAPS, draw, write
 from tests.support import refused
 
@@ -111,3 +112,9 @@ def test_a_base_without_its_kernels_is_refused(tmp_path: Path) -> None:
     save_file({name: weights[name] for name in weights if "dense" not in name}, tmp_path / WEIGHTS, {"format": "pt"})
     with refused(ConfigError, "base"):
         pretrained.encoder(find_base(str(tmp_path)))
+
+
+def test_a_window_is_called_so() -> None:
+    assert printable(signal(WINDOW, 50)).startswith("a window of sensors of ")
+    assert printable(signal(WINDOW[:, :1], RATE)).startswith("a sound of ")
+    assert [is_window(text) for text in ("", "data:audio/wav;base64,?", "data:image/png;base64,AAAA")] == [False] * 3

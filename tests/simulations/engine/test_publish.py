@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeadapt.bases.sounds import RATE, signal
 from export.parity.compare import FEWEST
 from simulations.engine.publish import PERSONAL, _confused, _Exported, personal_temperature, reliability
 
@@ -41,12 +42,13 @@ def test_the_answers_at_ninety_percent_are_counted_and_none_has_no_share() -> No
     assert np.isnan(reliability(sure[3:], np.array([0, 0]), np.ones(2)).right_near_ninety)
 
 
-def test_examples_of_what_is_confused_are_in_a_private_page(tmp_path: Path) -> None:
-    def answered(logits: list[list[int]], right: list[int]) -> Any:
-        answers = {PERSONAL: (np.float32(logits), np.array(right), np.ones(len(right), np.float32))}
-        texts = [f"data:image/png;base64,{place}" for place in range(len(right))]
-        return _Exported(Path(), None, ("<b>coat", "shirt"), answers, {}, None, texts)  # type: ignore[arg-type]
+def answered(logits: list[list[int]], right: list[int], text: str = "data:image/png;base64,") -> Any:
+    answers = {PERSONAL: (np.float32(logits), np.array(right), np.ones(len(right), np.float32))}
+    texts = [text] * len(right)
+    return _Exported(Path(), None, ("<b>coat", "shirt"), answers, {}, None, texts)  # type: ignore[arg-type]
 
+
+def test_examples_of_what_is_confused_are_in_a_private_page(tmp_path: Path) -> None:
     path = tmp_path / "confused.html"
     assert _confused([answered([[1, 0], [0, 1]], [0, 1])], path) == ""
     assert not path.exists()
@@ -57,3 +59,13 @@ def test_examples_of_what_is_confused_are_in_a_private_page(tmp_path: Path) -> N
     assert page.count("<img") == 3
     assert "<b>" not in page
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_window_of_sensors_that_is_confused_is_drawn_and_a_sound_is_played(tmp_path: Path) -> None:
+    window = signal(np.array([[0, 100], [50, -100], [-50, 100]]), 50)
+    path, wrong = tmp_path / "confused.html", ([[1, 0]], [1])
+    _confused([answered(*wrong, window), answered(*wrong, signal(np.array([[1], [2]]), RATE))], path)
+    page = path.read_text()
+    assert (page.count("<polyline"), page.count("<audio")) == (2, 1)
+    assert 'points="0.0,2.0 120.0,94.0 240.0,2.0"' in page
+    assert 'points="0.0,48.0 120.0,25.0 240.0,71.0"' in page
