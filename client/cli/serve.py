@@ -1,5 +1,6 @@
-"""``edgeadapt device serve``: answers many tenants by HTTP."""
+"""``edgeadapt device serve``: answers many tenants by HTTP and gRPC."""
 
+import asyncio
 import socket
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from edgeadapt import commandline
 @options.trust
 @click.option("--host", default=LOCAL[0], show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--port", default=8081, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="Answer calls of gRPC as well; 0: any free port.")
 @click.option("--tenants", type=commandline.FILE, metavar="FILE", help="Who may use what; TOML, as above.")
 @click.option("--certificate", type=commandline.FILE, metavar="FILE", help="TLS certificate, PEM.")
 @click.option("--key", type=commandline.FILE, metavar="FILE", help="Its key, PEM.")
@@ -35,6 +37,7 @@ def serve(bundle: Path, trust: Path | None, host: str, port: int, as_json: bool,
     \b
     Examples:
       edgeadapt device serve --bundle runs/demo/bundle
+      edgeadapt device serve --bundle bundle --grpc-port 8082
       edgeadapt device serve --bundle bundle --host 0.0.0.0 --tenants tenants.toml --certificate tls.pem --key tls.key
     """
     from client.inference import server
@@ -56,5 +59,16 @@ def serve(bundle: Path, trust: Path | None, host: str, port: int, as_json: bool,
             service.watch(file)
         runner = server.server_of(service, LOCAL if local else ("*",), tls if any(tls) else None)
         url = f"http{'s' * any(tls)}://{host}:{listening.getsockname()[1]}"
-        commandline.print_result({"url": url}, f"serving at {url} until Ctrl-C", as_json)
-        runner.run([listening])
+
+        async def answer() -> None:
+            served = {"url": url}
+            if given["grpc_port"] is not None:
+                from client.inference import grpcserver
+
+                address = f"{f'[{host}]' if ':' in host else host}:{given['grpc_port']}"
+                runner.calls, port = await grpcserver.begin(service, address, tls if any(tls) else None)
+                served["grpc"] = f"{address.rpartition(':')[0]}:{port}"
+            commandline.print_result(served, f"serving at {' and '.join(served.values())} until Ctrl-C", as_json)
+            await runner.serve([listening])
+
+        asyncio.run(answer())

@@ -248,6 +248,10 @@ class Service:
         self._runs = Histogram("rows", "Texts, or answers, of a run.", buckets=[2**n for n in range(5)], **of)
         Gauge("waiting", "Texts and answers that wait.", **of).set_function(lambda: self._waiting)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(self._calls)
+
     def application(self, hosts: Sequence[str]) -> Starlette:
         """Make the web application. ``hosts``: names by which it may be called, or ``*``: a foreign site whose name
         resolves to this machine is refused."""
@@ -463,11 +467,13 @@ class Service:
     async def _label_words(
         self, request: Request, account: Account, model: str, texts: Sequence[tuple[str, Composition]]
     ) -> Response:
-        marked = [self._model.marked(*each) for each in texts]
-        if (count := sum(map(len, marked))) > MAX_TEXTS:
-            raise RequestError(400, f"the texts have {count} words, above the limit of {MAX_TEXTS}: send fewer at once")
-        named = zip(marked, texts, strict=True)
-        rows = [_Row(one, name, 1, account.name) for words, (_, name) in named for _, one in words]
+        marked, rows = list[list[tuple[str, str]]](), list[_Row]()
+        for text, name in texts:
+            marked.append(await anyio.to_thread.run_sync(self._model.marked, text, name, limiter=self._beginning))
+            rows += [_Row(one, name, 1, account.name) for _, one in marked[-1]]
+            if len(rows) > MAX_TEXTS:
+                raise RequestError(400, f"the texts have more than {MAX_TEXTS} words: send fewer at once")
+        account.left -= len(rows) - len(texts)
         found = iter(await _unless_gone(request, self._rank(account, rows)))
         data = [
             {"index": index, "adapter": str(name)}
@@ -590,7 +596,19 @@ def _body(error: Exception) -> dict[str, Any]:
     return {"error": {"message": line, "type": kind, "code": str(status), "param": getattr(error, "about", None)}}
 
 
-def server_of(service: Service, hosts: Sequence[str], tls: tuple[Path, Path] | None) -> uvicorn.Server:
+class Runner(uvicorn.Server):
+    """Serves HTTP and, beside it, ``calls`` of gRPC, until both have ended."""
+
+    calls: Any = None
+
+    async def shutdown(self, sockets: list[Any] | None = None) -> None:
+        ended = asyncio.ensure_future(self.calls.stop(PATIENCE)) if self.calls else None
+        await super().shutdown(sockets)
+        if ended and not self.force_exit:
+            await ended
+
+
+def server_of(service: Service, hosts: Sequence[str], tls: tuple[Path, Path] | None) -> Runner:
     """Make what serves a socket until SIGINT or SIGTERM, and ends after the running answer; at once after a second one.
     ``tls``: certificate and key. Raises ConfigError: they cannot be used."""
     config = uvicorn.Config(
@@ -611,6 +629,6 @@ def server_of(service: Service, hosts: Sequence[str], tls: tuple[Path, Path] | N
         config.load()
     except OSError as error:  # also of OpenSSL
         raise ConfigError(f"the certificate or its key cannot be used: {error}", about="--certificate") from error
-    runner = uvicorn.Server(config)
+    runner = Runner(config)
     service.stops = lambda: runner.should_exit
     return runner

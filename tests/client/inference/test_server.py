@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
@@ -682,9 +683,14 @@ def test_a_tenant_is_served_over_tls(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "tenants.toml").write_text(f'[tenants.anna]\ntoken_sha256 = "{token}"\nadapters = ["*"]\n')
     files = {"tenants": "tenants.toml", "certificate": "tls.pem", "key": "key.pem"}
     words = [word for option, name in files.items() for word in (f"--{option}", str(tmp_path / name))]
-    with serving(bundle, *words) as process:
+    with serving(bundle, *words, "--grpc-port", "0") as process:
         assert process.stdout is not None
-        url = json.loads(process.stdout.readline())["url"]
+        served = json.loads(process.stdout.readline())
+        url, root = served["url"], (tmp_path / "root.pem").read_bytes()
+        with grpc.secure_channel(served["grpc"], grpc.ssl_channel_credentials(root)) as channel:
+            call = channel.unary_stream("/edgeadapt.Adapters/Models")
+            (models,) = call(b"", metadata=(("authorization", "Bearer secret"),), timeout=60)
+            assert [one["id"] for one in json.loads(models)["data"]] == ["global", server.BASE]
         with httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=tmp_path / "root.pem")) as client:
             assert client.get("/v1/models").status_code == 401
             found = client.get("/v1/models", headers={"Authorization": "Bearer secret"})
@@ -706,6 +712,19 @@ def test_a_process_serves_until_it_is_told_to_stop(lm_bundle: Path) -> None:
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(60) == 130
         assert process.stderr.read().strip() == "edgeadapt: interrupted"
+
+
+def test_a_call_of_grpc_that_runs_is_answered_to_its_end(lm_bundle: Path) -> None:
+    with serving(lm_bundle, "--grpc-port", "0") as process:
+        assert process.stdout is not None
+        body = {**SAMPLING, "max_tokens": 100, "messages": MESSAGES, "stream": True}
+        with grpc.insecure_channel(json.loads(process.stdout.readline())["grpc"]) as channel:
+            call = channel.unary_stream("/edgeadapt.Adapters/ChatCompletions")
+            messages = call(json.dumps(body).encode(), timeout=60)
+            next(messages)
+            process.send_signal(signal.SIGINT)
+            assert json.loads(list(messages)[-1])["choices"][0]["finish_reason"] == "length"
+        assert process.wait(60) == 130
 
 
 def test_a_second_interrupt_waits_for_nobody(bundle: Path) -> None:
