@@ -44,7 +44,7 @@ from export.bundle.write import AdapterSource, add_adapter
 from export.onnx.exported import ExportedBase
 from tests.client.inference.test_passages import encoder as encoder
 from tests.support.bundles import flip
-from tests.support.gateway import certify
+from tests.support.gateway import certify, wait_until
 from tests.support.models import Source
 
 TEXT = "turn on the kitchen lights"
@@ -592,8 +592,10 @@ def test_answers_are_written_together_and_each_is_its_adapters(lm_bundle: Path) 
 
     async def run() -> None:
         service = server.Service(Library.open(lm_bundle, None), None, 1, 2**28)
-        steps, ask = Steps(service), asker(service.application(["testserver"]), max_tokens=30)
+        steps, ask = Steps(service, held=True), asker(service.application(["testserver"]), max_tokens=30)
         callers = [ask(model=name) for name in expected for _ in range(4)]
+        await until(lambda: len(service._written) == len(callers))
+        steps.open.release(1000)
         found = [(await one.json())["choices"][0]["message"]["content"] for one in callers]
         assert found == [text for text in expected.values() for _ in range(4)]
         assert max(steps.wrote) > 4
@@ -608,6 +610,7 @@ def test_an_answer_ends_when_its_reader_hangs_up_and_others_go_on(lm_bundle: Pat
         service = server.Service(Library.open(lm_bundle, None), None, 1, 2**28)
         steps, app = Steps(service, held=True), service.application(["testserver"])
         first, second = asker(app, stream=stream)(max_tokens=200), asker(app)(max_tokens=30)
+        await until(lambda: len(service._written) == 2)
         steps.open.release(5)
         await until(lambda: len(steps.wrote) == 5)
         assert steps.wrote[-1] == 2
@@ -652,6 +655,7 @@ def test_a_failed_step_is_said_to_all_and_the_next_answer_is_right(lm_bundle: Pa
         step, ask = service._model.step, asker(service.application(["testserver"]))
 
         def fails() -> None:
+            wait_until(lambda: len(service._written) == 2)
             service._model.step = step
             raise MemoryError
 
