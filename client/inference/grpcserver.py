@@ -1,4 +1,4 @@
-"""The paths of ``server`` as calls of gRPC, whose messages are the JSON of HTTP: ``application/grpc+json``.
+"""The paths of ``server`` as calls of gRPC, whose messages are the JSON of HTTP.
 
 A call runs the same application as a request, so tokens, quotas, queue, routes and guardrails are the same. All methods
 answer with a stream of messages: one, or for ``"stream": true`` one for each event.
@@ -16,7 +16,8 @@ from grpc import StatusCode, aio
 from starlette.applications import Starlette
 
 from aggregation.errors import ConfigError
-from client.inference.server import MAX_BODY, MAX_CONNECTIONS, Service
+from client.inference.server import MAX_BODY, MAX_CONNECTIONS, MAX_WAITING, Service
+from edgeadapt.formats.gateway import messages
 
 SERVICE = "edgeadapt.Adapters"
 METHODS = {
@@ -42,9 +43,12 @@ ERROR = b'{"error"'
 async def begin(service: Service, address: str, tls: tuple[Path, Path] | None) -> tuple[aio.Server, int]:
     """Serve the calls of a bundle at HOST:PORT in the running loop, until the server is stopped. ``tls``: certificate
     and key. Returns server and port. Raises ConfigError: nothing can listen there, or the files cannot be used."""
-    options = [("grpc.max_receive_message_length", MAX_BODY), ("grpc.so_reuseport", 0)]
-    options.append(("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS))
-    server = aio.server(options=options, maximum_concurrent_rpcs=MAX_CONNECTIONS)
+    options = dict(messages.GATEWAY_OPTIONS) | {
+        "grpc.max_receive_message_length": MAX_BODY,
+        "grpc.max_concurrent_streams": MAX_WAITING,  # of one connection: each tenant has a limit of its own
+        "grpc.max_allowed_incoming_connections": MAX_CONNECTIONS,
+    }
+    server = aio.server(options=tuple(options.items()), maximum_concurrent_rpcs=MAX_CONNECTIONS)
     app, paths = service.application(["*"]), service.paths
     calls = {
         name: grpc.unary_stream_rpc_method_handler(partial(_answer, app, path))

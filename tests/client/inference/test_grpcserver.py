@@ -12,6 +12,7 @@ from grpc import StatusCode, aio
 from aggregation.errors import ConfigError
 from client.inference import grpcserver, server
 from client.inference.library import Library
+from edgeadapt.formats.gateway import messages
 from tests.client.inference.test_server import MESSAGES, SAMPLING, TEXT, TOKENS, calling, tenants, until
 from tests.client.inference.test_server import two as two
 from tests.support import refused
@@ -105,6 +106,21 @@ def test_an_answer_streams_fails_and_ends_when_its_reader_goes(lm_bundle: Path) 
         assert service._seats.free == 2 * server.ROWS
 
     served(lm_bundle, None, work)
+
+
+def test_a_peer_that_says_nothing_is_cut_off(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soon = dict(messages.GATEWAY_OPTIONS) | {"grpc.server_handshake_timeout_ms": 100}
+    monkeypatch.setattr(messages, "GATEWAY_OPTIONS", tuple(soon.items()))
+
+    async def run() -> None:
+        service = server.Service(Library.open(bundle, None), None, 1, 2**28)
+        calls, port = await grpcserver.begin(service, "127.0.0.1:0", None)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.wait_for(reader.read(), 60)  # until the end of the stream
+        writer.close()
+        await calls.stop(None)
+
+    asyncio.run(run())
 
 
 def test_a_port_that_is_taken_is_one_line(bundle: Path) -> None:
