@@ -165,7 +165,7 @@ class LazyGroup(HelpfulGroup):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in self._table and not ctx.resilient_parsing:
             close = " or ".join(map(repr, get_close_matches(args[0], self._table)))
-            if "run" in self._table and (Path(args[0]).suffix or Path(args[0]).exists()):
+            if "run" in self._table and (Path(args[0]).suffix or os.access(args[0], os.F_OK)):
                 close = repr(f"run {args[0]}")
             ctx.fail(f"No such command {args[0]!r}{close and f'; did you mean {close}?'}")
         return super().resolve_command(ctx, args)

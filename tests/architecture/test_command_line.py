@@ -98,6 +98,7 @@ def test_a_mistyped_command_is_told_the_one_that_was_meant(run: Run) -> None:
         "edgeadapt: No such command 'fashion.toml'; did you mean 'run fashion.toml'? see 'edgeadapt simulate --help'\n"
     )
     assert run("simulate", "fashion.toml") == (2, "", line)
+    assert "No such command" in run("simulate", "a" * 5000)[2]
 
 
 def test_the_bundle_is_the_named_one_or_that_of_the_environment_or_the_one_here(
