@@ -78,7 +78,7 @@ def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> Non
         (AUDITOR, None),
         (TRAINING, None),
         (("client",), "train serve"),
-        (("client.inference.server",), "serve"),
+        (("client.inference.server", "client.inference.grpcserver"), "serve"),
         (("coordinator",), "coordinator"),
         (("export",), "export"),
         (COMPARISON, None),

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from starlette.testclient import TestClient
 import edgeadapt
 from aggregation.errors import DataError
 from client.inference.library import Library
-from client.inference.server import Service
+from client.inference.server import Service, Tenants
 from tests.support import refused
 
 ROOMS, HOURS = ("kitchen", "den", "hall"), ("nine", "ten", "noon")
@@ -81,3 +82,9 @@ def test_a_run_learns_the_labels_of_words_and_its_bundle_writes_them_into_a_text
         assert client.post("/v1/classify", json={**asked, "input": "?!"}).status_code == 400
         many = client.post("/v1/classify", json={**asked, "input": ["turn it on"] * 100})
         assert (many.status_code, "more than 256 words" in many.text) == (400, True)
+    token, each = "t" * 32, {"adapters": ["*"], "requests_per_minute": 6}
+    of = Tenants.parse({"tenants": {"anna": {"token_sha256": sha256(token.encode()).hexdigest(), **each}}}, "test")
+    app = Service(Library.open(bundle, None), of, 1, 2**28).application(["testserver"])
+    with TestClient(app, headers={"authorization": f"Bearer {token}"}) as client:
+        statuses = [client.post("/v1/classify", json={**asked, "input": text}).status_code for _ in range(3)]
+        assert statuses == [200, 200, 429]  # of five words each
