@@ -35,7 +35,7 @@ from aggregation import envelope
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError, of_file
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import MAX_REVOCATIONS
-from aggregation.transcript.entries import ENTRY, LENGTH, MAGIC, Abort, Checkpoint, Entry, Result
+from aggregation.transcript.entries import Abort, Checkpoint, Entry, Result, write
 from coordinator.registry import Blobs, Head, Registry, database, transcripttable
 from coordinator.settings import SERVICES, SETTINGS
 from coordinator.statedir import (
@@ -543,8 +543,7 @@ def _cut(log: StoredLog, head: Head) -> StoredLog:
     unknown = (entry.index for entry in log.endings if entry.index > after and not _interrupted(entry))
     entries = log.entries[: next(unknown, len(log.entries))]
     signed = sum(entry.kind == Checkpoint.TAG for entry in entries)
-    end = len(MAGIC) + sum(LENGTH + len(ENTRY.encode(entry)) for entry in entries)
-    return replace(log, entries=entries, checkpoints=log.checkpoints[:signed], end=end, rest=b"")
+    return replace(log, entries=entries, checkpoints=log.checkpoints[:signed], end=len(write(entries)), rest=b"")
 
 
 def _interrupted(ending: Entry) -> bool:

@@ -36,7 +36,7 @@ _ENDINGS = (Result.TAG, Abort.TAG)
 @dataclass(slots=True)
 class SessionProgress:
     log: str  # file name
-    began: int | None = None  # when it was offered, in seconds since 1970; None in a log of an earlier version
+    began: int | None = None  # when it was offered, in seconds since 1970; None before that
     latest: int | None = None  # last time in the log
     devices: int = 0  # how many established the session
     round: int = 0  # counted in the session from 1; 0 before the first

@@ -42,6 +42,7 @@ from aggregation.transcript.entries import (
     Result,
     Stage,
     read,
+    write,
 )
 from aggregation.transcript.log import NO_SESSION, Transcript, logged_part, packed_vector, resume
 from aggregation.transcript.logstate import MAX_SESSIONS, receipts, session_chain_proof
@@ -229,8 +230,7 @@ def _intact(reading: Reading, coordinator: PublicKey) -> Reading:
             kept += 1
     if kept == len(entries):
         return reading
-    end = len(MAGIC) + sum(LENGTH + len(ENTRY.encode(entry)) for entry in entries[:kept])
-    return Reading(entries[:kept], end, f"{entries[kept].place} is not what was signed")
+    return Reading(entries[:kept], len(write(entries[:kept])), f"{entries[kept].place} is not what was signed")
 
 
 def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -> bool:

@@ -1,5 +1,11 @@
-"""The entries of a log, their encoding, and the coordinator's messages to the log: results, aborts, checkpoints."""
+"""A log as bytes, and the coordinator's messages to it: results, aborts, checkpoints.
 
+A log is ``MAGIC``, then its entries, each after its length. Equal entries are equal bytes: ``read`` accepts one header
+and one encoding of each entry. So no byte of a log is without meaning: the header says how entries are encoded, and the
+entries are what the coordinator signs in its checkpoints. A later version of the format needs another header and
+another ``TAG`` of its checkpoints, so that the coordinator's signature covers the version too."""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, ClassVar, TypeAlias
@@ -11,9 +17,9 @@ from aggregation.pki import DEVICE_ID
 from aggregation.wire import Codec
 
 MAGIC = b"edgeadapt/transcript/3\n"
-UNTIMED = b"edgeadapt/transcript/2\n"  # the same, from before entries had a time
 EVERYONE = "*"  # the peer of a message that all devices received alike
 LENGTH = 4  # bytes before each entry
+_NAME = MAGIC.decode().strip()
 AdapterId: TypeAlias = tuple[int, str]  # version, and SHA-256 of its file in hex
 
 
@@ -35,7 +41,7 @@ class Place:
 class Entry:
     """A leaf of the log: a signed message and its place. ``at``: when the coordinator wrote it, in seconds since 1970
     by its own clock, never less than in an entry before. A checkpoint has none, so that a checkpoint after each time
-    signs it; nor has an answer of a device, which would say how long that trained, nor a log of an earlier version."""
+    signs it; nor has an answer of a device, which would say how long that trained."""
 
     index: Uint64
     kind: Annotated[str, wire.text(r"[a-z-]{1,32}")]
@@ -59,10 +65,21 @@ class Reading:
     problem: str = ""  # why reading ended there; empty at the end of the log
 
 
+def record(leaf: bytes) -> bytes:
+    """Return an encoded entry as it stands in a log."""
+    return len(leaf).to_bytes(LENGTH, "big") + leaf
+
+
+def write(entries: Iterable[Entry]) -> bytes:
+    """Return the log of these entries. Law: ``write(read(raw).entries) == raw[: read(raw).end]``, unless ``raw`` has
+    not even a header."""
+    return MAGIC + b"".join(record(ENTRY.encode(entry)) for entry in entries)
+
+
 def read(raw: bytes) -> Reading:
     """Read a log without verifying it. Raises nothing: ``Reading.problem`` names the damage."""
-    if not raw.startswith((MAGIC, UNTIMED)):
-        return Reading((), 0, "not a transcript of this version")
+    if not raw.startswith(MAGIC):
+        return Reading((), 0, f"it does not begin with {_NAME!r}: it was altered, or is of another version")
     entries: list[Entry] = []
     at = len(MAGIC)
     while at < len(raw):

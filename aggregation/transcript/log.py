@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 from aggregation import envelope, messages
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
-from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, Abort, AdapterId, Checkpoint, Entry, Result, Stage
+from aggregation.transcript.entries import (
+    ENTRY,
+    EVERYONE,
+    Abort,
+    AdapterId,
+    Checkpoint,
+    Entry,
+    Result,
+    Stage,
+    record,
+)
 from aggregation.transcript.merkle import EMPTY, Tree
 
 NO_SESSION = bytes(32)  # in place of the last checkpoint, for the first session
@@ -109,8 +119,7 @@ class Transcript:
 
     def _append(self, kind: str, peer: str, message: bytes, at: int | None = None) -> bytes:
         time = None if at is None else max(at, self.latest)
-        leaf = self.add(Entry(self.tree.size, kind, self.round, peer, message, time))
-        return len(leaf).to_bytes(LENGTH, "big") + leaf
+        return record(self.add(Entry(self.tree.size, kind, self.round, peer, message, time)))
 
 
 def _without_shares(assignment: bytes) -> bool:

@@ -102,8 +102,7 @@ class RoundSummary:
         ending: The adapter that the round produced, or why it produced none.
         entries: In the log before the ending of the round; if the round is open, all of the log.
         epsilon: What all sums so far may have revealed (``account``); None in a session without noise.
-        began: When the coordinator sent the plan, in seconds since 1970, as it signed; None in a log of an earlier
-            version.
+        began: When the coordinator sent the plan, in seconds since 1970, as it signed; None if the log fails for that.
     """
 
     round: int
@@ -164,8 +163,8 @@ class Report:
         tasks: For each round, in order: the place of its plan, and the training task in it, as encoded.
         open_plan: Digest of the plan of the last round, if the log does not say how it ended.
         produced: The adapters of the rounds with a result, in order; empty if a check failed.
-        began: When the session was offered, in seconds since 1970, as the coordinator signed; None in a log of an
-            earlier version.
+        began: When the session was offered, in seconds since 1970, as the coordinator signed; None if the log fails
+            for that.
     """
 
     findings: tuple[Finding, ...]

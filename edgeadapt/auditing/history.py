@@ -137,18 +137,20 @@ def checkpoints(reading: Reading, coordinator: PublicKey) -> list[Checkpoint]:
 
 
 def _time(entry: Entry, latest: int) -> int:
-    """Return the time of an entry, or that of those before it; 0 before the first, as in all of an old log."""
+    """Return the time of an entry, or that of those before it; 0 before the first."""
     if entry.kind not in _TIMED:
         _demand(entry.at is None, "entry.at", "it has a time, and only requests and endings have one", entry)
         return latest
     text = "it has no time, or an earlier one than an entry before it"
-    _demand((entry.at or 0) >= latest, "entry.at", text, entry)
+    _demand(entry.at is not None and entry.at >= latest, "entry.at", text, entry)
     return entry.at or 0
 
 
 def _checkpoint(
     entry: Entry, coordinator: PublicKey, tree: merkle.Tree, covered: int, before: list[Checkpoint]
 ) -> Checkpoint:
+    # No checkpoint covers the place of the last one.
+    _demand(entry.peer == EVERYONE, "entry.peer", "a checkpoint is of no device", entry)
     with Problem.at(entry.place):
         checkpoint = envelope.open_verified(Checkpoint, entry.message, coordinator, COORDINATOR)
     if before and before[-1].stage is Stage.CLOSED:

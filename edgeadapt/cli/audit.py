@@ -177,9 +177,7 @@ def _render_findings(checked: AuditInput, reports: Mapping[str, Report], failure
     source = "you named" if checked.pinned else "are in the transcript: compare them with those that devices pin"
     yield f"checked with the keys that {source}"
     yield from (f"  {party:11} {fingerprint}" for party, fingerprint in checked.fingerprints.items())
-    timed = checked.at or all(report.began is not None for report in reports.values())
-    missing = [] if timed else ["dates of certificates (--at DATE)"]
-    missing += [] if checked.root.revoked else ["revocation (--revoked FILE)"]
+    missing = [] if checked.root.revoked else ["revocation (--revoked FILE)"]
     missing += [] if checked.complete else ["the coordinator's other sessions (name the folder)"]
     missing += map(_printable, checked.unread) if checked.complete else []
     if missing:

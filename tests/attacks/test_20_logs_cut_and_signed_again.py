@@ -21,7 +21,7 @@ from flwr.app import Context, Message
 
 from aggregation.errors import EdgeAdaptError, TrustError
 from aggregation.messages import Shares
-from aggregation.transcript.entries import ENTRY, MAGIC, Checkpoint
+from aggregation.transcript.entries import ENTRY, MAGIC, Checkpoint, record
 from client.node.app import app as client_app
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import StoredLog
@@ -31,7 +31,7 @@ from edgeadapt.formats.registryfiles import DATABASE
 from tests.support import FleetOf, refused
 from tests.support.fleet import make_fleet, session_spec
 from tests.support.hostile import continues_from_anything
-from tests.support.sessions import LoggedSession, record, run_session
+from tests.support.sessions import LoggedSession, run_session
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from aggregation.spec import Adversary
 from aggregation.steps import Step
 from aggregation.transcript.entries import (
     ENTRY,
-    LENGTH,
     MAGIC,
     Abort,
     AdapterId,
@@ -27,6 +26,7 @@ from aggregation.transcript.entries import (
     Result,
     Stage,
     read,
+    record,
 )
 from aggregation.transcript.log import NO_SESSION, Transcript, packed_vector
 from edgeadapt.auditing import Check, Finding, Report, audit
@@ -41,11 +41,6 @@ METHODS = {
 }
 Dropouts = Mapping[Step, Sequence[str]]
 Change = Callable[[list[Entry]], list[Entry]]
-
-
-def record(leaf: bytes) -> bytes:
-    """An entry as it stands in the file."""
-    return len(leaf).to_bytes(LENGTH, "big") + leaf
 
 
 def append(log: Transcript, entry: Entry) -> bytes:

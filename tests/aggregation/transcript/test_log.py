@@ -25,6 +25,7 @@ from aggregation.transcript.entries import (
     Result,
     Stage,
     read,
+    write,
 )
 from aggregation.transcript.log import ANSWERS, NO_SESSION, Transcript, packed_vector, resume
 from aggregation.transcript.merkle import verify_consistency, verify_inclusion
@@ -180,6 +181,17 @@ def test_reading_any_bytes_ends_in_a_reading(raw: bytes, headed: bool) -> None:
     reading = read(given_bytes)
     assert reading.end <= len(given_bytes)
     assert bool(reading.problem) == (reading.end < len(given_bytes) or not given_bytes)
+    assert write(reading.entries)[len(MAGIC) :] == given_bytes[len(MAGIC) : reading.end]
+
+
+def test_equal_entries_are_equal_bytes(log: Transcript) -> None:
+    raw = MAGIC + log.sent(Step.OFFER, {"a": b"offer"}, AT) + log.received(Step.OFFER, "a", b"advert")
+    assert write(read(raw).entries) == raw
+    for at in range(len(raw)):
+        for mask in range(1, 256):
+            other = raw[:at] + bytes([raw[at] ^ mask]) + raw[at + 1 :]
+            reading = read(other)
+            assert reading.end == 0 if at < len(MAGIC) else write(reading.entries) == other[: reading.end]
 
 
 @pytest.mark.parametrize("cut", range(1, 30))

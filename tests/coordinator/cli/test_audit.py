@@ -19,7 +19,7 @@ from aggregation.errors import TrustError
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation, RevocationList
-from aggregation.transcript.entries import Checkpoint
+from aggregation.transcript.entries import MAGIC, Checkpoint
 from edgeadapt import program
 from edgeadapt.auditing import AuditInput, AuditOptions, Check
 from edgeadapt.auditing.transcripts import log_name, logs, vector_path
@@ -110,6 +110,21 @@ def test_a_flipped_byte_ends_in_one_line_that_names_the_place(run: Run, folder: 
         f"{LOG}: the transcript does not pass the audit (signatures): entry 15 (masked-input of device-000, round 1)"
         in err
     )
+
+
+@pytest.mark.parametrize(
+    "header", [b"edgeadapt/transcript/2\n", b"edgeadapt/transcript/4\n", b"edgeadapt/transcript/3 "]
+)
+def test_a_log_with_another_header_ends_in_one_line(run: Run, folder: Path, header: bytes) -> None:
+    sound = (folder / LOG).read_bytes()
+    (folder / LOG).write_bytes(header + sound[len(MAGIC) :])
+    for path in (folder, folder / LOG):
+        code, out, err = run("verify", path)
+        assert (code, len(err.splitlines())) == (4, 1)
+        assert "does not begin with 'edgeadapt/transcript/3'" in err
+        assert "FAIL" in out
+    with refused(TrustError, "log", value=LOG):
+        require(folder)
 
 
 def test_without_vectors_the_sums_are_reported_as_skipped(run: Run, folder: Path) -> None:

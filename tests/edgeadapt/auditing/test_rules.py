@@ -26,10 +26,10 @@ from aggregation.pki import Authority
 from aggregation.policy import Policy
 from aggregation.session import context_of
 from aggregation.steps import Step
-from aggregation.transcript.entries import ENTRY, MAGIC, Abort, Checkpoint, Entry, Result, Stage
+from aggregation.transcript.entries import MAGIC, Abort, Checkpoint, Entry, Result, Stage, write
 from aggregation.transcript.log import Transcript
 from edgeadapt.auditing import Check, Status, audit
-from tests.support.sessions import SEED, LoggedSession, append, failure, finding_of, record
+from tests.support.sessions import SEED, LoggedSession, append, failure, finding_of
 
 Sessions = Callable[..., LoggedSession]
 ME, OTHER, ABSENT = "device-000", "device-002", "device-001"
@@ -509,10 +509,7 @@ def test_an_unfinished_log_without_the_checkpoint_before_a_round_is_found(logged
     begun = next(entry for entry in logged.entries if (entry.kind, entry.round) == (Assignment.TAG, round_))
     assert logged.entries[begun.index - 1].kind == Checkpoint.TAG
     left = [*logged.entries[: begun.index - 1], *(e for e in logged.entries[begun.index :] if e.round == round_)]
-    raw = MAGIC + b"".join(
-        record(ENTRY.encode(replace(entry, index=index)))
-        for index, entry in enumerate(left)
-        if entry.kind != Checkpoint.TAG or index < begun.index - 1
-    )
+    numbered = [replace(entry, index=index) for index, entry in enumerate(left)]
+    raw = write([each for each in numbered if each.kind != Checkpoint.TAG or each.index < begun.index - 1])
     place = failure(logged.audit(raw, unfinished=True), Check.ORDER, "checkpoint.missing")
     assert (place.kind, place.round) == ("assignment", round_)
