@@ -14,7 +14,7 @@ from cryptography.x509.oid import NameOID
 
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import PublicKey
-from aggregation.pki.revocation import RevocationList
+from aggregation.pki.revocation import RevocationList, require_whole_bytes
 
 DEVICE_ID = r"[A-Za-z0-9]([A-Za-z0-9._:-]{0,62}[A-Za-z0-9])?"  # X.520 allows a common name 64 characters
 MAX_CERTIFICATE = 2048  # bytes of DER; ours have about 350
@@ -51,9 +51,11 @@ def load(der: bytes) -> x509.Certificate:
         text = f"certificate of {len(der)} bytes is over the limit of {MAX_CERTIFICATE}"
         raise TrustError(text, about="certificate.size")
     try:
-        return x509.load_der_x509_certificate(der)
+        certificate = x509.load_der_x509_certificate(der)
+        require_whole_bytes(der, certificate.signature)
     except (ValueError, x509.InvalidVersion):
         raise TrustError("not a certificate in DER form", about="certificate") from None
+    return certificate
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
@@ -212,6 +214,7 @@ class Root:
         authority with an Ed25519 key."""
         try:
             certificate = x509.load_pem_x509_certificate(pem)
+            require_whole_bytes(certificate.public_bytes(serialization.Encoding.DER), certificate.signature)
             certificate.verify_directly_issued_by(certificate)
         except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion):
             raise TrustError("not a self-signed certificate in PEM form", about="authority.certificate") from None

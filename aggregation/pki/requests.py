@@ -12,6 +12,7 @@ from cryptography.x509.oid import NameOID
 from aggregation.errors import TrustError
 from aggregation.pki.certificates import constraints, is_device_id, require_device_id
 from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.pki.revocation import require_whole_bytes
 
 MAX_REQUEST = 8192  # bytes; ours have about 350 in PEM
 _PEM = b"-----BEGIN CERTIFICATE REQUEST-----"
@@ -42,6 +43,7 @@ def parsed(raw: bytes) -> tuple[str, CertificatePublicKeyTypes]:
         if len(raw) > MAX_REQUEST:
             raise ValueError
         asked = x509.load_pem_x509_csr(raw) if raw.lstrip().startswith(_PEM) else x509.load_der_x509_csr(raw)
+        require_whole_bytes(asked.public_bytes(serialization.Encoding.DER), asked.signature)
         key, signed = asked.public_key(), asked.is_signature_valid
         names = [str(each.value) for each in asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion):

@@ -60,6 +60,7 @@ class RevocationList:
         if not isinstance(key, Ed25519PublicKey):
             raise TrustError("the authority has no Ed25519 key", about="authority.key")
         try:
+            require_whole_bytes(listed.public_bytes(serialization.Encoding.DER), listed.signature)
             signed = listed.issuer == issuer.subject and listed.is_signature_valid(key)
         except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
             signed = False
@@ -139,6 +140,14 @@ def sign_list(
             entry = entry.add_extension(reason, critical=False)
         builder = builder.add_revoked_certificate(entry.build())
     return builder.sign(key, algorithm=None).public_bytes(serialization.Encoding.DER)
+
+
+def require_whole_bytes(der: bytes, signature: bytes) -> None:
+    """Check that a signed document in DER ends with its signature as a bit string without unused bits. Else two byte
+    strings would stand for one document: the parser ignores how many bits are unused where these are zero. Raises
+    ValueError."""
+    if not der.endswith(b"\x00" + signature):
+        raise ValueError("the signature has unused bits")
 
 
 def _load(raw: bytes) -> x509.CertificateRevocationList:

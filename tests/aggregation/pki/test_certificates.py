@@ -1,7 +1,10 @@
 """The authority: only what it certified is accepted."""
 
+import base64
 import datetime as dt
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,12 +193,38 @@ def test_a_certificate_for_another_kind_of_key_is_refused(authority: Authority) 
         authority.root.verify(forged(authority, name("a"), key))
 
 
-def test_any_flipped_bit_is_refused(authority: Authority, certificate: bytes) -> None:
-    for place in range(8 * len(certificate)):
-        raw = bytearray(certificate)
-        raw[place // 8] ^= 1 << place % 8
+def bits_flipped(raw: bytes) -> Iterator[bytes]:
+    """``raw`` with one bit flipped, each in turn."""
+    for place in range(8 * len(raw)):
+        changed = bytearray(raw)
+        changed[place // 8] ^= 1 << place % 8
+        yield bytes(changed)
+
+
+def ends_in_zeros(der: bytes) -> bool:
+    """Of such a signature some bits could be called unused, which would make other bytes of the same document."""
+    return der[-1] & 7 == 0
+
+
+def test_any_flipped_bit_is_refused(authority: Authority, identity: IdentityKey, certificate: bytes) -> None:
+    issue = partial(authority.issue, public=identity.public, not_before=BEGIN, not_after=END)
+    other = next(filter(ends_in_zeros, (issue(f"device-{number}") for number in itertools.count())))
+    for changed in (*bits_flipped(certificate), *bits_flipped(other)):
         with pytest.raises(TrustError):
-            authority.root.verify(bytes(raw))
+            authority.root.verify(changed)
+
+
+def test_any_flipped_bit_of_the_authoritys_certificate_is_refused(entropy: Any) -> None:
+    authorities = (Authority.create("fleet", entropy, BEGIN, END).root for _ in itertools.count())
+    root = next(root for root in authorities if ends_in_zeros(root.der))
+    assert Root.from_pem(as_pem(root.der)) == root
+    for changed in bits_flipped(root.der):
+        with pytest.raises(TrustError):
+            Root.from_pem(as_pem(changed))
+
+
+def as_pem(der: bytes) -> bytes:
+    return b"-----BEGIN CERTIFICATE-----\n%b-----END CERTIFICATE-----\n" % base64.encodebytes(der)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -310,12 +339,10 @@ def test_a_request_for_a_key_that_the_asker_does_not_have_is_refused() -> None:
 
 
 def test_any_flipped_bit_of_a_request_is_refused() -> None:
-    raw = der(requests.request(KEY, "kitchen-1"))
-    for place in range(8 * len(raw)):
-        flipped = bytearray(raw)
-        flipped[place // 8] ^= 1 << place % 8
+    asked = (der(requests.request(KEY, f"kitchen-{number}")) for number in itertools.count())
+    for changed in bits_flipped(next(filter(ends_in_zeros, asked))):
         with pytest.raises(TrustError):
-            requests.read_request(bytes(flipped))
+            requests.read_request(changed)
 
 
 def test_a_request_that_is_too_large_is_refused() -> None:
