@@ -3,7 +3,8 @@
     {"payload": BASE64, "payloadType": TYPE, "signatures": [{"keyid": ID, "sig": BASE64}]}
 
 A signature covers the payload's type and its own bytes (``pae``). Nothing of a payload is parsed before its signature
-is verified. ``keyid`` only makes messages better: every trusted key is tried."""
+is verified. A signature with a ``keyid`` is one of the key with this id only: no byte that ``sign`` writes is without
+meaning. Without one, every trusted key is tried."""
 
 import base64
 from collections.abc import Iterable
@@ -54,8 +55,9 @@ def verify(raw: bytes, payload_type: str, trusted: Iterable[PublicKey]) -> bytes
     altered (``signature``)."""
     payload, signatures = _parse(raw, payload_type)
     signed, keys = pae(payload_type, payload), list(trusted)
-    if any(_holds(key, signature, signed) for _, signature in signatures for key in keys):
-        return payload
+    for keyid, signature in signatures:
+        if any(_holds(key, signature, signed) for key in keys if keyid in ("", key.key_id)):
+            return payload
     signers = [keyid for keyid, _ in signatures]
     if not {key.key_id for key in keys}.intersection(signers):
         raise TrustError(f"signed by {signers[0][:40]!r}, which is not a trusted key", about="keyid")

@@ -213,7 +213,7 @@ class Made:
         bare = _sign_bytes(base64.b64decode(payload))
         yield of_sig("a signature on the payload alone", "signature", bare)
         yield other("no key id", None, signatures=[{"sig": signature["sig"]}])
-        yield other("another key id", None, signatures=[signature | {"keyid": "someone"}])
+        yield other("another key id", "signature", signatures=[signature | {"keyid": "someone"}])
         yield other("a stranger's signature first", None, signatures=[*foreign, signature])
         yield other("eight signatures", None, signatures=[*foreign * 7, signature])
         yield case("white space in an envelope", None, {MANIFEST: json.dumps(document, indent=2) + "\n"})

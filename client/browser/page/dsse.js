@@ -19,8 +19,10 @@ export async function accept(raw, type, keys) {
   }
   const { payload, signatures } = envelope(raw, type);
   const signed = pae(type, payload);
-  for (const { sig } of signatures) {
-    for (const key of keys) if (await verifies(key, sig, signed)) return translated(() => parse(payload), unsound);
+  for (const { keyid, sig } of signatures) {
+    for (const key of keys.filter(({ id }) => ["", id].includes(keyid))) {
+      if (await verifies(key, sig, signed)) return translated(() => parse(payload), unsound);
+    }
   }
   if (!signatures.some(({ keyid }) => keys.some(({ id }) => id === keyid))) {
     throw new TrustError(`signed by ${quoted(signatures[0].keyid, 40)}, which is not a trusted key`, "keyid");

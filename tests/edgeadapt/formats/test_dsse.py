@@ -102,16 +102,23 @@ def test_one_trusted_signature_among_several_is_enough(stranger: IdentityKey) ->
     assert dsse.verify(raw, TYPE, [KEY.public]) == dsse.verify(raw, TYPE, [stranger.public]) == PAYLOAD
 
 
-# --- the key id is a hint
+# --- the key id
 
 
-@pytest.mark.parametrize("keyid", ["", "0" * 16, "another name"], ids=["empty", "zeros", "text"])
-def test_a_signature_holds_whatever_its_key_id_says(keyid: str) -> None:
-    assert dsse.verify(resigned(keyid=keyid), TYPE, [KEY.public]) == PAYLOAD
+@pytest.mark.parametrize("keyid", ["0" * 16, "another name", KEY.public.key_id + "0"], ids=["zeros", "text", "longer"])
+def test_a_signature_under_another_key_id_is_refused(keyid: str) -> None:
+    with refused(TrustError, "keyid", value=keyid):
+        dsse.verify(resigned(keyid=keyid), TYPE, [KEY.public])
 
 
-def test_a_signature_without_a_key_id_holds() -> None:
-    assert dsse.verify(rewritten({"signatures": [{"sig": SIG}]}), TYPE, [KEY.public]) == PAYLOAD
+def test_a_signature_under_the_id_of_another_trusted_key_is_refused(stranger: IdentityKey) -> None:
+    with refused(TrustError, "signature"):
+        dsse.verify(resigned(keyid=stranger.public.key_id), TYPE, [KEY.public, stranger.public])
+
+
+@pytest.mark.parametrize("signature", [{"sig": SIG}, {"sig": SIG, "keyid": ""}], ids=["absent", "empty"])
+def test_a_signature_without_a_key_id_holds(signature: dict[str, str]) -> None:
+    assert dsse.verify(rewritten({"signatures": [signature]}), TYPE, [KEY.public]) == PAYLOAD
 
 
 def test_a_stranger_who_claims_a_trusted_key_id_is_refused(stranger: IdentityKey) -> None:
@@ -130,17 +137,12 @@ def test_an_unknown_signer_is_refused_by_its_key_id(stranger: IdentityKey) -> No
 # --- damage
 
 
-@pytest.mark.parametrize("flip", [0x01, 0x20, 0x80])
-def test_a_flipped_bit_anywhere_but_in_the_key_id_is_refused(flip: int) -> None:
-    start = RAW.index(KEY.public.key_id.encode())
-    hint = range(start, start + len(KEY.public.key_id))
+def test_a_flipped_bit_anywhere_is_refused() -> None:
     for position in range(len(RAW)):
-        damaged = RAW[:position] + bytes([RAW[position] ^ flip]) + RAW[position + 1 :]
-        try:
-            assert dsse.verify(damaged, TYPE, [KEY.public]) == PAYLOAD
-            assert position in hint
-        except TrustError:
-            pass
+        for flip in (*(1 << bit for bit in range(8)), 0xFF):
+            damaged = RAW[:position] + bytes([RAW[position] ^ flip]) + RAW[position + 1 :]
+            with pytest.raises(TrustError):
+                dsse.verify(damaged, TYPE, [KEY.public])
 
 
 def test_any_truncation_is_refused() -> None:

@@ -36,7 +36,8 @@ export function accept(raw, type, keys) {
   const { payload, signatures } = envelope(raw, type);
   const head = `DSSEv1 ${Buffer.byteLength(type)} ${type} ${payload.length} `;
   const signed = Buffer.concat([Buffer.from(head), payload]);
-  const holds = signatures.some((sig) => keys.some((key) => isSignature(key, sig, signed)));
+  const named = (keyid) => keys.filter((key) => ["", idOf(key)].includes(keyid));
+  const holds = signatures.some(({ keyid, sig }) => named(keyid).some((key) => isSignature(key, sig, signed)));
   require(holds, "signature", "no trusted key signed this");
   try {
     return parse(payload);
@@ -44,6 +45,8 @@ export function accept(raw, type, keys) {
     throw new Refused("manifest", error.message);
   }
 }
+
+const idOf = (key) => sha256(key.subarray(-32)).slice(0, 16);
 
 function isSignature(key, signature, signed) {
   try {
@@ -70,7 +73,7 @@ function envelope(raw, type) {
     require(each instanceof Map, "envelope", "a signature is an object");
     const { sig, keyid = "", ...others } = Object.fromEntries(each);
     require(typeof keyid === "string" && !Object.keys(others).length, "envelope", "a signature has sig and keyid");
-    return unbase64(sig);
+    return { keyid, sig: unbase64(sig) };
   });
   const payload = unbase64(found.get("payload"));
   require(found.get("payloadType") === type, "type", `not ${type}`);
