@@ -17,6 +17,14 @@ Outcome = tuple[int, str, str]  # of a command: exit code, standard output, stan
 Run = Callable[..., Outcome]
 
 
+def bits_flipped(raw: bytes) -> Iterator[bytes]:
+    """``raw`` with one bit flipped, each in turn."""
+    for place in range(8 * len(raw)):
+        changed = bytearray(raw)
+        changed[place // 8] ^= 1 << place % 8
+        yield bytes(changed)
+
+
 @contextmanager
 def refused(
     kind: type[Error], about: str, value: object = "", **fields: object

@@ -3,7 +3,7 @@
 import base64
 import datetime as dt
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki import Authority, Root, new_serial, requests
 from aggregation.pki.identity import IdentityKey
-from tests.support import refused
+from tests.support import bits_flipped, refused
 
 BEGIN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 END = dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
@@ -191,14 +191,6 @@ def test_a_certificate_for_another_kind_of_key_is_refused(authority: Authority) 
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
     with refused(TrustError, "certificate.key", value="ECPublicKey"):
         authority.root.verify(forged(authority, name("a"), key))
-
-
-def bits_flipped(raw: bytes) -> Iterator[bytes]:
-    """``raw`` with one bit flipped, each in turn."""
-    for place in range(8 * len(raw)):
-        changed = bytearray(raw)
-        changed[place // 8] ^= 1 << place % 8
-        yield bytes(changed)
 
 
 def ends_in_zeros(der: bytes) -> bool:

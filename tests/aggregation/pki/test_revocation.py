@@ -15,7 +15,7 @@ from aggregation.errors import ConfigError, TrustError
 from aggregation.pki import Authority, Root
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Reason, Revocation, RevocationList
-from tests.support import refused
+from tests.support import bits_flipped, refused
 
 BEGIN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 END = dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
@@ -102,11 +102,9 @@ def test_any_flipped_bit_is_refused(authority: Authority) -> None:
     ders = (listed(authority, number, 77).der for number in itertools.count())
     # Of a signature that ends in zeros some bits could be called unused, which would make another list of this number.
     der = next(der for der in ders if der[-1] & 7 == 0)
-    for place in range(8 * len(der)):
-        raw = bytearray(der)
-        raw[place // 8] ^= 1 << place % 8
+    for changed in bits_flipped(der):
         with pytest.raises(TrustError):
-            authority.root.revocations(bytes(raw))
+            authority.root.revocations(changed)
 
 
 def test_a_list_that_is_too_large_is_refused_unread(authority: Authority) -> None:
