@@ -143,9 +143,10 @@ def check(state_dir: CoordinatorStateDir, to: Target) -> None:
 def migrate(leader: CoordinatorStateDir, grid: Grid, to: Target) -> Iterator[MigrationRound]:
     """Do the steps that are left, and yield each round once it is committed. ``result`` then says what was found.
     ``leader``: as of ``coordinator.app.lead``. Raises as that and ``check``; EdgeAdaptError: a round was aborted, or
-    its sum has no accuracy. Repeat the call to go on."""
+    its sum has no accuracy, or is known to have none before it is asked for. Repeat the call to go on."""
     check(leader, to)
     if MigrationStep.BEFORE in left(leader.registry, to):
+        _require_held_out(leader, len([*grid.get_node_ids()]))
         (before,) = _rounds(leader, grid, leader.settings, [MigrationStep.BEFORE])
         newest = leader.registry.newest_adapter().manifest
         _accuracy(newest)
@@ -223,6 +224,22 @@ def _rounds(
         if record.aborted:
             text = f"round {record.round}, {step.value}, was aborted: {record.aborted}"
             raise EdgeAdaptError(f"{text}; repeat the command to go on", about="round")
+
+
+def _require_held_out(leader: CoordinatorStateDir, devices: int) -> None:
+    """Check, before a round is spent, that ``devices`` may have the held-out examples that an accuracy takes. Nobody
+    but a sum knows how many they have: at most a weight cap each, and too few if the newest round's sum, of as many
+    devices, has no accuracy. Raises EdgeAdaptError."""
+    settings, newest = leader.settings, leader.registry.newest_adapter().manifest
+    asked = min(devices, settings.cohort.size or devices)
+    needed = f"an accuracy takes {MINIMUM_HELD_OUT} held-out examples of all devices together"
+    if asked * settings.aggregation.weight_cap < MINIMUM_HELD_OUT:
+        text = f"{needed}, and {asked} devices count at most {settings.aggregation.weight_cap} each: let more take part"
+        raise EdgeAdaptError(f"{text}, or raise aggregation.weight_cap", about="accuracy")
+    summed = newest.plan is not None and newest.privacy is None  # a sum with noise has none, however many there are
+    if summed and ACCURACY not in newest.metrics and asked <= len(newest.survivors):
+        text = f"{needed}, and the {len(newest.survivors)} of round {newest.round} had fewer: let more than these take"
+        raise EdgeAdaptError(f"{text} part, or do a round with 'coordinator run' once they have more", about="accuracy")
 
 
 def _publish(leader: CoordinatorStateDir, newest: VersionManifest, manifest: VersionManifest, blob: bytes) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from aggregation.errors import ConfigError, TrustError
+from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from client.inference.session import ClassificationSession
 from client.inference.trust import Trust
 from client.node.statedir import SETTINGS
@@ -207,6 +207,26 @@ def test_what_no_base_can_follow_is_refused_before_a_round(
     with refused(ConfigError, "labels"):
         fleet.target()
     assert len(fleet.fleet.registry().rounds()) == rounds
+
+
+def test_too_few_held_out_examples_are_refused_before_a_round(
+    fleet_of: FleetOf, make_base: Callable[..., Any], tmp_path: Path
+) -> None:
+    fleet = fleet_of(3, rounds=1)
+    moving = Migrating(fleet, make_base(tmp_path / "next", 2, None, 24, 3), tmp_path / "seed")
+    fleet.configure({"aggregation.weight_cap": 33})  # 99 of three devices, whatever they have
+    with refused(EdgeAdaptError, "accuracy"):
+        moving.run(moving.target())
+    assert not fleet.registry().rounds()
+    fleet.configure({"aggregation.weight_cap": 128})
+    for client in fleet.population.clients:
+        state_dir = fleet.state_dir(client.name)
+        write_examples(state_dir.examples, read_examples(state_dir.examples, len(fleet.population.labels))[:12])
+    fleet.federate(fleet.grid())
+    for _ in range(2):  # the newest sum says that there are too few
+        with refused(EdgeAdaptError, "accuracy"):
+            moving.run(moving.target())
+    assert len(fleet.registry().rounds()) == 1
 
 
 def test_an_adapter_of_a_base_of_another_width_is_refused(migrating: Callable[..., Migrating], tmp_path: Path) -> None:
