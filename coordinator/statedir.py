@@ -118,12 +118,19 @@ class CoordinatorStateDir:
         return cls.open(folder)
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
-        """Read the directory. Raises ConfigError: a file is missing or a setting is ill-formed. Raises TrustError: the
-        key, or the authority's certificate, is damaged."""
+    def open(cls, folder: Path, *, copied: bool = False) -> Self:
+        """Read the directory. ``copied``: to copy it, for which the settings of the federation may be ill-formed; a
+        line of the log says so, and ``settings`` are the defaults. Raises ConfigError: a file is missing or a setting
+        is ill-formed. Raises TrustError: the key, or the authority's certificate, is damaged."""
         stores = RegistrySettings.of(folder)
         require(folder, SETTINGS, KEY, AUTHORITY, *(() if stores.database else (DATABASE,)))
-        settings = FederationSettings.read(folder / SETTINGS)
+        try:
+            settings = FederationSettings.read(folder / SETTINGS)
+        except ConfigError as error:
+            if not copied:
+                raise
+            log.warning("copied as it is: %s; mend it before rounds go on", error)
+            settings = FederationSettings()
         with of_file(folder / KEY):
             key = IdentityKey.from_pem(storage.read(folder / KEY, MAX_PEM))
         with of_file(folder / AUTHORITY):

@@ -525,7 +525,8 @@ def backup(state_dir: Path, out: Path, keys: bool, standby: bool, as_json: bool)
     """
     from coordinator.backup import back_up
 
-    opened = CoordinatorStateDir.open(state_dir)
+    commandline.show_log(as_json=False)
+    opened = CoordinatorStateDir.open(state_dir, copied=True)
     with _progress(f"copying {state_dir}") as report:
         archived = back_up(opened, out, keys=keys, standby=standby, report=report)
     _print_backup(archived, "archive", out, as_json)

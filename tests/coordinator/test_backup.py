@@ -17,6 +17,7 @@ from aggregation.pki.identity import IdentityKey
 from coordinator.backup import RegistrySnapshot
 from coordinator.cli import coordinator_group as coordinator
 from coordinator.registry import Registry
+from coordinator.settings import SETTINGS
 from coordinator.statedir import KEY, PUBLIC_KEY, CoordinatorStateDir
 from coordinator.transcripts import Recorder
 from edgeadapt.auditing import AuditInput, AuditOptions
@@ -101,6 +102,18 @@ def test_equal_coordinators_give_equal_archives_that_tar_reads(fleet: Path, tmp_
         names = archive.getnames()
     assert names[:3] == ["coordinator.pem", "backup.json", "SHA256SUMS"]
     assert {"registry.db", "transcript/session-000001.log", "federation.toml"} < set(names)
+
+
+@pytest.mark.parametrize("text", ["rounds = [", "unknown = 1\n", "rounds = -1\n", "\0"])
+def test_settings_that_are_not_valid_are_copied_as_they_are(fleet: Path, tmp_path: Path, text: str) -> None:
+    (fleet / SETTINGS).write_text(text)
+    done = call("backup", fleet, "--out", tmp_path / "copy.tar", "--keys")
+    assert (done.exit_code, done.exception) == (0, None)
+    assert call("restore", tmp_path / "other", "--archive", tmp_path / "copy.tar").exit_code == 0
+    assert (tmp_path / "other" / SETTINGS).read_text() == text
+    assert isinstance(call("status", tmp_path / "other").exception, ConfigError)
+    (tmp_path / "other" / SETTINGS).write_text("")
+    assert audited(tmp_path / "other", unfinished=False) == 2
 
 
 def test_without_keys_no_secret_is_copied_and_the_key_is_asked_for(fleet: Path, tmp_path: Path) -> None:
