@@ -173,6 +173,8 @@ class LazyGroup(HelpfulGroup):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:  # click would print an empty line, also between objects
+            raise click.Abort from None
         except ModuleNotFoundError as error:
             self._explain(ctx, ctx.invoked_subcommand or "", error)
             raise
