@@ -333,7 +333,8 @@ def back_up(
         version, number = None if head is EMPTY else head.newest[0], head.round.round if head.round else 0
         manifest_of = partial(BackupManifest, registry=digest, version=version, round=number)
         part = work.path / out.name
-        manifest = write_archive(part, unique, manifest_of, state_dir.key, report)
+        with storage.naming(out):
+            manifest = write_archive(part, unique, manifest_of, state_dir.key, report)
         part.rename(out)
         storage.sync(out.parent)
     return Backup(manifest, len(unique), sum(each.size for each in unique), state_dir.key.public.key_id)

@@ -138,7 +138,7 @@ class Recorder:
             size = self.path.stat().st_size if self.path.exists() else 0
             self.table.append(log_number(self.path), size, self._pending)
             records, self._pending = self._pending, b""
-        with self.path.open("ab") as file:
+        with storage.naming(self.path), self.path.open("ab") as file:
             file.write(records)
             if sync:
                 storage.flush(file)
@@ -392,7 +392,7 @@ class Transcripts:
             if self.table is not None and (log.rest or not log.entries):  # no kill leaves that in a table
                 raise altered(log.path, "it has an incomplete record")
             if log.rest:
-                log.path.with_suffix(TORN).write_bytes(log.rest)
+                storage.write_files(self.folder, {log.path.with_suffix(TORN).name: log.rest})
                 os.truncate(log.path, log.end)
             if not log.entries:
                 log.path.unlink()

@@ -2,6 +2,7 @@
 `edgeadapt device …` starts in a second on a machine that has neither torch nor flwr. A command whose extra is not
 installed names the extra; the other commands work."""
 
+import errno
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from functools import partial
 from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
+from tempfile import gettempdir
 from types import FrameType
 from typing import Any
 
@@ -109,8 +111,24 @@ def _explained(error: BaseException, program: str) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         return "this machine does not have enough memory", 1
     if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1
+        return _of_system(error), 1
     return "interrupted", INTERRUPTED
+
+
+def _of_system(error: OSError) -> str:
+    """Say what a system call could not do, to which file, and what to do where that is known."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # Of two files, as of a copy, a full disk is that of the second.
+    files = [error.filename2] if full and error.filename2 else [error.filename, error.filename2]
+    named = " -> ".join(str(os.fsdecode(file)) for file in files if isinstance(file, str | bytes | os.PathLike))
+    place = "there" if named else f"where the command writes, and in {gettempdir()}"
+    remedies = {
+        errno.ENOSPC: f"free some space {place}, and repeat the command",
+        errno.EDQUOT: f"free some of your quota {place}, and repeat the command",
+        errno.EROFS: "name a place that can be written",
+        errno.EACCES: "let this user use it, or name another one" if named else "",
+    }
+    return ": ".join(filter(None, [error.strerror or str(error), named, remedies.get(error.errno or 0, "")]))
 
 
 def _prepare() -> None:
@@ -185,7 +203,8 @@ def _fail(message: str, code: int) -> None:
                 sys.exit(code)
     except OSError:  # it may be the output that failed: a full disk, a pipe that was closed
         pass
-    print(f"{PROGRAM}: {line}", file=sys.stderr)
+    begin = "\n" if code == INTERRUPTED and sys.stderr.isatty() else ""  # the terminal's line has ^C
+    print(f"{begin}{PROGRAM}: {line}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -117,7 +117,7 @@ class TranscriptTable:
         table = database.transcript
         end = table.c.start + func.length(table.c.records)
         query = select(table.c.start, table.c.records).where(table.c.session == session, end > size)
-        with path.open("ab") as file:
+        with storage.naming(path), path.open("ab") as file:
             os.truncate(path, size)
             with database.explained(self.engine), self.engine.connect() as connection:
                 rows = connection.execution_options(yield_per=1).execute(query.order_by(table.c.start))

@@ -9,8 +9,10 @@ work in are deleted when they are no longer needed, whatever ends the process. A
 folder. Each folder therefore holds a lock, which the operating system releases with its holder, and who makes the next
 folder in the same place deletes those whose lock is free."""
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 import weakref
@@ -36,6 +38,8 @@ File = str | os.PathLike[str]  # how a caller of the public interface names a fi
 _POWER_CUTS: ContextVar[bool] = ContextVar("power_cuts", default=True)  # whether to survive them
 HIDDEN = ".edgeadapt-"  # begins the name of a folder to work in
 LOCK, CONTENT = "lock", "content"
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}  # a write fails so, whatever file it is to
+_OF_RUST = re.compile(r"\(os error (\d+)\)")  # in errors of safetensors and tokenizers
 
 
 def cache_folder() -> Path:
@@ -113,13 +117,43 @@ def read_lines(path: Path, what: str) -> tuple[str, ...]:
     return rows
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an OSError that says that a disk is full or not to be written: Python names none where a write
+    fails. Libraries in Rust raise errors of their own, which become such an OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK and error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        code = _OF_RUST.search(str(error))
+        if isinstance(error, EdgeAdaptError) or code is None or int(code[1]) not in _DISK:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+@contextmanager
+def _naming_final(stage: Path, out: Path) -> Iterator[None]:
+    """Name files as ``naming`` does, and those of a folder that is deleted by the names that they would have had."""
+    try:
+        with naming(out):
+            yield
+    except OSError as error:
+        name = Path(os.fsdecode(error.filename2 or error.filename or "."))
+        if error.errno not in _DISK or not name.is_relative_to(stage):
+            raise
+        raise OSError(error.errno, error.strerror, str(out / name.relative_to(stage))) from error
+
+
 def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     """Write a file atomically and durably: after the return it survives a power cut. After an OSError the old file is
     unchanged, and no temporary file is left."""
     descriptor, name = mkstemp(dir=path.parent, prefix=f".{path.name}.")
     stage = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             file.write(content)
             stage.chmod(mode)
             flush(file)
@@ -135,12 +169,12 @@ def create(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     which no part is left."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             file.write(content)
             flush(file)
-    except BaseException as error:
+    except BaseException:
         path.unlink()  # a partial file could never be written again
-        raise _named(error, path)  # noqa: B904  # the same error
+        raise
 
 
 def flush(file: IO[bytes]) -> None:
@@ -255,12 +289,13 @@ def restore(out: Path) -> None:
 def staged(out: Path, *, mode: int = PUBLIC_FOLDER, replaces: bool = False) -> Iterator[Path]:
     """Yield an empty folder to fill, which becomes ``out`` if the block ends without an error. Unless ``replaces``,
     ``out`` is missing or empty at the end of the block; with it, hold ``locked_folder(out)``. It is unchanged after an
-    OSError."""
+    OSError, which names files of the yielded folder by their paths in ``out``."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with closing(WorkFolder(out.parent)) as work:
         stage = work.path
         stage.chmod(mode)
-        yield stage
+        with _naming_final(stage, out):
+            yield stage
         if replaces and out.exists():
             _exchange(stage, out)
         else:
@@ -287,10 +322,8 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # it may be a hard link to a file of the old folder
-        try:
+        with naming(path):
             path.write_bytes(blob)
-        except OSError as error:
-            raise _named(error, path)  # noqa: B904  # the same error
 
 
 def link_files(source: Path, target: Path) -> None:
@@ -339,12 +372,6 @@ def _exchange(stage: Path, out: Path) -> None:
         previous.rename(out)
         raise
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def _named(error: BaseException, path: Path) -> BaseException:
-    if isinstance(error, OSError):
-        error.filename = error.filename or str(path)  # Python does not name the file when the disk is full
-    return error
 
 
 class WorkFolder:

@@ -2,7 +2,9 @@
 graph whose tensors are in files takes no memory for them: its initializers have ONNX's external data. A tensor is
 mapped when it is read, and written as soon as it is computed."""
 
+import errno
 import itertools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,11 +66,17 @@ class OnDisk(TensorStore):
         return np.asarray(np.memmap(place, dtype=kind, mode="r", offset=offset, shape=shape))
 
     def tensor(self, values: NDArray[Any], name: str) -> TensorProto:
-        """Write a tensor. Raises OSError if the disk is full."""
+        """Write a tensor. Raises OSError, which names the file, if the disk is full."""
         if values.nbytes < INLINE:
             return numpy_helper.from_array(values, name)
         file = f"{next(self._numbers):06d}.tensor"
-        values.tofile(self.place / file)  # in C order, whatever the order in memory
+        try:
+            values.tofile(self.place / file)  # in C order, whatever the order in memory
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            # NumPy says how much it wrote, and not why it was less.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.place / file)) from error
         return external(name, values, file)
 
     def keep(self, graphs: Iterable[onnx.ModelProto]) -> None:

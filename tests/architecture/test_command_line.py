@@ -1,5 +1,6 @@
 """Every command of `edgeadapt` explains itself, and says in one line what was wrong with how it was called."""
 
+import errno
 import io
 import json
 import logging
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from typing import Any
@@ -302,6 +304,54 @@ def test_an_output_that_cannot_be_written_is_one_line(words: list[str]) -> None:
     assert done.returncode != 0
     assert done.stderr.startswith("edgeadapt: ")
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+FULL = (errno.ENOSPC, os.strerror(errno.ENOSPC))
+READ_ONLY = (errno.EROFS, os.strerror(errno.EROFS), "/mnt/fleet")
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(*FULL, "runs/demo"), ("No space left on device: runs/demo: free some space there",)),
+        (OSError(*FULL, "read", None, "written"), ("device: written: free",)),
+        (OSError(*FULL), ("free some space where", tempfile.gettempdir())),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "home"), ("home: ", "quota there")),
+        (OSError(*READ_ONLY), ("/mnt/fleet: name a place",)),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES), "signing.pem"), ("signing.pem: let this user",)),
+    ],
+)
+def test_what_the_system_refuses_names_the_file_and_the_remedy(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: OSError, named: tuple[str, ...]
+) -> None:
+    def fail(**_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(program, "cli", fail)
+    code, out, err = run("demo")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert all(each in err for each in named), err
+
+
+INTERRUPTED = """
+import os, signal, sys
+from coordinator.services import deployment
+from edgeadapt import program
+
+def up(folder, report, as_json):
+    os.kill(os.getpid(), signal.SIGINT)
+    sum(range(10))
+
+deployment.up = up
+program.main()
+"""
+
+
+def test_ctrl_c_leaves_objects_alone_in_the_output_of_services() -> None:
+    command = [sys.executable, "-c", INTERRUPTED, "coordinator", "up", "fleet", "--json"]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=50)
+    assert [json.loads(line)["error"] for line in ended.stdout.splitlines()] == ["interrupted"]
+    assert ended.returncode == 130
 
 
 def test_too_little_memory_is_said_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

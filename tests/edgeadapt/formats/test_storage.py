@@ -1,11 +1,14 @@
 """A file or a folder is the old one or the new one, whatever happens in between."""
 
+import errno
 import os
+import resource
+import shutil
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,17 @@ def watched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def full(_: int) -> None:
     raise OSError(28, "No space left on device")
+
+
+@contextmanager
+def short_files() -> Iterator[None]:
+    """Let no file grow beyond 1000 bytes: a write then fails in the system, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -269,6 +283,39 @@ def test_a_copy_without_hard_links_that_fills_the_disk_is_one_error(
     assert caught.value.strerror == "No space left on device"
     storage.link_files(tmp_path / "none", tmp_path / "d")
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: storage.replace(folder / "f", bytes(2000)),
+        lambda folder: storage.create(folder / "f", bytes(2000)),
+        lambda folder: storage.write_files(folder, {"f": bytes(2000)}),
+    ],
+    ids=["replace", "create", "write_files"],
+)
+def test_a_write_that_fails_names_the_file(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    with short_files(), pytest.raises(OSError, match="File too large") as caught:
+        write(tmp_path)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "f"))
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda folder: (folder / "f").write_bytes(bytes(2000)), ""),
+        (lambda folder: safetensors.numpy.save_file({"a": np.zeros(2000)}, folder / "f"), ""),
+        (lambda folder: shutil.copyfile(sys.executable, folder / "f"), "f"),
+    ],
+    ids=["Python", "Rust", "a copy"],
+)
+def test_a_folder_that_cannot_be_written_is_named_and_not_the_one_that_is_deleted(
+    tmp_path: Path, write: Callable[[Path], None], name: str
+) -> None:
+    with short_files(), pytest.raises(OSError, match="File too large") as caught, storage.staged(tmp_path / "o") as new:
+        write(new)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "o" / name))
+    assert [*tmp_path.iterdir()] == []
 
 
 # Blobs in a bucket, over HTTP: whole or not at all, and whatever is missing, altered or away is one line.
