@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 
 from aggregation.errors import DataError, EdgeAdaptError
@@ -17,6 +17,15 @@ MOST = 50_000  # passages
 LARGEST_FILE = 2**24  # bytes
 KINDS = (".md", ".markdown", ".txt", ".rst", ".html", ".htm", ".xhtml")
 SILENT, BLOCKS = {"script", "style", "nav", "title"}, {"p", "li", "div", "pre", "td", "dd", "dt", "br", "tr"}
+HEADINGS = {f"h{level}" for level in range(1, 7)}
+RAW = {tag: re.compile(rf"</{tag}(?=[\s/>])", re.IGNORECASE | re.ASCII) for tag in ("script", "style")}  # have no tags
+# No pattern gives back what it has matched: each is linear.
+_SPACES = re.compile(r"\s++")
+_LARGE_NUMBER = re.compile("&#[0-9]{8,}+;?")  # of no character; ``unescape`` fails at one of 4,301 digits
+_MARKUP = re.compile("<(?=[A-Za-z!?/])")
+_NAME = re.compile(r"<(/?)([A-Za-z][^\s/>]*+)")
+_ATTRIBUTES = re.compile(r"""(?:[^>=]++|=\s*+(?:"[^"]*+"|'[^']*+'|(?!["'])[^\s>]*+))*+>""")
+_OTHER, _CLOSED = {"<!--": re.compile("--!?>"), "<![CDATA[": re.compile("]]>")}, re.compile(">")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,49 +43,67 @@ class Passage:
         return f"{self.heading}\n{self.text}" if self.heading else self.text
 
 
-class _Sections(HTMLParser):
-    """Writes the text of a page as Markdown, as far as headings are concerned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text, self._silent = list[str](), 0
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self._silent += tag in SILENT
-        if re.fullmatch("h[1-6]", tag):
-            self.text.append("\n# ")
-        elif tag in BLOCKS:
-            self.text.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._silent -= tag in SILENT and self._silent > 0
-        if re.fullmatch("h[1-6]", tag):
-            self.text.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self._silent:
-            self.text.append(re.sub(r"\s+", " ", data))
-
-
 def split(source: str, raw: bytes) -> Iterator[Passage]:
-    """Split a file into passages of at most ``WORDS`` words, each of one section. Raises DataError: it is not UTF-8."""
+    """Split a file into passages of at most ``WORDS`` words, each of one section. Takes time linear in the file, which
+    may be hostile. Raises DataError: it is not UTF-8."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError("it is not UTF-8", about=source) from None
     if source.lower().endswith((".html", ".htm", ".xhtml")):
-        page = _Sections()
-        page.feed(text)
-        page.close()
-        text = "".join(page.text)
+        text = _as_markdown(text)
     heading, words = "", list[str]()
     for line in [*text.replace("\0", " ").split("\n"), "#"]:
-        if title := re.match(r"\s{0,3}#{1,6}(?:\s+(.*?))?\s*#*\s*$", line):
+        if (title := _title(line)) is not None:
             for first in range(0, len(words), WORDS):
                 yield Passage(source, heading, " ".join(words[first : first + WORDS]))
-            heading, words = " ".join((title[1] or "").split())[:200], []
+            heading, words = " ".join(title.split())[:200], []
         else:
             words += (word[:100] for word in line.split())
+
+
+def _title(line: str) -> str | None:
+    """Return what a heading of Markdown says (CommonMark 4.2); None for another line."""
+    begun = line.lstrip()
+    title = begun.lstrip("#")
+    if not 0 <= len(line) - len(begun) <= 3 or begun == title:
+        return None
+    if title.strip() and (len(begun) - len(title) > 6 or not title[0].isspace()):
+        return None
+    bare = title.rstrip().rstrip("#")
+    return bare if not bare or bare[-1].isspace() else title  # a heading about C# keeps its sign
+
+
+def _as_markdown(page: str) -> str:
+    """Write the text of a page as Markdown, as far as headings are concerned.
+
+    Markup ends where the HTML standard ends it (13.2.5); if it does not end, the rest of the page belongs to it, as in
+    a browser. So nothing is read twice. ``html.parser`` looks for the end of each unfinished tag again, in time
+    quadratic in the page."""
+    written, silent, at = list[str](), 0, 0
+    while at < len(page):
+        markup = _MARKUP.search(page, at)
+        begin = markup.start() if markup else len(page)
+        if begin > at and not silent:
+            written.append(_SPACES.sub(" ", unescape(_LARGE_NUMBER.sub("\ufffd", page[at:begin]))))
+        if name := _NAME.match(page, begin):
+            at = _end(_ATTRIBUTES.match(page, name.end()), page)
+            tag, closing, whole = name[2].lower(), bool(name[1]), page.endswith("/>", begin, at)
+            if tag in SILENT and not whole:
+                silent = max(0, silent - 1) if closing else silent + 1
+            if tag in HEADINGS or (tag in BLOCKS and not closing):
+                written.append("\n# " if tag in HEADINGS and not closing else "\n")
+            if tag in RAW and not closing and not whole:
+                found = RAW[tag].search(page, at)
+                at = found.start() if found else len(page)
+        else:
+            end = next((end for start, end in _OTHER.items() if page.startswith(start, begin)), _CLOSED)
+            at = _end(end.search(page, begin + 2), page)
+    return "".join(written)
+
+
+def _end(found: re.Match[str] | None, page: str) -> int:
+    return found.end() if found else len(page)
 
 
 def read_folder(folder: Path) -> tuple[list[Passage], dict[str, str]]:
