@@ -24,6 +24,7 @@ from client.training.examples import MAX_FILE, longest, read_file
 from edgeadapt.bases.markedwords import BEGIN, unmarked
 from edgeadapt.bases.media import is_medium
 from edgeadapt.formats.settings import Settings
+from edgeadapt.formats.textforms import nfkc
 
 DAY = 86_400  # seconds
 RANDOM = 3  # changes between letters and digits: 99% of 40 random ones have more, names have fewer
@@ -183,7 +184,7 @@ def words(text: str) -> str:
     """Reduce a text to its words, in which neither case nor punctuation counts; a picture or sound stays."""
     if is_medium(text):
         return text
-    return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
+    return " ".join(re.sub(r"[\W_]+", " ", nfkc(text).casefold()).split())
 
 
 def _asked(text: str) -> str:

@@ -5,7 +5,7 @@ import { REPLACED, SCALES, VIRTUAL, hasColumns, hasRows, isVirtual, turned, vect
 import { checkName } from "./manifests.js";
 
 const MAX_WEIGHT = 16; // a larger multiple of an adapter's update is noise
-const NUMBER = /^\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?\s*$/i;
+const NUMBER = /^\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?\s*$/i;
 
 /** The parts of `global`, `global+anna` or `global:0.5+anna:1`, sorted by name: [{ name, weight }]. Throws ConfigError: a name or a
  * weight is not valid, or a name is repeated. */

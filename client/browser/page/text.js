@@ -6,7 +6,7 @@ import { Pixels, Samples } from "./media.js";
 import { Tokenizer } from "./vendor/tokenizers/tokenizers.min.mjs";
 
 const MAX_TEXT = 2 ** 16; // characters, as client/inference/text.py
-const BEGUN = /\ufffd+$/; // the text of the first bytes of a character
+const BEGUN = "\ufffd"; // the text of the first bytes of a character
 const WHITE_SPACE = ["▁", "Ġ"]; // tokens that SentencePiece and byte-level BPE write for it
 const BLANK = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]/; // as Python's str.strip
 
@@ -112,7 +112,9 @@ export class Text {
   /** The text of `ids`, without a character at the end that is not complete yet. Bytes that are no character are "\ufffd". */
   decoded(ids) {
     const text = this.tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
-    return text.replace(BEGUN, "");
+    let end = text.length;
+    while (text[end - 1] === BEGUN) end--; // a pattern for this is quadratic
+    return text.slice(0, end);
   }
 
   /** A function that takes the tokens of an answer one by one, and returns the text that each completes. */

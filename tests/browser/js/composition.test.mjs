@@ -3,6 +3,7 @@ import test from "node:test";
 
 import { compose, format, parse } from "../../../client/browser/page/composition.js";
 import { ConfigError } from "../../../client/browser/page/errors.js";
+import { growth } from "./growth.mjs";
 import { bytes, made } from "./made.mjs";
 
 const { adapters, composed, written } = made.compositions;
@@ -49,4 +50,9 @@ test("adapters with other labels, and too high a rank, are refused", () => {
   assert.throws(() => compose(parts, [anna, other], BASE), (error) => about(error) === "composition.labels");
   assert.throws(() => compose(parts, [anna, global], { max_rank: 7 }), (error) => about(error) === "composition.rank");
   assert.equal(compose(parts, [anna, global], { max_rank: 8 }).rank, 8);
+});
+
+test("a weight of many digits that is none is refused in linear time", () => {
+  const read = (digits) => assert.throws(() => parse(`global:${digits}x`), (error) => error instanceof ConfigError);
+  assert.ok(growth(read, (size) => "1".repeat(size), 2 ** 16) < 3);
 });

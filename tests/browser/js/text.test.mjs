@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { pathToFileURL } from "node:url";
 
+import { growth } from "./growth.mjs";
 import { bytes, made } from "./made.mjs";
 
 const site = pathToFileURL(`${process.env.EDGEADAPT_SITE}/`);
@@ -49,4 +50,9 @@ for (const [name, { tokenizer, rows }] of Object.entries(made.decoders)) {
 test("only the character at the end that has begun is held back", () => {
   const begun = { decode: () => "a\ufffdb \ufffd\ufffd" };
   assert.equal(Text.prototype.decoded.call({ tokenizer: begun }, []), "a\ufffdb ");
+});
+
+test("characters that do not begin at the end cost no more than others", () => {
+  const read = (text) => Text.prototype.decoded.call({ tokenizer: { decode: () => text } }, []);
+  assert.ok(growth(read, (size) => `${"\ufffd".repeat(size)}a`, 2 ** 18) < 3);
 });

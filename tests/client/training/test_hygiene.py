@@ -21,6 +21,7 @@ from edgeadapt.formats.settings import Settings
 from simulations.data import projects
 from simulations.data.households.sampling import PopulationSettings, sample_population
 from tests.support import refused
+from tests.support.growth import growth, repeated
 
 LOCALES = ("en_US", "en_GB", "de_DE", "fr_FR", "es_ES", "it_IT", "nl_NL", "pl_PL", "pt_PT")
 ON, OFF = HygieneSettings(), HygieneSettings(remove=())
@@ -323,3 +324,89 @@ def test_corrections_beyond_the_limit_of_the_file_are_refused(tmp_path: Path, mo
     assert read_clean(tmp_path / "examples.jsonl", None, b"{}\n") == b"{}\n\n{}\n"
     with refused(DataError, "examples"):
         read_clean(tmp_path / "examples.jsonl", None, b"{ }\n{}\n")
+
+
+# A stranger may have written the file.
+
+UNITS = (
+    *(
+        "a",
+        "1",
+        " ",
+        "1 ",
+        "a1",
+        "a ",
+        "-",
+        ".",
+        "A_",
+        "(",
+        "+1",
+        "1-1-",
+        "1/1/",
+        "1:1",
+        "1() ",
+        '"',
+        "'",
+        "=",
+        "[",
+        "{",
+        "\\",
+        "|",
+    ),
+    *(
+        "pass",
+        "pass:",
+        "pass: ",
+        "pass : a",
+        "token[",
+        " :a",
+        "PASS=",
+        "X_KEY=(",
+        "pass = '{",
+        'authorization"',
+        "authorization: basic ",
+    ),
+    *(
+        "://",
+        "ab://x:",
+        "ab://",
+        "@a",
+        "a@b",
+        "a@b.",
+        "sk-a",
+        "eyJa",
+        "eyJaaaaaaaa.",
+        "-----BEGIN A",
+        "AB12",
+        "AB12 ",
+        "AAAAAAA1",
+    ),
+    *(
+        "+49 30 1234567 ",
+        "4111111111111111 ",
+        "123456789012345678901234567890123 ",
+        "DE12345678901234567890 ",
+        "Ã©",
+        "â€",
+        "١ ",
+    ),
+    *("\u0301\u0316", "a\u0301\u0316", "\uff9e\u0301", "\ufdfa", "\U000e0001", "_\u0301"),
+)
+
+
+@pytest.mark.parametrize("after", ["", "!"])
+def test_examples_of_any_shape_are_cleaned_in_linear_time(after: str) -> None:
+    def read(text: str) -> None:
+        clean(lines({"text": text, "label": 0}), ON, NOW)
+
+    read("")  # imports what it needs
+    found = {unit: growth(read, repeated(unit, "", after), MAX_TEXT) for unit in UNITS}
+    assert {unit: ratio for unit, ratio in found.items() if ratio >= 3} == {}
+
+
+def test_lines_are_compared_with_what_was_taught_in_linear_time() -> None:
+    def read(text: str) -> None:
+        with_taught(lines({"text": text, "label": 0}), lines({"text": "on", "label": 0}))
+
+    found = {unit: growth(read, repeated(unit), 2**18) for unit in UNITS}
+    assert {unit: ratio for unit, ratio in found.items() if ratio >= 3} == {}

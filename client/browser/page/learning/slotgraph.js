@@ -11,7 +11,7 @@ import { TRAINING } from "../trust.js";
 import { MAGNITUDE, asValues, gradientsOfMagnitudes, magnitudes, withMagnitudes, withScales } from "./dora.js";
 import { folded, frozenFactors, hasSquares, squareGradients } from "./fedsb.js";
 
-const LAYER = /.*\.[^.]*\.(\d{1,9})\./; // as peft reads the number of the layer that a module is in
+const LAYER = /^.*\.[^.]*\.(\d{1,9})\./; // as peft reads the number of the layer that a module is in
 const GRADIENT = ".gradient"; // ends the name of the output that holds the gradient by a slot
 // End the names of outputs of a layer that has slots for DoRA: the norm of each output's weights with the update, and its own bias.
 const [WEIGHT_NORM, OWN_BIAS] = [".weight_norm", ".own_bias"];
