@@ -17,7 +17,7 @@ import math
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,16 +29,19 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import anyio
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from client.inference.batch import ROWS, BatchGenerator, Part, Row
+from client.inference.connections import IDLE, PATIENCE, Connection, error_body
 from client.inference.generate import ChatMessage
 from client.inference.guide import Guide, GuideKind
 from client.inference.library import Composition, Library
@@ -49,10 +52,12 @@ from edgeadapt.formats.settings import Settings
 
 BASE = "base"  # the model without an adapter: of embeddings, and of a language model
 MAX_BODY = 2**20  # bytes
+MAX_UNREAD = 2**26  # bytes of a larger body, until its connection is closed
 MAX_TEXTS, MAX_MESSAGES = 256, 1024  # of one request
+MAX_STOPS = 16  # each is sought in each piece of an answer
 MAX_WAITING = 2048  # texts and answers, of all tenants
 MAX_CONNECTIONS = 1024
-PATIENCE = 30.0  # seconds to send a body
+ONE_MODEL = "/v1/models/{model}"
 REREAD = 1.0  # seconds until the file of tenants is looked at again
 log = logging.getLogger("edgeadapt.device")
 LOADED = 2**14  # adapters in memory: it is their bytes that are limited
@@ -83,8 +88,31 @@ class Tenants(Settings):
         return self
 
 
+def _nullable(default: Any) -> BeforeValidator:
+    """Take ``default`` for null, which clients send for what was not given."""
+    return BeforeValidator(lambda given: default if given is None else given)
+
+
+def _no_tools(given: Any) -> None:
+    if given not in (None, [], "none"):
+        raise ValueError("this server calls no tools; leave it out, and ask for a form by response_format")
+
+
+def _joined(content: Any) -> Any:
+    """Make one text of the parts of a message."""
+    if not isinstance(content, list):
+        return content
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        raise ValueError("a part is not of the type text, and this model reads no other")
+    texts = [part.get("text") for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else texts
+
+
 Model = Annotated[str, Field(max_length=256)]
-Strings = Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+# FailFast: else half a million wrong items are as many errors, of 600 MB.
+Strings = Annotated[list[str], FailFast(), BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+NoTools = Annotated[None, BeforeValidator(_no_tools)]
+Neutral = Annotated[float, Field(ge=0, le=0), _nullable(0.0)]  # of what this server does not weigh
 
 
 class TextsRequest(Settings):
@@ -93,39 +121,60 @@ class TextsRequest(Settings):
     top: Annotated[int, Field(ge=1, le=1000)] = 1
     words: bool = False  # what is asked is each word of the texts
     encoding_format: Literal["float", "base64"] = "float"
+    user: Annotated[str, _nullable("")] = ""  # not used: who asks is the tenant
 
 
 class _Message(Settings):
-    role: Literal["system", "user", "assistant"]
-    content: str
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_joined)]
 
 
 class _Form(Settings):
-    type: Literal["json_schema"]
-    json_schema: dict[str, Any]
+    type: Literal["json_schema", "text"]
+    json_schema: dict[str, Any] = {}  # noqa: RUF012  # pydantic copies it
+
+    @property
+    def guide(self) -> Guide | None:
+        if self.type == "text":
+            return None
+        return Guide(GuideKind.JSON_SCHEMA, json.dumps(self.json_schema.get("schema")))
+
+
+class _StreamOptions(Settings):
+    include_usage: Annotated[bool, _nullable(False)] = False
+    include_obfuscation: Literal[False] = False
 
 
 class WrittenRequest(Settings):
     model: Model
     prompt: str = ""
-    messages: Annotated[tuple[_Message, ...], Field(max_length=MAX_MESSAGES)] = ()
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
+    messages: Annotated[tuple[_Message, ...], FailFast(), Field(max_length=MAX_MESSAGES)] = ()
+    max_tokens: Annotated[int, _nullable(256)] = 256
+    max_completion_tokens: int | None = None  # the later name of ``max_tokens``
+    temperature: Annotated[float, _nullable(0.0)] = 0.0
+    top_p: Annotated[float, _nullable(1.0)] = 1.0
     seed: int | None = None
-    stop: Strings = []  # noqa: RUF012  # pydantic copies it
+    stop: Annotated[Strings, Field(max_length=MAX_STOPS), _nullable([])] = []  # noqa: RUF012
     response_format: _Form | None = None
-    stream: bool = False
-    stream_options: dict[Literal["include_usage"], bool] = {}  # noqa: RUF012
-    n: Literal[1] = 1
+    stream: Annotated[bool, _nullable(False)] = False
+    stream_options: _StreamOptions | None = None
+    n: Annotated[Literal[1], _nullable(1)] = 1
+    frequency_penalty: Neutral = 0.0
+    presence_penalty: Neutral = 0.0
+    logprobs: Annotated[Literal[False], _nullable(False)] = False
+    store: Annotated[Literal[False], _nullable(False)] = False
+    user: Annotated[str, _nullable("")] = ""
+    tools: NoTools = None
+    tool_choice: NoTools = None
+    functions: NoTools = None
+    function_call: NoTools = None
 
     def begin(self, model: BatchGenerator, adapter: Composition | None, tenant: str) -> Row:
         """Prepare an answer. Raises as ``BatchGenerator.begin``; ConfigError: a value is out of range."""
-        form = self.response_format
-        guide = Guide(GuideKind.JSON_SCHEMA, json.dumps(form.json_schema.get("schema"))) if form else None
-        sampling = self.max_tokens, self.temperature, self.top_p, 0, self.seed, tuple(self.stop)
-        params = SamplingParams(*sampling, guide=guide)
-        said = [ChatMessage(one.role, one.content) for one in self.messages]
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        sampling = most, self.temperature, self.top_p, 0, self.seed, tuple(self.stop)
+        params = SamplingParams(*sampling, guide=self.response_format.guide if self.response_format else None)
+        said = [ChatMessage(one.role.replace("developer", "system"), one.content) for one in self.messages]
         return model.begin(said or self.prompt, params, adapter, tenant)
 
 
@@ -235,7 +284,7 @@ class Service:
         self._steps: asyncio.Task[None] | None = None
         self.stops: Callable[[], bool] = lambda: False
         self._calls: dict[str, Callable[[Request, Account], Awaitable[Response]]]
-        self._calls = {"/v1/models": self._models, "/metrics": self._metrics}
+        self._calls = {"/v1/models": self._models, ONE_MODEL: self._model_named, "/metrics": self._metrics}
         if writes:
             self._calls |= {"/v1/chat/completions": self._write, "/v1/completions": self._write}
         else:
@@ -254,16 +303,26 @@ class Service:
 
     def application(self, hosts: Sequence[str]) -> Starlette:
         """Make the web application. ``hosts``: names by which it may be called, or ``*``: a foreign site whose name
-        resolves to this machine is refused."""
-        gets = self._models, self._metrics
+        resolves to this machine is refused, and so is a page of another host."""
+        gets = self._models, self._model_named, self._metrics
         routes = [
-            Route(path, self._answer, methods=["GET" if call in gets else "POST"]) for path, call in self._calls.items()
+            Route(path, partial(self._answer, path), methods=["GET" if call in gets else "POST"])
+            for path, call in self._calls.items()
         ]
         routes.append(Route("/health", lambda _: Response("ok\n")))
-        return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, hosts, www_redirect=False)])
+        guards = [Middleware(Guard, hosts)]
+        app = Starlette(routes=routes, middleware=guards, exception_handlers={HTTPException: self._no_call})
+        app.router.redirect_slashes = False
+        return app
 
-    async def _answer(self, request: Request) -> Response:
-        begun, tenant, path = time.perf_counter(), "", request.url.path
+    async def _no_call(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101  # it is a handler of these
+        called = f"{request.method[:20]} {request.scope['path'][:80]}"
+        reason = f"this bundle does not answer {called}, but {', '.join(self._calls)}"
+        return refusal(RequestError(error.status_code, reason), error.headers)
+
+    async def _answer(self, path: str, request: Request) -> Response:
+        begun, tenant = time.perf_counter(), ""
         try:
             account = self._account(request)
             tenant = account.name
@@ -271,7 +330,7 @@ class Service:
         except ClientDisconnect:
             response = Response(status_code=499)  # as nginx counts it
         except Exception as error:  # a log of it could have a text
-            response = JSONResponse(_body(error), _status(error), getattr(error, "headers", None))
+            response = refusal(error)
         self._requests.labels(tenant, path, response.status_code).inc()
         self._seconds.labels(path).observe(time.perf_counter() - begun)
         return response
@@ -309,15 +368,20 @@ class Service:
             raise RequestError(401, "send a tenant's token: Authorization: Bearer TOKEN", www_authenticate="Bearer")
         return found[0]
 
-    async def _named(self, account: Account, model: str) -> Composition:
-        """Read the name of a model, and fetch what of it is on the channel only: others are answered meanwhile. Raises
-        RequestError, alike: there is none, or the tenant may not use it; and as ``AdapterBank.bring``."""
+    def _parts_of(self, account: Account, model: str) -> list[str]:
+        """Read the name of a model. Raises RequestError, alike: there is none, or the tenant may not use it."""
         bank, parts = self._library.bank, list[str]()
         with suppress(ConfigError):
             parts = [part.name for part in Composition.parse(model).parts]
         if not parts or not all(account.may(name) and (bank.has(name) or name in bank.versions()) for name in parts):
             raise RequestError(404, "there is no such model; GET /v1/models lists yours")
-        for name in (one for one in parts if not bank.has(one)):
+        return parts
+
+    async def _named(self, account: Account, model: str) -> Composition:
+        """Read the name of a model, and fetch what of it is on the channel only: others are answered meanwhile. Raises
+        as ``_parts_of`` and ``AdapterBank.bring``."""
+        bank = self._library.bank
+        for name in (one for one in self._parts_of(account, model) if not bank.has(one)):
             await anyio.to_thread.run_sync(bank.bring, name, limiter=self._fetching)
         return Composition.parse(model)
 
@@ -437,8 +501,13 @@ class Service:
     async def _models(self, _: Request, account: Account) -> Response:
         names = self._of(account)
         names += [AUTO] * (ROUTER in names)
-        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "edgeadapt"} for name in [*names, BASE]]
-        return JSONResponse({"object": "list", "data": listed})
+        return JSONResponse({"object": "list", "data": [_listing(name) for name in [*names, BASE]]})
+
+    async def _model_named(self, request: Request, account: Account) -> Response:
+        name = request.path_params["model"]
+        if name not in (BASE, *[AUTO] * (ROUTER in self._of(account))):
+            self._parts_of(account, name)
+        return JSONResponse(_listing(name))
 
     async def _metrics(self, _: Request, account: Account) -> Response:
         if not account.settings.metrics:
@@ -497,7 +566,7 @@ class Service:
         return JSONResponse({"object": "list", "model": BASE, "data": data, "usage": usage})
 
     async def _write(self, request: Request, account: Account) -> Response:
-        asked, chat = await _read(request, account, WrittenRequest), request.url.path.startswith("/v1/chat")
+        asked, chat = await _read(request, account, WrittenRequest), request.scope["path"].startswith("/v1/chat")
         adapter = None if asked.model == BASE else await self._named(account, asked.model)
         parts = self._answers(account, asked, adapter)
         kind = ("chat.completion" + ".chunk" * asked.stream) if chat else "text_completion"
@@ -517,10 +586,10 @@ class Service:
                         part = await anext(parts)
                     yield _event(shown("", part))
                     counted = self._usage(account, prompt_tokens=part.prompt_tokens, completion_tokens=part.tokens)
-                    if asked.stream_options.get("include_usage"):
+                    if asked.stream_options and asked.stream_options.include_usage:
                         yield _event({**head, "choices": [], "usage": counted})
                 except Exception as error:
-                    yield _event(_body(error))
+                    yield f"data: {_body(error).decode()}\n\n"
             yield "data: [DONE]\n\n"
 
         if asked.stream:
@@ -534,6 +603,10 @@ class Service:
         for kind, count in counts.items():
             self._tokens.labels(account.name, kind).inc(count)
         return {**counts, "total_tokens": sum(counts.values())}
+
+
+def _listing(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "edgeadapt"}
 
 
 def _event(row: dict[str, Any]) -> str:
@@ -564,16 +637,20 @@ async def _read(request: Request, account: Account, kind: type[R]) -> R:
     """Read the body of a request, which counts. Raises RequestError: it is too large or slow, or the quota is used up;
     ConfigError: it is not what ``kind`` describes."""
     account.charge()
-    body = b""
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(PATIENCE):
             async for part in request.stream():
-                body += part
-                if len(body) > MAX_BODY:
-                    raise RequestError(413, f"the body has more than {MAX_BODY} bytes; send less", connection="close")
+                size += len(part)
+                if size <= MAX_BODY:
+                    body += part
+                elif size > MAX_UNREAD:
+                    break
     except TimeoutError as error:
         raise RequestError(408, f"the body did not come within {PATIENCE:.0f} s", connection="close") from error
-    asked = kind.parse(body, "the request")
+    if size > MAX_BODY:  # only now: a client that is still sending would not read it
+        raise RequestError(413, f"the body has more than {MAX_BODY} bytes; send less", connection="close")
+    asked = kind.parse(bytes(body), "the request")
     account.left -= len(getattr(asked, "input", ".")) - 1  # each text counts
     return asked
 
@@ -590,10 +667,35 @@ def _status(error: Exception) -> int:
     return 400 if isinstance(error, ConfigError | DataError) else 500
 
 
-def _body(error: Exception) -> dict[str, Any]:
-    kind = "server_error" if (status := _status(error)) >= 500 else "invalid_request_error"
+def _body(error: Exception) -> bytes:
     line = str(error) if isinstance(error, EdgeAdaptError) else f"the server failed: {type(error).__name__}"
-    return {"error": {"message": line, "type": kind, "code": str(status), "param": getattr(error, "about", None)}}
+    return error_body(_status(error), line, getattr(error, "about", None))
+
+
+def refusal(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
+    """Say in one line why a request is not answered."""
+    more = headers or getattr(error, "headers", None)
+    return Response(_body(error), _status(error), more, "application/json")
+
+
+class Guard:
+    """Refuses requests by another name of this machine, and those of a page of another host: a browser sends them
+    without asking, and a model would run for them."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        respond: ASGIApp = self._app
+        if scope["type"] == "http" and "*" not in self._hosts:
+            headers = Headers(scope=scope)
+            host = headers.get("host", "")
+            origin = headers.get("origin", host).rpartition("//")[2]
+            for status, name in ((403, origin), (400, host)):
+                if name.partition(":")[0] not in self._hosts:
+                    reason = f"{name[:80]!r} is not a name of this server: {', '.join(self._hosts)}"
+                    respond = refusal(RequestError(status, reason))
+        await respond(scope, receive, send)
 
 
 class Runner(uvicorn.Server):
@@ -604,6 +706,9 @@ class Runner(uvicorn.Server):
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
         ended = asyncio.ensure_future(self.calls.stop(PATIENCE)) if self.calls else None
         await super().shutdown(sockets)
+        for connection in self.server_state.connections if self.force_exit else ():
+            assert isinstance(connection, Connection)  # noqa: S101  # of ``server_of``
+            connection.abandon()
         if ended and not self.force_exit:
             await ended
 
@@ -614,14 +719,15 @@ def server_of(service: Service, hosts: Sequence[str], tls: tuple[Path, Path] | N
     config = uvicorn.Config(
         service.application(hosts),
         loop="asyncio",
-        http="h11",  # the other parser has no limit on headers
+        http=Connection,
         ws="none",
+        lifespan="off",  # of which uvicorn would log that a second SIGINT ends it
         proxy_headers=False,  # who is on this machine could claim any address
         log_config=None,
         access_log=False,
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
-        h11_max_incomplete_event_size=2**14,
+        timeout_keep_alive=IDLE,
         ssl_certfile=tls and str(tls[0]),
         ssl_keyfile=tls and str(tls[1]),
     )

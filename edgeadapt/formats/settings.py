@@ -20,6 +20,7 @@ from edgeadapt.formats.jsontext import MAX_DEPTH, check_depth
 
 LONGEST = 2**16  # bytes of a file; ours have about 4000
 LONGEST_LINE = 2**11  # characters outside of texts: the time to read a dotted key grows with the square of its parts
+LONGEST_KEY = 200  # characters of a key in an error
 _TEXT = re.compile(r'"[^"\\\n]*"')
 
 
@@ -58,8 +59,8 @@ class Settings(BaseModel):
             raw = table if isinstance(table, bytes) else json.dumps(table, default=str)
             return cls.model_validate_json(raw, strict=True)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
+            first = error.errors(include_url=False, include_input=False)[0]
+            key = ".".join(map(str, first["loc"]))[:LONGEST_KEY]
             reason = first["msg"].removeprefix("Value error, ")
             line = f"{key}: {reason}" if key else reason
             if first["type"] == "extra_forbidden":

@@ -744,6 +744,8 @@ def test_a_second_interrupt_waits_for_nobody(bundle: Path) -> None:
                     socket.create_connection(address).close()
             process.send_signal(signal.SIGINT)
             assert process.wait(server.PATIENCE / 2) == 130
+        assert process.stderr is not None
+        assert process.stderr.read().strip() == "edgeadapt: interrupted"
 
 
 @pytest.mark.parametrize(
