@@ -181,8 +181,8 @@ class WrittenRequest(Settings):
 class RequestError(EdgeAdaptError):
     """A request that is not answered."""
 
-    def __init__(self, status: int, message: str, **headers: str) -> None:
-        super().__init__(message, about="request")
+    def __init__(self, status: int, message: str, about: str = "request", **headers: str) -> None:
+        super().__init__(message, about=about)
         self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
 
 
@@ -374,7 +374,7 @@ class Service:
         with suppress(ConfigError):
             parts = [part.name for part in Composition.parse(model).parts]
         if not parts or not all(account.may(name) and (bank.has(name) or name in bank.versions()) for name in parts):
-            raise RequestError(404, "there is no such model; GET /v1/models lists yours")
+            raise RequestError(404, "there is no such model; GET /v1/models lists yours", "model")
         return parts
 
     async def _named(self, account: Account, model: str) -> Composition:

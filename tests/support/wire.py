@@ -121,6 +121,7 @@ def site(bundle: Path, tenants: server.Tenants | None = None, **limits: Any) -> 
     runner = server.server_of(service, ["127.0.0.1"], None)
     records, begun, loops = Records(), threading.Event(), list[asyncio.AbstractEventLoop]()
     listening = socket.create_server(("127.0.0.1", 0))
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as the command does
     port = listening.getsockname()[1]
 
     async def run() -> None:
