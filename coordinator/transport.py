@@ -72,9 +72,10 @@ class OwnGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         raise NotImplementedError("push the messages, and pull the replies")  # as ``Transport`` does
 
-    def arrived(self) -> Collection[str] | None:
-        """The ids of the requests whose replies can be pulled now; None from a grid that has to be asked for each."""
-        return None
+    def arrived(self, waiting: Collection[str]) -> Iterable[str]:
+        """Choose the requests whose replies are pulled now, of those that are ``waiting`` for one: all, where a grid
+        has to be asked for each; else those whose replies are there, in the order of arrival."""
+        return waiting
 
     @staticmethod
     def number(message: Message, name: str) -> None:
@@ -154,18 +155,17 @@ class Transport:
         pushed = set(self.grid.push_messages(messages))
         nodes = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
         waiting = {message_id: node for message_id, node in nodes.items() if message_id in pushed}
-        yield from (
-            Reply(node, None, "could not be reached", silent=True) for node in bodies if node not in waiting.values()
-        )
+        reached = set(waiting.values())
+        yield from (Reply(node, None, "could not be reached", silent=True) for node in bodies if node not in reached)
         yield from self._collect(waiting, end, enough)
 
     def _collect(self, waiting: dict[str, int], end: float, enough: Enough | None) -> Iterator[Reply]:
         pause, answers, late = FIRST_POLL, 0, "did not answer in time"
         while waiting:
             arrived = False
-            known = self.grid.arrived() if isinstance(self.grid, OwnGrid) else None
-            for message_id, node in [each for each in waiting.items() if known is None or each[0] in known]:
-                if reply := self._pull(message_id, node):
+            ready = self.grid.arrived(waiting) if isinstance(self.grid, OwnGrid) else waiting
+            for message_id in [*ready]:
+                if reply := self._pull(message_id, waiting[message_id]):
                     del waiting[message_id]
                     arrived = True
                     answers += reply.body is not None

@@ -5,7 +5,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
@@ -149,6 +149,10 @@ class GatewayGrid(OwnGrid):
             self._answered(number, answer)
         return pushed
 
+    def arrived(self, waiting: Collection[str]) -> Iterable[str]:
+        with self._lock:
+            return [number for number in self._replies if number in waiting]
+
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         with self._lock:
             return [self._replies.pop(number)[1] for number in message_ids if number in self._replies]
@@ -197,6 +201,10 @@ class JoinedGrid(OwnGrid):
         others = [message for message in batch if message.metadata.dst_node_id not in light]
         pushed = [*self._light.push_messages(ours)]  # first: light devices need not wait for the database of Flower
         return [*pushed, *(self._flower.push_messages(others) if others else ())]
+
+    def arrived(self, waiting: Collection[str]) -> Iterable[str]:
+        others = (number for number in waiting if not number.startswith(PREFIX))
+        return [*self._light.arrived(waiting), *others]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         ids = list(message_ids)

@@ -313,7 +313,7 @@ class InProcessGrid(OwnGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Let the devices work, in the order in which their replies arrive."""
-        self.arrived()
+        self._advance()
         wanted, replies = set(message_ids), list[Message]()
         for number in [number for number in self._arrived if number in wanted]:
             if isinstance(reply := self._arrived.pop(number), Exception):
@@ -321,7 +321,11 @@ class InProcessGrid(OwnGrid):
             replies.append(reply)
         return replies
 
-    def arrived(self) -> Collection[str]:
+    def arrived(self, waiting: Collection[str]) -> Iterable[str]:
+        self._advance()
+        return [number for number in self._arrived if number in waiting]
+
+    def _advance(self) -> None:
         while self._in_flight and self._in_flight[0].arrives <= self.clock.now():
             flying = heapq.heappop(self._in_flight)
             try:
@@ -330,7 +334,6 @@ class InProcessGrid(OwnGrid):
                 self._arrived[flying.id] = error
             if flying.reply is not None:
                 self._arrived[flying.id] = flying.reply
-        return set(self._arrived)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         ids = set(self.push_messages(messages))
