@@ -17,8 +17,8 @@ from coordinator.launch import JSON
 from coordinator.launch import STATE as STATE
 from coordinator.registry.lease import LOOK
 from coordinator.rounds import federate
-from coordinator.runstate import Need
-from coordinator.statedir import CoordinatorStateDir, Stopped
+from coordinator.runstate import Need, Stopped
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import Clock, Transport
 from edgeadapt import traces
 from edgeadapt.commandline import JsonLines

@@ -92,6 +92,7 @@ class _Run:
                 self.cohort.leader = self.leader
             if done < settings.rounds or not settings.evaluation.every:
                 return done < settings.rounds
+            self.leader.run.waits(Need.EVALUATION)
             self.transport.clock.sleep(POLL)
 
     def _scheduled(self, done: int) -> FederationSettings:
@@ -123,6 +124,7 @@ class _Run:
         current = _Round(cohort, number, adapter, task)
         with traces.span("round", within=self.lifetime, round=number, devices=len(session.devices)) as span:
             cohort.dropped.clear()
+            cohort.round = number
             spec = session.session.spec
             _require_budget(self.account, session, self.leader)
             dealt = self.last.dealt if self.last else session.devices if spec.grouping else ()
@@ -140,7 +142,7 @@ class _Run:
             record = outcome.commit()
             cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
             _measure(span, record)
-        self.leader.run.save()
+        self.leader.run.moved()
         return record
 
     def _check(self, number: int, adapter: StoredAdapter) -> None:
@@ -188,7 +190,6 @@ class _Run:
                 self.leader.run.waits(Need.INTERVAL)
                 clock.sleep(min(LOOK, left))
                 self.given = self.given.reloaded()
-            self.leader.run.stopped()
 
     def _is_over(self, cohort: Cohort, session: Established, kind: type[RoundTask]) -> bool:
         """Whether the next round needs another session, as for a task with other sums. A survivor of the last sum that

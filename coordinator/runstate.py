@@ -1,33 +1,37 @@
-"""What a run waits for, in one file of the coordinator's state directory: the run writes it, everybody else reads it.
+"""What a run does and waits for, since when, and whether its process lives, in one file of the coordinator's state
+directory: the run writes it, everybody else reads it.
 
-``edgeadapt coordinator status``, its exit code, the dashboard and the metrics render this record. It outlives the run:
-one that fails leaves to the next one since when the fleet has waited, and what was counted. A run that is stopped on
-purpose waits no more."""
+``coordinator.health`` makes the verdict of it that every surface shows. The record outlives the run: one that fails, or
+is killed, leaves to the next one since when nothing has moved, and what was counted."""
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from aggregation.errors import EdgeAdaptError
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.jsontext import timestamp
 
 FILE = "run.json"
-EVERY = 1.0  # seconds between two writes of what a gateway counts
+EVERY = 1.0  # seconds between two writes of what is counted
+BEAT = 5.0  # seconds between two signs of life of a run in which nothing else is written
 REMIND = 60.0  # seconds between two lines of the log while the run waits
 MAX_RECORD = 2**18  # bytes
 KINDS = 32  # of refusals
+LONGEST = 1000  # characters of an error
 VERSIONS = 4  # of one kind: peers that prove nothing state any, and must not push out what others are refused for
-_WAIT = ("waits_for", "since", "devices", "needed", "attempt", "attempts", "reason")  # of a wait
+_WAIT = ("waits_for", "devices", "needed", "attempt", "attempts", "reason")  # of a wait
 log = logging.getLogger("edgeadapt.coordinator")
 
 
@@ -36,21 +40,35 @@ class Need(StrEnum):
     REVOCATIONS = "revocations"  # the newest revocation list has expired
     DEVICES = "devices"  # too few are connected for an attempt at a session
     SESSION = "session"  # attempts at one are made
+    ANSWERS = "answers"  # devices were asked at a step of a round
     INTERVAL = "interval"  # the last sum is not long enough ago, as it should
+    EVALUATION = "evaluation"  # all other rounds are done, and the next one of the schedule is not due
 
 
-IDLE = (Need.LEASE, Need.INTERVAL)  # waits in which nothing is wrong
+IDLE = (Need.LEASE, Need.INTERVAL, Need.EVALUATION)  # waits in which nothing is wrong
+
+
+class Stopped(EdgeAdaptError):  # noqa: N818  # no error: what runs was asked to stop
+    """Ends a run, whose round under way is lost."""
+
+
+class Ending(StrEnum):
+    DONE = "done"  # what there was to do
+    STOPPED = "stopped"  # asked to: Ctrl-C, SIGTERM or 'edgeadapt coordinator stop'
+    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Counts refusals of one kind, of devices by the coordinator or of messages by devices. ``text``: of the last."""
+    """Counts refusals of one kind, of devices by the coordinator or of messages by devices. ``text``: of the last one;
+    it may name devices. ``cause``: the same without names, for the dashboard; empty where ``kind`` says it."""
 
     kind: str  # field that was refused, or step that devices refused
     version: str  # of edgeadapt, as the device states it; empty if nothing says it
     count: int
     at: str  # when the last one came, ISO 8601
     text: str
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,39 +99,86 @@ class GatewaySnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class StepUnderWay:
+    """A step of a round or of the making of a session. ``needed``: fewest answers with which it can go on, or 0 where
+    the step does not say; more may come. ``allowed``: seconds that devices have for an answer."""
+
+    name: str
+    round: int  # 0: of no round
+    asked: int
+    needed: int
+    answered: int = 0
+    allowed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunProcess:
+    """The process that makes the rounds, or made the last ones.
+
+    ``beat`` and ``ticks``: its last sign of life, by the calendar, and by the monotonic clock, which all processes of a
+    machine share until it starts again. A process that holds the run's lock is compared by ``ticks``: no change of the
+    calendar makes it look hung. ``ended``: None while it runs, and for ever if it was killed."""
+
+    pid: int
+    began: str  # ISO 8601
+    beat: str
+    ticks: float
+    ended: str | None = None
+    ending: Ending | None = None
+    error: str = ""  # that it failed with; may name devices
+    failures: int = 0  # runs in a row that failed or were killed, without progress, before this one ended
+
+
+@dataclass(frozen=True, slots=True)
 class RunState:
-    """The record. ``waits_for``: None while rounds go on, and before the first run."""
+    """The record. ``waits_for``: None while it computes, and before the first run.
+
+    ``since``: when something moved last: a session was made, a round had an answer or ended, or a wait that is as it
+    should be began or ended. Attempts that fail do not count. ``since_ticks``: the same, by the monotonic clock."""
 
     waits_for: Need | None = None
-    since: str | None = None  # when the wait began, ISO 8601; one for devices goes on as one for a session
+    since: str | None = None  # ISO 8601
+    since_ticks: float = 0.0
     devices: int = 0  # that are there, or listed for the attempt
     needed: int = 0
     attempt: int = 0  # at a session, from 1; 0 before the first
     attempts: int = 0  # after which the run ends
     reason: str = ""  # why the last attempt failed; may name devices
+    step: StepUnderWay | None = None
+    process: RunProcess | None = None  # None before the first run
     sessions: Mapping[str, int] = field(default_factory=dict)  # ``made``, or why not → attempts
     refusals: tuple[Refusal, ...] = ()  # the last one first
     agreed: Mapping[str, Agreement] = field(default_factory=dict)  # by ``RoundTask.CONSENT``
     gateway: GatewaySnapshot | None = None  # while one runs
 
-    def row(self, now: datetime, *, running: bool = True) -> dict[str, Any]:
-        """Describe it as ``--json`` has it. ``waited``: for how many seconds the fleet has waited for devices or a
-        session; 0 if it does not. ``running``: whether a run is in progress; one that was killed has no gateway."""
-        waits = self.since is not None and self.waits_for not in (None, *IDLE)
-        waited = (now - datetime.fromisoformat(self.since or "")).total_seconds() if waits else 0.0
-        row = {**asdict(self), "refusals": [asdict(each) for each in self.refusals], "waited": max(0.0, waited)}
+    def row(self, *, running: bool = True) -> dict[str, Any]:
+        """Describe it as ``--json`` has it. ``running``: whether a run is in progress; one that was killed has no
+        gateway."""
+        row = {**asdict(self), "refusals": [asdict(each) for each in self.refusals]}
         return row if running else row | {"gateway": None}
+
+    @property
+    def wait(self) -> str:
+        """What is waited for, in words without a device's name; empty if nothing is."""
+        if self.waits_for is Need.ANSWERS and self.step is not None:
+            return f"waits for answers to {self.step.name} of round {self.step.round}: {_answers(self.step)}"
+        if self.waits_for is None:
+            return ""
+        there = f": {self.devices} devices are there, {self.needed} are needed" if self.needed else ""
+        attempt = f", attempt {self.attempt} of {self.attempts}" if self.attempt else ""
+        step = f", {self.step.name}: {_answers(self.step)}" if self.step else ""
+        return f"{_NAMES[self.waits_for]}{there}{attempt}{step}"
+
+
+def _answers(step: StepUnderWay) -> str:
+    needed = f", {step.needed} are needed" if step.needed else ""
+    return f"{step.answered} answered{needed}, {step.asked} were asked"
 
 
 def lines(row: Mapping[str, Any]) -> Iterator[str]:
-    """Say what a run waits for, and what was refused. ``row``: from ``RunState.row``."""
-    if row["waits_for"] is not None:
-        since = f"since {row['since']}" + (f", {row['waited'] / 60:.0f} minutes" if row["waited"] else "")
-        there = f": {row['devices']} of {row['needed']} devices are there" if row["needed"] else ""
-        attempt = f", attempt {row['attempt']} of {row['attempts']}" if row["attempt"] else ""
-        yield f"waits for {_NAMES[row['waits_for']]} {since}{there}{attempt}"
+    """Say what failed, what was refused, and who is there. ``row``: from ``RunState.row``."""
     if row["reason"]:
-        yield f"  the last attempt failed: {row['reason']}"
+        yield f"  the last attempt at a session failed: {row['reason']}"
     for each in row["refusals"]:
         version = f", edgeadapt {each['version']}" if each["version"] else ""
         yield f"  refused {each['count']} times, last at {each['at']} ({each['kind']}{version}): {each['text']}"
@@ -128,12 +193,18 @@ def lines(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 _NAMES = {
-    Need.LEASE: "the lease",
-    Need.REVOCATIONS: "a newer revocation list",
-    Need.DEVICES: "devices",
-    Need.SESSION: "a session",
-    Need.INTERVAL: "the end of the interval",
+    Need.LEASE: "another coordinator leads, and this one stands by",
+    Need.REVOCATIONS: "waits for a newer revocation list",
+    Need.DEVICES: "waits for devices",
+    Need.SESSION: "makes a session",
+    Need.ANSWERS: "waits for answers",
+    Need.INTERVAL: "the next session waits for its time",
+    Need.EVALUATION: "the next evaluation waits for its time",
 }
+
+
+def _seconds(at: str) -> float:
+    return datetime.fromisoformat(at).timestamp()
 
 
 def read(folder: Path) -> RunState:
@@ -151,20 +222,102 @@ class RunRecord:
     folder: Path
     _state: RunState | None = None  # None: nothing was written yet
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _written: bytes = b""
+    _written: RunState | None = None
+    _at: float = 0.0  # when it was written, by the monotonic clock
     _remind: float = 0.0  # when the log is due again, by the monotonic clock
+    _look: Callable[[], GatewaySnapshot] | None = None
+    _looking: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def living(self, patience: float, orphaned: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Note that a run begins, that its process lives while the block runs, and how that ends. ``patience``: seconds
+        after which a run that follows another one begins afresh; a sooner one waits since the one before did.
+        ``orphaned``: whether a stop is that of a supervisor which was killed."""
+        self._begin(patience)
+        over = threading.Event()
+        beating = threading.Thread(target=self._beat_until, args=(over,), name="run record", daemon=True)
+        beating.start()
+        ending, error = Ending.FAILED, ""
+        try:
+            yield
+            ending = Ending.DONE
+        except (Stopped, KeyboardInterrupt, SystemExit, GeneratorExit):
+            if orphaned():
+                error = "'edgeadapt coordinator up' was killed, and its services end with it"
+            else:
+                ending = Ending.STOPPED
+            raise
+        except BaseException as failure:
+            error = str(failure) or type(failure).__name__
+            raise
+        finally:
+            over.set()
+            beating.join()
+            self.ended(ending, error)
+
+    def _begin(self, patience: float) -> None:
+        with self._lock:
+            self._state = before = read(self.folder)  # another process may have written it meanwhile
+        now, ticks, pid = time.time(), time.monotonic(), os.getpid()
+        last, process = before.process, RunProcess(pid, timestamp(now), timestamp(now), ticks)
+        rest: dict[str, Any] = {"waits_for": None, "step": None, "gateway": None, "process": process}
+        failed = last is not None and last.ending in (None, Ending.FAILED)  # None: it was killed
+        if last is None or not failed or before.since is None or now - _seconds(last.ended or last.beat) > patience:
+            self._update(**rest, since=timestamp(now), since_ticks=ticks, reason="")
+            return
+        rest["process"] = replace(process, failures=last.failures + (last.ended is None), error=last.error)
+        # The monotonic clock may have begun again since.
+        self._update(**rest, since_ticks=ticks - max(0.0, now - _seconds(before.since)))
+
+    def ended(self, ending: Ending, error: str = "") -> None:
+        """Note how a run ended, or why none could begin."""
+        now, before = timestamp(time.time()), self._now().process
+        last = before or RunProcess(os.getpid(), now, now, time.monotonic())
+        first = before is None or (before.ended is not None and before.ending is not Ending.FAILED)
+        failures = last.failures + 1 if ending is Ending.FAILED else 0
+        process = replace(last, ended=now, ending=ending, error=error[:LONGEST], failures=failures)
+        since = {"since": now, "since_ticks": time.monotonic()} if first else {}
+        self._update(process=process, waits_for=None, step=None, gateway=None, **since)
+
+    def _beat_until(self, over: threading.Event) -> None:
+        with storage.kill_safe():  # what is lost in a power cut is the last seconds
+            while True:
+                with self._looking, suppress(EdgeAdaptError, OSError):
+                    if self._look is not None:
+                        self._update(gateway=self._look())
+                self._update()
+                if over.wait(EVERY):
+                    return
+
+    def moved(self, **changes: object) -> None:
+        """Note progress, and the end of a wait."""
+        self._update(moved=True, **{"waits_for": None, "step": None, "attempt": 0, "reason": "", **changes})
 
     def waits(self, need: Need, devices: int = 0, needed: int = 0, attempt: int = 0, attempts: int = 0) -> None:
         """Note what the run waits for, with the numbers of now. A wait for devices is logged from time to time; for
         the others there are lines about each attempt."""
         before = self._now()
-        goes_on = before.waits_for is not None and (before.waits_for in IDLE) == (need in IDLE)
-        facts = {"devices": devices, "needed": needed, "attempt": attempt, "attempts": attempts}
-        since = before.since if goes_on else timestamp(time.time())
-        state = self._update(waits_for=need, since=since, reason=before.reason if goes_on else "", **facts)
+        turns = before.since is None or (before.waits_for in IDLE) != (need in IDLE)
+        facts = {"devices": devices, "needed": needed, "attempt": attempt, "attempts": attempts, "step": None}
+        state = self._update(moved=turns, waits_for=need, **facts)
         if need is Need.DEVICES and (before.waits_for is not need or time.monotonic() >= self._remind):
             self._remind = time.monotonic() + REMIND
-            log.info("%s", next(lines(state.row(datetime.now(UTC)))))
+            log.info("%s", state.wait)
+
+    def asks(self, step: str, number: int, asked: int, needed: int, allowed: float) -> None:
+        """Note a step that begins: of round ``number``, in which it is progress; or, if that is 0, of an attempt at a
+        session, which is not. Like its answers, the next sign of life writes it: a round has a handful of steps."""
+        under_way = StepUnderWay(step, number, asked, needed, 0, allowed)
+        with self._lock:
+            waits = {"waits_for": Need.ANSWERS, "attempt": 0} if number else {}
+            self._state = self._changed(moved=number > 0, step=under_way, **waits)
+
+    def answered(self) -> None:
+        """Count an answer to the step under way, of which there may be thousands."""
+        with self._lock:
+            if (step := (self._state or read(self.folder)).step) is not None:
+                counted = replace(step, answered=step.answered + 1)
+                self._state = self._changed(moved=step.round > 0, step=counted)
 
     @contextmanager
     def waiting(self, need: Need) -> Iterator[None]:
@@ -181,7 +334,7 @@ class RunRecord:
         self._update(reason=reason, sessions=_counted(self._now().sessions, outcome))
 
     def made(self) -> None:
-        self._update(waits_for=None, since=None, attempt=0, reason="", sessions=_counted(self._now().sessions, "made"))
+        self.moved(sessions=_counted(self._now().sessions, "made"))
 
     def agreed(self, what: str, devices: int, asked: int, needed: int) -> None:
         """Note how many owners agree to a kind of session: the others are not there for it."""
@@ -191,21 +344,15 @@ class RunRecord:
     def leads(self) -> None:
         """End a wait for the lease; one for devices, of a run before, goes on."""
         if self._now().waits_for is Need.LEASE:
-            self.stopped()
+            self.moved()
 
-    def stopped(self) -> None:
-        self._update(waits_for=None, since=None)
-
-    def save(self) -> None:
-        self._update()
-
-    def refused(self, kind: str, version: str, text: str) -> None:
-        """Count a refusal. ``save`` or the next change writes it: peers that prove nothing make the disk no work."""
+    def refused(self, kind: str, version: str, text: str, cause: str = "") -> None:
+        """Count a refusal. The next change writes it: peers that prove nothing make the disk no work."""
         with self._lock:
             state = self._state or read(self.folder)
             same = [each for each in state.refusals if (each.kind, each.version) == (kind, version)]
             count = 1 + sum(each.count for each in same)
-            kept = [Refusal(kind, version, count, timestamp(time.time()), text)]
+            kept = [Refusal(kind, version, count, timestamp(time.time()), text, cause)]
             for each in state.refusals:
                 if each not in same and sum(one.kind == each.kind for one in kept) < VERSIONS:
                     kept.append(each)
@@ -213,37 +360,42 @@ class RunRecord:
 
     @contextmanager
     def observing(self, look: Callable[[], GatewaySnapshot]) -> Iterator[None]:
-        """Keep what a gateway says about itself up to date while the block runs."""
-        over = threading.Event()
-
-        def observe() -> None:
-            while True:
-                self._update(gateway=look())
-                if over.wait(EVERY):
-                    return
-
-        observer = threading.Thread(target=observe, name="run record", daemon=True)
-        observer.start()
+        """Have what a gateway says about itself in the record while the block runs, in a run that is ``living``."""
+        self._look = look
         try:
             yield
         finally:
-            over.set()
-            observer.join()
+            with self._looking:
+                self._look = None
             self._update(gateway=None)
 
     def _now(self) -> RunState:
         with self._lock:
             return self._state or read(self.folder)
 
-    def _update(self, **changes: object) -> RunState:
+    def _update(self, *, moved: bool = False, **changes: object) -> RunState:
+        """Change the record, and write it if that is due. ``moved``: the change is progress."""
         with self._lock:
-            self._state = state = replace(self._state or read(self.folder), **changes)  # type: ignore[arg-type]
-            raw = json.dumps(asdict(state)).encode()
-            if raw != self._written:
-                with suppress(OSError):
-                    storage.replace(self.folder / FILE, raw, storage.PUBLIC)
-                    self._written = raw
+            state = self._state = self._changed(moved=moved, **changes)
+            process, ticks = state.process, time.monotonic()
+            lives = process is not None and process.ended is None
+            if state == self._written and not (lives and ticks - self._at >= BEAT):
+                return state
+            if process is not None and lives:
+                beat = replace(process, beat=timestamp(time.time()), ticks=ticks)
+                state = self._state = replace(state, process=beat)
+            with suppress(OSError):
+                storage.replace(self.folder / FILE, json.dumps(asdict(state)).encode(), storage.PUBLIC)
+                self._written, self._at = state, ticks
             return state
+
+    def _changed(self, *, moved: bool, **changes: object) -> RunState:
+        state = self._state or read(self.folder)
+        if moved:
+            changes = {"since": timestamp(time.time()), "since_ticks": time.monotonic(), **changes}
+            if state.process is not None and (state.process.failures or state.process.error):
+                changes = {"process": replace(state.process, failures=0, error=""), **changes}
+        return replace(state, **changes)  # type: ignore[arg-type]
 
 
 def _counted(counts: Mapping[str, int], name: str) -> dict[str, int]:

@@ -4,6 +4,7 @@ session."""
 
 import logging
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,7 +21,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.messages import DIGEST, Challenge, CheckIn
 from aggregation.pki import Root
-from aggregation.pki.certificates import identity, load, same_name
+from aggregation.pki.certificates import DEVICE_ID, identity, load, same_name
 from aggregation.pki.revocation import RevocationList
 from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.spec import SessionSpec
@@ -36,6 +37,7 @@ from edgeadapt import traces
 from edgeadapt.formats.cores import ahead, cores
 from edgeadapt.rounds.roundtask import RoundTask
 
+_WORD = re.compile(DEVICE_ID)
 CHECK_INS = 2  # challenges in an attempt, where a device is needed that did not answer the first
 
 
@@ -72,6 +74,8 @@ def check_in(
     present: dict[str, CheckIn] = {}
     admitted: dict[str, str] = {}  # name without case, and id of the key → device
     nodes: dict[str, int] = {}
+    least = leader.settings.aggregation.fewest_devices
+    leader.run.asks(Step.CHECK_IN.value, 0, len(asked), least, transport.deadline)
     for attempt in range(1, CHECK_INS + 1):
         known = {*nodes.values()}
         left = [node for node in (asked if sampled else transport.nodes()) if node not in known]
@@ -84,7 +88,7 @@ def check_in(
                 device, answer = checks.check_in(root, challenges[reply.node], reply.answer(), datetime.now(UTC))
             except ProtocolError as error:
                 log.info("node %d is not admitted: %s", reply.node, error)
-                _note(leader, Step.CHECK_IN, reply, error)
+                _note(leader, Step.CHECK_IN, reply, error, nodes)
                 continue
             names = same_name(device), identity(load(answer.certificate)).key_id
             if twin := admitted.get(names[0]) or admitted.get(names[1]):
@@ -92,14 +96,19 @@ def check_in(
                 continue
             admitted |= dict.fromkeys(names, device)
             present[device], nodes[device] = answer, reply.node
+            leader.run.answered()
         if last is None or not last.unmet(nodes, root.revoked):
             break
     return _still_valid(root, CheckedIn(present, nodes, datetime.now(UTC)))
 
 
-def _note(leader: CoordinatorStateDir, step: Step, reply: Reply, error: ProtocolError) -> None:
+def _note(
+    leader: CoordinatorStateDir, step: Step, reply: Reply, error: ProtocolError, devices: Collection[str]
+) -> None:
+    """Count what a device refused, or what was refused of it. What it says is shown without the names of others."""
     if not reply.silent:
-        leader.run.refused(error.about or step.value, "", str(error))
+        cause = _WORD.sub(lambda word: "a device" if word[0] in devices else word[0], reply.reason)
+        leader.run.refused(error.about or step.value, "", str(error), cause)
 
 
 def choose(nodes: Sequence[int], cohort: CohortSettings, group: str, *, all_of_them: bool = False) -> tuple[int, ...]:
@@ -165,6 +174,7 @@ class Cohort:
     serials: Mapping[str, int]  # device → serial of its certificate
     revoked: RevocationList | None  # the revocation list that the session applies
     dropped: dict[str, str] = field(default_factory=dict)
+    round: int = 0  # under way; 0 while the session is made
 
     @property
     def corrupt(self) -> int:
@@ -181,6 +191,7 @@ class Cohort:
         be closed by the caller."""
         settings, step, bodies = self.leader.settings, asked.step, asked.bodies
         with traces.span(step.value, asked=len(bodies)) as span:
+            self.leader.run.asks(step.value, self.round, len(bodies), asked.needed, self.transport.deadline)
             self.recorder.sent(step, bodies)
             left = list(bodies)
             for attempt in range(1, settings.attempts + 1):
@@ -221,12 +232,13 @@ class Cohort:
                 state = asked.accept(state, device, answer())
                 self.recorder.received(asked.step, device, reply.answer())
                 self.dropped.pop(device, None)
+                self.leader.run.answered()
                 log.debug("%s answered %s", device, asked.step.value, extra={"answered": asked.step.value})
             except ProtocolError as error:
                 self.dropped[device] = asked.step.value
                 silent += [device] if reply.silent else []
                 log.info("%s dropped out at %s: %s", device, asked.step.value, error, extra={"device": device})
-                _note(self.leader, asked.step, reply, error)
+                _note(self.leader, asked.step, reply, error, self.nodes)
         return state, sorted(silent)
 
 

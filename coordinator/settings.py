@@ -287,7 +287,8 @@ class GatewaySettings(Settings):
     """origins of pages from which browsers may take part, as https://fleet.example; those of loopback always may"""
 
 
-RELOADED = ("rounds", "interval", "deadline", "attempts", "cohort")  # what may change between two rounds of a run
+# what may change between two rounds of a run
+RELOADED = ("rounds", "interval", "deadline", "attempts", "stuck_after", "cohort")
 
 
 class FederationSettings(Settings):
@@ -303,6 +304,9 @@ class FederationSettings(Settings):
     attempts: int = Field(default=20, ge=1, le=1000)
     """attempts at making a session before the run ends, and at a step of a round that too few devices answer; the
     pauses between them grow from 15 s to the deadline"""
+    stuck_after: float = Field(default=900.0, gt=0, le=31_536_000)
+    """time without progress after which status, dashboard and metrics say that the fleet is stuck, in seconds; longer
+    than devices are away at a time, as by day where they take part at night"""
     method: Literal["fedit", "ffa", "rolora", "fedsb", "fedsa", "fedper", "fedbabu", "head"] = "fedit"
     """which parts of the adapter devices train and share (docs/reference/federated-methods.md): fedit, ffa, rolora,
     fedsb, fedsa, fedper, fedbabu or head"""

@@ -28,7 +28,7 @@ from aggregation.pki.tls import TlsKey, verify_tls
 from aggregation.server import Coordinator
 from coordinator.registry import Leadership, Lease, Registry, TranscriptTable, database, leadership
 from coordinator.registry.lease import LOOK
-from coordinator.runstate import Need, RunRecord
+from coordinator.runstate import Need, RunRecord, Stopped
 from coordinator.settings import SERVICES, SETTINGS, FederationSettings, ServiceSettings
 from coordinator.transcripts import Transcripts
 from edgeadapt.formats import storage
@@ -59,10 +59,6 @@ HEADER = b"# The settings of a federation. A run reads them when it starts, and 
 log = logging.getLogger("edgeadapt.coordinator")
 REGISTRY_HEADER = b"# Where the registry is kept. Every command reads them when it starts.\n"
 SERVICES_HEADER = b"# What 'edgeadapt coordinator up' runs on this machine. It reads them when it starts.\n"
-
-
-class Stopped(EdgeAdaptError):  # noqa: N818  # no error: what runs was asked to stop
-    """Ends a run, whose round under way is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +230,8 @@ class CoordinatorStateDir:
         Yields the directory, with a registry and transcripts that the lease allows to write. Raises EdgeAdaptError:
         another run uses the directory, or the lease cannot be taken. Raises TrustError: the files of the transcript
         have what the database does not have."""
-        with self.locked(), self._noting_stops():
+        served = self.is_service
+        with self.locked(), self.run.living(self.settings.stuck_after, lambda: served and not self.is_service):
             if not self.registry.is_shared:
                 yield self
                 return
@@ -250,15 +247,6 @@ class CoordinatorStateDir:
                 registry = replace(self.registry, epoch=lease.epoch)
                 transcripts = replace(self.transcripts, table=table)
                 yield replace(self, registry=registry, transcripts=transcripts, lease=lease)
-
-    @contextmanager
-    def _noting_stops(self) -> Iterator[None]:
-        """Note a run that is ended on purpose, and not by a failure."""
-        try:
-            yield
-        except (Stopped, KeyboardInterrupt, SystemExit):
-            self.run.stopped()
-            raise
 
     def require_lead(self) -> None:
         """Check that no other coordinator has taken the lease. Raises EdgeAdaptError."""

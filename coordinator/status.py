@@ -4,7 +4,7 @@ Nothing in a log is verified here; ``edgeadapt audit`` does that."""
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,10 +16,12 @@ from aggregation.messages import Shares
 from aggregation.steps import Step
 from aggregation.transcript.entries import MAGIC, Abort, Checkpoint, Entry, Result, Stage, read
 from aggregation.transcript.log import ANSWERS, REQUESTS
-from coordinator import runstate
+from coordinator import health, runstate
 from coordinator.expiry import expiries
+from coordinator.health import Condition
 from coordinator.schedule import evaluations, next_evaluation
 from coordinator.services import deployment
+from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from edgeadapt.auditing.transcripts import logs
 from edgeadapt.formats import storage
@@ -102,17 +104,23 @@ class StuckError(EdgeAdaptError):
     exit_code = 7
 
 
-def require_moving(status: dict[str, Any], patience: float) -> None:
-    """Check that a fleet has not waited longer than ``patience`` seconds for devices or a session, whether or not a run
-    is in progress. Raises StuckError."""
-    run = status["run"]
-    if run["waited"] > patience:
-        raise StuckError(f"the fleet is stuck: it {next(runstate.lines(run))}", about="run.waited")
+def require_health(health: Mapping[str, Any]) -> None:
+    """Check a verdict, as ``Verdict.row`` has it. Raises StuckError: it is not healthy."""
+    if not health["healthy"]:
+        raise StuckError(f"{health_line(health)}: {health['remedy']}", about=f"health.{health['condition']}")
+
+
+def health_line(health: Mapping[str, Any]) -> str:
+    since = f", and nothing has moved since {health['since']}" if health["since"] else ""
+    minutes = f" ({health['seconds'] / 60:.0f} minutes)" if since else ""
+    quiet = health["condition"] in (Condition.STUCK, Condition.WAITING, Condition.HUNG)
+    return f"{health['condition']}: {health['text']}{f'{since}{minutes}' if quiet else ''}"
 
 
 OF_VERSION = ("version", "round", "sha256")
 OF_ROUND = ("round", "dropped", "aborted", "spoiled", "metrics", "epsilon", "version")
 COSTS = ("bytes_up", "bytes_down", "seconds")  # of a round
+LISTED = 10  # rounds, the last ones, of a status in text
 SUSPICIOUS = 0.01  # probability
 GAP = "  "
 COLUMNS = {  # name in the table of rounds → heading, which is as wide as the cells
@@ -127,16 +135,17 @@ COLUMNS = {  # name in the table of rounds → heading, which is as wide as the 
 }
 
 
-def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
-    """Collect the object that ``edgeadapt coordinator status --json`` prints. Raises EdgeAdaptError: as
-    ``Registry.versions`` and ``Registry.rounds``; or the last log is too large, or not a file."""
+def status_of(state_dir: CoordinatorStateDir, patience: float | None = None) -> dict[str, Any]:
+    """Collect the object that ``edgeadapt coordinator status --json`` prints. ``patience``: seconds without progress
+    that are healthy, instead of those of the settings. Raises EdgeAdaptError: as ``Registry.versions`` and
+    ``Registry.rounds``; or the last log is too large, or not a file."""
     rounds, progress = state_dir.registry.rounds(), LogFollower(state_dir.folder / TRANSCRIPT).look()
     manifests = [version.manifest for version in state_dir.registry.versions()]
     return {
         "state": str(state_dir.folder),
         "key": state_dir.key.public.key_id,
         "authority": state_dir.root.fingerprint,
-        **operation_of(state_dir),
+        **operation_of(state_dir, patience),
         **counts_of(rounds),
         "versions": [
             {**{name: getattr(each, name) for name in OF_VERSION}, "bytes": each.size, "labels": len(each.labels)}
@@ -149,19 +158,30 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
     }
 
 
-def operation_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
-    now, running = datetime.now(UTC), state_dir.in_use
-    how, records = state_dir.settings.evaluation, state_dir.registry.rounds()
+def operation_of(state_dir: CoordinatorStateDir, patience: float | None = None) -> dict[str, Any]:
+    now, settings, records = datetime.now(UTC), _settings(state_dir), state_dir.registry.rounds()
+    how, ends = settings.evaluation, expiries(state_dir.folder, now)
     following = next_evaluation(state_dir.folder, how, records) if how.every else None
+    wanted = settings.rounds + (evaluations(records) if how.every else 0)
+    run, running, judged = health.of_federation(state_dir, settings, records, wanted, ends, patience)
     return {
+        "health": judged.row(),
         "running": running,
-        "run": runstate.read(state_dir.folder).row(now, running=running),
+        "run": run.row(running=running),
         "lease": lease_of(state_dir),
         "services": deployment.running(state_dir.folder),
-        "expiries": expiries(state_dir.folder, now),
-        "rounds_wanted": state_dir.settings.rounds + (evaluations(records) if how.every else 0),
+        "expiries": ends,
+        "rounds_wanted": wanted,
         "evaluation": following and {"due": following.due and following.due.isoformat(), "text": following.text},
     }
+
+
+def _settings(state_dir: CoordinatorStateDir) -> FederationSettings:
+    """Read the settings again: a dashboard outlives changes of them. While they are refused, those of before count."""
+    try:
+        return FederationSettings.read(state_dir.folder / SETTINGS)
+    except (EdgeAdaptError, OSError):
+        return state_dir.settings
 
 
 def counts_of(rounds: Sequence[RoundRecord]) -> dict[str, Any]:
@@ -192,11 +212,13 @@ def drift_of(manifests: Sequence[VersionManifest]) -> dict[str, Any] | None:
 
 def lines_of(status: dict[str, Any]) -> Iterator[str]:
     yield f"{status['state']}: key {status['key']}, authority {status['authority'][:16]}"
+    yield from _verdict_lines(status["health"], running=status["running"])
     if lease := status["lease"]:
         leads = "leads" if lease["in_force"] else "led last, and nobody leads now"
         own = " (this directory)" if lease["own"] else ""
         yield f"{lease['leader']}{own} {leads}, epoch {lease['epoch']}"
-    yield from (row["warning"] for row in status["expiries"].values() if row["warning"])
+    said = {each["about"] for each in status["health"]["problems"]}
+    yield from (row["warning"] for name, row in status["expiries"].items() if row["warning"] and name not in said)
     if services := status["services"]:
         yield f"services run since {services['since']}, process {services['pid']}"
         for service in services["services"]:
@@ -227,16 +249,32 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
             state = f"{step['name']} answered by {step['answered']}"
         times = f", {session['began']} to {session['latest']}" if session["began"] else ""
         yield f"last session {session['log']}{times}: {session['devices']} devices, {session['rounds']} rounds, {state}"
-    if status["rounds"]:
-        yield ""
-        yield heading()
-    for row in status["rounds"]:
-        yield from round_lines(row)
+    yield from _last_rounds(status["rounds"])
     if status["farthest"]:
         yield ""
         yield "devices whose groups were farthest from the combination, more often than chance (a hint, no proof):"
     for device, row in status["farthest"].items():
         yield f"{device}: {row['farthest']} of {row['rounds']} rounds, which has a chance of {row['chance']:.2g}"
+
+
+def _last_rounds(rounds: Sequence[dict[str, Any]]) -> Iterator[str]:
+    if rounds:
+        yield ""
+        yield heading()
+    if (earlier := len(rounds) - LISTED) > 0:
+        yield f"{earlier} rounds before these: 'edgeadapt coordinator status DIR --rounds' lists all"
+    for row in rounds[-LISTED:]:
+        yield from round_lines(row)
+
+
+def _verdict_lines(judged: Mapping[str, Any], *, running: bool) -> Iterator[str]:
+    yield health_line(judged)
+    if judged["remedy"]:
+        yield f"  do: {judged['remedy']}"
+    if judged["error"]:
+        yield f"  the {'run before this one' if running else 'last run'} failed: {judged['error']}"
+    for problem in judged["problems"][1:]:
+        yield f"  {problem['about']}: {problem['text']}"
 
 
 def heading(width: int = 0) -> str:

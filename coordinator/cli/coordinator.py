@@ -12,7 +12,7 @@ from datetime import UTC, date, datetime, timedelta
 from logging import INFO, WARNING, LogRecord
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -28,8 +28,9 @@ from coordinator.status import (
     device_lines,
     device_rows,
     heading,
+    health_line,
     lines_of,
-    require_moving,
+    require_health,
     round_lines,
     round_row,
     status_of,
@@ -237,26 +238,39 @@ def _run(flower: "Connection", state_dir: Path, gateway: str | None, as_json: bo
 @click.option("--follow", is_flag=True, help="With --rounds: wait for those to come, until all are done.")
 @option(
     "--stuck-after SECONDS",
-    "Exit with 7 if the fleet has waited longer for devices or a session.",
+    "Time without progress that is healthy.  [default: stuck_after of DIR/federation.toml]",
     type=FiniteRange(min=0.0),
-    default=900.0,
-    show_default=True,
 )
+@click.option("--liveness", is_flag=True, help="Judge only whether another process would help; read no registry.")
 @as_json
-def status(state_dir: Path, rounds: bool, devices: bool, follow: bool, stuck_after: float, as_json: bool) -> None:
-    """Show what the run of the coordinator in DIR waits for, its services, versions, rounds, dropouts and last session.
+def status(
+    state_dir: Path,
+    rounds: bool,
+    devices: bool,
+    follow: bool,
+    stuck_after: float | None,
+    liveness: bool,
+    as_json: bool,
+) -> None:
+    """Show whether the federation in DIR moves, what it waits for and since when, its last rounds, dropouts, services.
 
     --follow also shows the step that is under way. It only reads: Ctrl-C ends nothing else.
 
-    As a health check, it fails with 7 while the fleet is stuck.
+    As a health check, it fails with 7 while nothing has moved for too long, or nothing runs and rounds are left. As a
+    liveness probe, with --liveness, it fails with 7 only where a restart helps: a process hangs or is gone, and not
+    while devices are missing.
 
     \b
     Examples:
       edgeadapt coordinator status fleet
       edgeadapt coordinator status fleet --rounds --follow
       edgeadapt coordinator status fleet --devices
+      edgeadapt coordinator status fleet --liveness
       edgeadapt coordinator status runs/demo/coordinator --json
     """
+    if liveness:
+        _judge_process(state_dir, others=rounds or devices or follow or stuck_after is not None, as_json=as_json)
+        return
     opened = CoordinatorStateDir.open(state_dir)
     if devices and (rounds or follow):
         raise ConfigError("--devices is for all rounds so far: leave out --rounds and --follow", about="--devices")
@@ -267,10 +281,27 @@ def status(state_dir: Path, rounds: bool, devices: bool, follow: bool, stuck_aft
     if rounds or follow:
         _show_rounds(opened, follow, as_json)
         return
-    state = status_of(opened)
+    state = status_of(opened, stuck_after)
     click.echo(json.dumps(state) if as_json else "\n".join(lines_of(state)))
+    _exit_by(state["health"])
+
+
+def _judge_process(state_dir: Path, *, others: bool, as_json: bool) -> None:
+    from coordinator import health, statedir
+
+    if others:
+        raise ConfigError("--liveness goes with --json alone", about="--liveness")
+    statedir.require(state_dir, SETTINGS)
+    judged = health.of_process(state_dir)
+    row = judged.row()
+    print_result(row, health_line(row), as_json)
+    if judged.restart:
+        _exit_by(row)
+
+
+def _exit_by(judged: dict[str, Any]) -> None:
     try:
-        require_moving(state, stuck_after)
+        require_health(judged)
     except StuckError as error:  # standard output already has the one object
         click.echo(f"edgeadapt: {error}", err=True)
         click.get_current_context().exit(error.exit_code)
@@ -421,8 +452,9 @@ def dashboard(state_dir: Path, listen: str, channels: Path | None, as_json: bool
 
 @click.command()
 @directory
+@click.option("--stay", is_flag=True, help="When all rounds are done, wait for more, as in a container.")
 @commandline.as_lines
-def up(state_dir: Path, as_json: bool) -> None:
+def up(state_dir: Path, stay: bool, as_json: bool) -> None:
     """Run what DIR/services.toml names, until all rounds are done: Flower's SuperLink, the gateway, the rounds.
 
     Each is started when the one before is ready, and again, after a pause that doubles, when it ends too soon. Ctrl-C,
@@ -430,7 +462,10 @@ def up(state_dir: Path, as_json: bool) -> None:
     closed, and the exit code is 0 but for Ctrl-C. If this process is killed, they end as well. Lines on standard error,
     with --json objects on standard output, say what happens and what the services write.
 
-    SIGHUP has rounds, deadline, attempts and [cohort] of DIR/federation.toml read again before the next round.
+    With --stay it goes on when all rounds are done, and makes more once 'rounds' in DIR/federation.toml is raised.
+
+    SIGHUP has rounds, interval, deadline, attempts, stuck_after and [cohort] of DIR/federation.toml read again before
+    the next round.
 
     While another coordinator leads the same registry in PostgreSQL, they wait, and take over when that one is gone.
 
@@ -454,7 +489,7 @@ def up(state_dir: Path, as_json: bool) -> None:
 
     signal.signal(signal.SIGHUP, reload)
     try:
-        up(state_dir, report, as_json=as_json)
+        up(state_dir, report, as_json=as_json, stay=stay)
     except SystemExit as asked:  # to a service manager, a stop is no failure
         if asked.code != TERMINATED:
             raise

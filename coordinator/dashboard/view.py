@@ -13,7 +13,9 @@ from prometheus_client.exposition import generate_latest
 
 from aggregation.errors import DataError, TrustError
 from coordinator import runstate
+from coordinator.health import BAD, Condition
 from coordinator.registry import Head
+from coordinator.runstate import Need
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import LogFollower, counts_of, drift_of, operation_of
 from edgeadapt.formats import storage
@@ -117,6 +119,7 @@ def _evaluation(record: ActionRecord) -> dict[str, Any] | None:
 OF_ROUND = ("round", "version", "seconds", "bytes_up", "epsilon", "metrics", "reason")
 OF_ACTION = ("release", "adapters", "kind", "source", "again")
 LISTED = 200  # rounds at most, the last ones
+HIDDEN = ("gateway", "reason", "process", "since_ticks")  # of a run: elsewhere in the view, or changes or names devices
 
 
 @dataclass(slots=True)
@@ -139,14 +142,16 @@ class Viewer:
         run = operation["run"]
         # Texts may name devices, and a wait changes while nothing does.
         run["refusals"] = [
-            {name: each[name] for name in ("kind", "version", "count", "at")} for each in run["refusals"]
+            {name: each[name] for name in ("kind", "version", "count", "at", "cause")} for each in run["refusals"]
         ]
+        judged = {name: value for name, value in operation["health"].items() if name not in ("seconds", "error")}
         return {
             **operation,
+            "health": judged | {"failed": bool(operation["health"]["error"])},
             "services": (operation["services"] or {"services": []})["services"],
             "session": progress and progress.as_json(),
             "gateway": run["gateway"],
-            "run": {name: value for name, value in run.items() if name not in ("gateway", "reason", "waited")},
+            "run": {name: value for name, value in run.items() if name not in HIDDEN},
             "epsilon_limit": self.state_dir.settings.privacy.epsilon or None,
             **({"channels": {}, "problem": None} if self.channels is None else self.channels.look()),
             **self._rounds(),
@@ -209,6 +214,7 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
     yield _counter("rounds", "Rounds that ended, by how they did.", "outcome", ended)
     yield _gauge("rounds_wanted", "Rounds after which the federation ends.", view["rounds_wanted"])
     yield _gauge("running", "1 while a run uses the state directory.", int(view["running"]))
+    yield from _judged(view["health"])
     yield from _waits(view["run"])
     if (lease := view["lease"]) is not None:
         yield _gauge("lease_epoch", "How often a coordinator of this registry began to lead.", lease["epoch"])
@@ -246,8 +252,6 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
         if session["began"] is not None:
             began = datetime.fromisoformat(session["began"]).timestamp()
             yield _gauge("session_timestamp_seconds", "When the newest session was offered.", began)
-        answered = {session["step"]["name"]: session["step"]["answered"]} if session["step"] else {}
-        yield _gauge("step_answers", "Answers to the step that is under way.", answered, "step")
     if (gateway := view["gateway"]) is not None:
         yield _gauge("gateway_devices", "Devices that are connected to the gateway.", gateway["devices"])
         yield _gauge("gateway_skewed_clocks", "Of these, with a clock off by over a minute.", gateway["skewed"])
@@ -268,16 +272,37 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
         yield _gauge("channels_verified", "1 while the log of the channels passes its audit.", int(not view["problem"]))
 
 
+def _judged(health: dict[str, Any]) -> Iterator[Metric]:
+    yield _gauge("healthy", "1 unless the fleet is stuck, hung or down.", int(health["healthy"]))
+    conditions = {each.value: int(health["condition"] == each) for each in Condition}
+    yield _gauge("condition", "1 for the condition of the fleet.", conditions, "condition")
+    if health["left"] is not None:
+        yield _gauge("rounds_left", "Rounds that are left to do.", health["left"])
+    if health["since"] is not None:
+        at = datetime.fromisoformat(health["since"]).timestamp()
+        yield _gauge("progress_timestamp_seconds", "When something moved last.", at)
+        if health["condition"] in (Condition.WAITING, *BAD):
+            yield _gauge("wait_timestamp_seconds", "The same, while the fleet waits, is stuck or down.", at)
+    problems = {each["about"]: 1 for each in health["problems"]}
+    yield _gauge("problem", "1 for what keeps rounds from going on.", problems, "about")
+
+
 def _waits(run: dict[str, Any]) -> Iterator[Metric]:
     needs = {need.value: int(run["waits_for"] == need) for need in runstate.Need}
     yield _gauge("waits", "1 for what a run waits for.", needs, "need")
-    if run["waits_for"] is not None and run["needed"]:
-        since = datetime.fromisoformat(run["since"]).timestamp()
-        yield _gauge("wait_timestamp_seconds", "Since when the fleet waits for devices or a session.", since)
+    if run["waits_for"] in (Need.DEVICES, Need.SESSION):
         yield _gauge("wait_devices", "Devices that are there, while a run waits.", run["devices"])
         yield _gauge("wait_devices_needed", "Devices that a session needs.", run["needed"])
         yield _gauge("wait_attempt", "Attempt at a session.", run["attempt"])
         yield _gauge("wait_attempts", "Attempts after which the run ends.", run["attempts"])
+    if (step := run["step"]) is not None:
+        yield _gauge(
+            "step_asked", "Devices asked at the step that is under way.", {step["name"]: step["asked"]}, "step"
+        )
+        needed = {step["name"]: step["needed"]}
+        answered = {step["name"]: step["answered"]}
+        yield _gauge("step_answers", "Answers to the step that is under way.", answered, "step")
+        yield _gauge("step_answers_needed", "Answers with which the step can go on.", needed, "step")
     for name, text in (("devices", "Devices whose owners agreed when asked."), ("needed", "Devices that need to.")):
         counts = {kind: each[name] for kind, each in run["agreed"].items()}
         yield _gauge(f"consent_{name}", text, counts, "kind")

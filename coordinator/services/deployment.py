@@ -10,7 +10,9 @@ import socket
 import ssl
 import sysconfig
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from typing import Any
 from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.certificates import to_der
 from aggregation.pki.tls import hosts_of
+from coordinator.runstate import Ending, RunRecord
 from coordinator.services.supervisor import Happening, Patience, Report, ServiceEvent, ServiceProgram, supervise
-from coordinator.settings import SERVICES, SETTINGS, ServiceSettings, is_loopback
-from coordinator.statedir import RELOAD, SERVICES_LOCK, STOPPING, CoordinatorStateDir, require
+from coordinator.settings import SERVICES, SETTINGS, FederationSettings, ServiceSettings, is_loopback
+from coordinator.statedir import LOCK, RELOAD, SERVICES_LOCK, STOPPING, CoordinatorStateDir, require
 from edgeadapt.formats import jsontext, storage
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE, tls_key_path
 from edgeadapt.formats.registryfiles import AUTHORITY
@@ -34,20 +37,34 @@ MAX_RUNNING = 2**16  # bytes
 SLACK = 30.0  # seconds, beyond what services may take to stop
 
 
-def up(folder: Path, report: Report, *, as_json: bool = False) -> None:
+def up(folder: Path, report: Report, *, as_json: bool = False, stay: bool = False) -> None:
     """Run a state directory's services until all rounds are done. Several threads ``report`` events. ``as_json``: the
-    services write their logs as objects.
+    services write their logs as objects. ``stay``: when all rounds are done, wait for more.
 
     Raises ConfigError: ``services.toml`` is missing or names nothing to run, or a TLS file is missing or for another
     host. Raises TrustError: the TLS certificate is not one of the authority for a gateway. Raises EdgeAdaptError: they
     run already, the registry is empty, or the rounds cannot go on as they are set."""
-    state_dir = CoordinatorStateDir.open(folder)
-    settings = ServiceSettings.read(folder / SERVICES)
-    state_dir.registry.newest_adapter()
-    services = services_of(state_dir, settings, as_json=as_json)
-    began = datetime.now(UTC).isoformat(timespec="seconds")
+    require(folder, SETTINGS)
+    text = f"the services of {folder} run already: see 'edgeadapt coordinator status {folder}'"
+    # A while, because a check whether the lock is held has it for a moment.
+    with storage.locked_or(EdgeAdaptError(text, about=SERVICES_LOCK), folder / SERVICES_LOCK, timeout=PROBE):
+        try:
+            state_dir = CoordinatorStateDir.open(folder)
+            settings = ServiceSettings.read(folder / SERVICES)
+            state_dir.registry.newest_adapter()
+            services = services_of(state_dir, settings, as_json=as_json, stay=stay)
+        except EdgeAdaptError as error:
+            if not storage.is_locked(folder / LOCK):  # a run, which may outlive the command that began it, goes on
+                RunRecord(folder).ended(Ending.FAILED, str(error))
+            raise
+        _keep_up(state_dir, settings, services, report)
+    report(ServiceEvent("rounds", Happening.DONE))
 
-    saved = True
+
+def _keep_up(
+    state_dir: CoordinatorStateDir, settings: ServiceSettings, services: Sequence[ServiceProgram], report: Report
+) -> None:
+    folder, began, saved = state_dir.folder, datetime.now(UTC).isoformat(timespec="seconds"), True
 
     def changed(shown: list[dict[str, str | int | None]]) -> bool:
         """Write what runs. A full disk ends no service: it is tried again, and reported once."""
@@ -63,25 +80,21 @@ def up(folder: Path, report: Report, *, as_json: bool = False) -> None:
         saved = True
         return True
 
-    text = f"the services of {folder} run already: see 'edgeadapt coordinator status {folder}'"
-    # A while, because a check whether the lock is held has it for a moment.
-    with storage.locked_or(EdgeAdaptError(text, about=SERVICES_LOCK), folder / SERVICES_LOCK, timeout=PROBE):
-        for left in (RUNNING, STOPPING, RELOAD):  # by a killed one; on a full disk it would stay
+    for left in (RUNNING, STOPPING, RELOAD):  # by a killed one; on a full disk it would stay
+        (folder / left).unlink(missing_ok=True)
+    try:
+        changed([])
+        patience = Patience(settings.ready, settings.stop, settings.pause, settings.look, settings.failures)
+        supervise(services, patience, report, changed, lambda: _end_rounds(state_dir, settings))
+    finally:
+        _await_rounds(state_dir, settings.stop)
+        for left in (RUNNING, STOPPING, RELOAD):
             (folder / left).unlink(missing_ok=True)
-        try:
-            changed([])
-            patience = Patience(settings.ready, settings.stop, settings.pause, settings.look, settings.failures)
-            supervise(services, patience, report, changed, lambda: _end_rounds(state_dir, settings))
-        finally:
-            _await_rounds(state_dir, settings.stop)
-            for left in (RUNNING, STOPPING, RELOAD):
-                (folder / left).unlink(missing_ok=True)
-            state_dir.registry.close()
-    report(ServiceEvent("rounds", Happening.DONE))
+        state_dir.registry.close()
 
 
 def services_of(
-    state_dir: CoordinatorStateDir, settings: ServiceSettings, *, as_json: bool = False
+    state_dir: CoordinatorStateDir, settings: ServiceSettings, *, as_json: bool = False, stay: bool = False
 ) -> tuple[ServiceProgram, ...]:
     """List the services in the order of their start. Raises ConfigError: the settings name none, or as
     ``CoordinatorStateDir.read_tls``, or the certificate is for other hosts."""
@@ -112,9 +125,18 @@ def services_of(
         is_alive=lambda: not settings.gateway or _serves_or_waits(state_dir, settings.gateway, ANSWER),
         may_start=lambda: not state_dir.in_use,  # a run may outlive the command that began it
         finishes=True,
+        has_more=(lambda: _has_rounds(state_dir)) if stay else None,
         fatal=frozenset({ConfigError.exit_code}),
     )
     return (*services, rounds, *_dashboard(folder, settings, log))
+
+
+def _has_rounds(state_dir: CoordinatorStateDir) -> bool:
+    """Whether the settings, as they are now, name more rounds than are done. While that cannot be read, they do not."""
+    with suppress(EdgeAdaptError, OSError):
+        settings = FederationSettings.read(state_dir.folder / SETTINGS)
+        return replace(state_dir, settings=settings).has_rounds_left
+    return False
 
 
 def running(folder: Path) -> dict[str, Any] | None:

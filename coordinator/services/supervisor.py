@@ -66,7 +66,8 @@ class ServiceProgram:
     is_ready: Callable[[], bool]  # whether it does its work; asked until it does
     is_alive: Callable[[], bool] = lambda: True
     may_start: Callable[[], bool] = lambda: True  # whether it can be started now; asked until it can
-    finishes: bool = False  # whether exit code 0 means that its work is done, and with it the supervisor's
+    finishes: bool = False  # whether exit code 0 means that its work is done
+    has_more: Callable[[], bool] | None = None  # whether there is work again; None: the supervisor ends with the first
     fatal: frozenset[int] = frozenset()  # exit codes after which a restart does not help
 
 
@@ -85,6 +86,7 @@ class ServiceState(Enum):
     WAITING = "waiting"
     STARTING = "starting"
     READY = "ready"
+    DONE = "done"
 
 
 @dataclass(slots=True)
@@ -95,7 +97,6 @@ class Supervised:
     process: "subprocess.Popen[bytes] | None" = None
     state: ServiceState = ServiceState.WAITING
     restarts: int = 0
-    done: bool = False
     _failures: int = 0  # in a row
     _silent: int = 0  # checks in a row that failed
     _next_look: float = 0.0
@@ -104,9 +105,15 @@ class Supervised:
     _reader: threading.Thread | None = None
     _last: str = ""  # line that the process wrote
 
+    @property
+    def is_over(self) -> bool:
+        return self.state is ServiceState.DONE and self.service.has_more is None
+
     def step(self, *, may_start: bool) -> None:
         now = time.monotonic()
-        if self.process is None:
+        if self.state is ServiceState.DONE:
+            self._await_more(now)
+        elif self.process is None:
             if may_start and now >= self._not_before and self.service.may_start():
                 self._start(now)
         elif (code := self.process.poll()) is not None:
@@ -122,6 +129,12 @@ class Supervised:
                 self._failures = 0
             if now >= self._next_look:
                 self._look()
+
+    def _await_more(self, now: float) -> None:
+        if now >= self._next_look:
+            self._next_look = now + self.patience.look
+            if self.service.has_more is not None and self.service.has_more():
+                self.state = ServiceState.WAITING
 
     def _look(self) -> None:
         alive, now = self.service.is_alive(), time.monotonic()
@@ -179,7 +192,9 @@ class Supervised:
     def _ended(self, code: int, now: float) -> None:
         self._close(code)
         if code == 0 and self.service.finishes:
-            self.done = True
+            self.state, self._failures = ServiceState.DONE, 0
+            if self.service.has_more is not None:
+                self._report(Happening.DONE)
         elif code in self.service.fatal:
             last = relayed(self._last)
             text = f"{self.service.name} ended: {vars(last).get('text', last.msg)}"
@@ -214,17 +229,18 @@ def supervise(
     changed: Callable[[list[dict[str, str | int | None]]], bool],
     stopping: Callable[[], object] = lambda: None,
 ) -> None:
-    """Run services until one that ``finishes`` has done its work; whatever ends this, stop them in reverse order.
+    """Run services until one that ``finishes`` has done its work and cannot have more; whatever ends this, stop them in
+    reverse order.
     ``changed``: called with ``Supervised.snapshot`` of each service when one has changed; again until it returns True.
     Raises EdgeAdaptError: a service ended with an exit code that is ``fatal`` for it."""
     supervised = [Supervised(service, patience, report) for service in services]
     shown: list[dict[str, str | int | None]] = []
     try:
-        while not any(unit.done for unit in supervised):
+        while not any(unit.is_over for unit in supervised):
             ready = True
             for unit in supervised:
                 unit.step(may_start=ready)
-                ready = ready and unit.state is ServiceState.READY
+                ready = ready and unit.state in (ServiceState.READY, ServiceState.DONE)
             if (now := [unit.snapshot() for unit in supervised]) != shown and changed(now):
                 shown = now
             time.sleep(LOOK)

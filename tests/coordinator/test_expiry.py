@@ -111,7 +111,7 @@ def test_the_log_of_a_gateway_says_it_once_a_day_though_nobody_connects(
     monkeypatch.setattr(expiry, "expiries", lambda *given: looks.append(given) or genuine(*given))
     with (
         caplog.at_level(logging.WARNING, "edgeadapt.coordinator"),
-        state_dir.locked(),
+        state_dir.leading(),
         serving(state_dir, "127.0.0.1:0", own_process=False),
     ):
         wait_until(lambda: len(looks) > 1, 120.0)

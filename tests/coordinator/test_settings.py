@@ -254,8 +254,8 @@ def test_a_count_without_what_it_compares_or_of_groups_is_refused(changes: dict[
 
 def test_between_two_rounds_only_what_binds_no_device_and_no_record_may_change() -> None:
     old = FederationSettings()
-    newer = FederationSettings(rounds=12, deadline=5.0, attempts=3, cohort=CohortSettings(grace=2.0))
-    assert old.changes(newer) == ["rounds", "deadline", "attempts", "cohort"]
+    newer = FederationSettings(rounds=12, deadline=5.0, attempts=3, stuck_after=9.0, cohort=CohortSettings(grace=2.0))
+    assert old.changes(newer) == ["rounds", "deadline", "attempts", "stuck_after", "cohort"]
     with refused(ConfigError, "aggregation"):
         old.changes(newer.model_copy(update={"aggregation": Aggregation(session_rounds=5)}))
 

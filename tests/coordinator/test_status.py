@@ -3,9 +3,11 @@
 import json
 import logging
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ from aggregation.groups import deal
 from aggregation.pki.identity import IdentityKey
 from coordinator import runstate, statedir
 from coordinator.cli import coordinator_group
-from coordinator.runstate import FILE, GatewaySnapshot, Need, RunRecord, read
+from coordinator.runstate import FILE, Ending, GatewaySnapshot, Need, RunRecord, Stopped, read
 from coordinator.settings import FederationSettings
-from coordinator.statedir import LOCK, CoordinatorStateDir, Stopped
+from coordinator.statedir import LOCK, CoordinatorStateDir
 from coordinator.status import device_lines, device_rows, farthest, lines_of, status_of
-from edgeadapt.formats import jsontext, storage
+from edgeadapt.formats import storage
 from edgeadapt.formats.jsontext import timestamp
 from edgeadapt.formats.manifest import GroupRecord, RoundRecord
 from tests.support import FleetOf
@@ -167,7 +169,7 @@ def test_the_device_that_was_in_no_sum_for_the_longest_is_listed_first() -> None
     ]
 
 
-# What a run waits for, as it writes it down, and as everybody else reads it.
+# What a run does and waits for, as it writes it down, and as everybody else reads it.
 HOUR = timedelta(hours=1)
 
 
@@ -177,49 +179,126 @@ def waiting(folder: Path, need: Need = Need.DEVICES) -> RunRecord:
     return record
 
 
-def test_a_wait_begins_once_and_ends_with_a_session(tmp_path: Path) -> None:
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Lets an hour pass, by both clocks of a run's record."""
+    passed = [0.0]
+    monkeypatch.setattr(runstate.time, "time", lambda now=time.time: now() + passed[0])
+    monkeypatch.setattr(runstate.time, "monotonic", lambda now=time.monotonic: now() + passed[0])
+
+    def pass_hour() -> None:
+        passed[0] += HOUR.total_seconds()
+
+    return pass_hour
+
+
+def test_a_wait_begins_once_and_a_session_is_progress(tmp_path: Path, later: Callable[[], None]) -> None:
     record = waiting(tmp_path)
     since = read(tmp_path).since
-    record.waits(Need.SESSION, 3, 3, 1, 20)
+    later()
+    record.waits(Need.SESSION, 4, 3, 1, 20)
     record.failed("check-ins", "2 devices answered, 3 are needed")
-    found, later = read(tmp_path), datetime.now(UTC) + HOUR
+    found = read(tmp_path)
     assert (found.since, found.waits_for, found.attempt, found.sessions) == (since, Need.SESSION, 1, {"check-ins": 1})
-    assert found.row(later)["waited"] == pytest.approx(3600, abs=60)
-    first, reason = runstate.lines(found.row(later))
-    assert "waits for a session" in first
-    assert "60 minutes: 3 of 3 devices are there, attempt 1 of 20" in first
+    assert found.wait == "makes a session: 4 devices are there, 3 are needed, attempt 1 of 20"
+    (reason,) = runstate.lines(found.row())
     assert reason.endswith("2 devices answered, 3 are needed")
     record.made()
     found = read(tmp_path)
     assert (found.waits_for, found.reason, found.sessions) == (None, "", {"check-ins": 1, "made": 1})
-    assert (found.row(later)["waited"], [*runstate.lines(found.row(later))]) == (0, [])
+    assert found.since != since
+    assert [*runstate.lines(found.row())] == []
 
 
-def test_a_run_after_one_that_failed_waits_since_then_and_after_one_that_was_stopped_since_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_answers_in_a_round_are_progress_and_those_in_an_attempt_at_a_session_are_not(
+    tmp_path: Path, later: Callable[[], None]
 ) -> None:
-    waiting(tmp_path).failed("check-ins", "why")
+    record = waiting(tmp_path, Need.SESSION)
+    since = read(tmp_path).since
+    for number, moved in ((0, False), (7, True)):
+        later()
+        record.asks("plan", number, 4, 3, 600.0)
+        record.answered()
+        record.refused("plan", "", "of kitchen", "of a device")
+        record._update()  # as each sign of life does
+        found = read(tmp_path)
+        assert (found.since != since, found.step and found.step.answered) == (moved, 1)
+    assert found.wait == "waits for answers to plan of round 7: 1 answered, 3 are needed, 4 were asked"
+
+
+@pytest.mark.parametrize("ending", [EdgeAdaptError, "kill"])
+def test_a_run_soon_after_one_that_failed_waits_since_then(tmp_path: Path, ending: Any, later: Any) -> None:
+    patience = 2 * HOUR.total_seconds()
+
+    def begun(patience: float) -> runstate.RunState:
+        with RunRecord(tmp_path).living(patience):
+            return read(tmp_path)
+
+    if ending == "kill":
+        RunRecord(tmp_path)._begin(patience)
+    else:
+        with pytest.raises(ending), RunRecord(tmp_path).living(patience):
+            raise ending("why")
     before = read(tmp_path)
+    later()
+    found = begun(patience)
+    assert (found.since, found.process and found.process.failures) == (before.since, 1)
+    assert found.process is not None
+    assert found.process.ticks - found.since_ticks == pytest.approx(HOUR.total_seconds(), abs=60)
+    (tmp_path / FILE).write_bytes(json.dumps(asdict(before)).encode())
+    assert begun(HOUR.total_seconds() / 2).since != before.since  # nobody waited meanwhile
+    later()
+    assert begun(patience).since != before.since  # the last one ended well
 
-    monkeypatch.setattr(runstate, "timestamp", lambda seconds: jsontext.timestamp(seconds + HOUR.seconds))
-    waiting(tmp_path)
-    assert (read(tmp_path).since, read(tmp_path).sessions) == (before.since, {"check-ins": 1})
-    RunRecord(tmp_path).stopped()
-    waiting(tmp_path)
-    assert read(tmp_path).since != before.since
+
+def test_a_reboot_between_two_runs_begins_the_monotonic_clock_again(tmp_path: Path) -> None:
+    RunRecord(tmp_path)._begin(60.0)  # and is killed
+    before = read(tmp_path)
+    stale = replace(before, since_ticks=1e9, process=replace(before.process, ticks=1e9))
+    (tmp_path / FILE).write_bytes(json.dumps(asdict(stale)).encode())
+    with RunRecord(tmp_path).living(60.0):
+        found = read(tmp_path)
+    assert abs(found.since_ticks - before.since_ticks) < 60
 
 
-def test_a_coordinator_that_waits_for_the_lease_waits_for_no_device(tmp_path: Path) -> None:
+def test_progress_forgets_the_failures_before_it(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path)
+    for _ in range(2):
+        with pytest.raises(EdgeAdaptError), record.living(60.0):
+            raise EdgeAdaptError("no space")
+    found = read(tmp_path).process
+    assert found is not None
+    assert (found.failures, found.error, found.ending) == (2, "no space", Ending.FAILED)
+    with record.living(60.0):
+        record.moved()
+        found = read(tmp_path).process
+        assert found is not None
+        assert (found.failures, found.error, found.ended) == (0, "", None)
+
+
+def test_a_run_shows_signs_of_life_while_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runstate, "EVERY", 0.01)
+    monkeypatch.setattr(runstate, "BEAT", 0.02)
+    with RunRecord(tmp_path).living(60.0):
+        first = read(tmp_path).process
+        assert first is not None
+        wait_until(lambda: (now := read(tmp_path).process) is not None and now.ticks > first.ticks)
+
+
+def test_a_coordinator_that_waits_for_the_lease_waits_for_no_device(tmp_path: Path, later: Callable[[], None]) -> None:
     record = waiting(tmp_path)
     since = read(tmp_path).since
+    later()
     record.leads()
     assert read(tmp_path).since == since  # it did not wait for the lease
     waiting(tmp_path, Need.LEASE)
-    assert read(tmp_path).row(datetime.now(UTC) + HOUR)["waited"] == 0
+    assert read(tmp_path).since != since
+    since = read(tmp_path).since
+    later()
+    waiting(tmp_path, Need.LEASE)
+    assert read(tmp_path).since == since
     RunRecord(tmp_path).leads()
     assert read(tmp_path).waits_for is None
-    waiting(tmp_path)
-    assert read(tmp_path).row(datetime.now(UTC) + HOUR)["waited"] == pytest.approx(3600, abs=60)
 
 
 def test_refusals_are_counted_by_kind_and_version_and_made_up_versions_push_out_no_other_kind(tmp_path: Path) -> None:
@@ -253,11 +332,11 @@ def test_a_record_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
 def test_a_gateway_is_in_the_record_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runstate, "EVERY", 0.01)
     now, record = [GatewaySnapshot("127.0.0.1:1")], RunRecord(tmp_path)
-    with record.observing(lambda: now[0]):
+    with record.living(60.0), record.observing(lambda: now[0]):
         wait_until(lambda: read(tmp_path).gateway == now[0])
         now[0] = GatewaySnapshot("127.0.0.1:1", 3, 2, {"0.1.0": 3}, {"admitted": 3})
         wait_until(lambda: read(tmp_path).gateway == now[0])
-        assert read(tmp_path).row(datetime.now(UTC), running=False)["gateway"] is None  # as after a kill
+        assert read(tmp_path).row(running=False)["gateway"] is None  # as after a kill
     assert read(tmp_path).gateway is None
 
 
@@ -276,7 +355,7 @@ def test_the_status_of_a_stuck_fleet_says_why_and_is_not_green(fleet_of: FleetOf
     def called(*options: str) -> Any:
         return CliRunner().invoke(coordinator_group, ["status", str(folder), *options])
 
-    assert called("--stuck-after", "0").exit_code == 0  # no run has waited
+    assert called("--stuck-after", "0").exit_code == 0  # no run has begun
     (folder / LOCK).unlink(missing_ok=True)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert called().exit_code == 0
@@ -288,21 +367,37 @@ def test_the_status_of_a_stuck_fleet_says_why_and_is_not_green(fleet_of: FleetOf
     run = seen[0]["run"]
     assert seen[0]["running"]
     assert (run["waits_for"], run["devices"], run["needed"], run["attempt"], run["attempts"]) == ("session", 2, 3, 1, 2)
-    stuck = called("--stuck-after", "0")
-    assert stuck.exit_code == 7
-    assert "2 of 3 devices are there, attempt 2 of 2" in stuck.stdout
-    assert "2 devices answered, 3 are needed" in stuck.stdout
-    assert "the fleet is stuck" in stuck.stderr
-    as_json = called("--stuck-after", "0", "--json")
-    assert (as_json.exit_code, json.loads(as_json.stdout)["run"]["sessions"]) == (7, {"check-ins": 2})
-    assert called().exit_code == 0  # a quarter of an hour is normal
+    down = called()  # at once: nothing starts the run again
+    assert down.exit_code == 7
+    assert "nothing runs: the run failed" in down.stdout
+    assert "2 devices answered, 3 are needed" in down.stdout
+    assert "down: nothing runs" in down.stderr
+    as_json = called("--json")
+    found = json.loads(as_json.stdout)
+    assert (as_json.exit_code, found["run"]["sessions"], found["health"]["condition"]) == (7, {"check-ins": 2}, "down")
+    assert {each["health"]["condition"] for each in seen} == {"moving", "waiting"}  # the second attempt
 
 
-def test_a_run_that_is_stopped_on_purpose_waits_no_more(fleet_of: FleetOf) -> None:
+def test_a_status_in_text_has_the_last_ten_rounds(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(3, rounds=12)
+    fleet.federate(fleet.grid())
+    listed = [line for line in lines_of(status(fleet)) if line.startswith("   ") and line.split()[0].isdigit()]
+    assert [int(line.split()[0]) for line in listed] == [*range(3, 13)]
+    assert any(line.startswith("2 rounds before these") for line in lines_of(status(fleet)))
+
+
+def test_how_a_run_ended_is_noted(fleet_of: FleetOf) -> None:
     state_dir = CoordinatorStateDir.open(fleet_of(3).out / "coordinator")
-    for kind, waits_for in ((Stopped, None), (KeyboardInterrupt, None), (EdgeAdaptError, Need.DEVICES)):
-        state_dir.run.waits(Need.DEVICES, 2, 3)
+    for kind, ending in (
+        (Stopped, Ending.STOPPED),
+        (KeyboardInterrupt, Ending.STOPPED),
+        (SystemExit, Ending.STOPPED),
+        (EdgeAdaptError, Ending.FAILED),
+        (OSError, Ending.FAILED),
+    ):
         with pytest.raises(kind), state_dir.leading():
             raise kind("")
-        assert read(state_dir.folder).waits_for == waits_for
+        found = read(state_dir.folder)
+        assert found.process is not None
+        assert found.process.ending is ending
     state_dir.registry.close()

@@ -39,8 +39,9 @@ UNITS = sorted((FOLDER / "systemd").iterdir())
 PROGRAM = "/opt/edgeadapt/bin/edgeadapt"
 COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())
 MANIFESTS = list(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()))
-JOB = next(each for each in MANIFESTS if each["kind"] == "Job")["spec"]["template"]["spec"]
-POD, COORDINATOR = JOB["containers"][0], COMPOSE["services"]["coordinator"]
+SET, SERVICE = (next(each for each in MANIFESTS if each["kind"] == kind)["spec"] for kind in ("StatefulSet", "Service"))
+TEMPLATE = SET["template"]["spec"]
+POD, COORDINATOR = TEMPLATE["containers"][0], COMPOSE["services"]["coordinator"]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     yield "compose.yaml", COORDINATOR["command"]
     yield "compose.yaml", COORDINATOR["healthcheck"]["test"][2:]
     yield "kubernetes.yaml", POD["args"]
+    yield "kubernetes.yaml", POD["livenessProbe"]["exec"]["command"][1:]
 
 
 def parse(words: list[str]) -> None:
@@ -239,8 +241,8 @@ def test_containers_have_no_rights_and_get_the_keys_as_files() -> None:
     for service in COMPOSE["services"].values():
         assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
         assert "privileged" not in service
-    assert JOB["securityContext"]["runAsNonRoot"]
-    assert not JOB["automountServiceAccountToken"]
+    assert TEMPLATE["securityContext"]["runAsNonRoot"]
+    assert not TEMPLATE["automountServiceAccountToken"]
     assert POD["securityContext"] == {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
@@ -251,6 +253,28 @@ def test_containers_have_no_rights_and_get_the_keys_as_files() -> None:
     assert {mount["mountPath"] for mount in POD["volumeMounts"] if "subPath" in mount} == files
     assert not any("environment" in service or "env_file" in service for service in COMPOSE["services"].values())
     assert "env" not in POD
+
+
+def test_containers_come_back_after_a_reboot_or_a_drained_node_and_do_not_end_with_their_rounds() -> None:
+    """``up`` ends with 0 when it is asked to stop: a policy for failures would leave it down, and a job be complete."""
+    assert COORDINATOR["restart"] == "unless-stopped"
+    assert (SET["replicas"], TEMPLATE.get("restartPolicy", "Always")) == (1, "Always")
+    assert SET["selector"]["matchLabels"] == SET["template"]["metadata"]["labels"] == SERVICE["selector"]
+    image = json.loads(re.findall(r"^CMD (.*)$", (FOLDER / "Dockerfile").read_text(), re.M)[0])
+    for command in (COORDINATOR["command"], POD["args"], image):
+        assert command[:2] == ["coordinator", "up"]
+        assert "--stay" in command
+
+
+def test_probes_use_the_verdict_and_none_of_them_keeps_devices_out_or_restarts_for_want_of_them() -> None:
+    assert COORDINATOR["healthcheck"]["test"][2:4] == ["coordinator", "status"]  # Compose only shows it
+    assert POD["livenessProbe"]["exec"]["command"][-1] == "--liveness"
+    assert POD["readinessProbe"].keys() & {"tcpSocket", "exec"} == {"tcpSocket"}
+
+
+def test_the_gateway_sees_the_addresses_of_devices() -> None:
+    """Otherwise all are one network, which has few places and turns."""
+    assert SERVICE["externalTrafficPolicy"] == "Local"
 
 
 def test_the_compose_file_is_valid_by_the_schema_of_compose(tmp_path: Path) -> None:

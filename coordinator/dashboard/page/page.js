@@ -42,12 +42,11 @@ function show(section, visible) {
 }
 
 function tiles(view) {
-  const { session, gateway, lease } = view;
-  const step = session?.step;
-  const running = view.running && session && !session.closed;
+  const { gateway, lease } = view;
+  const step = view.running && view.run.step;
   const found = {
     Rounds: `${view.rounds_done} of ${view.rounds_wanted}`,
-    "Under way": running && step ? `${step.name}: ${step.answered} of ${session.devices || "?"}` : view.running ? "between rounds" : "no run",
+    "Under way": step ? `${step.name}: ${step.answered} answered${step.needed ? `, ${step.needed} needed` : ""}` : view.running ? "between rounds" : "no run",
     Version: view.version ?? "none",
     Accuracy: dash(view.metrics.accuracy, 3),
     Epsilon: view.epsilon === null ? "no bound" : `${dash(view.epsilon, 2)}${view.epsilon_limit ? ` of ${view.epsilon_limit}` : ""}`,
@@ -61,12 +60,13 @@ function tiles(view) {
 
 /** Answer what an operator asks first. Each answer has a question, a text, and whether it is bad news. */
 function answers(view) {
-  const { rounds, run } = view;
+  const { rounds, run, health } = view;
   const last = rounds.filter((each) => each.version !== null).at(-1);
   const failed = rounds.slice(rounds.indexOf(last) + 1).filter((each) => each.reason);
-  const found = [["Is it learning?", ...learning(view, last, failed)]];
-  const refused = run.refusals.slice(0, 3).map((each) => `${each.count} × ${each.kind}${each.version && ` (edgeadapt ${each.version})`}, last ${minute(each.at)}`);
-  if (refused.length && (run.waits_for || failed.length)) found.push(["What was refused?", refused.join("; "), true]);
+  const found = [["Is it learning?", learning(view, last, failed), !health.healthy]];
+  if (!health.healthy) found.push(["What to do?", remedy(health), true]);
+  const refused = run.refusals.slice(0, 3).map(refusal);
+  if (refused.length && (run.waits_for || failed.length)) found.push(["What was refused?", refused.join("; "), !health.healthy]);
   for (const [name, one] of Object.entries(view.channels).filter(([, one]) => one && (one.evaluation || one.previous !== null))) {
     const text = one.evaluation ? one.evaluation.text : "nobody asked the devices: edgeadapt coordinator evaluate DIR";
     found.push([`Is release ${one.release} of ${name} better?`, text, one.evaluation?.worse]);
@@ -79,20 +79,30 @@ function answers(view) {
   list("answers", found.map(([asked, text, bad]) => [asked, text, bad ? { class: "bad" } : {}]));
 }
 
-function learning({ rounds, run, running, rounds_done: done, rounds_wanted: wanted }, last, failed) {
-  const { waits_for: need, since, devices, needed } = run;
+/** Who refused what, and why: a device says why at a step; other kinds are the field that was wrong. */
+function refusal({ count, kind, version, at, cause }) {
+  const what = STEPS.includes(kind) ? `devices refused ${count} × at ${kind}${cause && `, the last one: “${cause}”`}` : `${count} × ${kind}`;
+  return `${what}${version && ` (edgeadapt ${version})`}, last ${minute(at)}`;
+}
+
+function remedy({ remedy: todo, problems, failed }) {
+  const listed = problems.slice(1).map(({ about, text }) => `${about}: ${text}`).join("; ");
+  return [todo, listed, failed && "why the last run failed: edgeadapt coordinator status DIR"].filter(Boolean).join(". ");
+}
+
+const VERDICTS = { moving: "Yes", done: "It has ended", idle: "Yes, and it waits as it should", waiting: "Not yet", new: "Not yet", stopped: "Not now" };
+const QUIET = ["waiting", "stuck", "hung"]; // where it counts since when nothing has moved
+
+function learning({ rounds, health }, last, failed) {
   const when = (each) => `round ${each.round}${each.ended ? `, ${minute(each.ended)} UTC` : ""}`;
   const values = rounds.map((each) => (each.version === null ? null : each.metrics.accuracy)).filter(Number.isFinite);
   const mean = (some) => (some.reduce((sum, each) => sum + each, 0) / some.length).toFixed(3);
   const count = Math.min(5, values.length >> 1);
   const trend = count ? `; accuracy ${mean(values.slice(-2 * count, -count))}, then ${mean(values.slice(-count))} (means of ${count} rounds)` : "";
-  const so_far = last ? ` The newest version is ${last.version} (${when(last)})${trend}.` : " There is no version of a round yet.";
-  if (need === "lease") return [`Another coordinator leads; this one stands by.${so_far}`, false];
-  if (need === "interval") return [`Yes, and the next session waits for its time.${so_far}`, false];
-  if (need) return [`No: it waits for ${need} since ${minute(since)} UTC${needed ? `; ${devices} of ${needed} devices are there` : ""}.${so_far}`, true];
-  if (failed.length) return [`No: ${failed.length} rounds since then gave none, the last because of ${failed.at(-1).reason}.${so_far}`, true];
-  if (done >= wanted) return [`All ${wanted} rounds are done.${so_far}`, false];
-  return running ? [`Yes.${so_far}`, false] : [`No: nothing runs; edgeadapt coordinator up DIR, or run, goes on.${so_far}`, true];
+  const newest = last ? `The newest version is ${last.version} (${when(last)})${trend}.` : "There is no version of a round yet.";
+  const aborted = failed.length ? ` ${failed.length} rounds since then gave none, the last because of ${failed.at(-1).reason}.` : "";
+  const since = QUIET.includes(health.condition) && health.since ? `; nothing has moved since ${minute(health.since)} UTC` : "";
+  return `${VERDICTS[health.condition] ?? "No"}: ${health.text}${since}. ${newest}${aborted}`;
 }
 
 /** A line through the rounds that have a value; axis labels are the least and largest of them. */

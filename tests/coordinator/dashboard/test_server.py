@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
+from coordinator import runstate
 from coordinator.dashboard import server
 from coordinator.dashboard.server import COOKIE, TOKEN, Feed, application, read_token, serve
 from coordinator.dashboard.view import ChannelsView, Viewer, exposition
@@ -246,11 +247,11 @@ def test_the_step_under_way_is_read_from_a_log_that_grows(fleet_of: FleetOf) -> 
 
 def test_what_a_run_waits_for_is_shown_and_measured_without_a_devices_name(fleet_of: FleetOf) -> None:
     state_dir = CoordinatorStateDir.open(fleet_of(3).out / "coordinator")
-    state_dir.run.waits(Need.SESSION, 2, 3, 4, 20)
-    state_dir.run.refused("certificate.revoked", "0.1.0", "certificate of kitchen is revoked")
-    state_dir.run.failed("last-sum", "waits for kitchen")
-    state_dir.run.agreed("observations", 2, 8, 3)
-    with state_dir.locked(), state_dir.run.observing(lambda: GatewaySnapshot("127.0.0.1:1", 2)):
+    with state_dir.leading(), state_dir.run.observing(lambda: GatewaySnapshot("127.0.0.1:1", 2)):
+        state_dir.run.waits(Need.SESSION, 2, 3, 4, 20)
+        state_dir.run.refused("certificate.revoked", "0.1.0", "certificate of kitchen is revoked")
+        state_dir.run.failed("last-sum", "waits for kitchen")
+        state_dir.run.agreed("observations", 2, 8, 3)
         viewer = Viewer(state_dir)
         wait_until(lambda: viewer.look()["gateway"] is not None)
         view = viewer.look()
@@ -262,4 +263,34 @@ def test_what_a_run_waits_for_is_shown_and_measured_without_a_devices_name(fleet
     assert (found["consent_devices", "observations"], found["consent_needed", "observations"]) == (2, 3)
     assert (found["wait_devices",], found["wait_devices_needed",], found["wait_attempt",]) == (2, 3, 4)
     assert found["wait_timestamp_seconds",] == datetime.fromisoformat(view["run"]["since"]).timestamp()
+    assert found["progress_timestamp_seconds",] == found["wait_timestamp_seconds",]
+    assert (found["healthy",], found["condition", "waiting"], found["condition", "stuck"]) == (1, 1, 0)
     assert found["sessions_total", "last-sum"] == found["refusals_total", "certificate.revoked", "0.1.0"] == 1
+
+
+def test_a_stalled_round_is_stuck_on_the_page_and_in_the_metrics_and_says_who_refused_what_without_names(
+    fleet_of: FleetOf,
+) -> None:
+    state_dir = CoordinatorStateDir.open(fleet_of(3).out / "coordinator")
+    with state_dir.leading():
+        state_dir.run.asks("plan", 7, 4, 3, 600.0)
+        state_dir.run.answered()
+        state_dir.run.refused("offer", "", "kitchen: cohort of 3", "cohort of 3 is below this device's minimum of 8")
+        stalled = runstate.read(state_dir.folder)
+        viewer = Viewer(state_dir)
+        wait_until(lambda: viewer.look()["run"]["step"] is not None)
+        assert viewer.look()["health"]["condition"] == "moving"
+        state_dir.run._update(since_ticks=stalled.since_ticks - 901)
+        view = viewer.look()
+    state_dir.registry.close()
+    assert (view["health"]["condition"], view["health"]["healthy"]) == ("stuck", False)
+    assert view["run"]["refusals"][0]["cause"] == "cohort of 3 is below this device's minimum of 8"
+    assert "kitchen" not in json.dumps(view)
+    found = metrics(view)
+    assert (found["healthy",], found["condition", "stuck"], found["waits", "answers"]) == (0, 1, 1)
+    assert (found["step_asked", "plan"], found["step_answers_needed", "plan"], found["step_answers", "plan"]) == (
+        4,
+        3,
+        1,
+    )
+    assert ("wait_timestamp_seconds",) in found

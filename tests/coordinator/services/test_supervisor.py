@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki.tls import TlsKey
+from coordinator import runstate
 from coordinator.cli import coordinator_group as coordinator
 from coordinator.services import deployment, supervisor
 from coordinator.services.deployment import RUNNING, running, services_of, stop, up
@@ -215,6 +216,26 @@ def test_looks_that_fail_now_and_then_end_nothing(service: Callable[..., Service
     assert record.of(Happening.STARTED) == ["first", "work"]
 
 
+def test_where_more_work_may_come_the_others_go_on_and_it_is_done_then(
+    service: Callable[..., ServiceProgram], tmp_path: Path
+) -> None:
+    """As in a container, which would be started again and again if it ended."""
+    record, more = Recorder(), tmp_path / "more"
+
+    def report(event: ServiceEvent) -> None:
+        record.events.append(event)
+        if event.happening is Happening.READY and event.service == "page":
+            more.touch()
+        if event.happening is Happening.DONE and len(record.of(Happening.DONE)) == 2:
+            raise KeyboardInterrupt
+
+    work = service("work", "finish", finishes=True, is_ready=lambda: False, has_more=more.exists)
+    with pytest.raises(KeyboardInterrupt):
+        supervise([work, service("page")], replace(PATIENT, look=0.01), report, record.show)
+    assert record.of(Happening.STARTED) == ["work", "page", "work"]  # the page although there was nothing left to do
+    assert record.shown[-1][0]["restarts"] == 0
+
+
 def test_an_exit_code_after_which_a_restart_is_useless_ends_all_with_what_was_written(
     service: Callable[..., ServiceProgram],
 ) -> None:
@@ -349,7 +370,7 @@ def test_a_certificate_for_another_host_is_refused_before_flower_fails(state_dir
         services_of(state_dir, ServiceSettings(superlink="localhost:8000"))
 
 
-def test_up_says_what_is_missing_and_leaves_nothing(fleet_of: FleetOf) -> None:
+def test_up_says_what_is_missing_and_leaves_nothing_but_a_note_of_it(fleet_of: FleetOf) -> None:
     folder = fleet_of(3).out / "coordinator"
     before = {path.name for path in folder.iterdir()}
     with refused(ConfigError, SERVICES):
@@ -360,7 +381,10 @@ def test_up_says_what_is_missing_and_leaves_nothing(fleet_of: FleetOf) -> None:
     write(folder, **BOTH)
     with refused(ConfigError, TLS_KEY):
         up(folder, lambda event: None)
-    assert {path.name for path in folder.iterdir()} == before | {SERVICES}
+    assert {path.name for path in folder.iterdir()} == before | {SERVICES, SERVICES_LOCK, runstate.FILE}
+    found = runstate.read(folder).process
+    assert found is not None
+    assert (found.ending, found.failures, TLS_KEY in found.error) == (runstate.Ending.FAILED, 3, True)
 
 
 @pytest.mark.parametrize(
