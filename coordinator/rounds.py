@@ -173,7 +173,9 @@ class _Run:
             left = sum(settings.kind_of(each) is kind for each in range(number, settings.rounds + 1))
             rounds = max(1, min(left, settings.aggregation.session_rounds))
             self.lifetime.end()
+            self.transport.keep(self.last.survivors if self.last else ())
             self._await_turn()
+            self.transport.await_turns()
             self.lifetime = traces.begin("session", first_round=number, rounds=rounds)
             with traces.span("establish", within=self.lifetime):
                 wanted = SessionRequest(adapter, task, rounds, f"session-{number}", self.last)

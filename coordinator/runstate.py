@@ -87,8 +87,13 @@ class GatewaySnapshot:
 
     ``versions``: version of edgeadapt, as devices state it → how many of the connected have it. ``check_ins``: outcome
     → check-ins since the start: ``admitted``, ``refused``, ``early`` (before their window), ``paced`` (too many at
-    once), ``full``. ``skewed``: connected devices whose clocks are off by more than a minute, by that of the gateway.
-    """
+    once), ``full`` (others have waited longer), ``calls`` (of one device, too many). ``skewed``: connected devices
+    whose clocks are off by more than a minute, by that of the gateway.
+
+    ``ends``: reason → ends of sessions of devices since the start: ``left`` (by itself, or its connection broke),
+    ``turn`` (it was another device's), ``replaced`` (by a newer connection), ``released`` (the run is over),
+    ``answers`` (too many to no request), ``memory`` (too many bytes of answers at once), ``slow``, ``invalid`` (bytes
+    that are not a message), ``revoked`` (or expired), ``failed`` (an error of the gateway's)."""
 
     address: str  # ``HOST:PORT``
     devices: int = 0  # devices that are connected, or may come back
@@ -96,6 +101,9 @@ class GatewaySnapshot:
     versions: Mapping[str, int] = field(default_factory=dict)
     check_ins: Mapping[str, int] = field(default_factory=dict)
     skewed: int = 0
+    places: int = 0  # devices that may be connected
+    waiting: int = 0  # devices that were sent away and come back
+    ends: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +195,20 @@ def lines(row: Mapping[str, Any]) -> Iterator[str]:
         agreed = f"{each['devices']} of {each['asked']} devices agreed to contribute {what}"
         yield f"{agreed} at {each['at']}, {each['needed']} are needed"
     if gateway := row["gateway"]:
-        outcomes = ", ".join(f"{count} {outcome}" for outcome, count in gateway["check_ins"].items())
-        clocks = f", {gateway['skewed']} with a wrong clock" if gateway["skewed"] else ""
-        yield f"gateway {gateway['address']}: {gateway['devices']} devices{clocks}, check-ins: {outcomes or 'none'}"
+        yield from _of_gateway(gateway)
+
+
+def _of_gateway(gateway: Mapping[str, Any]) -> Iterator[str]:
+    check_ins, ends = (
+        ", ".join(f"{count} {name}" for name, count in gateway[which].items()) for which in ("check_ins", "ends")
+    )
+    clocks = f", {gateway['skewed']} with a wrong clock" if gateway["skewed"] else ""
+    yield f"gateway {gateway['address']}: {gateway['devices']} devices{clocks}, check-ins: {check_ins or 'none'}"
+    if gateway["waiting"] and gateway["devices"] >= gateway["places"]:
+        text = f"{gateway['waiting']} more wait for their turn at {gateway['places']} places"
+        yield f"  the gateway is full: {text} (gateway.devices)"
+    if ends:
+        yield f"  sessions of devices that ended: {ends}"
 
 
 _NAMES = {

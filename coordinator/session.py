@@ -298,6 +298,7 @@ def establish(leader: CoordinatorStateDir, transport: Transport, wanted: Session
             return cohort, outcome
         reason = attempted.reason
         leader.run.failed(attempted.lacked.value, reason)
+        transport.keep(wanted.last.survivors if wanted.last else ())
         log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
         if attempt < settings.attempts:
             _await_another(transport, nodes, pause(attempt, settings.deadline))
@@ -326,6 +327,7 @@ def _attempt(
     if (count := len(present.nodes)) < least:
         did = f"of {listed} devices agree to contribute {consent}" if consent else "devices answered"
         return FailedAttempt(Lacked.CHECK_INS, f"{count} {did}, {least} are needed")
+    transport.keep(present.nodes)
     cohort, outcome = _offer(leader, transport, present, root, spec_of(count), last, group)
     if isinstance(outcome, RoundAborted):
         return FailedAttempt(Lacked.ANSWERS, outcome.detail)

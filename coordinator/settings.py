@@ -272,12 +272,16 @@ class CohortSettings(Settings):
 class GatewaySettings(Settings):
     """The gateway for light devices (docs/reference/gateway.md)."""
 
+    devices: int = Field(default=4096, ge=1, le=16_384)
+    """light devices that are connected at once, at most; when there are more, they take turns; each takes 90 KiB of
+    memory, so that 4096 take 360 MiB; never more than a quarter of the file descriptors of the process"""
     check_ins_per_minute: float = Field(default=10_000.0, gt=0, le=1e6)
     """check-ins of light devices that the gateway lets come in a minute"""
     accepted_seconds: float = Field(default=1.0, gt=0, le=86_400)
-    """time until a light device that took part comes back, at least"""
+    """time until a light device comes back that took part and made room for another, at least"""
     rejected_seconds: float = Field(default=10.0, gt=0, le=86_400)
-    """time until a light device that was not admitted returns, at least"""
+    """time until a light device that was not admitted returns, at least; a session begins up to twice as long later
+    while the gateway is full, so that those come whose turn it is"""
     client_version: str = Field(default="", pattern=r"^([0-9]{1,6}(\.[0-9]{1,6}){0,3})?$")
     """least version of edgeadapt on a light device; empty: any"""
     websocket: str = Field(default="", pattern=rf"^({ADDRESS})?$")

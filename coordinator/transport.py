@@ -23,6 +23,7 @@ from aggregation.steps import BODY, RECORD, Step
 RUN_ID = SERVER_NODE = 1  # where Flower did not start the process
 FIRST_POLL = 0.01  # seconds; doubled at every empty look up to LAST_POLL
 LAST_POLL = 0.5
+LOOK = 0.2  # seconds between two checks whether devices that wait have come
 MAX_REASON = 200  # characters of an error reply
 BY_THE_LINK = (  # error replies by Flower instead of a node
     ErrorCode.MESSAGE_UNAVAILABLE,
@@ -77,6 +78,14 @@ class OwnGrid(Grid):
         has to be asked for each; else those whose replies are there, in the order of arrival."""
         return waiting
 
+    def keep(self, devices: Collection[str]) -> None:
+        """Keep these devices for a session, until the next call. A grid with a limit may exchange the others for those
+        that wait."""
+
+    def turns_over(self) -> float:
+        """Seconds for which a session that begins waits for devices whose turn it is; 0 if there are none."""
+        return 0.0
+
     @staticmethod
     def number(message: Message, name: str) -> None:
         """Give a message its id, as Flower's own grids do."""
@@ -126,6 +135,20 @@ class Transport:
 
     def nodes(self) -> tuple[int, ...]:
         return tuple(sorted(self.grid.get_node_ids()))
+
+    def keep(self, devices: Collection[str] = ()) -> None:
+        """Keep these devices for a session, as ``OwnGrid.keep``. Those of Flower's own grids stay."""
+        if isinstance(self.grid, OwnGrid):
+            self.grid.keep(devices)
+
+    def await_turns(self) -> None:
+        """Wait until those devices are there whose turn it is, or have stayed away."""
+        begin, grid, said = self.clock.now(), self.grid, False
+        while isinstance(grid, OwnGrid) and (left := grid.turns_over() - (self.clock.now() - begin)) > 0:
+            if not said:
+                log.info("the gateway is full: waiting up to %.0f s for devices whose turn it is", left)
+                said = True
+            self.clock.sleep(LOOK)
 
     def take_carried(self) -> PayloadBytes:
         taken, self.carried = self.carried, PayloadBytes()

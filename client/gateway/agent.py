@@ -145,7 +145,7 @@ class Agent:
         if window is None:
             return False
         seconds = max(calls.FIRST_PAUSE, calls.until(window))
-        log.info("the gateway at %s asks this device to come back: in %.1f s", self.address, seconds)
+        log.info("the gateway at %s: %s; again in %.1f s", self.address, calls.one_line(call), seconds)
         self._pause(seconds)
         return True
 

@@ -258,6 +258,9 @@ def families(view: dict[str, Any]) -> Iterator[Metric]:
         yield _gauge("gateway_requests", "Requests without an answer yet.", gateway["requests"])
         yield _gauge("gateway_versions", "Connected devices by version.", gateway["versions"], "version")
         yield _counter("gateway_check_ins", "Check-ins by outcome.", "outcome", gateway["check_ins"])
+        yield _gauge("gateway_places", "Devices that may be connected.", gateway["places"])
+        yield _gauge("gateway_waiting", "Devices that were sent away and come back.", gateway["waiting"])
+        yield _counter("gateway_ends", "Ends of sessions of devices by reason.", "reason", gateway["ends"])
     releases = {name: one["release"] if one else 0 for name, one in view["channels"].items()}
     yield _gauge("channel_release", "The current release of a channel; 0: none.", releases, "channel")
     shares = {name: one["share"] for name, one in view["channels"].items() if one}

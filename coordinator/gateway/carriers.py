@@ -141,7 +141,7 @@ class End(NamedTuple):
 def end_of(error: EdgeAdaptError | TimeoutError) -> End:
     """Tell a peer of an error. After the last two the same is refused again; after any other it may succeed."""
     match error:
-        case ComeBack(released=True):
+        case ComeBack(is_over=True):
             return End(StatusCode.OK, CloseCode.GOING_AWAY, str(error), error.window)
         case ComeBack():
             return End(StatusCode.RESOURCE_EXHAUSTED, CloseCode.TRY_AGAIN_LATER, str(error), error.window)
@@ -244,6 +244,8 @@ class GrpcCalls:
             raise asyncio.CancelledError  # the call is reset
         if end is not None and end.window is not None:
             context.set_trailing_metadata(end.window.metadata())
+        if end is not None:
+            context.set_details(end.reason)
         if end is not None and end.status is not StatusCode.OK:
             await context.abort(end.status, end.reason)
 
@@ -323,7 +325,7 @@ class SocketCalls:
         leave = partial(self._entrance.prove, address)
         end = await self.conversations.run(path, SocketCarrier(leave, address[0], self._names, call, connection))
         if end is not None:
-            reason = end.reason if end.window is None else end.window.to_text()
+            reason = end.reason if end.window is None else f"{end.window.to_text()} {end.reason}"
             # A close reason has at most 123 bytes (RFC 6455, section 5.5).
             await connection.close(end.close, reason.encode()[:120].decode(errors="ignore"))
 

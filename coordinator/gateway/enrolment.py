@@ -37,7 +37,7 @@ log = logging.getLogger("edgeadapt.enrolment")
 
 
 def too_many(wait: float, who: str = "") -> ComeBack:
-    return ComeBack(f"too many calls{who and f' of {who}'}: try again in {math.ceil(wait / 60)} min")
+    return ComeBack("calls", f"too many calls{who and f' of {who}'}: try again in {math.ceil(wait / 60)} min")
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from aggregation.errors import ConfigError
 from aggregation.steps import BODY, RECORD
 from coordinator.expiry import ExpiryLog
 from coordinator.gateway.carriers import BrowserSettings
@@ -20,12 +21,11 @@ from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot, Refused
 from coordinator.runstate import GatewaySnapshot
 from coordinator.servertls import TlsFiles, TlsSource
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.transport import Clock, OwnGrid, identify
+from coordinator.transport import LOOK, Clock, OwnGrid, identify
 from edgeadapt.formats.gateway.messages import ATTEND, node_of
 
 PREFIX = "gateway-"  # Flower's own message ids are hexadecimal
 GATHER = 0.005  # seconds for more answers, after the first: to check 1000 requests for each takes longer
-LOOK = 0.2  # seconds between two checks whether enough devices are connected
 LOOK_AT_LINK = 2.0  # the same where each look is a call to the SuperLink
 log = logging.getLogger("edgeadapt.gateway")
 
@@ -93,6 +93,7 @@ class GatewayGrid(OwnGrid):
         """``own_process``: Flower did not start this process. Arguments and errors as ``Gateway``."""
         super().__init__()
         self.clock = ArrivalClock()
+        self._turnover = 2 * (limits or GatewayLimits()).settings.rejected_seconds  # the end of the longest window
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._asked: dict[int, Message] = {}  # the gateway's id → message that has no reply yet
@@ -112,10 +113,19 @@ class GatewayGrid(OwnGrid):
 
     def await_devices(self, count: int, look: Callable[[int], object] = lambda devices: None) -> None:
         """Wait until ``count`` devices are connected. ``look``: called meanwhile with how many there are; what it
-        raises ends the wait."""
+        raises ends the wait. Raises ConfigError: so many never are."""
+        if count > self.gateway.places:
+            text = f"the gateway has room for {self.gateway.places} devices, and a session takes {count}"
+            raise ConfigError(f"{text}: raise gateway.devices, or the limit of open files", about="gateway.devices")
         while (devices := len(self.gateway.devices())) < count:
             look(devices)
             self.clock.sleep(LOOK)
+
+    def keep(self, devices: Collection[str]) -> None:
+        self.gateway.keep(devices)
+
+    def turns_over(self) -> float:
+        return self._turnover if self.gateway.turns_over() else 0.0
 
     def get_node_ids(self) -> Iterable[int]:
         listed = {node_of(device): device for device in self.gateway.devices()}
@@ -183,6 +193,12 @@ class JoinedGrid(OwnGrid):
         super().__init__()
         self._flower, self._light = flower, light
         self.clock = light.clock
+
+    def keep(self, devices: Collection[str]) -> None:
+        self._light.keep(devices)
+
+    def turns_over(self) -> float:
+        return self._light.turns_over()
 
     def await_devices(self, count: int, look: Callable[[int], object] = lambda devices: None) -> None:
         """Wait for SuperNodes and light devices together, like ``GatewayGrid.await_devices``."""

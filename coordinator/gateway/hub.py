@@ -13,6 +13,7 @@ from aggregation.errors import EdgeAdaptError, ProtocolError
 from edgeadapt.formats.gateway.messages import RetryWindow
 
 WAITING = 4  # requests of one device
+RELEASED = "released"
 ID_BITS = 63  # ids are random: no device can guess another's, and a restart repeats none
 
 
@@ -25,12 +26,17 @@ class NoAnswer:
 
 
 class ComeBack(EdgeAdaptError):  # noqa: N818
-    """A stream ends, and its device is to come back: within ``window``, or after a pause of its own. ``released``: the
-    gateway needs it no longer, so that nothing went wrong."""
+    """A device is sent away, and is to come back: within ``window``, or after a pause of its own. ``why`` names the
+    reason in counts."""
 
-    def __init__(self, reason: str, window: RetryWindow | None = None, *, released: bool = False) -> None:
-        super().__init__(reason, about="gateway.busy")
-        self.window, self.released = window, released
+    def __init__(self, why: str, reason: str, window: RetryWindow | None = None) -> None:
+        super().__init__(reason, about=f"gateway.{why}")
+        self.why, self.window = why, window
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is over, so that nothing went wrong."""
+        return self.why == RELEASED
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +60,11 @@ class Asked:
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """``sent``: the request under way on it."""
+    """``sent``: the request that was sent last on it. ``answered``: the last of these whose answer has begun."""
 
     credentials: Credentials
     sent: int | None = None
+    answered: int | None = None
     over: EdgeAdaptError | None = None  # why the gateway ends it
 
 
@@ -73,10 +80,11 @@ class _Mailbox:
 @dataclass(slots=True, eq=False)
 class Hub:
     """All devices. ``answered``: called with the id of a request and its answer, once for each request. ``grace``:
-    seconds in which a device whose stream broke may come back."""
+    seconds in which a device whose stream broke may come back. ``left``: called with one that did not."""
 
     answered: Callable[[int, bytes | NoAnswer], None]
     grace: float
+    left: Callable[[str], None] = lambda device: None
     _mailboxes: dict[str, _Mailbox] = field(default_factory=dict)
 
     @property
@@ -108,15 +116,27 @@ class Hub:
         mailbox = self._mailboxes.get(stream.credentials.device)
         if mailbox is not None and mailbox.stream is stream:
             mailbox.stream = None
-            grace = 0.0 if isinstance(stream.over, ComeBack) and stream.over.released else self.grace
-            asyncio.get_running_loop().call_later(grace, self._gone, stream.credentials.device, mailbox)
+            asyncio.get_running_loop().call_later(self.grace, self._gone, stream.credentials.device, mailbox)
 
     def _gone(self, device: str, mailbox: _Mailbox) -> None:
         if mailbox.stream is None and self._mailboxes.get(device) is mailbox:
-            del self._mailboxes[device]
-            for asked in mailbox.asked.values():
-                asked.timer.cancel()
-                self.answered(asked.id, NoAnswer(None, "the device disconnected"))
+            self._drop(device)
+            self.left(device)
+
+    def send_away(self, device: str, reason: ComeBack) -> None:
+        """End the stream of a device, if it has one, and forget the device at once."""
+        mailbox = self._drop(device)
+        if mailbox.stream is not None:
+            mailbox.stream.over = reason
+            mailbox.changed.set()
+
+    def _drop(self, device: str) -> _Mailbox:
+        mailbox = self._mailboxes.pop(device)
+        for asked in mailbox.asked.values():
+            asked.timer.cancel()
+            self.answered(asked.id, NoAnswer(None, "the device disconnected"))
+        mailbox.asked.clear()
+        return mailbox
 
     def ask(self, device: str, step: str, fields: Mapping[str, bytes], seconds: float) -> int | None:
         """Ask a device; the request is void after ``seconds``. Returns the request's id; None if the device is not
@@ -138,7 +158,7 @@ class Hub:
     async def next(self, stream: Stream) -> Asked:
         """Wait for the next request for a stream, once the previous one was answered or is void. Raises EdgeAdaptError:
         the gateway ends the stream."""
-        mailbox = self._mailboxes[stream.credentials.device]
+        mailbox = self._mailboxes.get(stream.credentials.device, _Mailbox())
         while stream.over is None:
             mailbox.changed.clear()
             if stream.sent not in mailbox.asked and mailbox.asked:
@@ -147,6 +167,13 @@ class Hub:
                 return asked
             await mailbox.changed.wait()
         raise stream.over
+
+    @staticmethod
+    def is_asked(stream: Stream, number: int) -> bool:
+        """Whether an answer that begins is the first one to the request that was sent last, which may be void."""
+        is_first = number == stream.sent != stream.answered
+        stream.answered = stream.sent if is_first else stream.answered
+        return is_first
 
     def answer(self, stream: Stream, number: int, answer: bytes | NoAnswer) -> None:
         """Take the answer to the request that was sent on a stream, once. Raises ProtocolError: no request, or another

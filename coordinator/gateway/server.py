@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -19,10 +19,11 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki import Root
 from aggregation.pki.revocation import EXPIRED
-from coordinator.gateway.carriers import BrowserSettings, Carrier, Conversations, ConversationServer
-from coordinator.gateway.hub import ComeBack, Credentials, Hub, NoAnswer, Stream
+from coordinator.gateway.carriers import BrowserSettings, Carrier, Conversations, ConversationServer, HangUp
+from coordinator.gateway.hub import RELEASED, ComeBack, Credentials, Hub, NoAnswer, Stream
 from coordinator.gateway.pace import Pace, TokenBucket
 from coordinator.gateway.places import Turns, raise_descriptors
+from coordinator.gateway.room import Room
 from coordinator.runstate import GatewaySnapshot
 from coordinator.servertls import TlsSource
 from coordinator.settings import GatewaySettings
@@ -32,6 +33,7 @@ from edgeadapt.formats.gateway.messages import PartReader, RetryWindow
 
 SKEWED = 60.0  # seconds by which a clock may be off
 VERSIONS = 32  # in a snapshot; devices state them
+REMIND = 60.0  # seconds between two lines of the log while the gateway is full
 log = logging.getLogger("edgeadapt.gateway")
 ReadRoot = Callable[[datetime], Root]
 Refused = Callable[[str, str, str], None]  # field, version that the device states or "", text; from the event loop
@@ -40,20 +42,22 @@ Refused = Callable[[str, str, str], None]  # field, version that the device stat
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:
     settings: GatewaySettings = field(default_factory=GatewaySettings)
-    calls: int = 60  # check-ins and answers of one device in a row; it regains all of them in ``seconds``
+    calls: int = 60  # check-ins and unasked answers of one device in a row; it regains all of them in ``seconds``
     seconds: float = 30.0
     transfer: float = 120.0  # seconds for one message to a device, or for the whole of an answer
     uploading: int = 2**30  # bytes of answers that are being received, of all devices
-    devices: int = 4096  # most that are connected at the same time
     grace: float = 10.0  # seconds in which a device whose stream broke may come back
 
 
 @dataclass(slots=True)
 class Service:
-    hub: Hub
+    answered: Callable[[int, bytes | NoAnswer], None]
     read_root: ReadRoot
     limits: GatewayLimits
     check_ins: Counter[str] = field(default_factory=Counter)  # by outcome, as in ``GatewaySnapshot``
+    ends: Counter[str] = field(default_factory=Counter)  # by reason, likewise
+    hub: Hub = field(init=False)
+    room: Room = field(init=False)
     refused: Refused = lambda kind, version, text: None
     asked_by: traces.Span = traces.NO_SPAN  # the step whose requests were sent last; answers are parts of it
     _receiving: int = 0  # bytes of answers
@@ -61,27 +65,40 @@ class Service:
     _turns: Turns = field(default_factory=Turns)
     _root: tuple[datetime, Root] | None = None
     _pace: Pace = field(init=False)
+    _full: TokenBucket = field(default_factory=lambda: TokenBucket(1, REMIND))
 
     def __post_init__(self) -> None:
         own = self.limits.settings
+        self.room = Room(own.devices, own.rejected_seconds)
+        self.hub = Hub(self.answered, self.limits.grace, self.room.leave)
         self._pace = Pace(own.check_ins_per_minute / 60.0, own.accepted_seconds, own.rejected_seconds)
 
     async def attend(self, carrier: Carrier) -> None:
         """Send requests to a device and take its answers, until one of the two ends it."""
         credentials = await self._identified(carrier)
-        comes_back = credentials.device in self.hub.devices
-        self._check_pace(credentials.device)
+        comes_back = credentials.device in self.room
+        try:
+            self._let_in(credentials.device)
+        except ComeBack as sent_away:
+            self.check_ins[sent_away.why] += 1
+            raise
         carrier.admit()
-        stream = self.hub.open(credentials)
+        stream, ended = self.hub.open(credentials), None
         of = {"device": credentials.device}
         log.info("%s is connected over %s", credentials.device, carrier.protocol, extra=of)
         try:
             await carrier.send(messages.ADMITTED)
             self.check_ins["admitted"] += not comes_back
             await _either(self._send(carrier, stream), self._take(carrier, stream))
+        except BaseException as error:
+            ended = error
+            raise
         finally:
             self.hub.closed(stream)
-            log.info("%s is disconnected", credentials.device, extra=of)
+            why, text = reason_of(stream.over or ended)
+            self.ends[why] += 1
+            level = logging.INFO if why in AS_IT_SHOULD else logging.WARNING
+            log.log(level, "%s is disconnected: %s", credentials.device, text, extra=of)
 
     async def _identified(self, carrier: Carrier) -> Credentials:
         nonce = SystemEntropy().bytes(messages.NONCE)
@@ -109,23 +126,34 @@ class Service:
             log.warning("the clock of %s is %.0f s %s", device, abs(ahead), "ahead" if ahead > 0 else "behind")
         return Credentials(device, hello.certificate, hello.version, ahead)
 
-    def _check_pace(self, device: str) -> None:
-        """Send a device away that comes before its window, or when too many are there, by ComeBack with its window."""
+    def _let_in(self, device: str) -> None:
+        """Give a device a place. Raises ComeBack: it comes too often or before its window, or too many are there."""
         now = time.monotonic()
         if wait := self._count_call(device):
-            raise ComeBack("too many calls", RetryWindow(wait, wait))
-        if device in self.hub.devices:  # a device whose stream broke comes back at once
+            raise ComeBack("calls", "too many calls", RetryWindow(wait, wait))
+        if device in self.room:  # a device whose stream broke comes back at once
             return
         if window := self._pace.early(device, now):
-            outcome, reason = "early", "too early: the gateway asked this device to come back later"
-        elif not self._pace.admits(now):
-            outcome, reason, window = "paced", "too many devices check in", self._pace.reject(device, now)
-        elif len(self.hub.devices) >= self.limits.devices:
-            outcome, reason, window = "full", "the gateway is full", self._pace.reject(device, now)
-        else:
-            return
-        self.check_ins[outcome] += 1
-        raise ComeBack(reason, window)
+            raise ComeBack("early", "too early: the gateway asked this device to come back later", window)
+        if not self._pace.admits(now):
+            raise ComeBack("paced", "too many devices check in", self._rejected(device, now))
+        leaving = self.room.enter(device, now)
+        if leaving is None:
+            window = self._rejected(device, now)
+            if not self._full.wait(now):
+                text = "the gateway is full: %d devices are connected, and %d wait for their turn; gateway.devices in "
+                text += "federation.toml, file descriptors and memory limit how many may be connected"
+                log.warning(text, self.room.places, self.room.waiting(now))
+            raise ComeBack("full", "the gateway is full: others have waited longer, or are in a session", window)
+        for other, served in leaving:
+            window = self._pace.accept(other, now) if served else self._rejected(other, now)
+            self.room.leave(other)
+            self.hub.send_away(other, ComeBack("turn", "the gateway is full, and it is another device's turn", window))
+
+    def _rejected(self, device: str, now: float) -> RetryWindow:
+        window = self._pace.reject(device, now)
+        self.room.send_away(device, now, now + window.latest)
+        return window
 
     def _count_call(self, device: str) -> float:
         bucket = self._buckets.setdefault(device, TokenBucket(self.limits.calls, self.limits.seconds))
@@ -146,9 +174,11 @@ class Service:
             name = f"{messages.SERVICE}/answer"
             with traces.span(name, within=self.asked_by, protocol=carrier.protocol) as call:
                 answer = messages.ANSWER.decode(raw)
-                if self._count_call(device) or self._receiving + answer.size > self.limits.uploading:
-                    soon = RetryWindow(self.limits.grace / 4, self.limits.grace / 2)
-                    raise ComeBack("too many answers at once", soon)
+                soon = RetryWindow(self.limits.grace / 4, self.limits.grace / 2)
+                if not self.hub.is_asked(stream, answer.id) and self._count_call(device):
+                    raise ComeBack("answers", "too many answers to no request", soon)
+                if self._receiving + answer.size > self.limits.uploading:
+                    raise ComeBack("memory", "too many answers at once", soon)
                 body: bytes | NoAnswer = NoAnswer(answer.code, answer.reason.decode(errors="replace"))
                 if answer.size:
                     body = await self._body(carrier, answer.size)
@@ -171,10 +201,11 @@ class Service:
 
     def release(self) -> None:
         """End all streams without an error; the devices come back within their windows."""
-        for stream in self.hub.streams():
+        for stream in [*self.hub.streams()]:
             device = stream.credentials.device
             window = self._pace.accept(device, time.monotonic())
-            self.hub.end(stream, ComeBack(f"{device} took part", window, released=True))
+            self.room.leave(device)
+            self.hub.send_away(device, ComeBack(RELEASED, "the run is over", window))
 
     def end_revoked(self, at: datetime) -> None:
         """End the streams of devices whose certificates have expired or were revoked since they connected; none while
@@ -189,8 +220,6 @@ class Service:
             try:
                 root.verify(stream.credentials.certificate, at)
             except TrustError as error:
-                device = stream.credentials.device
-                log.warning("%s is disconnected: %s", device, error, extra={"device": device})
                 self.hub.end(stream, error)
 
     def root(self, at: datetime) -> Root:
@@ -202,6 +231,29 @@ class Service:
             except TrustError as error:
                 raise EdgeAdaptError(str(error), about=error.about) from error
         return self._root[1]
+
+
+AS_IT_SHOULD = ("left", "replaced", RELEASED, "turn")  # reasons for which a session of a device ends
+
+
+def reason_of(ended: BaseException | None) -> tuple[str, str]:
+    """Name the reason for which the session of a device ended, as ``GatewaySnapshot.ends`` has it, and describe it."""
+    match ended:
+        case ComeBack():
+            return ended.why, str(ended)
+        case ProtocolError(about="gateway.stream"):
+            return "replaced", str(ended)
+        case ProtocolError():
+            return "invalid", str(ended)
+        case TrustError():
+            return "revoked", str(ended)
+        case EdgeAdaptError():
+            return "failed", str(ended)
+        case TimeoutError():
+            return "slow", "a message or an answer took too long"
+        case None | HangUp() | asyncio.CancelledError():
+            return "left", "the device left, or its connection broke"
+    return "failed", type(ended).__name__
 
 
 async def _either(*coroutines: Coroutine[object, object, None]) -> None:
@@ -247,10 +299,10 @@ class Gateway(ConversationServer):
         → the authority with its newest revocation list. ``refused``: called for each peer that is not admitted for what
         it is."""
         limits, room = limits or GatewayLimits(), raise_descriptors() // 4
-        if room < limits.devices:
+        if room < limits.settings.devices:
             log.warning("at most %d devices can be connected: this process may open no more files", room)
-            limits = replace(limits, devices=room)
-        self.service = Service(Hub(answered, limits.grace), read_root, limits, refused=refused)
+            limits = replace(limits, settings=limits.settings.model_copy(update={"devices": room}))
+        self.service = Service(answered, read_root, limits, refused=refused)
         conversations = Conversations({messages.ATTEND: self.service.attend}, tls)
         super().__init__(conversations, address, browsers, about="--gateway")
 
@@ -269,6 +321,8 @@ class Gateway(ConversationServer):
 
         async def asked() -> dict[str, int | None]:
             self.service.asked_by = span
+            for device in requests:
+                self.service.room.ask(device)
             return {
                 device: self.service.hub.ask(device, step, fields, seconds)
                 for device, (step, fields) in requests.items()
@@ -276,13 +330,35 @@ class Gateway(ConversationServer):
 
         return self.call(asked())
 
+    @property
+    def places(self) -> int:
+        return self.service.room.places
+
+    def keep(self, devices: Collection[str]) -> None:
+        """Keep the places of these devices until the next call, and no others."""
+
+        async def kept() -> None:
+            self.service.room.keep(devices, time.monotonic())
+
+        self.call(kept())
+
+    def turns_over(self) -> bool:
+        """Whether a device comes back that has waited longer than one that is there and is not kept."""
+
+        async def found() -> bool:
+            return self.service.room.turns_over(time.monotonic())
+
+        return self.call(found())
+
     def snapshot(self, address: str) -> GatewaySnapshot:
         async def counted() -> GatewaySnapshot:
             hub = self.service.hub
             versions = Counter(stream.credentials.version for stream in hub.streams())
             counts = dict(versions.most_common(VERSIONS)), dict(self.service.check_ins)
             skewed = sum(abs(stream.credentials.ahead) > SKEWED for stream in hub.streams())
-            return GatewaySnapshot(address, len(hub.devices), hub.requests, *counts, skewed)
+            places, waiting = self.places, self.service.room.waiting(time.monotonic())
+            ends = dict(self.service.ends)
+            return GatewaySnapshot(address, len(hub.devices), hub.requests, *counts, skewed, places, waiting, ends)
 
         return self.call(counted())
 

@@ -23,7 +23,7 @@ CALLS = REFUSALS + 16
 def counted_first(self: Service, hello: messages.DeviceHello, nonce: bytes, names: frozenset[str]) -> Credentials:
     """What holds without the rule: a call is counted by name, and then verified."""
     if self._count_call(subject(load(hello.certificate))):
-        raise ComeBack("too many calls")
+        raise ComeBack("calls", "too many calls")
     return VERIFIED(self, hello, nonce, names)
 
 

@@ -150,7 +150,9 @@ class SocketTalk(Talk):
                 yield raw
         except ConnectionClosed as closed:
             code, reason = (closed.rcvd.code, closed.rcvd.reason) if closed.rcvd else (1006, "")
-            raise Over(code, reason, retry_window(((messages.RETRY_WINDOW, reason),))) from None
+            window, _, text = reason.partition(" ")
+            found = retry_window(((messages.RETRY_WINDOW, window),))
+            raise Over(code, text if found else reason, found) from None
 
     def send(self, *sent: bytes | str) -> None:
         with suppress(ConnectionClosed):  # as over gRPC, ``ended`` says that the service has ended it meanwhile

@@ -9,8 +9,9 @@ const STATES = {
   answering: ({ step }) => STEPS[step],
   training: ({ round, step, steps }) => `Round ${round}: training${steps ? `, step ${step} of ${steps}` : ""} …`,
   masking: ({ round }) => `Round ${round}: masking the update …`,
-  away: ({ seconds, released }) => `${released ? "The run is over" : "The connection broke"}; connecting again in ${Math.ceil(seconds)} s.`,
+  away: ({ seconds, released, reason }) => `${sentAway(released, reason)}; connecting again in ${Math.ceil(seconds)} s.`,
 };
+const sentAway = (released, reason) => (released ? "The run is over" : reason ? `No connection: ${reason}` : "The connection broke");
 const STEPS = {
   checkin: "The coordinator asks who this device is …",
   offer: "Checking the session that is on offer …",

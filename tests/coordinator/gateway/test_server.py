@@ -320,7 +320,7 @@ def test_a_device_that_answers_or_comes_too_often_has_to_wait_and_others_do_not(
 def test_a_device_that_was_sent_away_and_comes_back_too_early_gets_the_rest_of_its_window(
     site_of: SiteOf, carrier: str
 ) -> None:
-    site = site_of(replace(LIMITS, devices=1, settings=GatewaySettings(rejected_seconds=3600.0)), carrier)
+    site = site_of(replace(LIMITS, settings=GatewaySettings(devices=1, rejected_seconds=3600.0)), carrier)
     site.device("kitchen").attend()
     garage, hall = site.device("garage"), site.device("hall")
     first, early, other = (device.greet().ended() for device in (garage, garage, hall))
@@ -352,7 +352,7 @@ def test_check_ins_above_the_target_are_sent_away_with_windows_of_their_own(site
 
 
 def test_a_full_gateway_has_room_again_once_a_device_stays_away(site_of: SiteOf, carrier: str) -> None:
-    site = site_of(replace(LIMITS, devices=1, settings=GatewaySettings(rejected_seconds=0.001)), carrier)
+    site = site_of(replace(LIMITS, settings=GatewaySettings(devices=1, rejected_seconds=0.001)), carrier)
     talk, garage = site.device("kitchen").attend(), site.device("garage")
     assert not garage.is_let_in()
     talk.close()

@@ -33,8 +33,9 @@ export async function nodeOf(device) {
 
 /** Answer the requests of the gateway at `url` (wss://, or ws:// on loopback) as `participant` does, until `signal` aborts.
  *
- * `shown` is called with { state: "connecting" | "connected" | "answering" | "failed" | "away", step, error, seconds, released }, where
- * `error` is a message and `released` says that the run is over. Throws ConfigError: the page may not connect there. ProtocolError: the
+ * `shown` is called with { state: "connecting" | "connected" | "answering" | "failed" | "away", step, error, seconds, released, reason },
+ * where `error` is a message, `released` says that the run is over, and `reason` why the gateway sends the device away; empty if the
+ * connection broke. Throws ConfigError: the page may not connect there. ProtocolError: the
  * gateway refuses this device, and says why. */
 export async function attend({ device, participant, url, signal, shown = () => {} }) {
   const answers = new Answers(participant, shown);
@@ -44,8 +45,9 @@ export async function attend({ device, participant, url, signal, shown = () => {
     if (signal?.aborted) return;
     if (code === INVALID || code === VIOLATION) refuse(`the gateway refuses this device: ${reason}`, "gateway");
     attempt = admitted ? 0 : attempt + 1;
-    const pause = windowOf(reason) ?? Math.min(FIRST_PAUSE * 2 ** attempt, LONGEST_PAUSE) * (0.5 + Math.random() / 2);
-    shown({ state: "away", seconds: pause / 1000, released: code === RELEASED });
+    const { window, text } = sentAway(reason);
+    const pause = window ?? Math.min(FIRST_PAUSE * 2 ** attempt, LONGEST_PAUSE) * (0.5 + Math.random() / 2);
+    shown({ state: "away", seconds: pause / 1000, released: code === RELEASED, reason: text });
     await waited(pause, signal);
   }
 }
@@ -158,12 +160,12 @@ function same({ request: last, code }, { id, step, fields }) {
   return last.step === step && last.fields.size === fields.size && content;
 }
 
-/** A random time within the window of a close reason, in milliseconds; null if it has none. */
-function windowOf(reason) {
-  const found = /^([0-9]{1,9})-([0-9]{1,9})$/.exec(reason);
-  if (!found) return null;
-  const [from, to] = found.slice(1).map((text) => Math.min(Number(text), 86_400_000));
-  return Math.max(FIRST_PAUSE, from + Math.random() * Math.max(0, to - from));
+/** What a close reason says: `window`, a random time within its window in milliseconds, or null; and why, as `text`. */
+function sentAway(reason) {
+  const found = /^([0-9]{1,9})-([0-9]{1,9}) (.*)$/.exec(reason);
+  if (!found) return { window: null, text: reason };
+  const [from, to] = found.slice(1, 3).map((text) => Math.min(Number(text), 86_400_000));
+  return { window: Math.max(FIRST_PAUSE, from + Math.random() * Math.max(0, to - from)), text: found[3] };
 }
 
 const waited = (milliseconds, signal) =>
