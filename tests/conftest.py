@@ -4,6 +4,7 @@ Torch and Flower are imported by what uses them, so that other tests do not wait
 """
 
 import os
+import signal
 import sys
 import tomllib
 from collections import Counter
@@ -23,6 +24,8 @@ from tests.support.verified import forget_verified
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 collect_rarely()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # from a shell's background, and programs under test inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 LONG = 60  # seconds, of a run of which the time of each folder is shown
 LONGEST = {  # files of half a minute and more, most of it in one test
     *("test_deploy_page.py", "test_faults.py", "test_fleet_page.py"),

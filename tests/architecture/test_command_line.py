@@ -431,6 +431,15 @@ program.main()
 """
 
 
+def test_the_tests_of_ctrl_c_pass_in_the_background_of_a_shell() -> None:
+    """There a process ignores SIGINT from its start, as with nohup."""
+    one = f"{__file__}::{test_a_signal_during_an_import_waits_for_its_end.__name__}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", one]
+    shell = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command]
+    ended = subprocess.run(shell, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, timeout=150)
+    assert (ended.returncode, "2 passed" in ended.stdout) == (0, True), ended.stdout
+
+
 @pytest.mark.parametrize(("number", "code", "line"), SIGNALS)
 def test_a_signal_during_an_import_waits_for_its_end(tmp_path: pathlib.Path, number: int, code: int, line: str) -> None:
     (tmp_path / "slow.py").write_text(IMPORTED.format(number=int(number)))
