@@ -63,7 +63,7 @@ log = logging.getLogger("edgeadapt.device")
 LOADED = 2**14  # adapters in memory: it is their bytes that are limited
 END = object()
 FINISHES = {Finish.LENGTH: "length", Finish.BLOCKED: "content_filter"}  # any other is stop
-SENT = ("text", "prompt", "message")  # begin what a DataError is about that is the caller's
+SENT = ("text", "prompt", "message", "guide")  # begin what a DataError is about that is the caller's
 T = TypeVar("T")
 
 

@@ -130,6 +130,7 @@ TOOL = {"type": "function", "function": {"name": "light", "parameters": {}}}
         ({"messages": [{"role": "user", "content": "a" * 3000}]}, "prompt"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "guide"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}}, "guide"),
         ({"n": 2}, "n"),
         ({"logprobs": True}, "logprobs"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
