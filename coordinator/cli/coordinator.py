@@ -256,9 +256,21 @@ def status(
 
     --follow also shows the step that is under way. It only reads: Ctrl-C ends nothing else.
 
-    As a health check, it fails with 7 while nothing has moved for too long, or nothing runs and rounds are left. As a
-    liveness probe, with --liveness, it fails with 7 only where a restart helps: a process hangs or is gone, and not
-    while devices are missing.
+    The first line is the verdict, which the dashboard and its metrics show as well. The exit code is 7 if it is
+
+    \b
+      stuck  nothing has moved for stuck_after of DIR/federation.toml, or for the deadline at a step if that is longer;
+             or three rounds in a row were aborted, or three runs failed; or the disk is full, or tls.pem or
+             revoked.crl has ended
+      hung   the process of the run has shown no sign of life for a minute, or 'up' starts no rounds
+      down   nothing runs, and rounds are left: at once if the run failed or was killed, after stuck_after if it was
+             stopped
+
+    and 0 if it is moving, waiting (not for too long yet), idle (as it should be), stopped, new or done. An answer in a
+    round, the end of a round and a session are progress; an attempt at a session that fails is none.
+
+    With --liveness it is a liveness probe: it fails only where another process helps, and not while devices, disk
+    space or a database are missing.
 
     \b
     Examples:

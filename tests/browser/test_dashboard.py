@@ -1,5 +1,6 @@
 """The operator's page in a real Chromium, served by the real command, while rounds are made."""
 
+import json
 import re
 import subprocess
 import sys
@@ -16,7 +17,11 @@ import pytest
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from coordinator.dashboard.server import TOKEN
-from coordinator.statedir import CoordinatorStateDir
+from coordinator.health import FAILURES
+from coordinator.runstate import Ending, Need
+from coordinator.services.deployment import RUNNING
+from coordinator.statedir import SERVICES_LOCK, CoordinatorStateDir
+from edgeadapt.formats import storage
 from edgeadapt.formats.keyfiles import TLS_CERTIFICATE
 from edgeadapt.releases.actions import GateResult, action_path
 from edgeadapt.releases.repository import ChannelRepository
@@ -69,7 +74,7 @@ def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: FleetOf, page
         page.until(READY)
         assert page.evaluate(ROWS) == 0
         said = page.evaluate("document.getElementById('answers').innerText")
-        assert said.startswith("Is it learning?\nNo: nothing runs; edgeadapt coordinator up DIR, or run, goes on.")
+        assert said.startswith("Is it learning?\nNot yet: no run has begun. There is no version of a round yet.")
         ending = page.evaluate("document.getElementById('expiries').innerText")
         assert ending.startswith(f"tls.pem ends on {soon:%F}, in 0 days: renew it")
         page.evaluate("window.opened = true")
@@ -79,7 +84,7 @@ def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: FleetOf, page
         tiles = page.evaluate("document.getElementById('tiles').innerText")
         assert "3 of 3" in tiles
         said = page.evaluate("document.getElementById('answers').innerText")
-        assert "All 3 rounds are done. The newest version is 3 (round 3, 20" in said
+        assert "It has ended: all rounds are done. The newest version is 3 (round 3, 20" in said
         assert re.search(r"What does it cost a device\?\n\d+ kB up and \d+ kB down a round, which takes \d+ s", said)
         assert page.evaluate("document.querySelectorAll('#accuracy ellipse').length") == 3
         assert page.evaluate("document.querySelectorAll('#dropouts rect').length") == 3
@@ -95,6 +100,43 @@ def test_an_operator_logs_in_and_sees_rounds_as_they_end(fleet_of: FleetOf, page
         assert said.splitlines()[0] == f"{url}/: log in with the token in {folder / TOKEN}"
         assert len(said.splitlines()) == 2, "an open stream ends without an error"
         page.until("document.getElementById('live').textContent.startsWith('no connection')")
+
+
+def test_an_operator_with_a_telephone_sees_that_a_fleet_is_down_why_devices_refuse_and_no_broken_word(
+    fleet_of: FleetOf, page: Any
+) -> None:
+    folder = fleet_of(3).out / "coordinator"
+    state_dir = CoordinatorStateDir.open(folder)
+    run, limit = state_dir.run, "cohort of 3 is below this device's minimum of 8"
+    with storage.locked(folder / SERVICES_LOCK), dashboard(folder) as (url, _):
+        services = [{"name": "superlink", "state": "ready", "address": "fleet.example:8000", "restarts": 0, "pid": 1}]
+        row = {"pid": 1, "since": "2026-12-01T08:00:00Z", "stop": 1.0, "services": services}
+        (folder / RUNNING).write_text(json.dumps(row))
+        page.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=False)
+        page.call("Page.navigate", url=url)
+        page.until("document.getElementById('token') !== null")
+        token = (folder / TOKEN).read_text().strip()
+        page.evaluate(f"document.getElementById('token').value = {token!r}; document.forms[0].submit()")
+        page.until(READY)
+        said = "document.getElementById('answers').innerText"
+        with state_dir.leading():
+            run.waits(Need.SESSION, 4, 3, 2, 20)
+            run.refused("offer", "", f"kitchen: {limit}", limit)
+            page.until(f"{said}.includes('4 devices are there, 3 are needed')")
+            page.until(f"{said}.includes({f'refused 1 × at offer, the last one: “{limit}”'!r})")
+        lines = (
+            "[...document.querySelectorAll('#services :is(th, td)')].map(each => each.getClientRects().length && each)"
+        )
+        tall = f"{lines}.filter(each => each.offsetHeight > 40).map(each => each.innerText)"
+        assert page.evaluate(tall) == [], "each cell is one line"
+        assert page.evaluate("document.documentElement.scrollWidth <= 390"), "nothing is cut off at the side"
+        for _ in range(FAILURES):
+            run.ended(Ending.FAILED, "kitchen is away")
+        page.until(f"{said}.startsWith('Is it learning?\\nNo: 3 runs in a row failed')")
+        assert "What to do?" in page.evaluate(said)
+        assert "kitchen" not in page.evaluate("document.body.innerText")
+        assert page.errors() == []
+    state_dir.registry.close()
 
 
 def test_an_operator_sees_a_rollout_its_gates_and_a_log_that_was_altered(
