@@ -167,7 +167,7 @@ def _of_progress(state: RunState, around: Surroundings, age: float) -> Judged:
     return Condition.MOVING if answers or first or state.waits_for is None else Condition.WAITING, text, "", False
 
 
-_REMEDIES = {
+_REMEDIES: dict[Need | None, str] = {
     Need.REVOCATIONS: "let the authority sign a new list ('edgeadapt authority revoke DIR'), and copy it",
     Need.DEVICES: "see whether agents run and reach the gateway: their logs say why not",
     Need.SESSION: "see what was refused, and the logs of the agents",

@@ -295,7 +295,7 @@ class RunRecord:
         first = before is None or (before.ended is not None and before.ending is not Ending.FAILED)
         failures = last.failures + 1 if ending is Ending.FAILED else 0
         process = replace(last, ended=now, ending=ending, error=error[:LONGEST], failures=failures)
-        since = {"since": now, "since_ticks": time.monotonic()} if first else {}
+        since: dict[str, Any] = {"since": now, "since_ticks": time.monotonic()} if first else {}
         self._update(process=process, waits_for=None, step=None, gateway=None, **since)
 
     def _beat_until(self, over: threading.Event) -> None:

@@ -43,7 +43,8 @@ class Room:
     def enter(self, device: str, now: float) -> tuple[Leaving, ...] | None:
         """Give a device that is not inside a place. Returns who loses its own for that, if anybody; None if the device
         has to stay outside: tell it when to come back, and call ``send_away``."""
-        since, leaving = self._since(device, now), ()
+        since = self._since(device, now)
+        leaving: tuple[Leaving, ...] = ()
         if len(self._inside) >= self.places:
             last = max(self._idle(), key=self._inside.__getitem__, default=None)
             if last is None or (self._inside[last] <= since and device not in self._needed):
