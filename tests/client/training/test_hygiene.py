@@ -21,7 +21,7 @@ from edgeadapt.formats.settings import Settings
 from simulations.data import projects
 from simulations.data.households.sampling import PopulationSettings, sample_population
 from tests.support import refused
-from tests.support.growth import growth, repeated
+from tests.support.growth import LINEAR, growth, repeated
 
 LOCALES = ("en_US", "en_GB", "de_DE", "fr_FR", "es_ES", "it_IT", "nl_NL", "pl_PL", "pt_PT")
 ON, OFF = HygieneSettings(), HygieneSettings(remove=())
@@ -401,7 +401,7 @@ def test_examples_of_any_shape_are_cleaned_in_linear_time(after: str) -> None:
 
     read("")  # imports what it needs
     found = {unit: growth(read, repeated(unit, "", after), MAX_TEXT) for unit in UNITS}
-    assert {unit: ratio for unit, ratio in found.items() if ratio >= 3} == {}
+    assert {unit: power for unit, power in found.items() if power >= LINEAR} == {}
 
 
 def test_lines_are_compared_with_what_was_taught_in_linear_time() -> None:
@@ -409,4 +409,4 @@ def test_lines_are_compared_with_what_was_taught_in_linear_time() -> None:
         with_taught(lines({"text": text, "label": 0}), lines({"text": "on", "label": 0}))
 
     found = {unit: growth(read, repeated(unit), 2**18) for unit in UNITS}
-    assert {unit: ratio for unit, ratio in found.items() if ratio >= 3} == {}
+    assert {unit: power for unit, power in found.items() if power >= LINEAR} == {}

@@ -3,7 +3,7 @@
 import pytest
 
 from edgeadapt.formats.passages import split
-from tests.support.growth import growth, repeated
+from tests.support.growth import LINEAR, growth, repeated
 
 LIMIT = 2**18  # characters: enough to see how the time grows
 MARKDOWN = {
@@ -91,13 +91,13 @@ def linear(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("shape", MARKDOWN)
 def test_markdown_of_any_shape_is_read_in_linear_time(shape: str) -> None:
-    assert growth(lambda text: linear("a.md", text), MARKDOWN[shape], LIMIT) < 3
+    assert growth(lambda text: linear("a.md", text), MARKDOWN[shape], LIMIT) < LINEAR
 
 
 @pytest.mark.parametrize("before", BEFORE)
 def test_a_page_that_does_not_end_its_markup_is_read_in_linear_time(before: str) -> None:
     found = {unit: growth(lambda text: linear("a.html", text), repeated(unit, before), LIMIT) for unit in UNITS}
-    assert {unit: ratio for unit, ratio in found.items() if ratio >= 3} == {}
+    assert {unit: power for unit, power in found.items() if power >= LINEAR} == {}
 
 
 @pytest.mark.parametrize(
