@@ -65,7 +65,7 @@ def thresholds(given: Sequence[Answer], coverage: float = COVERAGE) -> dict[str,
 
 def measured(given: Sequence[Answer], policy: Policy) -> tuple[float, float, float]:
     """Coverage, accuracy of what is answered, and accuracy without the policy."""
-    kept = [one for one in given if policy.outcome("", one.label, one.probability) is Outcome.ANSWERED]
+    kept = [one for one in given if policy.outcome((), one.label, one.probability) is Outcome.ANSWERED]
     share = [sum(one.right == one.label for one in some) / max(1, len(some)) for some in (kept, given)]
     return len(kept) / len(given), share[0], share[1]
 
@@ -75,7 +75,7 @@ def denied(given: Sequence[Answer], labels: Sequence[str]) -> Mapping[str, tuple
     table = {}
     for label in labels:
         policy = Policy(deny=(label,))
-        blocked = [policy.outcome("", one.label, one.probability) is Outcome.BLOCKED for one in given]
+        blocked = [policy.outcome((), one.label, one.probability) is Outcome.BLOCKED for one in given]
         own = [not was for was, one in zip(blocked, given, strict=True) if one.right == label]
         others = [was for was, one in zip(blocked, given, strict=True) if one.right != label]
         assert all(was == (one.label == label) for was, one in zip(blocked, given, strict=True))  # noqa: S101

@@ -227,8 +227,8 @@ class BatchGenerator(Prompts):
         if isinstance(said, str):
             asked, prompt = said, self._text.encode(checked(said))
         else:
-            patterns = self.library.base.policy.input
-            said = [replace(one, role="user") for one in said if blocks(patterns, one.content)][:1] or said
+            patterns, readings = self.library.base.policy.input, self._text.readings
+            said = [replace(one, role="user") for one in said if blocks(patterns, *readings(one.content))][:1] or said
             asked, prompt = said[-1].content, self.tokens(said)
         loaded = None if adapter is None else self._adapter(adapter)
         draft, guided = self._draft(asked, prompt, params, loaded), self._text.guided(params.guide)

@@ -27,6 +27,7 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError, one_line
 from client.inference.guide import Guide, GuidedAnswer, GuideFollower, required
 from client.inference.library import Adapter
 from client.inference.text import Detokenizer, SamplingParams, TextDecoder, special_tokens
+from edgeadapt.bases.readers import normalized
 from edgeadapt.bases.states import KEPT_RANGE, KEPT_STATES, STATES
 from edgeadapt.formats.bundle import CHAT, GENERATION, TOKENIZER, VerifiedBase
 from edgeadapt.formats.graphinputs import empty_inputs
@@ -92,6 +93,10 @@ class ModelText:
 
     def encode(self, text: str) -> list[int]:
         return [int(token) for token in self._tokenizer.encode(text)]
+
+    def readings(self, text: str) -> tuple[str, ...]:
+        """Return a text, and what the tokenizer makes of it: a policy judges both."""
+        return text, normalized(self._detokenizer.tokenizer, text)
 
     def decoder(self) -> TextDecoder:
         return TextDecoder(self._detokenizer)

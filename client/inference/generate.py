@@ -62,7 +62,7 @@ class Draft:
             raise DataError(f"{reason}; shorten it", about="prompt")
         limit, stops = min(params.max_tokens, room), StopFilter(params.stop)
         draft = cls(policy, params, prompt_tokens, limit, text.ends, text.decoder(), stops)
-        if blocks(policy.input, asked):
+        if blocks(policy.input, *text.readings(asked)):
             draft._block()
         return draft
 

@@ -9,7 +9,7 @@ from tokenizers import Encoding
 from aggregation.errors import DataError
 from client.inference.text import checked
 from edgeadapt.bases.media import MediaReader
-from edgeadapt.bases.readers import open_reader
+from edgeadapt.bases.readers import normalized, open_reader
 from edgeadapt.bases.states import Tokens
 
 WHITE_SPACE = ("▁", "Ġ")  # tokens that SentencePiece and byte-level BPE write for it
@@ -65,6 +65,10 @@ class PhraseReader:
         an emoji, says nothing to the model. Raises DataError if the text is not valid (``text.checked``)."""
         return self._share(self._tokenizer.encode(checked(text)))
 
+    def readings(self, text: str) -> tuple[str, ...]:
+        """Return a text, and what the tokenizer makes of it: a policy judges both."""
+        return text, normalized(self._tokenizer, text)
+
     def known(self, text: str) -> tuple[int, int]:
         """Count the tokens of a text that the tokenizer knows, and all of them, as ``unknown_share`` counts."""
         counted = self._counted(self._tokenizer.encode(checked(text)))
@@ -91,6 +95,9 @@ class _FileReader(PhraseReader):
 
     def unknown_share(self, text: str) -> float:
         return 0.0
+
+    def readings(self, text: str) -> tuple[str, ...]:
+        return (text,)
 
     def known(self, text: str) -> tuple[int, int]:
         return self._tokenizer.cost, self._tokenizer.cost

@@ -173,7 +173,7 @@ class ClassificationSession:
 
     def _judged(self, text: str, logits: Floats, adapter: Adapter, top: int) -> tuple[list[Prediction], Outcome]:
         ranked = _best(logits, adapter, top, self.policy.deny)
-        outcome = self.policy.outcome(text, ranked[0].label, ranked[0].probability)
+        outcome = self.policy.outcome(self._reader.readings(text), ranked[0].label, ranked[0].probability)
         answered = outcome in (Outcome.ANSWERED, Outcome.CONFIRM)
         return [one for one in ranked if answered and one.label not in self.policy.deny][:top], outcome
 

@@ -157,7 +157,8 @@ class Detokenizer:
             "added_tokens": [],
             "post_processor": None,
         }
-        decoder = Tokenizer.from_str(json.dumps(bare)).decoder
+        self.tokenizer = Tokenizer.from_str(json.dumps(bare))  # without its vocabulary
+        decoder = self.tokenizer.decoder
         self.decode: Callable[[list[str]], str] = decoder.decode if decoder else " ".join
 
 

@@ -32,6 +32,12 @@ def open_reader(tokenizer: bytes) -> Any:
     return Tokenizer.from_str(tokenizer.decode())
 
 
+def normalized(tokenizer: Tokenizer, text: str) -> str:
+    """Return a text as the tokenizer of a base has it before it looks for tokens: some drop accents and control
+    characters. The mark of a space that some write is a space."""
+    return text if tokenizer.normalizer is None else str(tokenizer.normalizer.normalize_str(text)).replace("▁", " ")
+
+
 def media_of(folder: Path) -> type[MediaReader] | None:
     """Which files the base in ``folder`` reads; None: texts."""
     with suppress(FileNotFoundError), (folder / TOKENIZER).open("rb") as file:

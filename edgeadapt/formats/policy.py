@@ -40,14 +40,15 @@ _MARKS = str.maketrans("", "", "⟦⟧")  # of a word, which a model does not re
 
 def _lower(text: str) -> str:
     lower = unicodedata.normalize("NFKC", text.translate(_MARKS)).lower()
-    return "".join(sign for sign in lower if unicodedata.category(sign) != "Cf")
+    return "".join(sign for sign in lower if sign.isspace() or unicodedata.category(sign) not in ("Cc", "Cf"))
 
 
-def blocks(patterns: Sequence[str], text: str) -> bool:
-    """Whether a pattern is in a text, however it is spelled: that is read as NFKC, in lower case, without characters
-    that only format and marks of words, with one space for white space, at both ends too."""
-    read = f" {' '.join(_lower(text).split())} " if patterns else ""
-    return any(re.search(pattern, read) for pattern in patterns)
+def blocks(patterns: Sequence[str], *readings: str) -> bool:
+    """Whether a pattern is in a text, however it is spelled: that is read as NFKC, in lower case, without control and
+    format characters and marks of words, with one space for white space, at both ends too. ``readings``: the text, and
+    where a model reads another one, also that (``edgeadapt.bases.readers.normalized``)."""
+    read = [f" {' '.join(_lower(text).split())} " for text in readings] if patterns else []
+    return any(re.search(pattern, text) for pattern in patterns for text in read)
 
 
 class Outcome(StrEnum):
@@ -88,8 +89,9 @@ class Policy(Settings):
         except (ConfigError, ValueError) as error:
             raise TrustError(f"the policy cannot be read: {error}; update edgeadapt", about="policy.json") from error
 
-    def outcome(self, text: str, label: str, probability: float) -> Outcome:
-        if label in self.deny or blocks(self.input, text):
+    def outcome(self, readings: Sequence[str], label: str, probability: float) -> Outcome:
+        """Judge a label of a text. ``readings``: as of ``blocks``."""
+        if label in self.deny or blocks(self.input, *readings):
             return Outcome.BLOCKED
         if probability < self.thresholds.get(label, self.least):
             return Outcome.UNSURE

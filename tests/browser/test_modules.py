@@ -254,7 +254,8 @@ def native_reader(tokenizer: Tokenizer, limit: int, texts: tuple[str, ...]) -> d
     def unread(text: str) -> int:
         return reader.unread(text, most=limit - 4)
 
-    found = [tuple(tried(read, text) for read in (str, reader.tokens, reader.unknown_share, unread)) for text in texts]
+    asked = str, reader.tokens, reader.unknown_share, unread, lambda text: reader.readings(text)[-1]
+    found = [tuple(tried(read, text) for read in asked) for text in texts]
     return {"tokenizer": b64(raw), "texts": found}
 
 

@@ -28,6 +28,7 @@ SOURCES = {  # file of tests → what its cases depend on, besides itself
     ),
     "tests/benchmarks/test_bench_simulation.py": ("benchmarks/simulation", "simulations/engine"),
     "tests/benchmarks/test_flowerengine.py": ("benchmarks/simulation", "simulations/engine"),
+    "tests/edgeadapt/bases/test_readers.py": ("edgeadapt/bases/readers.py", "edgeadapt/formats/policy.py"),
     "tests/export/causal/test_builder.py": EXPORTER,
     "tests/export/causal/test_traced.py": EXPORTER,
     "tests/export/causal/test_training.py": EXPORTER,

@@ -156,7 +156,7 @@ export class Engine {
     if (!found.every(Number.isFinite)) {
       throw new DataError(`adapter ${quoted(adapter.name)} gives an answer that is not finite; use another adapter`, "logits");
     }
-    const answer = judged(policy, text, best(found, adapter.labels, adapter.labels.length));
+    const answer = judged(policy, this.text.readings(text), best(found, adapter.labels, adapter.labels.length));
     const read = { unknown: this.text.unknownShare(text), unread: this.text.unread(text, virtual) };
     return { adapter: adapter.name, ...read, ...answer, labels: answer.labels.slice(0, top) };
   }

@@ -76,7 +76,7 @@ export class Generation {
    *
    * Throws DataError: a logit is not finite, or the graph does not run. */
   pieces(prompt, feeds, { asked, ...options }) {
-    return governed(this.policy, asked, this, this.#written(prompt, feeds, options));
+    return governed(this.policy, this.text.readings(asked), this, this.#written(prompt, feeds, options));
   }
 
   async *#written(prompt, feeds, { maxTokens, temperature = 0, topP = 1, random }) {

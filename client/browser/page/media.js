@@ -55,6 +55,11 @@ export class Files {
     return fields;
   }
 
+  /** As of `Text`: nothing but the file. */
+  readings(text) {
+    return [text];
+  }
+
   /** Decode texts. Throws DataError: one is of another kind, too large or damaged. */
   async prepare(texts) {
     for (const text of texts) {

@@ -8,6 +8,7 @@ export const POLICY = "policy.json";
 const PRIVATE = "*"; // stands for every private adapter in `combine`
 export const NO_POLICY = { unsure: "", denied: "", least: 0, thresholds: {}, deny: [], confirm: [], input: [], output: [], combine: null };
 const LONGEST = 2 ** 16; // bytes
+const UNSEEN = /\p{Cf}|(?![\s\x1c-\x1f\x85])\p{Cc}/gu; // white space separates words
 const patterns = listOf((value) => string(value) && new RegExp(value, "u")); // whoever signs has checked that each is linear
 const FIELDS = {
   ...{ unsure: string, denied: string, least: between(0, 1), thresholds: mapOf(string, between(0, 1)), input: patterns },
@@ -27,26 +28,27 @@ export function policyOf(files) {
   }, ({ message }) => new TrustError(`the policy cannot be read: ${message}`, POLICY));
 }
 
-export function blocks(patterns, text) {
-  const plain = text.replace(/[⟦⟧]/g, "").normalize("NFKC").toLowerCase().replace(/\p{Cf}/gu, "");
-  const read = ` ${plain.split(/[\s\x1c-\x1f\x85]+/u).filter(Boolean).join(" ")} `;
-  return patterns.some((pattern) => new RegExp(pattern, "u").test(read));
+/** Whether a pattern is in one of the readings of a text (`Text.readings`). */
+export function blocks(patterns, readings) {
+  const plain = readings.map((text) => text.replace(/[⟦⟧]/g, "").normalize("NFKC").toLowerCase().replace(UNSEEN, ""));
+  const read = plain.map((text) => ` ${text.split(/[\s\x1c-\x1f\x85]+/u).filter(Boolean).join(" ")} `);
+  return patterns.some((pattern) => read.some((text) => new RegExp(pattern, "u").test(text)));
 }
 
 /** What is answered of `labels`, all [{ label, probability }], most likely first: { outcome, says, labels }. */
-export function judged(policy, text, labels) {
+export function judged(policy, readings, labels) {
   const [{ label, probability }] = labels;
   const least = Object.hasOwn(policy.thresholds, label) ? policy.thresholds[label] : policy.least;
-  const blocked = policy.deny.includes(label) || blocks(policy.input, text);
+  const blocked = policy.deny.includes(label) || blocks(policy.input, readings);
   if (blocked) return { outcome: "blocked", says: policy.denied, labels: [] };
   if (probability < least) return { outcome: "unsure", says: policy.unsure, labels: [] };
   const allowed = labels.filter((each) => !policy.deny.includes(each.label));
   return { outcome: policy.confirm.includes(label) ? "confirm" : "answered", says: "", labels: allowed };
 }
 
-/** The pieces of a written answer to `text`: with patterns of answers, whole or not at all. */
-export async function* governed(policy, text, generation, pieces) {
-  const refused = blocks(policy.input, text);
+/** The pieces of a written answer to a text: with patterns of answers, whole or not at all. */
+export async function* governed(policy, readings, generation, pieces) {
+  const refused = blocks(policy.input, readings);
   if (!refused && !policy.output.length) return yield* pieces;
   let answer = "";
   if (refused) generation.last = { tokens: 0, prompt: 0, reused: 0 };
@@ -56,7 +58,7 @@ export async function* governed(policy, text, generation, pieces) {
       yield { ...piece, text: "" }; // so that it can be stopped
     }
   }
-  const blocked = refused || blocks(policy.output, answer);
+  const blocked = refused || blocks(policy.output, [answer]);
   if (blocked) generation.last.finish = "blocked";
   yield { text: blocked ? policy.denied : answer };
 }

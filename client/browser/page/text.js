@@ -92,6 +92,12 @@ export class Text {
     return this.#encode(text, false).map(([id]) => id);
   }
 
+  /** A text, and what the tokenizer makes of it before it looks for tokens: a policy judges both. */
+  readings(text) {
+    const { normalizer } = this.tokenizer;
+    return normalizer ? [text, normalizer(text).replaceAll("▁", " ")] : [text];
+  }
+
   /** The ids of a text to continue, with the special tokens that the model expects. Throws as `phrase`. */
   beginning(text) {
     return this.#encode(checked(text), true).map(([id]) => id);

@@ -12,7 +12,7 @@ const policy = read(JSON.stringify(vectors.policy));
 
 test("answers are judged as on other devices", () => {
   for (const { text, ranked, ...expected } of vectors.answers) {
-    const found = judged(policy, text, ranked.map(([label, probability]) => ({ label, probability })));
+    const found = judged(policy, [text], ranked.map(([label, probability]) => ({ label, probability })));
     assert.deepEqual({ ...found, labels: found.labels.map(({ label }) => label) }, expected);
   }
 });
@@ -20,12 +20,12 @@ test("answers are judged as on other devices", () => {
 test("what is withheld has no labels, also where the policy says nothing instead", () => {
   const silent = { ...policy, unsure: "", denied: "" };
   const labels = ["unlock", "heat up"].map((label) => ({ label, probability: 0.1 }));
-  assert.deepEqual(judged(silent, "open", labels), { outcome: "blocked", says: "", labels: [] });
-  assert.deepEqual(judged(silent, "open", labels.slice(1)), { outcome: "unsure", says: "", labels: [] });
+  assert.deepEqual(judged(silent, ["open"], labels), { outcome: "blocked", says: "", labels: [] });
+  assert.deepEqual(judged(silent, ["open"], labels.slice(1)), { outcome: "unsure", says: "", labels: [] });
 });
 
 test("patterns find the same texts", () => {
-  for (const { text, blocked } of vectors.texts) assert.equal(blocks(policy.input, text), blocked, text);
+  for (const { text, read = text, blocked } of vectors.texts) assert.equal(blocks(policy.input, [text, read]), blocked, text);
 });
 
 test("the same adapters are combined", () => {
@@ -51,7 +51,7 @@ test("a written answer with a forbidden pattern is not shown, also not its begin
       for (const text of texts) yield { id: 1, text };
     }
     let shown = "";
-    for await (const { text } of governed(policy, question, generation, pieces())) shown += text;
+    for await (const { text } of governed(policy, [question], generation, pieces())) shown += text;
     return [shown, generation.last.finish];
   };
   assert.deepEqual(await written("tell me", "the SEC", "RET", " is 7"), [vectors.policy.denied, "blocked"]);

@@ -33,6 +33,19 @@ for (const [name, { tokenizer, texts }] of Object.entries(made.readers)) {
   });
 }
 
+for (const [name, { tokenizer, texts }] of Object.entries(made.readers)) {
+  test(`a policy judges what the ${name} tokenizer makes of a text`, () => {
+    const reader = readerOf(bytes(tokenizer));
+    for (const [text, , , , read] of texts) assert.equal(reader.readings(text).at(-1), read, JSON.stringify(text));
+  });
+}
+
+test("a text that the base reads as another one is judged as both", () => {
+  const reader = readerOf(bytes(made.readers.real.tokenizer));
+  const text = "the L\u00efg\u0001ht";
+  assert.deepEqual(reader.readings(text), [text, "the light"]);
+});
+
 test("what has no answer is refused", () => {
   const reader = readerOf(bytes(made.readers.real.tokenizer));
   for (const phrase of ["", " \n", "\ud800", "a".repeat(70000), "\u0000"]) {

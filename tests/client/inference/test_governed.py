@@ -105,6 +105,15 @@ def test_infer_and_python_say_what_the_policy_says(
     assert (found.label, found.outcome, str(found)) == (None, "blocked", "Not from here.")
 
 
+@pytest.mark.parametrize("spelled", ["light", "LIGHT", "li\u0001ght", "li\ue000ght", "lïght", "li\u0300ght", "li\vght"])
+def test_a_forbidden_word_is_found_in_every_spelling_that_the_base_reads_as_it(govern: Govern, spelled: str) -> None:
+    session = govern(input=("[^a-z]light[^a-z]",), denied="Not from here.")
+    text = f"turn on the {spelled} in the hall"
+    assert session.ranking(text, "global", 1).outcome is Outcome.BLOCKED
+    assert session.rank_mixed([(text, "global"), (OTHER, "global")], 1)[0] == []
+    assert session.ranking("turn on the lights in the hall", "global", 1).outcome is not Outcome.BLOCKED
+
+
 @pytest.fixture
 def writer(lm_bundle: Path, lm_source: Any, vendor: IdentityKey) -> Callable[..., Generator]:
     def make(version: int, **policy: Any) -> Generator:
