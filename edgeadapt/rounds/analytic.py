@@ -4,11 +4,13 @@ Devices embed their examples and train nothing. The coordinator computes the hea
 its auditor does so again; LoRA's factors stay. The sum itself is not published, only the next adapter, whose head a
 device can adapt to its own examples by the same regression (``ridge.ridge``).
 
-With noise a device contributes the mean of its examples' moments, clipped in L2. Fewer numbers need less noise:
-embeddings are rotated at random (``aggregation.rotation``, seeded by the adapter), a random projection that needs no
-data, and the first ``AnalyticTask.dimensions`` coordinates are kept (``docs/decisions/0038-privacy-of-a-session.md``).
-The vector is Σ x xᵀ as its upper triangle, row by row, with the entries off the diagonal times √2, so that its L2 norm
-is that of the matrix; then Σ x yᵀ row by row. It is rotated as an update is, which makes its coordinates small."""
+With noise a device contributes less, what the adapter on offer gets wrong: the mean over its examples of
+z (y - p)ᵀ, clipped in L2, with p the adapter's own probabilities. Without second moments, and of what is right already
+next to nothing, it is short beside the noise, and its numbers are few. z is x in the space in which texts are spread
+evenly: z = L⁻¹ x with L Lᵀ = Σ + ``FLOOR`` · I, and Σ taken from the head on offer, which everybody has (``spread``).
+So noise is as large in each direction as texts are. The next head is one Newton step away from the one on offer, in
+the same Σ, and as short as the noise demands (``noisy_solved``). ``docs/decisions/0038-privacy-of-a-session.md``
+says why. The vector is Σ z (y - p)ᵀ, row by row."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from aggregation import rotation
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import DataError
 from aggregation.ring import Ring
 from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec
@@ -28,6 +30,7 @@ from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import Part
 from edgeadapt.rounds import optimizer
 from edgeadapt.rounds.ridge import (
+    QUARTERS,
     EmbeddingMoments,
     Matrix,
     Vector,
@@ -35,11 +38,12 @@ from edgeadapt.rounds.ridge import (
     cross_validated,
     forward,
     moments_of,
-    moments_of_rows,
+    multiplied,
     pack,
     packed_size,
-    positive_part,
     ridge,
+    solve,
+    traces_of_inverse,
     unit_rows,
     unpack,
 )
@@ -59,7 +63,7 @@ from edgeadapt.rounds.sums import (
 )
 
 XX, XY = "xx", "xy"  # segments without noise
-MOMENTS = "moments"  # the segment with noise
+CORRECTIONS = "corrections"  # the segment with noise
 RING_BITS = 22  # with 18 the demo's accuracy is lower (``analytic-head.md``)
 WEIGHT = "classifier.weight"  # ends the name of the head's matrix, shape (labels, hidden)
 BIAS = "classifier.bias"  # shape (labels,)
@@ -67,7 +71,10 @@ BIAS = "classifier.bias"  # shape (labels,)
 MINIMUM_EXAMPLES = 100  # see ``fewest_examples``
 NOISE = 2.0**-10  # width of the noise in the head, in units of the regression's scores, which are about 0 to 1
 LARGEST = optimizer.LARGEST  # of a weight
-_ISOMETRY = math.sqrt(2.0)  # each entry off the diagonal stands for two
+EVEN = 0.3  # share of the spread of texts that the head on offer does not show (``spread``)
+FLOOR = 0.003  # added to it: directions in which there are hardly texts are not made long
+CALM = 0.05  # standard deviation of the noise in a score of the next head, of about 0 to 1, at most
+LEAST_DAMPING = 0.001  # of the Newton step, relative to an example
 
 
 def _strength(value: Any, validated: ValidatorFunctionWrapHandler) -> Any:
@@ -80,46 +87,41 @@ def _strength(value: Any, validated: ValidatorFunctionWrapHandler) -> Any:
 Ridge = Annotated[  # gcv: ``ridge.cross_validated`` chooses it
     Annotated[float, Field(gt=0, le=1)] | Literal["gcv"], WrapValidator(_strength)
 ]
-NOISY_RIDGE = 2e-4  # for "gcv" with noise: cross-validation would measure the noise
+# Dampings to choose from, in quarter decades up to 1e4, which leaves a head as it is.
+_STEPS = sorted(quarter * float(10**k) for k in range(8) for quarter in QUARTERS)
+DAMPINGS = tuple(LEAST_DAMPING * step for step in _STEPS if step >= 1)
 Scale = Annotated[float, Field(gt=0, le=1000)]
 
 
 @dataclass(frozen=True, slots=True)
 class AnalyticTask(RoundTask):
-    """Configures a round of the analytic head. ``dimensions``: coordinates of an embedding whose moments are summed
-    with noise; 0: no noise, and all of them."""
+    """Configures a round of the analytic head."""
 
     RULE: ClassVar[optimizer.ServerOptimizer | None] = optimizer.AnalyticHead()
-    SEGMENT: ClassVar[str] = MOMENTS
+    SEGMENT: ClassVar[str] = CORRECTIONS
     EXACT_SEGMENT: ClassVar[str | None] = XX
     EXACT: ClassVar[str | None] = "moments"
     CONSENT: ClassVar[str] = "moments"
     NEED_NO_LIMIT: ClassVar[dict[str, str]] = {
         "ridge": "used by the coordinator, on the sum: no contribution depends on it",
         "scale": "used by the coordinator, on the sum: no contribution depends on it",
-        "dimensions": "1 to the size of an embedding with noise, 0 without: the session says which",
     }
 
     peft_config: PeftConfig
     labels: tuple[str, ...]
     ridge: Ridge  # strength of the regularization, for each example of the sum
     scale: Scale  # logit of a score of 1: the regression fits scores of 0 and 1
-    dimensions: Annotated[int, Field(ge=0, le=2**16)] = 0
 
     def terms(self) -> dict[str, float | str]:
-        return {f"analytic.{name}": getattr(self, name) for name in ("ridge", "scale", "dimensions")}
+        return {f"analytic.{name}": getattr(self, name) for name in ("ridge", "scale")}
 
     def influencing(self) -> frozenset[Part]:
+        """Leave out the head: moments do not depend on it. With noise a contribution does, and epsilon bounds it."""
         return frozenset(Part) - {Part.HEAD}
 
-    def vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
-        if bool(bounds.noise) != bool(self.dimensions):
-            text = f"an analytic head of {self.dimensions} dimensions does not go with noise of {bounds.noise:g}"
-            raise ConfigError(text, about="task.dimensions")
-        return RoundTask.vector(self, layout, bounds)
-
     def noisy_size(self, layout: Layout) -> int:
-        return moments_size(ClassifierHead.of(layout), self)
+        head = ClassifierHead.of(layout)
+        return head.hidden * head.labels
 
     def exact_vector(self, layout: Layout, bounds: Bounds) -> VectorSpec:
         return moment_spec(ClassifierHead.of(layout), bounds)
@@ -134,8 +136,8 @@ class AnalyticTask(RoundTask):
     def contribute(self, device: DeviceRound) -> Ring:
         head, spec = ClassifierHead.of(device.layout), device.spec
 
-        def projected() -> Vector:
-            return contributed(device.embedded(), device.labels(), head, self, device.digest)
+        def corrections() -> Vector:
+            return contributed(device.embedded(), device.labels(), device.start)
 
         def embedded() -> Ring:
             moments = moments_of(device.embedded(), device.labels(), head.labels)
@@ -148,7 +150,7 @@ class AnalyticTask(RoundTask):
 
         if spec.privacy is None:
             return device.attempt(embedded, nothing)
-        return noisy(device, projected, lambda: np.zeros(spec.vector.size))
+        return noisy(device, corrections, lambda: np.zeros(spec.vector.size))
 
     def next_adapter(self, summed: SummedRound, step: ServerStep) -> tuple[optimizer.State, Tensors]:
         if len(summed.groups) != 1:
@@ -168,17 +170,14 @@ class Analytic(KindSettings):
     without training"""
     ridge: Ridge = "gcv"
     """strength of the regularization, for each example of the sum, or gcv, which chooses it by generalized
-    cross-validation from the sum alone (with noise, 0.0002)"""
+    cross-validation from the sum alone (with noise, the least one that keeps the noise in a score below 0.05)"""
     scale: Scale = 8.0
     """logit of a score of 1 of the regression"""
-    dimensions: int = Field(default=128, ge=1, le=2**16)
-    """with noise: coordinates of the randomly rotated embeddings that are summed; fewer have less noise"""
-    clip_norm: float = Field(default=0.2, gt=0)
-    """with noise: largest L2 norm of the mean moments of a device's embeddings"""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """with noise: largest L2 norm of what a device's examples change"""
 
     def task(self, of: RoundOf) -> AnalyticTask:
-        dimensions = self.dimensions if of.noisy else 0
-        return AnalyticTask(of.peft_config, of.labels, self.ridge, self.scale, dimensions)
+        return AnalyticTask(of.peft_config, of.labels, self.ridge, self.scale)
 
     def bound(self, clip_norm: float, noisy: bool) -> float:
         return self.clip_norm if noisy else clip_norm
@@ -234,50 +233,44 @@ def moment_contribution(
     return spec.vector.encode(values | counted(weight, held_out), rng)
 
 
-def dimensions(head: ClassifierHead, task: AnalyticTask) -> int:
-    return min(task.dimensions, head.hidden)
+def spread(weight: NDArray[np.floating]) -> Matrix:
+    """Estimate how texts are spread, the mean of x xᵀ over their unit embeddings x, from a head, shape ``(k, d)``:
+    Σ = (1 - ``EVEN``) · mean of r rᵀ + ``EVEN`` / d · I over the rows r of the head, each of norm 1, or of zeros.
+
+    The row of a label points to where its texts are: in the head that a federation begins with, from public phrases of
+    each label, and near it in later ones. Nothing private is in it, and everybody has it. Returns shape ``(d, d)``.
+    Guarantee: equal arguments give equal bits on every machine."""
+    k, d = weight.shape
+    total = np.zeros((d, d))
+    for row in weight.astype(np.float64):
+        length = math.sqrt(float(np.add.accumulate(row * row)[-1]))
+        direction = row / (length or 1.0)
+        total += direction[:, None] * direction[None, :]
+    total *= (1 - EVEN) / k
+    total[np.diag_indices(d)] += EVEN / d
+    return total
 
 
-def moments_size(head: ClassifierHead, task: AnalyticTask) -> int:
-    """Count the numbers of a contribution: d (d + 1) / 2 + d k for d kept coordinates and k labels."""
-    kept = dimensions(head, task)
-    return packed_size(kept) + kept * head.labels
+def whitening(covariance: Matrix) -> Matrix:
+    """Return L with L Lᵀ = Σ + ``FLOOR`` · I. Raises DataError: Σ is not positive definite, or not finite."""
+    if (lower := cholesky(covariance, FLOOR)) is None:
+        raise DataError("the head on offer shows no spread of texts", about=WEIGHT)
+    return lower
 
 
-def projected(embeddings: Matrix, kept: int, adapter: bytes) -> Matrix:
-    """Rotate embeddings, shape ``(n, d)``, and keep the first ``kept`` coordinates (1 to d). ``adapter`` is the SHA-256
-    of the adapter's file, which seeds the rotation. No row gets longer, up to rounding."""
-    seed = rotation.seed(adapter)
-    rows = [rotation.rotate(row, seed)[:kept] for row in embeddings]
-    return np.array(rows).reshape(len(embeddings), kept)
-
-
-def contributed(
-    embeddings: NDArray[np.floating],
-    labels: NDArray[np.integer],
-    head: ClassifierHead,
-    task: AnalyticTask,
-    adapter: bytes,
-) -> Vector:
-    """Compute what one device contributes, before it is clipped: shape ``(moments_size(head, task),)``. ``embeddings``:
-    shape ``(n, head.hidden)``; n may be 0. ``adapter``: SHA-256 of the adapter's file. Raises DataError: a number is
-    not finite."""
-    rows = projected(unit_rows(embeddings), dimensions(head, task), adapter)
-    return flattened(moments_of_rows(rows, labels, head.labels))
-
-
-def flattened(moments: EmbeddingMoments) -> Vector:
-    """Return the mean moments of one device as a vector, before it is clipped; zeros without examples.
-
-    >>> flattened(EmbeddingMoments(np.array([[2.0, 2.0], [2.0, 4.0]]), np.ones((2, 1)), 2.0)).round(3).tolist()
-    [1.0, 1.414, 2.0, 0.5, 0.5]
-    """
-    mean = np.concatenate([pack(moments.xx) * _weights(len(moments.xx)), moments.xy.ravel()])
-    return mean / moments.weight if moments.weight else mean
-
-
-def _weights(kept: int) -> Vector:
-    return pack(np.full((kept, kept), _ISOMETRY) - np.diag(np.full(kept, _ISOMETRY - 1)))
+def contributed(embeddings: NDArray[np.floating], labels: NDArray[np.integer], tensors: Tensors) -> Vector:
+    """Compute what one device contributes with noise, before it is clipped: mean of z (y - p)ᵀ, row by row, shape
+    ``(hidden · labels,)``; zeros without examples. ``embeddings``: shape ``(n, hidden)``, with the adapter on offer,
+    ``tensors``. Raises DataError: a number is not finite."""
+    head = ClassifierHead.of(Layout.of(tensors))
+    weight, bias = tensors[head.weight].astype(np.float64), tensors[head.bias].astype(np.float64)
+    rows = unit_rows(embeddings).reshape(len(embeddings), head.hidden)
+    logits = rows @ weight.T + bias
+    likely = np.exp(logits - logits.max(axis=1, keepdims=True))
+    wrong = -likely / likely.sum(axis=1, keepdims=True)
+    wrong[np.arange(len(rows)), labels] += 1.0
+    mean = rows.T @ wrong / max(1, len(rows))
+    return forward(whitening(spread(weight)), mean).ravel()
 
 
 def require_moments(spec: SessionSpec, sums: Sums, survivors: int) -> None:
@@ -345,18 +338,13 @@ def solved(
 def noisy_solved(
     spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums, survivors: int, digest: bytes
 ) -> Tensors:
-    """Return the next adapter: the previous one with the head that the noisy sum gives.
+    """Return the next adapter: the previous one with its head one Newton step further.
 
-    With S and T the sums, d kept coordinates, k labels, n survivors, and τ = √n times the noise of one device:
-
-    - The noise in S is nearly a symmetric Gaussian matrix: its eigenvalues fill the semicircle of
-      radius τ √(2 d) (Wigner), and their root mean square is τ √(d / 2). S is projected on the positive semidefinite
-      matrices, which removes about half of it.
-    - The ridge regression towards the previous head has the strength ``task.ridge`` · n + τ √(d / 2) · max(1, τ / C),
-      with the clip norm C, and ``NOISY_RIDGE`` for "gcv". A direction in which all embeddings count for less than the
-      noise keeps the previous head. Where the noise is longer than a whole contribution, the strength is in proportion
-      to its variance, as that of the posterior mean of a regression with Gaussian noise and a Gaussian prior.
-    - Directions that were not kept do not change.
+    With G the mean of the contributions of n survivors, shape ``(d, k)``, and Σ and L as on the devices (``spread``,
+    ``whitening``), L G is the mean of x (y - p)ᵀ, and the head H moves by ``task.scale`` · (Σ + ρ I)⁻¹ L G. The damping
+    ρ is the least with which the noise in a score of a text is calm (``damping``): the less a sum says, the nearer the
+    head stays to the previous one, and to that itself where a sum says nothing. A number as ``task.ridge`` is the least
+    damping.
 
     Arguments are those of ``sums.check_noisy``, and the SHA-256 of the adapter's file; guarantees those of ``solved``.
 
@@ -364,22 +352,39 @@ def noisy_solved(
     check_noisy(spec, sums, survivors)
     head = ClassifierHead.of(Layout.of(tensors))
     (segment,) = spec.vector.segments
-    vector, kept = sums[segment.name], dimensions(head, task)
-    if vector.shape != (moments_size(head, task),):
+    vector, weight = sums[segment.name], tensors[head.weight].astype(np.float64)
+    if vector.shape != (weight.size,):
         raise DataError("the sums are not those of this adapter's head", about="vector.segments")
-    flat, seed = rotation.rotate_back(vector, rotation.seed(digest)), rotation.seed(digest)
-    split = packed_size(kept)
-    second = positive_part(unpack(flat[:split] / _weights(kept), kept))
-    moments = EmbeddingMoments(second, flat[split:].reshape(kept, head.labels), float(survivors))
-    noise = segment.noise * math.sqrt(survivors)
-    least = NOISY_RIDGE if isinstance(task.ridge, str) else task.ridge
-    strength = least * survivors + noise * math.sqrt(kept / 2) * max(1.0, noise / spec.clip_norm)
-    weight = tensors[head.weight].astype(np.float64)
-    rotated = np.array([rotation.rotate(row, seed) for row in weight])
-    small = {head.weight: rotated[:, :kept].astype(np.float32), head.bias: tensors[head.bias]}
-    rotated[:, :kept] = refit(small, moments, strength=strength, scale=task.scale)[head.weight]
-    fitted = np.array([rotation.rotate_back(row, seed) for row in rotated])
-    return dithered(spec, task, tensors | {head.weight: fitted.astype(np.float32)}, sums, digest)
+    covariance = spread(weight)
+    mean = rotation.rotate_back(vector, rotation.seed(digest)).reshape(head.hidden, head.labels) / survivors
+    least = LEAST_DAMPING if isinstance(task.ridge, str) else task.ridge
+    chosen = max(least, damping(covariance, segment.noise / math.sqrt(survivors)))
+    if (lower := cholesky(covariance, chosen)) is None:
+        raise DataError("the head on offer shows no spread of texts", about=WEIGHT)
+    moved = weight + task.scale * solve(lower, multiplied(whitening(covariance), mean)).T
+    fitted = np.ascontiguousarray(np.clip(moved, -LARGEST, LARGEST), np.float32)
+    return dithered(spec, task, tensors | {head.weight: fitted}, sums, digest)
+
+
+def damping(covariance: Matrix, noise: float) -> float:
+    """Choose the damping ρ of a step from the standard deviation of the noise in each number of the mean G.
+
+    The noise in a score xᵀ (Σ + ρ I)⁻¹ L G of a text has the variance noise² · tr((Σ + ρ)⁻¹ Σ (Σ + ρ)⁻¹ (Σ + f)), f =
+    ``FLOOR``, on average over texts that are spread as Σ. With M = Σ + ρ I that trace is
+    d - (2 ρ - f) tr M⁻¹ + ρ (ρ - f) tr M⁻². It falls with ρ: the least of ``DAMPINGS`` is chosen with which the noise
+    is at most ``CALM``, or the largest. Guarantee: equal arguments give equal bits on every machine."""
+    low, high = 0, len(DAMPINGS) - 1
+    while low < high:
+        middle = (low + high) // 2
+        rho = DAMPINGS[middle]
+        lower = cholesky(covariance, rho)
+        once, twice = traces_of_inverse(lower) if lower is not None else (math.nan, math.nan)
+        trace = len(covariance) - (2 * rho - FLOOR) * once + rho * (rho - FLOOR) * twice
+        if noise * noise * trace <= CALM * CALM:
+            high = middle
+        else:
+            low = middle + 1
+    return DAMPINGS[low]
 
 
 def dithered(spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums, digest: bytes) -> Tensors:

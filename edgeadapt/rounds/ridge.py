@@ -16,12 +16,10 @@ from aggregation.errors import DataError
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
-_SWEEPS = 30  # of Jacobi's method; ten do for d = 128
-_OFF = 2.0**-45  # of the largest entry: what is left off the diagonal
 # Strengths for each example that ``cross_validated`` chooses from, the largest first: 1 to 1e-5 by quarter decades.
 # Literals, because a power differs between C libraries.
-_QUARTERS = (1.0, 0.5623413251903491, 0.31622776601683794, 0.1778279410038923)
-STRENGTHS: tuple[float, ...] = (*(quarter / 10**decade for decade in range(5) for quarter in _QUARTERS), 1e-5)
+QUARTERS = (1.0, 0.5623413251903491, 0.31622776601683794, 0.1778279410038923)
+STRENGTHS: tuple[float, ...] = (*(quarter / 10**decade for decade in range(5) for quarter in QUARTERS), 1e-5)
 _SMALLEST_MEAN = 2.0**-30  # of squared errors; less is rounding
 _INFLATION = 1.4  # of dof: with 1, one strength in some is far too low (Kim and Gu 2004)
 _LEAST_FREEDOM = 1 / 3  # 1 - 1.4 dof / W
@@ -121,7 +119,7 @@ def ridge(moments: EmbeddingMoments, prior: Matrix, strength: float) -> Matrix:
     Raises DataError: ``xx`` is far from semidefinite, or a number is not finite."""
     while strength <= 2.0**64:
         if (lower := cholesky(moments.xx, strength)) is not None:
-            return _back(lower, forward(lower, moments.xy + strength * prior))
+            return solve(lower, moments.xy + strength * prior)
         strength *= 2.0
     raise DataError("the second moments are not those of embeddings", about="moments.xx")
 
@@ -183,58 +181,6 @@ def cholesky(symmetric: Matrix, shift: float = 0.0) -> Matrix | None:
     return lower
 
 
-def positive_part(symmetric: Matrix) -> Matrix:
-    """Return the nearest positive semidefinite matrix in the Frobenius norm (Higham 1988): no negative eigenvalues.
-
-    Jacobi's method in parallel order (Brent and Luk 1985) finds the eigenvalues, with elementwise operations in a fixed
-    order: equal arguments give equal bits on every machine (see ``ridge``). It takes 0.2 s for d = 128.
-
-    >>> positive_part(np.array([[0.0, 1.0], [1.0, 0.0]])).round(9).tolist()
-    [[0.5, 0.5], [0.5, 0.5]]
-    """
-    values, vectors = _eigen(symmetric)
-    part = np.zeros_like(symmetric)
-    for value, row in zip(values, vectors, strict=True):
-        if value > 0:
-            part += value * (row[:, None] * row[None, :])
-    return part
-
-
-def _eigen(symmetric: Matrix) -> tuple[Vector, Matrix]:
-    """Return eigenvalues, shape ``(d,)``, and eigenvectors as the rows of a matrix of shape ``(d, d)``. Each step
-    rotates d / 2 disjoint pairs of coordinates at once, so that their entries off the diagonal vanish; d - 1 steps meet
-    every pair, as in a round-robin tournament. A sweep squares what is left off the diagonal, in the end."""
-    size = len(symmetric) + len(symmetric) % 2  # an odd one out is paired with a coordinate of zeros
-    a, v = np.zeros((size, size)), np.eye(size)
-    a[: len(symmetric), : len(symmetric)] = symmetric
-    order = list(range(size))
-    for _ in range(_SWEEPS):
-        if not np.abs(a - np.diag(np.diag(a))).max() > _OFF * np.abs(a).max():
-            break
-        for _ in range(size - 1):
-            p, q = np.array(order[: size // 2]), np.array(order[size // 2 :][::-1])
-            c, s = _plane_rotations(a[p, p], a[q, q], a[p, q])
-            for matrix in (a, v):
-                matrix[p], matrix[q] = _turned(matrix[p], matrix[q], c[:, None], s[:, None])
-            a[:, p], a[:, q] = _turned(a[:, p], a[:, q], c, s)
-            order = [order[0], order[-1], *order[1:-1]]
-    return np.diag(a)[: len(symmetric)].copy(), v[: len(symmetric), : len(symmetric)]
-
-
-def _plane_rotations(first: Vector, second: Vector, off: Vector) -> tuple[Vector, Vector]:
-    """Return cosines and sines of the smaller angles that make ``off`` vanish (Golub and Van Loan, section 8.5.2)."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratio = (second - first) / (2 * off)
-        tangent = np.copysign(1.0, ratio) / (np.abs(ratio) + np.sqrt(ratio * ratio + 1))
-    tangent = np.where(off == 0, 0.0, tangent)
-    cosine = 1 / np.sqrt(tangent * tangent + 1)
-    return cosine, cosine * tangent
-
-
-def _turned(left: Matrix, right: Matrix, c: Matrix | Vector, s: Matrix | Vector) -> tuple[Matrix, Matrix]:
-    return c * left - s * right, s * left + c * right
-
-
 def forward(lower: Matrix, right: Matrix) -> Matrix:
     """Solve L Z = right, shape ``(d, k)``, for a lower triangle L of shape ``(d, d)``."""
     left = right.copy()
@@ -242,6 +188,30 @@ def forward(lower: Matrix, right: Matrix) -> Matrix:
         left[j] /= lower[j, j]
         left[j + 1 :] -= lower[j + 1 :, j, None] * left[None, j]
     return left
+
+
+def solve(lower: Matrix, right: Matrix) -> Matrix:
+    """Solve L Lᵀ Z = right, shape ``(d, k)``, for a lower triangle L of shape ``(d, d)``."""
+    return _back(lower, forward(lower, right))
+
+
+def traces_of_inverse(lower: Matrix) -> tuple[float, float]:
+    """Return the traces of A⁻¹ and A⁻² for A = L Lᵀ, added up in a fixed order.
+
+    >>> traces_of_inverse(np.diag([1.0, 2.0]))
+    (1.25, 1.0625)
+    """
+    inverse = _inverse(lower)
+    squared = _back(lower, inverse)
+    return _inner(inverse, inverse), _inner(squared, squared)
+
+
+def multiplied(left: Matrix, right: Matrix) -> Matrix:
+    """Return the product of two matrices, to the same bits on every machine, which a library's is not."""
+    total = np.zeros((len(left), right.shape[1]))
+    for column, row in zip(left.T, right, strict=True):
+        total += column[:, None] * row[None, :]
+    return total
 
 
 def _back(lower: Matrix, right: Matrix) -> Matrix:

@@ -46,7 +46,8 @@ class DeviceRound(Protocol):
     what a plan asks for was checked before an example was read."""
 
     spec: SessionSpec
-    layout: Layout  # of the adapter on offer
+    start: Tensors  # the adapter on offer
+    layout: Layout  # its layout
     digest: bytes  # SHA-256 of its file
     rounding: np.random.Generator
 

@@ -30,7 +30,7 @@ from edgeadapt.rounds.sums import UNIFORMS, Bounds
 from tests.support.fleet import session_spec
 from tests.support.hostile import audit_failures
 
-D, LABELS, DEVICES, SCALE = 24, 6, 12, analytic.Analytic().scale
+D, LABELS, DEVICES, SCALE, CLIP = 24, 6, 12, analytic.Analytic().scale, analytic.Analytic().clip_norm
 TASK = AnalyticTask(PeftConfig("LORA", 2, 4, ("query",)), tuple("abcdef"), 2e-4, SCALE)
 BEFORE: Tensors = {WEIGHT: np.ones((LABELS, D), np.float32), BIAS: np.zeros(LABELS, np.float32)}
 
@@ -127,7 +127,7 @@ def told_apart(second: Matrix, present: set[int]) -> float:
     return float((ranks[inside].sum() - count * (count + 1) / 2) / (count * (TOKENS - count)))
 
 
-def test_exact_sums_of_lexical_features_show_tokens_and_those_with_noise_do_not() -> None:
+def test_exact_sums_of_lexical_features_show_tokens() -> None:
     rng = np.random.default_rng(0)
     devices = [spoken(rng) for _ in range(10)]
     said, alone = devices[0]
@@ -136,11 +136,21 @@ def test_exact_sums_of_lexical_features_show_tokens_and_those_with_noise_do_not(
     assert told_apart(sum(rows.T @ rows for _, rows in devices), everything) > 0.8
     only_here = said - set.union(*(tokens for tokens, _ in devices[1:]))
     assert told_apart(sum(rows.T @ rows for _, rows in devices), only_here) > 0.7
-    clip = 0.2
-    means = [rows.T @ rows / TEXTS for _, rows in devices]
-    clipped = sum(mean * min(1.0, clip / float(np.linalg.norm(mean))) for mean in means)
-    noise = rng.normal(0, clip, (SIZE, SIZE))  # a multiplier of 1: epsilon is above 4 for one round
-    assert told_apart(clipped + (noise + noise.T) / np.sqrt(2), everything) < 0.6
+
+
+# A multiplier of 1 is an epsilon above 4.
+@pytest.mark.parametrize(("multiplier", "least", "most"), [(0.0, 0.65, 1.0), (1.0, 0.0, 0.6)])
+def test_of_sums_that_correct_a_head_those_without_noise_show_tokens_and_those_with_noise_do_not(
+    multiplier: float, least: float, most: float
+) -> None:
+    rng = np.random.default_rng(0)
+    devices = [spoken(rng) for _ in range(10)]
+    head: Tensors = {WEIGHT: rng.normal(size=(60, SIZE)).astype(np.float32), BIAS: np.zeros(60, np.float32)}
+    found = [analytic.contributed(rows, rng.integers(0, 60, TEXTS), head) for _, rows in devices]
+    clipped = sum(each * min(1.0, CLIP / float(np.linalg.norm(each))) for each in found)
+    noisy = clipped + rng.normal(0, multiplier * CLIP, clipped.shape)
+    corrected = analytic.whitening(analytic.spread(head[WEIGHT])) @ noisy.reshape(SIZE, 60)
+    assert least < told_apart(corrected @ corrected.T, set.union(*(tokens for tokens, _ in devices))) < most
 
 
 # One device that lies.

@@ -25,10 +25,8 @@ from client.node.sumhistory import SumHistory, sketch
 from client.training.private import private_of, subject_of, with_private
 from edgeadapt.formats import files
 from edgeadapt.formats.layout import Layout, Tensors
-from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import PARTS, Part, part_of
 from edgeadapt.rounds import analytic
-from edgeadapt.rounds.analytic import AnalyticTask, ClassifierHead
 from edgeadapt.rounds.sums import Bounds, noisy_spec, noisy_vector
 from edgeadapt.rounds.task import Task
 from tests.aggregation.privacy.test_noise import fits
@@ -109,17 +107,22 @@ def contributed(rng: np.random.Generator, size: int, bits: int, mechanism: Mecha
     }
 
 
-def moments(rng: np.random.Generator, d: int = 6, k: int = 3, kept: int = 4) -> dict[str, Any]:
-    head = ClassifierHead("classifier.weight", "classifier.bias", k, d)
-    task = AnalyticTask(PeftConfig.lora(), ("a", "b", "c"), 0.01, 16.0, kept)
-    spec = noisy_session(analytic.moments_size(head, task), 32, name=analytic.MOMENTS)
+def corrections(rng: np.random.Generator, d: int = 6, k: int = 3) -> dict[str, Any]:
+    head = {
+        "classifier.weight": 9 * rng.normal(size=(k, d)).astype(np.float32),
+        "classifier.bias": rng.normal(size=k).astype(np.float32),
+    }
+    head["classifier.weight"][1] = 0
+    spec = noisy_session(d * k, 32, name=analytic.CORRECTIONS)
     embeddings, labels = rng.normal(size=(9, d)), rng.integers(0, k, 9)
+    embeddings[3] = 0
     return {
         "offer": offer_of(spec),
         "embeddings": embeddings.tobytes().hex(),
         "labels": labels.tolist(),
-        **{"d": d, "k": k, "kept": kept, "adapter": ADAPTER},
-        "vector": analytic.contributed(embeddings, labels, head, task, raw(ADAPTER)).tobytes().hex(),
+        **{"d": d, "k": k},
+        **{name: tensor.astype(np.float64).tobytes().hex() for name, tensor in head.items()},
+        "vector": analytic.contributed(embeddings, labels, head).tobytes().hex(),
     }
 
 
@@ -237,7 +240,7 @@ def test_noise_and_its_account_are_those_of_a_native_device(tmp_path: Path, node
             for mechanism in Mechanism
             for size, bits in ((1, 24), (7, 22), (1000, 16), (40_000, 32))
         ],
-        "moments": moments(rng),
+        "corrections": corrections(rng),
         "own": {"offer": offer_of(spec), "adapter": ADAPTER},
         "specs": list(specs(rnd, 300)),
         "policies": list(policies()),

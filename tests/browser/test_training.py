@@ -242,7 +242,6 @@ def contributes_moments_as_natively(tab: NodeTab, phone: Path) -> None:
     ):
         assert not any(value.any() for value in sums(examples=examples).values())
     for plan, about in (
-        ({"dimensions": 8}, "offer.spec.vector"),
         ({"ridge": 0}, "task.ridge"),
         ({"ridge": "most"}, "task.ridge"),
         ({"scale": 1001}, "task.scale"),

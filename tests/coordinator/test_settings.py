@@ -169,12 +169,12 @@ def test_a_mechanism_and_its_strength_are_given_together_or_not_at_all(tmp_path:
 
 
 def test_rounds_of_both_kinds_are_within_the_epsilon_together() -> None:
-    settings = noisy(2.0).model_copy(update={"analytic": Analytic(rounds=2, dimensions=40, clip_norm=0.1)})
+    settings = noisy(2.0).model_copy(update={"analytic": Analytic(rounds=2, clip_norm=0.1)})
     layout = Layout((*LORA.tensors, TensorSpec("classifier.bias", (2,)), TensorSpec("classifier.weight", (2, 100))))
-    head = AnalyticTask(TASK.peft_config, TASK.labels, 2e-4, 16.0, 40)
+    head = AnalyticTask(TASK.peft_config, TASK.labels, 2e-4, 16.0)
     training = replace(TASK, trained=PARTS, shared=PARTS)
     trains, fits = (settings.session_spec(20, layout, BASE, 2, task) for task in (training, head))
-    assert [(s.vector.segments[0].size, s.clip_norm) for s in (trains, fits)] == [(layout.size, 1.0), (900, 0.1)]
+    assert [(s.vector.segments[0].size, s.clip_norm) for s in (trains, fits)] == [(layout.size, 1.0), (200, 0.1)]
     assert trains.noise_multiplier() == pytest.approx(fits.noise_multiplier(), rel=1e-12)
     spent = [spec.spent(spec.minimum_survivors) for spec in (trains, fits)]
     found = (spent[0].times(3) + spent[1].times(2)).epsilon(1e-6)

@@ -19,7 +19,6 @@ from client.training.examples import Score
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.methods.parts import Part
-from edgeadapt.rounds.analytic import AnalyticTask
 from edgeadapt.rounds.roundtask import Outcome
 from edgeadapt.rounds.sums import Bounds, check_noisy, noisy_ring_bits, noisy_spec, noisy_vector
 from edgeadapt.rounds.task import Task, noisy_mean, update_of
@@ -89,13 +88,6 @@ def test_only_the_vector_that_follows_from_the_clip_norm_is_accepted() -> None:
     narrow = replace(spec.vector, segments=(replace(segment, bound=segment.bound / 2),))
     with refused(ProtocolError, "offer.spec.vector"):
         check_bounds(replace(spec, vector=narrow), LAYOUT, TASK)
-
-
-@pytest.mark.parametrize(("dimensions", "deviation"), [(0, 0.1), (8, 0.0)])
-def test_moments_have_noise_if_and_only_if_their_dimensions_are_named(dimensions: int, deviation: float) -> None:
-    task = AnalyticTask(TASK.peft_config, TASK.labels, 1e-3, 16.0, dimensions)
-    with refused(ConfigError, "task.dimensions", value=dimensions):
-        task.vector(LAYOUT, Bounds(1.0, 1, 16, 3, deviation))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,6 @@ from edgeadapt.rounds.ridge import (
     moments_of,
     pack,
     packed_size,
-    positive_part,
     ridge,
     unit_rows,
     unpack,
@@ -444,26 +443,6 @@ def test_the_bits_of_the_head_are_those_of_plain_float_arithmetic(seed: int) -> 
     head = ridge(found, prior, 0.375)
     right = [[a + 0.375 * b for a, b in zip(*rows, strict=True)] for rows in zip(found.xy, prior, strict=True)]
     assert head.tolist() == in_plain_python(found.xx.tolist(), [[float(v) for v in row] for row in right], 0.375)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 17), st.integers(0, 2**32), st.booleans())
-def test_the_positive_part_is_that_of_an_eigendecomposition(d: int, seed: int, low_rank: bool) -> None:
-    square = np.random.default_rng(seed).normal(size=(d, 1 if low_rank else d))
-    symmetric = square @ square.T - np.eye(d) if low_rank else square + square.T
-    values, vectors = np.linalg.eigh(symmetric)
-    expected = (vectors * np.maximum(values, 0)) @ vectors.T
-    found = positive_part(symmetric)
-    np.testing.assert_allclose(found, expected, atol=1e-10 * np.abs(symmetric).max())
-    np.testing.assert_allclose(found, found.T, atol=1e-12 * np.abs(symmetric).max())
-    np.testing.assert_allclose(positive_part(found), found, atol=1e-10 * np.abs(symmetric).max())
-
-
-def test_what_is_positive_semidefinite_stays_and_what_is_negative_vanishes() -> None:
-    rows = np.random.default_rng(0).normal(size=(3, 9))
-    np.testing.assert_allclose(positive_part(rows.T @ rows), rows.T @ rows, atol=1e-12)
-    assert np.abs(positive_part(-rows.T @ rows)).max() < 1e-12
-    assert not positive_part(np.zeros((4, 4))).any()
 
 
 def scores_of(rows: Matrix, targets: Matrix, inflation: float = 1.4) -> np.ndarray:

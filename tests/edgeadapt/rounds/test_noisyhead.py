@@ -1,4 +1,4 @@
-"""The analytic head with noise: a device's vector has the norm of its moments, and the head allows for the noise."""
+"""The analytic head with noise: what a device's examples correct, and a step of the head that allows for the noise."""
 
 import math
 from typing import Any
@@ -6,16 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aggregation import rotation
 from aggregation.errors import DataError
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Privacy, SessionSpec
 from edgeadapt.formats.layout import Layout, Tensors
 from edgeadapt.formats.peftconfig import PeftConfig
 from edgeadapt.rounds import analytic
-from edgeadapt.rounds.analytic import AnalyticTask, ClassifierHead
-from edgeadapt.rounds.ridge import Matrix, moments_of, packed_size, unpack
-from edgeadapt.rounds.sums import Bounds, noisy_vector
+from edgeadapt.rounds.analytic import CALM, EVEN, FLOOR, LEAST_DAMPING, NOISE, AnalyticTask
+from edgeadapt.rounds.ridge import Matrix
+from edgeadapt.rounds.sums import UNIFORMS, Bounds, noisy_vector
 from tests.support import refused
 from tests.support.fleet import session_spec
 
@@ -24,12 +23,15 @@ BEFORE: Tensors = {
     "classifier.weight": np.zeros((LABELS, HIDDEN), np.float32),
     "classifier.bias": np.zeros(LABELS, np.float32),
 }
-HEAD = ClassifierHead.of(Layout.of(BEFORE))
 CENTERS = np.random.default_rng(5).standard_normal((LABELS, HIDDEN))
+GOOD: Tensors = BEFORE | {"classifier.weight": (2 * CENTERS).astype(np.float32)}
+# As a vendor's that has seen few phrases.
+START = (2 * CENTERS + 4 * np.random.default_rng(6).standard_normal((LABELS, HIDDEN))).astype(np.float32)
 
 
-def task_of(dimensions: int = HIDDEN) -> AnalyticTask:
-    return AnalyticTask(PeftConfig("LORA", 2, 4, ("query",)), tuple("abcd"), 1e-6, 16.0, dimensions)
+def task_of(**changes: Any) -> AnalyticTask:
+    fields = {"ridge": "gcv", "scale": 8.0} | changes
+    return AnalyticTask(PeftConfig("LORA", 2, 4, ("query",)), tuple("abcd"), **fields)
 
 
 def spec_of(task: AnalyticTask, deviation: float) -> SessionSpec:
@@ -46,11 +48,15 @@ def texts(count: int, seed: int) -> tuple[Matrix, Any]:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True), labels
 
 
-def summed(spec: SessionSpec, task: AnalyticTask, *, empty: bool = False) -> dict[str, Any]:
+def mean_of(device: int, before: Tensors = BEFORE) -> Matrix:
+    return analytic.contributed(*texts(12, device), before)
+
+
+def summed(spec: SessionSpec, before: Tensors = BEFORE, *, empty: bool = False) -> dict[str, Any]:
     """The sum over all devices, as it is decoded."""
     total = np.zeros(spec.vector.size, np.uint32)
     for device in range(DEVICES):
-        found = analytic.contributed(*texts(0 if empty else 12, device), HEAD, task, ADAPTER)
+        found = analytic.contributed(*texts(0 if empty else 12, device), before)
         total += noisy_vector(found, spec, ADAPTER, np.random.default_rng(device), bytes([device]) * 32)
     return spec.vector.decode(total, DEVICES)
 
@@ -60,124 +66,131 @@ def accuracy(tensors: Tensors) -> float:
     return float((np.argmax(rows @ tensors["classifier.weight"].T, axis=1) == labels).mean())
 
 
-@pytest.mark.parametrize("count", [1, 2, 12])
-def test_a_vector_has_the_norm_of_the_mean_moments(count: int) -> None:
-    rows, labels = texts(count, 0)
-    found = moments_of(rows, labels, LABELS)
-    expected = math.sqrt((found.xx**2).sum() + (found.xy**2).sum()) / count
-    vector = analytic.contributed(rows, labels, HEAD, task_of(), ADAPTER)
-    assert np.linalg.norm(vector) == pytest.approx(expected)  # the rotation of embeddings keeps it, too
-    assert np.linalg.norm(vector) <= math.sqrt(2) + 1e-9
-    shorter = analytic.contributed(rows, labels, HEAD, task_of(7), ADAPTER)
-    assert shorter.shape == (7 * 8 // 2 + 7 * LABELS,)
-    assert np.linalg.norm(shorter) < np.linalg.norm(vector)
+def solved(deviation: float, before: Tensors = BEFORE, **changes: Any) -> Tensors:
+    task = task_of(**changes)
+    spec = spec_of(task, deviation)
+    return analytic.noisy_solved(spec, task, before, summed(spec, before), DEVICES, ADAPTER)
+
+
+def covariance_of(weight: Matrix) -> Matrix:
+    rows = weight.astype(float)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return (1 - EVEN) / len(rows) * unit.T @ unit + EVEN / HIDDEN * np.eye(HIDDEN)
+
+
+def test_the_spread_of_texts_is_that_of_the_rows_of_the_head_and_a_part_in_all_directions() -> None:
+    found = analytic.spread(GOOD["classifier.weight"])
+    np.testing.assert_allclose(found, covariance_of(GOOD["classifier.weight"]), atol=1e-12)
+    assert np.trace(found) == pytest.approx(1)
+    np.testing.assert_allclose(analytic.spread(np.zeros((LABELS, HIDDEN))), EVEN / HIDDEN * np.eye(HIDDEN))
+
+
+def test_a_contribution_is_what_the_head_gets_wrong_where_texts_are_spread_evenly() -> None:
+    rows, labels = texts(12, 0)
+    logits = rows @ GOOD["classifier.weight"].T.astype(float) + GOOD["classifier.bias"]
+    powers = np.exp(logits)
+    wrong = np.eye(LABELS)[labels] - powers / powers.sum(axis=1, keepdims=True)
+    lower = np.linalg.cholesky(covariance_of(GOOD["classifier.weight"]) + FLOOR * np.eye(HIDDEN))
+    expected = np.linalg.solve(lower, rows.T @ wrong / 12)
+    np.testing.assert_allclose(analytic.contributed(3 * rows, labels, GOOD).reshape(HIDDEN, LABELS), expected)
+
+
+def test_a_head_that_is_right_leaves_next_to_nothing_to_contribute() -> None:
+    sure = GOOD | {"classifier.weight": 100 * GOOD["classifier.weight"]}
+    rows = CENTERS / np.linalg.norm(CENTERS, axis=1, keepdims=True)
+    found = [np.linalg.norm(analytic.contributed(rows, np.arange(LABELS), head)) for head in (BEFORE, sure)]
+    assert found[1] < 1e-3 * found[0]
 
 
 def test_the_number_of_examples_counts_for_nothing() -> None:
     rows, labels = texts(5, 1)
-    once = analytic.contributed(rows, labels, HEAD, task_of(9), ADAPTER)
-    thrice = analytic.contributed(np.tile(rows, (3, 1)), np.tile(labels, 3), HEAD, task_of(9), ADAPTER)
+    once = analytic.contributed(rows, labels, GOOD)
+    thrice = analytic.contributed(np.tile(rows, (3, 1)), np.tile(labels, 3), GOOD)
     np.testing.assert_allclose(once, thrice, atol=1e-12)
 
 
 def test_without_examples_a_device_contributes_zeros() -> None:
-    assert not analytic.contributed(*texts(0, 1), HEAD, task_of(9), ADAPTER).any()
+    found = analytic.contributed(*texts(0, 1), GOOD)
+    assert (found.shape, found.any()) == ((HIDDEN * LABELS,), False)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_embedding_that_is_not_finite_makes_no_contribution(value: float) -> None:
     with refused(DataError, "embeddings"):
-        analytic.contributed(np.full((2, HIDDEN), value), np.zeros(2, np.int64), HEAD, task_of(9), ADAPTER)
+        analytic.contributed(np.full((2, HIDDEN), value), np.zeros(2, np.int64), GOOD)
 
 
-def test_with_little_noise_the_head_is_a_ridge_regression_on_the_mean_moments() -> None:
-    task = task_of()
-    spec = spec_of(task, 1e-5)
-    head = analytic.noisy_solved(spec, task, BEFORE, summed(spec, task), DEVICES, ADAPTER)
-    xx, xy = np.zeros((HIDDEN, HIDDEN)), np.zeros((HIDDEN, LABELS))
-    for device in range(DEVICES):
-        found = moments_of(*texts(12, device), LABELS)
-        norm = math.sqrt((found.xx**2).sum() + (found.xy**2).sum()) / found.weight
-        share = min(1.0, CLIP / norm) / found.weight
-        xx, xy = xx + share * found.xx, xy + share * found.xy
-    strength = 1e-6 * DEVICES + 1e-5 * math.sqrt(DEVICES * HIDDEN / 2)
-    expected = 16.0 * np.linalg.solve(xx + strength * np.eye(HIDDEN), xy).T
-    np.testing.assert_allclose(head["classifier.weight"], expected, atol=0.02 * np.abs(expected).max())
+def test_a_head_that_is_not_finite_makes_no_contribution() -> None:
+    odd = GOOD | {"classifier.weight": np.full((LABELS, HIDDEN), np.nan, np.float32)}
+    with refused(DataError, "classifier.weight"):
+        analytic.contributed(*texts(2, 1), odd)
 
 
-def test_the_eigenvalues_of_the_noise_fill_the_semicircle_that_sets_the_strength() -> None:
-    task, deviation = task_of(), 0.05
-    spec = spec_of(task, deviation)
-    flat = rotation.rotate_back(summed(spec, task, empty=True)["moments"], rotation.seed(ADAPTER))
-    weights = np.where(np.eye(HIDDEN)[np.triu_indices(HIDDEN)] > 0, 1.0, math.sqrt(2))
-    values = np.linalg.eigvalsh(unpack(flat[: packed_size(HIDDEN)] / weights, HIDDEN))
-    radius = deviation * math.sqrt(DEVICES) * math.sqrt(2 * HIDDEN)
-    assert 0.93 < math.sqrt(float((values**2).mean())) / (radius / 2) < 1.07
-    assert 0.8 < np.abs(values).max() / radius < 1.15
+def test_with_little_noise_the_head_moves_by_a_newton_step_on_the_mean_of_the_clipped_contributions() -> None:
+    after = solved(1e-5, GOOD)["classifier.weight"]
+    covariance = covariance_of(GOOD["classifier.weight"])
+    lower = np.linalg.cholesky(covariance + FLOOR * np.eye(HIDDEN))
+    clipped = [each * min(1, CLIP / np.linalg.norm(each)) for each in (mean_of(k, GOOD) for k in range(DEVICES))]
+    mean = np.mean(clipped, axis=0).reshape(HIDDEN, LABELS)
+    step = np.linalg.solve(covariance + LEAST_DAMPING * np.eye(HIDDEN), lower @ mean)
+    moved = after - GOOD["classifier.weight"]
+    assert np.abs(moved).max() > 0.5
+    np.testing.assert_allclose(moved, 8.0 * step.T, atol=8.0 * NOISE * UNIFORMS / 2)  # what hides nothing
 
 
-def test_a_head_that_does_not_allow_for_the_noise_is_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = task_of()
-    spec = spec_of(task, 0.1)
-    sums = summed(spec, task)
-    allowed = accuracy(analytic.noisy_solved(spec, task, BEFORE, sums, DEVICES, ADAPTER))
-    bare = analytic.refit
-    monkeypatch.setattr(analytic, "refit", lambda *given, **named: bare(*given, **{**named, "strength": 1e-4}))
-    monkeypatch.setattr(analytic, "positive_part", lambda matrix: matrix)
-    assert accuracy(analytic.noisy_solved(spec, task, BEFORE, sums, DEVICES, ADAPTER)) < allowed - 0.05
-    assert allowed > 0.5
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.02, 0.3, 7.0])
+def test_the_damping_is_the_least_with_which_the_noise_in_a_score_is_calm(noise: float) -> None:
+    covariance = covariance_of(GOOD["classifier.weight"])
+    lower = np.linalg.cholesky(covariance + FLOOR * np.eye(HIDDEN))
+
+    def deviation(damping: float) -> float:
+        """Of the score of texts that are spread as the covariance says, by drawn noise."""
+        drawn = noise * np.random.default_rng(0).standard_normal((HIDDEN, 4000))
+        step = np.linalg.solve(covariance + damping * np.eye(HIDDEN), lower @ drawn)
+        return math.sqrt(float(np.einsum("ik,ij,jk->k", step, covariance, step).mean()))
+
+    found = analytic.damping(covariance, noise)
+    at = analytic.DAMPINGS.index(found)
+    assert deviation(found) < 1.03 * CALM
+    assert at == 0 or deviation(analytic.DAMPINGS[at - 1]) > 0.97 * CALM
 
 
-@pytest.mark.parametrize(("deviation", "times"), [(0.02, 1.0), (0.1, 0.1 * math.sqrt(DEVICES) / CLIP)])
-def test_noise_longer_than_a_contribution_has_a_strength_in_proportion_to_its_variance(
-    deviation: float, times: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task, used, bare = task_of(), [], analytic.refit
-
-    def noted(*given: Any, strength: float, scale: float) -> Tensors:
-        used.append(strength)
-        return bare(*given, strength=strength, scale=scale)
-
-    monkeypatch.setattr(analytic, "refit", noted)
-    spec = spec_of(task, deviation)
-    analytic.noisy_solved(spec, task, BEFORE, summed(spec, task), DEVICES, ADAPTER)
-    expected = 1e-6 * DEVICES + times * deviation * math.sqrt(DEVICES * HIDDEN / 2)
-    assert used == [pytest.approx(expected, rel=1e-3)]  # the ring rounds the noise
+def test_noise_beyond_all_dampings_leaves_the_head() -> None:
+    assert analytic.damping(covariance_of(GOOD["classifier.weight"]), math.inf) == analytic.DAMPINGS[-1]
 
 
-def test_a_good_head_is_not_lost_to_noise_that_drowns_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    task, spec = task_of(), spec_of(task_of(), 0.3)
-    good = BEFORE | {"classifier.weight": (2 * CENTERS).astype(np.float32)}
-    sums, bare = summed(spec, task), analytic.refit
-    assert accuracy(analytic.noisy_solved(spec, task, good, sums, DEVICES, ADAPTER)) > accuracy(good) - 0.05
-    weak = 0.3 * math.sqrt(DEVICES * HIDDEN / 2)
-    monkeypatch.setattr(analytic, "refit", lambda *given, **named: bare(*given, **{**named, "strength": weak}))
-    assert accuracy(analytic.noisy_solved(spec, task, good, sums, DEVICES, ADAPTER)) < accuracy(good) - 0.05
+@pytest.mark.parametrize("least", [0.001, 0.3])
+def test_a_number_as_ridge_is_the_least_damping(least: float) -> None:
+    moved = [np.linalg.norm(solved(1e-5, GOOD, ridge=ridge)["classifier.weight"]) for ridge in ("gcv", least)]
+    assert (moved[0] == pytest.approx(moved[1], abs=1e-6)) == (least == 0.001)
 
 
-def test_directions_that_were_not_kept_do_not_change() -> None:
-    task, seed = task_of(11), rotation.seed(ADAPTER)
-    before = BEFORE | {"classifier.weight": np.random.default_rng(0).normal(size=(LABELS, HIDDEN)).astype(np.float32)}
-    spec = spec_of(task, 0.01)
-    after = analytic.noisy_solved(spec, task, before, summed(spec, task), DEVICES, ADAPTER)
-    moved = after["classifier.weight"].astype(np.float64) - before["classifier.weight"]
-    rotated = np.array([rotation.rotate(row, seed) for row in moved])
-    assert np.abs(rotated[:, 11:]).max() < 0.1  # the noise that hides nothing, and rounding
-    assert np.abs(rotated[:, :11]).max() > 1
+def test_a_step_that_does_not_allow_for_the_noise_is_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {**GOOD, "classifier.weight": START}
+    allowed = accuracy(solved(0.5, before))
+    assert allowed > accuracy(before) - 0.01
+    monkeypatch.setattr(analytic, "damping", lambda covariance, noise: LEAST_DAMPING)
+    assert accuracy(solved(0.5, before)) < allowed - 0.05
+
+
+def test_a_sum_makes_a_poor_head_better_and_noise_that_drowns_it_does_not_lose_it() -> None:
+    before = {**GOOD, "classifier.weight": START}
+    assert accuracy(solved(0.02, before)) > accuracy(before) + 0.05
+    assert accuracy(solved(30.0, before)) > accuracy(before) - 0.02
 
 
 def test_a_sum_that_counts_as_zero_changes_the_head_by_small_noise_alone() -> None:
-    task, before = task_of(11), BEFORE | {"classifier.weight": np.ones((LABELS, HIDDEN), np.float32)}
+    task = task_of()
     spec = spec_of(task, 0.01)
-    after = analytic.noisy_solved(spec, task, before, spec.vector.zeros(), DEVICES, ADAPTER)
-    assert 0 < np.abs(after["classifier.weight"] - 1).max() < 0.1
+    after = analytic.noisy_solved(spec, task, GOOD, spec.vector.zeros(), DEVICES, ADAPTER)
+    assert 0 < np.abs(after["classifier.weight"] - GOOD["classifier.weight"]).max() < 0.1
 
 
 def test_sums_of_another_size_and_sums_out_of_reach_make_no_head() -> None:
-    task = task_of(11)
+    task = task_of()
     spec = spec_of(task, 0.01)
-    sums = summed(spec, task)
+    sums, narrow = summed(spec), {**GOOD, "classifier.weight": GOOD["classifier.weight"][:, :-1]}
     with refused(DataError, "vector.segments"):
-        analytic.noisy_solved(spec, task_of(12), BEFORE, sums, DEVICES, ADAPTER)
-    with refused(DataError, "vector.moments"):
-        analytic.noisy_solved(spec, task, BEFORE, {"moments": 1e3 * sums["moments"]}, DEVICES, ADAPTER)
+        analytic.noisy_solved(spec, task, narrow, sums, DEVICES, ADAPTER)
+    with refused(DataError, "vector.corrections"):
+        analytic.noisy_solved(spec, task, BEFORE, {"corrections": 1e3 * sums["corrections"]}, DEVICES, ADAPTER)

@@ -277,7 +277,6 @@ def test_sums_of_too_few_held_out_examples_or_of_a_liar_give_no_metrics(sums: di
 CONFIG, LABELS = PeftConfig("LORA", 2, 4, ("query",)), ("off", '{"ridge":1}')
 TRAINING = Task(CONFIG, LABELS, 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS)
 ANALYTIC = AnalyticTask(CONFIG, LABELS, 1e-3, 16.0)
-NOISY = AnalyticTask(CONFIG, LABELS, "gcv", 16.0, dimensions=4)
 EVALUATION = EvaluationTask(CONFIG, LABELS, "a" * 64, "b" * 64, 32)
 OBSERVATION = ObservationTask(CONFIG, LABELS, ("doubt", "labels"), 20_000, 7, ("a" * 64,))
 HEAD_LAYOUT = Layout((TensorSpec("m.classifier.bias", (2,)), TensorSpec("m.classifier.weight", (2, 5))))
@@ -285,7 +284,7 @@ BOUNDS = {"weight_cap": 100, "ring_bits": 32, "max_clients": 3}
 
 
 DISCOVERY = DiscoveryTask(CONFIG, LABELS, Cells(np.zeros(5), np.eye(2, 5)).encode(), 2)
-TASKS = (TRAINING, ANALYTIC, NOISY, EVALUATION, OBSERVATION, DISCOVERY)
+TASKS = (TRAINING, ANALYTIC, EVALUATION, OBSERVATION, DISCOVERY)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -339,8 +338,8 @@ def test_the_sums_are_those_of_the_kind() -> None:
     moments = ANALYTIC.vector(HEAD_LAYOUT, Bounds(2.0, **BOUNDS))
     assert training == contribution_spec(HEAD_LAYOUT, Bounds(2.0, **BOUNDS))
     assert moments == moment_spec(ClassifierHead.of(HEAD_LAYOUT), Bounds(1.0, **BOUNDS))
-    noisy = NOISY.vector(HEAD_LAYOUT, Bounds(2.0, noise=0.1, **BOUNDS))
-    assert [segment.size for segment in noisy.segments] == [4 * 5 // 2 + 4 * 2]
+    noisy = ANALYTIC.vector(HEAD_LAYOUT, Bounds(2.0, noise=0.1, **BOUNDS))
+    assert [segment.size for segment in noisy.segments] == [5 * 2]
     assert [taskkinds.kind_of(vector) for vector in (training, moments, noisy)] == [Task, AnalyticTask, AnalyticTask]
     counts = EVALUATION.vector(HEAD_LAYOUT, Bounds(2.0, noise=0.1, **BOUNDS))
     assert [(segment.size, segment.noise) for segment in counts.segments] == [(4, 0.1)]

@@ -20,10 +20,9 @@ export function updateSegments(spec, size) {
   return [["delta", size, spec.clip_norm * Number(spec.weight_cap) * peak(size)], ...metricSegments(spec)];
 }
 
-/** The segments of moments of embeddings of `d` numbers with `k` labels, as `AnalyticTask.vector` of edgeadapt/rounds/analytic.py. With
- * noise, `kept` numbers of each embedding count. */
-export function momentSegments(spec, d, k, kept) {
-  if (spec.privacy) return noisySegments("moments", (kept * (kept + 1)) / 2 + kept * k, spec);
+/** The segments of moments of embeddings of `d` numbers with `k` labels, as `AnalyticTask.vector` of edgeadapt/rounds/analytic.py. */
+export function momentSegments(spec, d, k) {
+  if (spec.privacy) return noisySegments("corrections", d * k, spec);
   const cap = Number(spec.weight_cap);
   return [["xx", (d * (d + 1)) / 2, cap], ["xy", d * k, cap], ...metricSegments(spec)];
 }

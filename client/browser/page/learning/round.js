@@ -22,7 +22,7 @@ import { batches, descend } from "./descent.js";
 import { asSlots } from "./dora.js";
 import { unfolded } from "./fedsb.js";
 import { LanguageGraphTrainer } from "./languagegraph.js";
-import { momentsOf, projectedMoments } from "./moments.js";
+import { corrections, momentsOf } from "./moments.js";
 import { LIMITS, R, adapterOf, checkLimits, decodeTask, isAnalytic, isEvaluation, partOf, requireLabels } from "./task.js";
 import { checkUnshared, subjectOf, toKeep, withPrivate } from "./task.js";
 import { GraphTrainer, requireMeanHead } from "./trainer.js";
@@ -108,10 +108,9 @@ async function opened(engine, task, tensors, limits) {
 
 /** The contribution to an analytic head: nothing is trained. */
 async function moments(given, start) {
-  const { trainer, task, plan, spec, pause } = given;
-  const [d, k, kept] = [trainer.hidden, task.labels.length, Math.min(task.dimensions, trainer.hidden)];
-  if (Boolean(spec.privacy) !== Boolean(kept)) refuse(`an analytic head of ${kept} dimensions does not go with this session`, "offer.spec.vector");
-  requireBounds(spec, momentSegments(spec, d, k, kept));
+  const { trainer, task, spec, pause } = given;
+  const [d, k] = [trainer.hidden, task.labels.length];
+  requireBounds(spec, momentSegments(spec, d, k));
   const { train, heldOut } = await usable(given, Number(spec.weight_cap));
   const targets = train.map(({ target }) => target);
   const zeros = new Float64Array(d);
@@ -121,7 +120,7 @@ async function moments(given, start) {
   };
   if (spec.privacy) {
     return orElse(
-      async () => noisy(given, await projectedMoments(await embedded(), targets, kept, k, plan.adapter_digest)),
+      async () => noisy(given, corrections(await embedded(), targets, trainer.head(start))),
       () => noisy(given, new Float64Array(spec.vector.segments[0].size)),
     );
   }

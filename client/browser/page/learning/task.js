@@ -40,7 +40,6 @@ const ANALYTIC = {
   labels: listOf(string),
   ridge: (value) => value === "gcv" || between(TINY, 1)(value),
   scale: between(TINY, 1000),
-  dimensions: whole(0, 2 ** 16),
 };
 
 const EVALUATION = {
@@ -156,7 +155,7 @@ export function checkLimits(task, adapter, limits = LIMITS) {
 
 /** The numbers that a coordinator chooses with a task, except those that need no limit (edgeadapt/rounds/tasklimits.py). */
 function numbersIn(task) {
-  const free = isAnalytic(task) ? ["ridge", "scale", "dimensions"] : isEvaluation(task) ? ["most"] : ["variants"];
+  const free = isAnalytic(task) ? ["ridge", "scale"] : isEvaluation(task) ? ["most"] : ["variants"];
   return Object.keys(task).filter((name) => typeof task[name] === "number" && !free.includes(name));
 }
 

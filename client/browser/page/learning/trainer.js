@@ -105,6 +105,12 @@ export class GraphTrainer extends SlotGraph {
     return weight / bias;
   }
 
+  /** The head among values: { weight, bias }, as many rows of `hidden` numbers as labels. */
+  head(values) {
+    const [bias, weight] = MEAN_HEAD.map((name) => values.get(name));
+    return { weight, bias };
+  }
+
   async #answers(inputs, tokens, pause) {
     const feeds = runtime.adapterFeeds(inputs);
     const order = byLength(tokens.map((ids, at) => ({ ids, at })));

@@ -14,7 +14,7 @@ import * as privacyledger from "../../../../client/browser/page/aggregation/priv
 import { spentIn, stepOf } from "../../../../client/browser/page/aggregation/spec.js";
 import { sha256 } from "../../../../client/browser/page/bytes.js";
 import { ProtocolError } from "../../../../client/browser/page/errors.js";
-import { projectedMoments } from "../../../../client/browser/page/learning/moments.js";
+import { corrections } from "../../../../client/browser/page/learning/moments.js";
 import { given, hex, raw } from "./vectors.mjs";
 
 const made = JSON.parse(readFileSync(process.env.EDGEADAPT_NOISE, "utf8"));
@@ -66,17 +66,19 @@ test("what is not finite, or beyond its clip norm after it was clipped, is not c
   await assert.rejects(noisyContribution(odd, spec, made.contributions[0].adapter), { name: "DataError", about: "norm" });
 });
 
-test("projected moments are the native ones", async () => {
-  const { offer, embeddings, labels, d, k, kept, adapter, vector } = made.moments;
+test("corrections are the native ones", () => {
+  const { offer, embeddings, labels, d, k, vector, ...given } = made.corrections;
   const { spec } = Offer.decode(raw(offer));
-  requireBounds(spec, momentSegments(spec, d, k, kept));
-  assert.throws(() => requireBounds(spec, momentSegments(spec, d, k, kept - 1)), { about: "offer.spec.vector" });
+  requireBounds(spec, momentSegments(spec, d, k));
+  assert.throws(() => requireBounds(spec, momentSegments(spec, d, k - 1)), { about: "offer.spec.vector" });
+  const head = { weight: doubles(given["classifier.weight"]), bias: doubles(given["classifier.bias"]) };
   const rows = labels.map((_, i) => doubles(embeddings).slice(i * d, (i + 1) * d));
-  const found = await projectedMoments(rows, labels, kept, k, adapter);
+  const found = corrections(rows, labels, head);
   const expected = doubles(vector);
   assert.equal(found.length, expected.length);
   found.forEach((x, i) => assert.ok(Math.abs(x - expected[i]) < 1e-12));
-  assert.ok((await projectedMoments([], [], kept, k, adapter)).every((x) => x === 0));
+  assert.ok(corrections([], [], head).every((x) => x === 0));
+  assert.throws(() => corrections(rows, labels, { ...head, weight: head.weight.with(0, NaN) }), { about: "classifier.weight" });
 });
 
 test("noise that a page draws for itself", async () => {
